@@ -1,0 +1,1 @@
+"""Runs models: loading, prefill, decode, memory, the sweep and its workers."""

@@ -1,0 +1,1 @@
+"""Result rows: schema, append-only store, data frames and paired statistics."""

@@ -1,0 +1,31 @@
+"""Errors with the exit code a shell sees. Every message says what is wrong, where, and how to mend it."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class KvscopeError(Exception):
+    """A failure the user can act on; the CLI prints its text alone, without a traceback."""
+
+    exit_code = 1
+
+
+class UsageError(KvscopeError, ValueError):
+    """Bad input: an unknown name, a malformed option, a folder that cannot be used."""
+
+    exit_code = 2
+
+
+class EnvironmentProblem(KvscopeError, RuntimeError):
+    """The machine lacks something the request needs (a GPU, a package, memory)."""
+
+    exit_code = 3
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return `` Did you mean 'x'?`` for the nearest known name, else a sentence listing all of them."""
+    names = sorted(known)
+    near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    if near:
+        return f" Did you mean '{near[0]}'?"
+    return f" Known: {', '.join(names)}."

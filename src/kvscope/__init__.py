@@ -1,0 +1,28 @@
+"""kvscope: accuracy, physical memory and speed of KV-cache methods, measured side by side.
+
+``import kvscope`` stays light: torch and pandas load when a name below is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvscope.harness.config import RunConfig
+    from kvscope.harness.sweep import run
+    from kvscope.results.frames import Run, load_run
+
+__version__ = "0.1.0"
+__all__ = ["Run", "RunConfig", "__version__", "load_run", "run"]
+
+_HOMES = {
+    "Run": "kvscope.results.frames",
+    "RunConfig": "kvscope.harness.config",
+    "load_run": "kvscope.results.frames",
+    "run": "kvscope.harness.sweep",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'kvscope' has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Evaluation tasks with exact lengths, evidence spans and prompt hashes."""
