@@ -14,6 +14,8 @@ from kvscope.tasks.base import Tokenizer
 
 # Pieces are encoded behind this line: some tokenizers treat the start of a text specially.
 _ANCHOR = "Here.\n"
+_PAD = "a"
+_PAD_WORDS = 16
 _MAX_CACHED_PIECES = 20_000
 _CACHES: WeakKeyDictionary[Tokenizer, dict[str, tuple[int, ...]]] = WeakKeyDictionary()
 
@@ -61,12 +63,29 @@ class PieceEncoder:
 
 
 def _trimmed_line(encoder: PieceEncoder, words: Sequence[str], tokens: int) -> str | None:
-    """Return a filler line of exactly ``tokens`` tokens made from the first words of ``words``, or None."""
+    """Return a filler line of exactly ``tokens`` tokens made from the first words of ``words``, or None.
+
+    Where words take several tokens, a cut may miss the length by a few: repeats of a short word make them up.
+    """
+
+    def size_of(line: str) -> int:
+        return len(encoder.line(line, keep=True))
+
+    pad_tokens = size_of(f"{_PAD} {_PAD}\n") - size_of(f"{_PAD}\n")
+    cuts: list[tuple[str, int]] = []
     for count in range(1, len(words) + 1):
-        line = " ".join(words[:count]) + "\n"
-        size = len(encoder.line(line, keep=True))
-        if size >= tokens:
-            return line if size == tokens else None
+        text = " ".join(words[:count])
+        missing = tokens - size_of(text + "\n")
+        if missing == 0:
+            return text + "\n"
+        if missing < 0:
+            break
+        cuts.append((text, missing))
+    for text, missing in reversed(cuts[-_PAD_WORDS:]):
+        repeats, rest = divmod(missing, pad_tokens)
+        line = text + f" {_PAD}" * repeats + "\n"
+        if rest == 0 and repeats <= _PAD_WORDS and size_of(line) == tokens:
+            return line
     return None
 
 
