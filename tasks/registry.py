@@ -1,0 +1,59 @@
+"""Task names and how to make them; modules load when a task is first used."""
+
+from functools import partial
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from kvscope.results.errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from kvscope.tasks.base import Task
+
+_NEEDLE = "kvscope.tasks.needle:NeedleTask"
+TASKS: dict[str, str] = {
+    "niah_single_1": _NEEDLE,
+    "niah_single_2": _NEEDLE,
+    "niah_single_3": _NEEDLE,
+    "niah_multikey_1": _NEEDLE,
+    "niah_multikey_2": _NEEDLE,
+    "niah_multikey_3": _NEEDLE,
+    "niah_multivalue": _NEEDLE,
+    "niah_multiquery": _NEEDLE,
+}
+DESCRIPTIONS: dict[str, str] = {
+    "niah_single_1": "one number in repeated noise sentences",
+    "niah_single_2": "one number in essays (needs data=PATH)",
+    "niah_single_3": "one UUID in essays (needs data=PATH)",
+    "niah_multikey_1": "one number among four keys in essays (needs data=PATH)",
+    "niah_multikey_2": "one number in a haystack made of other needles",
+    "niah_multikey_3": "one UUID, looked up by UUID, in a haystack made of other needles",
+    "niah_multivalue": "four numbers of one key in prose",
+    "niah_multiquery": "the numbers of four keys in prose",
+}
+_OPTIONS: dict[str, frozenset[str]] = dict.fromkeys(TASKS, frozenset({"data"}))
+
+
+def task_names() -> list[str]:
+    """Return every registered task name."""
+    return list(TASKS)
+
+
+def task_options(name: str) -> list[str]:
+    """Return the option names a task takes."""
+    return sorted(_OPTIONS[name])
+
+
+def create_task(name: str, **options: str) -> "Task":
+    """Make a task.
+
+    Raises:
+        UsageError: unknown name or option, or options the task refuses.
+    """
+    if name not in TASKS:
+        raise UsageError(f"Unknown task '{name}'.{did_you_mean(name, TASKS)}")
+    for option in options:
+        if option not in _OPTIONS[name]:
+            raise UsageError(f"Task {name} has no option '{option}'.{did_you_mean(option, _OPTIONS[name])}")
+    module, _, attribute = TASKS[name].partition(":")
+    made: Task = partial(getattr(import_module(module), attribute), name)(**options)
+    return made
