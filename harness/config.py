@@ -134,7 +134,9 @@ class RunConfig(BaseModel):
         default="auto", description="auto is float32 on a CPU, bfloat16 on a GPU"
     )
     prefill_chunk_tokens: int = Field(default=2048, ge=1, description="tokens per prefill chunk")
-    page_tokens: int | None = Field(default=None, ge=1, description="tokens per page of the KV store (default: by device)")
+    page_tokens: int | None = Field(
+        default=None, ge=1, description="tokens per page of the KV store (default: by device)"
+    )
     out: str | None = Field(default=None, description="folder of the run")
 
     @field_validator("lengths_tokens", "footprint_lengths_tokens", mode="before")
@@ -275,7 +277,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UsageError(f"Configuration file {str(path)!r} must hold `key: value` lines, not a {type(values).__name__}.")
+        raise UsageError(
+            f"Configuration file {str(path)!r} must hold `key: value` lines, not a {type(values).__name__}."
+        )
     return {str(key): value for key, value in values.items()}
 
 

@@ -76,7 +76,9 @@ def check_gpu() -> Check:
     if torch.cuda.is_available():
         free_bytes, total_bytes = torch.cuda.mem_get_info()
         name = torch.cuda.get_device_name()
-        return Check(name="gpu", status="ok", finding=f"{name}, {free_bytes / GIB:.1f} of {total_bytes / GIB:.1f} GiB free")
+        return Check(
+            name="gpu", status="ok", finding=f"{name}, {free_bytes / GIB:.1f} of {total_bytes / GIB:.1f} GiB free"
+        )
     built = "this torch is built without CUDA" if torch.version.cuda is None else "torch sees no CUDA device"
     return Check(
         name="gpu",
@@ -134,7 +136,9 @@ def check_memory() -> Check:
     memory = psutil.virtual_memory()
     finding = f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free"
     if memory.available < MIN_MEMORY_BYTES:
-        return Check(name="host memory", status="warn", finding=finding, mend="close other programs, or use short lengths")
+        return Check(
+            name="host memory", status="warn", finding=finding, mend="close other programs, or use short lengths"
+        )
     return Check(name="host memory", status="ok", finding=finding)
 
 
@@ -174,5 +178,3 @@ def check_writable(folder: Path) -> Check:
 def failed(checks: list[Check]) -> bool:
     """Whether something that kvscope needs is missing."""
     return any(check.status == "fail" for check in checks)
-
-

@@ -154,7 +154,9 @@ class RichProgress(Progress):
     def part(self, name: str) -> None:
         task = self._bars.tasks[self._step_bar]
         text = task.description.split(" | ")[0]
-        self._bars.update(self._step_bar, description=f"{text} | {name}", advance=0 if " | " not in task.description else 1)
+        self._bars.update(
+            self._step_bar, description=f"{text} | {name}", advance=0 if " | " not in task.description else 1
+        )
 
     def end_step(self, *, work_tokens: int) -> None:
         self._bars.advance(self._cell_bar)
