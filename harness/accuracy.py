@@ -83,9 +83,7 @@ def cell_summary(plan: Plan, store: "RunStore", task_name: str, length_tokens: i
 class Prompt:
     """One prompt on its way through every method."""
 
-    def __init__(
-        self, plan: Plan, loaded: "LoadedModel", task: "Task", sample: "Sample", progress: Progress
-    ) -> None:
+    def __init__(self, plan: Plan, loaded: "LoadedModel", task: "Task", sample: "Sample", progress: Progress) -> None:
         self.plan = plan
         self.loaded = loaded
         self.task = task

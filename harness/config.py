@@ -1,7 +1,7 @@
 """The configuration of one run: one frozen object, four sources, one precedence.
 
-``defaults < YAML file < flags < --set key=value``. Every source goes through the same validation, so an unknown key or a
-wrong type is the same sentence wherever it came from. Nothing heavy is imported here: ``kvscope --help`` reads this file.
+``defaults < YAML file < flags < --set key=value``. Every source goes through the same validation, so an unknown key or
+a wrong type is the same sentence wherever it came from. No torch here: bad input is refused before anything loads.
 """
 
 import re
@@ -302,6 +302,7 @@ def _sentence(error: ValidationError, *, source: str) -> str:
         text = str(inner)
         return text if not key or text.startswith(f"{key}:") else f"{key}: {text}"
     expected = EXPECTED.get(problem["type"]) or problem["msg"].removeprefix("Input should be ")
+    expected = expected.replace("greater than or equal to", "at least").replace("greater than", "more than")
     if key in ("methods", "tasks"):
         expected = f"a list of names such as {'dense' if key == 'methods' else 'niah_single_1'}"
     return f"{key} in {source} is {problem['input']!r}, expected {expected}."

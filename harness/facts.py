@@ -40,8 +40,8 @@ class ModelFacts:
     def prefill_peak_bytes(self, n_tokens: int, *, chunk_tokens: int) -> int:
         """Estimate device bytes of a layer-major prefill besides weights.
 
-        Hidden states of all tokens, the KV of one layer, and one chunk's activations (MLP gate, up and product; queries,
-        keys, values and output).
+        Hidden states of all tokens, the KV of one layer, and one chunk's activations (MLP gate, up and product;
+        queries, keys, values and output).
         """
         element_bytes = self.shape.element_bytes
         hidden_bytes = n_tokens * self.hidden_size * element_bytes

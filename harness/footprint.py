@@ -1,5 +1,6 @@
 """The footprint pass: a fresh process per (method, length), and a row whatever becomes of that process."""
 
+import contextlib
 import json
 import os
 import signal
@@ -49,7 +50,7 @@ def footprint_pass(plan: Plan, store: "RunStore", progress: Progress) -> None:
 
 
 def footprint_prompt(plan: Plan, length_tokens: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return (tokens to prefill, tokens fed under the method): the first task's prompt, ``decode_tokens`` of room left."""
+    """Return (tokens to prefill, tokens fed under the method): the first task's prompt, room for decode left."""
     config, task = plan.config, plan.tasks[0]
     built_tokens = length_tokens - config.footprint_decode_tokens + task.max_new_tokens
     sample = task.build(plan.facts.tokenizer, length_tokens=built_tokens, sample=0, seed=config.seed)
@@ -179,10 +180,9 @@ def _end(process: "subprocess.Popen[str]") -> None:
     """Close the pipes and make sure that the process is gone."""
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
-            try:
+            # It may have died with our job unread; closing is all that is wanted.
+            with contextlib.suppress(BrokenPipeError):
                 pipe.close()
-            except BrokenPipeError:
-                pass  # it died with our job unread; closing is all that was wanted
     try:
         process.wait(timeout=10)
     except subprocess.TimeoutExpired:

@@ -76,7 +76,9 @@ class Plan:
                 continue
             same = [n for n in self.config.lengths_tokens if method.is_noop(n, self.facts.shape)]
             if same:
-                said.append(f"{method.label} leaves nothing out at {_lengths(same)}: there it is dense by another name.")
+                said.append(
+                    f"{method.label} leaves nothing out at {_lengths(same)}: there it is dense by another name."
+                )
         return said
 
     def text(self) -> str:
@@ -123,7 +125,8 @@ def make_plan(config: RunConfig) -> Plan:
     """Check a configuration and forecast every (method, length).
 
     Raises:
-        UsageError: an unknown method, task, model or option; a length over the model's maximum, or too short for a task.
+        UsageError: an unknown method, task, model or option; a length too long for the model or too short
+            for a task.
     """
     from kvscope.harness.models import describe_model
     from kvscope.methods.registry import create_method, parse_method
@@ -137,9 +140,7 @@ def make_plan(config: RunConfig) -> Plan:
         if config.max_new_tokens is not None:
             task.max_new_tokens = config.max_new_tokens
         tasks.append(task)
-    facts = describe_model(
-        config.model, device=config.device, dtype=config.dtype, page_tokens=config.page_tokens
-    )
+    facts = describe_model(config.model, device=config.device, dtype=config.dtype, page_tokens=config.page_tokens)
     check_lengths(config, facts, tasks)
     lengths = sorted({*config.lengths_tokens, *config.footprint_cells_tokens})
     free_bytes, where = free_device_bytes(facts.device)
@@ -172,7 +173,9 @@ def check_lengths(config: RunConfig, facts: ModelFacts, tasks: "Sequence[Task]")
                     f"{least_tokens:,} tokens."
                 )
     # The footprint prompt is the first task's, with decode_tokens of room instead of the task's own.
-    least_tokens = tasks[0].min_length_tokens(facts.tokenizer) - tasks[0].max_new_tokens + config.footprint_decode_tokens
+    least_tokens = (
+        tasks[0].min_length_tokens(facts.tokenizer) - tasks[0].max_new_tokens + config.footprint_decode_tokens
+    )
     for length_tokens in config.footprint_cells_tokens:
         if length_tokens < least_tokens:
             raise UsageError(
@@ -198,7 +201,9 @@ def plan_cell(
         )
     decode_tokens = min(config.footprint_decode_tokens, length_tokens - 1)
     predicted = method.predict(facts.shape, length_tokens - decode_tokens, decode_tokens)
-    needed_bytes = _needed_bytes(predicted.kv_bytes + predicted.metadata_bytes, length_tokens, config=config, facts=facts)
+    needed_bytes = _needed_bytes(
+        predicted.kv_bytes + predicted.metadata_bytes, length_tokens, config=config, facts=facts
+    )
     forecast, reason = "unknown", None
     if free_bytes is not None and needed_bytes is not None:
         forecast = "fits"

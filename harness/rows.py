@@ -140,7 +140,7 @@ def failed_sample_row(cell: dict[str, Any], sample: "Sample", *, status: Failure
 def failed_footprint_row(
     cell: dict[str, Any], *, status: FailureStatus, reason: str, backend: str = "none", **columns: Any
 ) -> FootprintRow:
-    """Return the row of a footprint cell that could not be measured; ``columns`` holds what was read before it ended."""
+    """Return the row of a footprint cell that was not measured; ``columns`` holds what was read before it ended."""
     return FootprintRow(
         **cell, status=status, reason=one_line(reason), backend=backend, verdict="not_measured", **columns
     )

@@ -146,6 +146,6 @@ def failures(run: "Run") -> list[str]:
     if not run.footprint.empty:
         for row in run.footprint[run.footprint["verdict"] == "mismatch"].itertuples():
             lines.append(
-                f"footprint: {row.method_label} at {row.length_tokens}: mismatch: NVML does not confirm the claimed saving"
+                f"footprint: {row.method_label} at {row.length_tokens}: mismatch: NVML does not confirm the saving"
             )
     return lines

@@ -49,8 +49,8 @@ class FootprintJob(BaseModel):
     """What one worker measures.
 
     Attributes:
-        cell: the columns every row of this cell shares (``rows.cell_columns`` and the predictions), so that a failure in
-            any phase still becomes a whole row.
+        cell: the columns every row of this cell shares (``rows.cell_columns`` and the predictions), so that a failure
+            in any phase still becomes a whole row.
         context_ids: tokens to prefill. Every method of a length gets the same ones.
         forced_ids: tokens fed under the method before it decodes on its own: at least one.
         decode_tokens: decode steps; nothing stops them early.
@@ -213,7 +213,11 @@ class Measurement:
         started_s = time.perf_counter()
         with PeakSampler(self._read) as sampler:
             prompt_kv = prefill(
-                loaded, context_ids, collectors=union_collectors([method], loaded.shape.layers), chunk_tokens=job.prefill_chunk_tokens, seed=job.seed
+                loaded,
+                context_ids,
+                collectors=union_collectors([method], loaded.shape.layers),
+                chunk_tokens=job.prefill_chunk_tokens,
+                seed=job.seed,
             )
             self._torch.synchronize()
             prefill_s = time.perf_counter() - started_s
@@ -251,7 +255,9 @@ class Measurement:
         self.backend = loaded.attention_backend
         return loaded, method
 
-    def _row(self, loaded: "LoadedModel", method: "CacheMethod[Any]", *, prompt_kv_tokens: int, result: Any) -> FootprintRow:
+    def _row(
+        self, loaded: "LoadedModel", method: "CacheMethod[Any]", *, prompt_kv_tokens: int, result: Any
+    ) -> FootprintRow:
         columns = self.columns
         baseline_bytes, peak_bytes = columns["baseline_nvml_bytes"], columns["decode_peak_nvml_bytes"]
         known = baseline_bytes is not None and peak_bytes is not None
