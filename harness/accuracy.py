@@ -156,7 +156,8 @@ class Prompt:
             max_new_tokens=sample.max_new_tokens,
             stop_strings=sample.stop,
         )
-        nll, nll_reason = None, "not requested"
+        nll: float | None = None
+        nll_reason: str | None = "not requested"
         if config.answer_nll:
             target = " " + ", ".join(sample.targets)
             answer_ids = tuple(self.loaded.tokenizer(target, add_special_tokens=False)["input_ids"])

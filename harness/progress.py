@@ -159,6 +159,8 @@ class RichProgress(Progress):
         )
 
     def end_step(self, *, work_tokens: int) -> None:
+        step = self._bars.tasks[self._step_bar]
+        self._bars.update(self._step_bar, completed=step.total or 0)
         self._bars.advance(self._cell_bar)
         self._bars.advance(self._sweep, work_tokens)
 
