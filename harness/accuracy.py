@@ -1,7 +1,6 @@
 """The accuracy pass: one prefill per prompt, every method on it, a row as soon as it exists."""
 
 import gc
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -91,12 +90,11 @@ class Prompt:
         self.progress = progress
         split = split_index(plan.config, sample)
         self.context_ids, self.forced_ids = sample.ids[:split], sample.ids[split:]
-        self.prefill_s = 0.0
 
     def answer(self, methods: "Sequence[CacheMethod[Any]]", store: "RunStore") -> None:
         """Prefill once, decode under each method, append each row at once. A failure is a row too."""
         length_tokens = self.sample.length_tokens
-        reasons = {method.label: self.plan.unsupported(method.label, length_tokens) for method in methods}
+        reasons = {method.label: self._unsupported(method, length_tokens) for method in methods}
         for method in methods:
             why = reasons[method.label]
             if why is not None:
@@ -127,22 +125,23 @@ class Prompt:
                 release_memory()
             store.append_sample(row)
 
+    def _unsupported(self, method: "CacheMethod[Any]", length_tokens: int) -> str | None:
+        """Return why a method cannot run: the plan's reasons, or what only the loaded model shows."""
+        planned = self.plan.unsupported(method.label, length_tokens)
+        return planned or "; ".join(method.unsupported(self.loaded.shape, self.loaded.device)) or None
+
     def _prefill(self, methods: "Sequence[CacheMethod[Any]]") -> "PromptKV":
         from kvscope.harness.prefill import prefill
         from kvscope.methods.base import union_collectors
 
         config = self.plan.config
-        started_s = time.perf_counter()
-        prompt_kv = prefill(
+        return prefill(
             self.loaded,
             self.context_ids,
             collectors=union_collectors(methods, self.loaded.shape.layers),
             chunk_tokens=config.prefill_chunk_tokens,
             seed=config.seed,
         )
-        synchronize(self.loaded.device)
-        self.prefill_s = time.perf_counter() - started_s
-        return prompt_kv
 
     def _decode(self, method: "CacheMethod[Any]", prompt_kv: "PromptKV") -> "SampleRow":
         from kvscope.harness.decode import answer_nll, decode
@@ -167,7 +166,7 @@ class Prompt:
             sample,
             result,
             score=self.task.score(sample, result.text),
-            prefill_s=self.prefill_s,
+            prefill_s=prompt_kv.prefill_s,
             dense_kv_bytes=dense_kv_mean_bytes(
                 self.loaded.shape, n_tokens=len(self.context_ids), steps=len(result.step_s)
             ),
@@ -179,7 +178,7 @@ class Prompt:
         cell = cell_columns(
             method,
             shape=self.plan.facts.shape,
-            model=self.plan.config.model,
+            model=self.plan.facts.name,
             method_from=self.plan.config.method_from,
             length_tokens=self.sample.length_tokens,
             prompt_tokens=len(self.context_ids),
@@ -199,14 +198,6 @@ class Prompt:
 def split_index(config: RunConfig, sample: "Sample") -> int:
     """Return how many tokens are prefilled; the rest are fed under the method (at least one)."""
     return len(sample.ids) - 1 if config.method_from == "last_token" else sample.question_start
-
-
-def synchronize(device: Any) -> None:
-    """Wait for the GPU, so that a time is the time of the work; nothing on a CPU."""
-    import torch
-
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def release_memory() -> None:

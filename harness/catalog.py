@@ -168,7 +168,7 @@ def _task_text(entry: dict[str, Any]) -> str:
 
 
 def _model_text(name: str) -> str:
-    from kvscope.harness.models import describe_model
+    from kvscope.harness.facts import describe_model
 
     lines = [f"{name} (model)", f"  what       {_models()[name]}"]
     facts = describe_model(name)

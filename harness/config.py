@@ -134,9 +134,7 @@ class RunConfig(BaseModel):
         default="auto", description="auto is float32 on a CPU, bfloat16 on a GPU"
     )
     prefill_chunk_tokens: int = Field(default=2048, ge=1, description="tokens per prefill chunk")
-    page_tokens: int | None = Field(
-        default=None, ge=1, description="tokens per page of the KV store (default: by device)"
-    )
+    page_tokens: int = Field(default=64, ge=1, description="tokens per page of the KV store")
     out: str | None = Field(default=None, description="folder of the run")
 
     @field_validator("lengths_tokens", "footprint_lengths_tokens", mode="before")
@@ -170,8 +168,14 @@ class RunConfig(BaseModel):
         for key, what in (("methods", "method"), ("tasks", "task"), ("lengths_tokens", "length")):
             if not getattr(self, key):
                 raise UsageError(f"{key}: at least one {what} is needed.")
-        for key, kind in (("methods", "method"), ("tasks", "task")):
-            labels = [spec_label(spec, kind=kind) for spec in getattr(self, key)]
+        if self.prefill_chunk_tokens % self.page_tokens:
+            raise UsageError(
+                f"prefill_chunk_tokens is {self.prefill_chunk_tokens}, expected a multiple of page_tokens "
+                f"({self.page_tokens})."
+            )
+        # Rows name a task without its options, a method with them.
+        names = [split_spec(spec, kind="task")[0] for spec in self.tasks]
+        for key, labels in (("methods", list(self.method_labels)), ("tasks", names)):
             twice = sorted({label for label in labels if labels.count(label) > 1})
             if twice:
                 raise UsageError(f"{key}: {twice[0]!r} is given twice: keep one.")
@@ -186,12 +190,12 @@ class RunConfig(BaseModel):
 
     @property
     def method_labels(self) -> tuple[str, ...]:
-        """One unique text a method, as rows and reports name it."""
+        """One text a method, as asked for; rows use the method's own label, which leaves defaults out."""
         return tuple(spec_label(spec, kind="method") for spec in self.methods)
 
     @property
     def task_labels(self) -> tuple[str, ...]:
-        """One unique text a task, as rows and reports name it."""
+        """One text a task, options included."""
         return tuple(spec_label(spec, kind="task") for spec in self.tasks)
 
     def identity(self) -> dict[str, Any]:

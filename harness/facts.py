@@ -3,13 +3,11 @@
 ``plan`` needs no more, and ``run`` refuses a bad length in a second instead of after minutes of loading.
 """
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from kvscope.methods.base import ModelShape
+from kvscope.methods.shape import DEFAULT_PAGE_TOKENS, ModelShape
+from kvscope.results.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,24 +16,25 @@ class ModelFacts:
 
     Attributes:
         spec: the model as asked for.
+        name: what rows call it: ``reference``, a hub id, or a folder's name.
         device: where it will compute, ``auto`` resolved: ``cpu`` or ``cuda:N``.
         dtype: element type of weights and KV cache, ``auto`` resolved, e.g. ``float32``.
         weights_bytes: bytes of the weights in ``dtype``; None when the configuration does not tell.
-        max_length_tokens: longest context the model takes.
+        max_length_tokens: longest prompt plus answer.
+        intermediate_size: width of the MLP.
+        revision: hub commit, or a hash of a folder's files.
     """
 
     spec: str
+    name: str
     device: str
     dtype: str
-    shape: "ModelShape"
+    shape: ModelShape
     tokenizer: Any
     max_length_tokens: int
-    hidden_size: int
     intermediate_size: int
-    vocab_size: int
     weights_bytes: int | None
-    revision: str | None
-    attention_backend: str
+    revision: str
 
     def prefill_peak_bytes(self, n_tokens: int, *, chunk_tokens: int) -> int:
         """Estimate device bytes of a layer-major prefill besides weights.
@@ -44,24 +43,65 @@ class ModelFacts:
         queries, keys, values and output).
         """
         element_bytes = self.shape.element_bytes
-        hidden_bytes = n_tokens * self.hidden_size * element_bytes
+        hidden_bytes = n_tokens * self.shape.hidden_size * element_bytes
         layer_kv_bytes = self.shape.dense_kv_bytes(n_tokens) // max(1, len(self.shape.layers))
         chunk = min(chunk_tokens, n_tokens)
-        activation_bytes = chunk * (3 * self.intermediate_size + 6 * self.hidden_size) * element_bytes
+        activation_bytes = chunk * (3 * self.intermediate_size + 6 * self.shape.hidden_size) * element_bytes
         return hidden_bytes + layer_kv_bytes + activation_bytes
 
 
-def safetensors_elements(folder: Path) -> int | None:
-    """Return the number of weight elements in a folder's safetensors files, read from their headers alone."""
-    elements = 0
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            header_bytes = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(header_bytes))
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                count = 1
-                for size in tensor["shape"]:
-                    count *= size
-                elements += count
-    return elements or None
+def describe_model(
+    spec: str, *, device: str = "auto", dtype: str = "auto", page_tokens: int = DEFAULT_PAGE_TOKENS
+) -> ModelFacts:
+    """Describe a model from its configuration and tokenizer files, without loading weights.
+
+    Args: as :func:`kvscope.harness.models.load_model`.
+
+    Raises:
+        UsageError: no such model, an architecture that cannot be run, or a bad device or dtype.
+        EnvironmentProblem: the device asked for is not there.
+    """
+    from transformers import AutoTokenizer
+
+    from kvscope.harness.models import load_config, model_revision, resolve_device, resolve_dtype, resolve_model
+    from kvscope.harness.shapes import max_length_tokens, model_shape, text_config
+
+    where, name = resolve_model(spec)
+    config = load_config(spec)
+    target = resolve_device(device)
+    element_type = resolve_dtype(dtype, target)
+    shape = model_shape(config, element_bytes=element_type.itemsize, page_tokens=page_tokens)
+    text = text_config(config)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"The tokenizer of model {spec!r} cannot be loaded: {_first_line(error)}") from error
+    return ModelFacts(
+        spec=spec,
+        name=name,
+        device=str(target),
+        dtype=str(element_type).removeprefix("torch."),
+        shape=shape,
+        tokenizer=tokenizer,
+        max_length_tokens=max_length_tokens(config),
+        intermediate_size=int(getattr(text, "intermediate_size", None) or 4 * shape.hidden_size),
+        weights_bytes=weights_bytes(config, element_bytes=element_type.itemsize),
+        revision=model_revision(where, config),
+    )
+
+
+def weights_bytes(config: Any, *, element_bytes: int) -> int | None:
+    """Return the bytes of a model's weights, counted on a copy without storage; None when it cannot be built so."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    except (ValueError, RuntimeError, NotImplementedError, ImportError):
+        return None
+    return element_bytes * sum(parameter.numel() for parameter in model.parameters())
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -71,7 +71,7 @@ def make_job(
     cell = cell_columns(
         method,
         shape=facts.shape,
-        model=config.model,
+        model=facts.name,
         method_from=config.method_from,
         length_tokens=length_tokens,
         prompt_tokens=len(context_ids),

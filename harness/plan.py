@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tabulate import tabulate
 
 from kvscope.harness.config import RunConfig, format_length, split_spec
-from kvscope.harness.facts import ModelFacts
+from kvscope.harness.facts import ModelFacts, describe_model
 from kvscope.harness.memory import free_device_bytes
 from kvscope.results.errors import UsageError
 from kvscope.results.schema import PlannedCell
@@ -128,11 +128,11 @@ def make_plan(config: RunConfig) -> Plan:
         UsageError: an unknown method, task, model or option; a length too long for the model or too short
             for a task.
     """
-    from kvscope.harness.models import describe_model
     from kvscope.methods.registry import create_method, parse_method
     from kvscope.tasks.registry import create_task
 
     methods = tuple(create_method(parse_method(spec), paper_settings=config.paper_settings) for spec in config.methods)
+    check_unique([method.label for method in methods])
     tasks = []
     for spec in config.tasks:
         name, options = split_spec(spec, kind="task")
@@ -150,6 +150,17 @@ def make_plan(config: RunConfig) -> Plan:
         for length_tokens in lengths
     ]
     return Plan(config=config, facts=facts, methods=methods, tasks=tuple(tasks), cells=tuple(cells))
+
+
+def check_unique(labels: Sequence[str]) -> None:
+    """Refuse two methods that are the same once defaults are filled in: rows are told apart by the label.
+
+    Raises:
+        UsageError: naming the method.
+    """
+    for label in labels:
+        if labels.count(label) > 1:
+            raise UsageError(f"Method {label!r} is asked for twice (options equal to the defaults count): keep one.")
 
 
 def check_lengths(config: RunConfig, facts: ModelFacts, tasks: "Sequence[Task]") -> None:

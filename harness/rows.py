@@ -1,6 +1,5 @@
 """Rows from measurements: what every row of one (method, length) shares, and how a failure becomes a row."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from kvscope.results.schema import FootprintRow, SampleRow
@@ -12,11 +11,6 @@ if TYPE_CHECKING:
 
 FailureStatus = Literal["unsupported", "failed", "oom"]
 MAX_REASON_CHARACTERS = 600
-
-
-def model_name(spec: str) -> str:
-    """Return a model as rows name it: a folder's own name instead of its path."""
-    return Path(spec).resolve().name if Path(spec).is_dir() else spec
 
 
 def is_oom(error: BaseException) -> bool:
@@ -54,7 +48,7 @@ def cell_columns(
 ) -> dict[str, Any]:
     """Columns that sample rows and footprint rows of one (method, length) have in common."""
     return {
-        "model": model_name(model),
+        "model": model,
         "method": method.name,
         "method_label": method.label,
         "config": method.effective_config(prompt_tokens, shape),

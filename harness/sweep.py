@@ -12,7 +12,6 @@ from kvscope.harness.environment import capture_environment
 from kvscope.harness.footprint import footprint_pass
 from kvscope.harness.plan import Plan, make_plan
 from kvscope.harness.progress import Progress, make_progress
-from kvscope.harness.rows import model_name
 from kvscope.results.errors import UsageError
 from kvscope.results.schema import MethodInfo, RunInfo
 from kvscope.results.store import RunStore
@@ -89,46 +88,33 @@ def begin(plan: Plan, store: RunStore, progress: Progress) -> None:
 def run_info(plan: Plan) -> RunInfo:
     """Return what ``run.json`` says: the configuration, the plan, and where it runs."""
     config, facts = plan.config, plan.facts
-    environment = capture_environment(device=facts.device, attention_backend=facts.attention_backend)
+    environment = capture_environment(device=facts.device)
     # Resolved, so that `auto` on another machine does not continue this machine's rows.
-    identity = {**config.identity(), "device": facts.device, "dtype": facts.dtype}
+    identity = {
+        **config.identity(),
+        "methods": [method.label for method in plan.methods],
+        "device": facts.device,
+        "dtype": facts.dtype,
+        "model_revision": facts.revision,
+    }
     return RunInfo(
         kvscope_version=kvscope.__version__,
         started_utc=datetime.now(UTC).isoformat(timespec="seconds"),
         commit=environment["commit"],
         dirty=environment["dirty"],
-        model=model_name(config.model),
+        model=facts.name,
         model_revision=facts.revision,
         tasks=tuple(task.name for task in plan.tasks),
         lengths_tokens=config.lengths_tokens,
         samples=config.samples,
         footprint_lengths_tokens=config.footprint_cells_tokens,
-        methods=tuple(
-            MethodInfo(
-                label=method.label,
-                name=method.name,
-                options=options,
-                stays=method.stays,
-                saves=method.saves,
-                source=method.source,
-                saving_kind=method.saving_kind,
-                cost=method.cost,
-            )
-            for method, options in zip(plan.methods, method_options(config), strict=True)
-        ),
+        methods=tuple(MethodInfo(**method.describe()) for method in plan.methods),
         seed=config.seed,
         config=config.model_dump(mode="json", exclude={"out"}),
         identity=identity,
         environment=environment,
         plan=plan.cells,
     )
-
-
-def method_options(config: RunConfig) -> list[dict[str, Any]]:
-    """Return each method's options as asked for."""
-    from kvscope.methods.registry import parse_method
-
-    return [dict(parse_method(spec).options) for spec in config.methods]
 
 
 def failures(run: "Run") -> list[str]:

@@ -15,7 +15,6 @@ import os
 import statistics
 import sys
 import threading
-import time
 from typing import TYPE_CHECKING, Any, TextIO
 
 from pydantic import BaseModel, ConfigDict
@@ -68,7 +67,7 @@ class FootprintJob(BaseModel):
     device: str
     dtype: str
     prefill_chunk_tokens: int
-    page_tokens: int | None
+    page_tokens: int
     paper_settings: bool
 
 
@@ -84,10 +83,6 @@ class _Torch:
     @property
     def reason(self) -> str | None:
         return None if self._cuda else "torch keeps no memory counters on the CPU"
-
-    def synchronize(self) -> None:
-        if self._cuda:
-            self._cuda.synchronize(self._device)
 
     def free(self) -> None:
         gc.collect()
@@ -192,6 +187,9 @@ class Measurement:
         assert self._torch is not None
         self._enter("load")
         loaded, method = self._load()
+        reasons = method.unsupported(loaded.shape, loaded.device)
+        if reasons:
+            return self._failed("unsupported", "; ".join(reasons))
         context_ids, forced_ids = job.context_ids, job.forced_ids
         self.columns["weights_nvml_bytes"] = self._quiet_bytes()
         self.columns["weights_torch_bytes"] = self._torch.allocated_bytes()
@@ -210,7 +208,6 @@ class Measurement:
 
         self._enter("prefill")
         self._torch.reset()
-        started_s = time.perf_counter()
         with PeakSampler(self._read) as sampler:
             prompt_kv = prefill(
                 loaded,
@@ -219,8 +216,6 @@ class Measurement:
                 chunk_tokens=job.prefill_chunk_tokens,
                 seed=job.seed,
             )
-            self._torch.synchronize()
-            prefill_s = time.perf_counter() - started_s
         self.columns["prefill_peak_nvml_bytes"] = sampler.peak_bytes
         peaks_bytes = self._torch.peaks_bytes()
         self.columns["prefill_peak_torch_bytes"], self.columns["prefill_peak_torch_reserved_bytes"] = peaks_bytes
@@ -242,7 +237,7 @@ class Measurement:
         first_steps, later_s = len(forced_ids), timed.step_s[len(forced_ids) :]
         self.columns["tpot_s"] = statistics.median(later_s)
         self.columns["tpot_steps"] = len(later_s)
-        self.columns["ttft_s"] = prefill_s + sum(timed.step_s[:first_steps])
+        self.columns["ttft_s"] = prompt_kv.prefill_s + sum(timed.step_s[:first_steps])
         return self._row(loaded, method, prompt_kv_tokens=len(context_ids), result=result)
 
     def _load(self) -> "tuple[LoadedModel, CacheMethod[Any]]":
