@@ -159,8 +159,11 @@ class NeedleTask(Task):
             key = _draw(draws, self.spec.key_kind)
             while key in taken:
                 key = _draw(draws, self.spec.key_kind)
+            value = _draw(draws, self.spec.value_kind)
+            while value in taken:  # an answer that stands in the filler could be hit by luck
+                value = _draw(draws, self.spec.value_kind)
             taken.add(key)
-            return _needle(key, _draw(draws, self.spec.value_kind), self.spec.value_kind)
+            return _needle(key, value, self.spec.value_kind)
 
         return distractor
 
@@ -192,7 +195,7 @@ class NeedleTask(Task):
             head=self._head(),
             lines=lines,
             place=lambda count: [int(depth * (count + 1)) for depth in depths],
-            fillers=self._fillers(draws, set(keys)),
+            fillers=self._fillers(draws, {*keys, *values}),
             trim_words=(NOISE + " " + NOISE).split(" "),
             tail=tail,
             prompt_tokens=length_tokens - self.max_new_tokens,

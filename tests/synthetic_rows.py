@@ -107,7 +107,7 @@ class Machine:
 
 
 CPU = Machine("cpu", "float32", 6 * 2 * 4 * 64 * 4, 36 << 20, None, 6_000, 4e9, 0.009)
-H100 = Machine("cuda:0", "bfloat16", 131_072, 16_060_522_496, 80 << 30, 12_000, 2.2e12, 0.0085)
+H100 = Machine("cuda:0", "bfloat16", 131_072, 16_060_522_496, 78 << 30, 12_000, 2.2e12, 0.0085)
 
 
 def unit(*parts: object) -> float:

@@ -1,0 +1,60 @@
+"""Batches of training rows: batch ``step`` of a phase depends on the seed, the phase and the step alone."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from kvscope.harness.reference_model.curriculum import Phase, RowMaker
+from kvscope.tasks.draws import Draws
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one step.
+
+    Attributes:
+        ids_BT: token ids.
+        at_N: flat positions (row * T + column) whose next token is scored.
+        targets_N: those next tokens.
+    """
+
+    ids_BT: torch.Tensor
+    at_N: torch.Tensor
+    targets_N: torch.Tensor
+
+
+class PhaseData(Dataset[Batch]):
+    """All batches of one phase, by step."""
+
+    def __init__(self, maker: RowMaker, phase: Phase, *, seed: int, start_step: int = 0) -> None:
+        self.maker, self.phase, self.seed, self.start_step = maker, phase, seed, start_step
+
+    def __len__(self) -> int:
+        return self.phase.steps - self.start_step
+
+    def __getitem__(self, index: int) -> Batch:
+        step = self.start_step + index
+        phase = self.phase
+        ids = np.empty((phase.rows, phase.tokens), dtype=np.int64)
+        at: list[int] = []
+        for i in range(phase.rows):
+            row = self.maker.make(phase, Draws("train", self.seed, phase.name, step, i))
+            ids[i] = row.ids
+            at.extend(i * phase.tokens + position for position in row.answer_at)
+        at_N = np.asarray(at, dtype=np.int64)
+        targets = ids.reshape(-1)[at_N + 1]
+        return Batch(torch.from_numpy(ids), torch.from_numpy(at_N), torch.from_numpy(targets))
+
+
+def batches(data: PhaseData, *, workers: int) -> "DataLoader[Batch]":
+    """Return the batches in order, made by ``workers`` processes (0: in this one)."""
+    return DataLoader(
+        data,
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=6 if workers else None,
+        multiprocessing_context="fork" if workers else None,
+        pin_memory=torch.cuda.is_available(),
+    )

@@ -1,0 +1,121 @@
+"""Dense accuracy of a checkpoint through the text interface, in batches, with the stock ``generate``.
+
+This is the figure the model card quotes. It shares no code with kvscope's own engine, so it checks that, too.
+"""
+
+import argparse
+import json
+import multiprocessing
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kvscope.tasks.base import Sample
+from kvscope.tasks.registry import create_task
+
+NIAH = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "niah_multivalue", "niah_multiquery")
+_STATE: dict[str, Any] = {}
+
+
+def _build(job: tuple[str, int, int, int]) -> Sample:
+    task, length, sample, seed = job
+    if task not in _STATE:
+        _STATE[task] = create_task(task)
+    made: Sample = _STATE[task].build(_STATE["tokenizer"], length_tokens=length, sample=sample, seed=seed)
+    return made
+
+
+def prompts(tokenizer: Any, jobs: Sequence[tuple[str, int, int, int]], *, workers: int) -> Iterator[Sample]:
+    """Build samples in order, ahead of their use."""
+    _STATE["tokenizer"] = tokenizer
+    if workers == 0:
+        yield from map(_build, jobs)
+        return
+    with multiprocessing.get_context("fork").Pool(workers) as pool:
+        yield from pool.imap(_build, jobs, chunksize=2)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    *,
+    tasks: Sequence[str] = NIAH,
+    lengths_tokens: Sequence[int],
+    samples: int,
+    seed: int,
+    workers: int = 0,
+    batch_tokens: int = 262_144,
+    closed_book: bool = False,
+) -> list[dict[str, Any]]:
+    """Score every (task, length) cell; returns one row a cell with n, accuracy and seconds.
+
+    ``closed_book`` keeps the prompt's question and drops the haystack: accuracy must fall to chance.
+    """
+    cells = [(task, length) for task in tasks for length in lengths_tokens]
+    jobs = [(task, length, i, seed) for task, length in cells for i in range(samples)]
+    made = prompts(tokenizer, jobs, workers=workers)
+    rows: list[dict[str, Any]] = []
+    for task_name, length in cells:
+        start = time.perf_counter()
+        task, scores = create_task(task_name), list[float]()
+        size = max(1, min(samples, batch_tokens // length))
+        while len(scores) < samples:
+            batch = [next(made) for _ in range(min(size, samples - len(scores)))]
+            if closed_book:
+                texts = [tokenizer.decode(s.ids[s.question_start :]) for s in batch]
+            else:
+                texts = [s.text for s in batch]
+            inputs = tokenizer(texts, return_tensors="pt", padding=closed_book).to(model.device)
+            out = model.generate(
+                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], do_sample=False,
+                max_new_tokens=batch[0].max_new_tokens, pad_token_id=tokenizer.pad_token_id,
+            )  # fmt: skip
+            answers = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            scores += [task.score(s, a.split("\n")[0]) for s, a in zip(batch, answers, strict=True)]
+        rows.append(
+            {
+                "task": task_name,
+                "length_tokens": length,
+                "samples": samples,
+                "seed": seed,
+                "closed_book": closed_book,
+                "accuracy_percent": round(100 * sum(scores) / len(scores), 2),
+                "seconds": round(time.perf_counter() - start, 2),
+            }
+        )
+        sys.stdout.write(json.dumps(rows[-1]) + "\n")
+        sys.stdout.flush()
+    return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Evaluate a checkpoint folder and write the rows as JSON."""
+    parser = argparse.ArgumentParser(prog="kvscope.harness.reference_model.evaluate", description=__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--lengths", default="1024,4096,16384,32768")
+    parser.add_argument("--tasks", default=",".join(NIAH))
+    parser.add_argument("--samples", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--closed-book", action="store_true")
+    args = parser.parse_args(argv)
+    cuda = torch.cuda.is_available()
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16 if cuda else torch.float32)
+    model = model.to("cuda" if cuda else "cpu").eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    rows = evaluate(
+        model, tokenizer, tasks=args.tasks.split(","), lengths_tokens=[int(n) for n in args.lengths.split(",")],
+        samples=args.samples, seed=args.seed, workers=args.workers, closed_book=args.closed_book,
+    )  # fmt: skip
+    args.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""Training of the reference model: ``python -m kvscope.harness.reference_model.train --out DIR``.
+
+One phase after another; after each a checkpoint that the next run can start from (``--resume``). A phase has either a
+fixed number of steps or a time budget, from which the number of steps is set once, by timing, before its first update:
+the learning rate depends on the step alone, and the number is written to the log so that the run can be repeated.
+"""
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from transformers import PreTrainedTokenizerFast, SmolLM3ForCausalLM
+
+from kvscope.harness.reference_model.architecture import build_model, reference_config
+from kvscope.harness.reference_model.curriculum import Phase, RowMaker
+from kvscope.harness.reference_model.data import Batch, PhaseData, batches
+from kvscope.harness.reference_model.pieces import Pieces
+from kvscope.harness.reference_model.tokenizer import save_tokenizer, write_tokenizer
+
+WARMUP_STEPS = 200
+STATE_FILE = "training_state.json"
+# Shards stay small so that each can be moved on its own.
+SHARD_BYTES = "15MB"
+
+PHASES = (
+    Phase(name="p0-128", tokens=128, rows=256, steps=1500, lr=(1.5e-3, 1.5e-3), copy_share=0.3, recall_share=0.4, questions=4),
+    Phase(name="p1-256", tokens=256, rows=192, steps=2000, lr=(1.5e-3, 1.5e-3), copy_share=0.15, recall_share=0.1, questions=6),
+    Phase(name="p2-512", tokens=512, rows=96, steps=2000, lr=(1.5e-3, 1.2e-3), copy_share=0.05, questions=10),
+    Phase(name="p3-2k", tokens=2048, rows=32, steps=1200, lr=(1.2e-3, 8e-4), questions=24),
+    Phase(name="p4-8k", tokens=8192, rows=12, steps=600, lr=(8e-4, 4e-4), questions=48),
+    Phase(name="p5-32k", tokens=32_768, rows=4, steps=250, lr=(4e-4, 2e-5), questions=64),
+)  # fmt: skip
+
+
+class Trainer:
+    """Holds model, optimizer and log of one training run."""
+
+    def __init__(self, model: SmolLM3ForCausalLM, *, device: torch.device, out: Path, compile_layers: bool) -> None:
+        self.model, self.device, self.out = model.to(device).train(), device, out
+        decay = [p for p in model.parameters() if p.dim() >= 2]
+        plain = [p for p in model.parameters() if p.dim() < 2]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decay, "weight_decay": 0.02}, {"params": plain, "weight_decay": 0.0}],
+            lr=0.0,
+            betas=(0.9, 0.95),
+            fused=device.type == "cuda",
+        )
+        if compile_layers:
+            torch._dynamo.config.cache_size_limit = 128
+            for layer in model.model.layers:
+                layer.compile(dynamic=False)
+        self.step = 0
+        self.history: list[dict[str, Any]] = []
+        self._log_file = (out / "train_log.jsonl").open("a", encoding="utf-8")
+
+    def log(self, **fields: Any) -> None:
+        """Write one line to the log file and to standard output."""
+        line = json.dumps(fields)
+        self._log_file.write(line + "\n")
+        self._log_file.flush()
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+
+    def _loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean cross entropy over the scored tokens, and the share of them predicted right."""
+        base = self.model.model
+        ids_BT = batch.ids_BT.to(self.device, non_blocking=True)
+        at_N = batch.at_N.to(self.device, non_blocking=True)
+        targets_N = batch.targets_N.to(self.device, non_blocking=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            x_BTM = base.embed_tokens(ids_BT)
+            position_ids = torch.arange(ids_BT.shape[1], device=self.device)[None]
+            rotary = base.rotary_emb(x_BTM, position_ids)
+            for layer in base.layers:
+                out = layer(x_BTM, attention_mask=None, position_embeddings=rotary)
+                x_BTM = out[0] if isinstance(out, tuple) else out
+            x_NM = base.norm(x_BTM.flatten(0, 1)[at_N])
+            logits_NV = self.model.lm_head(x_NM).float()
+        loss = F.cross_entropy(logits_NV, targets_N)
+        return loss, (logits_NV.detach().argmax(-1) == targets_N).float().mean()
+
+    def seconds_per_step(self, batch: Batch, *, tries: int = 12) -> float:
+        """Time forward and backward without an update (compilation happens here, too)."""
+        for i in range(tries + 3):
+            if i == 3:
+                self._sync()
+                start = time.perf_counter()
+            self._loss(batch)[0].backward()  # type: ignore[no-untyped-call]
+            self.optimizer.zero_grad(set_to_none=True)
+        self._sync()
+        return (time.perf_counter() - start) / tries
+
+    def _sync(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def run_phase(self, phase: Phase, source: Iterator[Batch], *, deadline: float | None) -> int:
+        """Train one phase; returns the steps done (fewer than planned only past the deadline)."""
+        start, done, seen = time.perf_counter(), 0, (0.0, 0.0)
+        for i, batch in enumerate(source):
+            lr = phase.lr[0] + (phase.lr[1] - phase.lr[0]) * i / max(1, phase.steps - 1)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr * min(1.0, (self.step + 1) / WARMUP_STEPS)
+            loss, right = self._loss(batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.step += 1
+            done += 1
+            if done % max(1, phase.steps // 8) == 0 or done == phase.steps:
+                seen = (loss.item(), right.item())
+                took = time.perf_counter() - start
+                self.log(
+                    phase=phase.name, phase_step=done, step=self.step, loss=round(seen[0], 4),
+                    token_accuracy=round(seen[1], 4), grad_norm=round(norm.item(), 3), lr=round(lr, 7), phase_s=round(took, 1),
+                    tokens_per_s=round(done * phase.tokens * phase.rows / took),
+                )  # fmt: skip
+            if deadline is not None and time.perf_counter() > deadline:
+                break
+        self.history.append({**asdict(phase), "steps_done": done, "loss": seen[0], "token_accuracy": seen[1],
+                             "seconds": round(time.perf_counter() - start, 1)})  # fmt: skip
+        return done
+
+    def save(self, tokenizer: PreTrainedTokenizerFast, **state: Any) -> None:
+        """Write a released-form checkpoint (bf16 shards, tokenizer) with the training state beside it."""
+        weights = {name: value.detach().to(torch.bfloat16) for name, value in self.model.state_dict().items()}
+        shell = SmolLM3ForCausalLM._from_config(self.model.config, dtype=torch.bfloat16)
+        shell.load_state_dict({name.replace("_orig_mod.", ""): value for name, value in weights.items()})
+        shell.save_pretrained(self.out, max_shard_size=SHARD_BYTES)
+        write_tokenizer(tokenizer, self.out)
+        state |= {"step": self.step, "phases": self.history}
+        (self.out / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a repeat of the run must match."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+def train(
+    *,
+    out: Path,
+    phases: tuple[Phase, ...] = PHASES,
+    resume: Path | None = None,
+    seconds: tuple[float, ...] | None = None,
+    seed: int = 0,
+    workers: int = 0,
+    max_seconds: float | None = None,
+    layers: int = 8,
+    hidden: int = 384,
+    after_phase: Callable[[SmolLM3ForCausalLM, PreTrainedTokenizerFast, Phase], dict[str, Any]] | None = None,
+) -> Trainer:
+    """Train the phases in order and write a checkpoint into ``out`` after each.
+
+    Args:
+        resume: a checkpoint folder to start from (weights; the optimizer starts afresh with a warm-up).
+        seconds: time budget of each phase, instead of its steps.
+        max_seconds: stop at this age of the run, with a checkpoint.
+        after_phase: called with model and tokenizer; what it returns is logged.
+    """
+    began = time.perf_counter()
+    out.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_float32_matmul_precision("high")
+    model = build_model(reference_config(layers=layers, hidden=hidden), seed=seed)
+    if resume is not None:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(resume)
+        loaded = SmolLM3ForCausalLM.from_pretrained(resume, dtype=torch.float32)
+        model.load_state_dict(loaded.state_dict())
+    elif (out / "tokenizer.json").exists():
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
+    else:
+        tokenizer = save_tokenizer(out, seed=seed)
+    maker = RowMaker(Pieces(tokenizer))
+    trainer = Trainer(model, device=device, out=out, compile_layers=device.type == "cuda")
+    if resume is not None:
+        trainer.history = json.loads((resume / STATE_FILE).read_text(encoding="utf-8"))["phases"]
+    trainer.log(versions=versions(), seed=seed, parameters=sum(p.numel() for p in model.parameters()))
+    for i, phase in enumerate(phases):
+        if seconds is not None:
+            one = PhaseData(maker, replace(phase, steps=1), seed=-1 - seed)[0]
+            per_step = trainer.seconds_per_step(one)
+            phase = replace(phase, steps=max(1, int(seconds[i] / (1.06 * per_step))))
+            trainer.log(phase=phase.name, s_per_step=round(per_step, 4), steps=phase.steps)
+        source = iter(batches(PhaseData(maker, phase, seed=seed), workers=workers))
+        deadline = None if max_seconds is None else began + max_seconds
+        trainer.run_phase(phase, source, deadline=deadline)
+        del source
+        trainer.save(tokenizer, seed=seed, versions=versions(), seconds=round(time.perf_counter() - began, 1))
+        if after_phase is not None:
+            trainer.log(phase=phase.name, **after_phase(model, tokenizer, phase))
+        if deadline is not None and time.perf_counter() > deadline:
+            trainer.log(stopped="max_seconds", phase=phase.name)
+            break
+    return trainer
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="kvscope.harness.reference_model.train", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--resume", type=Path, help="checkpoint folder to start from")
+    parser.add_argument("--phases", help="comma-separated names, default all: " + ",".join(p.name for p in PHASES))
+    parser.add_argument("--steps", help="comma-separated steps of these phases (to repeat a logged run)")
+    parser.add_argument("--seconds", help="comma-separated time budgets of these phases")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--max-seconds", type=float)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line of the training run."""
+    args = _parse(argv)
+    names = args.phases.split(",") if args.phases else [p.name for p in PHASES]
+    known = {p.name: p for p in PHASES}
+    phases = tuple(known[name] for name in names)
+    if args.steps:
+        phases = tuple(replace(p, steps=int(n)) for p, n in zip(phases, args.steps.split(","), strict=True))
+    seconds = tuple(float(s) for s in args.seconds.split(",")) if args.seconds else None
+    train(out=args.out, phases=phases, resume=args.resume, seconds=seconds, seed=args.seed, workers=args.workers,
+          max_seconds=args.max_seconds)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
