@@ -10,7 +10,6 @@ from kvscope.harness.progress import Progress
 from kvscope.harness.rows import (
     FailureStatus,
     cell_columns,
-    dense_kv_mean_bytes,
     failed_sample_row,
     failure,
     sample_row,
@@ -167,8 +166,9 @@ class Prompt:
             result,
             score=self.task.score(sample, result.text),
             prefill_s=prompt_kv.prefill_s,
-            dense_kv_bytes=dense_kv_mean_bytes(
-                self.loaded.shape, n_tokens=len(self.context_ids), steps=len(result.step_s)
+            # Room for every step is reserved at opening, whether or not the answer ends early.
+            dense_kv_bytes=self.loaded.shape.dense_kv_bytes(
+                len(self.context_ids), len(self.forced_ids) + sample.max_new_tokens - 1
             ),
             answer_nll=nll,
             answer_nll_reason=nll_reason,

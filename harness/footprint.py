@@ -80,9 +80,9 @@ def make_job(
     )
     if plan.unsupported(method.label, length_tokens) is None:
         predicted = method.predict(facts.shape, len(context_ids), len(forced_ids) + config.footprint_decode_tokens - 1)
-        cell["predicted_kv_bytes"] = round(predicted.kv_bytes)
-        cell["predicted_metadata_bytes"] = round(predicted.metadata_bytes)
-        cell["predicted_host_bytes"] = round(predicted.host_bytes)
+        cell["predicted_kv_bytes"] = predicted.kv_bytes
+        cell["predicted_metadata_bytes"] = predicted.metadata_bytes
+        cell["predicted_host_bytes"] = predicted.host_bytes
     spec = plan.config.methods[plan.methods.index(method)]
     return FootprintJob(
         cell=cell,

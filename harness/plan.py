@@ -211,7 +211,8 @@ def plan_cell(
             method_label=method.label, length_tokens=length_tokens, forecast="unsupported", reason="; ".join(reasons)
         )
     decode_tokens = min(config.footprint_decode_tokens, length_tokens - 1)
-    predicted = method.predict(facts.shape, length_tokens - decode_tokens, decode_tokens)
+    # As the footprint pass will find it: all tokens but the last prefilled, that one the first of the steps.
+    predicted = method.predict(facts.shape, length_tokens - decode_tokens - 1, decode_tokens)
     needed_bytes = _needed_bytes(
         predicted.kv_bytes + predicted.metadata_bytes, length_tokens, config=config, facts=facts
     )
@@ -224,15 +225,15 @@ def plan_cell(
     return PlannedCell(
         method_label=method.label,
         length_tokens=length_tokens,
-        predicted_kv_bytes=round(predicted.kv_bytes),
-        predicted_metadata_bytes=round(predicted.metadata_bytes),
-        predicted_host_bytes=round(predicted.host_bytes),
+        predicted_kv_bytes=predicted.kv_bytes,
+        predicted_metadata_bytes=predicted.metadata_bytes,
+        predicted_host_bytes=predicted.host_bytes,
         forecast=forecast,  # type: ignore[arg-type]  # one of the literals above
         reason=reason,
     )
 
 
-def _needed_bytes(cache_bytes: float, length_tokens: int, *, config: RunConfig, facts: ModelFacts) -> int | None:
+def _needed_bytes(cache_bytes: int, length_tokens: int, *, config: RunConfig, facts: ModelFacts) -> int | None:
     """Estimate the peak of a cell in the memory that its device computes in."""
     if facts.weights_bytes is None:
         return None

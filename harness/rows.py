@@ -66,23 +66,14 @@ def cell_columns(
 def ledger_columns(footprint: "Footprint", *, dense_kv_bytes: int, bytes_recalled: int) -> dict[str, Any]:
     """The ledger of live cache tensors, as both kinds of row hold it."""
     return {
-        "resident_kv_bytes": round(footprint.kv_bytes),
-        "metadata_bytes": round(footprint.metadata_bytes),
-        "host_kv_bytes": round(footprint.host_bytes),
+        "resident_kv_bytes": footprint.kv_bytes,
+        "metadata_bytes": footprint.metadata_bytes,
+        "host_kv_bytes": footprint.host_bytes,
         "dense_kv_bytes": dense_kv_bytes,
-        "bytes_read_per_step": round(footprint.bytes_read_per_step),
-        "attention_flops_per_step": round(footprint.attention_flops_per_step),
+        "bytes_read_per_step": footprint.bytes_read_per_step,
+        "attention_flops_per_step": footprint.attention_flops_per_step,
         "bytes_recalled": bytes_recalled,
     }
-
-
-def dense_kv_mean_bytes(shape: "ModelShape", *, n_tokens: int, steps: int) -> int:
-    """Return what ``dense`` holds after a prompt of ``n_tokens``, as a mean over ``steps`` decode steps.
-
-    The same mean as ``resident_kv_bytes`` is, so that dense divided by dense is one.
-    """
-    steps = max(1, steps)
-    return round(sum(shape.dense_kv_bytes(n_tokens, step + 1) for step in range(steps)) / steps)
 
 
 def prompt_columns(sample: "Sample") -> dict[str, Any]:

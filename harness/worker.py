@@ -29,7 +29,6 @@ from kvscope.harness.memory import (
 )
 from kvscope.harness.rows import (
     FailureStatus,
-    dense_kv_mean_bytes,
     failed_footprint_row,
     failure,
     ledger_columns,
@@ -237,7 +236,7 @@ class Measurement:
         first_steps, later_s = len(forced_ids), timed.step_s[len(forced_ids) :]
         self.columns["tpot_s"] = statistics.median(later_s)
         self.columns["tpot_steps"] = len(later_s)
-        self.columns["ttft_s"] = prompt_kv.prefill_s + sum(timed.step_s[:first_steps])
+        self.columns["ttft_s"] = prompt_kv.prefill_s + timed.open_s + sum(timed.step_s[:first_steps])
         return self._row(loaded, method, prompt_kv_tokens=len(context_ids), result=result)
 
     def _load(self) -> "tuple[LoadedModel, CacheMethod[Any]]":
@@ -257,7 +256,7 @@ class Measurement:
         baseline_bytes, peak_bytes = columns["baseline_nvml_bytes"], columns["decode_peak_nvml_bytes"]
         known = baseline_bytes is not None and peak_bytes is not None
         steps = len(result.step_s)
-        dense_kv_bytes = dense_kv_mean_bytes(loaded.shape, n_tokens=prompt_kv_tokens, steps=steps)
+        dense_kv_bytes = loaded.shape.dense_kv_bytes(prompt_kv_tokens, steps)
         ledger = ledger_columns(
             result.footprint_mean, dense_kv_bytes=dense_kv_bytes, bytes_recalled=result.bytes_recalled
         )
@@ -274,8 +273,8 @@ class Measurement:
             host_rss_peak_bytes=self._host_peak_bytes(),
             verdict=verdict(
                 saving_kind=method.saving_kind,
-                dense_kv_bytes=loaded.shape.dense_kv_bytes(prompt_kv_tokens, steps),
-                ledger_bytes=round(last.kv_bytes + last.metadata_bytes),
+                dense_kv_bytes=dense_kv_bytes,
+                ledger_bytes=last.kv_bytes + last.metadata_bytes,
                 baseline_nvml_bytes=baseline_bytes,
                 decode_peak_nvml_bytes=peak_bytes,
             ),
