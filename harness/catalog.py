@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import re
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
 from kvscope.results.errors import UsageError, did_you_mean
@@ -110,9 +111,10 @@ def documented(thing: Any) -> dict[str, str]:
 
 def task_entry(name: str) -> dict[str, Any]:
     """Return a task's words as plain values; no data file is needed for it."""
-    from kvscope.tasks.registry import DESCRIPTIONS, task_class, task_options
+    from kvscope.tasks.registry import DESCRIPTIONS, TASKS, task_options
 
-    cls = task_class(name)
+    module, _, attribute = TASKS[name].partition(":")
+    cls = getattr(import_module(module), attribute)
     meanings = documented(cls)
     return {
         "name": name,

@@ -116,7 +116,11 @@ def check_triton() -> Check:
 
 def check_reference_model() -> Check:
     """The embedded model's weights and tokenizer are in the package."""
-    folder = Path(__file__).resolve().parent / "reference_model"
+    try:
+        from kvscope.harness.models import REFERENCE_MODEL_FOLDER
+    except ImportError as error:
+        return Check(name="reference model", status="fail", finding=f"the model loader does not import: {error}")
+    folder = REFERENCE_MODEL_FOLDER
     missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
     weights_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if missing or not weights_bytes:

@@ -4,10 +4,13 @@
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvscope.methods.shape import DEFAULT_PAGE_TOKENS, ModelShape
 from kvscope.results.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +71,7 @@ def describe_model(
 
     where, name = resolve_model(spec)
     config = load_config(spec)
-    target = resolve_device(device)
+    target = indexed(resolve_device(device))
     element_type = resolve_dtype(dtype, target)
     shape = model_shape(config, element_bytes=element_type.itemsize, page_tokens=page_tokens)
     text = text_config(config)
@@ -90,6 +93,15 @@ def describe_model(
     )
 
 
+def indexed(device: "torch.device") -> "torch.device":
+    """Return ``cuda`` as ``cuda:N``: rows and the worker name one GPU."""
+    import torch
+
+    if device.type != "cuda" or ":" in str(device):
+        return device
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 def weights_bytes(config: Any, *, element_bytes: int) -> int | None:
     """Return the bytes of a model's weights, counted on a copy without storage; None when it cannot be built so."""
     import torch
@@ -100,7 +112,7 @@ def weights_bytes(config: Any, *, element_bytes: int) -> int | None:
             model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     except (ValueError, RuntimeError, NotImplementedError, ImportError):
         return None
-    return element_bytes * sum(parameter.numel() for parameter in model.parameters())
+    return element_bytes * sum(int(parameter.numel()) for parameter in model.parameters())
 
 
 def _first_line(error: Exception) -> str:

@@ -15,7 +15,7 @@ from kvscope.harness.shapes import max_length_tokens, model_shape
 from kvscope.methods.shape import DEFAULT_PAGE_TOKENS, ModelShape
 from kvscope.results.errors import EnvironmentProblem, UsageError, did_you_mean
 
-REFERENCE_MODEL_FOLDER = Path(__file__).parent / "reference_model"
+REFERENCE_MODEL_FOLDER = Path(__file__).parent / "reference_model" / "weights"
 
 _KNOWN = {
     "reference": "the embedded reference model: 14M parameters, trained on this project's own tasks; needs no network",
@@ -89,8 +89,8 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where, name = resolve_model(spec)
-    target = _device(device)
-    target_dtype = _dtype(dtype, target)
+    target = resolve_device(device)
+    target_dtype = resolve_dtype(dtype, target)
     config = load_config(spec)
     # Before the weights: a refusal should not cost a download.
     model_shape(config, element_bytes=target_dtype.itemsize, page_tokens=page_tokens)
@@ -107,7 +107,7 @@ def load_model(
         spec=spec,
         name=name,
         page_tokens=page_tokens,
-        revision=_revision(where, config),
+        revision=model_revision(where, config),
     )
 
 
@@ -163,7 +163,7 @@ def resolve_model(spec: str) -> tuple[str, str]:
     if spec == "reference":
         if not (REFERENCE_MODEL_FOLDER / "config.json").is_file():
             raise UsageError(
-                "The reference model is missing from this installation (no config.json in harness/reference_model); "
+                "The reference model is missing from this installation (no config.json in harness/reference_model/weights); "
                 "reinstall kvscope, or pass --model with a folder or a Hugging Face id."
             )
         return str(REFERENCE_MODEL_FOLDER), spec
@@ -210,7 +210,8 @@ def _cannot_load(spec: str, error: Exception) -> str:
     )
 
 
-def _device(device: str) -> torch.device:
+def resolve_device(device: str) -> torch.device:
+    """Return the device that ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>`` means here."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, index = device.partition(":")
@@ -223,7 +224,8 @@ def _device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def _dtype(dtype: str, device: torch.device) -> torch.dtype:
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Return the element type that a name, or ``auto`` on a device, means."""
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if dtype not in _DTYPES:
@@ -240,7 +242,8 @@ def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     return frozenset(found)
 
 
-def _revision(where: str, config: Any) -> str:
+def model_revision(where: str, config: Any) -> str:
+    """Return the hub commit of a model, or for a folder a hash of its config and of its weights' names and sizes."""
     folder = Path(where)
     if not folder.is_dir():
         return str(getattr(config, "_commit_hash", None) or "unknown")
