@@ -53,16 +53,27 @@ def accuracy_pass(plan: Plan, store: "RunStore", progress: Progress) -> None:
                     plan.facts.tokenizer, length_tokens=length_tokens, sample=index, seed=plan.config.seed
                 )
                 Prompt(plan, loaded, task, sample, progress).answer(methods, store)
-                progress.end_step(work_tokens=length_tokens)
+                progress.end_step(work_tokens=plan.prompt_work_tokens(length_tokens, methods=len(methods)))
             progress.end_cell(cell_summary(plan, store, task.name, length_tokens))
 
 
 def load(plan: Plan) -> "LoadedModel":
     """Load the planned model's weights."""
+    from transformers.utils import logging
+
     from kvscope.harness.models import load_model
 
     config = plan.config
-    return load_model(config.model, device=plan.facts.device, dtype=plan.facts.dtype, page_tokens=config.page_tokens)
+    # transformers' own bar would tear ours.
+    had_bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return load_model(
+            config.model, device=plan.facts.device, dtype=plan.facts.dtype, page_tokens=config.page_tokens
+        )
+    finally:
+        if had_bar:
+            logging.enable_progress_bar()
 
 
 def cell_summary(plan: Plan, store: "RunStore", task_name: str, length_tokens: int) -> str:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import kvscope
+from kvscope.harness.config import format_length
 from kvscope.harness.plan import Plan
-from kvscope.harness.progress import Progress
+from kvscope.harness.progress import Progress, format_bytes
 from kvscope.harness.rows import FailureStatus, cell_columns, failed_footprint_row
 from kvscope.harness.worker import FootprintJob
 from kvscope.results.schema import FootprintRow
@@ -36,7 +37,7 @@ def footprint_pass(plan: Plan, store: "RunStore", progress: Progress) -> None:
             continue
         context_ids, forced_ids = footprint_prompt(plan, length_tokens)
         for method in pending:
-            progress.begin_cell(f"footprint {method.label} {length_tokens}", steps=1)
+            progress.begin_cell(f"footprint {method.label} {format_length(length_tokens)}", steps=1)
             progress.begin_step("fresh process", parts=len(PHASES))
             job = make_job(plan, method, length_tokens, context_ids=context_ids, forced_ids=forced_ids)
             why = plan.unsupported(method.label, length_tokens)
@@ -45,7 +46,7 @@ def footprint_pass(plan: Plan, store: "RunStore", progress: Progress) -> None:
             else:
                 row = run_worker(job, timeout_s=plan.config.footprint_timeout_s, on_phase=progress.part)
             store.append_footprint(row)
-            progress.end_step(work_tokens=length_tokens)
+            progress.end_step(work_tokens=plan.footprint_work_tokens(length_tokens))
             progress.end_cell(summary(row))
 
 
@@ -232,5 +233,5 @@ def summary(row: FootprintRow) -> str:
         return f"{row.status}: {row.reason}"
     kept_bytes = (row.resident_kv_bytes or 0) + (row.metadata_bytes or 0)
     share = kept_bytes / row.dense_kv_bytes if row.dense_kv_bytes else 1.0
-    text = f"{kept_bytes / 1024**2:.1f} MiB on the device, {share:.1%} of dense"
+    text = f"{format_bytes(kept_bytes)} on the device, {share:.1%} of dense"
     return f"{text}, {(row.tpot_s or 0) * 1e3:.2f} ms a token, {row.verdict}"

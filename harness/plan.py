@@ -14,6 +14,7 @@ from tabulate import tabulate
 from kvscope.harness.config import RunConfig, format_length, split_spec
 from kvscope.harness.facts import ModelFacts, describe_model
 from kvscope.harness.memory import free_device_bytes
+from kvscope.harness.progress import format_bytes
 from kvscope.results.errors import UsageError
 from kvscope.results.schema import PlannedCell
 
@@ -21,9 +22,10 @@ if TYPE_CHECKING:
     from kvscope.methods.base import CacheMethod
     from kvscope.tasks.base import Task
 
-GIB = 1024**3
 #: What a CUDA context takes (620 MiB on an H100) and a little room for workspaces.
 CONTEXT_BYTES = 768 * 1024**2
+DECODE_WORK_TOKENS = 256
+PROCESS_WORK_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,14 @@ class Plan:
             if self.unsupported(method.label, length_tokens) is None
         )
 
+    def prompt_work_tokens(self, length_tokens: int, *, methods: int) -> int:
+        """Return what a prompt costs in units of one prefilled token, roughly: for the ETA, which corrects itself."""
+        return length_tokens + methods * DECODE_WORK_TOKENS
+
+    def footprint_work_tokens(self, length_tokens: int) -> int:
+        """Return what a footprint cell costs in the same units: a process, a model load, a prefill, three decodes."""
+        return length_tokens + PROCESS_WORK_TOKENS
+
     @property
     def warnings(self) -> list[str]:
         """What the user may not expect, one sentence each."""
@@ -88,8 +98,9 @@ class Plan:
         header = ["method", *(format_length(n) for n in lengths)]
         kv = [[m.label, *(_kv_text(self.cell(m.label, n)) for n in lengths)] for m in self.methods]
         host = [[m.label, *(_mib(self.cell(m.label, n).predicted_host_bytes) for n in lengths)] for m in self.methods]
+        weights = "unknown size" if facts.weights_bytes is None else format_bytes(facts.weights_bytes)
         parts = [
-            f"model    {config.model}: {facts.dtype} on {facts.device}, {_size(facts.weights_bytes)} of weights, "
+            f"model    {config.model}: {facts.dtype} on {facts.device}, {weights} of weights, "
             f"{facts.shape.kv_bytes_per_token:,} B of KV a token, at most {facts.max_length_tokens:,} tokens",
             f"tasks    {', '.join(task.name for task in self.tasks)}",
             f"lengths  {_lengths(config.lengths_tokens)}, {config.samples} samples each, seed {config.seed}",
@@ -221,7 +232,7 @@ def plan_cell(
         forecast = "fits"
         if needed_bytes > free_bytes:
             forecast = "oom"
-            reason = f"needs about {needed_bytes / GIB:.1f} GiB of {where}, {free_bytes / GIB:.1f} GiB is free"
+            reason = f"needs about {format_bytes(needed_bytes)} of {where}, {format_bytes(free_bytes)} is free"
     return PlannedCell(
         method_label=method.label,
         length_tokens=length_tokens,
@@ -258,12 +269,6 @@ def _kv_text(cell: PlannedCell) -> str:
         return "unsupported"
     text = _mib(cell.predicted_kv_bytes + (cell.predicted_metadata_bytes or 0))
     return f"{text} OOM" if cell.forecast == "oom" else text
-
-
-def _size(value_bytes: int | None) -> str:
-    if value_bytes is None:
-        return "unknown size"
-    return f"{value_bytes / GIB:.1f} GiB" if value_bytes >= GIB else f"{value_bytes / 1024**2:.1f} MiB"
 
 
 def _lengths(lengths_tokens: Sequence[int]) -> str:

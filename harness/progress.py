@@ -22,6 +22,17 @@ def format_seconds(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def format_bytes(value_bytes: float) -> str:
+    """Return ``512 B``, ``48.0 KiB``, ``1.5 MiB`` or ``12.3 GiB``."""
+    if value_bytes < 1024:
+        return f"{value_bytes:.0f} B"
+    for unit in ("KiB", "MiB"):
+        value_bytes /= 1024
+        if value_bytes < 1024:
+            return f"{value_bytes:.1f} {unit}"
+    return f"{value_bytes / 1024:.1f} GiB"
+
+
 class Progress:
     """The silent progress, and the interface of the other two. Use as a context manager."""
 

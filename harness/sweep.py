@@ -68,13 +68,14 @@ def begin(plan: Plan, store: RunStore, progress: Progress) -> None:
             pending = pending_samples(plan, store, task, length_tokens)
             cells += bool(pending)
             prompts += len(pending)
-            work_tokens += len(pending) * length_tokens
+            work_tokens += sum(plan.prompt_work_tokens(length_tokens, methods=len(methods)) for _, methods in pending)
     footprints = [
         length_tokens
         for length_tokens in plan.config.footprint_cells_tokens
         for method in plan.methods
         if not store.has_footprint((method.label, length_tokens))
     ]
+    work_tokens += sum(map(plan.footprint_work_tokens, footprints))
     done = len(store.samples()) + len(store.footprints())
     if done and (prompts or footprints):
         progress.note(
@@ -82,7 +83,7 @@ def begin(plan: Plan, store: RunStore, progress: Progress) -> None:
         )
     elif done:
         progress.note(f"All {done} rows are there already: nothing left to measure.")
-    progress.begin(cells=cells + len(footprints), work_tokens=work_tokens + sum(footprints))
+    progress.begin(cells=cells + len(footprints), work_tokens=work_tokens)
 
 
 def run_info(plan: Plan) -> RunInfo:

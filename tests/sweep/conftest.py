@@ -1,67 +1,11 @@
-"""A tiny random Llama saved to disk, with the reference model's tokenizer: the real engine at a price tests can pay."""
-
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+"""The tiny model, for every test of the sweep."""
 
 import pytest
-import torch
+from tiny import one_thread, small, tiny_model
 
-from kvscope.harness.config import RunConfig, make_config
-from kvscope.harness.models import REFERENCE_MODEL_FOLDER
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Return a folder with a 2-layer Llama of 8 KB of KV a page, 4,096 tokens of context."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tokenizer = AutoTokenizer.from_pretrained(str(REFERENCE_MODEL_FOLDER))
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture
-def small(tiny_model: str, tmp_path: Path) -> Any:
-    """Return a maker of small configurations over the tiny model; keys given win."""
-
-    def make(**values: Any) -> RunConfig:
-        defaults = {
-            "model": tiny_model,
-            "methods": ["dense", "recency:recency_tokens=128"],
-            "tasks": ["niah_single_1"],
-            "lengths_tokens": [512],
-            "samples": 2,
-            "max_new_tokens": 4,
-            "footprint": False,
-            "device": "cpu",
-            "out": str(tmp_path / "run"),
-        }
-        return make_config({**defaults, **values})
-
-    return make
+__all__ = ["one_thread", "small", "tiny_model"]
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small work is fastest on one thread, and tests share the machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_thread(one_thread: None) -> None:
+    """Every test here runs on one thread."""
