@@ -136,6 +136,9 @@ def run_worker(
         timer.start()
         try:
             row, phase = _converse(process, job, on_phase)
+        except BaseException:
+            process.kill()
+            raise
         finally:
             timer.cancel()
             _end(process)
