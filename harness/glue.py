@@ -61,9 +61,7 @@ def kvscope_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = getattr(key, _MARK, None)
     if layer is None:
-        out = chunk_attention(
-            query, key, value, scale=scale, window=sliding_window, softcap=softcap, sink_logits=s_aux
-        )
+        out = chunk_attention(query, key, value, scale=scale, window=sliding_window, softcap=softcap, sink_logits=s_aux)
     else:
         out = layer.attend(module, query, key, value, scale=scale, window=sliding_window, softcap=softcap, s_aux=s_aux)
     return out.transpose(1, 2).contiguous(), None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +15,18 @@ from kvscope.harness.glue import ATTENTION_NAME, decoder_of, register_attention
 from kvscope.harness.rotation import RopeRotation, UnknownRotation, probe_rotations
 from kvscope.harness.shapes import max_length_tokens, model_shape
 from kvscope.methods.shape import DEFAULT_PAGE_TOKENS, ModelShape
-from kvscope.results.errors import EnvironmentProblem, UsageError, did_you_mean
+from kvscope.results.errors import EnvironmentProblem, KvscopeError, UsageError, did_you_mean
 
 REFERENCE_MODEL_FOLDER = Path(__file__).parent / "reference_model" / "weights"
 
+_FROM_HUB = "from the Hugging Face hub; the engine tests cover its architecture, with random weights"
 _KNOWN = {
     "reference": "the embedded reference model: 14M parameters, trained on this project's own tasks; needs no network",
-    "HuggingFaceTB/SmolLM3-3B": "Hugging Face hub; the engine tests cover its architecture with random weights",
-    "Qwen/Qwen3-8B": "Hugging Face hub; the engine tests cover its architecture with random weights",
-    "meta-llama/Llama-3.1-8B-Instruct": "Hugging Face hub; the engine tests cover its architecture with random weights",
-    "mistralai/Mistral-7B-Instruct-v0.3": "Hugging Face hub; the engine tests cover its architecture with random weights",
-    "openai/gpt-oss-20b": "Hugging Face hub; the engine tests cover its architecture with random weights",
+    "HuggingFaceTB/SmolLM3-3B": _FROM_HUB,
+    "Qwen/Qwen3-8B": _FROM_HUB,
+    "meta-llama/Llama-3.1-8B-Instruct": _FROM_HUB,
+    "mistralai/Mistral-7B-Instruct-v0.3": _FROM_HUB,
+    "openai/gpt-oss-20b": _FROM_HUB,
 }
 _DTYPES = {
     "float32": torch.float32,
@@ -96,9 +99,10 @@ def load_model(
     model_shape(config, element_bytes=target_dtype.itemsize, page_tokens=page_tokens)
     register_attention()
     try:
-        # Some models refuse sdpa when built (gpt-oss), none refuses eager; the switch comes after.
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=target_dtype, attn_implementation="eager")
-        tokenizer = AutoTokenizer.from_pretrained(where)
+        with _no_progress_bars():
+            # Some models refuse sdpa when built (gpt-oss), none refuses eager; the switch comes after.
+            model = AutoModelForCausalLM.from_pretrained(where, dtype=target_dtype, attn_implementation="eager")
+            tokenizer = AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError) as error:
         raise UsageError(_cannot_load(spec, error)) from error
     return wrap_model(
@@ -136,7 +140,10 @@ def wrap_model(
         )
     model.eval()
     model.set_attn_implementation(ATTENTION_NAME)
-    rotations = probe_rotations(model, name=name)
+    try:
+        rotations = probe_rotations(model)
+    except KvscopeError as error:
+        raise UsageError(f"Model '{name}' cannot be run: {error}") from error
     unknown = tuple(layer for layer in shape.layers if isinstance(rotations[layer], UnknownRotation))
     return LoadedModel(
         spec=spec or name,
@@ -195,6 +202,20 @@ def load_config(spec: str) -> Any:
         return AutoConfig.from_pretrained(where)
     except (OSError, ValueError) as error:
         raise UsageError(_cannot_load(spec, error)) from error
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Keep transformers' bars out of the sweep's own, and put its setting back."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _cannot_load(spec: str, error: Exception) -> str:

@@ -148,7 +148,7 @@ class _LayerMajor:
             # What a stock layer keeps is a view of the last chunk's keys; a copy lets go of the rest.
             state.keys, state.values = state.keys.clone(), state.values.clone()
 
-    def _record(self, cache: EngineCache) -> tuple[torch.Tensor, list[list["_Call"]]]:
+    def _record(self, cache: EngineCache) -> tuple[torch.Tensor, list[list[_Call]]]:
         """Run the model over stand-ins: embeddings of all tokens, and how every layer is called for every chunk."""
         device = self.loaded.device
         decoder = decoder_of(self.loaded.model)
@@ -285,6 +285,6 @@ def _fill_pages(pages: torch.Tensor, k_BHSD: torch.Tensor, v_BHSD: torch.Tensor)
     for index, x_BHSD in enumerate((k_BHSD, v_BHSD)):
         x_HSD = x_BHSD[0]
         if full:
-            pages[:full, :, index] = x_HSD[:, : full * P].unflatten(1, (full, P)).transpose(0, 1)
+            pages[:full, :, index] = x_HSD[:, : full * P].reshape(-1, full, P, x_HSD.shape[-1]).transpose(0, 1)
         if rest:
             pages[full, :, index, :rest] = x_HSD[:, full * P :]

@@ -1,6 +1,7 @@
 """Exact attention of a chunk of queries over everything before it and itself, for prefill and stock layers.
 
-Shapes: B batch, Q query heads, H KV heads, G = Q/H, S new tokens, T keys (the queries are the last S of them), D head size.
+Shapes: B batch, Q query heads, H KV heads, G = Q/H, S new tokens, T keys (the queries are the last S of them), D head
+size.
 
 Torch's fused kernels align a causal mask to the first key, which is wrong for a chunk behind a past. So the past is one
 call without a mask (query heads of a group folded into the query length: K and V are not repeated), the diagonal block
@@ -33,7 +34,7 @@ def chunk_attention(
         sink_logits: [Q], one logit a head that takes mass and has no value.
     """
     S, T = q_BQSD.shape[2], k_BHTD.shape[2]
-    if window is not None and T <= window:
+    if window is not None and window >= T:
         window = None
     if window is not None or softcap is not None or not flash_runs_on(q_BQSD):
         out, lse = _explicit(q_BQSD, k_BHTD, v_BHTD, scale=scale, window=window, softcap=softcap)
@@ -41,7 +42,9 @@ def chunk_attention(
         out, lse = _folded(q_BQSD, k_BHTD, v_BHTD, scale=scale)
     else:
         G = q_BQSD.shape[1] // k_BHTD.shape[1]
-        k_new, v_new = (x[:, :, T - S :].repeat_interleave(G, 1) if G > 1 else x[:, :, T - S :] for x in (k_BHTD, v_BHTD))
+        k_new, v_new = (
+            x[:, :, T - S :].repeat_interleave(G, 1) if G > 1 else x[:, :, T - S :] for x in (k_BHTD, v_BHTD)
+        )
         out, lse = attention_with_lse(q_BQSD, k_new, v_new, causal=True, scale=scale)
         if T > S:
             past_out, past_lse = _folded(q_BQSD, k_BHTD[:, :, : T - S], v_BHTD[:, :, : T - S], scale=scale)

@@ -39,7 +39,7 @@ class RopeRotation:
             self._last = (n_tokens, *self._table(n_tokens))
         _, cos, sin = self._last
         q = q_BQ1D.float()
-        turned, _ = self._apply(q, q, cos, -sin)
+        turned: torch.Tensor = self._apply(q, q, cos, -sin)[0]
         return turned.to(q_BQ1D.dtype)
 
     def _table(self, n_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,7 +85,7 @@ class _ProbeLayer(EngineLayer):
 
 
 @torch.inference_mode()
-def probe_rotations(model: Any, *, name: str) -> dict[int, RopeRotation | UnknownRotation | None]:
+def probe_rotations(model: Any) -> dict[int, RopeRotation | UnknownRotation | None]:
     """Return how each decoder layer encodes positions: a rotation, None (not at all) or unknown.
 
     Raises:
@@ -94,13 +94,12 @@ def probe_rotations(model: Any, *, name: str) -> dict[int, RopeRotation | Unknow
     at_zero, at_five = (_queries(model, position) for position in (0, _PROBE_POSITION))
     missing = [layer for layer, probe in enumerate(at_zero) if probe.query is None]
     if missing:
-        raise UsageError(
-            f"Model '{name}' cannot be run: its layers {missing} do not use transformers' attention interface."
-        )
+        raise UsageError(f"its layers {missing} do not use transformers' attention interface.")
     shared: dict[tuple[int, str | None], RopeRotation] = {}
     found: dict[int, RopeRotation | UnknownRotation | None] = {}
     for layer, (first, later) in enumerate(zip(at_zero, at_five, strict=True)):
-        assert first.query is not None and later.query is not None
+        assert first.query is not None
+        assert later.query is not None
         if _same(first.query, later.query):
             found[layer] = None
             continue

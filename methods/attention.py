@@ -94,7 +94,9 @@ def merge_partials(
         if sink_logits is not None:
             total_HG = torch.logaddexp(total_HG, sink_logits.to(total_HG.dtype).view_as(total_HG))
         weight_XHG = torch.exp(lse_XHG - total_HG)
-        out_HGD = sum((w[..., None] * p.out for w, p in zip(weight_XHG, parts, strict=True)), torch.zeros(()).to(q_BQ1D))
+        out_HGD = sum(
+            (w[..., None] * p.out for w, p in zip(weight_XHG, parts, strict=True)), torch.zeros(()).to(q_BQ1D)
+        )
     return out_HGD.to(q_BQ1D.dtype).view(q_BQ1D.shape)
 
 

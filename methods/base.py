@@ -73,9 +73,7 @@ class Collector(ABC):
     layer: int
 
     @abstractmethod
-    def chunk(
-        self, k_BHSD: torch.Tensor, v_BHSD: torch.Tensor, hidden_BSM: torch.Tensor, *, start_tokens: int
-    ) -> None:
+    def chunk(self, k_BHSD: torch.Tensor, v_BHSD: torch.Tensor, hidden_BSM: torch.Tensor, *, start_tokens: int) -> None:
         """Take the next chunk of the prompt, beginning at token ``start_tokens``; rotation is already applied to K."""
 
     @abstractmethod

@@ -46,7 +46,7 @@ def budget_tokens(
     page_bytes = shape.page_tokens * shape.kv_bytes_per_token
     if budget_bytes < page_bytes:
         raise UsageError(
-            f"Method '{method}': budget_bytes={budget_bytes} is less than one page of every layer ({page_bytes} bytes); "
-            "raise the budget or load the model with smaller pages."
+            f"Method '{method}': budget_bytes={budget_bytes} is less than one page of every layer ({page_bytes} "
+            "bytes); raise the budget or load the model with smaller pages."
         )
     return min(n_tokens, budget_bytes // page_bytes * shape.page_tokens)

@@ -34,9 +34,7 @@ def attention_with_lse(
     if q_BHSD.device.type == "cpu":
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q_BHSD, k_BHTD, v_BHTD, 0.0, causal, scale=scale)
     elif q_BHSD.device.type == "cuda" and q_BHSD.dtype != torch.float32:
-        out, lse, *_ = aten._scaled_dot_product_flash_attention(
-            q_BHSD, k_BHTD, v_BHTD, 0.0, causal, False, scale=scale
-        )
+        out, lse, *_ = aten._scaled_dot_product_flash_attention(q_BHSD, k_BHTD, v_BHTD, 0.0, causal, False, scale=scale)
     elif q_BHSD.device.type == "cuda":
         out, lse, *_ = aten._scaled_dot_product_efficient_attention(
             q_BHSD, k_BHTD, v_BHTD, None, True, 0.0, causal, scale=scale

@@ -101,8 +101,7 @@ class PagePool:
 
     def append(self, layer: int, k_BH1D: torch.Tensor, v_BH1D: torch.Tensor) -> None:
         """Store one token behind the last."""
-        slot, offset = divmod(self.lengths[layer], self.shape.page_tokens)
-        if slot == self.pages[layer].shape[0]:
+        if self.lengths[layer] == self.pages[layer].shape[0] * self.shape.page_tokens:
             self._grow(layer)
         self.write(layer, self.lengths[layer], k_BH1D, v_BH1D)
         self.lengths[layer] += 1

@@ -10,6 +10,7 @@ from kvscope.results.schema import RunInfo
 from kvscope.results.statistics import Interval, PairedDifference, bootstrap_interval, holm, paired_difference
 
 PAIR_KEY = ["task", "length_tokens", "sample"]
+SCORE_COLUMNS = [*PAIR_KEY, "method_label", "status", "score", "answer_nll", "prompt_sha256", "context_id"]
 DEFAULT_MARGIN = 0.01
 
 DifferenceVerdict = Literal["worse", "better", "no difference shown", "inconclusive"]
@@ -92,16 +93,17 @@ def compare_methods(samples: pd.DataFrame, *, info: RunInfo, margin: float = DEF
     baseline = baseline_label(info)
     if baseline is None:
         return []
-    scopes: list[tuple[str, pd.DataFrame]] = [("all prompts", samples)]
-    lengths, tasks = sorted(samples["length_tokens"].unique()), list(dict.fromkeys(samples["task"]))
-    if len(lengths) > 1:
-        scopes += [(f"{length} tokens", samples[samples["length_tokens"] == length]) for length in lengths]
-    if len(tasks) > 1:
-        scopes += [(task, samples[samples["task"] == task]) for task in tasks]
+    samples = samples[SCORE_COLUMNS]
     others = [method.label for method in info.methods if method.label != baseline]
-    found: list[Comparison] = []
-    for scope, rows in scopes:
-        found += _compare_within(scope, rows, others, baseline=baseline, margin=margin)
+    tables = {label: pairs(samples, method=label, baseline=baseline) for label in others}
+    lengths, tasks = sorted(samples["length_tokens"].unique()), list(dict.fromkeys(samples["task"]))
+    found = _compare_within("all prompts", tables, baseline=baseline, margin=margin)
+    for length in lengths if len(lengths) > 1 else []:
+        within = {label: table[table["length_tokens"] == length] for label, table in tables.items()}
+        found += _compare_within(f"{length} tokens", within, baseline=baseline, margin=margin)
+    for task in tasks if len(tasks) > 1 else []:
+        within = {label: table[table["task"] == task] for label, table in tables.items()}
+        found += _compare_within(task, within, baseline=baseline, margin=margin)
     return found
 
 
@@ -114,10 +116,7 @@ def clusters_of(frame: pd.DataFrame) -> list[str] | None:
     return [str(name) for name in shared.fillna(own)]
 
 
-def _compare_within(
-    scope: str, rows: pd.DataFrame, labels: list[str], *, baseline: str, margin: float
-) -> list[Comparison]:
-    tables = {label: pairs(rows, method=label, baseline=baseline) for label in labels}
+def _compare_within(scope: str, tables: dict[str, pd.DataFrame], *, baseline: str, margin: float) -> list[Comparison]:
     tables = {label: table for label, table in tables.items() if len(table)}
     results = {
         label: paired_difference(

@@ -1,5 +1,6 @@
 """A run as two pandas frames: `samples` (accuracy pass) and `footprint` (memory and time)."""
 
+import math
 import types
 import typing
 from dataclasses import dataclass
@@ -55,6 +56,17 @@ def make_run(
         folder=Path(folder),
         messages=messages,
     )
+
+
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows as dicts, every null as None."""
+    return [
+        {str(key): None if _is_null(value) else value for key, value in row.items()} for row in frame.to_dict("records")
+    ]
+
+
+def _is_null(value: Any) -> bool:
+    return value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value))
 
 
 def _frame(rows: typing.Sequence[BaseModel], kind: type[BaseModel]) -> pd.DataFrame:

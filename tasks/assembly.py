@@ -62,14 +62,11 @@ class PieceEncoder:
 
 def _trimmed_line(encoder: PieceEncoder, words: Sequence[str], tokens: int) -> str | None:
     """Return a filler line of exactly ``tokens`` tokens made from the first words of ``words``, or None."""
-    low = 1
-    for count in range(low, len(words) + 1):
+    for count in range(1, len(words) + 1):
         line = " ".join(words[:count]) + "\n"
         size = len(encoder.line(line, keep=True))
-        if size == tokens:
-            return line
-        if size > tokens:
-            return None
+        if size >= tokens:
+            return line if size == tokens else None
     return None
 
 

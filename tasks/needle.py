@@ -23,6 +23,9 @@ Haystack = Literal["noise", "needle", "prose", "essay"]
 Kind = Literal["words", "numbers", "uuids"]
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+# The last, shorter filler line is cut from these: plain words without punctuation are one token each in nearly every
+# vocabulary, so any length can be met.
+TRIM_WORDS = tuple(("There we go and there and back again and " * 12).split())
 NEW_TOKENS = 128
 # Depth is drawn inside one of this many equal parts of the haystack, each used once per ten samples.
 DEPTH_PARTS = 10
@@ -196,7 +199,7 @@ class NeedleTask(Task):
             lines=lines,
             place=lambda count: [int(depth * (count + 1)) for depth in depths],
             fillers=self._fillers(draws, {*keys, *values}),
-            trim_words=(NOISE + " " + NOISE).split(" "),
+            trim_words=TRIM_WORDS,
             tail=tail,
             prompt_tokens=length_tokens - self.max_new_tokens,
         )

@@ -161,7 +161,7 @@ def sample_row(
     sample: int,
     oom: bool = False,
 ) -> SampleRow:
-    depth = (sample + unit("depth", task, length, sample)) % 10 / 10
+    depth = (0.05 + 0.618034 * sample + 0.1 * unit("depth", task, length, sample)) % 1.0
     fields = cell_fields(kind, machine, length, model) | {
         "task": task,
         "question_type": task,

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from kvscope.methods.base import AttentionExtras, CacheMethod, SequenceCache
+from kvscope.methods.base import CacheMethod, SequenceCache
 from kvscope.methods.budget import budget_tokens, check_budget, default_recency_tokens
 from kvscope.methods.shape import Footprint, ModelShape
 from kvscope.methods.sliding_window.sequence import MaskedStreaming, StreamingSequence
@@ -73,8 +73,8 @@ class SlidingWindow(CacheMethod[SlidingWindowConfig]):
         taken = sink_pages if self.config.budget_bytes is not None else self.config.sinks
         if budgeted <= taken:
             raise UsageError(
-                f"Method 'sliding_window': the budget holds {budgeted} of {n_tokens} tokens and the sinks take {taken}, "
-                "so no window is left; raise the budget."
+                f"Method 'sliding_window': the budget holds {budgeted} of {n_tokens} tokens and the sinks take "
+                f"{taken}, so no window is left; raise the budget."
             )
         return budgeted - taken
 

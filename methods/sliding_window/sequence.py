@@ -1,9 +1,9 @@
 """One sequence under StreamingLLM, evicting (a ring) and masked (the oracle).
 
 Positions in the cache: sinks 0..s-1, then the window. A key keeps the rotation of its own position, so distances inside
-the window are right as they are; a sink is ``n_evicted`` tokens nearer in the cache than in the text. Instead of turning
-the sinks' keys at every step, the query is turned back by ``n_evicted`` for them alone: R(p-e)q . R(i)k depends on
-(p - e) - i only, which is the distance in the cache.
+the window are right as they are; a sink is ``n_evicted`` tokens nearer in the cache than in the text. Instead of
+turning the sinks' keys at every step, the query is turned back by ``n_evicted`` for them alone: R(p-e)q . R(i)k depends
+on (p - e) - i only, which is the distance in the cache.
 """
 
 import torch
@@ -61,9 +61,7 @@ class StreamingSequence(SequenceCache):
         if self._sinks:
             q_sink = back(q_BQ1D, extras, self._lengths[layer] - self._sinks - n_ring)
             sink_pages = self._sink_pool.pages[layer]
-            parts.append(
-                paged_partial(q_sink, sink_pages, n_tokens=self._sinks, scale=scale, softcap=extras.softcap)
-            )
+            parts.append(paged_partial(q_sink, sink_pages, n_tokens=self._sinks, scale=scale, softcap=extras.softcap))
         return merge_partials(parts, q_BQ1D, sink_logits=extras.sink_logits)
 
     def managed_footprint(self) -> Footprint:
@@ -89,9 +87,7 @@ class MaskedStreaming(SequenceCache):
         super().__init__(prompt, device)
         self._sinks = sinks
         self._window = window_tokens
-        self._pool = PagePool(
-            self.shape, n_tokens=prompt.n_tokens + reserve_tokens, dtype=prompt.dtype, device=device
-        )
+        self._pool = PagePool(self.shape, n_tokens=prompt.n_tokens + reserve_tokens, dtype=prompt.dtype, device=device)
         self._pool.load(prompt, [(0, prompt.n_tokens)])
 
     @property
