@@ -289,8 +289,7 @@ def run_cli(arguments: Sequence[str] | None = None) -> int:
         typer.echo(f"kvscope: {error}", err=True)
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        typer.echo("kvscope: interrupted; every finished row is kept, and the same command continues.", err=True)
-        return EXIT_INTERRUPTED
+        code = EXIT_INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has seen enough (`kvscope list tasks | head`).
         sys.stderr.close()
@@ -302,6 +301,8 @@ def run_cli(arguments: Sequence[str] | None = None) -> int:
             raise
         typer.echo(f"kvscope: {format_message()}", err=True)
         return EXIT_USAGE
+    if code == EXIT_INTERRUPTED:  # newer typers turn the interrupt into this code themselves
+        typer.echo("kvscope: interrupted; every finished row is kept, and the same command continues.", err=True)
     return code if isinstance(code, int) else EXIT_DONE
 
 

@@ -59,21 +59,10 @@ def accuracy_pass(plan: Plan, store: "RunStore", progress: Progress) -> None:
 
 def load(plan: Plan) -> "LoadedModel":
     """Load the planned model's weights."""
-    from transformers.utils import logging
-
     from kvscope.harness.models import load_model
 
     config = plan.config
-    # transformers' own bar would tear ours.
-    had_bar = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        return load_model(
-            config.model, device=plan.facts.device, dtype=plan.facts.dtype, page_tokens=config.page_tokens
-        )
-    finally:
-        if had_bar:
-            logging.enable_progress_bar()
+    return load_model(config.model, device=plan.facts.device, dtype=plan.facts.dtype, page_tokens=config.page_tokens)
 
 
 def cell_summary(plan: Plan, store: "RunStore", task_name: str, length_tokens: int) -> str:

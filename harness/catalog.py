@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import re
+import textwrap
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from kvscope.methods.base import CacheMethod
 
 Kind = Literal["methods", "tasks", "models"]
+TEXT_WIDTH = 100
 KINDS: tuple[Kind, ...] = ("methods", "tasks", "models")
 SECTION = re.compile(r"^(Args|Attributes|Options):$")
 ENTRY = re.compile(r"^([\w, ]+):\s+(.*)$")
@@ -106,7 +108,7 @@ def documented(thing: Any) -> dict[str, str]:
             found.update(dict.fromkeys(names, match[2]))
         elif inside and line.strip():
             found.update({name: f"{found[name]} {line.strip()}" for name in names})
-    return found
+    return {name: meaning.replace("``", "") for name, meaning in found.items()}
 
 
 def task_entry(name: str) -> dict[str, Any]:
@@ -137,8 +139,7 @@ def _method_text(entry: dict[str, Any]) -> str:
     lines.append("  options" if options else "  options               none")
     for option in options:
         lines.append(f"    {option['name']} ({option['type']}, default {_value_text(option['default'])})")
-        if option["meaning"]:
-            lines.append(f"        {option['meaning']}")
+        lines += textwrap.wrap(option["meaning"], TEXT_WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 8)
     example = f"{options[0]['name']}=..." if options else ""
     lines.append(f"  use                   -m {entry['name']}{':' + example if example else ''}")
     return "\n".join(lines)
@@ -153,7 +154,7 @@ REST = {
 
 def _value_text(value: object) -> str:
     if value is None:
-        return "none: chosen automatically"
+        return "none"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -164,7 +165,8 @@ def _task_text(entry: dict[str, Any]) -> str:
         f"  source     {entry['source']}",
     ]
     for option in entry["options"]:
-        lines.append(f"  option     {option['name']}: {option['meaning']}")
+        lines.append(f"  option     {option['name']}")
+        lines += textwrap.wrap(option["meaning"], TEXT_WIDTH, initial_indent=" " * 13, subsequent_indent=" " * 13)
     lines.append(f"  use        --task {entry['name']}")
     return "\n".join(lines)
 
@@ -173,7 +175,10 @@ def _model_text(name: str) -> str:
     from kvscope.harness.facts import describe_model
 
     lines = [f"{name} (model)", f"  what       {_models()[name]}"]
-    facts = describe_model(name)
+    try:
+        facts = describe_model(name)
+    except UsageError as error:
+        return "\n".join([*lines, f"  shape      not known here: {error}"])
     shape = facts.shape
     lines += [
         f"  layers     {shape.n_layers}, {len(shape.layers)} with full attention",
