@@ -216,11 +216,14 @@ def report(
 
 def print_report(folder: Path) -> None:
     """Make the report of a folder; print the summary tables and where everything is."""
-    from kvscope.reports import make_report
-    from kvscope.reports.summary import summary_text
     from kvscope.results.frames import load_run
 
     loaded = load_run(folder)
+    for message in loaded.messages:
+        typer.echo(message, err=True)
+    from kvscope.reports import make_report
+    from kvscope.reports.summary import summary_text
+
     typer.echo(summary_text(loaded))
     paths = make_report(folder)
     html = [path for path in paths if path.suffix == ".html"]

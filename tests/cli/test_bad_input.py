@@ -117,8 +117,9 @@ def test_wrong_value_types(refuse: Refuse, tiny: list[str], arguments: list[str]
 def test_a_folder_that_holds_another_configuration(
     refuse: Refuse, tiny: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "print_report", lambda folder: None)
-    assert cli.run_cli(tiny) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "print_report", lambda folder: None)
+        assert cli.run_cli(tiny) == 0
     capsys.readouterr()
     text = refuse(*tiny, "--seed", "5")
     assert "holds another configuration" in text
@@ -143,8 +144,9 @@ def test_a_corrupt_result_file(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cli, "print_report", lambda folder: None)
-    assert cli.run_cli(tiny) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "print_report", lambda folder: None)
+        assert cli.run_cli(tiny) == 0
     capsys.readouterr()
     rows = tmp_path / "run" / "samples.jsonl"
     good = rows.read_text()
