@@ -4,7 +4,7 @@ Making a plan is also how a run is checked: names, options, lengths against the 
 configuration and tokenizer files, never weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -16,10 +16,10 @@ from kvscope.harness.facts import ModelFacts, describe_model
 from kvscope.harness.memory import free_device_bytes
 from kvscope.harness.progress import format_bytes
 from kvscope.results.errors import UsageError
-from kvscope.results.schema import PlannedCell
+from kvscope.results.schema import Forecast, PlannedCell
 
 if TYPE_CHECKING:
-    from kvscope.methods.base import CacheMethod
+    from kvscope.methods.base import CacheMethod, Footprint
     from kvscope.tasks.base import Task
 
 #: What a CUDA context takes (620 MiB on an H100) and a little room for workspaces.
@@ -154,9 +154,9 @@ def make_plan(config: RunConfig) -> Plan:
     facts = describe_model(config.model, device=config.device, dtype=config.dtype, page_tokens=config.page_tokens)
     check_lengths(config, facts, tasks)
     lengths = sorted({*config.lengths_tokens, *config.footprint_cells_tokens})
-    free_bytes, where = free_device_bytes(facts.device)
+    rooms = {device: free_device_bytes(device) for device in {facts.device, "cpu"}}
     cells = [
-        plan_cell(method, length_tokens, config=config, facts=facts, free_bytes=free_bytes, where=where)
+        plan_cell(method, length_tokens, config=config, facts=facts, rooms=rooms)
         for method in methods
         for length_tokens in lengths
     ]
@@ -212,10 +212,13 @@ def plan_cell(
     *,
     config: RunConfig,
     facts: ModelFacts,
-    free_bytes: int | None,
-    where: str,
+    rooms: Mapping[str, tuple[int | None, str]],
 ) -> PlannedCell:
-    """Forecast one (method, length): predicted bytes, and whether it fits into ``free_bytes`` of ``where``."""
+    """Forecast one (method, length): predicted bytes, and whether they fit.
+
+    Args:
+        rooms: device -> (free bytes, its name), as ``free_device_bytes`` returns; the computing device and ``cpu``.
+    """
     reasons = method.unsupported(facts.shape, facts.device)
     if reasons:
         return PlannedCell(
@@ -224,36 +227,40 @@ def plan_cell(
     decode_tokens = min(config.footprint_decode_tokens, length_tokens - 1)
     # As the footprint pass will find it: all tokens but the last prefilled, that one the first of the steps.
     predicted = method.predict(facts.shape, length_tokens - decode_tokens - 1, decode_tokens)
-    needed_bytes = _needed_bytes(
-        predicted.kv_bytes + predicted.metadata_bytes, length_tokens, config=config, facts=facts
-    )
-    forecast, reason = "unknown", None
-    if free_bytes is not None and needed_bytes is not None:
-        forecast = "fits"
+    forecast: Forecast = "unknown"
+    reason = None
+    for device, needed_bytes in _needed_bytes(predicted, length_tokens, config=config, facts=facts).items():
+        free_bytes, where = rooms[device]
+        if free_bytes is None:
+            continue
         if needed_bytes > free_bytes:
             forecast = "oom"
             reason = f"needs about {format_bytes(needed_bytes)} of {where}, {format_bytes(free_bytes)} is free"
+            break
+        forecast = "fits"
     return PlannedCell(
         method_label=method.label,
         length_tokens=length_tokens,
         predicted_kv_bytes=predicted.kv_bytes,
         predicted_metadata_bytes=predicted.metadata_bytes,
         predicted_host_bytes=predicted.host_bytes,
-        forecast=forecast,  # type: ignore[arg-type]  # one of the literals above
+        forecast=forecast,
         reason=reason,
     )
 
 
-def _needed_bytes(cache_bytes: int, length_tokens: int, *, config: RunConfig, facts: ModelFacts) -> int | None:
-    """Estimate the peak of a cell in the memory that its device computes in."""
+def _needed_bytes(
+    predicted: "Footprint", length_tokens: int, *, config: RunConfig, facts: ModelFacts
+) -> dict[str, int]:
+    """Estimate the peak bytes of a cell by device: where it computes, and the host that holds the prompt's pages."""
     if facts.weights_bytes is None:
-        return None
+        return {}
     prefill_bytes = facts.prefill_peak_bytes(length_tokens, chunk_tokens=config.prefill_chunk_tokens)
-    if facts.device.startswith("cuda"):
-        return int(CONTEXT_BYTES + facts.weights_bytes + max(prefill_bytes, cache_bytes))
-    # On the CPU the prompt's pages lie in the same memory as the method's own.
+    own_bytes = facts.weights_bytes + max(prefill_bytes, predicted.device_bytes)
     pages_bytes = facts.shape.dense_kv_bytes(length_tokens)
-    return int(facts.weights_bytes + pages_bytes + max(prefill_bytes, cache_bytes))
+    if facts.device == "cpu":
+        return {"cpu": own_bytes + pages_bytes}
+    return {facts.device: CONTEXT_BYTES + own_bytes, "cpu": pages_bytes}
 
 
 def _columns(header: Sequence[str]) -> tuple[str, ...]:
