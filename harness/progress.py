@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Self
 
 PLAIN_INTERVAL_S = 30.0
+DESCRIPTION_CHARACTERS = 30
 
 
 def format_seconds(seconds: float) -> str:
@@ -115,6 +116,11 @@ class PlainProgress(Progress):
         self._write(text)
 
 
+def _column(bar: str, text: str = "") -> str:
+    """Return a bar's name and text in a fixed width, so that the bars do not jump."""
+    return f"{bar:<7} {text[:DESCRIPTION_CHARACTERS]:<{DESCRIPTION_CHARACTERS}}"
+
+
 class RichProgress(Progress):
     """Three bars (sweep, cell, prompt) with an ETA, and one line a finished cell above them."""
 
@@ -124,7 +130,7 @@ class RichProgress(Progress):
         from rich.progress import Progress as Bars
 
         self._bars = Bars(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f}%"),
             TimeElapsedColumn(),
@@ -135,11 +141,12 @@ class RichProgress(Progress):
             transient=True,
         )
         self._cells = self._cells_done = 0
-        self._cell = ""
+        self._cell = self._step = ""
+        self._parts = 0
         self._cell_started_s = time.monotonic()
-        self._sweep = self._bars.add_task("sweep", total=None)
-        self._cell_bar = self._bars.add_task("cell", total=None)
-        self._step_bar = self._bars.add_task("prompt", total=None)
+        self._sweep = self._bars.add_task(_column("sweep", "loading"), total=None)
+        self._cell_bar = self._bars.add_task(_column("cell"), total=None)
+        self._step_bar = self._bars.add_task(_column("prompt"), total=None)
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -156,18 +163,16 @@ class RichProgress(Progress):
 
     def begin_cell(self, name: str, *, steps: int) -> None:
         self._cell, self._cell_started_s = name, time.monotonic()
-        self._bars.update(self._sweep, description=f"sweep   {self._cells_done + 1} of {self._cells}")
-        self._bars.reset(self._cell_bar, description=f"cell    {name}", total=steps)
+        self._bars.update(self._sweep, description=_column("sweep", f"{self._cells_done + 1} of {self._cells}"))
+        self._bars.reset(self._cell_bar, description=_column("cell", name), total=steps)
 
     def begin_step(self, name: str, *, parts: int = 0) -> None:
-        self._bars.reset(self._step_bar, description=f"prompt  {name}", total=parts or None)
+        self._step, self._parts = name, 0
+        self._bars.reset(self._step_bar, description=_column("prompt", name), total=parts or None)
 
     def part(self, name: str) -> None:
-        task = self._bars.tasks[self._step_bar]
-        text = task.description.split(" | ")[0]
-        self._bars.update(
-            self._step_bar, description=f"{text} | {name}", advance=0 if " | " not in task.description else 1
-        )
+        self._bars.update(self._step_bar, description=_column("prompt", f"{self._step}: {name}"), completed=self._parts)
+        self._parts += 1
 
     def end_step(self, *, work_tokens: int) -> None:
         step = self._bars.tasks[self._step_bar]

@@ -40,19 +40,25 @@ def run(
     folder = out or config.out
     if folder is None:
         raise UsageError("Say where the results go: --out DIR, or `out` in the configuration.")
-    plan = make_plan(config)
-    with RunStore.create(folder, run_info(plan)) as store, as_progress(progress) as shown:
-        for message in store.messages:
-            shown.note(message)
-        for warning in plan.warnings:
-            shown.note(f"note: {warning}")
-        begin(plan, store, shown)
-        accuracy_pass(plan, store, shown)
-        release_memory()
-        footprint_pass(plan, store, shown)
+    with as_progress(progress) as shown:
+        plan = make_plan(config)
+        with RunStore.create(folder, run_info(plan)) as store:
+            measure(plan, store, shown)
     from kvscope.results.frames import load_run
 
     return load_run(folder)
+
+
+def measure(plan: Plan, store: RunStore, progress: Progress) -> None:
+    """Run both passes into an open store."""
+    for message in store.messages:
+        progress.note(message)
+    for warning in plan.warnings:
+        progress.note(f"note: {warning}")
+    begin(plan, store, progress)
+    accuracy_pass(plan, store, progress)
+    release_memory()
+    footprint_pass(plan, store, progress)
 
 
 def as_progress(progress: bool | Progress) -> Progress:
