@@ -17,7 +17,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
-from matplotlib.transforms import Bbox
 
 from kvscope.reports.theme import FAINT
 
@@ -182,22 +181,20 @@ def free_labels(
     figure = _figure(axes)
     inside = axes.get_window_extent()
     points = np.array([axes.transData.transform((label.x, label.y)) for label in labels]).reshape(-1, 2)
-    dots = [Bbox.from_extents(x - 7, y - 7, x + 7, y + 7) for x, y in points]
-    strokes = [box for line in lines for box in _stroke_boxes(axes, line)]
+    dots = np.concatenate([points - 7, points + 7], axis=1)
+    strokes = np.concatenate([np.zeros((0, 4)), *(_stroke_boxes(axes, line) for line in lines)])
     crowd = [-int((np.hypot(*(points - point).T) < 60).sum()) for point in points]
-    taken: list[Bbox] = []
+    taken = np.zeros((0, 4))
     for index in sorted(range(len(labels)), key=lambda i: (crowd[i], i)):
         label = labels[index]
         text = axes.text(0, 0, label.text, fontsize=fontsize, color=label.color, fontweight="bold", linespacing=1.0)
         text.set_path_effects([withStroke(linewidth=2, foreground="white")])
-        size = text.get_window_extent()
-        width, height = size.width + 10, size.height + 3
-        best: tuple[float, Bbox] | None = None
-        for gap, centre in _rings(points[index], width, height):
-            spot = Bbox.from_extents(
-                centre[0] - width / 2, centre[1] - height / 2, centre[0] + width / 2, centre[1] + height / 2
-            )
-            if spot.x0 < inside.x0 + 2 or spot.x1 > inside.x1 - 1 or spot.y0 < inside.y0 + 2 or spot.y1 > inside.y1 - 1:
+        extent = text.get_window_extent()
+        size = np.array([extent.width + 10, extent.height + 3])
+        best: tuple[float, Pixels] | None = None
+        for gap, centre in _rings(points[index], size):
+            spot = np.concatenate([centre - size / 2, centre + size / 2])
+            if spot[0] < inside.x0 + 2 or spot[2] > inside.x1 - 1 or spot[1] < inside.y0 + 2 or spot[3] > inside.y1 - 1:
                 continue
             cost = gap + 400 * _overlap(spot, taken) + 200 * _overlap(spot, dots) + 25 * _overlap(spot, strokes)
             if best is None or cost < best[0]:
@@ -206,10 +203,9 @@ def free_labels(
             text.remove()
             continue
         spot = best[1]
-        taken.append(spot)
-        middle = ((spot.x0 + spot.x1) / 2, (spot.y0 + spot.y1) / 2)
+        taken = np.concatenate([taken, spot[None]])
         text.set_transform(figure.transFigure)
-        x, y = figure.transFigure.inverted().transform(middle)
+        x, y = figure.transFigure.inverted().transform((spot[:2] + spot[2:]) / 2)
         text.set_position((float(x), float(y)))
         text.set_horizontalalignment("center")
         text.set_verticalalignment("center")
@@ -222,48 +218,40 @@ def _figure(axes: Axes) -> Figure:
     return figure
 
 
-def _rings(point: Pixels, width: float, height: float) -> list[tuple[float, Pixels]]:
+def _rings(point: Pixels, size: Pixels) -> list[tuple[float, Pixels]]:
     """Places for a label's centre, and how far its edge then is from the point."""
     spots = []
-    for gap in (9, 14, 20, 28, 38, 50, 64, 80, 100):
+    for gap in (9.0, 14.0, 20.0, 28.0, 38.0, 50.0, 64.0, 80.0, 100.0):
         for step in range(24):
             angle = 2 * math.pi * step / 24
-            across, up = math.cos(angle), math.sin(angle)
-            spots.append((float(gap), point + np.array([across * (gap + width / 2), up * (gap + height / 2)])))
+            spots.append((gap, point + np.array([math.cos(angle), math.sin(angle)]) * (gap + size / 2)))
     return spots
 
 
-def _overlap(box: Bbox, others: Sequence[Bbox]) -> float:
-    """Summed overlap as a share of the box, so that a touched label weighs the same at every size."""
-    total = 0.0
-    for other in others:
-        across = min(box.x1, other.x1) - max(box.x0, other.x0)
-        up = min(box.y1, other.y1) - max(box.y0, other.y0)
-        if across > 0 and up > 0:
-            total += 0.2 + across * up / (box.width * box.height)
-    return total
+def _overlap(box: Pixels, others: Pixels) -> float:
+    """Summed overlap of [x0, y0, x1, y1] boxes as a share of `box`; every touched one weighs at least a fifth."""
+    shared = np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2])
+    areas = shared[(shared > 0).all(axis=1)].prod(axis=1)
+    return float(0.2 * len(areas) + areas.sum() / (box[2:] - box[:2]).prod())
 
 
-def _stroke_boxes(axes: Axes, line: Sequence[tuple[float, float]]) -> list[Bbox]:
+def _stroke_boxes(axes: Axes, line: Sequence[tuple[float, float]]) -> Pixels:
     """The drawn line as a chain of small boxes."""
-    if len(line) < 2:
-        return []
-    points = axes.transData.transform(np.array(line))
-    boxes = []
-    for start, end in itertools.pairwise(points):
-        for t in np.linspace(0, 1, max(2, int(np.hypot(*(end - start)) / 8))):
-            x, y = start + t * (end - start)
-            boxes.append(Bbox.from_extents(x - 2, y - 2, x + 2, y + 2))
-    return boxes
+    boxes = [np.zeros((0, 4))]
+    if len(line) > 1:
+        for start, end in itertools.pairwise(axes.transData.transform(np.array(line))):
+            along = np.linspace(0, 1, max(2, int(np.hypot(*(end - start)) / 8)))[:, None]
+            middle = start + along * (end - start)
+            boxes.append(np.concatenate([middle - 2, middle + 2], axis=1))
+    return np.concatenate(boxes)
 
 
-def _leader(figure: Figure, point: Pixels, spot: Bbox, color: str) -> None:
+def _leader(figure: Figure, point: Pixels, spot: Pixels, color: str) -> None:
     """A hair line from the point to the nearest edge of a label that had to move away."""
-    near = np.array([min(max(point[0], spot.x0), spot.x1), min(max(point[1], spot.y0), spot.y1)])
+    near = np.minimum(np.maximum(point, spot[:2]), spot[2:])
     distance = float(np.hypot(*(near - point)))
     if distance < 14:
         return
     start = point + (near - point) * (6 / distance)
-    inverse = figure.transFigure.inverted()
-    (x0, y0), (x1, y1) = inverse.transform(start), inverse.transform(near)
+    (x0, y0), (x1, y1) = figure.transFigure.inverted().transform([start, near])
     figure.add_artist(Line2D([x0, x1], [y0, y1], color=color, linewidth=0.6, alpha=0.7))

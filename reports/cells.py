@@ -27,6 +27,7 @@ ACCURACY_COLUMNS = [
     "difference_low",
     "difference_high",
     "difference_interval",
+    "reason",
     "note",
 ]
 
@@ -35,7 +36,8 @@ def accuracy_cells(run: Run) -> pd.DataFrame:
     """Accuracy per task (and pooled over tasks, `all tasks`), method and length, with 95 % intervals.
 
     Fractions in [0, 1]; differences are paired, method minus dense. Prompts without a score (out of memory, failed) are
-    counted in `n_not_measured`, never scored as wrong. `note` explains every null of its row.
+    counted in `n_not_measured`, never scored as wrong. `reason` says why prompts lack a score, `note` why a row lacks a
+    difference.
     """
     info = run.info
     tasks = [ALL_TASKS, *info.tasks] if len(info.tasks) > 1 else list(info.tasks)
@@ -78,10 +80,11 @@ def _accuracy(
         "n_not_measured": len(mine) - len(ok),
         "n_missing": max(0, expected - len(mine)),
     }
-    failed = mine[mine["status"] != "ok"]
-    notes = [f"{count} {status}" for status, count in failed["status"].value_counts().items()]
+    failed = mine[mine["status"] != "ok"].drop_duplicates("status")
+    reasons = [f"{row['status']}: {row['reason']}" for row in records(failed)]
     if len(mine) < expected:
-        notes.append(f"{expected - len(mine)} not run yet")
+        reasons.append("not run yet")
+    note = ""
     if len(ok):
         interval = mean_interval(ok["score"].to_numpy(float), clusters=clusters_of(ok))
         cell |= {
@@ -102,12 +105,12 @@ def _accuracy(
             "difference_interval": paired.difference.kind,
         }
     elif label == baseline:
-        notes.append("is the baseline")
+        note = "is the baseline"
     elif baseline is None:
-        notes.append("the run has no dense to compare with")
-    elif len(ok):
-        notes.append("dense answered none of these prompts")
-    return {**cell, "note": "; ".join(notes)}
+        note = "the run has no dense to compare with"
+    else:
+        note = "dense and this method answered no common prompt"
+    return {**cell, "reason": "; ".join(reasons), "note": note}
 
 
 @dataclass(frozen=True)
@@ -171,6 +174,12 @@ def footprint_cells(run: Run) -> pd.DataFrame:
     if len(absent):
         absent = absent.reindex(columns=frame.columns).astype(frame.dtypes.to_dict())
         frame = pd.concat([frame, absent], ignore_index=True) if len(frame) else absent
+    planned = pd.Series(
+        [_planned(run).get(key) for key in zip(frame["method_label"], frame["length_tokens"], strict=True)],
+        index=frame.index,
+        dtype="Int64",
+    )
+    frame["predicted_bytes"] = frame["predicted_bytes"].fillna(planned)
     place = frame["method_label"].map(lambda label: order.get(label, len(order)))
     return (
         frame.assign(_place=place)
@@ -194,3 +203,11 @@ def predicted_cells(run: Run) -> pd.DataFrame:
     rows = [(label, length, value) for (label, length), value in found.items()]
     frame = pd.DataFrame(rows, columns=["method_label", "length_tokens", "predicted_bytes"])
     return frame.sort_values(["method_label", "length_tokens"], ignore_index=True)
+
+
+def _planned(run: Run) -> dict[tuple[str, int], int]:
+    return {
+        (cell.method_label, cell.length_tokens): cell.predicted_kv_bytes + (cell.predicted_metadata_bytes or 0)
+        for cell in run.info.plan
+        if cell.predicted_kv_bytes is not None
+    }

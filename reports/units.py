@@ -22,10 +22,8 @@ class ByteUnit:
 
 
 def byte_unit(values_bytes: Iterable[float]) -> ByteUnit:
-    """The unit that suits the largest value: MiB up to 10 GiB, KiB below 1 MiB, else GiB."""
-    largest = max((abs(v) for v in values_bytes if not pd.isna(v)), default=0.0)
-    if largest >= 10 * GIB:
-        return ByteUnit("GiB", GIB)
+    """One unit for a whole table: MiB, or KiB when nothing reaches 1 MiB. Never GiB, so that tables of runs compare."""
+    largest = max((abs(v) for v in values_bytes if not pd.isna(v)), default=float(MIB))
     return ByteUnit("MiB", MIB) if largest >= MIB else ByteUnit("KiB", KIB)
 
 
@@ -52,6 +50,13 @@ def number(value: float) -> str:
     digits = max(0, 2 - math.floor(math.log10(abs(value))))
     text = f"{value:,.{digits}f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def measured(value: float) -> str:
+    """A measured number with three significant digits, zeros kept, so that a column lines up: 9.70, 15.5, 103."""
+    if value == 0:
+        return "0"
+    return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
 
 
 def percent(fraction: float) -> str:

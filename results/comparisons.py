@@ -10,7 +10,7 @@ from kvscope.results.schema import RunInfo
 from kvscope.results.statistics import Interval, PairedDifference, bootstrap_interval, holm, paired_difference
 
 PAIR_KEY = ["task", "length_tokens", "sample"]
-SCORE_COLUMNS = [*PAIR_KEY, "method_label", "status", "score", "answer_nll", "prompt_sha256", "context_id"]
+SCORE_COLUMNS = [*PAIR_KEY, "method_label", "status", "reason", "score", "answer_nll", "prompt_sha256", "context_id"]
 DEFAULT_MARGIN = 0.01
 
 DifferenceVerdict = Literal["worse", "better", "no difference shown", "inconclusive"]
@@ -47,9 +47,9 @@ class Comparison:
         if paired.pairs_for_6_discordant is None:
             p = "p < 0.0001" if self.p_holm < 1e-4 else f"p = {self.p_holm:.2g}"
             return f"{self.verdict} ({p} after Holm)"
-        noun = "pair differs" if paired.discordant == 1 else "pairs differ"
+        differ = "differs" if paired.discordant == 1 else "differ"
         return (
-            f"inconclusive: {paired.discordant} of {paired.n_pairs} {noun}, at least 6 are needed; about "
+            f"inconclusive: {paired.discordant} of {paired.n_pairs} pairs {differ}, at least 6 are needed; about "
             f"{paired.pairs_for_6_discordant} pairs would do"
         )
 

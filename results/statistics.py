@@ -109,9 +109,10 @@ def paired_difference(
 ) -> PairedDifference:
     """Compare two score lists of the same prompts, in the same order.
 
-    The interval is a paired bootstrap (over `clusters` where questions share a context). For 0/1 scores with fewer than
-    6 discordant pairs it is Tango's score interval instead: the bootstrap would turn "no discordant pair among five"
-    into a difference of exactly nil. Graded scores get the exact sign test, which on 0/1 scores is McNemar's.
+    The interval is a paired bootstrap (over `clusters` where questions share a context). For 0/1 scores it is Tango's
+    score interval instead when fewer than 6 pairs depart from the commonest outcome (lost, won or equal): the bootstrap
+    would turn "five equal pairs" into a difference of exactly nil, and "eight lost pairs" into exactly -100 points.
+    Graded scores get the exact sign test, which on 0/1 scores is McNemar's.
     Raises ValueError for lists of different lengths or none.
     """
     left, right = _checked(method), _checked(baseline)
@@ -122,8 +123,14 @@ def paired_difference(
     binary = _is_binary(left) and _is_binary(right)
     p_value = float(binomtest(lost, lost + won, 0.5).pvalue) if lost + won else 1.0
     few = lost + won < LEAST_DISCORDANT
+    narrow = n - max(lost, won, n - lost - won) < LEAST_DISCORDANT
     interval = _difference_interval(
-        differences, lost=lost, won=won, score=binary and few and not _shared(clusters), clusters=clusters, c=confidence
+        differences,
+        lost=lost,
+        won=won,
+        score=binary and narrow and not _shared(clusters),
+        clusters=clusters,
+        c=confidence,
     )
     return PairedDifference(
         n_pairs=n,

@@ -131,6 +131,10 @@ def test_few_discordant_pairs_get_the_score_interval() -> None:
     assert few.kind == "score"
     assert few.low is not None
     assert few.low < -0.4
+    all_lost = paired_difference(*scores(8, 0, 0)).difference
+    assert all_lost.kind == "score"
+    assert all_lost.high is not None
+    assert all_lost.high > -0.7
     many = paired_difference(*scores(12, 3, 45)).difference
     assert many.kind == "bootstrap"
     assert (many.low, many.high) == pytest.approx(tango_interval(lost=12, won=3, n_pairs=60), abs=0.03)
