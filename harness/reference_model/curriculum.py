@@ -14,26 +14,52 @@ from kvscope.tasks.draws import Draws
 
 
 @dataclass(frozen=True, kw_only=True)
-class Phase:
-    """One stretch of training at one shape.
+class Shape:
+    """One batch shape of a phase.
 
     Attributes:
         tokens: row length.
         rows: rows a step.
+        questions: most questions a needle row asks.
+        share: share of the phase's steps with this shape.
+    """
+
+    tokens: int
+    rows: int
+    questions: int
+    share: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """One stretch of training.
+
+    Attributes:
+        shapes: batch shapes; each step draws one.
         steps: optimizer steps.
         lr: learning rate at the start and the end of the phase (linear between).
         copy_share, recall_share: share of random-period copying and of one-token recall; the rest are needle rows.
-        questions: most questions a needle row asks.
+        multi_value_share, multi_query_share: share of needle rows with several values a key, and with questions about
+            several keys at once.
     """
 
     name: str
-    tokens: int
-    rows: int
+    shapes: tuple[Shape, ...]
     steps: int
     lr: tuple[float, float]
     copy_share: float = 0.0
     recall_share: float = 0.0
-    questions: int
+    multi_value_share: float = 0.2
+    multi_query_share: float = 0.2
+
+    def shape_of(self, draws: Draws) -> Shape:
+        """Draw a step's shape."""
+        at = draws.unit() * sum(shape.share for shape in self.shapes)
+        for shape in self.shapes:
+            at -= shape.share
+            if at < 0:
+                return shape
+        return self.shapes[-1]
 
 
 @dataclass(frozen=True)
@@ -49,18 +75,18 @@ class RowMaker:
 
     def __init__(self, pieces: Pieces) -> None:
         self.pieces = pieces
-        self.vocab_tokens = len(pieces._tokenizer)
+        self.vocab_tokens = pieces.vocab_tokens
         bank = Draws("filler-bank")
         self._fillers = [pieces.filler_line(bank) for _ in range(4000)]
 
-    def make(self, phase: Phase, draws: Draws) -> Row:
+    def make(self, phase: Phase, shape: Shape, draws: Draws) -> Row:
         """Return one row."""
         share = draws.unit()
         if share < phase.copy_share:
-            return self._copying(phase.tokens, draws)
+            return self._copying(shape.tokens, draws)
         if share < phase.copy_share + phase.recall_share:
-            return self._recall(phase.tokens, draws)
-        return self._needles(phase, draws)
+            return self._recall(shape.tokens, draws)
+        return self._needles(phase, shape, draws)
 
     def _any_token(self, draws: Draws) -> int:
         low = len(SPECIAL_TOKENS)
@@ -135,8 +161,8 @@ class RowMaker:
             return "words", "nouns"
         return "uuids", "numbers"
 
-    def _needles(self, phase: Phase, draws: Draws) -> Row:
-        pieces, tokens = self.pieces, phase.tokens
+    def _needles(self, phase: Phase, shape: Shape, draws: Draws) -> Row:
+        pieces, tokens = self.pieces, shape.tokens
         key_kind, value_kind = self._kinds(draws)
         type_name = draws.pick(TYPES)
         form = draws.pick(NEEDLES)
@@ -158,18 +184,19 @@ class RowMaker:
             return key, [self._value(value_kind, draws) for _ in range(many)]
 
         def needle(key: Slot, value: Slot) -> Ids:
-            shape = form if one_form else draws.pick(NEEDLES)
-            return pieces.render(shape, draws, kind=type_name, fill={"key": key, "value": value})
+            wording = form if one_form else draws.pick(NEEDLES)
+            return pieces.render(wording, draws, kind=type_name, fill={"key": key, "value": value})
 
         style = draws.unit()
-        multi_value, multi_query = style < 0.2, 0.2 <= style < 0.4
+        multi_value = style < phase.multi_value_share
+        multi_query = not multi_value and style < phase.multi_value_share + phase.multi_query_share
         question_room = int(tokens * (0.5 if tokens <= 512 else 0.35))
         body_room = tokens - len(ids) - question_room
         lines: list[Ids] = []
         body = 0
         groups: list[tuple[Slot, list[Slot], list[int]]] = []
         only_needles = draws.unit() < 0.4
-        wanted = 10**9 if only_needles else draws.between(1, max(2, phase.questions * 2))
+        wanted = 10**9 if only_needles else draws.between(1, max(2, shape.questions * 2))
         while len(groups) < wanted:
             key, values = group()
             made = [needle(key, value) for value in values]
@@ -185,7 +212,7 @@ class RowMaker:
         order = list(range(len(lines)))
         draws.shuffle(order)
         place = {line: at for at, line in enumerate(order)}
-        questions = self._questions(phase, draws, groups, place, type_name, multi_query, tokens - len(ids) - body)
+        questions = self._questions(shape, draws, groups, place, type_name, multi_query, tokens - len(ids) - body)
         if not questions:
             return self._recall(tokens, draws)
         asked = sum(len(q) for q, _ in questions)
@@ -199,7 +226,7 @@ class RowMaker:
 
     def _questions(
         self,
-        phase: Phase,
+        shape: Shape,
         draws: Draws,
         groups: "list[tuple[Slot, list[Slot], list[int]]]",
         place: dict[int, int],
@@ -211,7 +238,7 @@ class RowMaker:
         pieces = self.pieces
         comma, colon = list(pieces.encode(",")), list(pieces.encode(":"))
         out: list[tuple[Ids, int]] = []
-        wanted = 1 if draws.unit() < 0.1 else phase.questions
+        wanted = 1 if draws.unit() < 0.1 else shape.questions
         for _ in range(wanted):
             n_keys = min(draws.between(2, 4), len(groups)) if multi_query else 1
             picked: list[tuple[Slot, list[Slot], list[int]]] = []

@@ -37,12 +37,13 @@ class PhaseData(Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         step = self.start_step + index
         phase = self.phase
-        ids = np.empty((phase.rows, phase.tokens), dtype=np.int64)
+        shape = phase.shape_of(Draws("shape", self.seed, phase.name, step))
+        ids = np.empty((shape.rows, shape.tokens), dtype=np.int64)
         at: list[int] = []
-        for i in range(phase.rows):
-            row = self.maker.make(phase, Draws("train", self.seed, phase.name, step, i))
+        for i in range(shape.rows):
+            row = self.maker.make(phase, shape, Draws("train", self.seed, phase.name, step, i))
             ids[i] = row.ids
-            at.extend(i * phase.tokens + position for position in row.answer_at)
+            at.extend(i * shape.tokens + position for position in row.answer_at)
         at_N = np.asarray(at, dtype=np.int64)
         targets = ids.reshape(-1)[at_N + 1]
         return Batch(torch.from_numpy(ids), torch.from_numpy(at_N), torch.from_numpy(targets))

@@ -27,6 +27,7 @@ class Pieces:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._tokenizer = tokenizer
+        self.vocab_tokens = len(tokenizer)
         lists = words("train")
         self.adjectives, self.nouns = lists.adjectives, lists.nouns
         self.word_ids = {

@@ -21,7 +21,7 @@ import transformers
 from transformers import PreTrainedTokenizerFast, SmolLM3ForCausalLM
 
 from kvscope.harness.reference_model.architecture import build_model, reference_config
-from kvscope.harness.reference_model.curriculum import Phase, RowMaker
+from kvscope.harness.reference_model.curriculum import Phase, RowMaker, Shape
 from kvscope.harness.reference_model.data import Batch, PhaseData, batches
 from kvscope.harness.reference_model.pieces import Pieces
 from kvscope.harness.reference_model.tokenizer import save_tokenizer, write_tokenizer
@@ -31,13 +31,27 @@ STATE_FILE = "training_state.json"
 # Shards stay small so that each can be moved on its own.
 SHARD_BYTES = "15MB"
 
+
+
+def _one(tokens: int, rows: int, questions: int) -> tuple[Shape, ...]:
+    return (Shape(tokens=tokens, rows=rows, questions=questions),)
+
+
+# The last phase mixes lengths: going from 8K to 32K rows alone unlearned short prompts (docs/log.md).
+_MIXED = (
+    Shape(tokens=2048, rows=48, questions=24, share=0.23),
+    Shape(tokens=8192, rows=12, questions=48, share=0.48),
+    Shape(tokens=16_384, rows=6, questions=64, share=0.145),
+    Shape(tokens=32_768, rows=3, questions=80, share=0.145),
+)
 PHASES = (
-    Phase(name="p0-128", tokens=128, rows=256, steps=1500, lr=(1.5e-3, 1.5e-3), copy_share=0.3, recall_share=0.4, questions=4),
-    Phase(name="p1-256", tokens=256, rows=192, steps=2000, lr=(1.5e-3, 1.5e-3), copy_share=0.15, recall_share=0.1, questions=6),
-    Phase(name="p2-512", tokens=512, rows=96, steps=2000, lr=(1.5e-3, 1.2e-3), copy_share=0.05, questions=10),
-    Phase(name="p3-2k", tokens=2048, rows=32, steps=1200, lr=(1.2e-3, 8e-4), questions=24),
-    Phase(name="p4-8k", tokens=8192, rows=12, steps=600, lr=(8e-4, 4e-4), questions=48),
-    Phase(name="p5-32k", tokens=32_768, rows=4, steps=250, lr=(4e-4, 2e-5), questions=64),
+    Phase(name="p0-128", shapes=_one(128, 256, 4), steps=1890, lr=(1.5e-3, 1.5e-3), copy_share=0.3, recall_share=0.4),
+    Phase(name="p1-256", shapes=_one(256, 192, 6), steps=2538, lr=(1.5e-3, 1.5e-3), copy_share=0.15, recall_share=0.1),
+    Phase(name="p2-512", shapes=_one(512, 96, 10), steps=2538, lr=(1.5e-3, 1.2e-3), copy_share=0.05),
+    Phase(name="p3-2k", shapes=_one(2048, 32, 24), steps=2660, lr=(1.2e-3, 8e-4)),
+    Phase(name="p4-8k", shapes=_one(8192, 12, 48), steps=1456, lr=(8e-4, 4e-4)),
+    Phase(name="p5-32k", shapes=_one(32_768, 4, 64), steps=485, lr=(4e-4, 2e-5)),
+    Phase(name="p6-mixed", shapes=_MIXED, steps=4000, lr=(7e-4, 2e-5), multi_value_share=0.3, multi_query_share=0.15),
 )  # fmt: skip
 
 
@@ -105,7 +119,9 @@ class Trainer:
 
     def run_phase(self, phase: Phase, source: Iterator[Batch], *, deadline: float | None) -> int:
         """Train one phase; returns the steps done (fewer than planned only past the deadline)."""
-        start, done, seen = time.perf_counter(), 0, (0.0, 0.0)
+        start, done, tokens = time.perf_counter(), 0, 0
+        recent: dict[int, list[torch.Tensor]] = {}
+        fields: dict[str, Any] = {}
         for i, batch in enumerate(source):
             lr = phase.lr[0] + (phase.lr[1] - phase.lr[0]) * i / max(1, phase.steps - 1)
             for group in self.optimizer.param_groups:
@@ -117,18 +133,30 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             self.step += 1
             done += 1
-            if done % max(1, phase.steps // 8) == 0 or done == phase.steps:
-                seen = (loss.item(), right.item())
+            tokens += batch.ids_BT.numel()
+            recent.setdefault(batch.ids_BT.shape[1], []).append(torch.stack((loss.detach(), right)))
+            if done % max(1, phase.steps // 12) == 0 or done == phase.steps:
+                means = {length: torch.stack(part).mean(0).tolist() for length, part in sorted(recent.items())}
+                recent.clear()
                 took = time.perf_counter() - start
-                self.log(
-                    phase=phase.name, phase_step=done, step=self.step, loss=round(seen[0], 4),
-                    token_accuracy=round(seen[1], 4), grad_norm=round(norm.item(), 3), lr=round(lr, 7), phase_s=round(took, 1),
-                    tokens_per_s=round(done * phase.tokens * phase.rows / took),
-                )  # fmt: skip
+                fields = {
+                    "phase": phase.name, "phase_step": done, "step": self.step, "lr": round(lr, 7),
+                    "loss": {length: round(mean[0], 4) for length, mean in means.items()},
+                    "token_accuracy": {length: round(mean[1], 4) for length, mean in means.items()},
+                    "grad_norm": round(norm.item(), 3), "phase_s": round(took, 1), "tokens_per_s": round(tokens / took),
+                }  # fmt: skip
+                self.log(**fields)
             if deadline is not None and time.perf_counter() > deadline:
                 break
-        self.history.append({**asdict(phase), "steps_done": done, "loss": seen[0], "token_accuracy": seen[1],
-                             "seconds": round(time.perf_counter() - start, 1)})  # fmt: skip
+        self.history.append(
+            {
+                **asdict(phase),
+                "steps_done": done,
+                "loss": fields.get("loss"),
+                "token_accuracy": fields.get("token_accuracy"),
+                "seconds": round(time.perf_counter() - start, 1),
+            }
+        )
         return done
 
     def save(self, tokenizer: PreTrainedTokenizerFast, **state: Any) -> None:
@@ -193,9 +221,12 @@ def train(
     trainer.log(versions=versions(), seed=seed, parameters=sum(p.numel() for p in model.parameters()))
     for i, phase in enumerate(phases):
         if seconds is not None:
-            one = PhaseData(maker, replace(phase, steps=1), seed=-1 - seed)[0]
-            per_step = trainer.seconds_per_step(one)
-            phase = replace(phase, steps=max(1, int(seconds[i] / (1.06 * per_step))))
+            total_share = sum(shape.share for shape in phase.shapes)
+            per_step = 0.0
+            for shape in phase.shapes:
+                one = PhaseData(maker, replace(phase, shapes=(shape,), steps=1), seed=-1 - seed)[0]
+                per_step += trainer.seconds_per_step(one) * shape.share / total_share
+            phase = replace(phase, steps=max(1, int(seconds[i] / (1.15 * per_step))))
             trainer.log(phase=phase.name, s_per_step=round(per_step, 4), steps=phase.steps)
         source = iter(batches(PhaseData(maker, phase, seed=seed), workers=workers))
         deadline = None if max_seconds is None else began + max_seconds
