@@ -113,6 +113,7 @@ class Measurement:
         self.backend = "none"
         self._say = say
         self._rss_peak_bytes = 0
+        self._kernel_keeps_rss_peak = host_rss_peak_bytes() is not None
         self._nvml: NvmlProcessMemory | None = None
         self._nvml_reason = "the run computes on the CPU: there is no GPU memory to read"
         self._torch: _Torch | None = None
@@ -150,8 +151,9 @@ class Measurement:
         return self._nvml.read_bytes() if self._nvml else None
 
     def _read(self) -> int | None:
-        """One reading of the sampler: NVML, and the host's resident set beside it."""
-        self._rss_peak_bytes = max(self._rss_peak_bytes, host_rss_bytes())
+        """One reading of the sampler: NVML, and the host's resident set where the kernel keeps no peak of it."""
+        if not self._kernel_keeps_rss_peak:
+            self._rss_peak_bytes = max(self._rss_peak_bytes, host_rss_bytes())
         return self._nvml_bytes()
 
     def _host_peak_bytes(self) -> int:
