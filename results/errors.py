@@ -16,7 +16,7 @@ class UsageError(KvscopeError, ValueError):
     exit_code = 2
 
 
-class EnvironmentProblem(KvscopeError, RuntimeError):
+class EnvironmentProblem(KvscopeError, RuntimeError):  # noqa: N818 - EnvironmentError is Python's own name
     """The machine lacks something the request needs (a GPU, a package, memory)."""
 
     exit_code = 3

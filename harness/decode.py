@@ -1,0 +1,249 @@
+"""Greedy decoding of one sequence under one method, and teacher-forced likelihood.
+
+Step 0 is the first forced token, fed under the method: no scored token comes from dense logits. Batch 1, no padding,
+positions from the logical length.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+import torch.nn.functional as F
+
+from kvscope.harness.glue import DecodeLayer, EngineCache, observing
+from kvscope.harness.models import LoadedModel
+from kvscope.methods.base import CacheMethod, Footprint
+from kvscope.methods.store import PromptKV
+from kvscope.results.errors import UsageError
+
+StopReason = Literal["eos", "stop", "length"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeResult:
+    """What one decode gave.
+
+    Attributes:
+        ids: generated tokens, the one that ended the answer included.
+        text: their text up to the first stop string, special tokens left out; empty without a tokenizer.
+        open_s: seconds to open the method on the prompt.
+        decode_s: seconds of all steps together, forced ones included.
+        step_s: seconds of each step, forced ones first.
+        footprint_mean: mean over the steps of the exact bytes of live cache tensors.
+        footprint_last: the same after the last step.
+        bytes_recalled: bytes copied from the host while decoding.
+        stop_reason: ``eos``, ``stop`` (a stop string) or ``length``.
+    """
+
+    ids: list[int]
+    text: str
+    open_s: float
+    decode_s: float
+    step_s: list[float]
+    footprint_mean: Footprint
+    footprint_last: Footprint
+    bytes_recalled: int
+    stop_reason: StopReason
+
+
+class DecodeSession:
+    """A prompt opened under a method, fed token by token. Use as a context manager: hooks and tensors go at the end."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        method: CacheMethod[Any],
+        prompt: PromptKV,
+        *,
+        reserve_tokens: int,
+        physical: bool = True,
+    ) -> None:
+        """Open the method.
+
+        Args:
+            reserve_tokens: steps to preallocate for.
+            physical: False masks instead of evicting (tests).
+
+        Raises:
+            UsageError: the method cannot run on this model and device; the message gives every reason.
+        """
+        reasons = method.unsupported(loaded.shape, loaded.device)
+        if reasons:
+            raise UsageError(f"Method '{method.label}' cannot run on model '{loaded.name}': {'; '.join(reasons)}.")
+        if prompt.shape != loaded.shape:
+            raise ValueError("this prompt was prefilled by a model of another shape")
+        started_s = time.perf_counter()
+        self._loaded = loaded
+        self.sequence = method.open(prompt, loaded.device, physical=physical, reserve_tokens=reserve_tokens)
+        states: dict[int, Any] = dict(self.sequence.stock)
+        for layer in loaded.shape.layers:
+            states[layer] = DecodeLayer(layer, self.sequence, loaded.rotations[layer])
+        self._cache = EngineCache([states[layer] for layer in range(loaded.shape.n_layers)])
+        self._observed = method.observed_layers(loaded.shape)
+        self._stack = ExitStack()
+        self.open_s = time.perf_counter() - started_s
+
+    def __enter__(self) -> Self:
+        self._stack.callback(self.sequence.close)
+        if self._observed:
+            self._stack.enter_context(observing(self._loaded.model, self._observed, self.sequence.observe))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    @torch.inference_mode()
+    def step(self, token: int) -> torch.Tensor:
+        """Feed one token under the method and return the logits after it, [vocabulary]."""
+        device = self._loaded.device
+        out = self._loaded.model(
+            input_ids=torch.tensor([[token]], device=device),
+            position_ids=torch.tensor([[self.sequence.n_tokens]], device=device),
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: torch.Tensor = out.logits[0, -1]
+        return logits
+
+
+@torch.inference_mode()
+def decode(
+    loaded: LoadedModel,
+    method: CacheMethod[Any],
+    prompt_kv: PromptKV,
+    forced_ids: Sequence[int],
+    *,
+    max_new_tokens: int,
+    stop_strings: Sequence[str] = (),
+    stop_at_eos: bool = True,
+    device: str | torch.device | None = None,
+) -> DecodeResult:
+    """Feed ``forced_ids`` under the method, then decode greedily.
+
+    Args:
+        loaded: the model.
+        method: from ``create_method``.
+        prompt_kv: from ``prefill``; not changed, so the next method opens the same one.
+        forced_ids: what follows the prefilled tokens and is fed under the method, one step a token: the last prompt
+            token, or the whole question. At least one.
+        max_new_tokens: longest answer.
+        stop_strings: end the answer where one of them begins.
+        stop_at_eos: end the answer at the model's end-of-sequence tokens.
+        device: must be the model's; None means it.
+
+    Raises:
+        UsageError: no forced token, no new token, stop strings without a tokenizer, or an unsupported method.
+    """
+    _check(loaded, prompt_kv, forced_ids, max_new_tokens, device)
+    if stop_strings and loaded.tokenizer is None:
+        raise UsageError(f"Model '{loaded.name}' has no tokenizer, so stop strings cannot be looked for.")
+    footprints = Footprint()
+    step_s: list[float] = []
+    ids: list[int] = []
+    stop_reason: StopReason = "length"
+    # The last generated token is never fed.
+    reserve_tokens = len(forced_ids) + max_new_tokens - 1
+    with DecodeSession(loaded, method, prompt_kv, reserve_tokens=reserve_tokens) as session:
+        pending = list(forced_ids)
+        while True:
+            token = pending.pop(0)
+            started_s = time.perf_counter()
+            chosen = int(session.step(token).argmax())  # reading the number waits for the device
+            step_s.append(time.perf_counter() - started_s)
+            last = session.sequence.footprint()
+            footprints += last
+            if pending:
+                continue
+            ids.append(chosen)
+            if stop_at_eos and chosen in loaded.eos_ids:
+                stop_reason = "eos"
+                break
+            if stop_strings and _stop_index(_text(loaded, ids), stop_strings) is not None:
+                stop_reason = "stop"
+                break
+            if len(ids) == max_new_tokens:
+                break
+            pending.append(chosen)
+        text = _text(loaded, ids)
+        return DecodeResult(
+            ids=ids,
+            text=text[: _stop_index(text, stop_strings)],
+            open_s=session.open_s,
+            decode_s=sum(step_s),
+            step_s=step_s,
+            footprint_mean=footprints.divided_by(len(step_s)),
+            footprint_last=last,
+            bytes_recalled=session.sequence.bytes_recalled,
+            stop_reason=stop_reason,
+        )
+
+
+@torch.inference_mode()
+def answer_nll(
+    loaded: LoadedModel,
+    method: CacheMethod[Any],
+    prompt_kv: PromptKV,
+    forced_ids: Sequence[int],
+    answer_ids: Sequence[int],
+    *,
+    device: str | torch.device | None = None,
+) -> float:
+    """Return the mean negative log-likelihood of ``answer_ids`` under the method, in nats a token, teacher forced.
+
+    Opens the prompt anew; arguments as ``decode``.
+
+    Raises:
+        UsageError: no forced token, no answer token, or an unsupported method.
+    """
+    _check(loaded, prompt_kv, forced_ids, len(answer_ids), device)
+    fed = [*forced_ids, *answer_ids[:-1]]
+    total = 0.0
+    with DecodeSession(loaded, method, prompt_kv, reserve_tokens=len(fed)) as session:
+        for index, token in enumerate(fed):
+            logits = session.step(token)
+            answered = index - (len(forced_ids) - 1)
+            if answered >= 0:
+                target = torch.tensor(answer_ids[answered], device=logits.device)
+                total += float(F.cross_entropy(logits.float(), target))
+    return total / len(answer_ids)
+
+
+def _check(
+    loaded: LoadedModel,
+    prompt_kv: PromptKV,
+    forced_ids: Sequence[int],
+    n_answer_tokens: int,
+    device: str | torch.device | None,
+) -> None:
+    if not forced_ids:
+        raise UsageError("At least one token (the last of the prompt) has to be fed under the method.")
+    if n_answer_tokens < 1:
+        raise UsageError(f"The answer needs at least one token, got {n_answer_tokens}.")
+    n_total = prompt_kv.n_tokens + len(forced_ids) + n_answer_tokens
+    if n_total > loaded.max_length_tokens:
+        raise UsageError(
+            f"Prompt and answer are {n_total} tokens; model '{loaded.name}' takes {loaded.max_length_tokens}."
+        )
+    if device is not None and torch.device(device).type != loaded.device.type:
+        raise UsageError(f"Model '{loaded.name}' is on {loaded.device}, so it cannot decode on {device}.")
+
+
+def _text(loaded: LoadedModel, ids: list[int]) -> str:
+    if loaded.tokenizer is None:
+        return ""
+    text: str = loaded.tokenizer.decode(ids, skip_special_tokens=True)
+    return text
+
+
+def _stop_index(text: str, stop_strings: Sequence[str]) -> int | None:
+    found = [text.index(stop) for stop in stop_strings if stop in text]
+    return min(found) if found else None

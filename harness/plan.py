@@ -1,0 +1,282 @@
+"""What a run will do, before it does any of it: cells, predicted bytes, forecasts, tokens to prefill.
+
+Making a plan is also how a run is checked: names, options, lengths against the model and the tasks. It reads
+configuration and tokenizer files, never weights.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from tabulate import tabulate
+
+from kvscope.harness.config import RunConfig, format_length, split_spec
+from kvscope.harness.facts import ModelFacts, describe_model
+from kvscope.harness.memory import free_device_bytes
+from kvscope.harness.progress import format_bytes
+from kvscope.results.errors import UsageError
+from kvscope.results.schema import Forecast, PlannedCell
+
+if TYPE_CHECKING:
+    from kvscope.methods.base import CacheMethod, Footprint
+    from kvscope.tasks.base import Task
+
+#: What a CUDA context takes (620 MiB on an H100) and a little room for workspaces.
+CONTEXT_BYTES = 768 * 1024**2
+DECODE_WORK_TOKENS = 256
+PROCESS_WORK_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked configuration with everything made that a run needs except the model's weights."""
+
+    config: RunConfig
+    facts: ModelFacts
+    methods: "tuple[CacheMethod[Any], ...]"
+    tasks: "tuple[Task, ...]"
+    cells: tuple[PlannedCell, ...]
+
+    @cached_property
+    def _by_key(self) -> dict[tuple[str, int], PlannedCell]:
+        return {(cell.method_label, cell.length_tokens): cell for cell in self.cells}
+
+    def cell(self, method_label: str, length_tokens: int) -> PlannedCell:
+        """Return the forecast of one (method, length)."""
+        return self._by_key[method_label, length_tokens]
+
+    def unsupported(self, method_label: str, length_tokens: int) -> str | None:
+        """Return why a method cannot run at a length, or None."""
+        cell = self.cell(method_label, length_tokens)
+        return cell.reason if cell.forecast == "unsupported" else None
+
+    @property
+    def accuracy_prefill_tokens(self) -> int:
+        """Prompt tokens of the accuracy pass: one prefill a prompt, whatever the number of methods."""
+        config = self.config
+        return sum(config.lengths_tokens) * len(self.tasks) * config.samples
+
+    @property
+    def footprint_prefill_tokens(self) -> int:
+        """Prompt tokens of the footprint pass: one prefill a supported (method, length)."""
+        return sum(
+            length_tokens
+            for length_tokens in self.config.footprint_cells_tokens
+            for method in self.methods
+            if self.unsupported(method.label, length_tokens) is None
+        )
+
+    def prompt_work_tokens(self, length_tokens: int, *, methods: int) -> int:
+        """Return what a prompt costs in units of one prefilled token, roughly: for the ETA, which corrects itself."""
+        return length_tokens + methods * DECODE_WORK_TOKENS
+
+    def footprint_work_tokens(self, length_tokens: int) -> int:
+        """Return what a footprint cell costs in the same units: a process, a model load, a prefill, three decodes."""
+        return length_tokens + PROCESS_WORK_TOKENS
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the user may not expect, one sentence each."""
+        said = []
+        if all(method.name != "dense" for method in self.methods):
+            said.append("dense is not among the methods: accuracy has nothing to be compared with. Add -m dense.")
+        for method in self.methods:
+            if method.name == "dense":
+                continue
+            same = [n for n in self.config.lengths_tokens if method.is_noop(n, self.facts.shape)]
+            if same:
+                said.append(
+                    f"{method.label} leaves nothing out at {_lengths(same)}: there it is dense by another name."
+                )
+        return said
+
+    def text(self) -> str:
+        """Return the plan as plain text."""
+        config, facts = self.config, self.facts
+        lengths = sorted({*config.lengths_tokens, *config.footprint_cells_tokens})
+        header = ["method", *(format_length(n) for n in lengths)]
+        kv = [[m.label, *(_kv_text(self.cell(m.label, n)) for n in lengths)] for m in self.methods]
+        host = [[m.label, *(_mib(self.cell(m.label, n).predicted_host_bytes) for n in lengths)] for m in self.methods]
+        weights = "unknown size" if facts.weights_bytes is None else format_bytes(facts.weights_bytes)
+        parts = [
+            f"model    {config.model}: {facts.dtype} on {facts.device}, {weights} of weights, "
+            f"{facts.shape.kv_bytes_per_token:,} B of KV a token, at most {facts.max_length_tokens:,} tokens",
+            f"tasks    {', '.join(task.name for task in self.tasks)}",
+            f"lengths  {_lengths(config.lengths_tokens)}, {config.samples} samples each, seed {config.seed}",
+            "",
+            "Predicted bytes on the device (KV + metadata), MiB",
+            tabulate(kv, headers=header, tablefmt="simple", disable_numparse=True, colalign=_columns(header)),
+        ]
+        if any(cell.predicted_host_bytes for cell in self.cells):
+            parts += [
+                "",
+                "Predicted bytes in host memory, MiB",
+                tabulate(host, headers=header, tablefmt="simple", disable_numparse=True, colalign=_columns(header)),
+            ]
+        prompts = len(self.tasks) * len(config.lengths_tokens) * config.samples
+        parts += [
+            "",
+            f"accuracy   {prompts:,} prompts, each prefilled once for {len(self.methods)} methods: "
+            f"{self.accuracy_prefill_tokens:,} tokens to prefill, {prompts * len(self.methods):,} rows",
+        ]
+        if config.footprint:
+            footprint_cells = len(config.footprint_cells_tokens) * len(self.methods)
+            parts.append(
+                f"footprint  {footprint_cells} cells, each a fresh process, at "
+                f"{_lengths(config.footprint_cells_tokens)}: {self.footprint_prefill_tokens:,} tokens to prefill"
+            )
+        parts += [f"{cell.forecast:<10} {cell.method_label} at {format_length(cell.length_tokens)}: {cell.reason}"
+                  for cell in self.cells if cell.reason]  # fmt: skip
+        parts += [f"note       {text}" for text in self.warnings]
+        return "\n".join(parts)
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """Check a configuration and forecast every (method, length).
+
+    Raises:
+        UsageError: an unknown method, task, model or option; a length too long for the model or too short
+            for a task.
+    """
+    from kvscope.methods.registry import create_method, parse_method
+    from kvscope.tasks.registry import create_task
+
+    methods = tuple(create_method(parse_method(spec), paper_settings=config.paper_settings) for spec in config.methods)
+    check_unique([method.label for method in methods])
+    tasks = []
+    for spec in config.tasks:
+        name, options = split_spec(spec, kind="task")
+        task = create_task(name, **options)
+        if config.max_new_tokens is not None:
+            task.max_new_tokens = config.max_new_tokens
+        tasks.append(task)
+    facts = describe_model(config.model, device=config.device, dtype=config.dtype, page_tokens=config.page_tokens)
+    check_lengths(config, facts, tasks)
+    lengths = sorted({*config.lengths_tokens, *config.footprint_cells_tokens})
+    rooms = {device: free_device_bytes(device) for device in {facts.device, "cpu"}}
+    cells = [
+        plan_cell(method, length_tokens, config=config, facts=facts, rooms=rooms)
+        for method in methods
+        for length_tokens in lengths
+    ]
+    return Plan(config=config, facts=facts, methods=methods, tasks=tuple(tasks), cells=tuple(cells))
+
+
+def check_unique(labels: Sequence[str]) -> None:
+    """Refuse two methods that are the same once defaults are filled in: rows are told apart by the label.
+
+    Raises:
+        UsageError: naming the method.
+    """
+    for label in labels:
+        if labels.count(label) > 1:
+            raise UsageError(f"Method {label!r} is asked for twice (options equal to the defaults count): keep one.")
+
+
+def check_lengths(config: RunConfig, facts: ModelFacts, tasks: "Sequence[Task]") -> None:
+    """Refuse lengths that the model or a task cannot take.
+
+    Raises:
+        UsageError: naming the length, the limit and who sets it.
+    """
+    for length_tokens in (*config.lengths_tokens, *config.footprint_cells_tokens):
+        if length_tokens > facts.max_length_tokens:
+            raise UsageError(
+                f"Length {length_tokens:,} is over the {facts.max_length_tokens:,} tokens that model "
+                f"{config.model!r} takes: use shorter lengths or another model."
+            )
+    for task in tasks:
+        least_tokens = task.min_length_tokens(facts.tokenizer)
+        for length_tokens in config.lengths_tokens:
+            if length_tokens < least_tokens:
+                raise UsageError(
+                    f"Length {length_tokens:,} is too short for task {task.name!r}: it needs at least "
+                    f"{least_tokens:,} tokens."
+                )
+    # The footprint prompt is the first task's, with decode_tokens of room instead of the task's own.
+    least_tokens = (
+        tasks[0].min_length_tokens(facts.tokenizer) - tasks[0].max_new_tokens + config.footprint_decode_tokens
+    )
+    for length_tokens in config.footprint_cells_tokens:
+        if length_tokens < least_tokens:
+            raise UsageError(
+                f"Footprint length {length_tokens:,} is too short for a prompt of {tasks[0].name!r} and "
+                f"{config.footprint_decode_tokens} decode steps: it needs at least {least_tokens:,} tokens."
+            )
+
+
+def plan_cell(
+    method: "CacheMethod[Any]",
+    length_tokens: int,
+    *,
+    config: RunConfig,
+    facts: ModelFacts,
+    rooms: Mapping[str, tuple[int | None, str]],
+) -> PlannedCell:
+    """Forecast one (method, length): predicted bytes, and whether they fit.
+
+    Args:
+        rooms: device -> (free bytes, its name), as ``free_device_bytes`` returns; the computing device and ``cpu``.
+    """
+    reasons = method.unsupported(facts.shape, facts.device)
+    if reasons:
+        return PlannedCell(
+            method_label=method.label, length_tokens=length_tokens, forecast="unsupported", reason="; ".join(reasons)
+        )
+    decode_tokens = min(config.footprint_decode_tokens, length_tokens - 1)
+    # As the footprint pass will find it: all tokens but the last prefilled, that one the first of the steps.
+    predicted = method.predict(facts.shape, length_tokens - decode_tokens - 1, decode_tokens)
+    forecast: Forecast = "unknown"
+    reason = None
+    for device, needed_bytes in _needed_bytes(predicted, length_tokens, config=config, facts=facts).items():
+        free_bytes, where = rooms[device]
+        if free_bytes is None:
+            continue
+        if needed_bytes > free_bytes:
+            forecast = "oom"
+            reason = f"needs about {format_bytes(needed_bytes)} of {where}, {format_bytes(free_bytes)} is free"
+            break
+        forecast = "fits"
+    return PlannedCell(
+        method_label=method.label,
+        length_tokens=length_tokens,
+        predicted_kv_bytes=predicted.kv_bytes,
+        predicted_metadata_bytes=predicted.metadata_bytes,
+        predicted_host_bytes=predicted.host_bytes,
+        forecast=forecast,
+        reason=reason,
+    )
+
+
+def _needed_bytes(
+    predicted: "Footprint", length_tokens: int, *, config: RunConfig, facts: ModelFacts
+) -> dict[str, int]:
+    """Estimate the peak bytes of a cell by device: where it computes, and the host that holds the prompt's pages."""
+    if facts.weights_bytes is None:
+        return {}
+    prefill_bytes = facts.prefill_peak_bytes(length_tokens, chunk_tokens=config.prefill_chunk_tokens)
+    own_bytes = facts.weights_bytes + max(prefill_bytes, predicted.device_bytes)
+    pages_bytes = facts.shape.dense_kv_bytes(length_tokens)
+    if facts.device == "cpu":
+        return {"cpu": own_bytes + pages_bytes}
+    return {facts.device: CONTEXT_BYTES + own_bytes, "cpu": pages_bytes}
+
+
+def _columns(header: Sequence[str]) -> tuple[str, ...]:
+    return ("left", *("right" for _ in header[1:]))
+
+
+def _mib(value_bytes: int | None) -> str:
+    return "unsupported" if value_bytes is None else f"{value_bytes / 1024**2:,.2f}"
+
+
+def _kv_text(cell: PlannedCell) -> str:
+    if cell.predicted_kv_bytes is None:
+        return "unsupported"
+    text = _mib(cell.predicted_kv_bytes + (cell.predicted_metadata_bytes or 0))
+    return f"{text} OOM" if cell.forecast == "oom" else text
+
+
+def _lengths(lengths_tokens: Sequence[int]) -> str:
+    return ", ".join(format_length(n) for n in lengths_tokens) + " tokens"

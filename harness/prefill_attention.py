@@ -1,0 +1,102 @@
+"""Exact attention of a chunk of queries over everything before it and itself, for prefill and stock layers.
+
+Shapes: B batch, Q query heads, H KV heads, G = Q/H, S new tokens, T keys (the queries are the last S of them), D head
+size.
+
+Torch's fused kernels align a causal mask to the first key, which is wrong for a chunk behind a past. So the past is one
+call without a mask (query heads of a group folded into the query length: K and V are not repeated), the diagonal block
+one causal call, and the two are joined by their log-sum-exp.
+"""
+
+import torch
+
+from kvscope.methods.flash import attention_with_lse, flash_runs_on
+
+_EXPLICIT_ELEMENTS = 2**26
+_WINDOW_QUERY_BLOCK = 512
+
+
+def chunk_attention(
+    q_BQSD: torch.Tensor,
+    k_BHTD: torch.Tensor,
+    v_BHTD: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sink_logits: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return causal attention of the last S of T positions, [B, Q, S, D].
+
+    Args:
+        window: tokens a query sees, itself included; None for all.
+        softcap: logits become softcap * tanh(logits / softcap).
+        sink_logits: [Q], one logit a head that takes mass and has no value.
+    """
+    S, T = q_BQSD.shape[2], k_BHTD.shape[2]
+    if window is not None and window >= T:
+        window = None
+    if window is not None or softcap is not None or not flash_runs_on(q_BQSD):
+        out, lse = _explicit(q_BQSD, k_BHTD, v_BHTD, scale=scale, window=window, softcap=softcap)
+    elif S == 1:
+        out, lse = _folded(q_BQSD, k_BHTD, v_BHTD, scale=scale)
+    else:
+        G = q_BQSD.shape[1] // k_BHTD.shape[1]
+        k_new, v_new = (
+            x[:, :, T - S :].repeat_interleave(G, 1) if G > 1 else x[:, :, T - S :] for x in (k_BHTD, v_BHTD)
+        )
+        out, lse = attention_with_lse(q_BQSD, k_new, v_new, causal=True, scale=scale)
+        if T > S:
+            past_out, past_lse = _folded(q_BQSD, k_BHTD[:, :, : T - S], v_BHTD[:, :, : T - S], scale=scale)
+            # exp(a) / (exp(a) + exp(b)) is a sigmoid of the difference.
+            out = torch.lerp(out, past_out, torch.sigmoid(past_lse - lse)[..., None].to(out.dtype))
+            lse = torch.logaddexp(lse, past_lse)
+    if sink_logits is not None:
+        out = out * torch.sigmoid(lse - sink_logits.float()[None, :, None])[..., None].to(out.dtype)
+    return out
+
+
+def _folded(
+    q_BQSD: torch.Tensor, k_BHTD: torch.Tensor, v_BHTD: torch.Tensor, *, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention without a mask; the G query heads of a group become G*S queries of one head."""
+    B, Q, S, D = q_BQSD.shape
+    H = k_BHTD.shape[1]
+    out, lse = attention_with_lse(q_BQSD.reshape(B, H, Q // H * S, D), k_BHTD, v_BHTD, causal=False, scale=scale)
+    return out.reshape(B, Q, S, D), lse.reshape(B, Q, S)
+
+
+def _explicit(
+    q_BQSD: torch.Tensor,
+    k_BHTD: torch.Tensor,
+    v_BHTD: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in fp32 with the logits written out, block by block of queries: windows, soft caps, odd head sizes."""
+    B, Q, S, D = q_BQSD.shape
+    H, T = k_BHTD.shape[1:3]
+    block = max(1, min(_WINDOW_QUERY_BLOCK, _EXPLICIT_ELEMENTS // (B * Q * T)))
+    outs, lses = [], []
+    for start in range(0, S, block):
+        end = min(S, start + block)
+        last = T - S + end
+        first = max(0, T - S + start - window + 1) if window is not None else 0
+        k, v = k_BHTD[:, :, first:last].float(), v_BHTD[:, :, first:last].float()
+        q = q_BQSD[:, :, start:end].float().reshape(B, H, -1, D) * scale
+        logits = torch.matmul(q, k.transpose(2, 3)).view(B, H, Q // H, end - start, last - first)
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        position_q = torch.arange(T - S + start, last, device=q.device)[:, None]
+        position_k = torch.arange(first, last, device=q.device)[None]
+        hidden = position_k > position_q
+        if window is not None:
+            hidden |= position_k <= position_q - window
+        logits = logits.masked_fill(hidden, -torch.inf)
+        lse = torch.logsumexp(logits, -1)
+        weight = torch.exp(logits - lse[..., None]).view(B, H, -1, last - first)
+        outs.append(torch.matmul(weight, v).view(B, Q, end - start, D))
+        lses.append(lse.view(B, Q, end - start))
+    return torch.cat(outs, 2).to(q_BQSD.dtype), torch.cat(lses, 2)

@@ -1,0 +1,131 @@
+"""Rows from measurements: what every row of one (method, length) shares, and how a failure becomes a row."""
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from kvscope.results.schema import FootprintRow, SampleRow
+
+if TYPE_CHECKING:
+    from kvscope.harness.decode import DecodeResult
+    from kvscope.methods.base import CacheMethod, Footprint, ModelShape
+    from kvscope.tasks.base import Sample
+
+FailureStatus = Literal["unsupported", "failed", "oom"]
+MAX_REASON_CHARACTERS = 600
+
+
+def is_oom(error: BaseException) -> bool:
+    """Whether an exception says that memory (of the GPU or of the host) ran out."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
+
+
+def failure(error: BaseException, *, phase: str) -> tuple[FailureStatus, str]:
+    """Return (status, reason) of a cell that ended in ``error``; the reason is one line."""
+    status: FailureStatus = "oom" if is_oom(error) else "failed"
+    return status, one_line(f"{phase}: {type(error).__name__}: {error}")
+
+
+def one_line(text: str) -> str:
+    """Return text on one line, cut to a length a table can hold."""
+    flat = " ".join(text.split())
+    return flat if len(flat) <= MAX_REASON_CHARACTERS else flat[: MAX_REASON_CHARACTERS - 4] + " ..."
+
+
+def cell_columns(
+    method: "CacheMethod[Any]",
+    *,
+    shape: "ModelShape",
+    model: str,
+    method_from: str,
+    length_tokens: int,
+    prompt_tokens: int,
+    dtype: str,
+    device: str,
+) -> dict[str, Any]:
+    """Columns that sample rows and footprint rows of one (method, length) have in common."""
+    return {
+        "model": model,
+        "method": method.name,
+        "method_label": method.label,
+        "config": method.effective_config(prompt_tokens, shape),
+        "length_tokens": length_tokens,
+        "saving_kind": method.saving_kind,
+        "noop": method.is_noop(prompt_tokens, shape),
+        "method_from": method_from,
+        "selection": getattr(method, "selection", "free"),
+        "dtype": dtype,
+        "device": device,
+        "prompt_tokens": prompt_tokens,
+    }
+
+
+def ledger_columns(footprint: "Footprint", *, dense_kv_bytes: int, bytes_recalled: int) -> dict[str, Any]:
+    """The ledger of live cache tensors, as both kinds of row hold it."""
+    return {
+        "resident_kv_bytes": footprint.kv_bytes,
+        "metadata_bytes": footprint.metadata_bytes,
+        "host_kv_bytes": footprint.host_bytes,
+        "dense_kv_bytes": dense_kv_bytes,
+        "bytes_read_per_step": footprint.bytes_read_per_step,
+        "attention_flops_per_step": footprint.attention_flops_per_step,
+        "bytes_recalled": bytes_recalled,
+    }
+
+
+def prompt_columns(sample: "Sample") -> dict[str, Any]:
+    """Columns of a sample row that come from its prompt."""
+    return {
+        "task": sample.task,
+        "question_type": sample.question_type,
+        "sample": sample.sample,
+        "seed": sample.seed,
+        "depth": sample.depth,
+        "prompt_sha256": sample.prompt_sha256,
+        "targets": sample.targets,
+    }
+
+
+def sample_row(
+    cell: dict[str, Any],
+    sample: "Sample",
+    result: "DecodeResult",
+    *,
+    score: float,
+    prefill_s: float,
+    dense_kv_bytes: int,
+    answer_nll: float | None,
+    answer_nll_reason: str | None,
+) -> SampleRow:
+    """Return the row of one answered prompt."""
+    return SampleRow(
+        **cell,
+        **prompt_columns(sample),
+        **ledger_columns(result.footprint_mean, dense_kv_bytes=dense_kv_bytes, bytes_recalled=result.bytes_recalled),
+        status="ok",
+        output=result.text,
+        score=score,
+        stop_reason=result.stop_reason,
+        answer_nll=answer_nll,
+        answer_nll_reason=answer_nll_reason,
+        prefill_s=prefill_s,
+        decode_s=result.decode_s,
+        decode_tokens=len(result.ids),
+    )
+
+
+def failed_sample_row(cell: dict[str, Any], sample: "Sample", *, status: FailureStatus, reason: str) -> SampleRow:
+    """Return the row of a prompt that could not be answered under a method."""
+    return SampleRow(**cell, **prompt_columns(sample), status=status, reason=one_line(reason))
+
+
+def failed_footprint_row(
+    cell: dict[str, Any], *, status: FailureStatus, reason: str, backend: str = "none", **columns: Any
+) -> FootprintRow:
+    """Return the row of a footprint cell that was not measured; ``columns`` holds what was read before it ended."""
+    return FootprintRow(
+        **cell, status=status, reason=one_line(reason), backend=backend, verdict="not_measured", **columns
+    )

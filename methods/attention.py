@@ -1,0 +1,159 @@
+"""Attention over pages, in plain torch: the reference, and the path in use until a kernel takes its place.
+
+Shapes: B batch (1), Q query heads, H KV heads, G = Q/H, D head size, S slots (pages resident), P tokens a page.
+Pages of one layer are one tensor [S, H, 2, P, D], index 2 being K and V. Slots and heads flatten into one batch of
+matrix products without a copy, so nothing is gathered and nothing concatenated.
+
+Every function here returns partial results with their log-sum-exp, in natural log. Softmax over a union of token
+sets is the exp(lse)-weighted mean of the parts, which is how sinks, sink logits and split contexts are joined.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from kvscope.methods.flash import attention_with_lse, flash_runs_on
+
+
+class Partial(NamedTuple):
+    """Attention over some of the tokens: normalised output [H, G, D] and log-sum-exp of the logits [H, G]."""
+
+    out: torch.Tensor
+    lse: torch.Tensor
+
+
+def paged_attention(
+    q_BQ1D: torch.Tensor,
+    pages: torch.Tensor,
+    *,
+    n_tokens: int,
+    scale: float,
+    softcap: float | None = None,
+    sink_logits: torch.Tensor | None = None,
+    page_table: torch.Tensor | None = None,
+    keep_SP: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attend one query to the tokens of a page table.
+
+    Args:
+        q_BQ1D: queries, batch 1, rotation applied.
+        pages: [S, H, 2, P, D].
+        n_tokens: tokens stored, filling the table's pages in order; the rest of the last page is not read.
+        scale: factor on the logits.
+        softcap: logits become softcap * tanh(logits / softcap).
+        sink_logits: [Q], one logit a head that takes mass and has no value.
+        page_table: slots to read in order, [slots] for all heads or [H, slots]; every slot when None. A table costs
+            a gather here; a kernel reads through it.
+        keep_SP: bool [S, P], tokens to read: masked simulation of eviction, for tests.
+
+    Returns:
+        [B, Q, 1, D] in the dtype of the query.
+    """
+    part = paged_partial(
+        q_BQ1D, pages, n_tokens=n_tokens, scale=scale, softcap=softcap, page_table=page_table, keep_SP=keep_SP
+    )
+    return merge_partials([part], q_BQ1D, sink_logits=sink_logits)
+
+
+def paged_partial(
+    q_BQ1D: torch.Tensor,
+    pages: torch.Tensor,
+    *,
+    n_tokens: int,
+    scale: float,
+    softcap: float | None = None,
+    page_table: torch.Tensor | None = None,
+    keep_SP: torch.Tensor | None = None,
+) -> Partial:
+    """Attend one query to some pages and return the unmerged result. Arguments as ``paged_attention``."""
+    if q_BQ1D.shape[0] != 1 or q_BQ1D.shape[2] != 1:
+        raise ValueError(f"one query of one sequence at a time, got shape {tuple(q_BQ1D.shape)}")
+    if page_table is not None:
+        pages = _gather(pages, page_table)
+    n_slots, H, _, P, D = pages.shape
+    q_HGD = q_BQ1D.view(H, -1, D)
+    if n_tokens > n_slots * P:
+        raise ValueError(f"{n_tokens} tokens do not fit {n_slots} pages of {P}")
+    pages = pages[: -(-n_tokens // P)]
+    if n_tokens == 0:
+        return Partial(q_HGD.new_zeros(q_HGD.shape), q_HGD.new_full(q_HGD.shape[:2], -torch.inf))
+    if q_HGD.dtype != torch.float32 and softcap is None and keep_SP is None and flash_runs_on(q_BQ1D):
+        return _flash_partial(q_HGD, pages, n_tokens=n_tokens, scale=scale)
+    return _bmm_partial(q_HGD, pages, n_tokens=n_tokens, scale=scale, softcap=softcap, keep_SP=keep_SP)
+
+
+def merge_partials(
+    parts: list[Partial], q_BQ1D: torch.Tensor, *, sink_logits: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Join results over disjoint token sets into attention over their union. Returns [B, Q, 1, D]."""
+    if len(parts) == 1 and sink_logits is None:
+        out_HGD = parts[0].out
+    else:
+        lse_XHG = torch.stack([part.lse for part in parts])
+        total_HG = torch.logsumexp(lse_XHG, 0)
+        if sink_logits is not None:
+            total_HG = torch.logaddexp(total_HG, sink_logits.to(total_HG.dtype).view_as(total_HG))
+        weight_XHG = torch.exp(lse_XHG - total_HG)
+        out_HGD = sum(
+            (w[..., None] * p.out for w, p in zip(weight_XHG, parts, strict=True)), torch.zeros(()).to(q_BQ1D)
+        )
+    return out_HGD.to(q_BQ1D.dtype).view(q_BQ1D.shape)
+
+
+def _bmm_partial(
+    q_HGD: torch.Tensor,
+    pages: torch.Tensor,
+    *,
+    n_tokens: int,
+    scale: float,
+    softcap: float | None,
+    keep_SP: torch.Tensor | None,
+) -> Partial:
+    n_slots, H, _, P, D = pages.shape
+    G = q_HGD.shape[1]
+    # Products of low-precision operands would round the logits themselves, so they are taken in fp32.
+    flat = pages.float().view(n_slots * H, 2, P, D)
+    k_NPD, v_NPD = flat[:, 0], flat[:, 1]
+    q_NGD = (q_HGD.float() * scale).expand(n_slots, H, G, D).reshape(n_slots * H, G, D)
+    logits_SHGP = torch.bmm(q_NGD, k_NPD.transpose(1, 2)).view(n_slots, H, G, P)
+    if softcap is not None:
+        logits_SHGP = softcap * torch.tanh(logits_SHGP / softcap)
+    tail = n_tokens - (n_slots - 1) * P
+    if tail < P:
+        logits_SHGP[-1, :, :, tail:] = -torch.inf
+    if keep_SP is not None:
+        logits_SHGP.masked_fill_(~keep_SP[:n_slots, None, None, :], -torch.inf)
+    top_HG = logits_SHGP.amax((0, 3))
+    weight_SHGP = torch.exp_(logits_SHGP - top_HG[:, :, None])
+    sum_HG = weight_SHGP.sum((0, 3))
+    out_HGD = torch.bmm(weight_SHGP.view(n_slots * H, G, P), v_NPD).view(n_slots, H, G, D).sum(0) / sum_HG[..., None]
+    return Partial(out_HGD, top_HG + torch.log(sum_HG))
+
+
+def _flash_partial(q_HGD: torch.Tensor, pages: torch.Tensor, *, n_tokens: int, scale: float) -> Partial:
+    """Fused attention per page (a batch of pages), merged over pages: fp32 accumulation without a copy of K and V."""
+    P = pages.shape[3]
+    full = n_tokens // P
+    outs, lses = [], []
+    if full:
+        out_SHGD, lse_SHG = attention_with_lse(
+            q_HGD.expand(full, *q_HGD.shape), pages[:full, :, 0], pages[:full, :, 1], causal=False, scale=scale
+        )
+        outs.append(out_SHGD)
+        lses.append(lse_SHG)
+    if n_tokens > full * P:
+        tail = pages[full : full + 1, :, :, : n_tokens - full * P]
+        out_SHGD, lse_SHG = attention_with_lse(q_HGD[None], tail[:, :, 0], tail[:, :, 1], causal=False, scale=scale)
+        outs.append(out_SHGD)
+        lses.append(lse_SHG)
+    lse_SHG = torch.cat(lses)
+    total_HG = torch.logsumexp(lse_SHG, 0)
+    weight_SHG = torch.exp(lse_SHG - total_HG)
+    return Partial((torch.cat(outs).float() * weight_SHG[..., None]).sum(0), total_HG)
+
+
+def _gather(pages: torch.Tensor, page_table: torch.Tensor) -> torch.Tensor:
+    if page_table.ndim == 1:
+        return pages[page_table]
+    heads = torch.arange(pages.shape[1], device=pages.device)[:, None]
+    return pages[page_table, heads].transpose(0, 1).contiguous()

@@ -1,0 +1,250 @@
+"""The contract of a cache method: a residency (what is physically on the device) and a read (what a query attends to).
+
+Shapes: B batch (1), S new tokens, T cached tokens, Q query heads, H KV heads, D head size, M hidden size.
+``methods`` never imports ``harness``: the model reaches a method only through the arguments below.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar
+
+from kvscope.methods.options import canonical_label, effective_values
+from kvscope.methods.shape import Footprint, ModelShape
+
+if TYPE_CHECKING:
+    import torch
+
+    from kvscope.methods.store import PromptKV
+
+__all__ = [
+    "AttentionExtras",
+    "CacheMethod",
+    "Collector",
+    "Footprint",
+    "ModelShape",
+    "Rotation",
+    "SavingKind",
+    "SequenceCache",
+    "union_collectors",
+]
+
+SavingKind = Literal["resident", "freed", "offloaded"]
+ConfigT = TypeVar("ConfigT")
+
+
+class Rotation(Protocol):
+    """The position encoding of one layer, able to move a query back."""
+
+    def back(self, q_BQ1D: torch.Tensor, n_tokens: int) -> torch.Tensor:
+        """Return the query as it would be ``n_tokens`` positions earlier."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionExtras:
+    """What a model adds to plain attention, per layer.
+
+    Attributes:
+        softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma 2).
+        sink_logits: one learned logit a query head [Q] that takes mass and gives no value (gpt-oss).
+        window: the layer's own window in tokens; always None on the layers a method manages.
+        rotation: how to move a query back; None on a layer without rotary positions.
+    """
+
+    softcap: float | None = None
+    sink_logits: torch.Tensor | None = None
+    window: int | None = None
+    rotation: Rotation | None = None
+
+
+class Collector(ABC):
+    """Reads K, V and hidden states of one layer as the shared prefill passes, and leaves one metadata tensor.
+
+    Attributes:
+        name: what it collects, with its settings (``"chunk_mean_64"``); collectors of equal name and layer run once.
+        layer: the layer it listens to.
+    """
+
+    name: str
+    layer: int
+
+    @abstractmethod
+    def chunk(self, k_BHSD: torch.Tensor, v_BHSD: torch.Tensor, hidden_BSM: torch.Tensor, *, start_tokens: int) -> None:
+        """Take the next chunk of the prompt, beginning at token ``start_tokens``; rotation is already applied to K."""
+
+    @abstractmethod
+    def finish(self) -> torch.Tensor:
+        """Return the metadata tensor, on the device the chunks were on."""
+
+
+class SequenceCache(ABC):
+    """One sequence under one method: prompt KV opened, decoded KV appended.
+
+    The model's own sliding-window layers are cloned here at opening, so that a fork never sees another's tokens.
+    """
+
+    bytes_recalled: int = 0
+
+    def __init__(self, prompt: PromptKV, device: torch.device) -> None:
+        self.shape = prompt.shape
+        self.device = device
+        self.stock: dict[int, Any] = {layer: _clone_stock(state, device) for layer, state in prompt.stock.items()}
+
+    @property
+    @abstractmethod
+    def n_tokens(self) -> int:
+        """Logical length: prompt tokens and tokens fed since, kept or not."""
+
+    def observe(self, layer: int, hidden_BM: torch.Tensor) -> None:  # noqa: B027 - most methods choose without it
+        """Take the hidden state of the current token as it enters ``layer`` (only layers the method asked for)."""
+
+    @abstractmethod
+    def attend(
+        self,
+        layer: int,
+        q_BQ1D: torch.Tensor,
+        k_BH1D: torch.Tensor,
+        v_BH1D: torch.Tensor,
+        *,
+        scale: float,
+        extras: AttentionExtras,
+    ) -> torch.Tensor:
+        """Store the new token's K and V, then attend, that token included. Returns [B, Q, 1, D]."""
+
+    @abstractmethod
+    def managed_footprint(self) -> Footprint:
+        """Exact bytes of the live tensors of the managed layers, now."""
+
+    def footprint(self) -> Footprint:
+        """Exact bytes of every live cache tensor of this sequence, the model's own sliding layers included."""
+        kv_bytes = sum(tensor_bytes((state.keys, state.values)) for state in self.stock.values())
+        stock = Footprint(
+            kv_bytes=kv_bytes,
+            bytes_read_per_step=self.shape.stock_read_bytes(self.n_tokens),
+            attention_flops_per_step=self.shape.stock_attention_flops(self.n_tokens),
+        )
+        return self.managed_footprint() + stock
+
+    @abstractmethod
+    def close(self) -> None:
+        """Drop every tensor."""
+
+
+class CacheMethod(ABC, Generic[ConfigT]):
+    """A cache method with its frozen options. One object serves a whole run.
+
+    Class attributes:
+        name: the registry name.
+        stays: one clause, what stays on the GPU.
+        saves: one clause, what that saves and what it does not.
+        source: the citation.
+        cost: bytes resident and read, as a formula in text.
+        saving_kind: ``resident`` (nothing leaves the device), ``freed`` or ``offloaded`` (to pinned host memory).
+        budget_sets_window: whether a byte budget sizes the recency window (else it buys something beside it).
+        Config: frozen dataclass of the options, with defaults, validated in ``__post_init__``.
+    """
+
+    name: ClassVar[str]
+    stays: ClassVar[str]
+    saves: ClassVar[str]
+    source: ClassVar[str]
+    cost: ClassVar[str]
+    saving_kind: ClassVar[SavingKind]
+    budget_sets_window: ClassVar[bool] = True
+    Config: ClassVar[type[Any]]
+
+    def __init__(self, config: ConfigT | None = None, *, label: str | None = None) -> None:
+        self.config: ConfigT = self.Config() if config is None else config
+        self.label = label or canonical_label(self.name, self.config)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.label})"
+
+    def unsupported(self, shape: ModelShape, device: torch.device | str) -> list[str]:
+        """Return every reason why the method cannot run on this model and device; empty when it can."""
+        del shape, device
+        return []
+
+    def observed_layers(self, shape: ModelShape) -> tuple[int, ...]:
+        """Return the layers whose entering hidden states ``observe`` wants at each step."""
+        del shape
+        return ()
+
+    def collectors(self, layer: int) -> list[Collector]:
+        """Return fresh collectors for one prompt at one managed layer."""
+        del layer
+        return []
+
+    @abstractmethod
+    def predict(self, shape: ModelShape, n_tokens: int, n_new_tokens: int = 0) -> Footprint:
+        """Return the footprint after a prompt of ``n_tokens`` and ``n_new_tokens`` decode steps."""
+
+    @abstractmethod
+    def is_noop(self, n_tokens: int, shape: ModelShape | None = None) -> bool:
+        """Return whether, at opening, everything stays resident and is read. ``dense`` is one by definition."""
+
+    @abstractmethod
+    def effective_config(self, n_tokens: int, shape: ModelShape | None = None) -> dict[str, Any]:
+        """Return the options as they act on a prompt of ``n_tokens``: automatic values filled in.
+
+        ``shape`` is needed only where a budget is given in bytes.
+        """
+
+    @abstractmethod
+    def open(
+        self, prompt: PromptKV, device: torch.device | str, *, physical: bool = True, reserve_tokens: int = 0
+    ) -> SequenceCache:
+        """Start a sequence from a prefilled prompt. Cheap and repeatable: a fork is ``open`` again.
+
+        Args:
+            prompt: read only; nothing in it changes.
+            device: where the resident set lives.
+            physical: False keeps every token and masks instead of evicting: the oracle of the tests.
+            reserve_tokens: decode steps to preallocate for; past them storage grows page by page.
+        """
+
+    def describe(self) -> dict[str, Any]:
+        """Return what reports print about the method: label, name, options, and the texts above."""
+        return {
+            "label": self.label,
+            "name": self.name,
+            "options": effective_values(self.config),
+            "stays": self.stays,
+            "saves": self.saves,
+            "source": self.source,
+            "cost": self.cost,
+            "saving_kind": self.saving_kind,
+        }
+
+
+def union_collectors(methods: Iterable[CacheMethod[Any]], layers: Sequence[int]) -> list[Collector]:
+    """Return the collectors a sweep's methods ask for, each (name, layer) once."""
+    found: dict[tuple[str, int], Collector] = {}
+    for method in methods:
+        for layer in layers:
+            for collector in method.collectors(layer):
+                found.setdefault((collector.name, collector.layer), collector)
+    return list(found.values())
+
+
+def tensor_bytes(tensors: Iterable[torch.Tensor | None]) -> int:
+    """Return the bytes of the storages behind ``tensors``, a shared storage once."""
+    storages = {}
+    for tensor in tensors:
+        if tensor is not None:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def _clone_stock(state: Any, device: torch.device) -> Any:
+    """Copy one stock cache layer; its K and V are cut to what it keeps, not to the storage they are a view of."""
+    clone = copy.copy(state)
+    if state.is_initialized:
+        clone.keys = state.keys.to(device, copy=True).contiguous()
+        clone.values = state.values.to(device, copy=True).contiguous()
+    return clone

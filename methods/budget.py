@@ -1,0 +1,52 @@
+"""How many tokens stay: the shared recency rule, and budgets given in bytes or as a fraction of dense. No torch."""
+
+from kvscope.methods.shape import ModelShape
+from kvscope.results.errors import UsageError
+
+
+def default_recency_tokens(n_tokens: int) -> int:
+    """Return the recency window every method uses unless told: min(8192, max(128, n_tokens / 64))."""
+    return min(8192, max(128, n_tokens // 64))
+
+
+def check_budget(budget_bytes: int | None, budget_fraction: float | None) -> None:
+    """Raise ValueError when a budget is out of range or given twice."""
+    if budget_bytes is not None and budget_fraction is not None:
+        raise ValueError("give budget_bytes or budget_fraction, not both")
+    if budget_bytes is not None and budget_bytes <= 0:
+        raise ValueError(f"budget_bytes must be positive, got {budget_bytes}")
+    if budget_fraction is not None and not 0 < budget_fraction <= 1:
+        raise ValueError(f"budget_fraction must be above 0 and at most 1, got {budget_fraction}")
+
+
+def budget_tokens(
+    method: str,
+    n_tokens: int,
+    *,
+    budget_bytes: int | None,
+    budget_fraction: float | None,
+    shape: ModelShape | None,
+) -> int | None:
+    """Return how many of ``n_tokens`` prompt tokens a budget holds, or None without a budget.
+
+    A budget in bytes buys whole pages in every managed layer, so the bytes kept at opening never exceed it; a
+    fraction is of the prompt's tokens. Tokens decoded later come on top, as they do for every method.
+
+    Raises:
+        UsageError: the budget does not hold one page, or it is in bytes and ``shape`` is missing.
+    """
+    if budget_fraction is not None:
+        return int(budget_fraction * n_tokens)
+    if budget_bytes is None:
+        return None
+    if shape is None:
+        raise UsageError(
+            f"Method '{method}': budget_bytes needs the model's shape to become tokens; use budget_fraction instead."
+        )
+    page_bytes = shape.page_tokens * shape.kv_bytes_per_token
+    if budget_bytes < page_bytes:
+        raise UsageError(
+            f"Method '{method}': budget_bytes={budget_bytes} is less than one page of every layer ({page_bytes} "
+            "bytes); raise the budget or load the model with smaller pages."
+        )
+    return min(n_tokens, budget_bytes // page_bytes * shape.page_tokens)

@@ -1,0 +1,1 @@
+"""Dense: the whole cache resident, the whole cache read."""

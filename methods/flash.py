@@ -1,0 +1,44 @@
+"""Fused attention with its log-sum-exp, which torch's public function does not return.
+
+Shapes: B batch, H heads (equal for queries and keys here), S queries, T keys, D head size.
+"""
+
+import torch
+
+
+def flash_runs_on(q_BHSD: torch.Tensor) -> bool:
+    """Return whether a fused kernel takes this device, dtype and head size."""
+    D = q_BHSD.shape[-1]
+    if q_BHSD.device.type == "cpu":
+        return q_BHSD.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if q_BHSD.device.type == "cuda":
+        return D % 8 == 0 and D <= 256
+    return False
+
+
+def attention_with_lse(
+    q_BHSD: torch.Tensor, k_BHTD: torch.Tensor, v_BHTD: torch.Tensor, *, causal: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return attention output [B, H, S, D] and log-sum-exp [B, H, S] in fp32, through torch's fused kernels.
+
+    Args:
+        causal: query i sees keys up to i; needs S == T, where the two conventions for the mask's corner agree.
+
+    Raises:
+        ValueError: causal with S != T.
+        RuntimeError: no fused kernel for this input (``flash_runs_on`` says so beforehand).
+    """
+    if causal and q_BHSD.shape[2] != k_BHTD.shape[2]:
+        raise ValueError(f"causal attention needs as many keys as queries, got {k_BHTD.shape[2]} and {q_BHSD.shape[2]}")
+    aten = torch.ops.aten
+    if q_BHSD.device.type == "cpu":
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q_BHSD, k_BHTD, v_BHTD, 0.0, causal, scale=scale)
+    elif q_BHSD.device.type == "cuda" and q_BHSD.dtype != torch.float32:
+        out, lse, *_ = aten._scaled_dot_product_flash_attention(q_BHSD, k_BHTD, v_BHTD, 0.0, causal, False, scale=scale)
+    elif q_BHSD.device.type == "cuda":
+        out, lse, *_ = aten._scaled_dot_product_efficient_attention(
+            q_BHSD, k_BHTD, v_BHTD, None, True, 0.0, causal, scale=scale
+        )
+    else:
+        raise RuntimeError(f"no fused attention on {q_BHSD.device.type} in {q_BHSD.dtype}")
+    return out, lse[..., : q_BHSD.shape[2]].float()

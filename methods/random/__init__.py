@@ -1,0 +1,1 @@
+"""Random: the recency window and chunks drawn at random."""

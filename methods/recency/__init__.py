@@ -1,0 +1,1 @@
+"""Recency: the end of the prompt and what is decoded."""

@@ -1,0 +1,126 @@
+"""The numbers of a model that a cache method needs, and the byte counts that follow from them. No torch."""
+
+from dataclasses import dataclass
+from typing import Self
+
+DEFAULT_PAGE_TOKENS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """Attention shape of a decoder-only model, as far as its KV cache is concerned.
+
+    Attributes:
+        layers: indices of the full-attention layers, whose KV a method manages.
+        n_layers: all decoder layers.
+        n_q_heads, n_kv_heads, head_dim: heads of one layer (the same in every layer).
+        hidden_size: width of the hidden states.
+        element_bytes: bytes of one stored KV element.
+        page_tokens: tokens in one page [n_kv_heads, 2, page_tokens, head_dim].
+        sliding_layers: indices of the model's own sliding-window layers; they keep their stock cache.
+        sliding_window: tokens one query of such a layer sees, itself included; 0 without such layers.
+        unknown_rotation_layers: layers whose position encoding was measured at load and is not a rotation
+            that can be undone; a method that re-places keys is unsupported there.
+    """
+
+    layers: tuple[int, ...]
+    n_layers: int
+    n_q_heads: int
+    n_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    element_bytes: int
+    page_tokens: int = DEFAULT_PAGE_TOKENS
+    sliding_layers: tuple[int, ...] = ()
+    sliding_window: int = 0
+    unknown_rotation_layers: tuple[int, ...] = ()
+
+    @property
+    def layer_bytes_per_token(self) -> int:
+        """Bytes of one token's K and V in one layer."""
+        return 2 * self.n_kv_heads * self.head_dim * self.element_bytes
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of one token's K and V over all managed layers."""
+        return len(self.layers) * self.layer_bytes_per_token
+
+    def pages(self, n_tokens: int) -> int:
+        """Pages that hold ``n_tokens``."""
+        return -(-n_tokens // self.page_tokens)
+
+    def paged_kv_bytes(self, n_tokens: int) -> int:
+        """Bytes of the whole pages that hold ``n_tokens`` in every managed layer."""
+        return self.pages(n_tokens) * self.page_tokens * self.kv_bytes_per_token
+
+    def stock_kv_bytes(self, n_tokens: int, n_new_tokens: int = 0) -> int:
+        """Bytes of the model's own sliding-window layers after ``n_tokens`` of prompt and ``n_new_tokens`` steps.
+
+        A stock layer keeps ``window - 1`` tokens between forwards; during a step it also holds the token being
+        written, and that tensor stays alive until the next step.
+        """
+        held = min(n_tokens, self.sliding_window - 1) if n_new_tokens == 0 else n_tokens + n_new_tokens
+        return len(self.sliding_layers) * min(held, self.sliding_window) * self.layer_bytes_per_token
+
+    def dense_kv_bytes(self, n_tokens: int, n_new_tokens: int = 0) -> int:
+        """Bytes the ``dense`` method keeps on the device: every token, in whole pages, stock layers included."""
+        return self.paged_kv_bytes(n_tokens + n_new_tokens) + self.stock_kv_bytes(n_tokens, n_new_tokens)
+
+    def read_bytes(self, n_tokens: int) -> int:
+        """Bytes one decode step reads when every managed layer reads ``n_tokens``."""
+        return n_tokens * self.kv_bytes_per_token
+
+    def stock_read_bytes(self, n_tokens: int) -> int:
+        """Bytes one decode step reads in the sliding-window layers at ``n_tokens`` of context."""
+        return len(self.sliding_layers) * min(n_tokens, self.sliding_window) * self.layer_bytes_per_token
+
+    def attention_flops(self, n_tokens: int) -> int:
+        """FLOPs of QK^T and PV in one decode step over ``n_tokens`` in every managed layer (a MAC is two)."""
+        return len(self.layers) * 4 * self.n_q_heads * self.head_dim * n_tokens
+
+    def stock_attention_flops(self, n_tokens: int) -> int:
+        """FLOPs of QK^T and PV of one decode step in the sliding-window layers."""
+        return len(self.sliding_layers) * 4 * self.n_q_heads * self.head_dim * min(n_tokens, self.sliding_window)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """What one sequence holds and reads, now. Footprints add.
+
+    Attributes:
+        kv_bytes: K and V on the device, whole pages, the model's own sliding-window layers included.
+        metadata_bytes: what a method keeps on the device beside K and V to choose with.
+        host_bytes: pinned host memory the method needs while decoding.
+        bytes_read_per_step: bytes of K, V and metadata that attention of one decode step over this state reads.
+        attention_flops_per_step: FLOPs of that step's attention and selection.
+    """
+
+    kv_bytes: int = 0
+    metadata_bytes: int = 0
+    host_bytes: int = 0
+    bytes_read_per_step: int = 0
+    attention_flops_per_step: int = 0
+
+    def __add__(self, other: "Footprint") -> "Footprint":
+        return Footprint(
+            kv_bytes=self.kv_bytes + other.kv_bytes,
+            metadata_bytes=self.metadata_bytes + other.metadata_bytes,
+            host_bytes=self.host_bytes + other.host_bytes,
+            bytes_read_per_step=self.bytes_read_per_step + other.bytes_read_per_step,
+            attention_flops_per_step=self.attention_flops_per_step + other.attention_flops_per_step,
+        )
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes on the device: KV and metadata."""
+        return self.kv_bytes + self.metadata_bytes
+
+    def divided_by(self, n: int) -> Self:
+        """Return every field divided by ``n``, rounded to the nearest whole number."""
+        return type(self)(
+            kv_bytes=round(self.kv_bytes / n),
+            metadata_bytes=round(self.metadata_bytes / n),
+            host_bytes=round(self.host_bytes / n),
+            bytes_read_per_step=round(self.bytes_read_per_step / n),
+            attention_flops_per_step=round(self.attention_flops_per_step / n),
+        )

@@ -1,0 +1,1 @@
+"""Sliding window (StreamingLLM): attention sinks and the last W tokens."""

@@ -1,0 +1,142 @@
+"""Where K and V live: the prefilled prompt in host pages, and page pools on the device.
+
+Shapes: H KV heads, P tokens a page, D head size. One layer's pages are one tensor [pages, H, 2, P, D].
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from kvscope.methods.base import tensor_bytes
+from kvscope.methods.shape import ModelShape
+
+TokenRange = tuple[int, int]
+"""Tokens start (included) to end (excluded)."""
+
+
+@dataclass(kw_only=True)
+class PromptKV:
+    """A prefilled prompt: read only, opened by every method. It is the host mirror of methods that recall.
+
+    Attributes:
+        shape: of the model that made it.
+        n_tokens: prompt tokens prefilled (0 is legal: a prompt of one token, which is decode step 0).
+        pages: managed layer -> [pages, H, 2, P, D] in host memory, pinned when the model is on a GPU. The unused end
+            of the last page is zero.
+        stock: sliding-window layer -> its stock cache layer, on the model's device.
+        last_hidden: decoder layer -> [B, M], hidden state of the last prefilled token entering it.
+        metadata: collector name -> managed layer -> tensor.
+        dtype: of K and V.
+        seed: of the sample; methods that draw mix it in.
+        prompt_sha256: of the token ids.
+        prefill_s: wall-clock seconds of the prefill.
+        peak_device_kv_bytes: K and V held on the device at once while prefilling: one layer, and the stock layers.
+    """
+
+    shape: ModelShape
+    n_tokens: int
+    pages: dict[int, torch.Tensor]
+    dtype: torch.dtype
+    stock: dict[int, Any] = field(default_factory=dict)
+    last_hidden: dict[int, torch.Tensor] = field(default_factory=dict)
+    metadata: dict[str, dict[int, torch.Tensor]] = field(default_factory=dict)
+    seed: int = 0
+    prompt_sha256: str = ""
+    prefill_s: float = 0.0
+    peak_device_kv_bytes: int = 0
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the host pages."""
+        return tensor_bytes(self.pages.values())
+
+
+def empty_host_pages(shape: ModelShape, n_tokens: int, *, dtype: torch.dtype, pinned: bool) -> torch.Tensor:
+    """Return one layer's uninitialised host pages for ``n_tokens``, the end of the last page zeroed."""
+    n_pages = shape.pages(n_tokens)
+    pages = torch.empty(_page_shape(shape, n_pages), dtype=dtype, pin_memory=pinned)
+    if n_pages * shape.page_tokens > n_tokens:
+        pages[-1].zero_()
+    return pages
+
+
+class PagePool:
+    """Resident pages of every managed layer on the device, filled in order, appended to, grown page by page.
+
+    Tokens are packed: whatever is kept of the prompt comes first, in order, then what is decoded. Attention does not
+    mind, since rotation was applied at a token's own position before it was stored.
+    """
+
+    def __init__(self, shape: ModelShape, *, n_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Allocate pages for ``n_tokens`` in every managed layer.
+
+        Memory is zeroed: a weight of zero on stale memory that happens to hold NaN would still be NaN.
+        """
+        self.shape = shape
+        self.pages = {
+            layer: torch.zeros(_page_shape(shape, shape.pages(n_tokens)), dtype=dtype, device=device)
+            for layer in shape.layers
+        }
+        self.lengths = dict.fromkeys(shape.layers, 0)
+
+    def load(self, prompt: PromptKV, ranges: Iterable[TokenRange]) -> None:
+        """Copy the prompt's tokens in ``ranges`` (ascending, disjoint) into the pool, packed."""
+        ranges = [(start, end) for start, end in ranges if end > start]
+        n_tokens = sum(end - start for start, end in ranges)
+        for layer, pool in self.pages.items():
+            host = prompt.pages[layer]
+            if len(ranges) == 1 and ranges[0][0] % self.shape.page_tokens == 0:
+                # Whole pages in place: one contiguous copy, which on a GPU is one DMA.
+                first = ranges[0][0] // self.shape.page_tokens
+                n_pages = self.shape.pages(n_tokens)
+                pool[:n_pages].copy_(host[first : first + n_pages], non_blocking=True)
+            elif n_tokens:
+                packed = _pack(host, ranges, n_tokens, self.shape)
+                pool[: packed.shape[0]].copy_(packed)
+            self.lengths[layer] = n_tokens
+        if n_tokens and next(iter(self.pages.values())).device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def append(self, layer: int, k_BH1D: torch.Tensor, v_BH1D: torch.Tensor) -> None:
+        """Store one token behind the last."""
+        if self.lengths[layer] == self.pages[layer].shape[0] * self.shape.page_tokens:
+            self._grow(layer)
+        self.write(layer, self.lengths[layer], k_BH1D, v_BH1D)
+        self.lengths[layer] += 1
+
+    def write(self, layer: int, index: int, k_BH1D: torch.Tensor, v_BH1D: torch.Tensor) -> None:
+        """Overwrite the token at packed position ``index``."""
+        slot, offset = divmod(index, self.shape.page_tokens)
+        page = self.pages[layer][slot, :, :, offset]
+        page[:, 0] = k_BH1D[0, :, 0]
+        page[:, 1] = v_BH1D[0, :, 0]
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the live pages."""
+        return tensor_bytes(self.pages.values())
+
+    def clear(self) -> None:
+        """Free the pages."""
+        self.pages.clear()
+
+    def _grow(self, layer: int) -> None:
+        old = self.pages[layer]
+        self.pages[layer] = torch.cat([old, old.new_zeros((1, *old.shape[1:]))])
+
+
+def _page_shape(shape: ModelShape, n_pages: int) -> tuple[int, int, int, int, int]:
+    return (n_pages, shape.n_kv_heads, 2, shape.page_tokens, shape.head_dim)
+
+
+def _pack(host: torch.Tensor, ranges: list[TokenRange], n_tokens: int, shape: ModelShape) -> torch.Tensor:
+    """Gather tokens of host pages into new, packed host pages; the end of the last one is zero."""
+    P = shape.page_tokens
+    token = torch.cat([torch.arange(start, end) for start, end in ranges])
+    packed = host.new_zeros(_page_shape(shape, shape.pages(n_tokens)))
+    # Advanced indices on both sides of slices come first: [n, H, 2, D] either way, so the two sides line up.
+    to = torch.arange(n_tokens)
+    packed[to // P, :, :, to % P] = host[token // P, :, :, token % P]
+    return packed

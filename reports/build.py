@@ -1,0 +1,75 @@
+"""Puts the report together: built aside, then moved into place, so that a reader never sees half of one."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import pandas as pd
+
+from kvscope.reports.cells import accuracy_cells
+from kvscope.reports.coverage import coverage
+from kvscope.reports.export import write_figure, write_table
+from kvscope.reports.figure_parts import ReportFigure, SkippedFigure
+from kvscope.reports.figures_accuracy import accuracy_by_length, accuracy_by_task, needle_heatmap
+from kvscope.reports.figures_memory import accuracy_against_memory, memory_by_length, tpot_by_length
+from kvscope.reports.html import page
+from kvscope.reports.tables import all_tables
+from kvscope.results.errors import UsageError
+from kvscope.results.frames import Run, load_run
+
+REPORT_FOLDER = "report"
+PARTS = ("tables", "figures", "report.html")
+
+
+def build_report(folder: str | Path) -> list[Path]:
+    """See `kvscope.reports.make_report`."""
+    run = load_run(folder)
+    target = run.folder / REPORT_FOLDER
+    try:
+        target.mkdir(exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=".building-", dir=target))
+    except OSError as error:
+        raise UsageError(f"The report folder {target} cannot be written: {error.strerror}.") from error
+    try:
+        names = [path.relative_to(aside) for path in _write(run, aside)]
+        for part in PARTS:
+            _replace(aside / part, target / part)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return [target / name for name in names]
+
+
+def all_figures(run: Run, cells: pd.DataFrame) -> list[ReportFigure | SkippedFigure]:
+    """The report's figures, in the order they are read; one that cannot be drawn yet says why.
+
+    `cells` comes from `accuracy_cells(run)`.
+    """
+    return [
+        accuracy_against_memory(run, cells),
+        accuracy_by_length(run, cells),
+        accuracy_by_task(run, cells),
+        needle_heatmap(run),
+        memory_by_length(run),
+        tpot_by_length(run),
+    ]
+
+
+def _write(run: Run, folder: Path) -> list[Path]:
+    tables_folder, figures_folder = folder / "tables", folder / "figures"
+    tables_folder.mkdir()
+    figures_folder.mkdir()
+    cells = accuracy_cells(run)
+    tables, figures = all_tables(run, cells), all_figures(run, cells)
+    written = [path for table in tables for path in write_table(table, tables_folder)]
+    drawn = [figure for figure in figures if isinstance(figure, ReportFigure)]
+    written += [path for figure in drawn for path in write_figure(figure, figures_folder)]
+    svgs = {figure.name: (figures_folder / f"{figure.name}.svg").read_text(encoding="utf-8") for figure in drawn}
+    html = folder / "report.html"
+    html.write_text(page(run, tables, figures, svgs, coverage(run)), encoding="utf-8")
+    return [*written, html]
+
+
+def _replace(source: Path, target: Path) -> None:
+    if target.is_dir():
+        shutil.rmtree(target)
+    source.rename(target)

@@ -1,0 +1,257 @@
+"""Figures laid out in inches, and labels that keep out of each other's way.
+
+Sizes are fixed, never fitted by a layout engine: the place of every label is then known before it is drawn, and the
+same rows give the same picture.
+"""
+
+import itertools
+import math
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
+
+from kvscope.reports.theme import FAINT
+
+Pixels = npt.NDArray[np.float64]
+TITLE_IN, LINE_IN = 0.34, 0.19
+
+
+@dataclass(frozen=True)
+class Margins:
+    """Space around each panel, inches. `right` is where end labels go."""
+
+    left: float = 0.8
+    right: float = 0.2
+    top: float = 0.35
+    bottom: float = 0.6
+
+
+def panels(
+    count: int,
+    *,
+    columns: int,
+    width_in: float,
+    height_in: float,
+    margins: Margins,
+    title: str,
+    subtitle: str = "",
+    note: str = "",
+    key: Sequence[Line2D] = (),
+) -> tuple[Figure, list[Axes]]:
+    """A figure with `count` equal panels, a title with subtitle above, and an optional key and note below.
+
+    Everything outside the panels has its own band, so nothing can cover data.
+    """
+    columns = min(columns, count)
+    rows = math.ceil(count / columns)
+    cell_w, cell_h = width_in + margins.left + margins.right, height_in + margins.top + margins.bottom
+    total_w = max(columns * cell_w, 5.6)
+    under = textwrap.wrap(subtitle, int(total_w * 15), break_on_hyphens=False)
+    notes = textwrap.wrap(note, int(total_w * 16.5), break_on_hyphens=False)
+    head = TITLE_IN + LINE_IN * len(under) + (0.3 if key else 0.0) + 0.08
+    foot = LINE_IN * len(notes) + (0.12 if notes else 0.0)
+    total_h = head + rows * cell_h + foot
+    figure = Figure(figsize=(total_w, total_h))
+    FigureCanvasAgg(figure)
+    figure.text(0.12 / total_w, 1 - 0.1 / total_h, title, fontsize=12, fontweight="bold", va="top")
+    figure.text(
+        0.12 / total_w, 1 - TITLE_IN / total_h, "\n".join(under), fontsize=9, color=FAINT, va="top", linespacing=1.25
+    )
+    if key:
+        figure.legend(
+            handles=list(key),
+            loc="upper left",
+            bbox_to_anchor=(0.06 / total_w, 1 - (TITLE_IN + LINE_IN * len(under)) / total_h),
+            ncols=len(key),
+            frameon=False,
+            fontsize=8.5,
+            handletextpad=0.5,
+            columnspacing=1.6,
+            borderaxespad=0.2,
+        )
+    if notes:
+        figure.text(0.12 / total_w, 0.08 / total_h, "\n".join(notes), fontsize=8, color=FAINT, va="bottom")
+    axes = []
+    for index in range(count):
+        row, column = divmod(index, columns)
+        left = column * cell_w + margins.left
+        bottom = total_h - head - (row + 1) * cell_h + margins.bottom
+        axes.append(figure.add_axes((left / total_w, bottom / total_h, width_in / total_w, height_in / total_h)))
+    return figure, axes
+
+
+def text_width_in(texts: Sequence[str], *, fontsize: float) -> float:
+    """Generous width of the longest line in bold DejaVu Sans, inches."""
+    longest = max((len(line) for text in texts for line in text.split("\n")), default=0)
+    return longest * fontsize * 0.68 / 72
+
+
+def title_band_in(titles: Sequence[str]) -> float:
+    """Room above a panel for its title, inches."""
+    return 0.27 + 0.16 * max(1 + title.count("\n") for title in titles)
+
+
+def spread(wanted: Sequence[float], sizes: Sequence[float], *, low: float, high: float) -> list[float]:
+    """Centres near `wanted` such that boxes of `sizes` neither overlap nor leave [low, high] (if they fit at all).
+
+    Pools overlapping neighbours and centres each pool on the mean of what its members want.
+    """
+    order = sorted(range(len(wanted)), key=lambda index: wanted[index])
+    groups: list[tuple[list[int], float]] = []
+
+    def centred(members: list[int], middle: float) -> float:
+        half = sum(sizes[index] for index in members) / 2
+        return min(max(middle, low + half), max(high - half, low + half))
+
+    for index in order:
+        members, centre = [index], centred([index], wanted[index])
+        while groups:
+            before, before_centre = groups[-1]
+            reach = sum(sizes[i] for i in before) / 2 + sum(sizes[i] for i in members) / 2
+            if centre - before_centre >= reach - 1e-9:
+                break
+            groups.pop()
+            members = before + members
+            centre = centred(members, float(np.mean([wanted[i] for i in members])))
+        groups.append((members, centre))
+    places = [0.0] * len(wanted)
+    for members, centre in groups:
+        edge = centre - sum(sizes[index] for index in members) / 2
+        for index in members:
+            places[index] = edge + sizes[index] / 2
+            edge += sizes[index]
+    return places
+
+
+@dataclass(frozen=True)
+class Label:
+    """Text that names the point (x, y), in data coordinates."""
+
+    text: str
+    x: float
+    y: float
+    color: str
+
+
+def end_labels(axes: Axes, labels: Sequence[Label], *, fontsize: float = 8.5, gap_px: float = 22) -> None:
+    """Write labels in the margin right of the axes, each beside the end of its line, joined by a thin leader."""
+    figure = _figure(axes)
+    box = axes.get_window_extent()
+    points = [axes.transData.transform((label.x, label.y)) for label in labels]
+    line_px = fontsize * figure.dpi / 72 * 1.3
+    sizes = [line_px * (1 + label.text.count("\n")) for label in labels]
+    places = spread([float(point[1]) for point in points], sizes, low=box.y0 - 14, high=box.y1 + 14)
+    to_figure = figure.transFigure.inverted()
+    for label, point, place in zip(labels, points, places, strict=True):
+        x, y = to_figure.transform((box.x1 + gap_px, place))
+        figure.text(
+            x,
+            y,
+            label.text,
+            va="center",
+            ha="left",
+            fontsize=fontsize,
+            color=label.color,
+            fontweight="bold",
+            linespacing=1.05,
+        )
+        start = (point[0] + 6, point[1])
+        bend = (max(box.x1 + 4, start[0]), point[1])
+        leader = to_figure.transform([start, bend, (box.x1 + gap_px - 4, place)])
+        figure.add_artist(
+            Line2D(leader[:, 0], leader[:, 1], color=label.color, linewidth=0.6, alpha=0.6, linestyle=(0, (2, 2)))
+        )
+
+
+def free_labels(
+    axes: Axes, labels: Sequence[Label], *, fontsize: float = 7.5, lines: Sequence[Sequence[tuple[float, float]]] = ()
+) -> None:
+    """Write each label near its own point inside the axes, clear of points, of each other and, if it can, of `lines`.
+
+    Tries places on growing rings and takes the first free one; the most crowded point chooses first.
+    """
+    figure = _figure(axes)
+    inside = axes.get_window_extent()
+    points = np.array([axes.transData.transform((label.x, label.y)) for label in labels]).reshape(-1, 2)
+    dots = np.concatenate([points - 7, points + 7], axis=1)
+    strokes = np.concatenate([np.zeros((0, 4)), *(_stroke_boxes(axes, line) for line in lines)])
+    crowd = [-int((np.hypot(*(points - point).T) < 60).sum()) for point in points]
+    taken = np.zeros((0, 4))
+    for index in sorted(range(len(labels)), key=lambda i: (crowd[i], i)):
+        label = labels[index]
+        text = axes.text(0, 0, label.text, fontsize=fontsize, color=label.color, fontweight="bold", linespacing=1.0)
+        text.set_path_effects([withStroke(linewidth=2, foreground="white")])
+        extent = text.get_window_extent()
+        size = np.array([extent.width + 10, extent.height + 3])
+        best: tuple[float, Pixels] | None = None
+        for gap, centre in _rings(points[index], size):
+            spot = np.concatenate([centre - size / 2, centre + size / 2])
+            if spot[0] < inside.x0 + 2 or spot[2] > inside.x1 - 1 or spot[1] < inside.y0 + 2 or spot[3] > inside.y1 - 1:
+                continue
+            cost = gap + 400 * _overlap(spot, taken) + 200 * _overlap(spot, dots) + 25 * _overlap(spot, strokes)
+            if best is None or cost < best[0]:
+                best = (cost, spot)
+        if best is None:
+            text.remove()
+            continue
+        spot = best[1]
+        taken = np.concatenate([taken, spot[None]])
+        text.set_transform(figure.transFigure)
+        x, y = figure.transFigure.inverted().transform((spot[:2] + spot[2:]) / 2)
+        text.set_position((float(x), float(y)))
+        text.set_horizontalalignment("center")
+        text.set_verticalalignment("center")
+        _leader(figure, points[index], spot, label.color)
+
+
+def _figure(axes: Axes) -> Figure:
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    return figure
+
+
+def _rings(point: Pixels, size: Pixels) -> list[tuple[float, Pixels]]:
+    """Places for a label's centre, and how far its edge then is from the point."""
+    spots = []
+    for gap in (9.0, 14.0, 20.0, 28.0, 38.0, 50.0, 64.0, 80.0, 100.0):
+        for step in range(24):
+            angle = 2 * math.pi * step / 24
+            spots.append((gap, point + np.array([math.cos(angle), math.sin(angle)]) * (gap + size / 2)))
+    return spots
+
+
+def _overlap(box: Pixels, others: Pixels) -> float:
+    """Summed overlap of [x0, y0, x1, y1] boxes as a share of `box`; every touched one weighs at least a fifth."""
+    shared = np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2])
+    areas = shared[(shared > 0).all(axis=1)].prod(axis=1)
+    return float(0.2 * len(areas) + areas.sum() / (box[2:] - box[:2]).prod())
+
+
+def _stroke_boxes(axes: Axes, line: Sequence[tuple[float, float]]) -> Pixels:
+    """The drawn line as a chain of small boxes."""
+    boxes = [np.zeros((0, 4))]
+    if len(line) > 1:
+        for start, end in itertools.pairwise(axes.transData.transform(np.array(line))):
+            along = np.linspace(0, 1, max(2, int(np.hypot(*(end - start)) / 8)))[:, None]
+            middle = start + along * (end - start)
+            boxes.append(np.concatenate([middle - 2, middle + 2], axis=1))
+    return np.concatenate(boxes)
+
+
+def _leader(figure: Figure, point: Pixels, spot: Pixels, color: str) -> None:
+    """A hair line from the point to the nearest edge of a label that had to move away."""
+    near = np.minimum(np.maximum(point, spot[:2]), spot[2:])
+    distance = float(np.hypot(*(near - point)))
+    if distance < 14:
+        return
+    start = point + (near - point) * (6 / distance)
+    (x0, y0), (x1, y1) = figure.transFigure.inverted().transform([start, near])
+    figure.add_artist(Line2D([x0, x1], [y0, y1], color=color, linewidth=0.6, alpha=0.7))

@@ -1,0 +1,213 @@
+"""The numbers behind tables and figures, one row a cell, units in the column names."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import pandas as pd
+
+from kvscope.results.comparisons import SCORE_COLUMNS, answered, baseline_label, clusters_of, pairs
+from kvscope.results.frames import Run, records
+from kvscope.results.statistics import mean_interval, paired_difference
+
+ALL_TASKS = "all tasks"
+
+ACCURACY_COLUMNS = [
+    "task",
+    "method_label",
+    "length_tokens",
+    "n",
+    "n_not_measured",
+    "n_missing",
+    "accuracy",
+    "ci_low",
+    "ci_high",
+    "interval",
+    "n_pairs",
+    "difference_to_dense",
+    "difference_low",
+    "difference_high",
+    "difference_interval",
+    "reason",
+    "note",
+]
+
+
+def accuracy_cells(run: Run) -> pd.DataFrame:
+    """Accuracy per task (and pooled over tasks, `all tasks`), method and length, with 95 % intervals.
+
+    Fractions in [0, 1]; differences are paired, method minus dense. Prompts without a score (out of memory, failed) are
+    counted in `n_not_measured`, never scored as wrong. `reason` says why prompts lack a score, `note` why a row lacks a
+    difference.
+    """
+    info = run.info
+    tasks = [ALL_TASKS, *info.tasks] if len(info.tasks) > 1 else list(info.tasks)
+    baseline = baseline_label(info)
+    samples = run.samples[SCORE_COLUMNS]
+    cells = []
+    by_method = {}
+    for method in info.methods:
+        both = pairs(samples, method=method.label, baseline=baseline) if baseline not in (None, method.label) else None
+        by_method[method.label] = samples[samples["method_label"] == method.label], both
+    for task in tasks:
+        expected = info.samples * (len(info.tasks) if task == ALL_TASKS else 1)
+        for method in info.methods:
+            mine, both = by_method[method.label]
+            for length in info.lengths_tokens:
+                cells.append(
+                    {"task": task, "method_label": method.label, "length_tokens": length}
+                    | _accuracy(
+                        _within(mine, task, length),
+                        None if both is None else _within(both, task, length),
+                        label=method.label,
+                        baseline=baseline,
+                        expected=expected,
+                    )
+                )
+    return pd.DataFrame(cells, columns=ACCURACY_COLUMNS).astype({"n_pairs": "Int64"})
+
+
+def _within(rows: pd.DataFrame, task: str, length: int) -> pd.DataFrame:
+    chosen = rows["length_tokens"] == length
+    return rows[chosen if task == ALL_TASKS else chosen & (rows["task"] == task)]
+
+
+def _accuracy(
+    mine: pd.DataFrame, both: pd.DataFrame | None, *, label: str, baseline: str | None, expected: int
+) -> dict[str, object]:
+    ok = answered(mine)
+    cell: dict[str, object] = {
+        "n": len(ok),
+        "n_not_measured": len(mine) - len(ok),
+        "n_missing": max(0, expected - len(mine)),
+    }
+    failed = mine[mine["status"] != "ok"].drop_duplicates("status")
+    reasons = [f"{row['status']}: {row['reason']}" for row in records(failed)]
+    if len(mine) < expected:
+        reasons.append("not run yet")
+    note = ""
+    if len(ok):
+        interval = mean_interval(ok["score"].to_numpy(float), clusters=clusters_of(ok))
+        cell |= {
+            "accuracy": interval.mean,
+            "ci_low": interval.low,
+            "ci_high": interval.high,
+            "interval": interval.kind,
+        }
+    if both is not None and len(both):
+        paired = paired_difference(
+            both["score_method"].to_numpy(float), both["score_baseline"].to_numpy(float), clusters=clusters_of(both)
+        )
+        cell |= {
+            "n_pairs": paired.n_pairs,
+            "difference_to_dense": paired.difference.mean,
+            "difference_low": paired.difference.low,
+            "difference_high": paired.difference.high,
+            "difference_interval": paired.difference.kind,
+        }
+    elif label == baseline:
+        note = "is the baseline"
+    elif baseline is None:
+        note = "the run has no dense to compare with"
+    else:
+        note = "dense and this method answered no common prompt"
+    return {**cell, "reason": "; ".join(reasons), "note": note}
+
+
+@dataclass(frozen=True)
+class MemorySource:
+    """Where the bytes of the memory figures come from: one source for all points, and the words that say so."""
+
+    kind: Literal["nvml", "ledger"]
+    axis: str
+    caption: str
+
+
+def memory_source(run: Run) -> MemorySource:
+    """NVML when every measured footprint cell has it; else the ledger for all, with the reason in words."""
+    ok = run.footprint[run.footprint["status"] == "ok"]
+    unread = ok[ok["kv_nvml_bytes"].isna()]
+    if len(ok) and not len(unread):
+        return MemorySource(
+            "nvml",
+            "KV cache on the GPU (NVML)",
+            "Bytes are NVML's reading of the process: decode peak minus the baseline without a KV cache.",
+        )
+    if not len(ok):
+        why = "No footprint cell was measured"
+    else:
+        reasons = ", ".join(dict.fromkeys(str(reason) for reason in unread["nvml_reason"]))
+        share = "" if len(unread) == len(ok) else f" in {len(unread)} of {len(ok)} cells"
+        why = f"NVML was not measured{share}: {reasons}"
+    return MemorySource(
+        "ledger",
+        "KV cache on the device (ledger, not NVML)",
+        f"Bytes are the ledger's: exact sizes of the live cache tensors, metadata included. {why}.",
+    )
+
+
+def footprint_cells(run: Run) -> pd.DataFrame:
+    """Every footprint cell asked for or present: the row's columns, plus `held_bytes` and `predicted_bytes`.
+
+    `held_bytes` is the ledger's total on the device: keys, values and metadata. A cell that is still to come has status
+    `missing` and a reason.
+    """
+    order = {method.label: place for place, method in enumerate(run.info.methods)}
+    frame = run.footprint.copy()
+    frame["held_bytes"] = frame["resident_kv_bytes"] + frame["metadata_bytes"]
+    frame["predicted_bytes"] = frame["predicted_kv_bytes"] + frame["predicted_metadata_bytes"]
+    there = set(zip(frame["method_label"], frame["length_tokens"], strict=True))
+    absent = pd.DataFrame(
+        [
+            {
+                "method_label": method.label,
+                "method": method.name,
+                "length_tokens": length,
+                "status": "missing",
+                "reason": "not run yet",
+                "saving_kind": method.saving_kind,
+            }
+            for method in run.info.methods
+            for length in run.info.footprint_lengths_tokens
+            if (method.label, length) not in there
+        ]
+    )
+    if len(absent):
+        absent = absent.reindex(columns=frame.columns).astype(frame.dtypes.to_dict())
+        frame = pd.concat([frame, absent], ignore_index=True) if len(frame) else absent
+    planned = pd.Series(
+        [_planned(run).get(key) for key in zip(frame["method_label"], frame["length_tokens"], strict=True)],
+        index=frame.index,
+        dtype="Int64",
+    )
+    frame["predicted_bytes"] = frame["predicted_bytes"].fillna(planned)
+    place = frame["method_label"].map(lambda label: order.get(label, len(order)))
+    return (
+        frame.assign(_place=place)
+        .sort_values(["_place", "length_tokens"], kind="stable")
+        .drop(columns="_place")
+        .reset_index(drop=True)
+    )
+
+
+def predicted_cells(run: Run) -> pd.DataFrame:
+    """Predicted device bytes per (method, length): the plan's, and where it is silent the footprint rows' own."""
+    found: dict[tuple[str, int], int] = {}
+    for row in records(footprint_cells(run)):
+        if row["predicted_bytes"] is not None:
+            found[row["method_label"], row["length_tokens"]] = row["predicted_bytes"]
+    for cell in run.info.plan:
+        if cell.predicted_kv_bytes is not None:
+            found[cell.method_label, cell.length_tokens] = cell.predicted_kv_bytes + (
+                cell.predicted_metadata_bytes or 0
+            )
+    rows = [(label, length, value) for (label, length), value in found.items()]
+    frame = pd.DataFrame(rows, columns=["method_label", "length_tokens", "predicted_bytes"])
+    return frame.sort_values(["method_label", "length_tokens"], ignore_index=True)
+
+
+def _planned(run: Run) -> dict[tuple[str, int], int]:
+    return {
+        (cell.method_label, cell.length_tokens): cell.predicted_kv_bytes + (cell.predicted_metadata_bytes or 0)
+        for cell in run.info.plan
+        if cell.predicted_kv_bytes is not None
+    }

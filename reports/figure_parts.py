@@ -1,0 +1,105 @@
+"""What the figures share: the result type, axes in K tokens and bytes, and the sideways shift of equal points."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
+
+from kvscope.reports.theme import FAINT, TEXT
+from kvscope.reports.units import bytes_text, length_text
+from kvscope.results.frames import Run
+
+Line = Literal["-", "--", ":", "None"]
+
+
+@dataclass(frozen=True)
+class ReportFigure:
+    """One figure with the rows behind it."""
+
+    name: str
+    """File name without ending."""
+    title: str
+    caption: str
+    """What it shows, where the numbers come from, and what is missing."""
+    figure: Figure
+    data: pd.DataFrame
+
+
+@dataclass(frozen=True)
+class SkippedFigure:
+    """A figure that could not be drawn, and why."""
+
+    name: str
+    title: str
+    reason: str
+
+
+def subtitle_of(run: Run) -> str:
+    """Model and machine, for the line under a title."""
+    device = run.info.environment.get("gpu") or "CPU"
+    return f"{run.info.model} on {device}"
+
+
+def length_axis(axes: Axes, lengths: Sequence[int], *, pad: float = 0.45) -> None:
+    """A log2 axis with one tick per length; labels are thinned until they fit."""
+    axes.set_xscale("log", base=2)
+    low, high = min(lengths), max(lengths)
+    axes.set_xlim(low / 2**pad, high * 2**pad)
+    figure = axes.figure
+    width_in = axes.get_window_extent().width / figure.dpi
+    fits = max(1, int(width_in / 0.42))
+    stride = math.ceil(len(lengths) / fits)
+    ordered = sorted(lengths)
+    shown = ordered[::-1][::stride][::-1]
+    axes.xaxis.set_major_locator(FixedLocator(shown))
+    axes.xaxis.set_major_formatter(lambda value, _: length_text(round(value)))
+    axes.xaxis.set_minor_locator(FixedLocator(ordered))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("length (tokens)")
+
+
+def byte_ticks(low_bytes: float, high_bytes: float, *, most: int = 7) -> list[float]:
+    """Powers of two within the range, at most `most` of them, evenly strided."""
+    first, last = math.floor(math.log2(low_bytes)), math.ceil(math.log2(high_bytes))
+    stride = math.ceil((last - first + 1) / most)
+    return [2.0**power for power in range(first, last + 1, stride)]
+
+
+def byte_axis(axes: Axes, low_bytes: float, high_bytes: float, *, which: str, most: int = 7) -> None:
+    """A log axis in bytes with ticks at powers of two written as KiB, MiB or GiB."""
+    axis = axes.yaxis if which == "y" else axes.xaxis
+    if which == "y":
+        axes.set_yscale("log", base=2)
+        axes.set_ylim(low_bytes, high_bytes)
+    else:
+        axes.set_xscale("log", base=2)
+        axes.set_xlim(low_bytes, high_bytes)
+    axis.set_major_locator(FixedLocator(byte_ticks(low_bytes, high_bytes, most=most)))
+    axis.set_major_formatter(lambda value, _: bytes_text(value))
+    axis.set_minor_locator(NullLocator())
+
+
+def shift(place: int, count: int) -> float:
+    """Factor on a log2 x axis that sets `count` methods side by side, 0.075 octaves apart."""
+    return float(2 ** (0.075 * (place - (count - 1) / 2)))
+
+
+def key_entry(text: str, *, marker: str = "None", line: Line = "None", color: str = FAINT) -> Line2D:
+    """A handle for the key above the panels."""
+    return Line2D(
+        [],
+        [],
+        color=color,
+        marker=marker,
+        linestyle=line,
+        markersize=6,
+        label=text,
+        mec=TEXT,
+        mew=0.4,
+    )

@@ -1,0 +1,235 @@
+"""Accuracy figures: by length, by task, and the needle heatmap of depth by length."""
+
+import math
+
+import numpy as np
+import pandas as pd
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FixedLocator
+
+from kvscope.reports.canvas import Label, Margins, end_labels, panels, text_width_in, title_band_in
+from kvscope.reports.cells import ALL_TASKS
+from kvscope.reports.figure_parts import (
+    ReportFigure,
+    SkippedFigure,
+    length_axis,
+    shift,
+    subtitle_of,
+)
+from kvscope.reports.theme import MethodStyle, method_styles, short_lines, theme
+from kvscope.reports.units import length_text
+from kvscope.results.frames import Run, records
+
+_ONE_PANEL = 4
+"""Up to this many methods share one panel with their intervals; more get a panel each."""
+HEAT = "cividis"
+
+
+def accuracy_by_length(run: Run, cells: pd.DataFrame) -> ReportFigure | SkippedFigure:
+    """Accuracy pooled over tasks against length, one line a method, 95 % intervals."""
+    name, title = "accuracy_by_length", "Accuracy by length"
+    pooled = cells[cells["task"] == (ALL_TASKS if len(run.info.tasks) > 1 else run.info.tasks[0])]
+    data = pooled.dropna(subset=["accuracy"])
+    if not len(data):
+        return SkippedFigure(name, title, "no prompt has been scored yet")
+    labels = [method.label for method in run.info.methods if method.label in set(data["method_label"])]
+    styles = method_styles([method.label for method in run.info.methods])
+    lengths = list(run.info.lengths_tokens)
+    counts = sorted(set(data["n"]))
+    n_text = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]}-{counts[-1]}"
+    subtitle = f"{subtitle_of(run)}; {', '.join(run.info.tasks)}; {n_text} prompts a point; bars: 95 % intervals"
+    with theme(name):
+        if len(labels) <= _ONE_PANEL:
+            right = 0.4 + text_width_in([styles[label].text for label in labels], fontsize=8.5)
+            figure, (axes,) = panels(
+                1,
+                columns=1,
+                width_in=5.6,
+                height_in=3.3,
+                margins=Margins(right=right, top=0.15),
+                title=title,
+                subtitle=subtitle,
+            )
+            ends = []
+            for place, label in enumerate(labels):
+                rows = data[data["method_label"] == label]
+                factor = shift(place, len(labels))
+                _line(axes, rows, styles[label], factor=factor, width=1.6)
+                last = rows.iloc[-1]
+                x = float(last["length_tokens"]) * factor
+                ends.append(Label(styles[label].text, x, 100 * float(last["accuracy"]), styles[label].color))
+            _percent_axis(axes)
+            length_axis(axes, lengths)
+            end_labels(axes, ends)
+        else:
+            titles = [short_lines(label, width=34) for label in labels]
+            figure, all_axes = panels(
+                len(labels),
+                columns=3,
+                width_in=3.1,
+                height_in=1.9,
+                margins=Margins(left=0.7, right=0.25, top=title_band_in(titles), bottom=0.62),
+                title=title,
+                subtitle=f"{subtitle}; in grey: dense",
+            )
+            dense = data[data["method_label"] == "dense"]
+            for label, text, axes in zip(labels, titles, all_axes, strict=True):
+                if label != "dense" and len(dense):
+                    at = dense["length_tokens"].to_numpy(float)
+                    axes.plot(at, 100 * dense["accuracy"].to_numpy(float), color="#AAAAAA", linewidth=3.5, zorder=1)
+                _line(axes, data[data["method_label"] == label], styles[label], factor=1.0, width=1.4)
+                axes.set_title(text, color=styles[label].color, fontweight="bold")
+                _percent_axis(axes)
+                length_axis(axes, lengths)
+    caption = (
+        "Accuracy pooled over tasks, with 95 % intervals (Wilson for 0/1 scores, bootstrap for graded ones). Points "
+        "of one length stand side by side so that equal values stay visible. Prompts without a score (out of memory, "
+        "failed) are left out, never counted as wrong."
+    )
+    return ReportFigure(name, title, caption, figure, data.reset_index(drop=True))
+
+
+def accuracy_by_task(run: Run, cells: pd.DataFrame) -> ReportFigure | SkippedFigure:
+    """Accuracy as a grid of methods by lengths, one panel a task, the number of prompts in every cell."""
+    name, title = "accuracy_by_task", "Accuracy by task"
+    data = cells[cells["task"] != ALL_TASKS].dropna(subset=["accuracy"])
+    tasks = [task for task in run.info.tasks if task in set(data["task"])]
+    if len(run.info.tasks) < 2:
+        return SkippedFigure(name, title, "the run has one task; see accuracy by length")
+    if not tasks:
+        return SkippedFigure(name, title, "no prompt has been scored yet")
+    labels = [method.label for method in run.info.methods]
+    texts = [short_lines(label) for label in labels]
+    lengths = list(run.info.lengths_tokens)
+    with theme(name):
+        figure, all_axes = panels(
+            len(tasks),
+            columns=2,
+            width_in=max(1.3, 0.52 * len(lengths)),
+            height_in=0.4 * len(labels),
+            margins=Margins(left=0.25 + text_width_in(texts, fontsize=8.5), right=0.2, top=0.42, bottom=0.6),
+            title=title,
+            subtitle=f"{subtitle_of(run)}; accuracy in %, n prompts a cell; hatched: nothing scored",
+        )
+        for task, axes in zip(tasks, all_axes, strict=True):
+            places = {label: row for row, label in enumerate(labels)}
+            filled = {
+                (lengths.index(cell["length_tokens"]), places[cell["method_label"]]): (cell["accuracy"], cell["n"])
+                for cell in records(data[data["task"] == task])
+            }
+            _heat_panel(axes, filled, lengths=lengths, rows=len(labels))
+            axes.yaxis.set_major_locator(FixedLocator([row + 0.5 for row in range(len(labels))]))
+            axes.set_yticklabels(texts)
+            axes.set_title(task, fontweight="bold")
+    caption = "Accuracy (%) and number of scored prompts n of each task. Intervals are in the accuracy table."
+    return ReportFigure(name, title, caption, figure, data.reset_index(drop=True))
+
+
+def needle_heatmap(run: Run) -> ReportFigure | SkippedFigure:
+    """Accuracy by evidence depth and length, one panel a method, the number of prompts in every cell."""
+    name, title = "needle_heatmap", "Accuracy by depth of the evidence and length"
+    rows = run.samples[(run.samples["status"] == "ok") & run.samples["depth"].notna()]
+    if not len(rows):
+        return SkippedFigure(name, title, "no scored prompt has evidence at one known depth")
+    labels = [method.label for method in run.info.methods if method.label in set(rows["method_label"])]
+    lengths = list(run.info.lengths_tokens)
+    bins = _depth_bins(len(rows) / (len(labels) * rows["length_tokens"].nunique()))
+    data = _heat_cells(rows, bins)
+    width = max(1.3, 0.52 * len(lengths))
+    titles = [short_lines(label, width=int(11 * width)) for label in labels]
+    with theme(name):
+        figure, all_axes = panels(
+            len(labels),
+            columns=2 if len(labels) in (2, 4) else 3,
+            width_in=width,
+            height_in=0.4 * bins,
+            margins=Margins(left=0.85, right=0.2, top=title_band_in(titles), bottom=0.6),
+            title=title,
+            subtitle=f"{subtitle_of(run)}; accuracy in %, n prompts a cell; hatched: nothing scored",
+        )
+        for label, text, axes in zip(labels, titles, all_axes, strict=True):
+            filled = {
+                (lengths.index(cell["length_tokens"]), round(cell["depth_from"] * bins)): (cell["accuracy"], cell["n"])
+                for cell in records(data[data["method_label"] == label])
+            }
+            _heat_panel(axes, filled, lengths=lengths, rows=bins)
+            edges = list(range(0, bins + 1, math.ceil(bins / 5)))
+            axes.yaxis.set_major_locator(FixedLocator(edges))
+            axes.set_yticklabels([f"{100 * edge / bins:.0f} %" for edge in edges])
+            axes.set_ylabel("depth of the evidence")
+            axes.set_title(text, fontweight="bold")
+    caption = (
+        f"Accuracy (%) and number of scored prompts n, by depth of the evidence ({bins} equal parts, 0 % = start of "
+        f"the prompt) and length, over {', '.join(dict.fromkeys(rows['task']))}. Cells of few prompts say little."
+    )
+    return ReportFigure(name, title, caption, figure, data)
+
+
+def _line(axes: Axes, rows: pd.DataFrame, style: MethodStyle, *, factor: float, width: float) -> None:
+    x = rows["length_tokens"].to_numpy(float) * factor
+    y = 100 * rows["accuracy"].to_numpy(float)
+    axes.plot(
+        x,
+        y,
+        color=style.color,
+        marker=style.marker,
+        linestyle=style.dash,
+        linewidth=width,
+        markersize=style.size,
+        markeredgecolor="white",
+        markeredgewidth=0.7,
+        clip_on=False,
+        zorder=3,
+    )
+    low, high = 100 * rows["ci_low"].to_numpy(float), 100 * rows["ci_high"].to_numpy(float)
+    axes.vlines(x, low, high, color=style.color, linewidth=1.1, alpha=0.55, zorder=2)
+
+
+def _percent_axis(axes: Axes) -> None:
+    axes.set_ylim(-4, 104)
+    axes.yaxis.set_major_locator(FixedLocator([0, 25, 50, 75, 100]))
+    axes.set_ylabel("accuracy (%)")
+
+
+def _depth_bins(prompts_per_length: float) -> int:
+    """Ten parts when that leaves five prompts a cell on average, else five."""
+    return 10 if prompts_per_length >= 50 else 5
+
+
+def _heat_cells(rows: pd.DataFrame, bins: int) -> pd.DataFrame:
+    part = np.minimum((rows["depth"].to_numpy(float) * bins).astype(int), bins - 1)
+    grouped = rows.assign(part=part).groupby(["method_label", "length_tokens", "part"], sort=True)["score"]
+    cells = grouped.agg(accuracy="mean", n="size").reset_index()
+    cells["depth_from"] = cells["part"] / bins
+    cells["depth_to"] = (cells["part"] + 1) / bins
+    return cells[["method_label", "length_tokens", "depth_from", "depth_to", "accuracy", "n"]]
+
+
+def _heat_panel(axes: Axes, filled: dict[tuple[int, int], tuple[float, int]], *, lengths: list[int], rows: int) -> None:
+    """A grid of lengths by rows; `filled` maps (column, row) to (accuracy, n), all other cells are hatched."""
+    colors = colormaps[HEAT]
+    axes.grid(visible=False)
+    axes.set_xlim(0, len(lengths))
+    axes.set_ylim(rows, 0)
+    for column in range(len(lengths)):
+        for row in range(rows):
+            if (column, row) not in filled:
+                axes.add_patch(
+                    Rectangle((column, row), 1, 1, facecolor="white", edgecolor="#CCCCCC", hatch="////", lw=0)
+                )
+                continue
+            accuracy, n = filled[column, row]
+            color = colors(accuracy)
+            axes.add_patch(Rectangle((column, row), 1, 1, facecolor=color, edgecolor="white", linewidth=0.8))
+            ink = "white" if 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] < 0.5 else "black"
+            middle = column + 0.5
+            axes.text(middle, row + 0.36, f"{100 * accuracy:.0f}", ha="center", va="center", fontsize=8.5, color=ink)
+            axes.text(middle, row + 0.76, f"n={n}", ha="center", va="center", fontsize=6.5, color=ink)
+    axes.xaxis.set_major_locator(FixedLocator([column + 0.5 for column in range(len(lengths))]))
+    axes.set_xticklabels([length_text(length) for length in lengths])
+    axes.tick_params(length=0)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    axes.set_xlabel("length (tokens)")

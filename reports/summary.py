@@ -1,0 +1,96 @@
+"""The run in a few lines of plain text, for the end of `kvscope run` and `kvscope report`."""
+
+import pandas as pd
+from tabulate import tabulate
+
+from kvscope.reports.cells import ALL_TASKS, accuracy_cells, footprint_cells, memory_source
+from kvscope.reports.coverage import coverage
+from kvscope.reports.figure_parts import subtitle_of
+from kvscope.reports.units import byte_unit, length_text, measured, number
+from kvscope.results.comparisons import baseline_label
+from kvscope.results.frames import Run, records
+
+_INTERVALS_UP_TO = 5
+"""With more lengths than this the intervals would not fit a terminal; they are in the tables."""
+
+
+def summary_text(run: Run) -> str:
+    """Accuracy, memory and time by method and length as plain text, and what is missing."""
+    parts = [f"{subtitle_of(run)}; rows of samples: {len(run.samples)}, of footprint: {len(run.footprint)}"]
+    parts.append(_accuracy(run))
+    if len(run.footprint) or run.info.footprint_lengths_tokens:
+        parts.append(_memory(run))
+        parts.append(_time(run))
+    parts += coverage(run).sentences()
+    parts += run.messages
+    return "\n\n".join(parts) + "\n"
+
+
+def _accuracy(run: Run) -> str:
+    cells = accuracy_cells(run)
+    pooled = cells[cells["task"] == (ALL_TASKS if len(run.info.tasks) > 1 else run.info.tasks[0])]
+    intervals = len(run.info.lengths_tokens) <= _INTERVALS_UP_TO
+    texts = {}
+    for cell in records(pooled):
+        if cell["accuracy"] is None:
+            text = _status(cell["reason"].split(":")[0])
+        else:
+            text = f"{100 * cell['accuracy']:.1f}"
+            if intervals and cell["ci_low"] is not None:
+                text += f" [{100 * cell['ci_low']:.0f}-{100 * cell['ci_high']:.0f}]"
+        texts[cell["method_label"], cell["length_tokens"]] = text
+    counts = sorted(set(pooled["n"]) - {0}) or [0]
+    n_text = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
+    title = f"Accuracy (%{', 95 % interval' if intervals else ''}) by length in tokens, {n_text} prompts a cell"
+    return f"{title}: {', '.join(run.info.tasks)}\n{_grid(run, texts, list(run.info.lengths_tokens))}"
+
+
+def _memory(run: Run) -> str:
+    source = memory_source(run)
+    column = "kv_nvml_bytes" if source.kind == "nvml" else "held_bytes"
+    cells = footprint_cells(run)
+    unit = byte_unit(cells["dense_kv_bytes"].dropna().tolist())
+    texts = {}
+    whole = {
+        cell["length_tokens"]: cell["dense_kv_bytes"] if source.kind == "ledger" else cell["kv_nvml_bytes"]
+        for cell in records(cells)
+        if cell["status"] == "ok" and (source.kind == "ledger" or cell["method_label"] == baseline_label(run.info))
+    }
+    for cell in records(cells):
+        text = _status(cell["status"])
+        if cell["status"] == "ok":
+            dense = whole.get(cell["length_tokens"])
+            share = f" ({100 * cell[column] / dense:.1f} %)" if dense else ""
+            text = f"{number(cell[column] / unit.size_bytes)}{share}"
+        texts[cell["method_label"], cell["length_tokens"]] = text
+    title = f"{source.axis}, {unit.name} (share of dense where it was measured), by length in tokens"
+    return f"{title}\n{_grid(run, texts, _footprint_lengths(cells))}\n{source.caption}"
+
+
+def _time(run: Run) -> str:
+    cells = footprint_cells(run)
+    texts = {
+        (cell["method_label"], cell["length_tokens"]): (
+            _status(cell["status"]) if cell["tpot_s"] is None else measured(1000 * cell["tpot_s"])
+        )
+        for cell in records(cells)
+    }
+    return f"Time per output token (ms, median) by length in tokens\n{_grid(run, texts, _footprint_lengths(cells))}"
+
+
+def _status(status: str) -> str:
+    return "not run" if status in ("missing", "not run yet", "") else status
+
+
+def _footprint_lengths(cells: pd.DataFrame) -> list[int]:
+    return sorted(set(cells["length_tokens"]))
+
+
+def _grid(run: Run, texts: dict[tuple[str, int], str], lengths: list[int]) -> str:
+    rows = [
+        [method.label, *(texts.get((method.label, length), "not asked") for length in lengths)]
+        for method in run.info.methods
+    ]
+    headers = ["method", *map(length_text, lengths)]
+    aligned = ("left", *("right" for _ in lengths))
+    return tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True, colalign=aligned)

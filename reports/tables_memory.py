@@ -1,0 +1,192 @@
+"""Tables of bytes and times: the footprint of every cell, and what each method keeps and saves."""
+
+from typing import Any
+
+import pandas as pd
+
+from kvscope.reports.cells import footprint_cells
+from kvscope.reports.table_parts import Notes, Table
+from kvscope.reports.units import ByteUnit, byte_unit, length_text, measured, percent
+from kvscope.results.frames import Run, records
+from kvscope.results.schema import NVML_COLUMNS
+
+
+def footprint_table(run: Run) -> Table:
+    """Bytes and times by method and length, one row a footprint cell."""
+    cells = footprint_cells(run)
+    unit = byte_unit(cells["dense_kv_bytes"].dropna().tolist() + cells["predicted_bytes"].dropna().tolist())
+    nvml = bool(cells[list(NVML_COLUMNS)].notna().any(axis=None))
+    notes = Notes()
+    rows = [_footprint_text(row, unit, nvml=nvml, notes=notes) for row in records(cells)]
+    extra = []
+    if len(cells) and not nvml:
+        reasons = list(dict.fromkeys(cells["nvml_reason"].dropna())) or ["no cell has run to its end"]
+        extra.append(f"No NVML columns: not measured ({'; '.join(reasons)}). All bytes are the ledger's.")
+    caption = (
+        "One fresh process per row. Resident KV, metadata and host bytes are the ledger's (exact sizes of live "
+        "tensors, mean over decode steps); NVML is the driver's reading of the process. TTFT: time to first token; "
+        "TPOT: median time per output token, batch 1. Torch peaks and host memory are in the CSV."
+    )
+    text = pd.DataFrame(rows) if rows else pd.DataFrame(columns=["method", "length (tokens)", "status"])
+    return Table("footprint", "Footprint by method and length", caption, cells, text, (*notes.lines(), *extra))
+
+
+def _footprint_text(row: dict[str, Any], unit: ByteUnit, *, nvml: bool, notes: Notes) -> dict[str, str]:
+    why = None if row["status"] == "ok" else f"{row['status']}: {row['reason']}"
+
+    def amount(column: str, reason: str | None) -> str:
+        value = row[column]
+        return unit.text(value) if value is not None else notes.mark(why or reason or "no reason given")
+
+    share = (
+        row["held_bytes"] / row["dense_kv_bytes"] if row["held_bytes"] is not None and row["dense_kv_bytes"] else None
+    )
+    text = {
+        "method": row["method_label"],
+        "length (tokens)": length_text(row["length_tokens"]),
+        "status": row["status"],
+        f"resident KV ({unit.name})": amount("resident_kv_bytes", None),
+        f"metadata ({unit.name})": amount("metadata_bytes", None),
+        "of dense (%)": percent(share) if share is not None else notes.mark(why or "no dense size"),
+        f"host KV ({unit.name})": amount("host_kv_bytes", None),
+        f"predicted ({unit.name})": unit.text(row["predicted_bytes"])
+        if row["predicted_bytes"] is not None
+        else notes.mark("no prediction"),
+    }
+    if nvml:
+        text |= {
+            f"KV by NVML ({unit.name})": amount("kv_nvml_bytes", row["nvml_reason"]),
+            f"prefill peak NVML ({unit.name})": amount("prefill_peak_nvml_bytes", row["nvml_reason"]),
+            f"decode peak NVML ({unit.name})": amount("decode_peak_nvml_bytes", row["nvml_reason"]),
+        }
+    text |= {
+        "TTFT (s)": notes.mark(why or "no time") if row["ttft_s"] is None else measured(row["ttft_s"]),
+        "TPOT (ms)": notes.mark(why or "no time") if row["tpot_s"] is None else measured(1000 * row["tpot_s"]),
+        "verdict": row["verdict"] or "not run yet",
+    }
+    return text
+
+
+STAYS_COLUMNS = [
+    "method_label",
+    "stays",
+    "saves",
+    "saving_kind",
+    "length_tokens",
+    "held_bytes",
+    "held_of_dense",
+    "bytes_from",
+    "kv_nvml_bytes",
+    "host_kv_bytes",
+    "tpot_s",
+    "accuracy",
+    "ci_low",
+    "ci_high",
+    "n",
+    "not_measured",
+    "source",
+]
+
+
+def stays_table(run: Run, cells: pd.DataFrame) -> Table:
+    """What stays on the GPU and what that saves, one row a method, with bytes, time and accuracy of one setting.
+
+    All measured columns belong to the longest length at which any method was measured, so that no row joins the bytes
+    of one setting with the accuracy of another.
+    """
+    pooled = cells[cells["task"] == cells["task"].iloc[0]] if len(cells) else cells
+    timed = run.footprint[run.footprint["status"] == "ok"]
+    scored = run.samples[run.samples["status"] == "ok"]
+    rows = timed if len(timed) else scored
+    length = int(rows["length_tokens"].max()) if len(rows) else None
+    data = pd.DataFrame(
+        [_stays_cell(run, method.label, length, pooled) for method in run.info.methods], columns=STAYS_COLUMNS
+    ).astype({"length_tokens": "Int64", "kv_nvml_bytes": "Int64", "host_kv_bytes": "Int64", "n": "Int64"})
+    unit = byte_unit(data["held_bytes"].tolist())
+    notes = Notes()
+    nvml = bool(data["kv_nvml_bytes"].notna().any())
+    text = pd.DataFrame([_stays_text(row, unit, nvml=nvml, notes=notes) for row in records(data)])
+    where = "nothing measured yet" if length is None else f"measured at {length_text(length)} tokens"
+    caption = (
+        f"What each method keeps on the GPU and what that saves; {where}: bytes, time and accuracy of one setting. "
+        "Bytes are the ledger's, keys, values and metadata; 100 % is what dense holds at the same length. Accuracy is "
+        "pooled over tasks, with its 95 % interval."
+    )
+    return Table("stays_and_saves", "What stays, what it saves", caption, data, text, notes.lines())
+
+
+def _stays_cell(run: Run, label: str, length: int | None, pooled: pd.DataFrame) -> dict[str, Any]:
+    method = next(method for method in run.info.methods if method.label == label)
+    cell: dict[str, Any] = {
+        "method_label": label,
+        "stays": method.stays,
+        "saves": method.saves,
+        "saving_kind": method.saving_kind,
+        "source": method.source,
+        "length_tokens": length,
+        "n": 0,
+    }
+    reasons: list[str] = []
+    rows = run.footprint[(run.footprint["method_label"] == label) & (run.footprint["length_tokens"] == length)]
+    found = records(rows)
+    samples = run.samples[(run.samples["method_label"] == label) & (run.samples["length_tokens"] == length)]
+    ok = samples[samples["status"] == "ok"]
+    if found and found[0]["status"] == "ok":
+        held = found[0]["resident_kv_bytes"] + found[0]["metadata_bytes"]
+        cell |= {
+            "held_bytes": held,
+            "held_of_dense": _share(held, found[0]["dense_kv_bytes"]),
+            "bytes_from": "footprint",
+        }
+        cell |= {key: found[0][key] for key in ("kv_nvml_bytes", "host_kv_bytes", "tpot_s")}
+        if found[0]["kv_nvml_bytes"] is None:
+            reasons.append(f"NVML: {found[0]['nvml_reason']}")
+    elif found:
+        reasons.append(f"{found[0]['status']}: {found[0]['reason']}")
+    else:
+        planned = length in run.info.footprint_lengths_tokens
+        reasons.append("the footprint was not run yet" if planned else "no footprint cell was asked for at this length")
+        if len(ok):
+            held = float((ok["resident_kv_bytes"] + ok["metadata_bytes"]).mean())
+            cell |= {"held_bytes": held, "held_of_dense": _share(held, float(ok["dense_kv_bytes"].mean()))}
+            cell |= {"bytes_from": "samples", "host_kv_bytes": round(float(ok["host_kv_bytes"].mean()))}
+    for scores in records(pooled[(pooled["method_label"] == label) & (pooled["length_tokens"] == length)]):
+        cell |= {key: scores[key] for key in ("accuracy", "ci_low", "ci_high", "n")}
+        if scores["accuracy"] is None:
+            reasons.append(f"accuracy: {scores['reason'] or 'no prompt was asked for'}")
+    return {**cell, "not_measured": "; ".join(reasons)}
+
+
+def _share(held: float, dense: float) -> float | None:
+    return held / dense if dense else None
+
+
+def _stays_text(row: dict[str, Any], unit: ByteUnit, *, nvml: bool, notes: Notes) -> dict[str, str]:
+    reasons = row["not_measured"].split("; ")
+
+    def value(column: str, shown: str) -> str:
+        if row[column] is not None:
+            return shown
+        named = {"kv_nvml_bytes": "NVML: ", "accuracy": "accuracy: "}.get(column)
+        fitting = [reason for reason in reasons if named and reason.startswith(named)] or reasons
+        return notes.mark(fitting[0].removeprefix(named or ""))
+
+    def amount(column: str) -> str:
+        return value(column, unit.text(row[column] or 0))
+
+    interval = "" if row["ci_low"] is None else f" [{percent(row['ci_low'])}, {percent(row['ci_high'])}]"
+    text = {
+        "method": row["method_label"],
+        "stays on the GPU": row["stays"],
+        "saves": row["saves"],
+        f"resident ({unit.name})": amount("held_bytes"),
+        "of dense (%)": value("held_of_dense", percent(row["held_of_dense"] or 0)),
+    }
+    if nvml:
+        text[f"KV by NVML ({unit.name})"] = amount("kv_nvml_bytes")
+    return text | {
+        f"host ({unit.name})": amount("host_kv_bytes"),
+        "TPOT (ms)": value("tpot_s", measured(1000 * (row["tpot_s"] or 0))),
+        "accuracy (%)": value("accuracy", f"{percent(row['accuracy'] or 0)}{interval} n={row['n']}"),
+        "source": row["source"],
+    }

@@ -1,0 +1,151 @@
+"""Every method of a run against its baseline, on the prompts both answered."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import pandas as pd
+
+from kvscope.results.errors import UsageError
+from kvscope.results.schema import RunInfo
+from kvscope.results.statistics import Interval, PairedDifference, bootstrap_interval, holm, paired_difference
+
+PAIR_KEY = ["task", "length_tokens", "sample"]
+SCORE_COLUMNS = [*PAIR_KEY, "method_label", "status", "reason", "score", "answer_nll", "prompt_sha256", "context_id"]
+DEFAULT_MARGIN = 0.01
+
+DifferenceVerdict = Literal["worse", "better", "no difference shown", "inconclusive"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One method against the baseline within one scope (all prompts, one length or one task)."""
+
+    scope: str
+    method_label: str
+    baseline_label: str
+    method_mean: float
+    baseline_mean: float
+    paired: PairedDifference
+    p_holm: float
+    """Holm-adjusted over the methods of the scope."""
+    nll: Interval | None
+    """Difference of the answer's negative log-likelihood, nats per token (negative: the method is better)."""
+
+    @property
+    def verdict(self) -> DifferenceVerdict:
+        """`inconclusive` where too few pairs differ for any test; otherwise by the Holm-adjusted p at 5 %."""
+        if self.paired.pairs_for_6_discordant is not None:
+            return "inconclusive"
+        if self.p_holm >= 0.05:
+            return "no difference shown"
+        return "worse" if self.paired.lost > self.paired.won else "better"
+
+    @property
+    def sentence(self) -> str:
+        """The verdict with what it rests on."""
+        paired = self.paired
+        if paired.pairs_for_6_discordant is None:
+            p = "p < 0.0001" if self.p_holm < 1e-4 else f"p = {self.p_holm:.2g}"
+            return f"{self.verdict} ({p} after Holm)"
+        differ = "differs" if paired.discordant == 1 else "differ"
+        return (
+            f"inconclusive: {paired.discordant} of {paired.n_pairs} pairs {differ}, at least 6 are needed; about "
+            f"{paired.pairs_for_6_discordant} pairs would do"
+        )
+
+
+def baseline_label(info: RunInfo) -> str | None:
+    """The run's baseline: the first method named `dense`, or None when there is none."""
+    return next((method.label for method in info.methods if method.name == "dense"), None)
+
+
+def answered(samples: pd.DataFrame) -> pd.DataFrame:
+    """The rows with a score."""
+    return samples[samples["status"] == "ok"]
+
+
+def pairs(samples: pd.DataFrame, *, method: str, baseline: str) -> pd.DataFrame:
+    """Rows both methods answered: PAIR_KEY, context_id, score and answer_nll of both (`_method`, `_baseline`).
+
+    Raises UsageError when the two saw different prompts under the same key.
+    """
+    ok = answered(samples)
+    columns = [*PAIR_KEY, "score", "answer_nll", "prompt_sha256", "context_id"]
+    left = ok.loc[ok["method_label"] == method, columns]
+    right = ok.loc[ok["method_label"] == baseline, columns]
+    both = left.merge(right, on=PAIR_KEY, suffixes=("_method", "_baseline"), validate="one_to_one")
+    differing = both[both["prompt_sha256_method"] != both["prompt_sha256_baseline"]]
+    if len(differing):
+        first = differing.iloc[0]
+        raise UsageError(
+            f"{method} and {baseline} answered different prompts at {first['task']}, {first['length_tokens']} tokens, "
+            f"sample {first['sample']} ({len(differing)} such pairs): they cannot be compared."
+        )
+    return both.rename(columns={"context_id_method": "context_id"}).drop(columns="context_id_baseline")
+
+
+def compare_methods(samples: pd.DataFrame, *, info: RunInfo, margin: float = DEFAULT_MARGIN) -> list[Comparison]:
+    """Compare every method with the baseline: pooled over all prompts, by length, by task.
+
+    Holm's correction runs over the methods of one scope. A scope that repeats the pooled one (a run of one length or
+    one task) is left out, and so is a method without a common prompt. Empty when the run has no `dense`.
+    """
+    baseline = baseline_label(info)
+    if baseline is None:
+        return []
+    samples = samples[SCORE_COLUMNS]
+    others = [method.label for method in info.methods if method.label != baseline]
+    tables = {label: pairs(samples, method=label, baseline=baseline) for label in others}
+    lengths, tasks = sorted(samples["length_tokens"].unique()), list(dict.fromkeys(samples["task"]))
+    found = _compare_within("all prompts", tables, baseline=baseline, margin=margin)
+    for length in lengths if len(lengths) > 1 else []:
+        within = {label: table[table["length_tokens"] == length] for label, table in tables.items()}
+        found += _compare_within(f"{length} tokens", within, baseline=baseline, margin=margin)
+    for task in tasks if len(tasks) > 1 else []:
+        within = {label: table[table["task"] == task] for label, table in tables.items()}
+        found += _compare_within(task, within, baseline=baseline, margin=margin)
+    return found
+
+
+def clusters_of(frame: pd.DataFrame) -> list[str] | None:
+    """Cluster names for resampling, or None when no two rows share a context."""
+    shared = frame["context_id"]
+    if bool(shared.isna().all()):
+        return None
+    own = pd.Series([f"row {index}" for index in range(len(frame))], index=frame.index, dtype="string")
+    return [str(name) for name in shared.fillna(own)]
+
+
+def _compare_within(scope: str, tables: dict[str, pd.DataFrame], *, baseline: str, margin: float) -> list[Comparison]:
+    tables = {label: table for label, table in tables.items() if len(table)}
+    results = {
+        label: paired_difference(
+            table["score_method"].to_numpy(float),
+            table["score_baseline"].to_numpy(float),
+            margin=margin,
+            clusters=clusters_of(table),
+        )
+        for label, table in tables.items()
+    }
+    adjusted = holm([result.p_value for result in results.values()])
+    return [
+        Comparison(
+            scope=scope,
+            method_label=label,
+            baseline_label=baseline,
+            method_mean=float(tables[label]["score_method"].mean()),
+            baseline_mean=float(tables[label]["score_baseline"].mean()),
+            paired=result,
+            p_holm=p_holm,
+            nll=_nll(tables[label]),
+        )
+        for (label, result), p_holm in zip(results.items(), adjusted, strict=True)
+    ]
+
+
+def _nll(table: pd.DataFrame) -> Interval | None:
+    scored = table.dropna(subset=["answer_nll_method", "answer_nll_baseline"])
+    if not len(scored):
+        return None
+    gap = scored["answer_nll_method"].to_numpy(float) - scored["answer_nll_baseline"].to_numpy(float)
+    return bootstrap_interval(gap, clusters=clusters_of(scored))

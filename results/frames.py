@@ -1,0 +1,100 @@
+"""A run as two pandas frames: `samples` (accuracy pass) and `footprint` (memory and time)."""
+
+import math
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from pydantic import BaseModel
+
+from kvscope.results.schema import FootprintRow, RunInfo, SampleRow
+from kvscope.results.store import RunStore
+
+
+@dataclass(frozen=True)
+class Run:
+    """A loaded run folder, finished or not.
+
+    `samples` and `footprint` hold one row per row on disk and one column per schema field, in schema order; a null is
+    NaN in float columns and <NA> in integer, boolean and string columns. `messages` says what was left out on reading.
+    """
+
+    samples: pd.DataFrame
+    footprint: pd.DataFrame
+    info: RunInfo
+    folder: Path
+    messages: tuple[str, ...] = ()
+
+
+def load_run(folder: str | Path) -> Run:
+    """Read a run folder, also one that is still being written.
+
+    Raises UsageError when the folder holds no run, a corrupt line or the same cell twice.
+    """
+    store = RunStore.open(folder)
+    return make_run(
+        store.samples(), store.footprints(), info=store.info, folder=store.folder, messages=tuple(store.messages)
+    )
+
+
+def make_run(
+    samples: list[SampleRow],
+    footprints: list[FootprintRow],
+    *,
+    info: RunInfo,
+    folder: str | Path,
+    messages: tuple[str, ...] = (),
+) -> Run:
+    """Build a Run from rows already in memory."""
+    return Run(
+        samples=_frame(samples, SampleRow),
+        footprint=_frame(footprints, FootprintRow),
+        info=info,
+        folder=Path(folder),
+        messages=messages,
+    )
+
+
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows as dicts, every null as None."""
+    return [
+        {str(key): None if _is_null(value) else value for key, value in row.items()} for row in frame.to_dict("records")
+    ]
+
+
+def _is_null(value: Any) -> bool:
+    return value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value))
+
+
+def _frame(rows: typing.Sequence[BaseModel], kind: type[BaseModel]) -> pd.DataFrame:
+    columns = list(kind.model_fields)
+    frame = pd.DataFrame([row.model_dump() for row in rows], columns=columns)
+    return frame.astype({name: _dtype(field.annotation) for name, field in kind.model_fields.items()})
+
+
+def _dtype(annotation: Any) -> str:
+    """The column type that keeps integers exact and nulls apart from numbers."""
+    kinds = _kinds(annotation)
+    if kinds == {bool}:
+        return "boolean"
+    if kinds == {int}:
+        return "Int64"
+    if kinds == {float}:
+        return "float64"
+    if kinds == {str}:
+        return "string"
+    return "object"
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return {kind for part in typing.get_args(annotation) if part is not type(None) for kind in _kinds(part)}
+    if origin is typing.Annotated:
+        return _kinds(typing.get_args(annotation)[0])
+    if origin is typing.Literal:
+        return {type(value) for value in typing.get_args(annotation)}
+    return {origin or annotation}

@@ -1,0 +1,140 @@
+"""Reading and appending JSON lines that survive being killed: one write a row, a torn last line recognised."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from kvscope.results.errors import EnvironmentProblem, UsageError
+from kvscope.results.schema import SCHEMA_VERSION, FootprintRow, SampleRow
+
+RowT = TypeVar("RowT", SampleRow, FootprintRow)
+
+
+def open_for_append(path: Path) -> int:
+    """Open (or start) a row file; the descriptor is not inherited by child processes."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise EnvironmentProblem(f"Could not open {path} for writing: {error.strerror}.") from error
+    return fd
+
+
+def append_line(fd: int, text: str, *, path: Path) -> None:
+    """Put `text` and a newline on disk with one write. On failure the file is cut back to what it was.
+
+    Raises EnvironmentProblem when the disk is full or broken.
+    """
+    data = text.encode() + b"\n"
+    try:
+        before = os.fstat(fd).st_size
+        try:
+            written = os.write(fd, data)
+            if written != len(data):
+                raise OSError(f"only {written} of {len(data)} bytes fitted")
+        except OSError:
+            os.ftruncate(fd, before)
+            raise
+        os.fsync(fd)
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"Could not write a row to {path}: {error}. Free some space (or mend the disk) and run the same command "
+            "again: finished rows are kept."
+        ) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a new or renamed file of `folder` survive a power cut."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def read_rows(path: Path, kind: type[RowT], *, messages: list[str], mend: bool) -> dict[Any, RowT]:
+    """Rows by key. A torn last line is left out; with `mend` it is also cut off the file."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}.") from error
+    rows: dict[Any, RowT] = {}
+    lines_of: dict[Any, int] = {}
+    start = 0
+    number = 0
+    while start < len(data):
+        number += 1
+        end = data.find(b"\n", start)
+        line = data[start:] if end < 0 else data[start:end]
+        after = len(data) if end < 0 else end + 1
+        parsed = _parse(line)
+        if end < 0 or (parsed is None and after == len(data)):
+            _drop_tail(path, start, number, messages=messages, mend=mend)
+            break
+        row = _row(parsed, kind, path=path, number=number)
+        if row.key in rows:
+            raise UsageError(
+                f"{path}, line {number} holds the same cell as line {lines_of[row.key]}: {row.key}. Delete one of them."
+            )
+        rows[row.key] = row
+        lines_of[row.key] = number
+        start = after
+    return rows
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _row(parsed: dict[str, Any] | None, kind: type[RowT], *, path: Path, number: int) -> RowT:
+    mend = "Delete that line and run the same command again: the cell is measured anew"
+    if parsed is None:
+        raise UsageError(f"{path}, line {number} is corrupt (not a JSON object). {mend}.")
+    check_version(parsed, f"{path}, line {number}")
+    try:
+        return kind.model_validate(parsed)
+    except ValidationError as error:
+        raise UsageError(f"{path}, line {number} is not a valid row: {first_problem(error)}. {mend}.") from error
+
+
+def _drop_tail(path: Path, start: int, number: int, *, messages: list[str], mend: bool) -> None:
+    what = f"{path}, line {number}: the last line was cut short by an interruption"
+    if not mend:
+        messages.append(f"{what} (or is being written); it is left out.")
+        return
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            os.ftruncate(fd, start)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise UsageError(f"{what} and cannot be removed: {error.strerror}.") from error
+    messages.append(f"{what}; it was dropped, and its cell is measured again.")
+
+
+def check_version(data: Any, where: str) -> None:
+    """Raise UsageError when `data` was written by a later schema than this one."""
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise UsageError(
+            f"{where} has schema version {version}, this kvscope knows version {SCHEMA_VERSION}. Upgrade kvscope."
+        )
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first thing pydantic objects to, in a clause."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    place = ".".join(str(part) for part in first["loc"])
+    more = error.error_count() - 1
+    return f"{place + ': ' if place else ''}{first['msg']}" + (f" (and {more} more problems)" if more else "")

@@ -1,0 +1,350 @@
+"""The rows of a run folder, version 1: `samples.jsonl`, `footprint.jsonl` and `run.json`.
+
+Two rules hold for every row. No NaN or infinity is ever written: a value that was not measured is null. And no null
+goes unexplained: the row says why in `reason` (the whole cell was not measured) or in the reason of a group of columns
+(`nvml_reason`, `torch_reason`, `answer_nll_reason`).
+
+Units are part of the names: `_bytes`, `_s`, `_tokens`. One byte unit everywhere: bytes; GiB and GB appear in no row.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+
+SCHEMA_VERSION = 1
+
+Status = Literal["ok", "unsupported", "failed", "oom"]
+SavingKind = Literal["resident", "freed", "offloaded"]
+Verdict = Literal["freed", "offloaded", "resident", "mismatch", "below_resolution", "not_measured"]
+MethodFrom = Literal["last_token", "question"]
+StopReason = Literal["eos", "stop", "length"]
+Selection = Literal["trained", "synthetic", "free"]
+FailurePhase = Literal["start", "load", "prefill", "decode"]
+Forecast = Literal["fits", "oom", "unsupported", "unknown"]
+
+Count = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(ge=0.0)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+    def _demand(self, columns: tuple[str, ...], why: str) -> None:
+        absent = [name for name in columns if getattr(self, name) is None]
+        if absent:
+            raise ValueError(f"{', '.join(absent)} must not be null {why}")
+
+
+class _CellRow(_Record):
+    """What sample rows and footprint rows share: which cell this is, and whether it could be measured."""
+
+    schema_version: Literal[1] = 1
+    """Version of this schema; a reader refuses a version it does not know."""
+    model: Text
+    """The model as asked for: `reference`, a Hugging Face id, a folder's name or `preset:name`."""
+    method: Text
+    """Registry name of the method, e.g. `random`."""
+    method_label: Text
+    """The method with its options, unique within the run, e.g. `random:fraction=0.1`. Part of the row's key."""
+    config: dict[str, JsonValue]
+    """The method's settings as used at this length (`recency_tokens` resolved to a number, and so on)."""
+    length_tokens: Annotated[int, Field(ge=1)]
+    """Length asked for: prompt tokens plus the task's `max_new_tokens`. Part of the row's key."""
+    status: Status
+    """`ok`: measured. `unsupported`: the method cannot run here. `oom`: out of memory. `failed`: anything else."""
+    reason: Text | None = None
+    """Why the cell was not measured, in one sentence; null exactly when `status` is `ok`."""
+    saving_kind: SavingKind
+    """What the method claims: everything stays `resident`, the rest is `freed`, or `offloaded` to host memory."""
+    noop: bool
+    """True when at this length everything stays resident and is read, so that the method is dense by another name."""
+    prefill: Literal["dense"] = "dense"
+    """How the prompt was prefilled. Every method starts from the same dense prefill."""
+    method_from: MethodFrom = "last_token"
+    """First token processed under the method: the prompt's last one, or the question's first one."""
+    selection: Selection = "free"
+    """What chose the resident set: a `trained` indexer, a `synthetic` stand-in, or `free` (nothing trained)."""
+    dtype: Text
+    """Element type of the model's weights and KV cache, e.g. `float32`, `bfloat16`."""
+    device: Text
+    """Where the KV cache lived, e.g. `cpu`, `cuda:0`."""
+    resident_kv_bytes: Count | None = None
+    """Ledger: bytes of keys and values held on the device, mean over the decode steps, metadata not included."""
+    metadata_bytes: Count | None = None
+    """Ledger: device bytes of what the method keeps besides (summaries, indexer keys, page tables)."""
+    host_kv_bytes: Count | None = None
+    """Ledger: bytes held in host memory for this sequence (the host mirror); 0 when the method needs none."""
+    dense_kv_bytes: Count | None = None
+    """What `dense` would hold at the same number of tokens: the denominator of every saving."""
+    bytes_read_per_step: Count | None = None
+    """Cache bytes one decode step reads, metadata scans included."""
+    attention_flops_per_step: Count | None = None
+    """Floating-point operations one decode step spends on attention, the method's own scoring included."""
+    bytes_recalled: Count | None = None
+    """Bytes copied host -> device during decode; 0 when the method recalls nothing."""
+
+    @model_validator(mode="after")
+    def _status_is_explained(self) -> Self:
+        if self.status == "ok" and self.reason is not None:
+            raise ValueError("reason must be null when status is ok")
+        if self.status != "ok" and self.reason is None:
+            raise ValueError(f"status is {self.status}, so reason must say why")
+        if self.status == "ok":
+            ledger = ("resident_kv_bytes", "metadata_bytes", "host_kv_bytes", "dense_kv_bytes")
+            self._demand((*ledger, "bytes_read_per_step", "attention_flops_per_step", "bytes_recalled"), "in an ok row")
+        return self
+
+
+class SampleRow(_CellRow):
+    """One prompt answered under one method (accuracy pass). Key: task, length_tokens, sample, method_label."""
+
+    task: Text
+    """Task name, e.g. `niah_single_1`. Part of the row's key."""
+    question_type: Text
+    """The task's own kind of question; the task's name where it has one kind."""
+    sample: Count
+    """Index of the prompt within its (task, length) cell. Part of the row's key."""
+    seed: int
+    """Seed the prompt was drawn with."""
+    depth: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
+    """Place of the evidence in the prompt: 0 = start, 1 = end; null when the question needs no single place."""
+    context_id: Text | None = None
+    """Names the context that several questions share, for clustered intervals; null when the prompt has its own."""
+    prompt_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    """SHA-256 of the prompt, so that methods and runs can be paired on the very same tokens."""
+    prompt_tokens: Count
+    """Tokens of the prompt."""
+    targets: tuple[str, ...]
+    """Accepted answers."""
+    output: str | None = None
+    """The generated text; null when status is not ok."""
+    score: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
+    """The task's score of the output, 0 to 1; null when status is not ok."""
+    stop_reason: StopReason | None = None
+    """Why generation ended: end-of-sequence token, stop string, or the token limit."""
+    answer_nll: float | None = None
+    """Mean negative log-likelihood of the target under the method, nats per token, teacher-forced."""
+    answer_nll_reason: Text | None = None
+    """Why answer_nll is null in an ok row (`not requested`, ...)."""
+    prefill_s: Seconds | None = None
+    """Seconds of the prompt's one prefill, shared by all methods of the run: never add it up over methods."""
+    decode_s: Seconds | None = None
+    """Seconds of this method's decode, step 0 included."""
+    decode_tokens: Count | None = None
+    """Tokens generated."""
+
+    @property
+    def key(self) -> tuple[str, int, int, str]:
+        """(task, length_tokens, sample, method_label): unique within a run folder."""
+        return (self.task, self.length_tokens, self.sample, self.method_label)
+
+    @model_validator(mode="after")
+    def _scored_when_ok(self) -> Self:
+        if self.status == "ok":
+            self._demand(("output", "score", "stop_reason", "prefill_s", "decode_s", "decode_tokens"), "in an ok row")
+            if self.answer_nll is None and self.answer_nll_reason is None:
+                raise ValueError("answer_nll is null, so answer_nll_reason must say why")
+        elif self.score is not None or self.output is not None:
+            raise ValueError(f"status is {self.status}, so score and output must be null")
+        return self
+
+
+NVML_COLUMNS = (
+    "context_nvml_bytes",
+    "weights_nvml_bytes",
+    "baseline_nvml_bytes",
+    "prefill_peak_nvml_bytes",
+    "decode_peak_nvml_bytes",
+    "kv_nvml_bytes",
+)
+TORCH_COLUMNS = (
+    "weights_torch_bytes",
+    "prefill_peak_torch_bytes",
+    "decode_peak_torch_bytes",
+    "prefill_peak_torch_reserved_bytes",
+    "decode_peak_torch_reserved_bytes",
+)
+
+
+class FootprintRow(_CellRow):
+    """One (method, length) measured alone in a fresh process. Key: method_label, length_tokens."""
+
+    prompt_tokens: Count
+    """Tokens prefilled."""
+    backend: Text
+    """Attention implementation that really ran, e.g. `torch`, `triton`."""
+    verdict: Verdict
+    """What NVML says about the claimed saving: `freed`, `offloaded` or `resident` when it confirms at least 90 % of it,
+    `mismatch` when it does not, `below_resolution` when the claim is under 256 MiB, else `not_measured`."""
+    context_nvml_bytes: Count | None = None
+    """NVML, this process: after creating the CUDA context, before the weights."""
+    weights_nvml_bytes: Count | None = None
+    """NVML, this process: with the weights loaded."""
+    baseline_nvml_bytes: Count | None = None
+    """NVML, this process: after warm-up and graph capture, without any KV cache."""
+    prefill_peak_nvml_bytes: Count | None = None
+    """NVML, this process: highest reading during prefill."""
+    decode_peak_nvml_bytes: Count | None = None
+    """NVML, this process: highest reading during decode, after `empty_cache`."""
+    kv_nvml_bytes: int | None = None
+    """decode_peak_nvml_bytes - baseline_nvml_bytes: the KV cache as the driver sees it, metadata included. Can be
+    negative for caches under the driver's resolution."""
+    nvml_reason: Text | None = None
+    """Why an NVML column is null."""
+    weights_torch_bytes: Count | None = None
+    """torch allocator: allocated bytes with the weights loaded."""
+    prefill_peak_torch_bytes: Count | None = None
+    """torch allocator: peak allocated bytes during prefill."""
+    decode_peak_torch_bytes: Count | None = None
+    """torch allocator: peak allocated bytes during decode."""
+    prefill_peak_torch_reserved_bytes: Count | None = None
+    """torch allocator: peak reserved bytes during prefill."""
+    decode_peak_torch_reserved_bytes: Count | None = None
+    """torch allocator: peak reserved bytes during decode."""
+    torch_reason: Text | None = None
+    """Why a torch column is null (the CPU allocator keeps no such counters)."""
+    host_rss_peak_bytes: Count | None = None
+    """Peak resident set size of the process in host memory, pinned pages included."""
+    predicted_kv_bytes: Count | None = None
+    """What the method's formula predicts for resident_kv_bytes, made before anything ran."""
+    predicted_metadata_bytes: Count | None = None
+    """What the method's formula predicts for metadata_bytes."""
+    predicted_host_bytes: Count | None = None
+    """What the method's formula predicts for host_kv_bytes."""
+    ttft_s: Seconds | None = None
+    """Time to first token: prefill plus the first decode step, seconds."""
+    tpot_s: Seconds | None = None
+    """Time per output token: median over decode steps of a run without the NVML sampler, seconds."""
+    tpot_steps: Count | None = None
+    """Decode steps behind tpot_s."""
+    decode_tokens: Count | None = None
+    """Tokens decoded during the memory measurement."""
+    failure_phase: FailurePhase | None = None
+    """Where an oom or failed cell stopped."""
+    failure_device_bytes: Count | None = None
+    """Device bytes this process held when it stopped (NVML, else the torch allocator), where that could be read."""
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """(method_label, length_tokens): unique within a run folder."""
+        return (self.method_label, self.length_tokens)
+
+    @model_validator(mode="after")
+    def _nulls_are_explained(self) -> Self:
+        if self.status == "ok":
+            self._demand(("host_rss_peak_bytes", "predicted_kv_bytes", "predicted_metadata_bytes"), "in an ok row")
+            self._demand(("predicted_host_bytes", "ttft_s", "tpot_s", "tpot_steps", "decode_tokens"), "in an ok row")
+            for columns, reason in ((NVML_COLUMNS, "nvml_reason"), (TORCH_COLUMNS, "torch_reason")):
+                absent = [name for name in columns if getattr(self, name) is None]
+                if absent and getattr(self, reason) is None:
+                    raise ValueError(f"{', '.join(absent)} null, so {reason} must say why")
+            if self.kv_nvml_bytes is None and self.verdict != "not_measured":
+                raise ValueError(f"verdict is {self.verdict}, but kv_nvml_bytes was not measured")
+        elif self.verdict != "not_measured":
+            raise ValueError(f"status is {self.status}, so the verdict cannot be {self.verdict}")
+        return self
+
+
+class MethodInfo(_Record):
+    """One method of the run in words, so that a report needs nothing but the run folder."""
+
+    label: Text
+    """The method with its options; equals `method_label` of its rows."""
+    name: Text
+    """Registry name."""
+    options: dict[str, JsonValue] = Field(default_factory=dict)
+    """The options as asked for."""
+    stays: Text
+    """What stays on the GPU, one clause."""
+    saves: Text
+    """What it saves and what it does not, one clause."""
+    source: Text
+    """Citation."""
+    saving_kind: SavingKind
+    """Where the rest goes: `resident`, `freed` or `offloaded`."""
+    cost: str = ""
+    """The method's byte formula as text."""
+
+
+class PlannedCell(_Record):
+    """What the plan said of one (method, length) before anything ran."""
+
+    method_label: Text
+    """The method with its options."""
+    length_tokens: Annotated[int, Field(ge=1)]
+    """Length asked for."""
+    predicted_kv_bytes: Count | None = None
+    """Predicted device bytes of keys and values; null when the forecast is `unsupported`."""
+    predicted_metadata_bytes: Count | None = None
+    """Predicted device bytes of metadata."""
+    predicted_host_bytes: Count | None = None
+    """Predicted host bytes."""
+    forecast: Forecast = "unknown"
+    """Whether the cell was expected to fit this machine."""
+    reason: Text | None = None
+    """Why not, where the forecast is `oom` or `unsupported`."""
+
+
+class Resumption(_Record):
+    """The surroundings of a later start on the same folder, noted when they differ from the start before."""
+
+    started_utc: Text
+    """ISO 8601 time of the later start."""
+    kvscope_version: Text
+    """Version of kvscope then."""
+    commit: str | None = None
+    """Commit of the checkout then; null outside a checkout."""
+    dirty: bool | None = None
+    """Whether that checkout had uncommitted changes."""
+    environment: dict[str, JsonValue]
+    """Environment then."""
+
+
+class RunInfo(_Record):
+    """`run.json`: what was asked, and where it ran. Written once, before the first row."""
+
+    schema_version: Literal[1] = 1
+    """Version of this schema."""
+    kvscope_version: Text
+    """Version of kvscope that started the run."""
+    started_utc: Text
+    """ISO 8601 time of the first start."""
+    commit: str | None = None
+    """Commit of the kvscope checkout; null outside a checkout."""
+    dirty: bool | None = None
+    """Whether that checkout had uncommitted changes; null outside a checkout."""
+    model: Text
+    """The model as asked for."""
+    model_revision: str | None = None
+    """Commit or hash of the weights, where known."""
+    tasks: tuple[Text, ...]
+    """Task names asked for."""
+    lengths_tokens: tuple[Annotated[int, Field(ge=1)], ...]
+    """Lengths of the accuracy pass."""
+    samples: Count
+    """Prompts per (task, length)."""
+    footprint_lengths_tokens: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Lengths of the footprint pass; empty when it was not asked for."""
+    methods: tuple[MethodInfo, ...]
+    """The methods in the order asked for."""
+    seed: int = 0
+    """Seed of the run."""
+    config: dict[str, JsonValue]
+    """The whole configuration, for the record."""
+    identity: dict[str, JsonValue]
+    """The part of the configuration that decides the rows: the folder is resumed only by an equal one."""
+    environment: dict[str, JsonValue]
+    """Versions, GPU, driver, CPU, attention backend. No host name, user name or absolute path."""
+    plan: tuple[PlannedCell, ...] = ()
+    """Predicted bytes per (method, length)."""
+    resumptions: tuple[Resumption, ...] = ()
+    """Later starts whose surroundings differed."""
+
+    @model_validator(mode="after")
+    def _labels_are_unique(self) -> Self:
+        labels = [method.label for method in self.methods]
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        if twice:
+            raise ValueError(f"two methods share the label {', '.join(twice)}: rows could not be told apart")
+        return self

@@ -1,0 +1,208 @@
+"""Bad input: each kind is one clear sentence on stderr, exit 2, and no traceback."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvscope import cli
+from kvscope.results.errors import EnvironmentProblem
+
+Refuse = Callable[..., str]
+
+
+@pytest.fixture
+def refuse(capsys: pytest.CaptureFixture[str]) -> Refuse:
+    """Return a caller of the command line that demands exit 2 and one sentence, and returns it."""
+
+    def call(*arguments: str) -> str:
+        code = cli.run_cli(arguments)
+        out, err = capsys.readouterr()
+        assert code == 2, err
+        assert out == ""
+        assert err.startswith("kvscope: ")
+        assert err.count("\n") == 1
+        assert "Traceback" not in err
+        return err.removeprefix("kvscope: ").rstrip("\n")
+
+    return call
+
+
+@pytest.fixture
+def tiny(tiny_model: str, tmp_path: Path) -> list[str]:
+    """Return a good command over the tiny model, to which one bad thing is added."""
+    return [
+        "run", "--model", tiny_model, "-m", "dense", "--task", "niah_single_1", "-l", "512", "-n", "1",
+        "--max-new-tokens", "2", "--no-footprint", "--device", "cpu", "--out", str(tmp_path / "run"), "-q",
+    ]  # fmt: skip
+
+
+def test_unknown_command(refuse: Refuse) -> None:
+    assert refuse("rnu") == "There is no command 'rnu'. Did you mean 'run'?"
+
+
+def test_unknown_option(refuse: Refuse) -> None:
+    assert "No such option: --sampels" in refuse("run", "--sampels", "3")
+
+
+def test_unknown_method(refuse: Refuse, tiny: list[str]) -> None:
+    assert refuse(*tiny, "-m", "recensy") == "There is no method 'recensy'. Did you mean 'recency'?"
+
+
+def test_unknown_method_option(refuse: Refuse, tiny: list[str]) -> None:
+    assert "Did you mean 'recency_tokens'?" in refuse(*tiny, "-m", "recency:recency_token=5")
+
+
+def test_malformed_method(refuse: Refuse, tiny: list[str]) -> None:
+    assert "'fraction' in method 'random:fraction' is not key=value" in refuse(*tiny, "-m", "random:fraction")
+
+
+def test_wrong_type_of_a_method_option(refuse: Refuse, tiny: list[str]) -> None:
+    assert "option 'fraction' expects a number, got 'half'" in refuse(*tiny, "-m", "random:fraction=half")
+
+
+def test_unknown_task(refuse: Refuse, tiny: list[str]) -> None:
+    assert "Did you mean 'niah_single_1'?" in refuse(*tiny, "--task", "niah_singl_1")
+
+
+def test_unknown_model(refuse: Refuse, tiny: list[str]) -> None:
+    assert "Did you mean 'reference'?" in refuse(*tiny, "--model", "refrence")
+
+
+def test_unknown_config_key(refuse: Refuse, tiny: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("sample: 3\n")
+    assert refuse(*tiny, str(file)) == f"Unknown key 'sample' in {file}. Did you mean 'samples'?"
+    assert "Did you mean 'seed'?" in refuse(*tiny, "--set", "seeed=3")
+
+
+def test_missing_config_file(refuse: Refuse, tiny: list[str]) -> None:
+    assert refuse(*tiny, "absent.yaml") == "Configuration file 'absent.yaml' does not exist."
+
+
+def test_length_over_the_models_maximum(refuse: Refuse, tiny: list[str]) -> None:
+    assert "Length 8,192 is over the 4,096 tokens" in refuse(*tiny, "-l", "8k")
+
+
+def test_length_too_small_for_the_task(refuse: Refuse, tiny: list[str]) -> None:
+    assert "too short for task 'niah_single_1': it needs at least" in refuse(*tiny, "-l", "16")
+
+
+def test_length_that_is_none(refuse: Refuse, tiny: list[str]) -> None:
+    assert "'4q' is not a length" in refuse(*tiny, "-l", "4q")
+
+
+@pytest.mark.parametrize("samples", ["0", "-3"])
+def test_no_samples(refuse: Refuse, tiny: list[str], samples: str) -> None:
+    assert refuse(*tiny, "--samples", samples) == f"samples in the options is {samples}, expected at least 1."
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--samples", "many"], "--samples"),
+        (["--set", "samples=many"], "samples in --set is 'many', expected a whole number."),
+        (["--set", "footprint=maybe"], "footprint in --set is 'maybe', expected true or false."),
+        (["--dtype", "int4"], "dtype in the options is 'int4'"),
+        (["--device", "tpu"], "'tpu' is not a device"),
+        (["--method-from", "middle"], "'last_token' or 'question'"),
+        (["--set", "samples"], "--set 'samples' is not key=value"),
+    ],
+)
+def test_wrong_value_types(refuse: Refuse, tiny: list[str], arguments: list[str], words: str) -> None:
+    assert words in refuse(*tiny, *arguments)
+
+
+def test_a_folder_that_holds_another_configuration(
+    refuse: Refuse, tiny: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "print_report", lambda folder: None)
+        assert cli.run_cli(tiny) == 0
+    capsys.readouterr()
+    text = refuse(*tiny, "--seed", "5")
+    assert "holds another configuration" in text
+    assert "seed (there: 0, asked: 5)" in text
+
+
+def test_no_folder(refuse: Refuse, tiny: list[str]) -> None:
+    at = tiny.index("--out")
+    assert refuse(*tiny[:at], *tiny[at + 2 :]).startswith("Say where the results go: --out DIR")
+
+
+def test_an_unwritable_folder(refuse: Refuse, tiny: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "cannot be made" in refuse(*tiny, "--out", "/proc/kvscope/run")
+    assert "is a file, not a folder" in refuse(*tiny, "--out", str(tmp_path / "file"))
+
+
+def test_a_corrupt_result_file(
+    refuse: Refuse,
+    tiny: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "print_report", lambda folder: None)
+        assert cli.run_cli(tiny) == 0
+    capsys.readouterr()
+    rows = tmp_path / "run" / "samples.jsonl"
+    good = rows.read_text()
+    rows.write_text("{ not json\n" + good)
+    for command in (tiny, ["report", str(tmp_path / "run")]):
+        assert "samples.jsonl, line 1 is corrupt" in refuse(*command)
+    rows.write_text(good)
+    (tmp_path / "run" / "run.json").write_text("{")
+    assert "run.json is corrupt" in refuse("report", str(tmp_path / "run"))
+
+
+def test_a_missing_data_file(refuse: Refuse, tiny: list[str]) -> None:
+    assert "/no/essays.txt" in refuse(*tiny, "--task", "niah_single_2:data=/no/essays.txt")
+
+
+def test_a_report_of_nothing(refuse: Refuse, tmp_path: Path) -> None:
+    assert "does not exist" in refuse("report", str(tmp_path / "absent"))
+    assert "holds no run" in refuse("report", str(tmp_path))
+
+
+def test_unknown_names_to_list_and_show(refuse: Refuse) -> None:
+    assert refuse("list", "method") == "There is nothing to list under 'method'. Did you mean 'methods'?"
+    assert refuse("show", "densee") == "No method, task or model is named 'densee'. Did you mean 'dense'?"
+
+
+def raises(error: BaseException) -> Callable[..., Any]:
+    def call(*args: Any, **options: Any) -> Any:
+        raise error
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (EnvironmentProblem("The disk is full."), 3, "kvscope: The disk is full."),
+        (KeyboardInterrupt(), 130, "kvscope: interrupted; every finished row is kept, and the same command continues."),
+    ],
+)
+def test_other_endings_have_their_own_code(
+    error: BaseException,
+    code: int,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from kvscope.harness import sweep
+
+    monkeypatch.setattr(sweep, "run", raises(error))
+    assert cli.run_cli(["run", "--out", "x"]) == code
+    assert capsys.readouterr().err == words + "\n"
+
+
+def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvscope.harness import sweep
+
+    monkeypatch.setattr(sweep, "run", raises(ZeroDivisionError("ours")))
+    with pytest.raises(ZeroDivisionError):
+        cli.run_cli(["run", "--out", "x"])

@@ -1,0 +1,83 @@
+"""list and show: every name, every option, from the code itself."""
+
+import dataclasses
+import json
+
+import pytest
+
+from kvscope import cli
+from kvscope.harness import catalog, models
+from kvscope.harness.catalog import documented, show_text
+from kvscope.methods.registry import create_method, method_class, method_names
+from kvscope.tasks.registry import task_names
+
+
+def output(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert cli.run_cli(arguments) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["methods", "tasks", "models"])
+def test_lists_name_everything_once_and_agree_with_json(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    names = {"methods": method_names(), "tasks": task_names(), "models": list(models.known_models())}[kind]
+    lines = output(capsys, "list", kind).splitlines()
+    assert [line.split()[0] for line in lines] == names
+    assert all(len(line.split()) > 1 for line in lines)
+    assert [entry["name"] for entry in json.loads(output(capsys, "list", kind, "--json"))] == names
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_a_method_shows_what_stays_what_it_costs_and_every_option(name: str) -> None:
+    text, cls = show_text(name), method_class(name)
+    for clause in (cls.stays, cls.saves, cls.cost, cls.source):
+        assert clause in text
+    for field in dataclasses.fields(cls.Config):
+        default = "none" if field.default is None else str(field.default).lower()
+        line = next(line for line in text.splitlines() if line.strip().startswith(f"{field.name} ("))
+        assert f"default {default})" in line
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_every_option_of_a_method_is_explained(name: str) -> None:
+    for option in catalog.method_options(method_class(name)):
+        assert len(option["meaning"]) > 10, option["name"]
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_json_defaults_make_the_default_method(name: str) -> None:
+    options = {option["name"]: option["default"] for option in catalog.method_entry(name)["options"]}
+    assert create_method({"name": name, **options}).label == name
+
+
+@pytest.mark.parametrize("name", task_names())
+def test_a_task_shows_what_it_asks_for_and_its_source(name: str) -> None:
+    text = show_text(name)
+    entry = catalog.task_entry(name)
+    assert entry["description"] in text
+    assert entry["source"] in text
+    assert len(entry["source"]) > 5
+
+
+def test_a_model_shows_its_shape(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "known_models", lambda: {tiny_model: "a tiny one", "/gone": "not here"})
+    text = show_text(tiny_model)
+    assert "a tiny one" in text
+    assert "256 bytes a token in float32" in text
+    assert "4,096 tokens at most" in text
+    assert "shape      not known here: There is no model folder '/gone'" in show_text("/gone")
+
+
+def test_docstring_sections_are_read_with_their_continuations() -> None:
+    class Options:
+        """Something.
+
+        Attributes:
+            one: the first,
+                and more of it.
+            two, three: the ``others``.
+
+        Raises:
+            four: is no option.
+        """
+
+    assert documented(Options) == {"one": "the first, and more of it.", "two": "the others.", "three": "the others."}

@@ -1,0 +1,56 @@
+"""The whole way through the command line: run, resume, report, on a tiny model."""
+
+from pathlib import Path
+
+import pytest
+import stand_ins
+
+from kvscope import cli
+from kvscope.methods import registry
+
+
+@pytest.fixture
+def arguments(tiny_model: str, tmp_path: Path) -> list[str]:
+    return [
+        "--model", tiny_model, "-m", "dense", "-m", "recency:recency_tokens=128", "--task", "niah_single_1",
+        "-l", "512", "-l", "1k", "-n", "2", "--max-new-tokens", "2", "--device", "cpu", "--out", str(tmp_path / "run"),
+    ]  # fmt: skip
+
+
+def test_plan_runs_nothing(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run_cli(["plan", *arguments]) == 0
+    out = capsys.readouterr().out
+    assert "recency:recency_tokens=128" in out
+    assert "4 prompts, each prefilled once for 2 methods" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_run_prints_tables_and_paths_and_the_same_command_resumes(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["run", *arguments, "--footprint-length", "512", "--set", "footprint_decode_tokens=4"]
+    assert cli.run_cli(command) == 0
+    out, err = capsys.readouterr()
+    assert "recency:recency_tokens=128" in out
+    report = tmp_path / "run" / "report" / "report.html"
+    assert report.is_file()
+    assert str(report) in out
+    assert "[1/4] niah_single_1 512: dense 0.00" in err
+    assert "footprint dense 512" in err
+    before = (tmp_path / "run" / "samples.jsonl").read_bytes()
+
+    assert cli.run_cli(command) == 0
+    out, err = capsys.readouterr()
+    assert "All 10 rows are there already: nothing left to measure." in err
+    assert (tmp_path / "run" / "samples.jsonl").read_bytes() == before
+
+    assert cli.run_cli(["report", str(tmp_path / "run")]) == 0
+    assert str(report) in capsys.readouterr().out
+
+
+def test_failed_cells_end_with_one_and_a_line_each(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(registry.METHODS, "failing", stand_ins.METHODS["failing"])
+    assert cli.run_cli(["run", *arguments, "-m", "failing", "--no-footprint", "--quiet"]) == 1
+    assert capsys.readouterr().err == "accuracy: failing: 4 failed: decode: RuntimeError: the page table is torn\n"

@@ -1,0 +1,116 @@
+"""The command line's surface: frozen, quick to show, and true."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import typer
+
+import kvscope
+from kvscope import cli
+from kvscope.harness.footprint import worker_environment
+
+SHARED = [
+    "--answer-nll", "--device", "--dtype", "--footprint", "--footprint-length", "--length", "--max-new-tokens",
+    "--method", "--method-from", "--model", "--no-answer-nll", "--no-footprint", "--no-paper-settings", "--out",
+    "--paper-settings", "--samples", "--seed", "--set", "--task", "-l", "-m", "-n", "-o", "-t", "config",
+]  # fmt: skip
+SURFACE = {
+    "run": sorted([*SHARED, "--quiet", "-q"]),
+    "plan": SHARED,
+    "report": ["folder"],
+    "list": ["--json", "kind"],
+    "show": ["name"],
+    "doctor": ["--out", "-o"],
+}
+
+
+def test_the_surface_is_frozen() -> None:
+    """A change here is a change for every script and document: make it on purpose."""
+    root = typer.main.get_command(cli.app)
+    found = {}
+    for name, command in root.commands.items():  # type: ignore[attr-defined]
+        words: list[str] = []
+        for parameter in command.params:
+            words += [*parameter.opts, *parameter.secondary_opts]
+        found[name] = sorted(words)
+    assert found == SURFACE
+
+
+def test_every_option_and_command_has_help() -> None:
+    root = typer.main.get_command(cli.app)
+    for name, command in root.commands.items():  # type: ignore[attr-defined]
+        assert command.short_help, name
+        for parameter in command.params:
+            assert getattr(parameter, "help", None), f"{name} {parameter.name}"
+
+
+def test_help_text_names_the_real_defaults() -> None:
+    from kvscope.harness.config import RunConfig
+
+    root = typer.main.get_command(cli.app)
+    helps = {p.opts[0]: p.help for p in root.commands["run"].params if p.opts[0].startswith("-")}  # type: ignore[attr-defined]
+    defaults = RunConfig()
+    assert f"[default: {defaults.model}]" in helps["--model"]
+    assert f"[default: {', '.join(map(str, defaults.methods))}]" in helps["--method"]
+    assert f"[default: {', '.join(map(str, defaults.tasks))}]" in helps["--task"]
+    assert f"[default: {' '.join(f'{n // 1024}k' for n in defaults.lengths_tokens)}]" in helps["--length"]
+    assert f"[default: {defaults.samples}]" in helps["--samples"]
+    assert f"[default: {defaults.seed}]" in helps["--seed"]
+    assert f"[default: {defaults.method_from}]" in helps["--method-from"]
+
+
+def test_every_shared_option_reaches_the_configuration() -> None:
+    values = {
+        "model": "m", "method": ["dense"], "task": ["niah_single_1"], "length": ["2k"], "samples": 3, "seed": 4,
+        "out": "o", "method_from": "question", "answer_nll": True, "max_new_tokens": 5, "paper_settings": True,
+        "footprint": True, "footprint_length": ["4k"], "device": "cpu", "dtype": "float16",
+    }  # fmt: skip
+    config = cli.build_config({**values, "config": None, "set_": ["page_tokens=32"]})
+    assert config.lengths_tokens == (2048,)
+    assert config.footprint_lengths_tokens == (4096,)
+    assert (config.model, config.samples, config.seed, config.out) == ("m", 3, 4, "o")
+    assert (config.method_from, config.answer_nll, config.max_new_tokens) == ("question", True, 5)
+    assert (config.paper_settings, config.device, config.dtype, config.page_tokens) == (True, "cpu", "float16", 32)
+
+
+def test_an_option_not_given_leaves_the_default() -> None:
+    from kvscope.harness.config import RunConfig
+
+    assert cli.build_config({"model": None, "method": None, "task": [], "config": None, "set_": None}) == RunConfig()
+
+
+def command(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "kvscope.cli", *arguments], capture_output=True, text=True, env=worker_environment()
+    )
+
+
+def test_help_is_shown_in_half_a_second() -> None:
+    fastest_s = 99.0
+    for _ in range(5):
+        started_s = time.perf_counter()
+        assert command("--help").returncode == 0
+        fastest_s = min(fastest_s, time.perf_counter() - started_s)
+    assert fastest_s < 0.5
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from kvscope.cli import run_cli; run_cli(['run', '--help']);"
+        "heavy = {'torch', 'transformers', 'pandas', 'numpy', 'matplotlib'} & set(sys.modules);"
+        "sys.exit(repr(heavy) if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=worker_environment())
+    assert done.returncode == 0, done.stderr
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run_cli(["--version"]) == 0
+    assert capsys.readouterr().out == f"kvscope {kvscope.__version__}\n"
+
+
+def test_no_argument_is_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run_cli([]) == 0
+    assert "doctor" in capsys.readouterr().out

@@ -1,0 +1,159 @@
+"""Loading: folders, names, refusals with every reason, and attention that refuses what it does not know."""
+
+import pytest
+import torch
+import transformers
+
+from engine.tiny_models import build_stock, loaded_model, save_tiny, tiny_config
+from kvscope.harness import models
+from kvscope.harness.glue import kvscope_attention
+from kvscope.harness.models import known_models, load_config, load_model, wrap_model
+from kvscope.harness.shapes import max_length_tokens, model_shape
+from kvscope.results.errors import EnvironmentProblem, KvscopeError, UsageError
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss", "smollm3"])
+def test_a_local_folder_loads(tmp_path, name):
+    folder = save_tiny(tmp_path / "tiny", name)
+    loaded = load_model(str(folder), device="cpu", page_tokens=32)
+    assert (loaded.name, loaded.spec) == ("tiny", str(folder))
+    assert loaded.dtype == torch.float32
+    assert loaded.shape == model_shape(load_config(str(folder)), element_bytes=4, page_tokens=32)
+    assert loaded.max_length_tokens == 16384
+    assert loaded.revision.startswith("sha256:")
+    assert loaded.revision == load_model(str(folder)).revision
+    assert loaded.tokenizer.decode(loaded.tokenizer("a word")["input_ids"]) == "a word"
+    assert load_model(str(folder), dtype="bf16").shape.element_bytes == 2
+    assert transformers.utils.logging.is_progress_bar_enabled()
+
+
+def test_shape_of_a_hybrid_model():
+    shape = loaded_model("gpt_oss").shape
+    assert (shape.layers, shape.sliding_layers, shape.sliding_window) == ((1, 3), (0, 2), 24)
+    assert (shape.n_q_heads, shape.n_kv_heads, shape.head_dim) == (4, 2, 32)
+    assert shape.kv_bytes_per_token == 2 * 2 * 2 * 32 * 4
+    # 100 tokens are 7 pages of 16 in two layers; the window of 24 holds 23 tokens between steps, 24 after one.
+    assert shape.dense_kv_bytes(100) == 7 * 16 * shape.kv_bytes_per_token + 2 * 23 * shape.layer_bytes_per_token
+    assert shape.dense_kv_bytes(99, 1) == 7 * 16 * shape.kv_bytes_per_token + 2 * 24 * shape.layer_bytes_per_token
+    assert shape.dense_kv_bytes(5) == 16 * shape.kv_bytes_per_token + 2 * 5 * shape.layer_bytes_per_token
+
+
+def test_unknown_names_get_a_hint():
+    with pytest.raises(UsageError, match="Did you mean 'reference'"):
+        load_model("refrence")
+    with pytest.raises(UsageError, match="no model folder '/not/there'"):
+        load_model("/not/there")
+    assert "reference" in known_models()
+
+
+def test_a_folder_without_a_config_is_named(tmp_path):
+    with pytest.raises(UsageError, match=r"no config\.json"):
+        load_model(str(tmp_path))
+
+
+def test_a_damaged_folder_is_named(tmp_path):
+    folder = save_tiny(tmp_path / "tiny")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UsageError, match=f"'{folder}' cannot be loaded"):
+        load_model(str(folder))
+
+
+def test_a_missing_reference_model_is_explained(monkeypatch, tmp_path):
+    monkeypatch.setattr(models, "REFERENCE_MODEL_FOLDER", tmp_path)
+    with pytest.raises(UsageError, match="reference model is missing"):
+        load_model("reference")
+
+
+def test_a_hub_id_that_does_not_load_is_explained(monkeypatch):
+    def offline(*args, **kwargs):
+        raise OSError("We couldn't connect to the hub.\nMore lines.")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", offline)
+    with pytest.raises(
+        UsageError, match=r"'Qwen/Qwen3-8' .*Did you mean 'Qwen/Qwen3-8B'.*network.*couldn't connect"
+    ) as e:
+        load_model("Qwen/Qwen3-8")
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("device", "error", "text"),
+    [
+        ("cuda", EnvironmentProblem, "no CUDA GPU"),
+        ("gpu", UsageError, "not one of"),
+        ("cpu:1", UsageError, "not one of"),
+    ],
+)
+def test_devices_are_checked(tmp_path, monkeypatch, device, error, text):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(error, match=text):
+        load_model(str(save_tiny(tmp_path / "tiny")), device=device)
+
+
+def test_dtypes_are_checked(tmp_path):
+    with pytest.raises(UsageError, match="Did you mean 'float32'"):
+        load_model(str(save_tiny(tmp_path / "tiny")), dtype="float23")
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (lambda: transformers.T5Config(), "encoder-decoder"),
+        (lambda: tiny_config("mistral_sliding"), "every layer is a sliding-window layer"),
+        (lambda: transformers.DeepseekV3Config(), "latent attention"),
+        (lambda: transformers.DeepseekV4Config(), "backend of its own"),
+        (lambda: transformers.Qwen3NextConfig(), "not a KV cache"),
+    ],
+    ids=["t5", "mistral_sliding", "deepseek_v3", "deepseek_v4", "qwen3_next"],
+)
+def test_architectures_that_cannot_be_run_are_refused(config, reason):
+    with pytest.raises(UsageError, match=reason):
+        model_shape(config(), element_bytes=4)
+
+
+def test_a_model_without_decoder_layers_is_refused():
+    config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=50)
+    with pytest.raises(UsageError, match="cannot be run"):
+        wrap_model(transformers.AutoModelForCausalLM.from_config(config), None)
+
+
+def test_rotary_tables_that_change_with_the_length_limit_the_length():
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 8,
+        "long_factor": [2.0] * 8,
+        "original_max_position_embeddings": 512,
+    }
+    config = tiny_config("phi3", rope_parameters=rope, original_max_position_embeddings=512)
+    assert max_length_tokens(config) == 512
+    assert max_length_tokens(tiny_config("llama")) == 16384, "llama3's table is the same at every length"
+
+
+def test_loading_the_model_leaves_the_stock_implementations_alone():
+    loaded_model("llama")
+    ids = torch.tensor([[4, 5, 6]])
+    for name in ("sdpa", "eager"):
+        model = build_stock("llama")
+        model.set_attn_implementation(name)
+        assert model(ids).logits.isfinite().all()
+
+
+def attend(**changes):
+    tensors = {name: torch.randn(1, heads, 3, 8) for name, heads in (("query", 2), ("key", 1), ("value", 1))}
+    return kvscope_attention(torch.nn.Linear(1, 1), **{**tensors, "attention_mask": None, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"attention_mask": torch.zeros(1, 1, 3, 3)}, "attention_mask"),
+        ({"position_bias": torch.zeros(1, 2, 3, 3)}, "position_bias"),
+        ({"dropout": 0.1}, "dropout"),
+        ({"is_causal": False}, "not causal"),
+    ],
+)
+def test_attention_refuses_what_it_would_have_to_ignore(changes, text):
+    assert attend()[0].shape == (1, 3, 2, 8)
+    with pytest.raises(KvscopeError, match=text):
+        attend(**changes)

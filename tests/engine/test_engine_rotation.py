@@ -1,0 +1,60 @@
+"""Position encodings are measured: what each layer does, and whether turning back is exact."""
+
+import dataclasses
+import sys
+
+import pytest
+import torch
+
+from engine.tiny_models import ARCHITECTURES, build_stock, loaded_model
+from kvscope.harness.models import wrap_model
+from kvscope.harness.rotation import RopeRotation, UnknownRotation, _queries
+from kvscope.methods.registry import create_method
+from kvscope.results.errors import KvscopeError
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_turning_back_gives_the_query_of_the_earlier_position(name):
+    loaded = loaded_model(name)
+    with torch.inference_mode():
+        earlier, later = _queries(loaded.model, 310), _queries(loaded.model, 1001)
+    for layer, rotation in loaded.rotations.items():
+        if rotation is None:
+            torch.testing.assert_close(later[layer].query, earlier[layer].query)
+        else:
+            with torch.inference_mode():
+                turned = rotation.back(later[layer].query, 1001 - 310)
+            # fp32 angles near 1000 radians are good to about 1e-4.
+            torch.testing.assert_close(turned, earlier[layer].query, atol=2e-3, rtol=1e-3)
+            assert (later[layer].query - earlier[layer].query).abs().max() > 0.1
+
+
+def test_layers_without_positions_are_found():
+    assert [rotation is None for rotation in loaded_model("smollm3").rotations.values()] == [False, False, False, True]
+    assert [rotation is None for rotation in loaded_model("cohere2").rotations.values()] == [False, False, False, True]
+    assert all(isinstance(rotation, RopeRotation) for rotation in loaded_model("gpt_oss").rotations.values())
+
+
+def test_layers_of_one_kind_share_a_table():
+    rotations = loaded_model("gemma3").rotations
+    assert rotations[0] is rotations[1] is not rotations[3]
+
+
+def test_an_encoding_that_is_no_rotation_is_unknown_and_sliding_window_says_so(monkeypatch):
+    model = build_stock("llama")
+    module = sys.modules[type(model).__module__]
+    rotate = module.apply_rotary_pos_emb
+    monkeypatch.setattr(
+        module, "apply_rotary_pos_emb", lambda q, k, cos, sin: tuple(x + sin.mean() for x in rotate(q, k, cos, sin))
+    )
+    loaded = wrap_model(model, None)
+    assert all(isinstance(rotation, UnknownRotation) for rotation in loaded.rotations.values())
+    assert loaded.shape.unknown_rotation_layers == (0, 1, 2, 3)
+    reasons = create_method("sliding_window").unsupported(loaded.shape, "cpu")
+    assert len(reasons) == 1
+    assert "layers 0, 1, 2, 3" in reasons[0]
+    known = dataclasses.replace(loaded.shape, unknown_rotation_layers=())
+    assert create_method("sliding_window").unsupported(known, "cpu") == []
+    assert create_method("recency").unsupported(loaded.shape, "cpu") == []
+    with pytest.raises(KvscopeError, match="layer 2 cannot be undone"):
+        loaded.rotations[2].back(torch.zeros(1, 4, 1, 16), 3)

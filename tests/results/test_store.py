@@ -1,0 +1,285 @@
+"""The append-only store: resume, torn lines, locks, and the sentence a user gets when a folder cannot be used."""
+
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from synthetic_rows import KINDS, Rows, demo_rows, footprint_row, sample_row
+
+from kvscope.results.errors import EnvironmentProblem, UsageError
+from kvscope.results.schema import RunInfo, SampleRow
+from kvscope.results.store import RunStore, identity_differences
+
+
+@pytest.fixture(scope="module")
+def rows() -> Rows:
+    return demo_rows()
+
+
+def filled(folder: Path, rows: Rows, *, count: int = 6) -> Path:
+    samples, footprints, info = rows
+    with RunStore.create(folder, info) as store:
+        for row in samples[:count]:
+            store.append_sample(row)
+        store.append_footprint(footprints[0])
+    return folder
+
+
+def renamed(info: RunInfo, **identity: object) -> RunInfo:
+    return info.model_copy(update={"identity": {**info.identity, **identity}})
+
+
+def test_rows_survive_in_order(tmp_path: Path, rows: Rows) -> None:
+    samples, footprints, info = rows
+    with RunStore.open(filled(tmp_path / "run", rows)) as store:
+        assert store.samples() == samples[:6]
+        assert store.footprints() == footprints[:1]
+        assert store.info == info
+        assert store.done_samples() == {row.key for row in samples[:6]}
+        assert store.done_footprints() == {footprints[0].key}
+        assert store.has_sample(samples[0].key)
+        assert not store.has_sample(samples[6].key)
+        assert store.has_footprint(footprints[0].key)
+        assert store.messages == []
+
+
+def test_a_row_is_on_disk_when_append_returns(tmp_path: Path, rows: Rows) -> None:
+    samples, _, info = rows
+    with RunStore.create(tmp_path, info) as store:
+        store.append_sample(samples[0])
+        with RunStore.open(tmp_path) as reader:
+            assert reader.samples() == samples[:1]
+
+
+def test_resume_continues_where_it_stopped(tmp_path: Path, rows: Rows) -> None:
+    samples, _, info = rows
+    filled(tmp_path, rows)
+    with RunStore.create(tmp_path, info) as store:
+        for row in samples[:10]:
+            if not store.has_sample(row.key):
+                store.append_sample(row)
+        assert store.samples() == samples[:10]
+
+
+def test_the_same_cell_is_never_written_twice(tmp_path: Path, rows: Rows) -> None:
+    samples, footprints, info = rows
+    filled(tmp_path, rows)
+    with RunStore.create(tmp_path, info) as store:
+        with pytest.raises(ValueError, match="already holds"):
+            store.append_sample(samples[0])
+        with pytest.raises(ValueError, match="already holds"):
+            store.append_footprint(footprints[0])
+
+
+def test_a_reader_cannot_write(tmp_path: Path, rows: Rows) -> None:
+    samples, _, _ = rows
+    with (
+        RunStore.open(filled(tmp_path, rows)) as store,
+        pytest.raises(ValueError, match="opened for reading"),
+    ):
+        store.append_sample(samples[9])
+
+
+def test_torn_last_line_at_every_byte(tmp_path: Path, rows: Rows) -> None:
+    samples, _, info = rows
+    path = filled(tmp_path, rows) / "samples.jsonl"
+    whole = path.read_bytes()
+    last_start = whole[:-1].rfind(b"\n") + 1
+    for cut in [*range(last_start + 1, len(whole), 97), len(whole) - 2, len(whole) - 1]:
+        path.write_bytes(whole[:cut])
+        with RunStore.open(tmp_path) as reader:
+            assert reader.samples() == samples[:5]
+            assert "cut short" in reader.messages[0]
+        assert path.read_bytes() == whole[:cut], "reading must not change the file"
+        with RunStore.create(tmp_path, info) as store:
+            assert store.samples() == samples[:5]
+            assert store.messages == [
+                f"{path}, line 6: the last line was cut short by an interruption; it was dropped, and its cell is "
+                "measured again."
+            ]
+            store.append_sample(samples[5])
+        assert path.read_bytes() == whole
+
+
+def test_an_unreadable_last_line_with_newline_is_torn_too(tmp_path: Path, rows: Rows) -> None:
+    samples, _, info = rows
+    path = filled(tmp_path, rows) / "samples.jsonl"
+    with path.open("ab") as file:
+        file.write(b"\0\0\0\0{\n")
+    with RunStore.create(tmp_path, info) as store:
+        assert store.samples() == samples[:6]
+        assert len(store.messages) == 1
+
+
+def test_corrupt_line_elsewhere_is_named(tmp_path: Path, rows: Rows) -> None:
+    path = filled(tmp_path, rows) / "samples.jsonl"
+    lines = path.read_bytes().split(b"\n")
+    lines[2] = lines[2][:40]
+    path.write_bytes(b"\n".join(lines))
+    with pytest.raises(UsageError, match=r"samples\.jsonl, line 3 is corrupt .* Delete that line and run"):
+        RunStore.open(tmp_path)
+
+
+def test_invalid_row_is_named_with_its_field(tmp_path: Path, rows: Rows) -> None:
+    path = filled(tmp_path, rows) / "samples.jsonl"
+    path.write_text(path.read_text().replace('"score":1.0', '"score":7.0', 1))
+    with pytest.raises(UsageError, match=r"samples\.jsonl, line 1 is not a valid row: score"):
+        RunStore.open(tmp_path)
+
+
+def test_newer_schema_asks_for_an_upgrade(tmp_path: Path, rows: Rows) -> None:
+    path = filled(tmp_path, rows) / "footprint.jsonl"
+    path.write_text(path.read_text().replace('"schema_version":1', '"schema_version":9'))
+    with pytest.raises(UsageError, match=r"footprint\.jsonl, line 1 has schema version 9.*Upgrade kvscope"):
+        RunStore.open(tmp_path)
+
+
+def test_duplicate_lines_are_named(tmp_path: Path, rows: Rows) -> None:
+    path = filled(tmp_path, rows) / "samples.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines, lines[1]]))
+    with pytest.raises(UsageError, match=r"line 7 holds the same cell as line 2"):
+        RunStore.open(tmp_path)
+
+
+def test_another_configuration_names_the_keys_and_both_values(tmp_path: Path, rows: Rows) -> None:
+    info = rows[2]
+    filled(tmp_path, rows)
+    with pytest.raises(UsageError) as caught:
+        RunStore.create(tmp_path, renamed(info, seed=7, answer_nll=True))
+    text = str(caught.value)
+    assert "seed (there: 0, asked: 7)" in text
+    assert "answer_nll (there: (absent), asked: true)" in text
+    assert "samples" not in text
+    assert caught.value.exit_code == 2
+
+
+def test_identity_differences_reach_nested_keys() -> None:
+    assert identity_differences({"a": {"b": 1, "c": [1]}}, {"a": {"b": 2, "c": [1]}}) == ["a.b (there: 1, asked: 2)"]
+
+
+def test_changed_surroundings_are_noted_not_refused(tmp_path: Path, rows: Rows) -> None:
+    info = rows[2]
+    filled(tmp_path, rows)
+    later = info.model_copy(update={"commit": "f" * 40})
+    for _ in range(2):
+        with RunStore.create(tmp_path, later) as store:
+            assert [note.commit for note in store.info.resumptions] == ["f" * 40]
+            assert store.info.commit == info.commit
+
+
+def test_one_writer_at_a_time(tmp_path: Path, rows: Rows) -> None:
+    info = rows[2]
+    with (
+        RunStore.create(tmp_path, info),
+        pytest.raises(UsageError, match=rf"Another kvscope run \(process {os.getpid()}\)"),
+    ):
+        RunStore.create(tmp_path, info)
+    RunStore.create(tmp_path, info).close()
+
+
+def test_a_refused_opening_releases_the_lock(tmp_path: Path, rows: Rows) -> None:
+    info = rows[2]
+    filled(tmp_path, rows)
+    with pytest.raises(UsageError, match="another configuration"):
+        RunStore.create(tmp_path, renamed(info, seed=7))
+    RunStore.create(tmp_path, info).close()
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/nowhere/run"])
+def test_unusable_folders(tmp_path: Path, rows: Rows, place: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"--out"):
+        RunStore.create(tmp_path / place, rows[2])
+
+
+def test_folder_without_write_permission(tmp_path: Path, rows: Rows) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o555)
+    if os.access(locked, os.W_OK):
+        pytest.skip("this user may write everywhere (root)")
+    with pytest.raises(UsageError, match="cannot be written"):
+        RunStore.create(locked, rows[2])
+
+
+def test_folders_that_hold_no_run(tmp_path: Path, rows: Rows) -> None:
+    with pytest.raises(UsageError, match="does not exist"):
+        RunStore.open(tmp_path / "absent")
+    with pytest.raises(UsageError, match="holds no run"):
+        RunStore.open(tmp_path)
+    filled(tmp_path, rows)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(UsageError, match=r"run\.json is corrupt"):
+        RunStore.open(tmp_path)
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(UsageError, match=r"holds samples\.jsonl but no run\.json"):
+        RunStore.create(tmp_path, rows[2])
+
+
+def test_full_disk_leaves_whole_rows_only(tmp_path: Path, rows: Rows) -> None:
+    samples, _, info = rows
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    with RunStore.create(tmp_path, info) as store:
+        store.append_sample(samples[0])
+        size = (tmp_path / "samples.jsonl").stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, hard))
+        try:
+            with pytest.raises(EnvironmentProblem, match="Could not write a row"):
+                store.append_sample(samples[1])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            signal.signal(signal.SIGXFSZ, handler)
+        assert (tmp_path / "samples.jsonl").stat().st_size == size
+        store.append_sample(samples[1])
+    assert RunStore.open(tmp_path).samples() == samples[:2]
+
+
+WRITER = """
+import sys
+from synthetic_rows import demo_rows
+from kvscope.results.store import RunStore
+samples, footprints, info = demo_rows()
+with RunStore.create(sys.argv[1], info) as store:
+    print("open", flush=True)
+    for row in samples:
+        if not store.has_sample(row.key):
+            store.append_sample(row)
+"""
+
+
+def test_killed_writers_lose_and_repeat_nothing(tmp_path: Path, rows: Rows) -> None:
+    samples: list[SampleRow] = rows[0]
+    chance = random.Random(0)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    seen = 0
+    for attempt in range(6):
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, env=environment, text=True
+        )
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "open\n"
+        if attempt < 5:
+            time.sleep(chance.uniform(0.0, 0.02))
+            writer.kill()
+        writer.communicate()
+        now = RunStore.open(tmp_path).samples()
+        assert now == samples[: len(now)]
+        assert len(now) >= seen
+        seen = len(now)
+    assert seen == len(samples)
+
+
+def test_rows_of_two_kinds_do_not_mix(tmp_path: Path, rows: Rows) -> None:
+    with RunStore.create(tmp_path, rows[2]) as store:
+        store.append_sample(sample_row(KINDS["dense"], task="niah_single_1", length=1024, sample=0))
+        store.append_footprint(footprint_row(KINDS["dense"], length=1024))
+    (tmp_path / "footprint.jsonl").write_bytes((tmp_path / "samples.jsonl").read_bytes())
+    with pytest.raises(UsageError, match=r"footprint\.jsonl, line 1 is not a valid row"):
+        RunStore.open(tmp_path)

@@ -1,0 +1,134 @@
+"""The plan: predictions, forecasts, counts and refusals, before any weight is loaded."""
+
+from typing import Any
+
+import pytest
+import stand_ins
+from tiny import MakeConfig
+
+from kvscope.harness import models
+from kvscope.harness import plan as module
+from kvscope.harness.facts import describe_model
+from kvscope.harness.plan import make_plan
+from kvscope.methods import registry
+from kvscope.results.errors import EnvironmentProblem, UsageError
+
+
+@pytest.fixture(autouse=True)
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan that loads weights fails here."""
+
+    def refuse(*args: Any, **options: Any) -> Any:
+        raise AssertionError("the plan loaded weights")
+
+    monkeypatch.setattr(models, "load_model", refuse)
+
+
+def test_facts_come_from_files_alone(tiny_model: str) -> None:
+    facts = describe_model(tiny_model, device="cpu")
+    loaded_bytes = sum(p.numel() * 4 for p in _weights(tiny_model))
+    assert (facts.name, facts.device, facts.dtype) == ("tiny", "cpu", "float32")
+    assert facts.max_length_tokens == 4096
+    assert facts.weights_bytes == loaded_bytes
+    assert facts.shape.kv_bytes_per_token == 2 * 2 * 16 * 4
+    assert describe_model(tiny_model, device="cpu", dtype="bfloat16").weights_bytes == loaded_bytes // 2
+
+
+def _weights(folder: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return list(AutoModelForCausalLM.from_pretrained(folder).parameters())
+
+
+def test_cells_carry_the_methods_own_prediction(small: MakeConfig) -> None:
+    plan = make_plan(small(lengths_tokens=[512, 1024], footprint_decode_tokens=32))
+    assert [(cell.method_label, cell.length_tokens, cell.forecast) for cell in plan.cells] == [
+        ("dense", 512, "fits"),
+        ("dense", 1024, "fits"),
+        ("recency:recency_tokens=128", 512, "fits"),
+        ("recency:recency_tokens=128", 1024, "fits"),
+    ]
+    for method in plan.methods:
+        predicted = method.predict(plan.facts.shape, 1024 - 33, 32)
+        assert plan.cell(method.label, 1024).predicted_kv_bytes == predicted.kv_bytes
+
+
+def test_a_cell_that_does_not_fit_is_forecast_with_both_numbers(
+    small: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "free_device_bytes", lambda device: (1_000_000, "host memory"))
+    plan = make_plan(small(lengths_tokens=[512, 4096], footprint_decode_tokens=32))
+    assert plan.cell("dense", 4096).forecast == "oom"
+    assert "host memory, 976.6 KiB is free" in (plan.cell("dense", 4096).reason or "")
+    assert "OOM" in plan.text()
+
+
+def test_without_a_reading_the_forecast_is_unknown(small: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "free_device_bytes", lambda device: (None, "GPU"))
+    assert {cell.forecast for cell in make_plan(small()).cells} == {"unknown"}
+
+
+def test_unsupported_methods_are_named_with_every_reason(small: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry.METHODS, "picky", stand_ins.METHODS["picky"])
+    plan = make_plan(small(methods=["dense", "picky"]))
+    assert plan.unsupported("picky", 512) == "it needs a moon; and a sun"
+    assert plan.unsupported("dense", 512) is None
+    assert "picky at 512: it needs a moon; and a sun" in plan.text()
+
+
+def test_tokens_to_prefill_do_not_grow_with_methods_in_the_accuracy_pass(small: MakeConfig) -> None:
+    one = make_plan(small(methods=["dense"], lengths_tokens=[512, 1024], samples=3, footprint=True))
+    two = make_plan(small(lengths_tokens=[512, 1024], samples=3, footprint=True))
+    assert one.accuracy_prefill_tokens == two.accuracy_prefill_tokens == 3 * (512 + 1024)
+    assert two.footprint_prefill_tokens == 2 * one.footprint_prefill_tokens == 2 * (512 + 1024)
+
+
+def test_the_text_says_what_will_happen(small: MakeConfig) -> None:
+    text = make_plan(small(lengths_tokens=[512, 1024], samples=3, footprint=True)).text()
+    assert "256 B of KV a token, at most 4,096 tokens" in text
+    assert "6 prompts, each prefilled once for 2 methods: 4,608 tokens to prefill, 12 rows" in text
+    assert "footprint  4 cells, each a fresh process" in text
+
+
+def test_what_will_surprise_is_said_before(small: MakeConfig) -> None:
+    plan = make_plan(small(methods=["recency:recency_tokens=600"], lengths_tokens=[512, 1024]))
+    missing, noop = plan.warnings
+    assert "dense is not among the methods" in missing
+    assert "recency:recency_tokens=600 leaves nothing out at 512 tokens" in noop
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"lengths_tokens": [8192]}, "Length 8,192 is over the 4,096 tokens that model"),
+        ({"footprint": True, "footprint_lengths_tokens": [8192]}, "Length 8,192 is over the 4,096 tokens"),
+        ({"lengths_tokens": [64]}, "Length 64 is too short for task 'niah_single_1': it needs at least"),
+        (
+            {"footprint": True, "footprint_lengths_tokens": [100]},
+            "Footprint length 100 is too short for a prompt of 'niah_single_1' and 32 decode steps",
+        ),
+        ({"methods": ["dence"]}, "Did you mean 'dense'?"),
+        ({"methods": ["random:fractoin=0.1"]}, "Did you mean 'fraction'?"),
+        ({"methods": ["random:fraction=lots"]}, "option 'fraction' expects a number, got 'lots'"),
+        ({"methods": ["random:fraction=3"]}, "fraction"),
+        ({"tasks": ["niah_singel_1"]}, "Did you mean 'niah_single_1'?"),
+        ({"tasks": ["niah_single_1:date=x"]}, "has no option 'date'"),
+        ({"tasks": ["niah_single_2:data=/no/essays.txt"]}, "/no/essays.txt"),
+        ({"tasks": ["niah_single_2"]}, "data=PATH"),
+        ({"model": "referense"}, "Did you mean 'reference'?"),
+        ({"model": "/no/model"}, "There is no model folder '/no/model'"),
+    ],
+)
+def test_bad_requests_are_refused_in_one_sentence(small: MakeConfig, values: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        make_plan(small(**values))
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_device_that_is_not_there_is_an_environment_problem(
+    small: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(EnvironmentProblem, match="--device cpu"):
+        make_plan(small(device="cuda"))
