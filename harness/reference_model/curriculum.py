@@ -196,7 +196,8 @@ class RowMaker:
         body = 0
         groups: list[tuple[Slot, list[Slot], list[int]]] = []
         only_needles = draws.unit() < 0.4
-        wanted = 10**9 if only_needles else draws.between(1, max(2, shape.questions * 2))
+        # Log-uniform: a lone needle in a long haystack must be as familiar as a hundred.
+        wanted = 10**9 if only_needles else round((2 * shape.questions) ** draws.unit())
         while len(groups) < wanted:
             key, values = group()
             made = [needle(key, value) for value in values]
