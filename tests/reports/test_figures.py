@@ -69,7 +69,7 @@ Pictures = dict[str, dict[str, Picture]]
 def pictures() -> Pictures:
     found = {
         "demo": drawn(demo_rows()),
-        "wide": drawn(wide_rows()),
+        "wide": drawn(wide_rows(tasks=2)),
         "single": drawn(single_rows()),
         "partial": drawn(demo_rows(), samples=123, footprints=5),
         "long": drawn(long_labels()),

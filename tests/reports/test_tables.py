@@ -20,9 +20,20 @@ def tables_of(rows: Rows, *, samples: int | None = None, footprints: int | None 
     return {table.name: table for table in all_tables(run, accuracy_cells(run))}
 
 
-@pytest.mark.parametrize("rows", [demo_rows(), wide_rows(), single_rows()], ids=["demo", "wide", "single"])
+@pytest.fixture(scope="module")
+def demo() -> dict[str, Table]:
+    return tables_of(demo_rows())
+
+
+@pytest.fixture(scope="module")
+def wide() -> dict[str, Table]:
+    return tables_of(wide_rows(tasks=2))
+
+
+@pytest.mark.parametrize("which", ["demo", "wide", "single"])
 @pytest.mark.parametrize("part", [0, 0.4, 1])
-def test_no_cell_is_blank_and_every_mark_has_its_note(rows: Rows, part: float) -> None:
+def test_no_cell_is_blank_and_every_mark_has_its_note(which: str, part: float) -> None:
+    rows = {"demo": demo_rows, "wide": lambda: wide_rows(tasks=1, samples=4), "single": single_rows}[which]()
     tables = tables_of(rows, samples=int(part * len(rows[0])), footprints=int(part * len(rows[1])))
     for table in tables.values():
         cells = [str(cell) for column in table.text for cell in table.text[column]]
@@ -34,23 +45,22 @@ def test_no_cell_is_blank_and_every_mark_has_its_note(rows: Rows, part: float) -
         assert len(table.text) or table.notes, table.name
 
 
-def test_headers_carry_units() -> None:
-    tables = tables_of(wide_rows())
-    assert "KV by NVML (MiB)" in tables["footprint"].text.columns
-    assert {"TTFT (s)", "TPOT (ms)", "resident KV (MiB)", "of dense (%)"} <= set(tables["footprint"].text.columns)
-    assert {"resident (MiB)", "accuracy (%)", "TPOT (ms)"} <= set(tables["stays_and_saves"].text.columns)
+def test_headers_carry_units(wide: dict[str, Table]) -> None:
+    assert "KV by NVML (MiB)" in wide["footprint"].text.columns
+    assert {"TTFT (s)", "TPOT (ms)", "resident KV (MiB)", "of dense (%)"} <= set(wide["footprint"].text.columns)
+    assert {"resident (MiB)", "accuracy (%)", "TPOT (ms)"} <= set(wide["stays_and_saves"].text.columns)
 
 
-def test_without_nvml_the_table_says_so_instead_of_showing_columns() -> None:
-    tables = tables_of(demo_rows())
+def test_without_nvml_the_table_says_so_instead_of_showing_columns(demo: dict[str, Table]) -> None:
+    tables = demo
     assert not any("NVML" in column for column in tables["footprint"].text.columns)
     assert any(note.startswith("No NVML columns: not measured (no NVIDIA GPU") for note in tables["footprint"].notes)
     assert "NVML was not measured: no NVIDIA GPU" in tables["stays_and_saves"].caption
     assert tables["footprint"].data["nvml_reason"].notna().all()
 
 
-def test_stays_and_saves_measures_one_setting() -> None:
-    table = tables_of(demo_rows())["stays_and_saves"]
+def test_stays_and_saves_measures_one_setting(demo: dict[str, Table]) -> None:
+    table = demo["stays_and_saves"]
     assert set(table.data["length_tokens"]) == {8 * K}
     by_method = table.data.set_index("method_label")
     row = footprint_row(KINDS["random"], length=8 * K)
@@ -72,8 +82,8 @@ def test_without_a_footprint_pass_the_ledger_of_the_prompts_stands_in() -> None:
     assert "(a) not measured: the footprint was not run yet." in table.notes
 
 
-def test_statistics_table_says_what_it_cannot_tell() -> None:
-    table = tables_of(wide_rows())["statistics"]
+def test_statistics_table_says_what_it_cannot_tell(wide: dict[str, Table]) -> None:
+    table = wide["statistics"]
     few = table.data[table.data["verdict"] == "inconclusive"]
     assert len(few) > 0
     assert few["pairs_for_6_discordant"].notna().all()
@@ -81,8 +91,8 @@ def test_statistics_table_says_what_it_cannot_tell() -> None:
     assert (table.data["p_holm"] >= table.data["p_value"] - 1e-12).all()
 
 
-def test_four_formats_hold_the_same_table(tmp_path: Path) -> None:
-    for table in tables_of(wide_rows()).values():
+def test_four_formats_hold_the_same_table(tmp_path: Path, wide: dict[str, Table]) -> None:
+    for table in wide.values():
         csv, parquet, md, tex = write_table(table, tmp_path)
         from_csv, from_parquet = pd.read_csv(csv), pd.read_parquet(parquet)
         assert list(from_csv.columns) == list(from_parquet.columns) == list(table.data.columns)
