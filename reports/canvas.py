@@ -191,12 +191,16 @@ def free_labels(
         text.set_path_effects([withStroke(linewidth=2, foreground="white")])
         extent = text.get_window_extent()
         size = np.array([extent.width + 10, extent.height + 3])
+        others = points[np.hypot(*(points - points[index]).T) > 10]
         best: tuple[float, Pixels] | None = None
         for gap, centre in _rings(points[index], size):
             spot = np.concatenate([centre - size / 2, centre + size / 2])
             if spot[0] < inside.x0 + 2 or spot[2] > inside.x1 - 1 or spot[1] < inside.y0 + 2 or spot[3] > inside.y1 - 1:
                 continue
             cost = gap + 400 * _overlap(spot, taken) + 200 * _overlap(spot, dots) + 25 * _overlap(spot, strokes)
+            # A label as near to another point as to its own would be read as that point's name.
+            near = _distance(spot, others) < _distance(spot, points[index : index + 1]) + 6
+            cost += 60 * bool(near.any())
             if best is None or cost < best[0]:
                 best = (cost, spot)
         if best is None:
@@ -233,6 +237,12 @@ def _overlap(box: Pixels, others: Pixels) -> float:
     shared = np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2])
     areas = shared[(shared > 0).all(axis=1)].prod(axis=1)
     return float(0.2 * len(areas) + areas.sum() / (box[2:] - box[:2]).prod())
+
+
+def _distance(box: Pixels, points: Pixels) -> Pixels:
+    """From a box to each point; nil inside."""
+    away = np.maximum(np.maximum(box[:2] - points, points - box[2:]), 0)
+    return np.asarray(np.hypot(away[:, 0], away[:, 1]), dtype=np.float64)
 
 
 def _stroke_boxes(axes: Axes, line: Sequence[tuple[float, float]]) -> Pixels:

@@ -1,11 +1,11 @@
 """The numbers behind tables and figures, one row a cell, units in the column names."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 
-from kvscope.results.comparisons import SCORE_COLUMNS, answered, baseline_label, clusters_of, pairs
+from kvscope.results.comparisons import SCORE_COLUMNS, baseline_label, cluster_names, pairs
 from kvscope.results.frames import Run, records
 from kvscope.results.statistics import mean_interval, paired_difference
 
@@ -43,74 +43,70 @@ def accuracy_cells(run: Run) -> pd.DataFrame:
     tasks = [ALL_TASKS, *info.tasks] if len(info.tasks) > 1 else list(info.tasks)
     baseline = baseline_label(info)
     samples = run.samples[SCORE_COLUMNS]
-    cells = []
-    by_method = {}
+    cells: dict[tuple[str, str, int], dict[str, object]] = {}
     for method in info.methods:
-        both = pairs(samples, method=method.label, baseline=baseline) if baseline not in (None, method.label) else None
-        by_method[method.label] = samples[samples["method_label"] == method.label], both
-    for task in tasks:
-        expected = info.samples * (len(info.tasks) if task == ALL_TASKS else 1)
-        for method in info.methods:
-            mine, both = by_method[method.label]
+        mine = _by_cell(samples[samples["method_label"] == method.label])
+        paired = baseline is not None and method.label != baseline
+        both = _by_cell(pairs(samples, method=method.label, baseline=str(baseline))) if paired else {}
+        for task in tasks:
+            expected = info.samples * (len(info.tasks) if task == ALL_TASKS else 1)
             for length in info.lengths_tokens:
-                cells.append(
-                    {"task": task, "method_label": method.label, "length_tokens": length}
-                    | _accuracy(
-                        _within(mine, task, length),
-                        None if both is None else _within(both, task, length),
-                        label=method.label,
-                        baseline=baseline,
-                        expected=expected,
-                    )
+                rows, common = mine.get((task, length), []), both.get((task, length), [])
+                cells[task, method.label, length] = _accuracy(rows, expected=expected) | _difference(
+                    common, is_baseline=method.label == baseline, comparable=baseline is not None
                 )
-    return pd.DataFrame(cells, columns=ACCURACY_COLUMNS).astype({"n_pairs": "Int64"})
+    ordered = [
+        {"task": task, "method_label": method.label, "length_tokens": length, **cells[task, method.label, length]}
+        for task in tasks
+        for method in info.methods
+        for length in info.lengths_tokens
+    ]
+    return pd.DataFrame(ordered, columns=ACCURACY_COLUMNS).astype({"n_pairs": "Int64"})
 
 
-def _within(rows: pd.DataFrame, task: str, length: int) -> pd.DataFrame:
-    chosen = rows["length_tokens"] == length
-    return rows[chosen if task == ALL_TASKS else chosen & (rows["task"] == task)]
+def _by_cell(frame: pd.DataFrame) -> dict[tuple[str, int], list[dict[str, Any]]]:
+    """Rows by (task, length) and by (all tasks, length)."""
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in records(frame):
+        for task in (row["task"], ALL_TASKS):
+            found.setdefault((task, row["length_tokens"]), []).append(row)
+    return found
 
 
-def _accuracy(
-    mine: pd.DataFrame, both: pd.DataFrame | None, *, label: str, baseline: str | None, expected: int
-) -> dict[str, object]:
-    ok = answered(mine)
-    cell: dict[str, object] = {
-        "n": len(ok),
-        "n_not_measured": len(mine) - len(ok),
-        "n_missing": max(0, expected - len(mine)),
-    }
-    failed = mine[mine["status"] != "ok"].drop_duplicates("status")
-    reasons = [f"{row['status']}: {row['reason']}" for row in records(failed)]
-    if len(mine) < expected:
+def _accuracy(rows: list[dict[str, Any]], *, expected: int) -> dict[str, object]:
+    ok = [row for row in rows if row["status"] == "ok"]
+    failed = {row["status"]: row["reason"] for row in reversed(rows) if row["status"] != "ok"}
+    reasons = [f"{status}: {reason}" for status, reason in failed.items()]
+    if len(rows) < expected:
         reasons.append("not run yet")
-    note = ""
-    if len(ok):
-        interval = mean_interval(ok["score"].to_numpy(float), clusters=clusters_of(ok))
-        cell |= {
-            "accuracy": interval.mean,
-            "ci_low": interval.low,
-            "ci_high": interval.high,
-            "interval": interval.kind,
-        }
-    if both is not None and len(both):
-        paired = paired_difference(
-            both["score_method"].to_numpy(float), both["score_baseline"].to_numpy(float), clusters=clusters_of(both)
-        )
-        cell |= {
-            "n_pairs": paired.n_pairs,
-            "difference_to_dense": paired.difference.mean,
-            "difference_low": paired.difference.low,
-            "difference_high": paired.difference.high,
-            "difference_interval": paired.difference.kind,
-        }
-    elif label == baseline:
-        note = "is the baseline"
-    elif baseline is None:
-        note = "the run has no dense to compare with"
-    else:
-        note = "dense and this method answered no common prompt"
-    return {**cell, "reason": "; ".join(reasons), "note": note}
+    counts = {"n": len(ok), "n_not_measured": len(rows) - len(ok), "n_missing": max(0, expected - len(rows))}
+    cell: dict[str, object] = {**counts, "reason": "; ".join(reasons)}
+    if ok:
+        found = mean_interval([row["score"] for row in ok], clusters=cluster_names([row["context_id"] for row in ok]))
+        cell |= {"accuracy": found.mean, "ci_low": found.low, "ci_high": found.high, "interval": found.kind}
+    return cell
+
+
+def _difference(rows: list[dict[str, Any]], *, is_baseline: bool, comparable: bool) -> dict[str, object]:
+    if not comparable:
+        return {"note": "the run has no dense to compare with"}
+    if is_baseline:
+        return {"note": "is the baseline"}
+    if not rows:
+        return {"note": "dense and this method answered no common prompt"}
+    paired = paired_difference(
+        [row["score_method"] for row in rows],
+        [row["score_baseline"] for row in rows],
+        clusters=cluster_names([row["context_id"] for row in rows]),
+    )
+    return {
+        "note": "",
+        "n_pairs": paired.n_pairs,
+        "difference_to_dense": paired.difference.mean,
+        "difference_low": paired.difference.low,
+        "difference_high": paired.difference.high,
+        "difference_interval": paired.difference.kind,
+    }
 
 
 @dataclass(frozen=True)

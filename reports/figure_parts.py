@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
+from kvscope.reports.coverage import coverage
 from kvscope.reports.theme import FAINT, TEXT
 from kvscope.reports.units import bytes_text, length_text
 from kvscope.results.frames import Run
@@ -41,9 +42,15 @@ class SkippedFigure:
 
 
 def subtitle_of(run: Run) -> str:
-    """Model and machine, for the line under a title."""
+    """Model and machine, for the line under a title; an unfinished run says so in every picture."""
     device = run.info.environment.get("gpu") or "CPU"
-    return f"{run.info.model} on {device}"
+    state = coverage(run)
+    if state.complete:
+        return f"{run.info.model} on {device}"
+    rows = f"{state.samples_present} of {state.samples_expected} sample rows"
+    if state.footprint_expected:
+        rows += f", {state.footprint_present} of {state.footprint_expected} footprint rows"
+    return f"{run.info.model} on {device}; unfinished run ({rows})"
 
 
 def length_axis(axes: Axes, lengths: Sequence[int], *, pad: float = 0.45) -> None:
@@ -68,7 +75,8 @@ def byte_ticks(low_bytes: float, high_bytes: float, *, most: int = 7) -> list[fl
     """Powers of two within the range, at most `most` of them, evenly strided."""
     first, last = math.floor(math.log2(low_bytes)), math.ceil(math.log2(high_bytes))
     stride = math.ceil((last - first + 1) / most)
-    return [2.0**power for power in range(first, last + 1, stride)]
+    ticks = [2.0**power for power in range(first, last + 1, stride)]
+    return [tick for tick in ticks if low_bytes <= tick <= high_bytes]
 
 
 def byte_axis(axes: Axes, low_bytes: float, high_bytes: float, *, which: str, most: int = 7) -> None:

@@ -108,7 +108,7 @@ def accuracy_by_task(run: Run, cells: pd.DataFrame) -> ReportFigure | SkippedFig
             len(tasks),
             columns=2,
             width_in=max(1.3, 0.52 * len(lengths)),
-            height_in=0.4 * len(labels),
+            height_in=max(0.4, 0.1 + 0.14 * max(1 + text.count("\n") for text in texts)) * len(labels),
             margins=Margins(left=0.25 + text_width_in(texts, fontsize=8.5), right=0.2, top=0.42, bottom=0.6),
             title=title,
             subtitle=f"{subtitle_of(run)}; accuracy in %, n prompts a cell; hatched: nothing scored",

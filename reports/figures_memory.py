@@ -37,6 +37,7 @@ def accuracy_against_memory(run: Run, cells: pd.DataFrame) -> ReportFigure | Ski
     labels = [method.label for method in run.info.methods]
     styles = method_styles(labels)
     crowded = len(labels) > 5
+    drawn = bool((data.groupby("length_tokens")["pareto"].sum() > 1).any())
     with theme(name):
         figure, all_axes = panels(
             len(lengths),
@@ -47,7 +48,7 @@ def accuracy_against_memory(run: Run, cells: pd.DataFrame) -> ReportFigure | Ski
             title=title,
             subtitle=f"{subtitle_of(run)}; up and left is better; bars: 95 % intervals",
             note=source.caption,
-            key=[key_entry("Pareto front: nothing else is both smaller and more accurate", line="-")],
+            key=[key_entry("Pareto front: nothing else is both smaller and more accurate", line="-")] if drawn else [],
         )
         for length, axes in zip(lengths, all_axes, strict=True):
             _pareto_panel(axes, data[data["length_tokens"] == length], styles, source)
@@ -198,7 +199,7 @@ def _with_front(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _pareto_panel(axes: Axes, rows: pd.DataFrame, styles: dict[str, MethodStyle], source: MemorySource) -> None:
     low, high = float(rows["bytes"].min()), float(rows["bytes"].max())
-    pad = max(1.7, (high / low) ** 0.12)
+    pad = max(2.0, (high / low) ** 0.15)
     byte_axis(axes, low / pad, high * pad, which="x", most=5)
     axes.set_ylim(-8, 112)
     axes.yaxis.set_major_locator(FixedLocator([0, 25, 50, 75, 100]))

@@ -62,18 +62,23 @@ def inline_svg(figure: ReportFigure, text: str) -> Markup:
 
 def _table_context(table: Table) -> dict[str, Any]:
     columns = list(table.text.columns)
-    numeric = [
-        bool(len(table.text)) and all(_NUMBER.match(str(cell)) for cell in table.text[column]) for column in columns
-    ]
+    kinds = [_kind([str(cell) for cell in table.text[column]]) for column in columns]
     rows = [[str(cell) for cell in row] for row in table.text.itertuples(index=False)]
     return {
         "name": table.name,
         "title": table.title,
         "caption": table.caption,
         "notes": table.notes,
-        "columns": list(zip(columns, numeric, strict=True)),
-        "rows": [list(zip(row, numeric, strict=True)) for row in rows],
+        "columns": list(zip(columns, kinds, strict=True)),
+        "rows": [list(zip(row, kinds, strict=True)) for row in rows],
     }
+
+
+def _kind(cells: list[str]) -> str:
+    """CSS class of a column: `num` is set to the right, `long` gets room for sentences."""
+    if cells and all(_NUMBER.match(cell) for cell in cells):
+        return "num"
+    return "long" if max((len(cell) for cell in cells), default=0) > 26 else "text"
 
 
 def _lines(values: dict[str, Any]) -> list[tuple[str, str]]:

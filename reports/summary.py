@@ -16,7 +16,7 @@ _INTERVALS_UP_TO = 5
 
 def summary_text(run: Run) -> str:
     """Accuracy, memory and time by method and length as plain text, and what is missing."""
-    parts = [f"{subtitle_of(run)}; rows of samples: {len(run.samples)}, of footprint: {len(run.footprint)}"]
+    parts = [subtitle_of(run)]
     parts.append(_accuracy(run))
     if len(run.footprint) or run.info.footprint_lengths_tokens:
         parts.append(_memory(run))

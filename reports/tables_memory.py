@@ -112,6 +112,8 @@ def stays_table(run: Run, cells: pd.DataFrame) -> Table:
         "Bytes are the ledger's, keys, values and metadata; 100 % is what dense holds at the same length. Accuracy is "
         "pooled over tasks, with its 95 % interval."
     )
+    if not nvml and len(timed):
+        caption += f" NVML was not measured: {', '.join(dict.fromkeys(timed['nvml_reason'].dropna()))}."
     return Table("stays_and_saves", "What stays, what it saves", caption, data, text, notes.lines())
 
 

@@ -1,5 +1,6 @@
 """Every method of a run against its baseline, on the prompts both answered."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -107,13 +108,11 @@ def compare_methods(samples: pd.DataFrame, *, info: RunInfo, margin: float = DEF
     return found
 
 
-def clusters_of(frame: pd.DataFrame) -> list[str] | None:
-    """Cluster names for resampling, or None when no two rows share a context."""
-    shared = frame["context_id"]
-    if bool(shared.isna().all()):
+def cluster_names(context_ids: Sequence[str | None]) -> list[str] | None:
+    """Cluster names for resampling, or None when no row has a shared context. A row without one stands alone."""
+    if all(name is None for name in context_ids):
         return None
-    own = pd.Series([f"row {index}" for index in range(len(frame))], index=frame.index, dtype="string")
-    return [str(name) for name in shared.fillna(own)]
+    return [f"row {index}" if name is None else name for index, name in enumerate(context_ids)]
 
 
 def _compare_within(scope: str, tables: dict[str, pd.DataFrame], *, baseline: str, margin: float) -> list[Comparison]:
@@ -123,7 +122,7 @@ def _compare_within(scope: str, tables: dict[str, pd.DataFrame], *, baseline: st
             table["score_method"].to_numpy(float),
             table["score_baseline"].to_numpy(float),
             margin=margin,
-            clusters=clusters_of(table),
+            clusters=_clusters(table),
         )
         for label, table in tables.items()
     }
@@ -148,4 +147,8 @@ def _nll(table: pd.DataFrame) -> Interval | None:
     if not len(scored):
         return None
     gap = scored["answer_nll_method"].to_numpy(float) - scored["answer_nll_baseline"].to_numpy(float)
-    return bootstrap_interval(gap, clusters=clusters_of(scored))
+    return bootstrap_interval(gap, clusters=_clusters(scored))
+
+
+def _clusters(table: pd.DataFrame) -> list[str] | None:
+    return cluster_names([None if pd.isna(name) else str(name) for name in table["context_id"]])

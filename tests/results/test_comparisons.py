@@ -1,10 +1,9 @@
 """Comparisons over a run: pairing, scopes, Holm within a scope, and the sentence of an open case."""
 
-import pandas as pd
 import pytest
 from synthetic_rows import KINDS, demo_rows, make_rows, wide_rows
 
-from kvscope.results.comparisons import baseline_label, clusters_of, compare_methods, pairs
+from kvscope.results.comparisons import baseline_label, cluster_names, compare_methods, pairs
 from kvscope.results.errors import UsageError
 from kvscope.results.frames import Run, make_run
 from kvscope.results.statistics import holm
@@ -89,6 +88,5 @@ def test_nll_is_compared_where_both_have_it() -> None:
 
 
 def test_clusters_name_shared_contexts_and_keep_the_rest_apart() -> None:
-    frame = pd.DataFrame({"context_id": pd.Series(["a", pd.NA, "a", pd.NA], dtype="string")})
-    assert clusters_of(frame) == ["a", "row 1", "a", "row 3"]
-    assert clusters_of(frame.iloc[[1, 3]]) is None
+    assert cluster_names(["a", None, "a", None]) == ["a", "row 1", "a", "row 3"]
+    assert cluster_names([None, None]) is None

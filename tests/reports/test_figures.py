@@ -1,0 +1,224 @@
+"""Figures: no text over text or outside the picture, every method told apart, the source of bytes on the axis."""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from matplotlib.axis import Tick
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
+from synthetic_rows import Rows, demo_rows, make_rows, single_rows, wide_rows
+
+from kvscope.reports.build import all_figures
+from kvscope.reports.canvas import spread
+from kvscope.reports.cells import accuracy_cells
+from kvscope.reports.figure_parts import ReportFigure, SkippedFigure
+from kvscope.reports.theme import COLORS, DENSE_COLOR, method_styles, short_lines
+from kvscope.results.frames import make_run
+
+NAMES = [
+    "accuracy_against_memory",
+    "accuracy_by_length",
+    "accuracy_by_task",
+    "needle_heatmap",
+    "memory_by_length",
+    "tpot_by_length",
+]
+
+
+def long_labels() -> Rows:
+    """Four methods of one name, told apart by long options only."""
+    samples, footprints, info = demo_rows()
+    options = [f"budget_fraction=0.{i}25,chunk_tokens=64,seed={i}" for i in range(4)]
+    rename = {old.label: f"random:{text}" for old, text in zip(info.methods, options, strict=True)}
+    return (
+        [row.model_copy(update={"method_label": rename[row.method_label]}) for row in samples],
+        [row.model_copy(update={"method_label": rename[row.method_label]}) for row in footprints],
+        info.model_copy(
+            update={
+                "methods": tuple(m.model_copy(update={"label": rename[m.label]}) for m in info.methods),
+                "plan": tuple(c.model_copy(update={"method_label": rename[c.method_label]}) for c in info.plan),
+            }
+        ),
+    )
+
+
+def drawn(rows: Rows, *, samples: int | None = None, footprints: int | None = None) -> dict[str, ReportFigure]:
+    run = make_run(rows[0][:samples], rows[1][:footprints], info=rows[2], folder=".")
+    return {figure.name: figure for figure in all_figures(run, accuracy_cells(run)) if isinstance(figure, ReportFigure)}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure and the place of every text that is really drawn."""
+
+    figure: ReportFigure
+    texts: list[tuple[str, Bbox]]
+
+    @property
+    def words(self) -> str:
+        return " ".join(" ".join(text.split()) for text, _ in self.texts)
+
+
+Pictures = dict[str, dict[str, Picture]]
+
+
+@pytest.fixture(scope="module")
+def pictures() -> Pictures:
+    found = {
+        "demo": drawn(demo_rows()),
+        "wide": drawn(wide_rows(tasks=2)),
+        "single": drawn(single_rows()),
+        "partial": drawn(demo_rows(), samples=123, footprints=5),
+        "long": drawn(long_labels()),
+    }
+    return {
+        which: {name: Picture(figure, placed_texts(figure)) for name, figure in figures.items()}
+        for which, figures in found.items()
+    }
+
+
+def placed_texts(figure: ReportFigure) -> list[tuple[str, Bbox]]:
+    """Texts with their boxes; labels of ticks beyond the axis exist but are never drawn."""
+    figure.figure.canvas.draw()
+    hidden: set[int] = set()
+    for axes in figure.figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+            hidden |= {id(label) for tick in ticks if not low <= tick.get_loc() <= high for label in _labels(tick)}
+    texts = [text for text in figure.figure.findobj(Text) if text.get_visible() and id(text) not in hidden]
+    return [(text.get_text(), text.get_window_extent()) for text in texts if text.get_text().strip()]
+
+
+def _labels(tick: Tick) -> tuple[Text, Text]:
+    return tick.label1, tick.label2
+
+
+@pytest.mark.parametrize("which", ["demo", "wide", "single", "partial", "long"])
+@pytest.mark.parametrize("name", NAMES)
+def test_no_text_covers_another_or_leaves_the_picture(pictures: Pictures, which: str, name: str) -> None:
+    if name not in pictures[which]:
+        assert (which, name) == ("single", "accuracy_by_task")
+        return
+    picture = pictures[which][name]
+    found = picture.texts
+    assert len(found) > 3
+    page = picture.figure.figure.bbox
+    outside = [text for text, box in found if box.x0 < 0 or box.y0 < 0 or box.x1 > page.x1 or box.y1 > page.y1]
+    assert outside == []
+    covered = [
+        (a, b)
+        for (a, one), (b, two) in itertools.combinations(found, 2)
+        if min(one.x1, two.x1) - max(one.x0, two.x0) > 1 and min(one.y1, two.y1) - max(one.y0, two.y0) > 2
+    ]
+    assert covered == []
+
+
+def test_every_method_is_named_in_the_figures_that_compare_methods(
+    pictures: Pictures,
+) -> None:
+    for which in ("demo", "wide"):
+        for name in NAMES:
+            picture = pictures[which][name]
+            texts = [text.replace("\n", "") for text, _ in picture.texts]
+            for label in set(picture.figure.data["method_label"]):
+                assert label in texts, (which, name, label)
+
+
+def test_without_nvml_the_axis_and_the_picture_say_ledger(pictures: Pictures) -> None:
+    for name in ("memory_by_length", "accuracy_against_memory"):
+        picture = pictures["demo"][name]
+        assert "KV cache on the device (ledger, not NVML)" in picture.words
+        assert "NVML was not measured: no NVIDIA GPU" in picture.words
+        assert "NVML was not measured: no NVIDIA GPU" in picture.figure.caption
+        assert "KV cache on the GPU (NVML)" in pictures["wide"][name].words
+        assert "ledger" not in pictures["wide"][name].words
+
+
+def test_an_unfinished_run_says_so_in_every_picture(pictures: Pictures) -> None:
+    for picture in pictures["partial"].values():
+        assert "unfinished run (123 of 160 sample rows, 5 of 8 footprint rows)" in picture.words
+    assert "unfinished" not in pictures["demo"]["accuracy_by_length"].words
+
+
+def test_out_of_memory_is_marked(pictures: Pictures) -> None:
+    for name in ("memory_by_length", "tpot_by_length"):
+        (axes,) = pictures["wide"][name].figure.figure.axes
+        assert len([line for line in axes.lines if line.get_marker() == "x"]) == 5
+        assert "out of memory" in pictures["wide"][name].words
+        assert "out of memory" not in pictures["demo"][name].words
+
+
+def test_the_csv_behind_a_figure_holds_its_points(pictures: Pictures) -> None:
+    data = pictures["demo"]["memory_by_length"].figure.data
+    assert data["measured_bytes"].notna().sum() == 8
+    assert data["predicted_bytes"].notna().sum() == 16
+    assert (data.loc[data["measured_bytes"].notna(), "measured_bytes"] > 0).all()
+    heat = pictures["demo"]["needle_heatmap"].figure.data
+    assert heat["n"].sum() == 160
+
+
+def test_pareto_front_by_brute_force(pictures: Pictures) -> None:
+    data = pictures["wide"]["accuracy_against_memory"].figure.data
+    for _, rows in data.groupby("length_tokens"):
+        for row in rows.itertuples():
+            better = rows[
+                (rows["bytes"] <= row.bytes)
+                & (rows["accuracy"] >= row.accuracy)
+                & ((rows["bytes"] < row.bytes) | (rows["accuracy"] > row.accuracy))
+            ]
+            assert row.pareto == (len(better) == 0)
+
+
+def test_a_figure_without_rows_says_why() -> None:
+    info = make_rows(["dense"], tasks=("niah_single_1",), lengths=(1024,), samples=1, footprint_lengths=())[2]
+    run = make_run([], [], info=info.model_copy(update={"plan": ()}), folder=".")
+    figures = all_figures(run, accuracy_cells(run))
+    assert all(isinstance(figure, SkippedFigure) and figure.reason for figure in figures)
+
+
+def test_styles_differ_in_marker_and_colour() -> None:
+    labels = ["dense", *(f"method_{i}" for i in range(8))]
+    styles = method_styles(labels)
+    assert styles["dense"].color == DENSE_COLOR
+    assert len({style.color for style in styles.values()}) == 9
+    assert len({style.marker for style in styles.values()}) == 9
+    many = method_styles([f"m{i}" for i in range(20)])
+    assert len({(style.color, style.marker, style.dash) for style in many.values()}) == 20
+
+
+def test_colours_stand_apart_on_white() -> None:
+    for color in (DENSE_COLOR, *COLORS):
+        red, green, blue = (int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
+        luminance = sum(
+            weight * (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4)
+            for weight, c in zip((0.2126, 0.7152, 0.0722), (red, green, blue), strict=True)
+        )
+        assert 1.05 / (luminance + 0.05) > 2.0, color
+
+
+def test_spread_keeps_order_room_and_bounds() -> None:
+    draw = np.random.default_rng(0)
+    for _ in range(200):
+        count = int(draw.integers(1, 9))
+        wanted, sizes = list(draw.uniform(0, 100, count)), list(draw.uniform(5, 12, count))
+        places = spread(wanted, sizes, low=-5, high=120)
+        order = np.argsort(wanted, kind="stable")
+        for above, below in itertools.pairwise(order):
+            assert places[below] - places[above] >= (sizes[above] + sizes[below]) / 2 - 1e-6
+        assert min(p - s / 2 for p, s in zip(places, sizes, strict=True)) >= -5 - 1e-6
+        if sum(sizes) <= 125:
+            assert max(p + s / 2 for p, s in zip(places, sizes, strict=True)) <= 120 + 1e-6
+    assert spread([10.0, 50.0], [5.0, 5.0], low=0, high=100) == [10.0, 50.0]
+    assert math.isclose(sum(spread([10.0, 10.0], [6.0, 6.0], low=0, high=100)) / 2, 10.0)
+
+
+def test_labels_break_at_colon_and_commas() -> None:
+    assert short_lines("lsa") == "lsa"
+    assert short_lines("lsa:threshold=0.5,tau=64") == "lsa:\nthreshold=0.5,tau=64"
+    assert short_lines("random:fraction=0.125,chunk_tokens=64,seed=3") == (
+        "random:\nfraction=0.125,\nchunk_tokens=64,\nseed=3"
+    )
