@@ -17,7 +17,7 @@ from kvscope.harness.shapes import max_length_tokens, model_shape
 from kvscope.methods.shape import DEFAULT_PAGE_TOKENS, ModelShape
 from kvscope.results.errors import EnvironmentProblem, KvscopeError, UsageError, did_you_mean
 
-REFERENCE_MODEL_FOLDER = Path(__file__).parent / "reference_model"
+REFERENCE_MODEL_FOLDER = Path(__file__).parent / "reference_model" / "weights"
 
 _FROM_HUB = "from the Hugging Face hub; the engine tests cover its architecture, with random weights"
 _KNOWN = {
@@ -170,7 +170,7 @@ def resolve_model(spec: str) -> tuple[str, str]:
     if spec == "reference":
         if not (REFERENCE_MODEL_FOLDER / "config.json").is_file():
             raise UsageError(
-                "The reference model is missing from this installation (no config.json in harness/reference_model); "
+                "The reference model is missing from this installation (no config.json in harness/reference_model/weights); "
                 "reinstall kvscope, or pass --model with a folder or a Hugging Face id."
             )
         return str(REFERENCE_MODEL_FOLDER), spec

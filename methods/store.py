@@ -98,8 +98,9 @@ class PagePool:
                 packed = _pack(host, ranges, n_tokens, self.shape)
                 pool[: packed.shape[0]].copy_(packed)
             self.lengths[layer] = n_tokens
-        if n_tokens and next(iter(self.pages.values())).device.type == "cuda":
-            torch.cuda.synchronize()
+        device = next(iter(self.pages.values())).device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # the host pages may go away once this returns
 
     def append(self, layer: int, k_BH1D: torch.Tensor, v_BH1D: torch.Tensor) -> None:
         """Store one token behind the last."""
