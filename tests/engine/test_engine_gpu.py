@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+
 from engine.tiny_models import ARCHITECTURES, build_stock, prompt_ids, save_tiny, stock_model
 from kvscope.harness.decode import DecodeSession, answer_nll, decode
 from kvscope.harness.models import load_model, wrap_model
