@@ -31,9 +31,11 @@ def test_fp32_logits_equal_the_stock_forward_on_the_cpu(name):
     torch.testing.assert_close(run_steps(loaded, create_method("dense"), prompt, ids[203:]), stock, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+# No bf16 for gpt-oss: rounding sends tokens to other experts, so equal methods differ there.
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("llama", torch.float32), ("llama", torch.bfloat16), ("gpt_oss", torch.float32)]
+)
 @pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
 def test_evicting_equals_masking(name, spec, dtype):
     loaded = wrap_model(build_stock(name).to("cuda", dtype), None, page_tokens=16)
     prompt = prefill(loaded, prompt_ids(300), chunk_tokens=128)
