@@ -171,8 +171,8 @@ def resolve_model(spec: str) -> tuple[str, str]:
         if not (REFERENCE_MODEL_FOLDER / "config.json").is_file():
             raise UsageError(
                 "The reference model is missing from this installation (no config.json in "
-                "harness/reference_model/weights); reinstall kvscope, or pass --model with a folder or a Hugging Face "
-                "id."
+                "harness/reference_model/weights); reinstall kvscope, or pass --model with a folder or a Hugging "
+                "Face id."
             )
         return str(REFERENCE_MODEL_FOLDER), spec
     folder = Path(spec).expanduser()

@@ -129,9 +129,12 @@ class SequenceCache(ABC):
         )
         return self.managed_footprint() + stock
 
-    @abstractmethod
     def close(self) -> None:
-        """Drop every tensor."""
+        """Drop every tensor. A subclass drops its own, then calls this."""
+        for state in self.stock.values():
+            # Whoever still holds the layer (the cache the model was called with) must not keep its tensors.
+            state.keys = state.values = None
+        self.stock.clear()
 
 
 class CacheMethod(ABC, Generic[ConfigT]):

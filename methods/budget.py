@@ -27,7 +27,7 @@ def budget_tokens(
     budget_fraction: float | None,
     shape: ModelShape | None,
 ) -> int | None:
-    """Return how many of ``n_tokens`` prompt tokens a budget holds, or None without a budget.
+    """Return how many tokens a budget holds (it may be more than the prompt's), or None without a budget.
 
     A budget in bytes buys whole pages in every managed layer, so the bytes kept at opening never exceed it; a
     fraction is of the prompt's tokens. Tokens decoded later come on top, as they do for every method.
@@ -49,4 +49,4 @@ def budget_tokens(
             f"Method '{method}': budget_bytes={budget_bytes} is less than one page of every layer ({page_bytes} "
             "bytes); raise the budget or load the model with smaller pages."
         )
-    return min(n_tokens, budget_bytes // page_bytes * shape.page_tokens)
+    return budget_bytes // page_bytes * shape.page_tokens

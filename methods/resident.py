@@ -101,7 +101,7 @@ class ResidentSequence(SequenceCache):
 
     def close(self) -> None:
         self.pool.clear()
-        self.stock.clear()
+        super().close()
 
 
 class MaskedSequence(ResidentSequence):

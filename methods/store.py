@@ -92,12 +92,15 @@ class PagePool:
                 first = ranges[0][0] // self.shape.page_tokens
                 n_pages = self.shape.pages(n_tokens)
                 pool[:n_pages].copy_(host[first : first + n_pages], non_blocking=True)
+                # The last page may bring tokens beyond the range along: what is dropped is not kept out of sight.
+                pool[n_pages - 1, :, :, (n_tokens - 1) % self.shape.page_tokens + 1 :] = 0
             elif n_tokens:
                 packed = _pack(host, ranges, n_tokens, self.shape)
                 pool[: packed.shape[0]].copy_(packed)
             self.lengths[layer] = n_tokens
-        if n_tokens and next(iter(self.pages.values())).device.type == "cuda":
-            torch.cuda.synchronize()
+        device = next(iter(self.pages.values())).device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # the host pages may go away once this returns
 
     def append(self, layer: int, k_BH1D: torch.Tensor, v_BH1D: torch.Tensor) -> None:
         """Store one token behind the last."""

@@ -52,7 +52,7 @@ class Recency(StaticResidency[RecencyConfig]):
             shape=shape,
         )
         if budgeted is not None:
-            return budgeted
+            return min(n_tokens, budgeted)
         wanted = self.config.recency_tokens
         return min(n_tokens, default_recency_tokens(n_tokens) if wanted is None else wanted)
 

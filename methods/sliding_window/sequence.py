@@ -75,7 +75,7 @@ class StreamingSequence(SequenceCache):
     def close(self) -> None:
         self._sink_pool.clear()
         self._ring.clear()
-        self.stock.clear()
+        super().close()
 
 
 class MaskedStreaming(SequenceCache):
@@ -128,7 +128,7 @@ class MaskedStreaming(SequenceCache):
 
     def close(self) -> None:
         self._pool.clear()
-        self.stock.clear()
+        super().close()
 
 
 def back(q_BQ1D: torch.Tensor, extras: AttentionExtras, n_evicted: int) -> torch.Tensor:

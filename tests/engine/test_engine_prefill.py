@@ -14,14 +14,10 @@ from kvscope.methods.registry import create_method
 from kvscope.results.errors import UsageError
 
 
-def live_storages() -> dict[int, int]:
-    """Address -> bytes of every storage some live tensor refers to."""
-    found = {}
-    for thing in gc.get_objects():
-        if type(thing) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
-            storage = thing.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
-    return found
+def new_storages() -> dict[int, int]:
+    """Address -> bytes of every storage of a live tensor made since ``gc.freeze()``."""
+    tensors = [thing for thing in gc.get_objects() if type(thing) is torch.Tensor]
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
 
 class LiveBytes(Collector):
@@ -29,11 +25,11 @@ class LiveBytes(Collector):
 
     name = "live_bytes"
 
-    def __init__(self, layer, known):
-        self.layer, self.known, self.seen = layer, known, []
+    def __init__(self, layer):
+        self.layer, self.seen = layer, []
 
     def chunk(self, k_BHSD, v_BHSD, hidden_BSM, *, start_tokens):
-        self.seen.append({ptr: n for ptr, n in live_storages().items() if ptr not in self.known})
+        self.seen.append(new_storages())
 
     def finish(self):
         return torch.zeros(0)
@@ -43,10 +39,12 @@ class LiveBytes(Collector):
 def test_prefill_holds_the_kv_of_one_layer(n_layers):
     n_tokens, chunk_tokens = 4096, 256
     loaded = wrap_model(build_stock("llama", num_hidden_layers=n_layers), None, page_tokens=PAGE_TOKENS)
-    gc.collect()
-    before = live_storages()
-    watchers = [LiveBytes(layer, before) for layer in range(n_layers)]
-    prompt = prefill(loaded, prompt_ids(n_tokens), collectors=watchers, chunk_tokens=chunk_tokens)
+    watchers = [LiveBytes(layer) for layer in range(n_layers)]
+    gc.freeze()
+    try:
+        prompt = prefill(loaded, prompt_ids(n_tokens), collectors=watchers, chunk_tokens=chunk_tokens)
+    finally:
+        gc.unfreeze()
     layer_kv_bytes = n_tokens * loaded.shape.layer_bytes_per_token
     assert prompt.host_bytes == n_layers * layer_kv_bytes
     host = {pages.untyped_storage().data_ptr() for pages in prompt.pages.values()}

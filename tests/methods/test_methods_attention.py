@@ -1,0 +1,156 @@
+"""Paged attention against an fp64 oracle over gathered tokens.
+
+Shapes: Q query heads, H KV heads, D head size, S slots, P tokens a page, T tokens.
+"""
+
+import pytest
+import torch
+
+from kvscope.harness.prefill_attention import chunk_attention
+from kvscope.methods.attention import merge_partials, paged_attention, paged_partial
+from kvscope.methods.flash import attention_with_lse
+
+
+def oracle(q_BQSD, k_BHTD, v_BHTD, *, scale, keep_ST=None, softcap=None, sink_logits=None):
+    """Attention with every logit written out, in fp64."""
+    G = q_BQSD.shape[1] // k_BHTD.shape[1]
+    k, v = (x.double().repeat_interleave(G, 1) for x in (k_BHTD, v_BHTD))
+    logits = q_BQSD.double() @ k.transpose(2, 3) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if keep_ST is not None:
+        logits = logits.masked_fill(~keep_ST, -torch.inf)
+    if sink_logits is not None:
+        column = sink_logits.double().view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+        return torch.cat([logits, column], -1).softmax(-1)[..., :-1] @ v
+    return logits.softmax(-1) @ v
+
+
+def paged(T, *, H, P, D, dtype=torch.float32, spare=0, seed=0):
+    """Random K and V [1, H, T, D] and the pages that hold them; the unused end is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    k, v = (torch.randn(1, H, T, D, generator=generator).to(dtype) for _ in range(2))
+    n_pages = -(-T // P)
+    pages = torch.zeros(n_pages + spare, H, 2, P, D, dtype=dtype)
+    for t in range(T):
+        pages[t // P, :, 0, t % P], pages[t // P, :, 1, t % P] = k[0, :, t], v[0, :, t]
+    return k, v, pages
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"softcap": 3.0}, {"sink_logits": torch.tensor([1.0, -2.0, 0.5, 4.0, 0.0, 2.0])}]
+)
+@pytest.mark.parametrize("T", [1, 15, 16, 17, 63, 100])
+@pytest.mark.parametrize("H", [1, 2, 6])
+def test_equals_the_oracle(H, T, options):
+    k, v, pages = paged(T, H=H, P=16, D=24, spare=2)
+    q = torch.randn(1, 6, 1, 24) * 3
+    out = paged_attention(q, pages, n_tokens=T, scale=0.2, **options)
+    torch.testing.assert_close(out.double(), oracle(q, k, v, scale=0.2, **options), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("softcap", [None, 20.0])
+def test_low_precision_error_is_below_eager_attention(dtype, softcap):
+    k, v, pages = paged(300, H=2, P=16, D=64, dtype=dtype)
+    q = (torch.randn(1, 6, 1, 64, generator=torch.Generator().manual_seed(1)) * 4).to(dtype)
+    exact = oracle(q, k, v, scale=0.125, softcap=softcap)
+    eager_k, eager_v = (x.repeat_interleave(3, 1) for x in (k, v))
+    logits = q @ eager_k.transpose(2, 3) * 0.125
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    eager = logits.float().softmax(-1).to(dtype) @ eager_v
+    out = paged_attention(q, pages, n_tokens=300, scale=0.125, softcap=softcap)
+    assert out.dtype == dtype
+    assert (out - exact).abs().max() <= (eager - exact).abs().max()
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_reads_through_a_page_table_and_nothing_else(per_head):
+    _, _, pages = paged(96, H=2, P=16, D=8)
+    table = torch.tensor([[4, 0, 3], [1, 2, 5]]) if per_head else torch.tensor([4, 0, 3])
+    slots = table if per_head else table.expand(2, 3)
+    kv = torch.stack([pages[slots[h], h].transpose(0, 1).flatten(1, 2) for h in range(2)])
+    q = torch.randn(1, 4, 1, 8)
+    expected = oracle(q, kv[None, :, 0, :40], kv[None, :, 1, :40], scale=0.3)
+    poisoned = pages.clone()
+    for h in range(2):
+        poisoned[[slot for slot in range(6) if slot not in slots[h]], h] = torch.nan
+    out = paged_attention(q, poisoned, n_tokens=40, scale=0.3, page_table=table)
+    torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=1e-5)
+
+
+def test_pages_past_the_last_token_are_not_read():
+    k, v, pages = paged(32, H=2, P=16, D=8, spare=3)
+    pages[2:] = torch.nan
+    q = torch.randn(1, 4, 1, 8)
+    out = paged_attention(q, pages, n_tokens=32, scale=0.3)
+    torch.testing.assert_close(out.double(), oracle(q, k, v, scale=0.3), atol=2e-6, rtol=1e-5)
+
+
+def test_masked_tokens_have_no_weight():
+    k, v, pages = paged(50, H=2, P=16, D=8)
+    keep = torch.rand(64, generator=torch.Generator().manual_seed(2)) < 0.4
+    q = torch.randn(1, 4, 1, 8)
+    out = paged_attention(q, pages, n_tokens=50, scale=0.3, keep_SP=keep.view(4, 16))
+    torch.testing.assert_close(out.double(), oracle(q, k, v, scale=0.3, keep_ST=keep[:50]), atol=2e-6, rtol=1e-5)
+
+
+def test_parts_merge_to_the_whole_even_with_an_empty_one_and_large_logits():
+    k, v, pages = paged(64, H=2, P=16, D=8)
+    q = torch.randn(1, 4, 1, 8) * 60
+    cuts = [(0, 1, 16), (1, 3, 32), (3, 3, 0), (3, 4, 16)]
+    parts = [paged_partial(q, pages[a:b], n_tokens=n, scale=1.0) for a, b, n in cuts]
+    sinks = torch.tensor([100.0, -100.0, 0.0, 30.0])
+    for sink_logits in (None, sinks):
+        out = merge_partials(parts, q, sink_logits=sink_logits)
+        expected = oracle(q, k, v, scale=1.0, sink_logits=sink_logits)
+        assert out.isfinite().all()
+        torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_wrong_calls_are_refused():
+    _, _, pages = paged(16, H=2, P=16, D=8)
+    with pytest.raises(ValueError, match="one query"):
+        paged_attention(torch.randn(1, 4, 2, 8), pages, n_tokens=16, scale=1.0)
+    with pytest.raises(ValueError, match="do not fit"):
+        paged_attention(torch.randn(1, 4, 1, 8), pages, n_tokens=17, scale=1.0)
+    with pytest.raises(ValueError, match="as many keys"):
+        attention_with_lse(*(torch.randn(1, 2, n, 8) for n in (3, 5, 5)), causal=True, scale=1.0)
+
+
+SINKS = torch.tensor([1.0, -2.0, 0.5, 4.0])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"softcap": 3.0}, {"sink_logits": SINKS}, {"softcap": 3.0, "sink_logits": SINKS}]
+)
+@pytest.mark.parametrize("window", [None, 1, 20, 1000])
+@pytest.mark.parametrize(("S", "T"), [(1, 1), (1, 40), (33, 33), (33, 100), (700, 900)])
+def test_chunk_attention_equals_the_oracle(S, T, window, options):
+    generator = torch.Generator().manual_seed(S + T)
+    q = torch.randn(1, 4, S, 16, generator=generator) * 2
+    k, v = (torch.randn(1, 2, T, 16, generator=generator) for _ in range(2))
+    i, j = torch.arange(T - S, T)[:, None], torch.arange(T)[None]
+    keep = (j <= i) & (j > i - (window or T))
+    out = chunk_attention(q, k, v, scale=0.25, window=window, **options)
+    torch.testing.assert_close(out.double(), oracle(q, k, v, scale=0.25, keep_ST=keep, **options), atol=4e-6, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("D", [64, 128, 80, 36])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_on_a_gpu(dtype, D):
+    k, v, pages = paged(700, H=2, P=64, D=D, dtype=dtype)
+    q = torch.randn(1, 6, 1, D).to(dtype)
+    exact = oracle(q, k, v, scale=0.125)
+    tolerance = 1e-5 if dtype == torch.float32 else 8e-3
+    out = paged_attention(q.cuda(), pages.cuda(), n_tokens=700, scale=0.125)
+    torch.testing.assert_close(out.double().cpu(), exact, atol=tolerance, rtol=tolerance)
+    chunk = torch.randn(1, 6, 130, D).to(dtype)
+    keep = torch.arange(570, 700)[:, None] >= torch.arange(700)[None]
+    for window in (None, 90):
+        seen = keep & (torch.arange(700)[None] > torch.arange(570, 700)[:, None] - (window or 700))
+        out = chunk_attention(chunk.cuda(), k.cuda(), v.cuda(), scale=0.125, window=window)
+        expected = oracle(chunk, k, v, scale=0.125, keep_ST=seen)
+        torch.testing.assert_close(out.double().cpu(), expected, atol=tolerance, rtol=tolerance)
