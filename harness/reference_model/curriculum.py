@@ -41,6 +41,8 @@ class Phase:
         copy_share, recall_share: share of random-period copying and of one-token recall; the rest are needle rows.
         multi_value_share, multi_query_share: share of needle rows with several values a key, and with questions about
             several keys at once.
+        log_uniform_needles: draw the number of needles log-uniformly, so that a lone needle in a long haystack is as
+            familiar as a hundred; uniformly without.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Phase:
     recall_share: float = 0.0
     multi_value_share: float = 0.2
     multi_query_share: float = 0.2
+    log_uniform_needles: bool = False
 
     def shape_of(self, draws: Draws) -> Shape:
         """Draw a step's shape."""
@@ -95,7 +98,7 @@ class RowMaker:
     def _copying(self, tokens: int, draws: Draws) -> Row:
         period = draws.between(6, tokens // 2 - 1)
         block = [self._any_token(draws) for _ in range(period)]
-        ids = [BOS_ID] + (block * (tokens // period + 1))[: tokens - 1]
+        ids = [BOS_ID, *(block * (tokens // period + 1))[: tokens - 1]]
         return Row(ids, list(range(tokens // 2, tokens - 1)))
 
     def _recall(self, tokens: int, draws: Draws) -> Row:
@@ -196,8 +199,10 @@ class RowMaker:
         body = 0
         groups: list[tuple[Slot, list[Slot], list[int]]] = []
         only_needles = draws.unit() < 0.4
-        # Log-uniform: a lone needle in a long haystack must be as familiar as a hundred.
-        wanted = 10**9 if only_needles else round((2 * shape.questions) ** draws.unit())
+        wanted, most = tokens, 2 * shape.questions
+        if not only_needles:
+            share = draws.unit()
+            wanted = round(most**share) if phase.log_uniform_needles else 1 + int(share * most)
         while len(groups) < wanted:
             key, values = group()
             made = [needle(key, value) for value in values]
@@ -250,7 +255,9 @@ class RowMaker:
             answer: Ids = []
             if n_keys == 1:
                 # In the order of the text: a fixed order is a learnable target.
-                spoken = [value for _, value in sorted(zip((place[i] for i in picked[0][2]), picked[0][1], strict=True))]
+                spoken = [
+                    value for _, value in sorted(zip((place[i] for i in picked[0][2]), picked[0][1], strict=True))
+                ]
                 for i, value in enumerate(spoken):
                     answer += (comma if i else []) + value.spaced
             else:

@@ -34,7 +34,9 @@ class Pieces:
             lead: {word: self.encode(lead + word) for word in (*self.adjectives, *self.nouns)}
             for lead in ("", " ", "-")
         }
-        self.groups = {f"{n:0{width}d}": self.encode(f"{n:0{width}d}")[0] for width in (1, 2, 3) for n in range(10**width)}
+        self.groups = {
+            f"{n:0{width}d}": self.encode(f"{n:0{width}d}")[0] for width in (1, 2, 3) for n in range(10**width)
+        }
         self.hex_pairs = [self.encode(f"{n:02x}-0000")[0] for n in range(256)]
         self.dash = self.encode("-0000-0000")[0]
         self.space = self.encode(" ")[0]

@@ -6,7 +6,21 @@ two random adjectives of the training split, ``{listed}`` for the queried key or
 
 from kvscope.tasks.needle import NOISE
 
-TYPES = ("code", "entry", "label", "tag", "record", "secret", "number", "value", "uuid", "id", "mark", "token", "figure")
+TYPES = (
+    "code",
+    "entry",
+    "label",
+    "tag",
+    "record",
+    "secret",
+    "number",
+    "value",
+    "uuid",
+    "id",
+    "mark",
+    "token",
+    "figure",
+)
 
 NEEDLES = (
     "One of the {a} {b} {type}s for {key} is: {value}.\n",

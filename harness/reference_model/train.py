@@ -32,7 +32,6 @@ STATE_FILE = "training_state.json"
 SHARD_BYTES = "15MB"
 
 
-
 def _one(tokens: int, rows: int, questions: int) -> tuple[Shape, ...]:
     return (Shape(tokens=tokens, rows=rows, questions=questions),)
 
@@ -51,7 +50,8 @@ PHASES = (
     Phase(name="p3-2k", shapes=_one(2048, 32, 24), steps=2660, lr=(1.2e-3, 8e-4)),
     Phase(name="p4-8k", shapes=_one(8192, 12, 48), steps=1456, lr=(8e-4, 4e-4)),
     Phase(name="p5-32k", shapes=_one(32_768, 4, 64), steps=485, lr=(4e-4, 2e-5)),
-    Phase(name="p6-mixed", shapes=_MIXED, steps=4000, lr=(7e-4, 2e-5), multi_value_share=0.3, multi_query_share=0.15),
+    Phase(name="p6-mixed", shapes=_MIXED, steps=4133, lr=(7e-4, 2e-5), multi_value_share=0.3, multi_query_share=0.15,
+          log_uniform_needles=True),
 )  # fmt: skip
 
 

@@ -97,7 +97,7 @@ def test_every_phase_makes_full_rows_with_answers(maker: RowMaker, phase: Phase)
 def test_batches_regenerate_byte_for_byte(maker: RowMaker) -> None:
     data = PhaseData(maker, PHASE, seed=5)
     batch = data[2]
-    assert hashlib.sha256(batch.ids_BT.numpy().tobytes()).hexdigest()[:16] == "a2dadf973bffd954"
+    assert hashlib.sha256(batch.ids_BT.numpy().tobytes()).hexdigest()[:16] == "38b02a014685d746"
     later = list(batches(PhaseData(maker, PHASE, seed=5, start_step=1), workers=0))
     assert torch.equal(later[1].ids_BT, batch.ids_BT)
     assert torch.equal(later[1].targets_N, batch.targets_N)
@@ -105,10 +105,8 @@ def test_batches_regenerate_byte_for_byte(maker: RowMaker) -> None:
 
 
 def test_wording_and_names_are_disjoint_from_evaluation(tokenizer: PreTrainedTokenizerFast, maker: RowMaker) -> None:
-    wording = "\n".join(
-        (*templates.NEEDLES, *templates.HEADS, *templates.FILLERS)
-        + tuple(part for pair in (*templates.QUESTIONS_ONE, *templates.QUESTIONS_MANY) for part in pair)
-    )
+    questions = (part for pair in (*templates.QUESTIONS_ONE, *templates.QUESTIONS_MANY) for part in pair)
+    wording = "\n".join((*templates.NEEDLES, *templates.HEADS, *templates.FILLERS, *questions))
     for phrase in ("special magic", "mentioned in the provided text", "Make sure to memorize", "I will quiz you"):
         assert phrase not in wording
     for name, spec in SPECS.items():
@@ -133,6 +131,8 @@ def test_a_tiny_variant_learns_and_resumes(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
     assert type(model).__name__ == "SmolLM3ForCausalLM"
     assert AutoTokenizer.from_pretrained(tmp_path / "a")("x")["input_ids"][0] == 1
-    second = train(out=tmp_path / "b", phases=(replace(phase, steps=2),), resume=tmp_path / "a", seed=1, layers=4, hidden=128)
+    second = train(
+        out=tmp_path / "b", phases=(replace(phase, steps=2),), resume=tmp_path / "a", seed=1, layers=4, hidden=128
+    )
     assert [entry["steps_done"] for entry in second.history] == [48, 2]
     assert next(iter(second.history[-1]["loss"].values())) < early - 0.6, "the resumed run starts from the checkpoint"

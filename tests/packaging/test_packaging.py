@@ -1,0 +1,87 @@
+"""The wheel a user installs: built from the sdist, one top-level name, the script runs outside the checkout."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
+
+
+def call(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) -> str:
+    done = subprocess.run([str(part) for part in command], cwd=cwd, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}: {done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build sdist, then the wheel from the unpacked sdist alone."""
+    out = tmp_path_factory.mktemp("dist")
+    # A copy of what git would ship: build backends must not see the checkout's other files.
+    call(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, ROOT, cwd=out)
+    assert len(list(out.glob("kvscope-*.tar.gz"))) == 1
+    (made,) = out.glob("kvscope-*.whl")
+    return made
+
+
+def test_wheel_holds_one_top_level_package_with_the_reference_model(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"kvscope"}
+    inside = {name.removeprefix("kvscope/") for name in names}
+    weights = "harness/reference_model/weights/"
+    for needed in ("cli.py", "py.typed", "harness/sweep.py", "reports/html.py", "methods/dense/README.md"):
+        assert needed in inside, needed
+    for needed in ("config.json", "tokenizer.json", "model.safetensors.index.json", "README.md"):
+        assert weights + needed in inside, needed
+    assert not any(name.startswith("tests/") or "__pycache__" in name for name in inside)
+    assert wheel.stat().st_size < 45 * 1024**2
+
+
+@pytest.fixture(scope="module")
+def script(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh environment with the wheel alone; its dependencies are this environment's."""
+    folder = tmp_path_factory.mktemp("fresh") / "venv"
+    venv.create(folder, with_pip=False)
+    site = next(folder.glob("lib/python*/site-packages"))
+    # Dependencies come from the running interpreter, behind the wheel's own files; an editable kvscope must not.
+    outer = [path for path in sys.path if path.endswith("site-packages")]
+    (site / "dependencies.pth").write_text("\n".join(outer) + "\n")
+    call(sys.executable, "-m", "pip", "--python", folder / "bin" / "python", "install", "--no-deps", "--no-index", wheel,
+         cwd=folder)  # fmt: skip
+    return folder / "bin" / "kvscope"
+
+
+def clean_environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+
+
+def test_script_runs_outside_the_checkout(script: Path, tmp_path: Path) -> None:
+    env = clean_environment()
+    where = "import kvscope, pathlib; print(pathlib.Path(kvscope.__file__).resolve())"
+    assert str(script.parent.parent) in call(script.parent / "python", "-c", where, cwd=tmp_path, env=env)
+    assert call(script, "--version", cwd=tmp_path, env=env).startswith("kvscope 0.")
+    assert "reference" in call(script, "list", "models", cwd=tmp_path, env=env)
+    call(
+        script, "run", "-m", "dense", "-m", "recency", "--task", "niah_single_1", "--length", "1k", "--samples", "1",
+        "--max-new-tokens", "8", "--no-footprint", "--out", "out", cwd=tmp_path, env=env,
+    )  # fmt: skip
+    assert (tmp_path / "out" / "report" / "report.html").stat().st_size > 10_000
+    shutil.rmtree(tmp_path / "out")
+
+
+def test_help_is_fast(script: Path, tmp_path: Path) -> None:
+    """Best of three, so that a busy machine does not decide."""
+    took = []
+    for _ in range(3):
+        start = time.perf_counter()
+        call(script, "--help", cwd=tmp_path, env=clean_environment())
+        took.append(time.perf_counter() - start)
+    assert min(took) < 0.5
