@@ -1,0 +1,58 @@
+"""The tasks under the stock lm-eval: same prompts, same score."""
+
+from typing import Any
+
+import pytest
+from tiny import save_tiny_model
+
+from kvscope.results.errors import UsageError
+from kvscope.tasks.lm_harness import FOLDER, build, process_results
+from kvscope.tasks.needle import SPECS
+from kvscope.tasks.registry import create_task
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    save_tiny_model(folder)
+    return str(folder)
+
+
+def test_every_task_without_data_has_a_file() -> None:
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == {n for n, s in SPECS.items() if s.haystack != "essay"}
+
+
+def test_documents_are_the_prompts_of_kvscope_run(model_folder: str) -> None:
+    from transformers import AutoTokenizer
+
+    docs = build(kvscope_task="niah_multiquery", length_tokens=1024, samples=2, seed=3, pretrained=model_folder)["test"]
+    own = create_task("niah_multiquery").build(
+        AutoTokenizer.from_pretrained(model_folder), length_tokens=1024, sample=1, seed=3
+    )
+    assert docs[1]["prompt_sha256"] == own.prompt_sha256
+    assert process_results(docs[1], [", ".join(own.targets)]) == {"recall": 1.0}
+    assert process_results(docs[1], [own.targets[0]]) == {"recall": 0.25}
+
+
+def test_without_a_tokenizer_it_says_what_to_pass() -> None:
+    with pytest.raises(UsageError, match="pretrained= in --model_args"):
+        build(kvscope_task="niah_single_1")
+
+
+@pytest.mark.slow
+def test_stock_lm_eval_runs_them(model_folder: str) -> None:
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    metadata = {"length_tokens": 512, "samples": 2, "seed": 1, "pretrained": model_folder}
+    manager = TaskManager(include_path=str(FOLDER), include_defaults=False, metadata=metadata)
+    results: dict[str, Any] = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": model_folder, "add_bos_token": True, "device": "cpu"},
+        tasks=["kvscope_niah_single_1"],
+        task_manager=manager,
+        gen_kwargs="max_gen_toks=4",
+        bootstrap_iters=0,
+    )
+    assert results["results"]["kvscope_niah_single_1"]["recall,none"] == 0.0
+    assert len(results["samples"]["kvscope_niah_single_1"]) == 2
