@@ -1,0 +1,244 @@
+"""The accuracy pass of four comparable methods, end to end: kvscope against kvpress.
+
+Same model, same prompts as token ids, same stop rule, same cap, same dtype and threads. Each side is one fresh process
+that imports, loads the model and answers; the two alternate. kvpress (PyPI) lives in an environment of its own, which
+this script makes where it is missing.
+
+    python benchmarks/against_kvpress.py
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kvpress_report import markdown
+from measure import RESULTS, load_1min, machine, ratio_summary, say, wait_for_calm, write_result
+
+import kvscope
+from kvscope.harness.config import format_length, parse_length
+from kvscope.harness.sweep import failures
+
+KVPRESS_VERSION = "0.5.5"
+METHODS = ("dense", "sliding_window", "recency", "random")
+TASK = "niah_multikey_2"
+TARGET_RATIO = 2.0
+DEFAULT_VENV = Path(tempfile.gettempdir()) / "kvpress-venv"
+
+
+def kvpress_python(folder: Path) -> Path:
+    """Return the Python of kvpress's environment; make the environment where it is missing.
+
+    Raises:
+        subprocess.CalledProcessError: venv or pip failed; their own words are on the terminal.
+    """
+    import torch
+
+    python = folder / "bin" / "python"
+    asked = [
+        str(python),
+        "-c",
+        f"from importlib.metadata import version; assert version('kvpress') == '{KVPRESS_VERSION}'",
+    ]
+    if not python.exists() or subprocess.run(asked, capture_output=True, check=False).returncode:
+        say(f"installing kvpress {KVPRESS_VERSION} into an environment of its own")
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        same_torch = f"torch=={torch.__version__.partition('+')[0]}"
+        subprocess.run([python, "-m", "pip", "install", "-q", same_torch, f"kvpress=={KVPRESS_VERSION}"], check=True)
+    return python
+
+
+def specs(keep: float) -> list[str]:
+    """Return kvscope's specs: dense, and three methods that keep the same fraction of the prompt."""
+    return [name if name == "dense" else f"{name}:budget_fraction={keep}" for name in METHODS]
+
+
+def make_job(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return kvpress's job: model folder, prompts as ids, split where kvscope splits them, and the stop rule as ids."""
+    from kvscope.harness.models import load_model
+    from kvscope.tasks.registry import create_task
+
+    loaded = load_model("reference", device="cpu")
+    task = create_task(TASK)
+    task.max_new_tokens = arguments.max_new_tokens
+    samples = [
+        task.build(loaded.tokenizer, length_tokens=length_tokens, sample=index, seed=arguments.seed)
+        for length_tokens in arguments.length
+        for index in range(arguments.samples)
+    ]
+    # No token of a byte-level vocabulary holds part of a newline, so these ids end an answer where the text would.
+    newline_ids = [i for i in range(len(loaded.tokenizer)) if "\n" in loaded.tokenizer.decode([i])]
+    return {
+        "model": str(loaded.model.config.name_or_path),
+        "methods": list(METHODS),
+        "compression_ratio": 1 - arguments.keep,
+        "max_new_tokens": arguments.max_new_tokens,
+        "seed": arguments.seed,
+        "stop_ids": sorted({*loaded.eos_ids, *newline_ids}),
+        "prompts": [
+            {
+                "length_tokens": sample.length_tokens,
+                "sample": sample.sample,
+                # kvscope's default: all but the last token is prefilled, the last one is fed under the method.
+                "context_ids": list(sample.ids[:-1]),
+                "question_ids": list(sample.ids[-1:]),
+                "targets": list(sample.targets),
+            }
+            for sample in samples
+        ],
+    }
+
+
+def run_kvscope(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Run ``kvscope run`` in a fresh process and return its wall time and rows."""
+    command = [sys.executable, "-m", "kvscope.cli", "run", "--model", "reference", "--device", "cpu", "--no-footprint"]
+    for option, values in (
+        ("-m", specs(arguments.keep)),
+        ("--task", [TASK]),
+        ("--length", arguments.length),
+        ("--samples", [arguments.samples]),
+        ("--seed", [arguments.seed]),
+        ("--max-new-tokens", [arguments.max_new_tokens]),
+        ("--out", [folder]),
+    ):
+        for value in values:
+            command += [option, str(value)]
+    load = load_1min()
+    started_s = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    wall_s = time.perf_counter() - started_s
+    run = kvscope.load_run(folder)
+    failed = failures(run)
+    if failed:
+        raise RuntimeError("; ".join(failed))
+    samples: list[Any] = list(run.samples.itertuples())
+    rows = [
+        {
+            "method": row.method_label.partition(":")[0],
+            "length_tokens": int(row.length_tokens),
+            "sample": int(row.sample),
+            "output": row.output,
+            "score": float(row.score),
+            "prefill_s": float(row.prefill_s),
+            "decode_s": float(row.decode_s),
+            "decode_tokens": int(row.decode_tokens),
+            "kept_fraction": float(row.resident_kv_bytes / row.dense_kv_bytes),
+        }
+        for row in samples
+    ]
+    return {"wall_s": wall_s, "load_1min_before": load, "rows": rows}
+
+
+def run_kvpress(python: Path, job: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Run kvpress's side in a fresh process and return its wall time and rows, scored by kvscope's task."""
+    from kvscope.tasks.base import contains_all_score
+
+    folder.mkdir()
+    job_file, answers_file = folder / "job.json", folder / "answers.json"
+    job_file.write_text(json.dumps(job), encoding="utf-8")
+    script = Path(__file__).resolve().with_name("kvpress_side.py")
+    load = load_1min()
+    started_s = time.perf_counter()
+    subprocess.run([python, script, job_file, answers_file], check=True)
+    wall_s = time.perf_counter() - started_s
+    answers: dict[str, Any] = json.loads(answers_file.read_text(encoding="utf-8"))
+    targets = {(prompt["length_tokens"], prompt["sample"]): prompt["targets"] for prompt in job["prompts"]}
+    for row in answers["rows"]:
+        row["output"] = row["output"].partition("\n")[0]
+        row["score"] = contains_all_score(targets[row["length_tokens"], row["sample"]], row["output"])
+    return {"wall_s": wall_s, "load_1min_before": load, **answers}
+
+
+def same_answers(kvscope_rows: Sequence[dict[str, Any]], kvpress_rows: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Return "equal of all" answers by method.
+
+    Dense must agree everywhere and so must recency, where both sides keep the same tokens; the others differ by design.
+    """
+    theirs = {(row["method"], row["length_tokens"], row["sample"]): row["output"].strip() for row in kvpress_rows}
+    counts = {}
+    for name in METHODS:
+        own = [row for row in kvscope_rows if row["method"] == name]
+        equal = sum(theirs[name, row["length_tokens"], row["sample"]] == row["output"].strip() for row in own)
+        counts[name] = f"{equal} of {len(own)}"
+    return counts
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Warm both sides up at 1K, then alternate them; the second repetition goes the other way round, and so on."""
+    python = kvpress_python(arguments.venv)
+    job = make_job(arguments)
+    repetitions = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        say("warm-up at 1K")
+        small = argparse.Namespace(**{**vars(arguments), "length": [1024], "samples": 1})
+        run_kvscope(small, folder / "kvscope-warm")
+        run_kvpress(python, make_job(small), folder / "kvpress-warm")
+        waited_s = wait_for_calm(max_wait_s=arguments.max_wait_s)
+        for index in range(arguments.repetitions):
+            sides: dict[str, Any] = {}
+            for side in ("kvscope", "kvpress") if index % 2 == 0 else ("kvpress", "kvscope"):
+                place = folder / f"{side}-{index}"
+                sides[side] = run_kvscope(arguments, place) if side == "kvscope" else run_kvpress(python, job, place)
+                say(f"repetition {index + 1}: {side} {sides[side]['wall_s']:.2f} s (load {load_1min():.2f})")
+            sides["ratio"] = sides["kvpress"]["wall_s"] / sides["kvscope"]["wall_s"]
+            sides["same_answers"] = same_answers(sides["kvscope"]["rows"], sides["kvpress"]["rows"])
+            repetitions.append(sides)
+    ratio = ratio_summary([sides["ratio"] for sides in repetitions])
+    lengths = [format_length(length_tokens).lower() for length_tokens in arguments.length]
+    return {
+        "benchmark": "against_kvpress",
+        "command": "python benchmarks/against_kvpress.py --length "
+        + " --length ".join(lengths)
+        + f" --samples {arguments.samples} --repetitions {arguments.repetitions} --keep {arguments.keep}"
+        f" --max-new-tokens {arguments.max_new_tokens} --seed {arguments.seed}",
+        "model": "reference",
+        "task": TASK,
+        "lengths_tokens": arguments.length,
+        "samples": arguments.samples,
+        "seed": arguments.seed,
+        "max_new_tokens": arguments.max_new_tokens,
+        "kept_fraction": arguments.keep,
+        "kvscope_methods": specs(arguments.keep),
+        "kvpress_presses": [
+            "none",
+            f"StreamingLLMPress({1 - arguments.keep}, n_sink=4)",
+            f"StreamingLLMPress({1 - arguments.keep}, n_sink=0)",
+            f"RandomPress({1 - arguments.keep}, seed={arguments.seed})",
+        ],
+        "target": f"at least {TARGET_RATIO}",
+        "target_met": ratio["min"] >= TARGET_RATIO,
+        "ratio": ratio,
+        "repetitions": repetitions,
+        "waited_for_calm_s": waited_s,
+        "environment": machine(),
+    }
+
+
+def main() -> int:
+    """Measure, write, and return 0 when the target is met in every repetition."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--length", type=parse_length, action="append", help="repeatable; default 4k and 8k")
+    parser.add_argument("--samples", type=int, default=2, help="prompts per length")
+    parser.add_argument("--repetitions", type=int, default=2)
+    parser.add_argument("--keep", type=float, default=0.25, help="fraction of the prompt that three methods keep")
+    parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--venv", type=Path, default=DEFAULT_VENV, help="kvpress's environment, made where missing")
+    parser.add_argument("--max-wait-s", type=float, default=0.0, help="longest wait for a calm machine")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
+    arguments = parser.parse_args()
+    arguments.length = arguments.length or [4096, 8192]
+    result = measure(arguments)
+    write_result("against_kvpress", result, markdown(result), folder=arguments.out)
+    say(f"ratio {result['ratio']['median']:.2f} ({result['ratio']['min']:.2f} to {result['ratio']['max']:.2f})")
+    return 0 if result["target_met"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
