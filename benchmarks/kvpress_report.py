@@ -7,20 +7,16 @@ from measure import machine_lines
 from kvscope.harness.config import format_length
 
 
-def prefill_and_decode_s(result: dict[str, Any], length_tokens: int) -> tuple[float, float]:
-    """Return seconds that kvscope and kvpress took for one prompt of a length under four methods, without start-up.
+def prefill_and_decode_s(sides: dict[str, Any], length_tokens: int) -> tuple[float, float]:
+    """Return seconds that kvscope and kvpress took for one prompt of a length under four methods in one repetition.
 
-    The fastest repetition of each side, mean over the prompts: what remains of the ratio when imports, model load,
-    rows and report are left out.
+    A mean over the prompts: what remains of the wall time when imports, model load, rows and report are left out.
     """
-    own, theirs = [], []
-    for sides in result["repetitions"]:
-        rows = [row for row in sides["kvscope"]["rows"] if row["length_tokens"] == length_tokens]
-        prefill_s = {row["sample"]: row["prefill_s"] for row in rows}
-        own.append((sum(prefill_s.values()) + sum(row["decode_s"] for row in rows)) / len(prefill_s))
-        answers = [row for row in sides["kvpress"]["rows"] if row["length_tokens"] == length_tokens]
-        theirs.append(sum(row["answer_s"] for row in answers) / len(prefill_s))
-    return min(own), min(theirs)
+    rows = [row for row in sides["kvscope"]["rows"] if row["length_tokens"] == length_tokens]
+    prefill_s = {row["sample"]: row["prefill_s"] for row in rows}
+    own_s = (sum(prefill_s.values()) + sum(row["decode_s"] for row in rows)) / len(prefill_s)
+    answers = [row for row in sides["kvpress"]["rows"] if row["length_tokens"] == length_tokens]
+    return own_s, sum(row["answer_s"] for row in answers) / len(prefill_s)
 
 
 def mean(rows: list[dict[str, Any]], method: str, column: str) -> float:
@@ -52,15 +48,16 @@ def markdown(result: dict[str, Any]) -> list[str]:
         )
     lines += [
         "",
-        "Without start-up and report (prefills and decodes only), one prompt under the four methods; fastest",
-        "repetition of each side:",
+        "Without start-up and report (prefills and decodes only), one prompt under the four methods:",
         "",
-        "| length | kvscope, s | kvpress, s | ratio |",
-        "|---|---:|---:|---:|",
+        "| repetition | length | kvscope, s | kvpress, s | ratio |",
+        "|---:|---|---:|---:|---:|",
     ]
-    for length_tokens in result["lengths_tokens"]:
-        own_s, their_s = prefill_and_decode_s(result, length_tokens)
-        lines.append(f"| {format_length(length_tokens)} | {own_s:.2f} | {their_s:.2f} | {their_s / own_s:.2f} |")
+    for index, sides in enumerate(result["repetitions"], start=1):
+        for length_tokens in result["lengths_tokens"]:
+            own_s, their_s = prefill_and_decode_s(sides, length_tokens)
+            length = format_length(length_tokens)
+            lines.append(f"| {index} | {length} | {own_s:.2f} | {their_s:.2f} | {their_s / own_s:.2f} |")
     lines += [
         "",
         "The two sides do the same task (last repetition):",

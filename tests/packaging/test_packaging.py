@@ -54,8 +54,8 @@ def script(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Dependencies come from the running interpreter, behind the wheel's own files; an editable kvscope must not.
     outer = [path for path in sys.path if path.endswith("site-packages")]
     (site / "dependencies.pth").write_text("\n".join(outer) + "\n")
-    call(sys.executable, "-m", "pip", "--python", folder / "bin" / "python", "install", "--no-deps", "--no-index", wheel,
-         cwd=folder)  # fmt: skip
+    pip = (sys.executable, "-m", "pip", "--python", folder / "bin" / "python")
+    call(*pip, "install", "--no-deps", "--no-index", wheel, cwd=folder)
     return folder / "bin" / "kvscope"
 
 
