@@ -9,6 +9,7 @@ Shapes: B batch, Q query heads, H KV heads, S new tokens, D head size, M hidden 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -87,6 +88,7 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is unt
         setattr(key_states, _MARK, self)
         return key_states, value_states
 
+    @abstractmethod
     def attend(
         self,
         module: torch.nn.Module,
@@ -99,7 +101,7 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is unt
         softcap: float | None,
         s_aux: torch.Tensor | None,
     ) -> torch.Tensor:
-        raise NotImplementedError
+        """Attend the queries of one call; K and V are the ones ``update`` returned."""
 
     def get_seq_length(self) -> int:
         return 0
