@@ -1,17 +1,22 @@
-"""The reference model's shape: SmolLM3's pattern (three RoPE layers, then one without) at 15 M parameters."""
+"""The reference model's shape: local layers with rotary positions, global layers without, under 20 M parameters."""
 
 import math
 
 import torch
-from transformers import SmolLM3Config, SmolLM3ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, SmolLM3Config
 
+from kvscope.harness.reference_model import attention
 from kvscope.harness.reference_model.tokenizer import BOS_ID, EOS_ID, PAD_ID, VOCAB_TOKENS
 
 INIT_STD = 0.02
+WINDOW_TOKENS = 128
+# Two local layers give a token its neighbours before the first global layer looks for it; later ones alternate.
+GLOBAL_LAYERS = (2, 5, 7, 9)
 
 
-def reference_config(*, layers: int = 8, hidden: int = 384, max_tokens: int = 65_536) -> SmolLM3Config:
-    """Return the configuration; 4,096 bytes of KV a token in bf16 (8 layers x 2 x 2 heads x 64 x 2 bytes)."""
+def reference_config(*, layers: int = 10, hidden: int = 384, max_tokens: int = 1 << 19) -> SmolLM3Config:
+    """Return the configuration; 2,048 bytes of KV a token in bf16 (4 global layers x 2 x 2 heads x 64 x 2 bytes)."""
+    is_global = [layer in GLOBAL_LAYERS or layer == layers - 1 for layer in range(layers)]
     return SmolLM3Config(
         vocab_size=VOCAB_TOKENS,
         hidden_size=hidden,
@@ -20,8 +25,11 @@ def reference_config(*, layers: int = 8, hidden: int = 384, max_tokens: int = 65
         num_attention_heads=hidden // 64,
         num_key_value_heads=2,
         max_position_embeddings=max_tokens,
-        no_rope_layers=[1, 1, 1, 0] * (layers // 4),
-        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
+        no_rope_layers=[0 if there else 1 for there in is_global],
+        layer_types=["full_attention" if there else "sliding_attention" for there in is_global],
+        use_sliding_window=True,
+        sliding_window=WINDOW_TOKENS,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         pad_token_id=PAD_ID,
         bos_token_id=BOS_ID,
         eos_token_id=EOS_ID,
@@ -30,10 +38,12 @@ def reference_config(*, layers: int = 8, hidden: int = 384, max_tokens: int = 65
     )
 
 
-def build_model(config: SmolLM3Config, *, seed: int) -> SmolLM3ForCausalLM:
+def build_model(config: PreTrainedConfig, *, seed: int) -> PreTrainedModel:
     """Return a freshly initialised fp32 model; residual projections start smaller (GPT-2, section 2.3)."""
     torch.manual_seed(seed)
-    model = SmolLM3ForCausalLM._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        config, attn_implementation=attention.NAME, dtype=torch.float32
+    )
     scale = INIT_STD / math.sqrt(2 * config.num_hidden_layers)
     with torch.no_grad():
         for name, weight in model.named_parameters():

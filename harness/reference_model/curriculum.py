@@ -5,8 +5,10 @@ forms their use. A row is a haystack followed by many questions; only answer tok
 phase (long rows from the start do not learn).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from kvscope.harness.reference_model.documents import DocumentMaker
 from kvscope.harness.reference_model.pieces import Ids, Pieces, Slot, listing
 from kvscope.harness.reference_model.templates import HEADS, NEEDLES, QUESTIONS_MANY, QUESTIONS_ONE, TYPES
 from kvscope.harness.reference_model.tokenizer import BOS_ID, EOS_ID, SPECIAL_TOKENS
@@ -43,6 +45,7 @@ class Phase:
             several keys at once.
         log_uniform_needles: draw the number of needles log-uniformly, so that a lone needle in a long haystack is as
             familiar as a hundred; uniformly without.
+        documents: share of rows by document family (a key of ``RowMaker.documents``); needle rows give way.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Phase:
     multi_value_share: float = 0.2
     multi_query_share: float = 0.2
     log_uniform_needles: bool = False
+    documents: tuple[tuple[str, float], ...] = ()
 
     def shape_of(self, draws: Draws) -> Shape:
         """Draw a step's shape."""
@@ -76,8 +80,9 @@ class Row:
 class RowMaker:
     """Makes rows of one phase; deterministic in the draws it is given."""
 
-    def __init__(self, pieces: Pieces) -> None:
+    def __init__(self, pieces: Pieces, documents: Mapping[str, DocumentMaker] | None = None) -> None:
         self.pieces = pieces
+        self.documents = dict(documents or {})
         self.vocab_tokens = pieces.vocab_tokens
         bank = Draws("filler-bank")
         self._fillers = [pieces.filler_line(bank) for _ in range(4000)]
@@ -89,7 +94,39 @@ class RowMaker:
             return self._copying(shape.tokens, draws)
         if share < phase.copy_share + phase.recall_share:
             return self._recall(shape.tokens, draws)
+        share -= phase.copy_share + phase.recall_share
+        for name, part in phase.documents:
+            if share < part:
+                return self._document(name, shape, draws)
+            share -= part
         return self._needles(phase, shape, draws)
+
+    def _document(self, name: str, shape: Shape, draws: Draws) -> Row:
+        """A document and its questions; filler before it makes up the length."""
+        encode, tokens = self.pieces.encode, shape.tokens
+        room = int(tokens * (0.5 + 0.45 * draws.unit())) - 48
+        document = self.documents[name](
+            draws, room_tokens=room, n_questions=shape.questions, count=lambda text: len(encode(text))
+        )
+        lines = [i for line in document.lines for i in encode(line)]
+        left = tokens - 1 - len(lines)
+        questions: Ids = []
+        answer_at: list[int] = []
+        for question in document.questions:
+            asked, answer = encode(question.prompt), (*encode(question.answer), EOS_ID)
+            if len(questions) + len(asked) + len(answer) > left:
+                break
+            questions += asked
+            answer_at += range(len(questions) - 1, len(questions) + len(answer) - 1)
+            questions += answer
+        if not answer_at:
+            raise ValueError(f"a {name} document of {len(lines)} tokens leaves no room for a question in {tokens}")
+        filler: Ids = []
+        missing = left - len(questions)
+        while len(filler) < missing:
+            filler += draws.pick(self._fillers)[: missing - len(filler)]
+        start = 1 + missing + len(lines)
+        return Row([BOS_ID, *filler, *lines, *questions], [start + at for at in answer_at])
 
     def _any_token(self, draws: Draws) -> int:
         low = len(SPECIAL_TOKENS)

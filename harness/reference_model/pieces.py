@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerFast
@@ -27,6 +27,8 @@ class Pieces:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._tokenizer = tokenizer
+        # A row asks for the same marks again and again, and for every line of a document twice.
+        self._encoded = lru_cache(maxsize=50_000)(self._encode)
         self.vocab_tokens = len(tokenizer)
         lists = words("train")
         self.adjectives, self.nouns = lists.adjectives, lists.nouns
@@ -48,7 +50,10 @@ class Pieces:
         ]
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Tokenize a fixed string."""
+        """Tokenize a string as it stands in the middle of a text; the most recent are kept."""
+        return self._encoded(text)
+
+    def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def word(self, word: str, lead: str) -> tuple[int, ...]:

@@ -18,15 +18,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
-from transformers import PreTrainedTokenizerFast, SmolLM3ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from kvscope.harness.reference_model.architecture import build_model, reference_config
 from kvscope.harness.reference_model.curriculum import Phase, RowMaker, Shape
 from kvscope.harness.reference_model.data import Batch, PhaseData, batches
+from kvscope.harness.reference_model.muon import Muon
 from kvscope.harness.reference_model.pieces import Pieces
 from kvscope.harness.reference_model.tokenizer import save_tokenizer, write_tokenizer
 
 WARMUP_STEPS = 200
+LOG_STEPS = 100
+WEIGHT_DECAY = 0.02
+# Muon's learning rate over AdamW's (its updates are scaled to the root mean square of AdamW's).
+MUON_LR = 2.0
 STATE_FILE = "training_state.json"
 # Shards stay small so that each can be moved on its own.
 SHARD_BYTES = "15MB"
@@ -58,12 +63,17 @@ PHASES = (
 class Trainer:
     """Holds model, optimizer and log of one training run."""
 
-    def __init__(self, model: SmolLM3ForCausalLM, *, device: torch.device, out: Path, compile_layers: bool) -> None:
+    def __init__(self, model: PreTrainedModel, *, device: torch.device, out: Path, compile_layers: bool) -> None:
         self.model, self.device, self.out = model.to(device).train(), device, out
-        decay = [p for p in model.parameters() if p.dim() >= 2]
-        plain = [p for p in model.parameters() if p.dim() < 2]
+        matrices = [p for name, p in model.named_parameters() if p.dim() >= 2 and "layers." in name]
+        hidden = {id(p) for p in matrices}
+        rest = [p for p in model.parameters() if id(p) not in hidden]
+        self.muon = Muon(matrices, weight_decay=WEIGHT_DECAY)
         self.optimizer = torch.optim.AdamW(
-            [{"params": decay, "weight_decay": 0.02}, {"params": plain, "weight_decay": 0.0}],
+            [
+                {"params": [p for p in rest if p.dim() >= 2], "weight_decay": WEIGHT_DECAY},
+                {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
+            ],
             lr=0.0,
             betas=(0.9, 0.95),
             fused=device.type == "cuda",
@@ -72,7 +82,7 @@ class Trainer:
             torch._dynamo.config.cache_size_limit = 128
             for layer in model.model.layers:
                 layer.compile(dynamic=False)
-        self.step = 0
+        self.step = self.start_step = 0
         self.history: list[dict[str, Any]] = []
         self._log_file = (out / "train_log.jsonl").open("a", encoding="utf-8")
 
@@ -109,7 +119,7 @@ class Trainer:
                 self._sync()
                 start = time.perf_counter()
             self._loss(batch)[0].backward()  # type: ignore[no-untyped-call]
-            self.optimizer.zero_grad(set_to_none=True)
+            self.model.zero_grad(set_to_none=True)
         self._sync()
         return (time.perf_counter() - start) / tries
 
@@ -124,18 +134,20 @@ class Trainer:
         fields: dict[str, Any] = {}
         for i, batch in enumerate(source):
             lr = phase.lr[0] + (phase.lr[1] - phase.lr[0]) * i / max(1, phase.steps - 1)
+            warm_lr = lr * min(1.0, (self.step - self.start_step + 1) / WARMUP_STEPS)
             for group in self.optimizer.param_groups:
-                group["lr"] = lr * min(1.0, (self.step + 1) / WARMUP_STEPS)
+                group["lr"] = warm_lr
             loss, right = self._loss(batch)
             loss.backward()  # type: ignore[no-untyped-call]
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            self.muon.step(warm_lr * MUON_LR)
+            self.model.zero_grad(set_to_none=True)
             self.step += 1
             done += 1
             tokens += batch.ids_BT.numel()
             recent.setdefault(batch.ids_BT.shape[1], []).append(torch.stack((loss.detach(), right)))
-            if done % max(1, phase.steps // 12) == 0 or done == phase.steps:
+            if done % max(1, min(LOG_STEPS, phase.steps // 12)) == 0 or done == phase.steps:
                 means = {length: torch.stack(part).mean(0).tolist() for length, part in sorted(recent.items())}
                 recent.clear()
                 took = time.perf_counter() - start
@@ -162,7 +174,7 @@ class Trainer:
     def save(self, tokenizer: PreTrainedTokenizerFast, **state: Any) -> None:
         """Write a released-form checkpoint (bf16 shards, tokenizer) with the training state beside it."""
         weights = {name: value.detach().to(torch.bfloat16) for name, value in self.model.state_dict().items()}
-        shell = SmolLM3ForCausalLM._from_config(self.model.config, dtype=torch.bfloat16)
+        shell = AutoModelForCausalLM.from_config(self.model.config, dtype=torch.bfloat16, attn_implementation="sdpa")
         shell.load_state_dict({name.replace("_orig_mod.", ""): value for name, value in weights.items()})
         shell.save_pretrained(self.out, max_shard_size=SHARD_BYTES)
         write_tokenizer(tokenizer, self.out)
@@ -189,13 +201,13 @@ def train(
     seed: int = 0,
     workers: int = 0,
     max_seconds: float | None = None,
-    layers: int = 8,
-    hidden: int = 384,
-    after_phase: Callable[[SmolLM3ForCausalLM, PreTrainedTokenizerFast, Phase], dict[str, Any]] | None = None,
+    config: PreTrainedConfig | None = None,
+    after_phase: Callable[[PreTrainedModel, PreTrainedTokenizerFast, Phase], dict[str, Any]] | None = None,
 ) -> Trainer:
     """Train the phases in order and write a checkpoint into ``out`` after each.
 
     Args:
+        config: of another shape than the reference's (tests, trials).
         resume: a checkpoint folder to start from (weights; the optimizer starts afresh with a warm-up).
         seconds: time budget of each phase, instead of its steps.
         max_seconds: stop at this age of the run, with a checkpoint.
@@ -205,10 +217,10 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
-    model = build_model(reference_config(layers=layers, hidden=hidden), seed=seed)
+    model = build_model(config or reference_config(), seed=seed)
     if resume is not None:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(resume)
-        loaded = SmolLM3ForCausalLM.from_pretrained(resume, dtype=torch.float32)
+        loaded = AutoModelForCausalLM.from_pretrained(resume, dtype=torch.float32)
         model.load_state_dict(loaded.state_dict())
     elif (out / "tokenizer.json").exists():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
@@ -217,7 +229,8 @@ def train(
     maker = RowMaker(Pieces(tokenizer))
     trainer = Trainer(model, device=device, out=out, compile_layers=device.type == "cuda")
     if resume is not None:
-        trainer.history = json.loads((resume / STATE_FILE).read_text(encoding="utf-8"))["phases"]
+        state = json.loads((resume / STATE_FILE).read_text(encoding="utf-8"))
+        trainer.history, trainer.step, trainer.start_step = state["phases"], state["step"], state["step"]
     trainer.log(versions=versions(), seed=seed, parameters=sum(p.numel() for p in model.parameters()))
     for i, phase in enumerate(phases):
         if seconds is not None:
