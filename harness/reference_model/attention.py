@@ -4,7 +4,6 @@ Sliding-window layers cost their window, not the row: queries go in blocks of on
 the one before. Full layers use torch's causal kernel.
 """
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -12,14 +11,6 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 NAME = "kvscope_training"
-
-
-@cache
-def _band(window: int, device: torch.device) -> torch.Tensor:
-    """[W, 2W] mask: query i of a block sees keys i + 1 ... i + W of (block before, own block), itself the last."""
-    query = torch.arange(window, device=device)[:, None]
-    key = torch.arange(2 * window, device=device)[None]
-    return (key > query) & (key <= query + window)
 
 
 def sliding_attention(
@@ -31,24 +22,21 @@ def sliding_attention(
     if n * window != T:
         raise ValueError(f"rows of {T} tokens are not a multiple of the window {window}")
     groups = Q // k_BHTD.shape[1]
-    k = k_BHTD.repeat_interleave(groups, dim=1)
-    v = v_BHTD.repeat_interleave(groups, dim=1)
-    first = F.scaled_dot_product_attention(
-        q_BQTD[:, :, :window], k[:, :, :window], v[:, :, :window], is_causal=True, scale=scale
-    )
-    if n == 1:
-        return first
 
-    def pairs(x: torch.Tensor) -> torch.Tensor:
-        blocks = x.view(B, Q, n, window, D)
-        both = torch.cat((blocks[:, :, :-1], blocks[:, :, 1:]), dim=3)
-        return both.transpose(1, 2).reshape(B * (n - 1), Q, 2 * window, D)
+    def pairs(x_BHTD: torch.Tensor) -> torch.Tensor:
+        """[B, Q, n, 2W, D]: each block behind the one before it (behind itself at the start, where it is masked)."""
+        blocks = x_BHTD.repeat_interleave(groups, dim=1).view(B, Q, n, window, D)
+        before = torch.cat((blocks[:, :, :1], blocks[:, :, :-1]), dim=2)
+        return torch.cat((before, blocks), dim=3)
 
-    queries = q_BQTD[:, :, window:].reshape(B, Q, n - 1, window, D).transpose(1, 2).reshape(-1, Q, window, D)
-    mask = _band(window, q_BQTD.device)
-    rest = F.scaled_dot_product_attention(queries, pairs(k), pairs(v), attn_mask=mask, scale=scale)
-    rest = rest.view(B, n - 1, Q, window, D).transpose(1, 2).reshape(B, Q, T - window, D)
-    return torch.cat((first, rest), dim=2)
+    query = torch.arange(window, device=q_BQTD.device)[:, None]
+    key = torch.arange(2 * window, device=q_BQTD.device)[None]
+    block = torch.arange(n, device=q_BQTD.device)[:, None, None]
+    # Query i of a block sees keys i + 1 ... i + W of (block before, own block), itself the last.
+    seen = (key > query) & (key <= query + window) & ((block > 0) | (key >= window))
+    scores = (q_BQTD.reshape(B, Q, n, window, D) @ pairs(k_BHTD).mT).float() * scale
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    return (weights.to(v_BHTD.dtype) @ pairs(v_BHTD)).view(B, Q, T, D)
 
 
 def training_attention(
@@ -70,6 +58,8 @@ def training_attention(
     if sliding_window is not None:
         out = sliding_attention(query, key, value, window=sliding_window, scale=scaling)
     else:
+        # One dtype: a norm on queries and keys leaves them in fp32 under autocast, and the fast kernel wants bf16.
+        query, key = query.to(value.dtype), key.to(value.dtype)
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
     return out.transpose(1, 2).contiguous(), None
 

@@ -11,12 +11,13 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from kvscope.harness.reference_model import documents_long_qa_templates, templates_ruler
 from kvscope.harness.reference_model.templates import all_static_text
 from kvscope.tasks import prose
 from kvscope.tasks.draws import Draws
 from kvscope.tasks.words import words
 
-VOCAB_TOKENS = 6144
+VOCAB_TOKENS = 8192
 SPECIAL_TOKENS = ["<|pad|>", "<|bos|>", "<|eos|>", "<|reserved_0|>", "<|reserved_1|>", "<|reserved_2|>"]
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
 
@@ -57,6 +58,9 @@ def _corpus(seed: int) -> Iterator[str]:
         yield prose.line(draws)
     for _ in range(400):
         yield all_static_text()
+        yield documents_long_qa_templates.static_text()
+        yield templates_ruler.static_text()
+        yield templates_ruler.random_text(draws)
 
 
 def train_tokenizer(*, seed: int = 0) -> PreTrainedTokenizerFast:

@@ -6,6 +6,7 @@ the learning rate depends on the step alone, and the number is written to the lo
 """
 
 import argparse
+import copy
 import json
 import platform
 import sys
@@ -29,6 +30,9 @@ from kvscope.harness.reference_model.tokenizer import save_tokenizer, write_toke
 
 WARMUP_STEPS = 200
 LOG_STEPS = 100
+# Each shape's forward is held against the stock model's, on so many tokens, before its first step.
+CHECK_TOKENS = 1024
+CHECK_TOLERANCE = 0.1
 WEIGHT_DECAY = 0.02
 # Muon's learning rate over AdamW's (its updates are scaled to the root mean square of AdamW's).
 MUON_LR = 2.0
@@ -94,20 +98,44 @@ class Trainer:
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
 
+    def _last_hidden(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        """[B, T, M] behind the last layer, before the final norm; every row starts at position 0."""
+        base = self.model.model
+        x_BTM = base.embed_tokens(ids_BT)
+        rotary = base.rotary_emb(x_BTM, torch.arange(ids_BT.shape[1], device=self.device)[None])
+        for layer in base.layers:
+            x_BTM = layer(x_BTM, attention_mask=None, position_embeddings=rotary)
+        return x_BTM
+
+    def check_against_stock(self, batch: Batch) -> float:
+        """Compare training's forward with the stock model's on a row's beginning; returns the relative difference.
+
+        A training forward that sees more than the released model does would learn from what it should not see.
+
+        Raises:
+            RuntimeError: they differ by more than bf16 explains.
+        """
+        stock = self._stock_copy(torch.float32, "eager")
+        stock = stock.to(self.device).eval()
+        ids_BT = batch.ids_BT.to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            # With gradients, as in training: without, another graph would be compiled and checked.
+            ours_BTM = self._last_hidden(ids_BT)[:1, :CHECK_TOKENS].detach()
+            with torch.no_grad():
+                ours_BTM = self.model.model.norm(ours_BTM).float()
+                stock_BTM = stock.model(ids_BT[:1, :CHECK_TOKENS]).last_hidden_state.float()
+        difference = ((ours_BTM - stock_BTM).norm() / stock_BTM.norm()).item()
+        if not difference < CHECK_TOLERANCE:
+            raise RuntimeError(f"training's forward differs from the stock model's by {difference:.3f} (relative norm)")
+        return difference
+
     def _loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean cross entropy over the scored tokens, and the share of them predicted right."""
-        base = self.model.model
         ids_BT = batch.ids_BT.to(self.device, non_blocking=True)
         at_N = batch.at_N.to(self.device, non_blocking=True)
         targets_N = batch.targets_N.to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            x_BTM = base.embed_tokens(ids_BT)
-            position_ids = torch.arange(ids_BT.shape[1], device=self.device)[None]
-            rotary = base.rotary_emb(x_BTM, position_ids)
-            for layer in base.layers:
-                out = layer(x_BTM, attention_mask=None, position_embeddings=rotary)
-                x_BTM = out[0] if isinstance(out, tuple) else out
-            x_NM = base.norm(x_BTM.flatten(0, 1)[at_N])
+            x_NM = self.model.model.norm(self._last_hidden(ids_BT).flatten(0, 1)[at_N])
             logits_NV = self.model.lm_head(x_NM).float()
         loss = F.cross_entropy(logits_NV, targets_N)
         return loss, (logits_NV.detach().argmax(-1) == targets_N).float().mean()
@@ -171,11 +199,19 @@ class Trainer:
         )
         return done
 
+    def _stock_copy(self, dtype: torch.dtype, implementation: str) -> PreTrainedModel:
+        # from_config writes the implementation into the configuration it is given: training's own must not change.
+        config = copy.deepcopy(self.model.config)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=implementation
+        )
+        weights = {name: value.detach().to(dtype) for name, value in self.model.state_dict().items()}
+        model.load_state_dict(weights)
+        return model
+
     def save(self, tokenizer: PreTrainedTokenizerFast, **state: Any) -> None:
         """Write a released-form checkpoint (bf16 shards, tokenizer) with the training state beside it."""
-        weights = {name: value.detach().to(torch.bfloat16) for name, value in self.model.state_dict().items()}
-        shell = AutoModelForCausalLM.from_config(self.model.config, dtype=torch.bfloat16, attn_implementation="sdpa")
-        shell.load_state_dict({name.replace("_orig_mod.", ""): value for name, value in weights.items()})
+        shell = self._stock_copy(torch.bfloat16, "sdpa")
         shell.save_pretrained(self.out, max_shard_size=SHARD_BYTES)
         write_tokenizer(tokenizer, self.out)
         state |= {"step": self.step, "phases": self.history}
@@ -233,12 +269,15 @@ def train(
         trainer.history, trainer.step, trainer.start_step = state["phases"], state["step"], state["step"]
     trainer.log(versions=versions(), seed=seed, parameters=sum(p.numel() for p in model.parameters()))
     for i, phase in enumerate(phases):
-        if seconds is not None:
-            total_share = sum(shape.share for shape in phase.shapes)
-            per_step = 0.0
-            for shape in phase.shapes:
-                one = PhaseData(maker, replace(phase, shapes=(shape,), steps=1), seed=-1 - seed)[0]
+        total_share = sum(shape.share for shape in phase.shapes)
+        per_step = 0.0
+        for shape in phase.shapes:
+            one = PhaseData(maker, replace(phase, shapes=(shape,), steps=1), seed=-1 - seed)[0]
+            difference = trainer.check_against_stock(one)
+            trainer.log(phase=phase.name, tokens=shape.tokens, difference_to_stock=round(difference, 5))
+            if seconds is not None:
                 per_step += trainer.seconds_per_step(one) * shape.share / total_share
+        if seconds is not None:
             phase = replace(phase, steps=max(1, int(seconds[i] / (1.15 * per_step))))
             trainer.log(phase=phase.name, s_per_step=round(per_step, 4), steps=phase.steps)
         source = iter(batches(PhaseData(maker, phase, seed=seed), workers=workers))
