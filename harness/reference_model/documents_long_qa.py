@@ -9,7 +9,7 @@ from collections.abc import Callable
 from kvscope.harness.reference_model.documents import Document, Question
 from kvscope.harness.reference_model.documents_long_qa_templates import TRAIN_WORDING
 from kvscope.tasks.draws import Draws
-from kvscope.tasks.long_qa.lexicon import CATEGORIES, chatter, date_text, lexicon
+from kvscope.tasks.long_qa.lexicon import CATEGORIES, category_of, chatter, date_text, lexicon
 from kvscope.tasks.long_qa.plan import Asked, Author
 from kvscope.tasks.long_qa.questions import PLANNERS
 from kvscope.tasks.long_qa.render import line, small_talk
@@ -39,6 +39,8 @@ _PEOPLE_PER_PLAN = 1.6
 _TOKENS_PER_PLAN = 45
 _TOKENS_PER_PERSON = 120
 _HEAD_SHARE = 0.9
+# So many questions may find no room before a story is taken to be full.
+_MISSES = 3
 _LIST_SIZE = 24
 _CAPITALISED = ("person", "town")
 _ONSETS = (*"bdfghjklmnprstvwyz", "br", "ch", "dr", "fl", "gr", "pr", "sh", "st", "tr")
@@ -78,6 +80,8 @@ class LongQADocuments:
                 word = draws.pick(self._nouns)
             else:
                 word = made_up_word(draws)
+                if word in category_of():  # it could be evaluation's
+                    continue
                 word = word.capitalize() if category in _CAPITALISED else word
             found[word] = None
         return list(found)
@@ -158,9 +162,11 @@ class _Story:
             self._plan("mrcr", room_tokens=self._room)
         # Where many questions are wanted in a short row its lines are nearly all evidence: keep some room for filler.
         kept = int(self._room * (0.1 + 0.4 * draws.unit()))
-        while len(self._asked) < self._n_questions:
-            if not self._plan(self._maker.draw_type(draws), room_tokens=self._room - kept):
-                break
+        misses = 0
+        while len(self._asked) < self._n_questions and misses < _MISSES:
+            misses += not self._plan(self._maker.draw_type(draws), room_tokens=self._room - kept)
+        if not self._asked:
+            self._plan("no_context", room_tokens=self._room)
         self._fill()
         lines += self._in_sessions()
         questions = [

@@ -33,7 +33,7 @@ EVAL_WORDING = Wording(
     },
     appointments=(
         "{p} has fixed the {e} for {d}.\n",
-        "For {p} the {e} is planned on {d}.\n",
+        "The {e} that {p} planned is on {d}.\n",
     ),
     visits=("{p} stopped by at the {v} this morning.\n", "Today {p} stopped for an hour at the {v}.\n"),
     trips=("{p} has just come back from {v}.\n", "{p} is back from some days in {v}.\n"),
