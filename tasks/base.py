@@ -31,9 +31,10 @@ class Sample:
         text: the same prompt as text; the tokenizer maps it to ``ids`` exactly.
         question_start: index of the question's first token (``method_from = question`` splits here).
         evidence_spans: ``(start, end)`` of every stretch the answer needs, ascending.
-        depth: start of the evidence as a fraction of the haystack, 0 (oldest) to 1; a mean where there are several.
+        depth: start of the evidence as a fraction of the haystack, 0 (oldest) to 1; a mean where there are several,
+            None where the answer needs none.
         prompt_sha256: hash of ``text`` in UTF-8.
-        targets: strings the answer must contain.
+        targets: strings of the expected answer, in its order; the task's score says which must be found.
         max_new_tokens: room left for the answer.
         stop: strings that end the answer.
     """
@@ -47,7 +48,7 @@ class Sample:
     text: str
     question_start: int
     evidence_spans: tuple[tuple[int, int], ...]
-    depth: float
+    depth: float | None
     prompt_sha256: str
     targets: tuple[str, ...]
     max_new_tokens: int

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from kvscope.tasks.base import Task
 
 _NEEDLE = "kvscope.tasks.needle:NeedleTask"
+_LONG_QA = "kvscope.tasks.long_qa.task:LongQATask"
 TASKS: dict[str, str] = {
     "niah_single_1": _NEEDLE,
     "niah_single_2": _NEEDLE,
@@ -19,6 +20,9 @@ TASKS: dict[str, str] = {
     "niah_multikey_3": _NEEDLE,
     "niah_multivalue": _NEEDLE,
     "niah_multiquery": _NEEDLE,
+    "long_qa": _LONG_QA,
+    "long_qa_no_context": _LONG_QA,
+    "long_qa_mrcr": _LONG_QA,
 }
 DESCRIPTIONS: dict[str, str] = {
     "niah_single_1": "one number in repeated noise sentences",
@@ -29,8 +33,14 @@ DESCRIPTIONS: dict[str, str] = {
     "niah_multikey_3": "one UUID, looked up by UUID, in a haystack made of other needles",
     "niah_multivalue": "four numbers of one key in prose",
     "niah_multiquery": "the numbers of four keys in prose",
+    "long_qa": "nine types of questions about a story of dated sessions (types=a+b picks some)",
+    "long_qa_no_context": "questions that state their own fact: the sessions before them are not needed",
+    "long_qa_mrcr": "the i-th of 2, 4 or 8 near-identical replies, word for word",
 }
-_OPTIONS: dict[str, frozenset[str]] = dict.fromkeys(TASKS, frozenset({"data"}))
+_OPTIONS: dict[str, frozenset[str]] = {
+    name: frozenset({"data"} if target == _NEEDLE else {"types"} if name == "long_qa" else ())
+    for name, target in TASKS.items()
+}
 
 
 def task_names() -> list[str]:

@@ -1,7 +1,7 @@
 """Training wording of the long_qa documents: the cue words of evaluation in other sentences (a test holds this)."""
 
 from kvscope.tasks.long_qa.lexicon import MONTHS, lexicon
-from kvscope.tasks.long_qa.wording import FRAME, NOT_MENTIONED, Wording
+from kvscope.tasks.long_qa.wording import FRAME, NOT_MENTIONED, ORDINALS, Wording
 
 TRAIN_WORDING = Wording(
     heads=(
@@ -181,9 +181,9 @@ TRAIN_WORDING = Wording(
     },
     now=("{q} Say what is true now.", "Now, at present: {q}", "After the change: {q}", "For the present: {q}"),
     as_of=(
-        "On {d}: {q} Say when it changed, then the answer.",
-        "As of {d}, say when it changed, then the answer: {q}",
-        "{q} Answer as of {d}, after the date of the change.",
+        "On {d}: {q} Say the date that matters and the answer.",
+        "As of {d}, first the date that matters, then the answer: {q}",
+        "{q} Answer as of {d}, after the date that matters.",
     ),
     via_one=("{q} First the person, then the answer.", "Name the person, then answer: {q}", "{q} Name one person, then the answer."),
     via_two=("{q} First both persons, then the answer.", "Name both persons, then answer: {q}", "{q} Name two persons, then the answer."),
@@ -213,8 +213,6 @@ TRAIN_WORDING = Wording(
     repeat=("Repeat the {i} reply about the {v}.", "Say again, word for word, the {i} reply about the {v}."),
 )  # fmt: skip
 
-ORDINALS = "first second third fourth fifth sixth seventh eighth"
-
 
 def static_text() -> str:
     """Return the fixed wording and half of the training words, for the tokenizer's corpus.
@@ -227,7 +225,7 @@ def static_text() -> str:
         FRAME,
         NOT_MENTIONED,
         " ".join(MONTHS),
-        ORDINALS,
+        " ".join(ORDINALS),
         "(A) (B) (C) (D), A, B, C, D 1 times, 2 times 3 days, 20 days",
     ]
     return " ".join((*fixed, *words)).translate(str.maketrans("{}", "  "))

@@ -53,7 +53,7 @@ def evaluate(
     batch_tokens: int = 262_144,
     closed_book: bool = False,
 ) -> list[dict[str, Any]]:
-    """Score every (task, length) cell; returns one row a cell with n, accuracy and seconds.
+    """Score every (task, length) cell; returns one row a cell with n, accuracy (also by question type) and seconds.
 
     ``closed_book`` keeps the prompt's question and drops the haystack: accuracy must fall to chance.
     """
@@ -63,7 +63,7 @@ def evaluate(
     rows: list[dict[str, Any]] = []
     for task_name, length in cells:
         start = time.perf_counter()
-        task, scores = create_task(task_name), list[float]()
+        task, scores, types = create_task(task_name), list[float](), list[str]()
         size = max(1, min(samples, batch_tokens // length))
         while len(scores) < samples:
             batch = [next(made) for _ in range(min(size, samples - len(scores)))]
@@ -78,6 +78,7 @@ def evaluate(
             )  # fmt: skip
             answers = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             scores += [task.score(s, a.split("\n")[0]) for s, a in zip(batch, answers, strict=True)]
+            types += [s.question_type for s in batch]
         rows.append(
             {
                 "task": task_name,
@@ -86,12 +87,20 @@ def evaluate(
                 "seed": seed,
                 "closed_book": closed_book,
                 "accuracy_percent": round(100 * sum(scores) / len(scores), 2),
+                "accuracy_percent_by_type": _by_type(types, scores),
                 "seconds": round(time.perf_counter() - start, 2),
             }
         )
         sys.stdout.write(json.dumps(rows[-1]) + "\n")
         sys.stdout.flush()
     return rows
+
+
+def _by_type(types: Sequence[str], scores: Sequence[float]) -> dict[str, float]:
+    return {
+        kind: round(100 * sum(s for s, t in zip(scores, types, strict=True) if t == kind) / types.count(kind), 2)
+        for kind in sorted(set(types))
+    }
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -62,6 +62,7 @@ def build(
             {
                 "text": made.text,
                 "targets": list(made.targets),
+                "question_type": made.question_type,
                 "length_tokens": made.length_tokens,
                 "depth": made.depth,
                 "prompt_sha256": made.prompt_sha256,
@@ -73,3 +74,10 @@ def build(
 def process_results(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
     """Score one answer: the share of the targets found (RULER's string_match_all)."""
     return {"recall": contains_all_score(doc["targets"], results[0])}
+
+
+def process_long_qa(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """Score one answer of a long_qa task, as ``kvscope run`` does."""
+    from kvscope.tasks.long_qa.score import score_answer
+
+    return {"score": score_answer(doc["question_type"], doc["targets"], results[0])}

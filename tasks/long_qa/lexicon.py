@@ -216,3 +216,13 @@ def date_text(day: int) -> str:
             return f"{day + 1} {month}"
         day -= days
     raise ValueError("a day of the year is 0 to 364")
+
+
+@cache
+def _days() -> dict[str, int]:
+    return {date_text(day): day for day in range(sum(MONTH_DAYS))}
+
+
+def day_of_date(text: str) -> int:
+    """Return the day of the year, 0-364, of ``3 June``."""
+    return _days()[text]

@@ -33,7 +33,7 @@ EVAL_WORDING = Wording(
     },
     appointments=(
         "{p} has fixed the {e} for {d}.\n",
-        "For {p} the {e} is planned on {d}.\n",
+        "The {e} that {p} planned is on {d}.\n",
     ),
     visits=("{p} stopped by at the {v} this morning.\n", "Today {p} stopped for an hour at the {v}.\n"),
     trips=("{p} has just come back from {v}.\n", "{p} is back from some days in {v}.\n"),
@@ -54,7 +54,7 @@ EVAL_WORDING = Wording(
     small_talk=(
         "We talked for a while about the {a} {n}.\n",
         "No one could explain the {n} or the {a} {m}.\n",
-        "A {a} {n} was seen by somebody.\n",
+        "Some {a} {n} was seen by somebody.\n",
         "The weather was {a}, and there was no news of the {n}.\n",
         "It was quiet except for a {n} and a {m}.\n",
         "First came the {n}, then something {a}, then another {m}.\n",
@@ -73,7 +73,7 @@ EVAL_WORDING = Wording(
         "drink": ("What does {w} like to drink?", "Which drink does {w} like?"),
     },
     now=("At present: {q}", "{q} Answer for the present."),
-    as_of=("As of {d}: {q} Say when it changed, then the answer.",),
+    as_of=("As of {d}: {q} Say the date that matters, then the answer.",),
     via_one=("{q} Name the person, then the answer.",),
     via_two=("{q} Name both persons, then the answer.",),
     order=(

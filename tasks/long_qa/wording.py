@@ -10,6 +10,7 @@ from dataclasses import dataclass
 FRAME = "Question: {q} Answer:"
 NOT_MENTIONED = "not mentioned"
 RELATIVE = "the {r} of {w}"
+ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
 
 # What a person has exactly one of, and the category of its values.
 ATTRIBUTES = {
