@@ -19,6 +19,9 @@ TASKS: dict[str, str] = {
     "niah_multikey_3": _NEEDLE,
     "niah_multivalue": _NEEDLE,
     "niah_multiquery": _NEEDLE,
+    "vt": "kvscope.tasks.ruler_chains:VariableTrackingTask",
+    "cwe": "kvscope.tasks.ruler_words:CommonWordsTask",
+    "fwe": "kvscope.tasks.ruler_words:FrequentWordsTask",
 }
 DESCRIPTIONS: dict[str, str] = {
     "niah_single_1": "one number in repeated noise sentences",
@@ -29,8 +32,13 @@ DESCRIPTIONS: dict[str, str] = {
     "niah_multikey_3": "one UUID, looked up by UUID, in a haystack made of other needles",
     "niah_multivalue": "four numbers of one key in prose",
     "niah_multiquery": "the numbers of four keys in prose",
+    "vt": "the five names on one chain of assignments, among three other chains in noise",
+    "cwe": "the ten words repeated most in a numbered list",
+    "fwe": "the three most frequent coded words of a text",
 }
-_OPTIONS: dict[str, frozenset[str]] = dict.fromkeys(TASKS, frozenset({"data"}))
+_OPTIONS: dict[str, frozenset[str]] = {
+    name: frozenset({"data"} if target == _NEEDLE else ()) for name, target in TASKS.items()
+}
 
 
 def task_names() -> list[str]:

@@ -8,7 +8,7 @@ from tiny import save_tiny_model
 from kvscope.results.errors import UsageError
 from kvscope.tasks.lm_harness import FOLDER, build, process_results
 from kvscope.tasks.needle import SPECS
-from kvscope.tasks.registry import create_task
+from kvscope.tasks.registry import create_task, task_names
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,15 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_every_task_without_data_has_a_file() -> None:
-    assert {path.stem for path in FOLDER.glob("*.yaml")} == {n for n, s in SPECS.items() if s.haystack != "essay"}
+    offline = {name for name in task_names() if name not in SPECS or SPECS[name].haystack != "essay"}
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == offline
+
+
+@pytest.mark.parametrize("name", ["vt", "cwe", "fwe"])
+def test_answers_get_the_task_s_own_room(name: str) -> None:
+    raw = (FOLDER / f"{name}.yaml").read_text()
+    assert f"max_gen_toks: {create_task(name).max_new_tokens}\n" in raw
+    assert "until: []" in raw
 
 
 def test_documents_are_the_prompts_of_kvscope_run(model_folder: str) -> None:
@@ -40,19 +48,20 @@ def test_without_a_tokenizer_it_says_what_to_pass() -> None:
 
 
 @pytest.mark.slow
-def test_stock_lm_eval_runs_them(model_folder: str) -> None:
+@pytest.mark.parametrize("name", ["niah_single_1", "vt"])
+def test_stock_lm_eval_runs_them(model_folder: str, name: str) -> None:
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    metadata = {"length_tokens": 512, "samples": 2, "seed": 1, "pretrained": model_folder}
+    metadata = {"length_tokens": 1024, "samples": 2, "seed": 1, "pretrained": model_folder}
     manager = TaskManager(include_path=str(FOLDER), include_defaults=False, metadata=metadata)
     results: dict[str, Any] = lm_eval.simple_evaluate(
         model="hf",
         model_args={"pretrained": model_folder, "add_bos_token": True, "device": "cpu"},
-        tasks=["kvscope_niah_single_1"],
+        tasks=[f"kvscope_{name}"],
         task_manager=manager,
         gen_kwargs="max_gen_toks=4",
         bootstrap_iters=0,
     )
-    assert results["results"]["kvscope_niah_single_1"]["recall,none"] == 0.0
-    assert len(results["samples"]["kvscope_niah_single_1"]) == 2
+    assert results["results"][f"kvscope_{name}"]["recall,none"] == 0.0
+    assert len(results["samples"][f"kvscope_{name}"]) == 2
