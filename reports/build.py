@@ -10,7 +10,8 @@ from kvscope.reports.cells import accuracy_cells
 from kvscope.reports.coverage import coverage
 from kvscope.reports.export import write_figure, write_table
 from kvscope.reports.figure_parts import ReportFigure, SkippedFigure
-from kvscope.reports.figures_accuracy import accuracy_by_length, accuracy_by_task, needle_heatmap
+from kvscope.reports.figures_accuracy import accuracy_by_length, accuracy_by_task
+from kvscope.reports.figures_depth import depth_by_task, needle_heatmap
 from kvscope.reports.figures_memory import accuracy_against_memory, memory_by_length, tpot_by_length
 from kvscope.reports.html import page
 from kvscope.reports.tables import all_tables
@@ -49,6 +50,7 @@ def all_figures(run: Run, cells: pd.DataFrame) -> list[ReportFigure | SkippedFig
         accuracy_by_length(run, cells),
         accuracy_by_task(run, cells),
         needle_heatmap(run),
+        depth_by_task(run),
         memory_by_length(run),
         tpot_by_length(run),
     ]

@@ -1,8 +1,5 @@
-"""Accuracy figures: by length, by task, and the needle heatmap of depth by length."""
+"""Accuracy figures: by length and by task."""
 
-import math
-
-import numpy as np
 import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -119,52 +116,12 @@ def accuracy_by_task(run: Run, cells: pd.DataFrame) -> ReportFigure | SkippedFig
                 (lengths.index(cell["length_tokens"]), places[cell["method_label"]]): (cell["accuracy"], cell["n"])
                 for cell in records(data[data["task"] == task])
             }
-            _heat_panel(axes, filled, lengths=lengths, rows=len(labels))
+            heat_panel(axes, filled, lengths=lengths, rows=len(labels))
             axes.yaxis.set_major_locator(FixedLocator([row + 0.5 for row in range(len(labels))]))
             axes.set_yticklabels(texts)
             axes.set_title(task, fontweight="bold")
     caption = "Accuracy (%) and number of scored prompts n of each task. Intervals are in the accuracy table."
     return ReportFigure(name, title, caption, figure, data.reset_index(drop=True))
-
-
-def needle_heatmap(run: Run) -> ReportFigure | SkippedFigure:
-    """Accuracy by evidence depth and length, one panel a method, the number of prompts in every cell."""
-    name, title = "needle_heatmap", "Accuracy by depth of the evidence and length"
-    rows = run.samples[(run.samples["status"] == "ok") & run.samples["depth"].notna()]
-    if not len(rows):
-        return SkippedFigure(name, title, "no scored prompt has evidence at one known depth")
-    labels = [method.label for method in run.info.methods if method.label in set(rows["method_label"])]
-    lengths = list(run.info.lengths_tokens)
-    bins = _depth_bins(len(rows) / (len(labels) * rows["length_tokens"].nunique()))
-    data = _heat_cells(rows, bins)
-    width = max(1.3, 0.52 * len(lengths))
-    titles = [short_lines(label, width=int(11 * width)) for label in labels]
-    with theme(name):
-        figure, all_axes = panels(
-            len(labels),
-            columns=2 if len(labels) in (2, 4) else 3,
-            width_in=width,
-            height_in=0.4 * bins,
-            margins=Margins(left=0.85, right=0.2, top=title_band_in(titles), bottom=0.6),
-            title=title,
-            subtitle=f"{subtitle_of(run)}; accuracy in %, n prompts a cell; hatched: nothing scored",
-        )
-        for label, text, axes in zip(labels, titles, all_axes, strict=True):
-            filled = {
-                (lengths.index(cell["length_tokens"]), round(cell["depth_from"] * bins)): (cell["accuracy"], cell["n"])
-                for cell in records(data[data["method_label"] == label])
-            }
-            _heat_panel(axes, filled, lengths=lengths, rows=bins)
-            edges = list(range(0, bins + 1, math.ceil(bins / 5)))
-            axes.yaxis.set_major_locator(FixedLocator(edges))
-            axes.set_yticklabels([f"{100 * edge / bins:.0f} %" for edge in edges])
-            axes.set_ylabel("depth of the evidence")
-            axes.set_title(text, fontweight="bold")
-    caption = (
-        f"Accuracy (%) and number of scored prompts n, by depth of the evidence ({bins} equal parts, 0 % = start of "
-        f"the prompt) and length, over {', '.join(dict.fromkeys(rows['task']))}. Cells of few prompts say little."
-    )
-    return ReportFigure(name, title, caption, figure, data)
 
 
 def _line(axes: Axes, rows: pd.DataFrame, style: MethodStyle, *, factor: float, width: float) -> None:
@@ -193,21 +150,7 @@ def _percent_axis(axes: Axes) -> None:
     axes.set_ylabel("accuracy (%)")
 
 
-def _depth_bins(prompts_per_length: float) -> int:
-    """Ten parts when that leaves five prompts a cell on average, else five."""
-    return 10 if prompts_per_length >= 50 else 5
-
-
-def _heat_cells(rows: pd.DataFrame, bins: int) -> pd.DataFrame:
-    part = np.minimum((rows["depth"].to_numpy(float) * bins).astype(int), bins - 1)
-    grouped = rows.assign(part=part).groupby(["method_label", "length_tokens", "part"], sort=True)["score"]
-    cells = grouped.agg(accuracy="mean", n="size").reset_index()
-    cells["depth_from"] = cells["part"] / bins
-    cells["depth_to"] = (cells["part"] + 1) / bins
-    return cells[["method_label", "length_tokens", "depth_from", "depth_to", "accuracy", "n"]]
-
-
-def _heat_panel(axes: Axes, filled: dict[tuple[int, int], tuple[float, int]], *, lengths: list[int], rows: int) -> None:
+def heat_panel(axes: Axes, filled: dict[tuple[int, int], tuple[float, int]], *, lengths: list[int], rows: int) -> None:
     """A grid of lengths by rows; `filled` maps (column, row) to (accuracy, n), all other cells are hatched."""
     colors = colormaps[HEAT]
     axes.grid(visible=False)

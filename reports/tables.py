@@ -6,6 +6,7 @@ LaTeX, HTML, terminal) is rounded, has units in its headers, and never an unexpl
 
 import pandas as pd
 
+from kvscope.reports.depth import depth_table
 from kvscope.reports.table_parts import Table
 from kvscope.reports.tables_accuracy import accuracy_table, statistics_table
 from kvscope.reports.tables_memory import footprint_table, stays_table
@@ -14,4 +15,10 @@ from kvscope.results.frames import Run
 
 def all_tables(run: Run, cells: pd.DataFrame) -> list[Table]:
     """The report's tables, in the order they are read; `cells` comes from `accuracy_cells(run)`."""
-    return [stays_table(run, cells), accuracy_table(run, cells), footprint_table(run), statistics_table(run)]
+    return [
+        stays_table(run, cells),
+        accuracy_table(run, cells),
+        depth_table(run),
+        footprint_table(run),
+        statistics_table(run),
+    ]

@@ -14,6 +14,7 @@ from kvscope.tasks.base import Tokenizer
 
 # Pieces are encoded behind this line: some tokenizers treat the start of a text specially.
 _ANCHOR = "Here.\n"
+_INNER_ANCHOR = "Here"
 _PAD = "a"
 _PAD_WORDS = 16
 _MAX_CACHED_PIECES = 20_000
@@ -57,12 +58,31 @@ class PieceEncoder:
             self._cache[text] = ids
         return ids
 
+    def inner(self, texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
+        """Return the ids of pieces that begin with a space and stand inside a line, after a word or a full stop.
+
+        In one batch, uncached: a numbered list has as many different pieces as entries.
+        """
+        if not texts:
+            return {}
+        base = self._encode(_INNER_ANCHOR)
+        wholes = self.tokenizer([_INNER_ANCHOR + text for text in texts], add_special_tokens=False)["input_ids"]
+        found = {}
+        for text, whole in zip(texts, wholes, strict=True):
+            if tuple(whole[: len(base)]) != base:
+                raise UsageError(
+                    f"The tokenizer of {self.tokenizer.name_or_path} joins tokens across spaces, so word lists of an "
+                    "exact length cannot be built for it: use another model."
+                )
+            found[text] = tuple(whole[len(base) :])
+        return found
+
     def head(self, text: str) -> tuple[int, ...]:
         """Return the ids of the first piece, special tokens included."""
         return self._encode(text, special=True)
 
 
-def _trimmed_line(encoder: PieceEncoder, words: Sequence[str], tokens: int) -> str | None:
+def trimmed_line(encoder: PieceEncoder, words: Sequence[str], tokens: int) -> str | None:
     """Return a filler line of exactly ``tokens`` tokens made from the first words of ``words``, or None.
 
     Where words take several tokens, a cut may miss the length by a few: repeats of a short word make them up.
@@ -136,7 +156,7 @@ def assemble(
         room -= len(ids)
     last = ""
     while room:
-        found = _trimmed_line(encoder, trim_words, room)
+        found = trimmed_line(encoder, trim_words, room)
         if found is not None:
             last = found
             break
@@ -172,11 +192,11 @@ def assemble(
     ids_out.extend(tail_ids)
     texts.append(tail)
     text = "".join(texts)
-    _check_round_trip(tokenizer, text, ids_out, what)
+    check_round_trip(tokenizer, text, ids_out, what)
     return Assembled(tuple(ids_out), text, spans, len(head_ids), body_end)
 
 
-def _check_round_trip(tokenizer: Tokenizer, text: str, ids: Sequence[int], what: str) -> None:
+def check_round_trip(tokenizer: Tokenizer, text: str, ids: Sequence[int], what: str) -> None:
     """Refuse a tokenizer for which text and ids are not the same prompt."""
     whole = tokenizer(text, add_special_tokens=True)["input_ids"]
     back = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -53,3 +53,15 @@ class Draws:
         words[4] = 0x8000 | (words[4] & 0x3FFF)
         h = "".join(f"{word:04x}" for word in words)
         return f"{h[:8]}-{h[8:12]}-{h[12:16]}-{h[16:20]}-{h[20:]}"
+
+
+# Depth is drawn inside one of this many equal parts of the haystack, each used once per ten samples.
+DEPTH_PARTS = 10
+
+
+def stratified_depth(name: str, *, seed: int, length_tokens: int, sample: int) -> float:
+    """Return a sample's depth in [0, 1): every ten samples of a cell cover the ten parts, in an order of their own."""
+    parts = list(range(DEPTH_PARTS))
+    Draws("depth", name, seed, length_tokens, sample // DEPTH_PARTS).shuffle(parts)
+    inside = Draws("depth-in", name, seed, length_tokens, sample).unit()
+    return (parts[sample % DEPTH_PARTS] + inside) / DEPTH_PARTS

@@ -16,7 +16,7 @@ from kvscope.results.errors import UsageError
 from kvscope.tasks import prose
 from kvscope.tasks.assembly import assemble
 from kvscope.tasks.base import Sample, Task, Tokenizer, contains_all_score, text_sha256
-from kvscope.tasks.draws import Draws
+from kvscope.tasks.draws import Draws, stratified_depth
 from kvscope.tasks.words import words
 
 Haystack = Literal["noise", "needle", "prose", "essay"]
@@ -27,8 +27,6 @@ NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. The
 # vocabulary, so any length can be met.
 TRIM_WORDS = tuple(("There we go and there and back again and " * 12).split())
 NEW_TOKENS = 128
-# Depth is drawn inside one of this many equal parts of the haystack, each used once per ten samples.
-DEPTH_PARTS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +188,8 @@ class NeedleTask(Task):
             for j in range(spec.n_values)
         ]
         n_evidence = spec.n_queries * spec.n_values
-        depths = [self._depth(seed, length_tokens, sample), *(draws.unit() for _ in lines[1:])]
+        first_depth = stratified_depth(self.name, seed=seed, length_tokens=length_tokens, sample=sample)
+        depths = [first_depth, *(draws.unit() for _ in lines[1:])]
         tail = self._tail(keys[: spec.n_queries])
         made = assemble(
             tokenizer,
@@ -221,12 +220,6 @@ class NeedleTask(Task):
             targets=tuple(values[:n_evidence]),
             max_new_tokens=self.max_new_tokens,
         )
-
-    def _depth(self, seed: int, length_tokens: int, sample: int) -> float:
-        parts = list(range(DEPTH_PARTS))
-        Draws("depth", self.name, seed, length_tokens, sample // DEPTH_PARTS).shuffle(parts)
-        inside = Draws("depth-in", self.name, seed, length_tokens, sample).unit()
-        return (parts[sample % DEPTH_PARTS] + inside) / DEPTH_PARTS
 
     def score(self, sample: Sample, output: str) -> float:
         """Share of the queried values found in the output (RULER's string_match_all)."""

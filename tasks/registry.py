@@ -23,6 +23,9 @@ TASKS: dict[str, str] = {
     "long_qa": _LONG_QA,
     "long_qa_no_context": _LONG_QA,
     "long_qa_mrcr": _LONG_QA,
+    "vt": "kvscope.tasks.ruler_chains:VariableTrackingTask",
+    "cwe": "kvscope.tasks.ruler_words:CommonWordsTask",
+    "fwe": "kvscope.tasks.ruler_words:FrequentWordsTask",
 }
 DESCRIPTIONS: dict[str, str] = {
     "niah_single_1": "one number in repeated noise sentences",
@@ -36,6 +39,9 @@ DESCRIPTIONS: dict[str, str] = {
     "long_qa": "nine types of questions about a story of dated sessions (types=a+b picks some)",
     "long_qa_no_context": "questions that state their own fact: the sessions before them are not needed",
     "long_qa_mrcr": "the i-th of 2, 4 or 8 near-identical replies, word for word",
+    "vt": "the five names on one chain of assignments, among three other chains in noise",
+    "cwe": "the ten words repeated most in a numbered list",
+    "fwe": "the three most frequent coded words of a text",
 }
 _OPTIONS: dict[str, frozenset[str]] = {
     name: frozenset({"data"} if target == _NEEDLE else {"types"} if name == "long_qa" else ())

@@ -1,6 +1,7 @@
 """Wording of the training documents for vt, cwe and fwe. No evaluation template is among it (a test holds this).
 
-Slots: ``{x}`` a new name, ``{y}`` the name it copies, ``{v}`` a number, ``{tag}`` the word before a name, ``{n}`` a count.
+Slots: ``{x}`` a new name, ``{y}`` the name it copies, ``{v}`` a number, ``{tag}`` the word before a name, ``{n}`` how
+many are asked for.
 """
 
 import string

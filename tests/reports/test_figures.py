@@ -9,7 +9,7 @@ import pytest
 from matplotlib.axis import Tick
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
-from synthetic_rows import Rows, demo_rows, make_rows, single_rows, wide_rows
+from synthetic_rows import H100, Rows, demo_rows, make_rows, single_rows, wide_rows
 
 from kvscope.reports.build import all_figures
 from kvscope.reports.canvas import spread
@@ -23,6 +23,7 @@ NAMES = [
     "accuracy_by_length",
     "accuracy_by_task",
     "needle_heatmap",
+    "depth_by_task",
     "memory_by_length",
     "tpot_by_length",
 ]
@@ -42,6 +43,18 @@ def long_labels() -> Rows:
                 "plan": tuple(c.model_copy(update={"method_label": rename[c.method_label]}) for c in info.plan),
             }
         ),
+    )
+
+
+def dense_depths() -> Rows:
+    """The reference model's own grid: dense, ten lengths, ten parts of the depth, several tasks."""
+    return make_rows(
+        ["dense"],
+        machine=H100,
+        tasks=("niah_single_1", "niah_multikey_2", "vt"),
+        lengths=tuple(1024 * 2**i for i in range(10)),
+        samples=60,
+        footprint_lengths=(1024,),
     )
 
 
@@ -73,6 +86,7 @@ def pictures() -> Pictures:
         "single": drawn(single_rows()),
         "partial": drawn(demo_rows(), samples=123, footprints=5),
         "long": drawn(long_labels()),
+        "depths": drawn(dense_depths()),
     }
     return {
         which: {name: Picture(figure, placed_texts(figure)) for name, figure in figures.items()}
@@ -97,11 +111,12 @@ def _labels(tick: Tick) -> tuple[Text, Text]:
     return tick.label1, tick.label2
 
 
-@pytest.mark.parametrize("which", ["demo", "wide", "single", "partial", "long"])
+@pytest.mark.parametrize("which", ["demo", "wide", "single", "partial", "long", "depths"])
 @pytest.mark.parametrize("name", NAMES)
 def test_no_text_covers_another_or_leaves_the_picture(pictures: Pictures, which: str, name: str) -> None:
     if name not in pictures[which]:
-        assert (which, name) == ("single", "accuracy_by_task")
+        assert which == "single"
+        assert name in ("accuracy_by_task", "depth_by_task")
         return
     picture = pictures[which][name]
     found = picture.texts
@@ -125,7 +140,7 @@ def test_every_method_is_named_in_the_figures_that_compare_methods(
             picture = pictures[which][name]
             texts = [text.replace("\n", "") for text, _ in picture.texts]
             for label in set(picture.figure.data["method_label"]):
-                assert label in texts, (which, name, label)
+                assert label in texts or f"by task: {label}" in picture.words, (which, name, label)
 
 
 def test_without_nvml_the_axis_and_the_picture_say_ledger(pictures: Pictures) -> None:
@@ -158,7 +173,22 @@ def test_the_csv_behind_a_figure_holds_its_points(pictures: Pictures) -> None:
     assert data["predicted_bytes"].notna().sum() == 16
     assert (data.loc[data["measured_bytes"].notna(), "measured_bytes"] > 0).all()
     heat = pictures["demo"]["needle_heatmap"].figure.data
-    assert heat["n"].sum() == 160
+    assert heat[heat["depth"] != "all"]["n"].sum() == heat[heat["depth"] == "all"]["n"].sum() == 160
+
+
+def test_heatmaps_pool_the_needle_tasks_alone(pictures: Pictures) -> None:
+    heat = pictures["depths"]["needle_heatmap"].figure.data
+    assert set(heat["task"]) == {"niah_* pooled"}
+    assert set(heat[heat["depth"] == "all"]["n"]) == {120}
+    assert heat["depth"].nunique() == 11
+    by_task = pictures["depths"]["depth_by_task"]
+    assert list(dict.fromkeys(by_task.figure.data["task"])) == [
+        "niah_* pooled",
+        "niah_single_1",
+        "niah_multikey_2",
+        "vt",
+    ]
+    assert all(task in by_task.words for task in by_task.figure.data["task"])
 
 
 def test_pareto_front_by_brute_force(pictures: Pictures) -> None:

@@ -75,6 +75,28 @@ def test_stays_and_saves_measures_one_setting(demo: dict[str, Table]) -> None:
     assert text.loc["random", "resident (MiB)"] == "11"
 
 
+def test_accuracy_by_depth_counts_every_scored_prompt_once(wide: dict[str, Table]) -> None:
+    table = wide["accuracy_by_depth"]
+    samples = [row for row in wide_rows(tasks=2)[0] if row.status == "ok"]
+    parts, whole = (table.data[(table.data["depth"] == "all") == side] for side in (False, True))
+    for data in (parts, whole):
+        pooled = data[data["task"] == "niah_* pooled"]
+        assert pooled["n"].sum() == len(samples)
+        assert data[data["task"] != "niah_* pooled"]["n"].sum() == len(samples)
+    mine = [
+        row.score
+        for row in samples
+        if (row.method, row.task, row.length_tokens) == ("random", "niah_single_1", 32 * K) and 0.2 <= row.depth < 0.4
+    ]
+    keys = ["method_label", "task", "length_tokens", "depth"]
+    cell = table.data.set_index(keys).loc[("random", "niah_single_1", 32 * K, "20-40 %")]
+    assert (cell["n"], cell["accuracy"]) == (len(mine), pytest.approx(sum(mine) / len(mine)))
+    assert cell["ci_low"] <= cell["accuracy"] <= cell["ci_high"]
+    assert set(table.text["task"]) == {"niah_* pooled", "niah_single_1", "niah_multikey_2"}
+    assert table.text.columns[-1] == "512K"
+    assert set(table.text["512K"]) == {"n/m (a)"}
+
+
 def test_without_a_footprint_pass_the_ledger_of_the_prompts_stands_in() -> None:
     table = tables_of(demo_rows(), footprints=0)["stays_and_saves"]
     assert set(table.data["bytes_from"]) == {"samples"}

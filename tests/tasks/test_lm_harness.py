@@ -8,7 +8,7 @@ from tiny import save_tiny_model
 from kvscope.results.errors import UsageError
 from kvscope.tasks.lm_harness import FOLDER, build, process_long_qa, process_results
 from kvscope.tasks.needle import SPECS
-from kvscope.tasks.registry import create_task
+from kvscope.tasks.registry import create_task, task_names
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +19,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_every_task_without_data_has_a_file() -> None:
-    needles = {name for name, spec in SPECS.items() if spec.haystack != "essay"}
-    assert {path.stem for path in FOLDER.glob("*.yaml")} >= needles | {"long_qa", "long_qa_no_context", "long_qa_mrcr"}
+    offline = {name for name in task_names() if name not in SPECS or SPECS[name].haystack != "essay"}
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == offline
 
 
 def test_long_qa_is_scored_as_kvscope_run_scores_it(model_folder: str) -> None:
@@ -35,6 +35,13 @@ def test_the_answer_room_of_a_file_is_the_task_s(name: str) -> None:
     if "generation_kwargs" not in text:  # taken from the file it includes
         text = (FOLDER / "_long_qa_template").read_text(encoding="utf-8")
     assert f"  max_gen_toks: {create_task(name).max_new_tokens}\n" in text
+
+
+@pytest.mark.parametrize("name", ["vt", "cwe", "fwe"])
+def test_answers_get_the_task_s_own_room(name: str) -> None:
+    raw = (FOLDER / f"{name}.yaml").read_text()
+    assert f"max_gen_toks: {create_task(name).max_new_tokens}\n" in raw
+    assert "until: []" in raw
 
 
 def test_documents_are_the_prompts_of_kvscope_run(model_folder: str) -> None:
@@ -55,20 +62,21 @@ def test_without_a_tokenizer_it_says_what_to_pass() -> None:
 
 
 @pytest.mark.slow
-def test_stock_lm_eval_runs_them(model_folder: str) -> None:
+@pytest.mark.parametrize("name", ["niah_single_1", "vt", "long_qa"])
+def test_stock_lm_eval_runs_them(model_folder: str, name: str) -> None:
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    metadata = {"length_tokens": 640, "samples": 2, "seed": 1, "pretrained": model_folder}
+    metadata = {"length_tokens": 1024, "samples": 2, "seed": 1, "pretrained": model_folder}
     manager = TaskManager(include_path=str(FOLDER), include_defaults=False, metadata=metadata)
     results: dict[str, Any] = lm_eval.simple_evaluate(
         model="hf",
         model_args={"pretrained": model_folder, "add_bos_token": True, "device": "cpu"},
-        tasks=["kvscope_niah_single_1", "kvscope_long_qa"],
+        tasks=[f"kvscope_{name}"],
         task_manager=manager,
         gen_kwargs="max_gen_toks=4",
         bootstrap_iters=0,
     )
-    assert results["results"]["kvscope_niah_single_1"]["recall,none"] == 0.0
-    assert len(results["samples"]["kvscope_niah_single_1"]) == 2
-    assert results["results"]["kvscope_long_qa"]["score,none"] == 0.0
+    metric = "score,none" if name == "long_qa" else "recall,none"
+    assert results["results"][f"kvscope_{name}"][metric] == 0.0
+    assert len(results["samples"][f"kvscope_{name}"]) == 2

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from kvscope.results.errors import UsageError
 from kvscope.tasks.base import Sample, text_sha256
-from kvscope.tasks.needle import DEPTH_PARTS, SPECS
+from kvscope.tasks.draws import DEPTH_PARTS
+from kvscope.tasks.needle import SPECS
 from kvscope.tasks.registry import create_task, task_names
 from kvscope.tasks.words import split_of, words
 

@@ -1,0 +1,161 @@
+"""Accuracy by depth of the evidence and length: the cells behind the heatmaps and their table."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from kvscope.reports.table_parts import Notes, Table
+from kvscope.reports.units import length_text, percent
+from kvscope.results.comparisons import baseline_label, cluster_names
+from kvscope.results.frames import Run, records
+from kvscope.results.statistics import mean_interval
+
+NIAH = "niah_"
+NIAH_POOL = "niah_* pooled"
+ALL_DEPTHS = "all"
+DEPTH_COLUMNS = [
+    "task",
+    "method_label",
+    "length_tokens",
+    "depth",
+    "depth_from",
+    "depth_to",
+    "n",
+    "accuracy",
+    "ci_low",
+    "ci_high",
+    "interval",
+]
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Tasks whose prompts share one heatmap.
+
+    Attributes:
+        name: the task, or ``niah_* pooled``.
+        tasks: the tasks pooled.
+        bins: equal parts of the depth axis.
+    """
+
+    name: str
+    tasks: tuple[str, ...]
+    bins: int
+
+
+def depth_rows(run: Run) -> pd.DataFrame:
+    """The scored prompts whose evidence has one known depth."""
+    return run.samples[(run.samples["status"] == "ok") & run.samples["depth"].notna()]
+
+
+def depth_scopes(run: Run) -> list[Scope]:
+    """The needle tasks pooled (where the run has several), then every task by itself.
+
+    Other tasks are not pooled with them: the depth of an answer spread over the whole text is near its middle.
+    """
+    rows = depth_rows(run)
+    there = [task for task in run.info.tasks if task in set(rows["task"])]
+    needles = tuple(task for task in there if task.startswith(NIAH))
+    groups = [(NIAH_POOL, needles)] if len(needles) > 1 else []
+    groups += [(task, (task,)) for task in there]
+    scopes = []
+    for name, tasks in groups:
+        mine = rows[rows["task"].isin(tasks)]
+        cells = mine["method_label"].nunique() * mine["length_tokens"].nunique()
+        scopes.append(Scope(name, tasks, _bins(len(mine) / cells)))
+    return scopes
+
+
+def depth_baseline(run: Run) -> str | None:
+    """The method whose accuracy is shown task by task: dense, else the run's first with scored prompts."""
+    there = set(depth_rows(run)["method_label"])
+    baseline = baseline_label(run.info)
+    order = [baseline, *(method.label for method in run.info.methods)]
+    return next((label for label in order if label in there), None)
+
+
+def depth_cells(run: Run, scopes: Sequence[Scope], *, label: str | None = None) -> pd.DataFrame:
+    """One row per scope, method (or only ``label``), length and part of the depth with prompts in it.
+
+    Fractions in [0, 1]; 95 % intervals (Wilson for 0/1 scores, bootstrap for graded ones). ``depth`` names the part;
+    every length has a row for all depths, too.
+    """
+    rows = depth_rows(run)[["task", "method_label", "length_tokens", "depth", "score", "context_id"]]
+    found: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
+    for row in records(rows if label is None else rows[rows["method_label"] == label]):
+        found.setdefault((row["task"], row["method_label"], row["length_tokens"]), []).append(row)
+    cells: list[dict[str, object]] = []
+    for scope in scopes:
+        for method in run.info.methods:
+            for length in run.info.lengths_tokens:
+                mine = [row for task in scope.tasks for row in found.get((task, method.label, length), [])]
+                if not mine:
+                    continue
+                head = {"task": scope.name, "method_label": method.label, "length_tokens": length}
+                cells.append(head | {"depth": ALL_DEPTHS, "depth_from": 0.0, "depth_to": 1.0} | _accuracy(mine))
+                parts: dict[int, list[dict[str, Any]]] = {}
+                for row in mine:
+                    parts.setdefault(min(int(row["depth"] * scope.bins), scope.bins - 1), []).append(row)
+                for at in sorted(parts):
+                    low, high = at / scope.bins, (at + 1) / scope.bins
+                    place = {"depth": depth_text(low, high), "depth_from": low, "depth_to": high}
+                    cells.append(head | place | _accuracy(parts[at]))
+    return pd.DataFrame(cells, columns=DEPTH_COLUMNS)
+
+
+def depth_text(low: float, high: float) -> str:
+    """Name a part of the depth axis: ``10-20 %``."""
+    return f"{100 * low:.0f}-{100 * high:.0f} %"
+
+
+def depth_table(run: Run) -> Table:
+    """Accuracy by depth and length: for reading, dense by task; in the CSV, every method."""
+    notes = Notes()
+    scopes, label = depth_scopes(run), depth_baseline(run)
+    data = depth_cells(run, scopes)
+    lengths = list(run.info.lengths_tokens)
+    found = {
+        (cell["task"], cell["depth"], cell["length_tokens"]): cell
+        for cell in records(data[data["method_label"] == label])
+    }
+    scored = {(task, length) for task, _, length in found}
+    texts: list[dict[str, str]] = []
+    for scope in scopes:
+        parts = [depth_text(i / scope.bins, (i + 1) / scope.bins) for i in range(scope.bins)]
+        for depth in (ALL_DEPTHS, *parts):
+            row = {"task": scope.name, "depth": depth}
+            for length in lengths:
+                cell = found.get((scope.name, depth, length))
+                if cell is not None:
+                    row[length_text(length)] = f"{percent(cell['accuracy'])} n={cell['n']}"
+                elif (scope.name, length) in scored:
+                    row[length_text(length)] = notes.mark("no prompt has its evidence at this depth")
+                else:
+                    row[length_text(length)] = notes.mark("no prompt of this length was scored")
+            texts.append(row)
+    text = pd.DataFrame(texts, columns=["task", "depth", *map(length_text, lengths)])
+    lines = notes.lines() if texts else ("No scored prompt has evidence at one known depth.",)
+    caption = (
+        f"Accuracy (%) of {label or 'no method'} and number of scored prompts n, by depth of the evidence (0 % = start "
+        "of the haystack; the mean place where there are several pieces) and length. The CSV holds every method, and "
+        "95 % intervals."
+    )
+    return Table("accuracy_by_depth", "Accuracy by depth and length", caption, data, text, lines)
+
+
+def _accuracy(rows: Sequence[dict[str, Any]]) -> dict[str, object]:
+    found = mean_interval([row["score"] for row in rows], clusters=cluster_names([row["context_id"] for row in rows]))
+    return {
+        "n": len(rows),
+        "accuracy": found.mean,
+        "ci_low": found.low,
+        "ci_high": found.high,
+        "interval": found.kind,
+    }
+
+
+def _bins(prompts_per_length: float) -> int:
+    """Ten parts when that leaves five prompts a cell on average, else five."""
+    return 10 if prompts_per_length >= 50 else 5
