@@ -25,6 +25,8 @@ NAME, TITLE = "attention_on_evidence", "Attention on the evidence by length"
 KEYS = ["task", "length_tokens"]
 NEEDED = {"model", *KEYS, "sample", "seed", "prompt_tokens", "evidence_tokens", "evidence_mass", "answer_mass"}
 NEEDED |= {"evidence_peak", "answer_peak"}
+_KEY_IN = 8.0
+"""Width that the key needs."""
 # (column of the summary, words for the key, marker, line, colour)
 LINES = (
     ("evidence_peak_max", "head with most, at any token of the question", "^", "-", COLORS[1]),
@@ -37,8 +39,7 @@ def attention_cells(rows: pd.DataFrame) -> pd.DataFrame:
     """Return one row per task and length: the mass on the evidence, over prompts, with 95 % bootstrap intervals.
 
     Fractions in [0, 1]. Columns are those of the measured CSV, ``.._max`` of each prompt's head with most, ``.._mean``
-    of all its heads. ``uniform_share`` is the evidence's share of the prompt: the mass it
-    would get if every token got the same.
+    of all its heads. ``uniform_share`` is the evidence's share of the prompt: the mass if every token got the same.
     """
     found = []
     for (task, length), cell in rows.groupby(KEYS, sort=False):
@@ -72,14 +73,15 @@ def attention_figure(rows: pd.DataFrame) -> ReportFigure:
     models = ", ".join(dict.fromkeys(rows["model"]))
     key = [key_entry(words, marker=marker, line="-", color=color) for _, words, marker, _, color in LINES]
     key.append(key_entry("the same for every token", line=":", color=FAINT))
+    columns, margins = min(3, len(tasks)), Margins(left=0.85, right=0.25, top=title_band_in(tasks), bottom=0.6)
     low = min(float(cells["uniform_share"].min()), float(cells["evidence_mass_mean"].min())) / 2
     with theme(NAME):
         figure, all_axes = panels(
             len(tasks),
-            columns=min(3, len(tasks)),
-            width_in=3.4,
+            columns=columns,
+            width_in=max(3.4, _KEY_IN / columns - margins.left - margins.right),
             height_in=2.3,
-            margins=Margins(left=0.85, right=0.25, top=title_band_in(tasks), bottom=0.6),
+            margins=margins,
             title=TITLE,
             subtitle=f"{models}; dense, layers with full attention; {n_text} prompts a point; bars: 95 % intervals",
             key=key,

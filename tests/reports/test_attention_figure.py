@@ -59,6 +59,14 @@ def test_every_point_lies_inside_its_panel() -> None:
         assert all(low < y < high for line in axes.lines for y in line.get_ydata())
 
 
+@pytest.mark.parametrize("tasks", [("vt",), ("niah_single_1", "vt")])
+def test_the_key_stays_inside_the_picture(tasks: tuple[str, ...]) -> None:
+    figure = attention_figure(measured_rows(tasks=tasks, samples=1)).figure
+    (key,) = figure.legends
+    box = key.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
+
+
 def test_the_command_writes_picture_and_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     measured_rows().to_csv(tmp_path / "mass.csv", index=False)
     assert main([str(tmp_path / "mass.csv"), "--out", str(tmp_path / "figures")]) == 0
