@@ -29,9 +29,9 @@ _KEY_IN = 8.0
 """Width that the key needs."""
 # (column of the summary, words for the key, marker, line, colour)
 LINES = (
-    ("evidence_peak_max", "head with most, at any token of the question", "^", "-", COLORS[1]),
-    ("evidence_mass_max", "head with most, at the answer's first step", "o", "-", DENSE_COLOR),
-    ("evidence_mass_mean", "mean over heads, same step", "s", "--", COLORS[0]),
+    ("evidence_peak_max", "best head, over the question", "^", "-", COLORS[1]),
+    ("evidence_mass_max", "best head, answer's first step", "o", "-", DENSE_COLOR),
+    ("evidence_mass_mean", "mean head, same step", "s", "--", COLORS[0]),
 )
 
 
@@ -72,7 +72,7 @@ def attention_figure(rows: pd.DataFrame) -> ReportFigure:
     n_text = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]}-{counts[-1]}"
     models = ", ".join(dict.fromkeys(rows["model"]))
     key = [key_entry(words, marker=marker, line="-", color=color) for _, words, marker, _, color in LINES]
-    key.append(key_entry("the same for every token", line=":", color=FAINT))
+    key.append(key_entry("uniform attention", line=":", color=FAINT))
     columns, margins = min(3, len(tasks)), Margins(left=0.85, right=0.25, top=title_band_in(tasks), bottom=0.6)
     low = min(float(cells["uniform_share"].min()), float(cells["evidence_mass_mean"].min())) / 2
     with theme(NAME):
