@@ -12,6 +12,8 @@ from kvscope.tasks.assembly import Assembled, PieceEncoder, check_round_trip, tr
 from kvscope.tasks.base import Tokenizer
 
 _MOST_TRIES = 64
+# A body this near to the room is large enough: every further try would put it together anew.
+_CLOSE_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def assemble_counted(
     tail: str,
     prompt_tokens: int,
 ) -> Assembled:
-    """Join ``head``, the largest body that fits, a line of filler and ``tail`` into exactly ``prompt_tokens`` tokens.
+    """Join ``head``, a body as large as fits, a line of filler and ``tail`` into exactly ``prompt_tokens`` tokens.
 
     Args:
         what: names the task in errors.
@@ -102,7 +104,7 @@ def assemble_counted(
         )
     beyond: int | None = None  # smallest size known not to fit
     rate = len(ids) / max(least, 1)  # tokens a unit of size
-    while beyond is None or beyond - size > 1:
+    while room - len(ids) > _CLOSE_TOKENS and (beyond is None or beyond - size > 1):
         step = max(1, int((room - len(ids)) / rate))
         at = size + step if beyond is None else min(size + step, beyond - 1)
         tried = body(at)

@@ -153,7 +153,7 @@ def test_same_seed_gives_the_same_bytes_on_every_machine(gpt2_like: PreTrainedTo
         assert build(gpt2_like, name, 12_000, sample=4, seed=7).prompt_sha256[:16] != made[name]
 
 
-PINNED = {"vt": "f8d52c7b62a2b9bb", "cwe": "429b6ef770478ec9", "fwe": "f096489a19c7de09"}
+PINNED = {"vt": "f8d52c7b62a2b9bb", "cwe": "429b6ef770478ec9", "fwe": "de1a0815b043f6f7"}
 
 
 def test_ruler_wording(tokenizer: PreTrainedTokenizerFast) -> None:
