@@ -1,7 +1,7 @@
-"""Attention for training: stock layers call it through transformers' attention interface.
+"""Attention of unpadded rows, for training and for batched evaluation, behind transformers' attention interface.
 
 Sliding-window layers cost their window, not the row: queries go in blocks of one window, each against its own block and
-the one before. Full layers use torch's causal kernel.
+the one before. Full layers use torch's causal kernel. The stock path builds a mask of T x T for every row instead.
 """
 
 from typing import Any
@@ -10,17 +10,18 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-NAME = "kvscope_training"
+NAME = "kvscope_unpadded"
 
 
 def sliding_attention(
     q_BQTD: torch.Tensor, k_BHTD: torch.Tensor, v_BHTD: torch.Tensor, *, window: int, scale: float
 ) -> torch.Tensor:
-    """Causal attention to the last ``window`` tokens, the query's own included. T is a multiple of the window."""
+    """Causal attention to the last ``window`` tokens, the query's own included."""
+    n_tokens = q_BQTD.shape[2]
+    if missing := -n_tokens % window:  # behind the end, where no query that counts can see it
+        q_BQTD, k_BHTD, v_BHTD = (F.pad(x, (0, 0, 0, missing)) for x in (q_BQTD, k_BHTD, v_BHTD))
     B, Q, T, D = q_BQTD.shape
     n = T // window
-    if n * window != T:
-        raise ValueError(f"rows of {T} tokens are not a multiple of the window {window}")
     groups = Q // k_BHTD.shape[1]
 
     def pairs(x_BHTD: torch.Tensor) -> torch.Tensor:
@@ -36,10 +37,10 @@ def sliding_attention(
     seen = (key > query) & (key <= query + window) & ((block > 0) | (key >= window))
     scores = (q_BQTD.reshape(B, Q, n, window, D) @ pairs(k_BHTD).mT).float() * scale
     weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
-    return (weights.to(v_BHTD.dtype) @ pairs(v_BHTD)).view(B, Q, T, D)
+    return (weights.to(v_BHTD.dtype) @ pairs(v_BHTD)).view(B, Q, T, D)[:, :, :n_tokens]
 
 
-def training_attention(
+def unpadded_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -51,17 +52,22 @@ def training_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention over whole unpadded rows from position 0. Returns [B, T, Q, D]."""
+    """Attention of whole rows from position 0, or of one new token to everything cached. Returns [B, T, Q, D].
+
+    Raises:
+        ValueError: masked rows, or several tokens behind a cache.
+    """
     del module, dropout, kwargs
-    if attention_mask is not None:
-        raise ValueError("training rows are neither padded nor masked")
-    if sliding_window is not None:
+    n_new, n_keys = query.shape[2], key.shape[2]
+    if attention_mask is not None or n_new not in (1, n_keys):
+        raise ValueError("only whole unpadded rows and single decode steps are served here")
+    if sliding_window is not None and n_new > 1:
         out = sliding_attention(query, key, value, window=sliding_window, scale=scaling)
     else:
         # One dtype: a norm on queries and keys leaves them in fp32 under autocast, and the fast kernel wants bf16.
         query, key = query.to(value.dtype), key.to(value.dtype)
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=n_new > 1, scale=scaling, enable_gqa=True)
     return out.transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(NAME, training_attention)
+AttentionInterface.register(NAME, unpadded_attention)

@@ -43,8 +43,6 @@ class Phase:
         copy_share, recall_share: share of random-period copying and of one-token recall; the rest are needle rows.
         multi_value_share, multi_query_share: share of needle rows with several values a key, and with questions about
             several keys at once.
-        log_uniform_needles: draw the number of needles log-uniformly, so that a lone needle in a long haystack is as
-            familiar as a hundred; uniformly without.
         documents: share of rows by document family (a key of ``RowMaker.documents``); needle rows give way.
     """
 
@@ -54,9 +52,8 @@ class Phase:
     lr: tuple[float, float]
     copy_share: float = 0.0
     recall_share: float = 0.0
-    multi_value_share: float = 0.2
-    multi_query_share: float = 0.2
-    log_uniform_needles: bool = False
+    multi_value_share: float = 0.3
+    multi_query_share: float = 0.15
     documents: tuple[tuple[str, float], ...] = ()
 
     def shape_of(self, draws: Draws) -> Shape:
@@ -97,11 +94,11 @@ class RowMaker:
         share -= phase.copy_share + phase.recall_share
         for name, part in phase.documents:
             if share < part:
-                return self._document(name, shape, draws)
+                return self._document(name, phase, shape, draws)
             share -= part
         return self._needles(phase, shape, draws)
 
-    def _document(self, name: str, shape: Shape, draws: Draws) -> Row:
+    def _document(self, name: str, phase: Phase, shape: Shape, draws: Draws) -> Row:
         """A document and its questions; filler before it makes up the length."""
         encode, tokens = self.pieces.encode, shape.tokens
         room = int(tokens * (0.5 + 0.45 * draws.unit())) - 48
@@ -119,12 +116,14 @@ class RowMaker:
             questions += asked
             answer_at += range(len(questions) - 1, len(questions) + len(answer) - 1)
             questions += answer
-        if not answer_at:
-            raise ValueError(f"a {name} document of {len(lines)} tokens leaves no room for a question in {tokens}")
+        if not answer_at:  # a short row and a long question
+            return self._needles(phase, shape, draws)
         filler: Ids = []
         missing = left - len(questions)
         while len(filler) < missing:
             filler += draws.pick(self._fillers)[: missing - len(filler)]
+        if filler:
+            filler[-1] = encode("\n")[0]  # where the last line was cut
         start = 1 + missing + len(lines)
         return Row([BOS_ID, *filler, *lines, *questions], [start + at for at in answer_at])
 
@@ -239,7 +238,8 @@ class RowMaker:
         wanted, most = tokens, 2 * shape.questions
         if not only_needles:
             share = draws.unit()
-            wanted = round(most**share) if phase.log_uniform_needles else 1 + int(share * most)
+            # Log-uniform: a lone needle in a long haystack is as familiar as a hundred.
+            wanted = round(most**share)
         while len(groups) < wanted:
             key, values = group()
             made = [needle(key, value) for value in values]

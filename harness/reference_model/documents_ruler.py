@@ -19,9 +19,12 @@ from kvscope.harness.reference_model.templates_ruler import (
     COMMON_HEADS,
     COMMON_QUESTIONS,
     COPY_QUESTIONS,
+    MORE_TAGS,
+    TAGGED_FORMS,
     TAGS,
     VALUE_QUESTIONS,
     coded_word,
+    composed_question,
     name,
     random_text,
     static_text,
@@ -41,8 +44,8 @@ _AIM, _CLOSE, _MOST_TRIES = 0.985, 0.97, 4
 
 def variable_chains(draws: Draws, *, room_tokens: int, n_questions: int, count: Count) -> Document:
     """Chains of one to six hops among filler, each asked for its names (see DocumentMaker)."""
-    tag = draws.pick(TAGS)
-    form = draws.pick(CHAIN_FORMS) if draws.unit() < 0.8 else None
+    tag = draws.pick(TAGS if draws.unit() < 0.7 else MORE_TAGS)
+    form = draws.pick(CHAIN_FORMS if draws.unit() < 0.75 else TAGGED_FORMS) if draws.unit() < 0.8 else None
     letters = 5 if draws.unit() < 0.7 else draws.between(3, 7)
     digits = 5 if draws.unit() < 0.7 else draws.between(4, 7)
     hops = draws.between(1, _MOST_HOPS) if draws.unit() < 0.4 else None
@@ -106,14 +109,21 @@ def _chain_questions(
     draws.shuffle(asked)
     asked = asked[: n_questions - int(n_questions * 0.3)]
     questions = [
-        _question(draws.pick(CHAIN_QUESTIONS), ", ".join(names), tag=tag, v=value, n=str(len(names)))
+        _question(
+            composed_question(draws) if draws.unit() < 0.7 else draws.pick(CHAIN_QUESTIONS),
+            ", ".join(names),
+            tag=tag,
+            v=value,
+            n=str(len(names)),
+        )
         for value, names in asked
     ]
     steps: set[tuple[str, str]] = set()
     for _ in range(n_questions - len(questions) if chains else 0):
         value, names = draws.pick(chains)
-        at = draws.between(1, len(names) - 1)
         kind = "copy" if draws.unit() < 0.5 else "value"
+        # The value behind many copies cannot be told in one step.
+        at = draws.between(1, len(names) - 1) if kind == "copy" else 1
         pair = draws.pick(COPY_QUESTIONS if kind == "copy" else VALUE_QUESTIONS)
         if (kind, names[at]) not in steps:
             steps.add((kind, names[at]))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from kvscope.harness.reference_model import attention
 from kvscope.tasks.base import Sample
 from kvscope.tasks.registry import create_task
 
@@ -50,19 +51,26 @@ def evaluate(
     samples: int,
     seed: int,
     workers: int = 0,
-    batch_tokens: int = 262_144,
+    batch_tokens: int = 524_288,
     closed_book: bool = False,
+    max_seconds: float | None = None,
 ) -> list[dict[str, Any]]:
     """Score every (task, length) cell; returns one row a cell with n, accuracy (also by question type) and seconds.
 
-    ``closed_book`` keeps the prompt's question and drops the haystack: accuracy must fall to chance.
+    ``closed_book`` keeps the prompt's question and drops the haystack: accuracy must fall to chance. ``max_seconds``:
+    no cell is begun past this age; the rows done are returned.
     """
+    # Prompts of one cell have one length. Closed book they do not, and padding needs the stock masks.
+    model.set_attn_implementation("sdpa" if closed_book else attention.NAME)
     cells = [(task, length) for task in tasks for length in lengths_tokens]
     jobs = [(task, length, i, seed) for task, length in cells for i in range(samples)]
     made = prompts(tokenizer, jobs, workers=workers)
     rows: list[dict[str, Any]] = []
+    began = time.perf_counter()
     for task_name, length in cells:
         start = time.perf_counter()
+        if max_seconds is not None and start - began > max_seconds:
+            break
         task, scores, types = create_task(task_name), list[float](), list[str]()
         size = max(1, min(samples, batch_tokens // length))
         while len(scores) < samples:
@@ -77,7 +85,7 @@ def evaluate(
                 max_new_tokens=batch[0].max_new_tokens, pad_token_id=tokenizer.pad_token_id,
             )  # fmt: skip
             answers = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            scores += [task.score(s, a.split("\n")[0]) for s, a in zip(batch, answers, strict=True)]
+            scores += [task.score(s, _until(s.stop, a)) for s, a in zip(batch, answers, strict=True)]
             types += [s.question_type for s in batch]
         rows.append(
             {
@@ -94,6 +102,12 @@ def evaluate(
         sys.stdout.write(json.dumps(rows[-1]) + "\n")
         sys.stdout.flush()
     return rows
+
+
+def _until(stop: Sequence[str], answer: str) -> str:
+    for string in stop:
+        answer = answer.split(string)[0]
+    return answer
 
 
 def _by_type(types: Sequence[str], scores: Sequence[float]) -> dict[str, float]:

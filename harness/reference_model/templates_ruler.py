@@ -56,6 +56,45 @@ CHAIN_QUESTIONS = (
     ("What are the names that were given {v}, straight or through another name?", " They are"),
     ("Who shares the number {v}?", " {v}:"),
 )
+# More tags and questions than the tokenizer's corpus holds: with few, the model learned the wording instead of the task
+# and answered none of evaluation's questions.
+MORE_TAGS = ("var", "variable", "item", "box", "node", "point", "Cell", "Slot", "Item", "Name")
+# A tag of evaluation's, in forms that are not evaluation's.
+TAGGED_FORMS = (
+    ("VAR {x} := {v}\n", "VAR {x} := VAR {y}\n"),
+    ("VAR {x} is {v}.\n", "VAR {x} is {y}.\n"),
+    ("VAR {x} holds {v}.\n", "VAR {x} holds what VAR {y} holds.\n"),
+    ("set VAR {x} to {v}\n", "set VAR {x} to VAR {y}\n"),
+)
+_ASK = {
+    "find": ("Find", "List", "Name", "Give", "Tell me", "Look for", "Write down"),
+    "all": ("all", "all the", "each of the", "the {n}", "every one of the"),
+    "things": ("variables", "names", "cells", "entries", "{tag}s", "fields", "items"),
+    "with": (
+        "with", "that have", "that hold", "that were assigned", "that are given", "holding", "that share", "assigned to",
+        "that end up with",
+    ),
+    "value": ("the value {v}", "the number {v}", "{v}", "value {v}", "the figure {v}"),
+    "where": ("", " in the lines above", " in the text above", " above", " in this document", " in the text you read"),
+    "by": (
+        "", " According to the lines above,", " According to the assignments in the text above,", " Going by the chain,",
+        " By the chains in the text above,", " As the document says,", " Following the chain(s) of assignments above,",
+    ),
+    "have": ("have", "hold", "share", "were assigned", "are given", "end up with", "got"),
+    "are": (", they are:", ", namely:", ", which are:", ":", " and they are:", ". These are:", ", that is"),
+}  # fmt: skip
+
+
+def composed_question(draws: Draws) -> tuple[str, str]:
+    """Return a chain question and the beginning of its answer, put together from parts."""
+    part = {slot: draws.pick(options) for slot, options in _ASK.items()}
+    question = "{find} {all} {things} {with} {value}{where}.".format_map(part)
+    answer = "{by} {{n}} {things} {have} {value}{are}".format_map(part)
+    if draws.unit() < 0.6:
+        return "Question: " + question, " Answer:" + answer
+    return question, answer
+
+
 # Single steps, so that the row teaches what a chain is made of.
 COPY_QUESTIONS = (
     ("What did {x} copy?", " {x} copied"),

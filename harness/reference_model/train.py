@@ -24,6 +24,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from kvscope.harness.reference_model.architecture import build_model, reference_config
 from kvscope.harness.reference_model.curriculum import Phase, RowMaker, Shape
 from kvscope.harness.reference_model.data import Batch, PhaseData, batches
+from kvscope.harness.reference_model.documents import DocumentMaker
+from kvscope.harness.reference_model.documents_long_qa import LongQADocuments
+from kvscope.harness.reference_model.documents_ruler import coded_words, common_words, variable_chains
 from kvscope.harness.reference_model.muon import Muon
 from kvscope.harness.reference_model.pieces import Pieces
 from kvscope.harness.reference_model.tokenizer import save_tokenizer, write_tokenizer
@@ -45,22 +48,22 @@ def _one(tokens: int, rows: int, questions: int) -> tuple[Shape, ...]:
     return (Shape(tokens=tokens, rows=rows, questions=questions),)
 
 
-# The last phase mixes lengths: going from 8K to 32K rows alone unlearned short prompts (docs/log.md).
-_MIXED = (
-    Shape(tokens=2048, rows=48, questions=24, share=0.23),
-    Shape(tokens=8192, rows=12, questions=48, share=0.48),
-    Shape(tokens=16_384, rows=6, questions=64, share=0.145),
-    Shape(tokens=32_768, rows=3, questions=80, share=0.145),
+_STORIES = (("long_qa", 0.28), ("vt", 0.1), ("cwe", 0.03), ("fwe", 0.03))
+# Lengths are mixed from 2K on: long rows alone unlearn short prompts (docs/log.md).
+_TO_64K = (
+    Shape(tokens=2048, rows=24, questions=24, share=0.28),
+    Shape(tokens=8192, rows=8, questions=48, share=0.37),
+    Shape(tokens=32_768, rows=2, questions=80, share=0.27),
+    Shape(tokens=65_536, rows=1, questions=100, share=0.08),
 )
 PHASES = (
-    Phase(name="p0-128", shapes=_one(128, 256, 4), steps=1890, lr=(1.5e-3, 1.5e-3), copy_share=0.3, recall_share=0.4),
-    Phase(name="p1-256", shapes=_one(256, 192, 6), steps=2538, lr=(1.5e-3, 1.5e-3), copy_share=0.15, recall_share=0.1),
-    Phase(name="p2-512", shapes=_one(512, 96, 10), steps=2538, lr=(1.5e-3, 1.2e-3), copy_share=0.05),
-    Phase(name="p3-2k", shapes=_one(2048, 32, 24), steps=2660, lr=(1.2e-3, 8e-4)),
-    Phase(name="p4-8k", shapes=_one(8192, 12, 48), steps=1456, lr=(8e-4, 4e-4)),
-    Phase(name="p5-32k", shapes=_one(32_768, 4, 64), steps=485, lr=(4e-4, 2e-5)),
-    Phase(name="p6-mixed", shapes=_MIXED, steps=4133, lr=(7e-4, 2e-5), multi_value_share=0.3, multi_query_share=0.15,
-          log_uniform_needles=True),
+    Phase(name="p0-128", shapes=_one(128, 256, 4), steps=878, lr=(1.5e-3, 1.5e-3), copy_share=0.3, recall_share=0.4),
+    Phase(name="p1-512", shapes=_one(512, 80, 10), steps=1135, lr=(1.5e-3, 1.5e-3), copy_share=0.05,
+          documents=(("long_qa", 0.2), ("vt", 0.1))),
+    Phase(name="p2-2k", shapes=(Shape(tokens=512, rows=80, questions=10, share=0.25),
+                                Shape(tokens=2048, rows=20, questions=24, share=0.75)),
+          steps=1594, lr=(1.5e-3, 1.5e-3), documents=(("long_qa", 0.25), ("vt", 0.1), ("cwe", 0.05), ("fwe", 0.05))),
+    Phase(name="p3-64k", shapes=_TO_64K, steps=4400, lr=(1.5e-3, 2e-5), documents=_STORIES),
 )  # fmt: skip
 
 
@@ -160,43 +163,45 @@ class Trainer:
         start, done, tokens = time.perf_counter(), 0, 0
         recent: dict[int, list[torch.Tensor]] = {}
         fields: dict[str, Any] = {}
-        for i, batch in enumerate(source):
-            lr = phase.lr[0] + (phase.lr[1] - phase.lr[0]) * i / max(1, phase.steps - 1)
-            warm_lr = lr * min(1.0, (self.step - self.start_step + 1) / WARMUP_STEPS)
-            for group in self.optimizer.param_groups:
-                group["lr"] = warm_lr
-            loss, right = self._loss(batch)
-            loss.backward()  # type: ignore[no-untyped-call]
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            self.optimizer.step()
-            self.muon.step(warm_lr * MUON_LR)
-            self.model.zero_grad(set_to_none=True)
-            self.step += 1
-            done += 1
-            tokens += batch.ids_BT.numel()
-            recent.setdefault(batch.ids_BT.shape[1], []).append(torch.stack((loss.detach(), right)))
-            if done % max(1, min(LOG_STEPS, phase.steps // 12)) == 0 or done == phase.steps:
-                means = {length: torch.stack(part).mean(0).tolist() for length, part in sorted(recent.items())}
-                recent.clear()
-                took = time.perf_counter() - start
-                fields = {
-                    "phase": phase.name, "phase_step": done, "step": self.step, "lr": round(lr, 7),
-                    "loss": {length: round(mean[0], 4) for length, mean in means.items()},
-                    "token_accuracy": {length: round(mean[1], 4) for length, mean in means.items()},
-                    "grad_norm": round(norm.item(), 3), "phase_s": round(took, 1), "tokens_per_s": round(tokens / took),
-                }  # fmt: skip
-                self.log(**fields)
-            if deadline is not None and time.perf_counter() > deadline:
-                break
-        self.history.append(
-            {
-                **asdict(phase),
-                "steps_done": done,
-                "loss": fields.get("loss"),
-                "token_accuracy": fields.get("token_accuracy"),
-                "seconds": round(time.perf_counter() - start, 1),
-            }
-        )
+        try:
+            for i, batch in enumerate(source):
+                lr = phase.lr[0] + (phase.lr[1] - phase.lr[0]) * i / max(1, phase.steps - 1)
+                warm_lr = lr * min(1.0, (self.step - self.start_step + 1) / WARMUP_STEPS)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = warm_lr
+                loss, right = self._loss(batch)
+                loss.backward()  # type: ignore[no-untyped-call]
+                norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+                self.optimizer.step()
+                self.muon.step(warm_lr * MUON_LR)
+                self.model.zero_grad(set_to_none=True)
+                self.step += 1
+                done += 1
+                tokens += batch.ids_BT.numel()
+                recent.setdefault(batch.ids_BT.shape[1], []).append(torch.stack((loss.detach(), right)))
+                if done % max(1, min(LOG_STEPS, phase.steps // 12)) == 0 or done == phase.steps:
+                    means = {length: torch.stack(part).mean(0).tolist() for length, part in sorted(recent.items())}
+                    recent.clear()
+                    took = time.perf_counter() - start
+                    fields = {
+                        "phase": phase.name, "phase_step": done, "step": self.step, "lr": round(lr, 7),
+                        "loss": {length: round(mean[0], 4) for length, mean in means.items()},
+                        "token_accuracy": {length: round(mean[1], 4) for length, mean in means.items()},
+                        "grad_norm": round(norm.item(), 3), "phase_s": round(took, 1), "tokens_per_s": round(tokens / took),
+                    }  # fmt: skip
+                    self.log(**fields)
+                if deadline is not None and time.perf_counter() > deadline:
+                    break
+        finally:
+            self.history.append(
+                {
+                    **asdict(phase),
+                    "steps_done": done,
+                    "loss": fields.get("loss"),
+                    "token_accuracy": fields.get("token_accuracy"),
+                    "seconds": round(time.perf_counter() - start, 1),
+                }
+            )
         return done
 
     def _stock_copy(self, dtype: torch.dtype, implementation: str) -> PreTrainedModel:
@@ -216,6 +221,11 @@ class Trainer:
         write_tokenizer(tokenizer, self.out)
         state |= {"step": self.step, "phases": self.history}
         (self.out / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+
+
+def document_makers() -> dict[str, DocumentMaker]:
+    """Return the document families a phase can name."""
+    return {"long_qa": LongQADocuments(), "vt": variable_chains, "cwe": common_words, "fwe": coded_words}
 
 
 def versions() -> dict[str, str]:
@@ -262,7 +272,7 @@ def train(
         tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
     else:
         tokenizer = save_tokenizer(out, seed=seed)
-    maker = RowMaker(Pieces(tokenizer))
+    maker = RowMaker(Pieces(tokenizer), document_makers())
     trainer = Trainer(model, device=device, out=out, compile_layers=device.type == "cuda")
     if resume is not None:
         state = json.loads((resume / STATE_FILE).read_text(encoding="utf-8"))
@@ -282,9 +292,11 @@ def train(
             trainer.log(phase=phase.name, s_per_step=round(per_step, 4), steps=phase.steps)
         source = iter(batches(PhaseData(maker, phase, seed=seed), workers=workers))
         deadline = None if max_seconds is None else began + max_seconds
-        trainer.run_phase(phase, source, deadline=deadline)
-        del source
-        trainer.save(tokenizer, seed=seed, versions=versions(), seconds=round(time.perf_counter() - began, 1))
+        try:
+            trainer.run_phase(phase, source, deadline=deadline)
+        finally:  # a failed phase leaves what it has learnt
+            del source
+            trainer.save(tokenizer, seed=seed, versions=versions(), seconds=round(time.perf_counter() - began, 1))
         if after_phase is not None:
             trainer.log(phase=phase.name, **after_phase(model, tokenizer, phase))
         if deadline is not None and time.perf_counter() > deadline:
