@@ -16,6 +16,7 @@ import kvscope.methods
 from kvscope.harness.decode import DecodeSession, answer_nll, decode
 from kvscope.harness.models import REFERENCE_MODEL_FOLDER, load_model, wrap_model
 from kvscope.harness.prefill import prefill
+from kvscope.methods.base import SequenceCache, union_collectors
 from kvscope.methods.registry import create_method, method_names
 from kvscope.methods.resident import StaticResidency
 from kvscope.methods.shape import Footprint
@@ -32,16 +33,24 @@ SPECS = [
     "recency:recency_tokens=0",
     "random:chunk_tokens=5,recency_tokens=7,fraction=0.3",
     "random:fraction=0",
+    "quest:budget_tokens=64,dense_layers=0",
+    "quest:block_tokens=7,budget_tokens=50",
 ]
 # RoPE; RoPE and NoPE; sliding layers with sink logits; soft caps.
 MODELS = ["llama", "smollm3", "gpt_oss", "gemma2"]
 N_TOKENS = 300
 
 
+def prefilled(loaded, ids, specs, **options):
+    """Prefill once for all ``specs``, with every collector they ask for, as a sweep does."""
+    collectors = union_collectors([create_method(spec) for spec in specs], loaded.shape.layers)
+    return prefill(loaded, ids, collectors=collectors, **options)
+
+
 @pytest.fixture(scope="module", params=MODELS)
 def case(request):
     loaded = loaded_model(request.param)
-    return loaded, prefill(loaded, prompt_ids(N_TOKENS), chunk_tokens=128, seed=4)
+    return loaded, prefilled(loaded, prompt_ids(N_TOKENS), SPECS, chunk_tokens=128, seed=4)
 
 
 def run_steps(loaded, method, prompt, tokens, **options):
@@ -66,22 +75,66 @@ def test_evicting_equals_masking_and_differs_from_dense(case, spec):
         assert differences.min() > 1e-4 * dense.abs().max(), "every step reads less than dense does"
 
 
+class Both(SequenceCache):
+    """Feeds one call to the evicting and to the masking sequence, and notes how far their outputs are apart."""
+
+    def __init__(self, evicting, masking):
+        self.evicting, self.masking, self.errors = evicting, masking, []
+        self.shape, self.stock = evicting.shape, evicting.stock
+
+    @property
+    def n_tokens(self):
+        return self.evicting.n_tokens
+
+    def observe(self, layer, hidden_BM):
+        self.evicting.observe(layer, hidden_BM)
+        self.masking.observe(layer, hidden_BM)
+
+    def attend(self, *args, **options):
+        evicted, masked = (side.attend(*args, **options) for side in (self.evicting, self.masking))
+        self.errors.append(float((evicted.float() - masked.float()).norm() / masked.float().norm()))
+        return evicted
+
+    def managed_footprint(self):
+        return self.evicting.managed_footprint()
+
+
 @pytest.mark.parametrize("spec", SPECS)
-def test_evicting_equals_masking_in_bf16(spec):
-    """The two sides take different kernels here (fused per page, and fp32 products), so they agree to bf16 only."""
-    loaded = wrap_model(build_stock("llama").bfloat16(), None, page_tokens=16)
-    prompt = prefill(loaded, prompt_ids(N_TOKENS), chunk_tokens=128, seed=4)
-    tokens = prompt_ids(26, seed=8)
-    evicted, masked = (
-        run_steps(loaded, create_method(spec), prompt, tokens, physical=physical).float() for physical in (True, False)
-    )
-    assert (evicted - masked).norm() < 0.02 * masked.norm()
+def test_evicting_equals_masking_in_bf16(spec, monkeypatch):
+    """The two sides take different kernels here (fused, and fp32 products), so they agree to bf16 only.
+
+    They are compared call by call on one run's queries: two runs drift apart by roundings, and a method that chooses by
+    the query may then choose otherwise, which is no error of either.
+    """
+    loaded, method = wrap_model(build_stock("llama").bfloat16(), None, page_tokens=16), create_method(spec)
+    prompt = prefilled(loaded, prompt_ids(N_TOKENS), [spec], chunk_tokens=128, seed=4)
+    open_one, opened = method.open, []
+
+    def open_both(*args, **options):
+        opened.append(Both(*(open_one(*args, **{**options, "physical": physical}) for physical in (True, False))))
+        return opened[-1]
+
+    monkeypatch.setattr(method, "open", open_both)
+    run_steps(loaded, method, prompt, prompt_ids(26, seed=8))
+    assert len(opened[0].errors) == 26 * len(loaded.shape.layers)
+    assert max(opened[0].errors) < 0.01
 
 
 def new_tensor_bytes():
     """Bytes of the storages of all live tensors made since ``gc.freeze()``, whoever holds them."""
     tensors = [thing for thing in gc.get_objects() if type(thing) is torch.Tensor]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def assert_predicted(footprint, method, predicted):
+    """Every byte and FLOP as predicted; where the data decide on the reads, predicted is the most they can be."""
+    if method.reads_vary:
+        assert footprint.bytes_read_per_step <= predicted.bytes_read_per_step
+        assert footprint.attention_flops_per_step <= predicted.attention_flops_per_step
+        kept = ("kv_bytes", "metadata_bytes", "host_bytes")
+        assert [getattr(footprint, key) for key in kept] == [getattr(predicted, key) for key in kept]
+    else:
+        assert footprint == predicted
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -91,14 +144,14 @@ def test_predicted_bytes_are_the_bytes_of_the_live_tensors(model, spec):
     # Beside the cache only small change is alive: the rotation of a step, the last key of each layer.
     small_bytes = 16 * loaded.shape.n_layers * loaded.shape.hidden_size * 4
     for n_tokens, n_steps in [(0, 0), (0, 1), (3, 37), (32, 0), (N_TOKENS, 0), (N_TOKENS, 1), (N_TOKENS, 37)]:
-        prompt = prefill(loaded, prompt_ids(n_tokens))
+        prompt = prefilled(loaded, prompt_ids(n_tokens), [spec])
         gc.freeze()  # what lives already is out of sight, garbage or not
         try:
             with DecodeSession(loaded, method, prompt, reserve_tokens=n_steps) as session:
                 for token in prompt_ids(n_steps):
                     session.step(token)
                 footprint = session.sequence.footprint()
-                assert footprint == method.predict(loaded.shape, n_tokens, n_steps)
+                assert_predicted(footprint, method, method.predict(loaded.shape, n_tokens, n_steps))
                 assert footprint.device_bytes <= new_tensor_bytes() <= footprint.device_bytes + small_bytes
             assert new_tensor_bytes() <= small_bytes, "closing frees the cache though the session object lives on"
         finally:
@@ -123,9 +176,9 @@ def test_no_method_is_a_noop_at_demo_lengths(name, n_tokens):
 def test_real_tensors_at_the_shortest_demo_length(name):
     loaded, method = loaded_model("llama"), create_method(name)
     ids = prompt_ids(DEMO_LENGTHS_TOKENS[0])
-    prompt = prefill(loaded, ids[:-1])
+    prompt = prefilled(loaded, ids[:-1], [name])
     result = decode(loaded, method, prompt, ids[-1:], max_new_tokens=4)
-    assert result.footprint_last == method.predict(loaded.shape, len(ids) - 1, 4)
+    assert_predicted(result.footprint_last, method, method.predict(loaded.shape, len(ids) - 1, 4))
     dense_bytes = loaded.shape.dense_kv_bytes(len(ids) - 1, 4)
     if method.saving_kind == "resident":
         assert result.footprint_mean.kv_bytes == dense_bytes
@@ -139,7 +192,7 @@ def test_real_tensors_at_the_shortest_demo_length(name):
 @pytest.mark.parametrize("spec", SPECS)
 def test_results_repeat_bit_by_bit(spec):
     loaded = loaded_model("llama")
-    prompt = prefill(loaded, prompt_ids(N_TOKENS), seed=4)
+    prompt = prefilled(loaded, prompt_ids(N_TOKENS), [spec], seed=4)
     tokens = prompt_ids(5, seed=8)
     first, again = (run_steps(loaded, create_method(spec), prompt, tokens) for _ in range(2))
     assert torch.equal(first, again)
