@@ -1,6 +1,7 @@
 """How many blocks one query of a block-sparse method reads, and how large they are. No torch."""
 
 from dataclasses import dataclass
+from math import log2
 
 from kvscope.methods.shape import ModelShape
 
@@ -57,14 +58,17 @@ def plan_blocks(
 ) -> BlockPlan:
     """Return the blocks of a prompt of ``n_tokens``; None is automatic.
 
-    An automatic block keeps the paper's number of blocks read: it is the paper's size, or the largest power of two
-    below that leaves the budget as many blocks. Two blocks are read at least, the current one and one chosen.
+    An automatic block keeps the paper's number of blocks read: it is the paper's size, or a power of two below it, the
+    nearest one that fills the budget with as many blocks. A budget that was given is never exceeded; an automatic one
+    is rounded to whole blocks. Two blocks are read at least, the current one and one chosen.
     """
+    automatic = budget_tokens is None
     budget = default_budget_tokens(n_tokens, paper_budget_tokens) if budget_tokens is None else budget_tokens
     if block_tokens is None:
-        share = max(1, budget * paper_block_tokens // paper_budget_tokens)
-        block_tokens = min(paper_block_tokens, 1 << (share.bit_length() - 1))
-    return BlockPlan(block_tokens=block_tokens, n_blocks=max(2, budget // block_tokens))
+        power = log2(max(1, budget * paper_block_tokens / paper_budget_tokens))
+        block_tokens = min(paper_block_tokens, 2 ** (round(power) if automatic else int(power)))
+    n_blocks = round(budget / block_tokens) if automatic else budget // block_tokens
+    return BlockPlan(block_tokens=block_tokens, n_blocks=max(2, n_blocks))
 
 
 def check_blocks(block_tokens: int | None, budget_tokens: int | None) -> None:

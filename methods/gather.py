@@ -16,7 +16,7 @@ class Chosen(NamedTuple):
     """Blocks each KV head reads, the current one last.
 
     Attributes:
-        blocks_HB: block numbers; where ``keep_HB`` is False, a repetition of the current block, read by nobody.
+        blocks_HB: block numbers; where ``keep_HB`` is False, the head's first one again, so that nothing else is read.
         keep_HB: which entries count, where heads differ in how many blocks they read; None: all.
     """
 
@@ -40,7 +40,7 @@ def choose(scores_HGN: torch.Tensor, *, n_chosen: int, current: int, n_kv_heads:
     keep_HB, blocks_HB = chosen_HN.to(torch.uint8).topk(n_most, dim=1)
     keep_HB = torch.cat([keep_HB.bool(), chosen_HN.new_ones((n_kv_heads, 1))], 1)
     blocks_HB = torch.cat([blocks_HB, blocks_HB.new_full((n_kv_heads, 1), current)], 1)
-    return Chosen(blocks_HB.masked_fill(~keep_HB, current), keep_HB)
+    return Chosen(torch.where(keep_HB, blocks_HB, blocks_HB[:, :1]), keep_HB)
 
 
 def gather_blocks(

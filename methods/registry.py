@@ -19,6 +19,9 @@ METHODS: dict[str, str] = {
     "recency": "kvscope.methods.recency.method:Recency",
     "random": "kvscope.methods.random.method:RandomChunks",
     "quest": "kvscope.methods.quest.method:Quest",
+    "moba": "kvscope.methods.moba.method:MoBA",
+    "msa": "kvscope.methods.msa.method:MSA",
+    "dsa": "kvscope.methods.dsa.method:DSA",
 }
 
 PAPER_RECENCY_TOKENS = 8192

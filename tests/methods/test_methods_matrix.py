@@ -35,6 +35,9 @@ SPECS = [
     "random:fraction=0",
     "quest:budget_tokens=64,dense_layers=0",
     "quest:block_tokens=7,budget_tokens=50",
+    "moba:block_tokens=24,budget_tokens=72",
+    "msa:block_tokens=64",
+    "dsa:budget_tokens=9",
 ]
 # RoPE; RoPE and NoPE; sliding layers with sink logits; soft caps.
 MODELS = ["llama", "smollm3", "gpt_oss", "gemma2"]
