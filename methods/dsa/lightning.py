@@ -16,4 +16,5 @@ def lightning_scores(q_ID: torch.Tensor, k_TD: torch.Tensor, weight_I: torch.Ten
     """
     n_heads, D = q_ID.shape
     logits_IT = torch.relu(q_ID.float() @ k_TD.float().T * D**-0.5)
-    return weight_I.float() * n_heads**-0.5 @ logits_IT
+    scores_T: torch.Tensor = weight_I.float() * n_heads**-0.5 @ logits_IT
+    return scores_T

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from engine.tiny_models import build_stock, loaded_model, prompt_ids
+from sequences import assert_predicted, errors_of_evicting, prefilled
 
 import kvscope.methods
 from kvscope.harness.decode import DecodeSession, answer_nll, decode
 from kvscope.harness.models import REFERENCE_MODEL_FOLDER, load_model, wrap_model
 from kvscope.harness.prefill import prefill
-from kvscope.methods.base import SequenceCache, union_collectors
 from kvscope.methods.registry import create_method, method_names
 from kvscope.methods.resident import StaticResidency
 from kvscope.methods.shape import Footprint
@@ -42,12 +42,6 @@ SPECS = [
 # RoPE; RoPE and NoPE; sliding layers with sink logits; soft caps.
 MODELS = ["llama", "smollm3", "gpt_oss", "gemma2"]
 N_TOKENS = 300
-
-
-def prefilled(loaded, ids, specs, **options):
-    """Prefill once for all ``specs``, with every collector they ask for, as a sweep does."""
-    collectors = union_collectors([create_method(spec) for spec in specs], loaded.shape.layers)
-    return prefill(loaded, ids, collectors=collectors, **options)
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -78,66 +72,18 @@ def test_evicting_equals_masking_and_differs_from_dense(case, spec):
         assert differences.min() > 1e-4 * dense.abs().max(), "every step reads less than dense does"
 
 
-class Both(SequenceCache):
-    """Feeds one call to the evicting and to the masking sequence, and notes how far their outputs are apart."""
-
-    def __init__(self, evicting, masking):
-        self.evicting, self.masking, self.errors = evicting, masking, []
-        self.shape, self.stock = evicting.shape, evicting.stock
-
-    @property
-    def n_tokens(self):
-        return self.evicting.n_tokens
-
-    def observe(self, layer, hidden_BM):
-        self.evicting.observe(layer, hidden_BM)
-        self.masking.observe(layer, hidden_BM)
-
-    def attend(self, *args, **options):
-        evicted, masked = (side.attend(*args, **options) for side in (self.evicting, self.masking))
-        self.errors.append(float((evicted.float() - masked.float()).norm() / masked.float().norm()))
-        return evicted
-
-    def managed_footprint(self):
-        return self.evicting.managed_footprint()
-
-
 @pytest.mark.parametrize("spec", SPECS)
-def test_evicting_equals_masking_in_bf16(spec, monkeypatch):
-    """The two sides take different kernels here (fused, and fp32 products), so they agree to bf16 only.
-
-    They are compared call by call on one run's queries: two runs drift apart by roundings, and a method that chooses by
-    the query may then choose otherwise, which is no error of either.
-    """
-    loaded, method = wrap_model(build_stock("llama").bfloat16(), None, page_tokens=16), create_method(spec)
+def test_evicting_equals_masking_in_bf16(spec):
+    """The two sides take different kernels here (fused, and fp32 products), so they agree to bf16 only."""
+    loaded = wrap_model(build_stock("llama").bfloat16(), None, page_tokens=16)
     prompt = prefilled(loaded, prompt_ids(N_TOKENS), [spec], chunk_tokens=128, seed=4)
-    open_one, opened = method.open, []
-
-    def open_both(*args, **options):
-        opened.append(Both(*(open_one(*args, **{**options, "physical": physical}) for physical in (True, False))))
-        return opened[-1]
-
-    monkeypatch.setattr(method, "open", open_both)
-    run_steps(loaded, method, prompt, prompt_ids(26, seed=8))
-    assert len(opened[0].errors) == 26 * len(loaded.shape.layers)
-    assert max(opened[0].errors) < 0.01
+    assert max(errors_of_evicting(loaded, create_method(spec), prompt, prompt_ids(26, seed=8))) < 0.01
 
 
 def new_tensor_bytes():
     """Bytes of the storages of all live tensors made since ``gc.freeze()``, whoever holds them."""
     tensors = [thing for thing in gc.get_objects() if type(thing) is torch.Tensor]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
-
-
-def assert_predicted(footprint, method, predicted):
-    """Every byte and FLOP as predicted; where the data decide on the reads, predicted is the most they can be."""
-    if method.reads_vary:
-        assert footprint.bytes_read_per_step <= predicted.bytes_read_per_step
-        assert footprint.attention_flops_per_step <= predicted.attention_flops_per_step
-        kept = ("kv_bytes", "metadata_bytes", "host_bytes")
-        assert [getattr(footprint, key) for key in kept] == [getattr(predicted, key) for key in kept]
-    else:
-        assert footprint == predicted
 
 
 @pytest.mark.parametrize("spec", SPECS)
