@@ -34,6 +34,7 @@ def accuracy_against_memory(run: Run, cells: pd.DataFrame) -> ReportFigure | Ski
         name="accuracy_against_memory",
         title="Accuracy against memory",
         axis=source.axis,
+        less="both holds less",
         note=source.caption,
         caption=caption,
         nothing="no method has both a score and measured bytes at one length yet",
@@ -56,6 +57,7 @@ def accuracy_against_reads(run: Run, cells: pd.DataFrame) -> ReportFigure | Skip
         name="accuracy_against_reads",
         title="Accuracy against bytes read",
         axis=READS_AXIS,
+        less="both reads less",
         note=READS_CAPTION,
         caption=caption,
         nothing="no prompt has been scored yet",
@@ -63,9 +65,12 @@ def accuracy_against_reads(run: Run, cells: pd.DataFrame) -> ReportFigure | Skip
 
 
 def _pareto_figure(
-    run: Run, data: pd.DataFrame, *, name: str, title: str, axis: str, note: str, caption: str, nothing: str
+    run: Run, data: pd.DataFrame, *, name: str, title: str, axis: str, less: str, note: str, caption: str, nothing: str
 ) -> ReportFigure | SkippedFigure:
-    """Draw accuracy against ``data["bytes"]``, or say that there is ``nothing`` to draw."""
+    """Draw accuracy against ``data["bytes"]``, or say that there is ``nothing`` to draw.
+
+    ``less`` says what having fewer bytes means here.
+    """
     if not len(data):
         return SkippedFigure(name, title, nothing)
     data = pd.concat([_with_front(rows) for _, rows in data.groupby("length_tokens")], ignore_index=True)
@@ -84,7 +89,7 @@ def _pareto_figure(
             title=title,
             subtitle=f"{subtitle_of(run)}; up and left is better; bars: 95 % intervals",
             note=note,
-            key=[key_entry("Pareto front: nothing else is both smaller and more accurate", line="-")] if drawn else [],
+            key=[key_entry(f"Pareto front: nothing else {less} and is more accurate", line="-")] if drawn else [],
         )
         for length, axes in zip(lengths, all_axes, strict=True):
             _pareto_panel(axes, data[data["length_tokens"] == length], styles, axis)
