@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 
 from kvscope.methods.block_budget import BlockPlan, check_blocks
-from kvscope.methods.block_sparse import BlockSparse, Query, Scored
+from kvscope.methods.block_query import Query, Scored
+from kvscope.methods.block_sparse import BlockSparse
 from kvscope.methods.gather import page_logits
 from kvscope.methods.shape import ModelShape
 
