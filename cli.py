@@ -85,7 +85,8 @@ MaxNewTokens = Annotated[
     int | None, typer.Option("--max-new-tokens", help="New tokens per sample.  [default: the task's own]")
 ]
 PaperSettings = Annotated[
-    bool | None, typer.Option("--paper-settings/--no-paper-settings", help="Fix the recency window at 8192 tokens.")
+    bool | None,
+    typer.Option("--paper-settings/--no-paper-settings", help="Fix recency at 8192 tokens, blocks as in their papers."),
 ]
 Footprint = Annotated[
     bool | None,

@@ -7,6 +7,7 @@ import textwrap
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
+from kvscope.harness.config import format_length
 from kvscope.results.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["methods", "tasks", "models"]
 TEXT_WIDTH = 100
+SHOWN_LENGTHS_TOKENS = (1024, 8192, 32_768, 131_072)
 KINDS: tuple[Kind, ...] = ("methods", "tasks", "models")
 SECTION = re.compile(r"^(Args|Attributes|Options):$")
 ENTRY = re.compile(r"^([\w, ]+):\s+(.*)$")
@@ -68,11 +70,13 @@ def method_entry(name: str) -> dict[str, Any]:
     return {
         "name": name,
         "stays": cls.stays,
+        "reads": cls.reads,
         "saves": cls.saves,
         "saving_kind": cls.saving_kind,
         "cost": cls.cost,
         "source": cls.source,
         "options": method_options(cls),
+        "automatic": automatic_values(cls),
     }
 
 
@@ -91,6 +95,17 @@ def method_options(cls: "type[CacheMethod[Any]]") -> list[dict[str, Any]]:
         }
         for field in dataclasses.fields(cls.Config)
     ]
+
+
+def automatic_values(cls: "type[CacheMethod[Any]]") -> dict[str, dict[str, Any]]:
+    """Return length -> the settings in use there with every option at its default; empty for one without settings."""
+    method = cls()
+    found = {length_tokens: method.effective_config(length_tokens) for length_tokens in SHOWN_LENGTHS_TOKENS}
+    return {
+        format_length(length_tokens): {key: value for key, value in values.items() if value is not None}
+        for length_tokens, values in found.items()
+        if values
+    }
 
 
 def documented(thing: Any) -> dict[str, str]:
@@ -129,20 +144,29 @@ def task_entry(name: str) -> dict[str, Any]:
 def _method_text(entry: dict[str, Any]) -> str:
     lines = [
         f"{entry['name']} (cache method)",
-        f"  stays on the device   {entry['stays']}",
-        f"  saves                 {entry['saves']}",
-        f"  the rest is           {REST[entry['saving_kind']]}",
-        f"  bytes kept and read   {entry['cost']}",
-        f"  source                {entry['source']}",
+        *_clause("stays on the device", entry["stays"]),
+        *_clause("a query reads", entry["reads"]),
+        *_clause("saves", entry["saves"]),
+        *_clause("the rest is", REST[entry["saving_kind"]]),
+        *_clause("bytes kept and read", entry["cost"]),
+        *_clause("source", entry["source"]),
     ]
     options = entry["options"]
     lines.append("  options" if options else "  options               none")
     for option in options:
         lines.append(f"    {option['name']} ({option['type']}, default {_value_text(option['default'])})")
         lines += textwrap.wrap(option["meaning"], TEXT_WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 8)
+    if entry["automatic"]:
+        lines.append("  in use by default, by prompt length (every row holds the values of its own)")
+    for length, values in entry["automatic"].items():
+        lines.append(f"    {length:<6} {', '.join(f'{key}={_value_text(value)}' for key, value in values.items())}")
     example = f"{options[0]['name']}=..." if options else ""
     lines.append(f"  use                   -m {entry['name']}{':' + example if example else ''}")
     return "\n".join(lines)
+
+
+def _clause(name: str, text: str) -> list[str]:
+    return textwrap.wrap(text, TEXT_WIDTH + 24, initial_indent=f"  {name:<22}", subsequent_indent=" " * 24)
 
 
 REST = {
@@ -155,6 +179,8 @@ REST = {
 def _value_text(value: object) -> str:
     if value is None:
         return "none"
+    if isinstance(value, float):
+        return f"{value:.3g}"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

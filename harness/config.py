@@ -122,7 +122,9 @@ class RunConfig(BaseModel):
     )
     answer_nll: bool = Field(default=False, description="also measure the teacher-forced NLL of the reference answer")
     max_new_tokens: int | None = Field(default=None, ge=1, description="new tokens per sample (default: the task's)")
-    paper_settings: bool = Field(default=False, description="fix recency_tokens to the paper's 8192")
+    paper_settings: bool = Field(
+        default=False, description="fix recency_tokens at 8192, blocks and budgets at their papers' values"
+    )
     footprint: bool = Field(default=True, description="measure memory and latency, a fresh process per cell")
     footprint_lengths_tokens: tuple[int, ...] | None = Field(
         default=None, description="lengths of the footprint pass (default: lengths_tokens)"

@@ -70,6 +70,7 @@ def prefill(
     ids_N = torch.tensor(list(ids), dtype=torch.long)
     listeners: dict[int, list[Collector]] = {}
     for collector in collectors:
+        collector.begin(len(ids))
         listeners.setdefault(collector.layer, []).append(collector)
     unmanaged = sorted(set(listeners) - set(shape.layers))
     if unmanaged:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
@@ -72,13 +72,19 @@ class Collector(ABC):
     name: str
     layer: int
 
+    def begin(self, n_tokens: int) -> None:  # noqa: B027 - most collectors do the same at any length
+        """Learn the prompt's length before its first chunk: settings may depend on it."""
+
     @abstractmethod
     def chunk(self, k_BHSD: torch.Tensor, v_BHSD: torch.Tensor, hidden_BSM: torch.Tensor, *, start_tokens: int) -> None:
         """Take the next chunk of the prompt, beginning at token ``start_tokens``; rotation is already applied to K."""
 
     @abstractmethod
     def finish(self) -> torch.Tensor:
-        """Return the metadata tensor, on the device the chunks were on."""
+        """Return the metadata tensor: on the device the chunks were on or, what grows with the prompt, in host memory.
+
+        A prompt of no tokens had no chunk: the tensor is empty then, of any shape.
+        """
 
 
 class SequenceCache(ABC):
@@ -147,7 +153,10 @@ class CacheMethod(ABC, Generic[ConfigT]):
         source: the citation.
         cost: bytes resident and read, as a formula in text.
         saving_kind: ``resident`` (nothing leaves the device), ``freed`` or ``offloaded`` (to pinned host memory).
+        reads: one clause, what one query attends to, and what it reads beside that to choose.
+        reads_vary: whether the reads of a step depend on the data; ``predict`` gives the most they can be then.
         budget_sets_window: whether a byte budget sizes the recency window (else it buys something beside it).
+        paper_options: what ``--paper-settings`` sets the automatic options to.
         Config: frozen dataclass of the options, with defaults, validated in ``__post_init__``.
     """
 
@@ -157,7 +166,10 @@ class CacheMethod(ABC, Generic[ConfigT]):
     source: ClassVar[str]
     cost: ClassVar[str]
     saving_kind: ClassVar[SavingKind]
+    reads: ClassVar[str] = "every resident token"
+    reads_vary: ClassVar[bool] = False
     budget_sets_window: ClassVar[bool] = True
+    paper_options: ClassVar[Mapping[str, Any]] = {}
     Config: ClassVar[type[Any]]
 
     def __init__(self, config: ConfigT | None = None, *, label: str | None = None) -> None:

@@ -18,6 +18,10 @@ METHODS: dict[str, str] = {
     "sliding_window": "kvscope.methods.sliding_window.method:SlidingWindow",
     "recency": "kvscope.methods.recency.method:Recency",
     "random": "kvscope.methods.random.method:RandomChunks",
+    "quest": "kvscope.methods.quest.method:Quest",
+    "moba": "kvscope.methods.moba.method:MoBA",
+    "msa": "kvscope.methods.msa.method:MSA",
+    "dsa": "kvscope.methods.dsa.method:DSA",
 }
 
 PAPER_RECENCY_TOKENS = 8192
@@ -94,7 +98,8 @@ def create_method(spec: str | Mapping[str, Any] | MethodSpec, *, paper_settings:
 
     Args:
         spec: text, mapping or parsed spec, see ``parse_method``.
-        paper_settings: fix the recency window at 8192 tokens wherever the spec leaves it open.
+        paper_settings: fix the recency window at 8192 tokens, and the methods' own papers' values, wherever the spec
+            leaves them open.
 
     Raises:
         UsageError: as ``parse_method``, or an option that is unknown, of the wrong type or out of range.
@@ -107,10 +112,10 @@ def create_method(spec: str | Mapping[str, Any] | MethodSpec, *, paper_settings:
     if paper_settings:
         open_options = optional_fields(cls.Config)
         budgeted = any(getattr(config, key, None) is not None for key in ("budget_bytes", "budget_fraction"))
-        for key in _PAPER_OPTIONS:
+        for key, value in (dict.fromkeys(_PAPER_OPTIONS, PAPER_RECENCY_TOKENS) | dict(cls.paper_options)).items():
             # Where a byte budget already sizes the window, the paper's 8192 tokens have nothing left to fix.
             if key in open_options and getattr(config, key) is None and not (budgeted and cls.budget_sets_window):
-                options[key] = PAPER_RECENCY_TOKENS
+                options[key] = value
         config = build_config(parsed.name, cls.Config, options)
     # The label is what the user asked for; `effective_config` says what the paper's settings made of it.
     return cls(config, label=label)

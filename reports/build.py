@@ -12,7 +12,8 @@ from kvscope.reports.export import write_figure, write_table
 from kvscope.reports.figure_parts import ReportFigure, SkippedFigure
 from kvscope.reports.figures_accuracy import accuracy_by_length, accuracy_by_task
 from kvscope.reports.figures_depth import depth_by_task, needle_heatmap
-from kvscope.reports.figures_memory import accuracy_against_memory, memory_by_length, tpot_by_length
+from kvscope.reports.figures_memory import memory_by_length, tpot_by_length
+from kvscope.reports.figures_pareto import accuracy_against_memory, accuracy_against_reads
 from kvscope.reports.html import page
 from kvscope.reports.tables import all_tables
 from kvscope.results.errors import UsageError
@@ -47,6 +48,7 @@ def all_figures(run: Run, cells: pd.DataFrame) -> list[ReportFigure | SkippedFig
     """
     return [
         accuracy_against_memory(run, cells),
+        accuracy_against_reads(run, cells),
         accuracy_by_length(run, cells),
         accuracy_by_task(run, cells),
         needle_heatmap(run),

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
 from kvscope.reports.coverage import coverage
-from kvscope.reports.theme import FAINT, TEXT
+from kvscope.reports.theme import FAINT, TEXT, MethodStyle
 from kvscope.reports.units import bytes_text, length_text
 from kvscope.results.frames import Run
 
@@ -110,4 +110,20 @@ def key_entry(text: str, *, marker: str = "None", line: Line = "None", color: st
         label=text,
         mec=TEXT,
         mew=0.4,
+    )
+
+
+def points(axes: Axes, x: list[float], y: list[float], style: MethodStyle, *, line: bool) -> None:
+    """Draw a method's points in its own style, joined by its line or not."""
+    axes.plot(
+        x,
+        y,
+        color=style.color,
+        marker=style.marker,
+        markersize=style.size,
+        linestyle=style.dash if line else "None",
+        linewidth=1.4,
+        markeredgecolor="white",
+        markeredgewidth=0.7,
+        zorder=3,
     )

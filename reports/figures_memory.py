@@ -1,63 +1,28 @@
-"""Figures with bytes or time: accuracy against memory, memory by length, time per output token by length."""
+"""Figures with bytes or time by length: memory, and time per output token."""
 
-import itertools
 import math
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator
 
-from kvscope.reports.canvas import Label, Margins, end_labels, free_labels, panels, text_width_in
-from kvscope.reports.cells import ALL_TASKS, MemorySource, footprint_cells, memory_source, predicted_cells
+from kvscope.reports.canvas import Label, Margins, end_labels, panels, text_width_in
+from kvscope.reports.cells import footprint_cells, memory_source, predicted_cells
 from kvscope.reports.figure_parts import (
     ReportFigure,
     SkippedFigure,
     byte_axis,
     key_entry,
     length_axis,
+    points,
     shift,
     subtitle_of,
 )
 from kvscope.reports.theme import MethodStyle, method_styles, theme
-from kvscope.reports.units import length_text, number
+from kvscope.reports.units import number
 from kvscope.results.frames import Run, records
 
 SIDE_BY_SIDE = "Points of one length stand side by side, so that equal values stay visible."
-
-
-def accuracy_against_memory(run: Run, cells: pd.DataFrame) -> ReportFigure | SkippedFigure:
-    """Accuracy against bytes of the same method and length, one panel a length, with the Pareto front."""
-    name, title = "accuracy_against_memory", "Accuracy against memory"
-    source = memory_source(run)
-    data = _accuracy_with_bytes(run, cells, source)
-    if not len(data):
-        return SkippedFigure(name, title, "no method has both a score and measured bytes at one length yet")
-    data = pd.concat([_with_front(rows) for _, rows in data.groupby("length_tokens")], ignore_index=True)
-    lengths = sorted(set(data["length_tokens"]))
-    labels = [method.label for method in run.info.methods]
-    styles = method_styles(labels)
-    crowded = len(labels) > 5
-    drawn = bool((data.groupby("length_tokens")["pareto"].sum() > 1).any())
-    with theme(name):
-        figure, all_axes = panels(
-            len(lengths),
-            columns=2,
-            width_in=4.6 if crowded or len(lengths) == 1 else 3.7,
-            height_in=3.2 if crowded else 2.7,
-            margins=Margins(left=0.75, right=0.25, top=0.42, bottom=0.62),
-            title=title,
-            subtitle=f"{subtitle_of(run)}; up and left is better; bars: 95 % intervals",
-            note=source.caption,
-            key=[key_entry("Pareto front: nothing else is both smaller and more accurate", line="-")] if drawn else [],
-        )
-        for length, axes in zip(lengths, all_axes, strict=True):
-            _pareto_panel(axes, data[data["length_tokens"] == length], styles, source)
-            axes.set_title(f"{length_text(length)} tokens", fontweight="bold")
-    caption = (
-        "Accuracy (pooled over tasks) against the bytes of the same method at the same length, metadata included. The "
-        f"line is the Pareto front of the point estimates. {source.caption}"
-    )
-    return ReportFigure(name, title, caption, figure, data)
 
 
 def memory_by_length(run: Run) -> ReportFigure | SkippedFigure:
@@ -159,7 +124,7 @@ def tpot_by_length(run: Run) -> ReportFigure | SkippedFigure:
             rows = timed[timed["method_label"] == label]
             x = [factor * length for length in rows["length_tokens"]]
             y = [1000 * value for value in rows["tpot_s"]]
-            _points(axes, x, y, style, line=True)
+            points(axes, x, y, style, line=True)
             for length in failed[failed["method_label"] == label]["length_tokens"]:
                 axes.plot(factor * length, top, marker="x", color=style.color, mew=2, markersize=7, clip_on=False)
             if x:
@@ -170,56 +135,6 @@ def tpot_by_length(run: Run) -> ReportFigure | SkippedFigure:
         f"this machine and build, not of the method as such. {SIDE_BY_SIDE}"
     )
     return ReportFigure(name, title, caption, figure, data.reset_index(drop=True))
-
-
-def _accuracy_with_bytes(run: Run, cells: pd.DataFrame, source: MemorySource) -> pd.DataFrame:
-    """Pooled accuracy joined with bytes: NVML's from the footprint pass, or the ledger's from the very same prompts."""
-    pooled = cells[cells["task"] == (ALL_TASKS if len(run.info.tasks) > 1 else run.info.tasks[0])]
-    key = ["method_label", "length_tokens"]
-    if source.kind == "nvml":
-        measured = run.footprint[run.footprint["status"] == "ok"][[*key, "kv_nvml_bytes"]]
-        bytes_of: pd.DataFrame = measured.rename(columns={"kv_nvml_bytes": "bytes"})
-    else:
-        ok = run.samples[run.samples["status"] == "ok"]
-        held = (ok["resident_kv_bytes"] + ok["metadata_bytes"]).astype("float64").rename("bytes")
-        bytes_of = pd.concat([ok[key], held], axis=1).groupby(key)["bytes"].mean().reset_index()
-    columns = [*key, "n", "accuracy", "ci_low", "ci_high"]
-    data = pooled[columns].dropna(subset=["accuracy"]).merge(bytes_of, on=key, how="inner")
-    data["bytes"] = data["bytes"].astype("float64")
-    data["bytes_source"] = source.kind
-    return data[data["bytes"] > 0].reset_index(drop=True)
-
-
-def _with_front(rows: pd.DataFrame) -> pd.DataFrame:
-    """Mark the rows that no other row beats in both bytes and accuracy."""
-    ordered = rows.sort_values(["bytes", "accuracy"], ascending=[True, False])
-    best_before = ordered["accuracy"].cummax().shift(fill_value=-math.inf)
-    return rows.assign(pareto=ordered["accuracy"] > best_before)
-
-
-def _pareto_panel(axes: Axes, rows: pd.DataFrame, styles: dict[str, MethodStyle], source: MemorySource) -> None:
-    low, high = float(rows["bytes"].min()), float(rows["bytes"].max())
-    pad = max(2.0, (high / low) ** 0.15)
-    byte_axis(axes, low / pad, high * pad, which="x", most=5)
-    axes.set_ylim(-8, 112)
-    axes.yaxis.set_major_locator(FixedLocator([0, 25, 50, 75, 100]))
-    axes.set_ylabel("accuracy (%)")
-    axes.set_xlabel(source.axis)
-    front = [(row["bytes"], 100 * row["accuracy"]) for row in records(rows[rows["pareto"]].sort_values("bytes"))]
-    steps = front[:1]
-    for (_, before), (x, y) in itertools.pairwise(front):
-        steps += [(x, before), (x, y)]
-    axes.plot(*zip(*steps, strict=True), color="#999999", linewidth=1.2, zorder=1)
-    labels, bars = [], []
-    for row in records(rows):
-        style = styles[row["method_label"]]
-        x, y = row["bytes"], 100 * row["accuracy"]
-        if row["ci_low"] is not None:
-            bars.append([(x, 100 * row["ci_low"]), (x, 100 * row["ci_high"])])
-            axes.plot(*zip(*bars[-1], strict=True), color=style.color, linewidth=1, alpha=0.35)
-        _points(axes, [x], [y], style, line=False)
-        labels.append(Label(style.text, x, y, style.color))
-    free_labels(axes, labels, lines=[steps, *bars])
 
 
 def _memory_line(axes: Axes, rows: pd.DataFrame, style: MethodStyle, *, factor: float) -> Label | None:
@@ -238,7 +153,7 @@ def _memory_line(axes: Axes, rows: pd.DataFrame, style: MethodStyle, *, factor: 
         for row in records(rows)
         if row["measured_bytes"] is not None and row["measured_bytes"] > 0
     ]
-    _points(axes, [x for x, _ in measured], [y for _, y in measured], style, line=False)
+    points(axes, [x for x, _ in measured], [y for _, y in measured], style, line=False)
     crosses = [
         (factor * row["length_tokens"], float(row["predicted_bytes"]))
         for row in records(rows)
@@ -255,21 +170,6 @@ def _memory_line(axes: Axes, rows: pd.DataFrame, style: MethodStyle, *, factor: 
 
 def _label_margin_in(styles: dict[str, MethodStyle]) -> float:
     return 0.4 + text_width_in([style.text for style in styles.values()], fontsize=8.5)
-
-
-def _points(axes: Axes, x: list[float], y: list[float], style: MethodStyle, *, line: bool) -> None:
-    axes.plot(
-        x,
-        y,
-        color=style.color,
-        marker=style.marker,
-        markersize=style.size,
-        linestyle=style.dash if line else "None",
-        linewidth=1.4,
-        markeredgecolor="white",
-        markeredgewidth=0.7,
-        zorder=3,
-    )
 
 
 def _time_axis(axes: Axes, values_ms: list[float]) -> float:

@@ -24,8 +24,9 @@ def footprint_table(run: Run) -> Table:
         extra.append(f"No NVML columns: not measured ({'; '.join(reasons)}). All bytes are the ledger's.")
     caption = (
         "One fresh process per row. Resident KV, metadata and host bytes are the ledger's (exact sizes of live "
-        "tensors, mean over decode steps); NVML is the driver's reading of the process. TTFT: time to first token; "
-        "TPOT: median time per output token, batch 1. Torch peaks and host memory are in the CSV."
+        "tensors, mean over decode steps); read a step: the bytes of keys, values and metadata that one decode step "
+        "reads, counted. NVML is the driver's reading of the process. TTFT: time to first token; TPOT: median time per "
+        "output token, batch 1. Torch peaks, host memory and FLOPs are in the CSV."
     )
     text = pd.DataFrame(rows) if rows else pd.DataFrame(columns=["method", "length (tokens)", "status"])
     return Table("footprint", "Footprint by method and length", caption, cells, text, (*notes.lines(), *extra))
@@ -48,6 +49,7 @@ def _footprint_text(row: dict[str, Any], unit: ByteUnit, *, nvml: bool, notes: N
         f"resident KV ({unit.name})": amount("resident_kv_bytes", None),
         f"metadata ({unit.name})": amount("metadata_bytes", None),
         "of dense (%)": percent(share) if share is not None else notes.mark(why or "no dense size"),
+        f"read a step ({unit.name})": amount("bytes_read_per_step", None),
         f"host KV ({unit.name})": amount("host_kv_bytes", None),
         f"predicted ({unit.name})": unit.text(row["predicted_bytes"])
         if row["predicted_bytes"] is not None
@@ -67,6 +69,7 @@ def _footprint_text(row: dict[str, Any], unit: ByteUnit, *, nvml: bool, notes: N
     return text
 
 
+READ_COLUMNS = ("bytes_read_per_step", "attention_flops_per_step")
 STAYS_COLUMNS = [
     "method_label",
     "stays",
@@ -76,6 +79,9 @@ STAYS_COLUMNS = [
     "held_bytes",
     "held_of_dense",
     "bytes_from",
+    "bytes_read_per_step",
+    "read_of_dense",
+    "attention_flops_per_step",
     "kv_nvml_bytes",
     "host_kv_bytes",
     "tpot_s",
@@ -109,8 +115,8 @@ def stays_table(run: Run, cells: pd.DataFrame) -> Table:
     where = "nothing measured yet" if length is None else f"measured at {length_text(length)} tokens"
     caption = (
         f"What each method keeps on the GPU and what that saves; {where}: bytes, time and accuracy of one setting. "
-        "Bytes are the ledger's, keys, values and metadata; 100 % is what dense holds at the same length. Accuracy is "
-        "pooled over tasks, with its 95 % interval."
+        "Bytes are the ledger's, keys, values and metadata; 100 % is what dense holds, or reads in one decode step, at "
+        "the same length. Accuracy is pooled over tasks, with its 95 % interval."
     )
     if not nvml and len(timed):
         caption += f" NVML was not measured: {', '.join(dict.fromkeys(timed['nvml_reason'].dropna()))}."
@@ -138,9 +144,10 @@ def _stays_cell(run: Run, label: str, length: int | None, pooled: pd.DataFrame) 
         cell |= {
             "held_bytes": held,
             "held_of_dense": _share(held, found[0]["dense_kv_bytes"]),
+            "read_of_dense": _share(found[0]["bytes_read_per_step"], _dense_reads(run.footprint, length)),
             "bytes_from": "footprint",
         }
-        cell |= {key: found[0][key] for key in ("kv_nvml_bytes", "host_kv_bytes", "tpot_s")}
+        cell |= {key: found[0][key] for key in ("kv_nvml_bytes", "host_kv_bytes", "tpot_s", *READ_COLUMNS)}
         if found[0]["kv_nvml_bytes"] is None:
             reasons.append(f"NVML: {found[0]['nvml_reason']}")
     elif found:
@@ -152,6 +159,8 @@ def _stays_cell(run: Run, label: str, length: int | None, pooled: pd.DataFrame) 
             held = float((ok["resident_kv_bytes"] + ok["metadata_bytes"]).mean())
             cell |= {"held_bytes": held, "held_of_dense": _share(held, float(ok["dense_kv_bytes"].mean()))}
             cell |= {"bytes_from": "samples", "host_kv_bytes": round(float(ok["host_kv_bytes"].mean()))}
+            cell |= {key: float(ok[key].mean()) for key in READ_COLUMNS}
+            cell |= {"read_of_dense": _share(cell["bytes_read_per_step"], _dense_reads(run.samples, length))}
     for scores in records(pooled[(pooled["method_label"] == label) & (pooled["length_tokens"] == length)]):
         cell |= {key: scores[key] for key in ("accuracy", "ci_low", "ci_high", "n")}
         if scores["accuracy"] is None:
@@ -159,8 +168,14 @@ def _stays_cell(run: Run, label: str, length: int | None, pooled: pd.DataFrame) 
     return {**cell, "not_measured": "; ".join(reasons)}
 
 
-def _share(held: float, dense: float) -> float | None:
-    return held / dense if dense else None
+def _dense_reads(rows: pd.DataFrame, length: int | None) -> float | None:
+    """Mean bytes a step of dense reads at a length; None where dense was not measured there."""
+    dense = rows[(rows["method"] == "dense") & (rows["status"] == "ok") & (rows["length_tokens"] == length)]
+    return float(dense["bytes_read_per_step"].mean()) if len(dense) else None
+
+
+def _share(part: float, whole: float | None) -> float | None:
+    return part / whole if whole else None
 
 
 def _stays_text(row: dict[str, Any], unit: ByteUnit, *, nvml: bool, notes: Notes) -> dict[str, str]:
@@ -183,6 +198,10 @@ def _stays_text(row: dict[str, Any], unit: ByteUnit, *, nvml: bool, notes: Notes
         "saves": row["saves"],
         f"resident ({unit.name})": amount("held_bytes"),
         "of dense (%)": value("held_of_dense", percent(row["held_of_dense"] or 0)),
+        f"read a step ({unit.name})": amount("bytes_read_per_step"),
+        "of dense's reads (%)": notes.mark("dense was not measured here")
+        if row["read_of_dense"] is None and row["bytes_read_per_step"] is not None
+        else value("read_of_dense", percent(row["read_of_dense"] or 0)),
     }
     if nvml:
         text[f"KV by NVML ({unit.name})"] = amount("kv_nvml_bytes")

@@ -29,8 +29,10 @@ def test_lists_name_everything_once_and_agree_with_json(kind: str, capsys: pytes
 @pytest.mark.parametrize("name", method_names())
 def test_a_method_shows_what_stays_what_it_costs_and_every_option(name: str) -> None:
     text, cls = show_text(name), method_class(name)
-    for clause in (cls.stays, cls.saves, cls.cost, cls.source):
-        assert clause in text
+    unwrapped = " ".join(text.split())
+    for clause in (cls.stays, cls.reads, cls.saves, cls.cost, cls.source):
+        assert clause in unwrapped
+    assert max(map(len, text.splitlines())) <= 130
     for field in dataclasses.fields(cls.Config):
         default = "none" if field.default is None else str(field.default).lower()
         line = next(line for line in text.splitlines() if line.strip().startswith(f"{field.name} ("))
@@ -41,6 +43,14 @@ def test_a_method_shows_what_stays_what_it_costs_and_every_option(name: str) -> 
 def test_every_option_of_a_method_is_explained(name: str) -> None:
     for option in catalog.method_options(method_class(name)):
         assert len(option["meaning"]) > 10, option["name"]
+
+
+def test_automatic_values_are_shown_by_length() -> None:
+    lines = show_text("moba").splitlines()
+    at = next(index for index, line in enumerate(lines) if "by prompt length" in line)
+    assert lines[at + 1].split() == ["1K", "block_tokens=32,", "blocks_read=4,", "budget_tokens=128"]
+    assert lines[at + 3].split() == ["32K", "block_tokens=512,", "blocks_read=4,", "budget_tokens=2048"]
+    assert "by prompt length" not in show_text("dense")
 
 
 @pytest.mark.parametrize("name", method_names())

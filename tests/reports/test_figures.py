@@ -20,6 +20,7 @@ from kvscope.results.frames import make_run
 
 NAMES = [
     "accuracy_against_memory",
+    "accuracy_against_reads",
     "accuracy_by_length",
     "accuracy_by_task",
     "needle_heatmap",

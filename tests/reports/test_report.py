@@ -38,9 +38,8 @@ def test_every_table_and_figure_in_every_format(demo: tuple[Path, list[Path]]) -
     folder, paths = demo
     names = {path.relative_to(folder / "report").as_posix() for path in paths}
     tables = ("stays_and_saves", "accuracy", "accuracy_by_depth", "footprint", "statistics")
-    figures = ("accuracy_against_memory", "accuracy_by_length", "accuracy_by_task", "needle_heatmap")
-    figures += ("depth_by_task",)
-    figures += ("memory_by_length", "tpot_by_length")
+    figures = ("accuracy_against_memory", "accuracy_against_reads", "accuracy_by_length", "accuracy_by_task")
+    figures += ("needle_heatmap", "depth_by_task", "memory_by_length", "tpot_by_length")
     expected = {f"tables/{name}.{ending}" for name in tables for ending in ("csv", "md", "tex", "parquet")}
     expected |= {f"figures/{name}.{ending}" for name in figures for ending in ("png", "svg", "csv")}
     assert names == expected | {"report.html"}

@@ -1,0 +1,84 @@
+"""What passes between a block-sparse method and its sequence: a query to score, its scores, and what was read for it.
+
+Shapes: H KV heads, G query heads a KV head, N blocks before the current one, X vectors a summary, S slots (pages),
+P tokens a page, D head size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from kvscope.methods.base import AttentionExtras
+from kvscope.methods.block_budget import BlockPlan, layer_token_bytes, layer_token_flops
+from kvscope.methods.shape import Footprint, ModelShape
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What one query reads in one layer, all KV heads together.
+
+    Attributes:
+        n_tokens: tokens whose K and V it reads, added up over KV heads; a tensor where only the device knows.
+        scan_bytes: bytes read to score blocks.
+        scan_flops: FLOPs of scoring them.
+    """
+
+    n_tokens: "int | torch.Tensor"
+    scan_bytes: int = 0
+    scan_flops: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Query:
+    """Everything a score may be made of: one query, one layer.
+
+    Attributes:
+        q_HGD: the query, rotation applied.
+        summaries: [N, H, X, D] of the blocks before the current one; None for a method that keeps none.
+        pages: [S, H, 2, P, D], the current token included.
+        n_tokens: tokens in the pages.
+        plan: the blocks.
+        scale, extras: of the layer's attention.
+    """
+
+    q_HGD: torch.Tensor
+    summaries: torch.Tensor | None
+    pages: torch.Tensor
+    n_tokens: int
+    plan: BlockPlan
+    scale: float
+    extras: AttentionExtras
+
+    @property
+    def n_before(self) -> int:
+        """Blocks before the current one: those a score is wanted for. All of them are full."""
+        return self.plan.count(self.n_tokens) - 1
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores of the blocks before the current one, and what they cost.
+
+    Attributes:
+        scores_HGN: size 1 in H: one choice for all KV heads. Size over 1 in G: one a query head.
+        n_bytes: bytes of the tensors read for them.
+        n_flops: FLOPs of the products.
+    """
+
+    scores_HGN: torch.Tensor
+    n_bytes: int
+    n_flops: int
+
+
+def read_footprint(shape: ModelShape, reads: list[Reads], *, kv_bytes: int, metadata_bytes: int) -> Footprint:
+    """Return the footprint of layers that hold ``kv_bytes`` and read ``reads``."""
+    n_known = sum(read.n_tokens for read in reads if isinstance(read.n_tokens, int))
+    counted = [read.n_tokens for read in reads if not isinstance(read.n_tokens, int)]
+    # One wait for the device, not one a layer.
+    n_tokens = n_known + (int(torch.stack(counted).sum()) if counted else 0)
+    return Footprint(
+        kv_bytes=kv_bytes,
+        metadata_bytes=metadata_bytes,
+        bytes_read_per_step=n_tokens * layer_token_bytes(shape) + sum(read.scan_bytes for read in reads),
+        attention_flops_per_step=n_tokens * layer_token_flops(shape) + sum(read.scan_flops for read in reads),
+    )

@@ -1,0 +1,127 @@
+"""Block-sparse methods: the whole cache stays resident, and each query reads a few blocks of it.
+
+A subclass says how blocks are scored and what that costs; the rest is shared: the plan of blocks (``block_budget``),
+summaries of blocks (``summaries``), choice and gather (``gather``), storage, byte counts and the masked oracle
+(``block_sequence``). The query's own block is always read and counts as one of the budget's blocks.
+"""
+
+from abc import abstractmethod
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import torch
+
+from kvscope.methods.base import CacheMethod, Collector, SequenceCache
+from kvscope.methods.block_budget import BlockPlan, plan_blocks
+from kvscope.methods.block_query import Query, Reads, Scored, read_footprint
+from kvscope.methods.block_sequence import BlockSparseSequence, MaskedBlockSparse
+from kvscope.methods.shape import Footprint, ModelShape
+from kvscope.methods.store import PromptKV
+from kvscope.methods.summaries import Summary, SummaryCollector, summary_bytes
+
+
+class BlockConfig(Protocol):
+    """What the options of every block-sparse method have."""
+
+    @property
+    def budget_tokens(self) -> int | None: ...
+
+
+ConfigT = TypeVar("ConfigT", bound=BlockConfig)
+
+
+class BlockSparse(CacheMethod[ConfigT]):
+    """Everything resident; a query reads its own block and the best-scored ones.
+
+    Class attributes:
+        paper_block_tokens, paper_budget_tokens: the defaults of the paper, used from 32K tokens on.
+        per_query_head: whether query heads choose alone, so that a KV head reads the union of its group's choices.
+    """
+
+    saving_kind = "resident"
+    paper_block_tokens: ClassVar[int]
+    paper_budget_tokens: ClassVar[int] = 2048
+    per_query_head: ClassVar[bool] = False
+
+    def summary(self) -> Summary | None:
+        """Return what is kept of each block, or None."""
+        return None
+
+    @abstractmethod
+    def score(self, query: Query) -> Scored:
+        """Score the blocks before the current one."""
+
+    @abstractmethod
+    def scan_reads(self, shape: ModelShape, n_tokens: int, plan: BlockPlan) -> tuple[int, int]:
+        """Return bytes and FLOPs of scoring in one layer for the query at the end of ``n_tokens``."""
+
+    def sparse_layers(self, shape: ModelShape) -> tuple[int, ...]:
+        """Return the managed layers that choose; the others read everything."""
+        return shape.layers
+
+    @property
+    def block_option(self) -> int | None:
+        """The option block_tokens; None: automatic."""
+        found: int | None = getattr(self.config, "block_tokens", self.paper_block_tokens)
+        return found
+
+    def blocks(self, n_tokens: int) -> BlockPlan:
+        """Return the blocks for a prompt of ``n_tokens``."""
+        return plan_blocks(
+            n_tokens,
+            paper_block_tokens=self.paper_block_tokens,
+            paper_budget_tokens=self.paper_budget_tokens,
+            block_tokens=self.block_option,
+            budget_tokens=self.config.budget_tokens,
+        )
+
+    def layer_reads(self, shape: ModelShape, n_tokens: int, plan: BlockPlan) -> Reads:
+        """Return what the query at the end of ``n_tokens`` reads in a layer that chooses: the most it can be."""
+        H = shape.n_kv_heads
+        if plan.reads_all(n_tokens):
+            return Reads(H * n_tokens)
+        n_chosen = plan.n_blocks - 1
+        if self.per_query_head:
+            n_chosen = min(shape.n_q_heads // H * n_chosen, plan.count(n_tokens) - 1)
+        n_read = n_chosen * plan.block_tokens + plan.tail_tokens(n_tokens)
+        return Reads(H * n_read, *self.scan_reads(shape, n_tokens, plan))
+
+    def collectors(self, layer: int) -> list[Collector]:
+        summary = self.summary()
+        return [] if summary is None else [SummaryCollector(summary, layer)]
+
+    def is_noop(self, n_tokens: int, shape: ModelShape | None = None) -> bool:
+        if shape is not None and not self.sparse_layers(shape):
+            return True
+        return self.blocks(n_tokens).reads_all(n_tokens + 1)  # the first query's token included
+
+    def effective_config(self, n_tokens: int, shape: ModelShape | None = None) -> dict[str, Any]:
+        plan = self.blocks(n_tokens)
+        return {
+            "block_tokens": plan.block_tokens,
+            "blocks_read": plan.n_blocks,
+            "budget_tokens": plan.budget_tokens,
+        }
+
+    def predict(self, shape: ModelShape, n_tokens: int, n_new_tokens: int = 0) -> Footprint:
+        plan, n_total = self.blocks(n_tokens), n_tokens + n_new_tokens
+        sparse, summary = self.sparse_layers(shape), self.summary()
+        n_vectors = 0 if summary is None else summary.n_vectors
+        reads = [self.layer_reads(shape, n_total, plan)] * len(sparse)
+        reads += [Reads(shape.n_kv_heads * n_total)] * (len(shape.layers) - len(sparse))
+        stock = Footprint(
+            kv_bytes=shape.stock_kv_bytes(n_tokens, n_new_tokens),
+            bytes_read_per_step=shape.stock_read_bytes(n_total),
+            attention_flops_per_step=shape.stock_attention_flops(n_total),
+        )
+        return stock + read_footprint(
+            shape,
+            reads,
+            kv_bytes=shape.paged_kv_bytes(n_total),
+            metadata_bytes=len(sparse) * summary_bytes(shape, n_vectors, n_total // plan.block_tokens),
+        )
+
+    def open(
+        self, prompt: PromptKV, device: torch.device | str, *, physical: bool = True, reserve_tokens: int = 0
+    ) -> SequenceCache:
+        sequence = BlockSparseSequence if physical else MaskedBlockSparse
+        return sequence(self, prompt, torch.device(device), reserve_tokens=reserve_tokens)

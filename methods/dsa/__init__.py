@@ -1,0 +1,1 @@
+"""DSA: tokens chosen one by one, one set for all heads."""

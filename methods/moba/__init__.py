@@ -1,0 +1,1 @@
+"""MoBA: blocks chosen by the mean of their keys."""

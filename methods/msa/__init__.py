@@ -1,0 +1,1 @@
+"""MSA: blocks chosen by the best key in them."""

@@ -1,0 +1,1 @@
+"""Quest: pages chosen by an upper bound of their logits."""
