@@ -42,10 +42,20 @@ _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eigh
 _AIM, _CLOSE, _MOST_TRIES = 0.985, 0.97, 4
 
 
-def variable_chains(draws: Draws, *, room_tokens: int, n_questions: int, count: Count) -> Document:
-    """Chains of one to six hops among filler, each asked for its names (see DocumentMaker)."""
-    tag = draws.pick(TAGS if draws.unit() < 0.7 else MORE_TAGS)
-    form = draws.pick(CHAIN_FORMS if draws.unit() < 0.75 else TAGGED_FORMS) if draws.unit() < 0.8 else None
+def variable_chains(
+    draws: Draws, *, room_tokens: int, n_questions: int, count: Count, composed: bool = True
+) -> Document:
+    """Chains of one to six hops among filler, each asked for its names (see DocumentMaker).
+
+    Args:
+        composed: ask in wordings put together from parts, too. The first phases were trained without.
+    """
+    if composed:
+        tag = draws.pick(TAGS if draws.unit() < 0.7 else MORE_TAGS)
+        form = draws.pick(CHAIN_FORMS if draws.unit() < 0.75 else TAGGED_FORMS) if draws.unit() < 0.8 else None
+    else:
+        tag = draws.pick(TAGS)
+        form = draws.pick(CHAIN_FORMS) if draws.unit() < 0.8 else None
     letters = 5 if draws.unit() < 0.7 else draws.between(3, 7)
     digits = 5 if draws.unit() < 0.7 else draws.between(4, 7)
     hops = draws.between(1, _MOST_HOPS) if draws.unit() < 0.4 else None
@@ -73,7 +83,7 @@ def variable_chains(draws: Draws, *, room_tokens: int, n_questions: int, count: 
         placed += [(depth, len(placed) + i, line) for i, (depth, line) in enumerate(zip(at, said, strict=True))]
         chains.append((value, names))
     body = _fill(draws, [line for _, _, line in sorted(placed)], [depth for depth, _, _ in sorted(placed)], room, count)
-    return Document(lines + body, _chain_questions(draws, chains, tag, n_questions))
+    return Document(lines + body, _chain_questions(draws, chains, tag, n_questions, composed))
 
 
 def _fresh(taken: set[str], make: Callable[[], str]) -> str:
@@ -102,7 +112,7 @@ def _places(draws: Draws, n: int) -> list[float]:
 
 
 def _chain_questions(
-    draws: Draws, chains: Sequence[tuple[str, list[str]]], tag: str, n_questions: int
+    draws: Draws, chains: Sequence[tuple[str, list[str]]], tag: str, n_questions: int, composed: bool
 ) -> list[Question]:
     """Ask for whole chains, and with the rest of the questions for single steps of them, in random order."""
     asked = list(chains)
@@ -110,7 +120,7 @@ def _chain_questions(
     asked = asked[: n_questions - int(n_questions * 0.3)]
     questions = [
         _question(
-            composed_question(draws) if draws.unit() < 0.7 else draws.pick(CHAIN_QUESTIONS),
+            composed_question(draws) if composed and draws.unit() < 0.7 else draws.pick(CHAIN_QUESTIONS),
             ", ".join(names),
             tag=tag,
             v=value,
@@ -121,9 +131,10 @@ def _chain_questions(
     steps: set[tuple[str, str]] = set()
     for _ in range(n_questions - len(questions) if chains else 0):
         value, names = draws.pick(chains)
+        at = 0 if composed else draws.between(1, len(names) - 1)
         kind = "copy" if draws.unit() < 0.5 else "value"
-        # The value behind many copies cannot be told in one step.
-        at = draws.between(1, len(names) - 1) if kind == "copy" else 1
+        if composed:  # the value behind many copies cannot be told in one step
+            at = draws.between(1, len(names) - 1) if kind == "copy" else 1
         pair = draws.pick(COPY_QUESTIONS if kind == "copy" else VALUE_QUESTIONS)
         if (kind, names[at]) not in steps:
             steps.add((kind, names[at]))

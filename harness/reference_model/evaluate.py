@@ -127,6 +127,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument(
+        "--batch-tokens", type=int, default=524_288, help="prompt tokens a batch; less where memory is short"
+    )
     parser.add_argument("--closed-book", action="store_true")
     args = parser.parse_args(argv)
     cuda = torch.cuda.is_available()
@@ -136,6 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = evaluate(
         model, tokenizer, tasks=args.tasks.split(","), lengths_tokens=[int(n) for n in args.lengths.split(",")],
         samples=args.samples, seed=args.seed, workers=args.workers, closed_book=args.closed_book,
+        batch_tokens=args.batch_tokens,
     )  # fmt: skip
     args.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,11 @@ _TO_64K = (
 PHASES = (
     Phase(name="p0-128", shapes=_one(128, 256, 4), steps=878, lr=(1.5e-3, 1.5e-3), copy_share=0.3, recall_share=0.4),
     Phase(name="p1-512", shapes=_one(512, 80, 10), steps=1135, lr=(1.5e-3, 1.5e-3), copy_share=0.05,
-          documents=(("long_qa", 0.2), ("vt", 0.1))),
+          documents=(("long_qa", 0.2), ("vt_fixed", 0.1))),
     Phase(name="p2-2k", shapes=(Shape(tokens=512, rows=80, questions=10, share=0.25),
                                 Shape(tokens=2048, rows=20, questions=24, share=0.75)),
-          steps=1594, lr=(1.5e-3, 1.5e-3), documents=(("long_qa", 0.25), ("vt", 0.1), ("cwe", 0.05), ("fwe", 0.05))),
-    Phase(name="p3-64k", shapes=_TO_64K, steps=4400, lr=(1.5e-3, 2e-5), documents=_STORIES),
+          steps=1594, lr=(1.5e-3, 1.5e-3), documents=(("long_qa", 0.25), ("vt_fixed", 0.1), ("cwe", 0.05), ("fwe", 0.05))),
+    Phase(name="p3-64k", shapes=_TO_64K, steps=3736, lr=(1.5e-3, 2e-5), documents=_STORIES),
 )  # fmt: skip
 
 
@@ -225,7 +226,13 @@ class Trainer:
 
 def document_makers() -> dict[str, DocumentMaker]:
     """Return the document families a phase can name."""
-    return {"long_qa": LongQADocuments(), "vt": variable_chains, "cwe": common_words, "fwe": coded_words}
+    return {
+        "long_qa": LongQADocuments(),
+        "vt": variable_chains,
+        "vt_fixed": partial(variable_chains, composed=False),
+        "cwe": common_words,
+        "fwe": coded_words,
+    }
 
 
 def versions() -> dict[str, str]:
