@@ -53,6 +53,28 @@ def kvpress_python(folder: Path) -> Path:
     return python
 
 
+def make_model(folder: Path) -> None:
+    """Write a Qwen3 of the reference model's size with random weights and the reference tokenizer.
+
+    The reference model itself cannot be compared: most of its layers are local, and kvpress would compress those, too.
+    Answers of random weights mean nothing, but both sides must give the same ones.
+    """
+    import torch
+    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+    from kvscope.harness.models import load_model
+
+    tokenizer = AutoTokenizer.from_pretrained(load_model("reference", device="cpu").model.config.name_or_path)
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=384, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=65_536, tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    Qwen3ForCausalLM._from_config(config, dtype=torch.float32).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def specs(keep: float) -> list[str]:
     """Return kvscope's specs: dense, and three methods that keep the same fraction of the prompt."""
     return [name if name == "dense" else f"{name}:budget_fraction={keep}" for name in METHODS]
@@ -63,7 +85,7 @@ def make_job(arguments: argparse.Namespace) -> dict[str, Any]:
     from kvscope.harness.models import load_model
     from kvscope.tasks.registry import create_task
 
-    loaded = load_model("reference", device="cpu")
+    loaded = load_model(str(arguments.model), device="cpu")
     task = create_task(TASK)
     task.max_new_tokens = arguments.max_new_tokens
     samples = [
@@ -96,8 +118,9 @@ def make_job(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def run_kvscope(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Run ``kvscope run`` in a fresh process and return its wall time and rows."""
-    command = [sys.executable, "-m", "kvscope.cli", "run", "--model", "reference", "--device", "cpu", "--no-footprint"]
+    command = [sys.executable, "-m", "kvscope.cli", "run", "--device", "cpu", "--no-footprint"]
     for option, values in (
+        ("--model", [arguments.model]),
         ("-m", specs(arguments.keep)),
         ("--task", [TASK]),
         ("--length", arguments.length),
@@ -171,10 +194,13 @@ def same_answers(kvscope_rows: Sequence[dict[str, Any]], kvpress_rows: Sequence[
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Warm both sides up at 1K, then alternate them; the second repetition goes the other way round, and so on."""
     python = kvpress_python(arguments.venv)
-    job = make_job(arguments)
     repetitions = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
+        if arguments.model is None:
+            arguments.model = folder / "model"
+            make_model(arguments.model)
+        job = make_job(arguments)
         say("warm-up at 1K")
         small = argparse.Namespace(**{**vars(arguments), "length": [1024], "samples": 1})
         run_kvscope(small, folder / "kvscope-warm")
@@ -197,7 +223,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         + " --length ".join(lengths)
         + f" --samples {arguments.samples} --repetitions {arguments.repetitions} --keep {arguments.keep}"
         f" --max-new-tokens {arguments.max_new_tokens} --seed {arguments.seed}",
-        "model": "reference",
+        "model": "qwen3 with random weights" if arguments.model.name == "model" else str(arguments.model.name),
         "task": TASK,
         "lengths_tokens": arguments.length,
         "samples": arguments.samples,
@@ -223,6 +249,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 def main() -> int:
     """Measure, write, and return 0 when the target is met in every repetition."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", type=Path, help="folder; default a Qwen3 of the reference's size, random weights")
     parser.add_argument("--length", type=parse_length, action="append", help="repeatable; default 4k and 8k")
     parser.add_argument("--samples", type=int, default=2, help="prompts per length")
     parser.add_argument("--repetitions", type=int, default=2)

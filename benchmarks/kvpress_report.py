@@ -93,7 +93,7 @@ def markdown(result: dict[str, Any]) -> list[str]:
         "- KV kept counts whole pages of 64 tokens in kvscope, tokens in kvpress; the request is the same fraction.",
         "- dense and recency keep the same tokens on both sides. sliding_window moves its sinks (cache-relative",
         "  positions), StreamingLLMPress does not; random draws chunks behind a recency window, RandomPress tokens.",
-        f"- {result['samples']} prompts of {result['task']} a length; seed {result['seed']}; model reference "
+        f"- {result['samples']} prompts of {result['task']} a length; seed {result['seed']}; model {result['model']} "
         f"({kvpress['model_class']}), float32 on both sides; the architecture {listed}",
         *machine_lines(result["environment"]),
         f"- kvpress {packages['kvpress']}, Python {kvpress['python']}, torch {packages['torch']}, transformers "

@@ -43,6 +43,7 @@ class Phase:
         copy_share, recall_share: share of random-period copying and of one-token recall; the rest are needle rows.
         multi_value_share, multi_query_share: share of needle rows with several values a key, and with questions about
             several keys at once.
+        more_uuids: share of needle rows that hold UUIDs under UUIDs, beside the fifth that does anyway.
         documents: share of rows by document family (a key of ``RowMaker.documents``); needle rows give way.
     """
 
@@ -54,6 +55,7 @@ class Phase:
     recall_share: float = 0.0
     multi_value_share: float = 0.3
     multi_query_share: float = 0.15
+    more_uuids: float = 0.0
     documents: tuple[tuple[str, float], ...] = ()
 
     def shape_of(self, draws: Draws) -> Shape:
@@ -202,7 +204,8 @@ class RowMaker:
 
     def _needles(self, phase: Phase, shape: Shape, draws: Draws) -> Row:
         pieces, tokens = self.pieces, shape.tokens
-        key_kind, value_kind = self._kinds(draws)
+        more = phase.more_uuids > 0 and draws.unit() < phase.more_uuids
+        key_kind, value_kind = ("uuids", "uuids") if more else self._kinds(draws)
         type_name = draws.pick(TYPES)
         form = draws.pick(NEEDLES)
         one_form = draws.unit() < 0.7

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from kvscope.harness.reference_model.architecture import build_model, reference_config
@@ -37,6 +38,8 @@ LOG_STEPS = 100
 # Each shape's forward is held against the stock model's, on so many tokens, before its first step.
 CHECK_TOKENS = 1024
 CHECK_TOLERANCE = 0.1
+# Rows longer than this compute their activations twice instead of keeping them (64K rows peak at 14 GiB).
+KEEP_TOKENS = 131_072
 WEIGHT_DECAY = 0.02
 # Muon's learning rate over AdamW's (its updates are scaled to the root mean square of AdamW's).
 MUON_LR = 2.0
@@ -57,6 +60,12 @@ _TO_64K = (
     Shape(tokens=32_768, rows=2, questions=80, share=0.27),
     Shape(tokens=65_536, rows=1, questions=100, share=0.08),
 )
+_TO_128K = (
+    Shape(tokens=8192, rows=8, questions=48, share=0.35),
+    Shape(tokens=32_768, rows=2, questions=80, share=0.4),
+    Shape(tokens=65_536, rows=1, questions=100, share=0.15),
+    Shape(tokens=131_072, rows=1, questions=120, share=0.1),
+)
 PHASES = (
     Phase(name="p0-128", shapes=_one(128, 256, 4), steps=878, lr=(1.5e-3, 1.5e-3), copy_share=0.3, recall_share=0.4),
     Phase(name="p1-512", shapes=_one(512, 80, 10), steps=1135, lr=(1.5e-3, 1.5e-3), copy_share=0.05,
@@ -65,6 +74,7 @@ PHASES = (
                                 Shape(tokens=2048, rows=20, questions=24, share=0.75)),
           steps=1594, lr=(1.5e-3, 1.5e-3), documents=(("long_qa", 0.25), ("vt_fixed", 0.1), ("cwe", 0.05), ("fwe", 0.05))),
     Phase(name="p3-64k", shapes=_TO_64K, steps=3736, lr=(1.5e-3, 2e-5), documents=_STORIES),
+    Phase(name="p4-128k", shapes=_TO_128K, steps=3000, lr=(1e-3, 2e-5), documents=_STORIES, more_uuids=0.25),
 )  # fmt: skip
 
 
@@ -108,7 +118,10 @@ class Trainer:
         x_BTM = base.embed_tokens(ids_BT)
         rotary = base.rotary_emb(x_BTM, torch.arange(ids_BT.shape[1], device=self.device)[None])
         for layer in base.layers:
-            x_BTM = layer(x_BTM, attention_mask=None, position_embeddings=rotary)
+            if ids_BT.shape[1] > KEEP_TOKENS:
+                x_BTM = checkpoint(layer, x_BTM, attention_mask=None, position_embeddings=rotary, use_reentrant=False)
+            else:
+                x_BTM = layer(x_BTM, attention_mask=None, position_embeddings=rotary)
         return x_BTM
 
     def check_against_stock(self, batch: Batch) -> float:
