@@ -18,6 +18,7 @@ METHODS: dict[str, str] = {
     "sliding_window": "kvscope.methods.sliding_window.method:SlidingWindow",
     "recency": "kvscope.methods.recency.method:Recency",
     "random": "kvscope.methods.random.method:RandomChunks",
+    "lsa": "kvscope.methods.lsa.method:Lsa",
 }
 
 PAPER_RECENCY_TOKENS = 8192

@@ -62,7 +62,7 @@ def test_values_have_types_and_units(spec, option, value):
     ("spec", "text"),
     [
         ("recensy", "no method 'recensy'. Did you mean 'recency'?"),
-        ("xyz", "no method 'xyz'. Known: dense, random, recency, sliding_window."),
+        ("xyz", "no method 'xyz'. Known: dense, lsa, random, recency, sliding_window."),
         ("recency:recency_token=5", "no option 'recency_token'. Did you mean 'recency_tokens'?"),
         ("recency:recency_token=5", "Its options are: recency_tokens, budget_bytes, budget_fraction."),
         ("dense:window=5", "has no options"),
