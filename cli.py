@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvscope.harness.lsa.cli import app as lsa_app
 from kvscope.results.errors import KvscopeError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+app.add_typer(lsa_app, short_help="Collect, train and evaluate the indexer of lsa.")
 
 #: Option names that are not the configuration key they set.
 KEYS = {
