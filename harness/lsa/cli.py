@@ -67,10 +67,14 @@ def collect(
     seed: Annotated[int, typer.Option("--seed", help="Seed of the documents; keep it off evaluation's.")] = 1000,
     chunk_tokens: Annotated[int, typer.Option("--chunk-tokens", help="Tokens of a chunk.")] = 64,
     layers: Layers = None,
+    label_layers: Annotated[
+        str | None, typer.Option("--label-layers", metavar="N,N", help="Layers that label.  [default: all managed]")
+    ] = None,
     features: Annotated[str, typer.Option("--features", help="stats or tokens: what is kept of the keys.")] = "stats",
     top_p: Annotated[float, typer.Option("--top-p", help="Share of attention a voter's chunks hold.")] = 0.6,
     votes: Annotated[int, typer.Option("--votes", help="Votes that make a chunk positive.")] = 1,
     voters: Annotated[str, typer.Option("--voters", help="layer (head-summed) or head.")] = "layer",
+    least_mass: Annotated[float, typer.Option("--least-mass", help="Least attention a vote needs.")] = 0.0,
     states: Annotated[int, typer.Option("--states", help="Hidden states kept before step 0.")] = 16,
     shard_documents: Annotated[int, typer.Option("--shard-documents", help="Documents a shard.")] = 16,
     device: Device = "auto",
@@ -86,8 +90,8 @@ def collect(
     config = CollectConfig(
         model=model, tasks=tuple(task), lengths_tokens=tuple(sorted({parse_length(item) for item in length})),
         samples=samples, seed=seed, chunk_tokens=chunk_tokens, layers=parse_layers(layers),
-        features=features, top_p=top_p, votes=votes, voters=voters, state_tokens=states,  # type: ignore[arg-type]
-        shard_documents=shard_documents, device=device, dtype=dtype,
+        label_layers=parse_layers(label_layers), features=features, top_p=top_p, votes=votes, voters=voters,  # type: ignore[arg-type]
+        least_mass=least_mass, state_tokens=states, shard_documents=shard_documents, device=device, dtype=dtype,
     )  # fmt: skip
     with make_progress(not quiet) as progress:
         folder = run_collect(config, out, progress=progress)

@@ -54,8 +54,9 @@ class CollectConfig:
         seed: of the documents. Keep it away from the seeds that evaluate.
         chunk_tokens: tokens of a chunk.
         layers: indexed layers; None: every managed layer.
+        label_layers: layers whose attention makes the labels; None: every managed layer.
         features: ``stats`` (mean, maximum and minimum of a chunk's keys) or ``tokens`` (every key, for that encoder).
-        top_p, votes, voters: the labels, see ``chunk_votes``.
+        top_p, votes, voters, least_mass: the labels, see ``chunk_votes``.
         state_tokens: hidden states kept before step 0, the most an indexer can look back.
         shard_documents: documents a shard.
         device, dtype: as ``kvscope run``.
@@ -68,10 +69,12 @@ class CollectConfig:
     seed: int
     chunk_tokens: int = 64
     layers: tuple[int, ...] | None = None
+    label_layers: tuple[int, ...] | None = None
     features: Features = "stats"
     top_p: float = 0.6
     votes: int = 1
     voters: Voters = "layer"
+    least_mass: float = 0.0
     state_tokens: int = 16
     shard_documents: int = 16
     device: str = "auto"
@@ -83,6 +86,8 @@ class CollectConfig:
                 raise UsageError(f"{name} must be 1 or more, got {getattr(self, name)}.")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
+        if not 0 <= self.least_mass < 1:
+            raise UsageError(f"least_mass must be 0 or more and below 1, got {self.least_mass}.")
         for name, known in (("features", ("stats", "tokens")), ("voters", ("layer", "head"))):
             if getattr(self, name) not in known:
                 raise UsageError(f"{name} must be {' or '.join(known)}, got {getattr(self, name)!r}.")
@@ -162,11 +167,11 @@ def describe(config: CollectConfig, loaded: LoadedModel) -> CollectionInfo:
         UsageError: layers that kvscope does not manage in this model.
     """
     shape = loaded.shape
-    layers = shape.layers if config.layers is None else config.layers
-    foreign = sorted(set(layers) - set(shape.layers))
-    if foreign or not layers:
+    layers, label_layers = (given or shape.layers for given in (config.layers, config.label_layers))
+    foreign = sorted({*layers, *label_layers} - set(shape.layers))
+    if foreign:
         raise UsageError(
-            f"Layers {', '.join(map(str, foreign)) or 'none'} cannot be indexed in model '{loaded.name}': kvscope "
+            f"Layers {', '.join(map(str, foreign))} of model '{loaded.name}' cannot be indexed or make labels: kvscope "
             f"manages {', '.join(map(str, shape.layers))}."
         )
     return CollectionInfo(
@@ -177,11 +182,12 @@ def describe(config: CollectConfig, loaded: LoadedModel) -> CollectionInfo:
         key_features=shape.n_kv_heads * shape.head_dim,
         kv_bytes_per_token=shape.kv_bytes_per_token,
         layers=tuple(sorted(layers)),
-        label_layers=shape.layers,
+        label_layers=tuple(sorted(label_layers)),
         chunk_tokens=config.chunk_tokens,
         features=config.features,
         top_p=config.top_p,
         voters=config.voters,
+        least_mass=config.least_mass,
         votes=config.votes,
         state_tokens=config.state_tokens,
         tasks=tuple(config.tasks),

@@ -96,7 +96,7 @@ class RecordingSequence(ResidentSequence):
         extras: AttentionExtras,
     ) -> torch.Tensor:
         out = super().attend(layer, q_BQ1D, k_BH1D, v_BH1D, scale=scale, extras=extras)
-        if self.listening:
+        if self.listening and layer in self._info.label_layers:
             logits_QT = token_logits(
                 q_BQ1D,
                 self.pool.pages[layer],
@@ -115,7 +115,9 @@ class RecordingSequence(ResidentSequence):
         hidden_LM = torch.stack([self._hidden[layer] for layer in self._info.layers])
         if self._mass:
             mass_LQM = torch.stack(self._mass)
-            votes = chunk_votes(mass_LQM, top_p=self._info.top_p, voters=self._info.voters)
+            votes = chunk_votes(
+                mass_LQM, top_p=self._info.top_p, voters=self._info.voters, least_mass=self._info.least_mass
+            )
             strongest = mass_LQM.mean(1).amax(0)[:-1]
         else:
             votes, strongest = torch.empty(0, dtype=torch.uint8), torch.empty(0)

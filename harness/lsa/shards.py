@@ -38,10 +38,10 @@ class CollectionInfo:
         key_features: F, KV heads x head size of one layer.
         kv_bytes_per_token: of the managed layers, in the model's dtype.
         layers: indexed layers: their keys and the hidden states entering them are stored.
-        label_layers: managed layers whose attention made the labels.
+        label_layers: layers whose attention made the labels.
         chunk_tokens: C.
         features: what is stored of the keys (see ``chunk_features``).
-        top_p, voters: how a voter chooses.
+        top_p, voters, least_mass: how a voter chooses.
         votes: votes that make a chunk positive; the counts are stored, so that training may ask for more.
         state_tokens: W.
         tasks, lengths_tokens, samples, seed: the documents.
@@ -59,6 +59,7 @@ class CollectionInfo:
     features: Features
     top_p: float
     voters: Voters
+    least_mass: float
     votes: int
     state_tokens: int
     tasks: tuple[str, ...]
@@ -199,8 +200,10 @@ def open_collections(folders: Sequence[str | Path]) -> list[Collection]:
     if not folders:
         raise UsageError("Give at least one folder that kvscope lsa collect wrote: --data DIR.")
     opened = [Collection(folder) for folder in folders]
-    same = ("model_revision", "layers", "chunk_tokens", "features", "top_p", "voters", "hidden_size", "key_features",
-            "label_layers")  # fmt: skip
+    same = (
+        *("model_revision", "layers", "label_layers", "chunk_tokens", "features", "hidden_size", "key_features"),
+        *("top_p", "voters", "least_mass"),
+    )
     first = opened[0]
     for other in opened[1:]:
         for key in same:

@@ -73,7 +73,7 @@ def top_p_mask(mass_XM: torch.Tensor, top_p: float) -> torch.Tensor:
     return torch.zeros_like(taken).scatter(-1, order, taken)
 
 
-def chunk_votes(mass_LQM: torch.Tensor, *, top_p: float, voters: Voters) -> torch.Tensor:
+def chunk_votes(mass_LQM: torch.Tensor, *, top_p: float, voters: Voters, least_mass: float = 0.0) -> torch.Tensor:
     """Return how many voters hold each chunk in their top-p set, [M] as uint8 (at most 255).
 
     Args:
@@ -81,6 +81,9 @@ def chunk_votes(mass_LQM: torch.Tensor, *, top_p: float, voters: Voters) -> torc
             gets no vote.
         voters: ``layer``: a layer votes with its head-summed mass (the paper's rule). ``head``: every head of every
             layer votes, so that one retrieving head is not outvoted by idle ones.
+        least_mass: no vote goes to a chunk with less of the voter's attention: spread thin, a top-p set holds nothing
+            that was retrieved.
     """
     mass_VM = mass_LQM.mean(1) if voters == "layer" else mass_LQM.flatten(0, 1)
-    return top_p_mask(mass_VM, top_p)[:, :-1].sum(0).clamp_(max=255).to(torch.uint8)
+    votes_VM = top_p_mask(mass_VM, top_p) & (mass_VM >= least_mass)
+    return votes_VM[:, :-1].sum(0).clamp_(max=255).to(torch.uint8)
