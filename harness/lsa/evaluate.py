@@ -127,7 +127,7 @@ def evaluate(
         "chunk_tokens": info.chunk_tokens,
         "layers": list(indexer.config.layers),
         "documents": len(places),
-        "labels": {"top_p": info.top_p, "voters": info.voters, "votes": config.votes or info.votes},
+        "labels": info.labels(votes=config.votes),
         "collections": [collection.info.id for collection in collections],
     }
     write_tables(target, rows, about)

@@ -50,7 +50,7 @@ class TrainConfig:
     weight_decay: float = 0.01
     gamma: float = 2.0
     negatives: int = 3
-    least_negatives: int = 8
+    least_negatives: int = 3
     clip: float = 1.0
     batch_documents: int = 4
     batch_rows: int = 32

@@ -67,6 +67,10 @@ class CollectionInfo:
     samples: int
     seed: int
 
+    def labels(self, *, votes: int | None) -> dict[str, Any]:
+        """Return how positives are told, for the record; ``votes`` may ask for more than was collected with."""
+        return {"top_p": self.top_p, "voters": self.voters, "least_mass": self.least_mass, "votes": votes or self.votes}
+
     @property
     def id(self) -> str:
         """Hash of all of it; every shard carries it."""

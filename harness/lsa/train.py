@@ -101,7 +101,7 @@ def train(
     trained = {
         "data": [{"id": c.info.id, "tasks": list(c.info.tasks), "lengths_tokens": list(c.info.lengths_tokens),
                   "samples": c.info.samples, "seed": c.info.seed} for c in collections],
-        "labels": {"top_p": info.top_p, "voters": info.voters, "votes": config.votes or info.votes},
+        "labels": info.labels(votes=config.votes),
         "documents": len(training), "held_out": best, "options": asdict(config),
     }  # fmt: skip
     indexer.config = replace(indexer.config, kept_fraction=best["kept_fraction"], trained=trained)
