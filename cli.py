@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvscope.harness.lsa.cli import app as lsa_app
 from kvscope.results.errors import KvscopeError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+app.add_typer(lsa_app, short_help="Collect, train and evaluate the indexer of lsa.")
 
 #: Option names that are not the configuration key they set.
 KEYS = {
@@ -108,6 +110,14 @@ Dtype = Annotated[
 Out = Annotated[
     Path | None, typer.Option("--out", "-o", metavar="DIR", help="Folder of the run; the same again resumes.")
 ]
+Sweeps = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sweep",
+        metavar="METHOD.OPTION=VALUES",
+        help="Run a method once for each value, as lsa.threshold=0.3,0.5; repeatable, every combination.",
+    ),
+]
 Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Set any configuration key, value as YAML; repeatable, wins."),
@@ -115,12 +125,12 @@ Sets = Annotated[
 
 
 def build_config(parameters: Mapping[str, Any]) -> "RunConfig":
-    """Merge file, flags and ``--set`` of a command's parameters; what was not given leaves the file's value."""
+    """Merge file, flags, ``--set`` and ``--sweep`` of a command; what was not given leaves the file's value."""
     from kvscope.harness.config import load_config
 
     given = {KEYS.get(name, name): value for name, value in parameters.items() if value is not None and value != []}
-    config, sets = given.pop("config", None), given.pop("set_", ())
-    return load_config(config, flags=given, sets=sets)
+    config, sets, sweeps = given.pop("config", None), given.pop("set_", ()), given.pop("sweep", ())
+    return load_config(config, flags=given, sets=sets, sweeps=sweeps)
 
 
 def print_version(wanted: bool) -> None:
@@ -159,6 +169,7 @@ def run(
     footprint_length: FootprintLengths = None,
     device: Device = None,
     dtype: Dtype = None,
+    sweep: Sweeps = None,
     set_: Sets = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; tables and paths only.")] = False,
 ) -> int:
@@ -197,6 +208,7 @@ def plan(
     footprint_length: FootprintLengths = None,
     device: Device = None,
     dtype: Dtype = None,
+    sweep: Sweeps = None,
     set_: Sets = None,
 ) -> None:
     """Print what `run` with the same options would do: cells, predicted bytes, forecasts. Runs nothing."""

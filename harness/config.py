@@ -17,6 +17,7 @@ from kvscope.results.errors import UsageError, did_you_mean
 
 LENGTH_PATTERN = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmM]?)")
 LENGTH_UNITS = {"": 1, "k": 1024, "m": 1024 * 1024}
+SWEEP_PATTERN = re.compile(r"([A-Za-z]\w*)\.([A-Za-z]\w*)=(.+)")
 SPEC_NAME_PATTERN = re.compile(r"[A-Za-z][\w.-]*")
 
 #: A method or task as written by a user: ``name``, ``name:key=value,key=value`` or ``{"name": ..., **options}``.
@@ -232,7 +233,11 @@ def make_config(values: Mapping[str, Any], *, source: str = "the configuration")
 
 
 def load_config(
-    path: str | Path | None = None, *, flags: Mapping[str, Any] | None = None, sets: Sequence[str] = ()
+    path: str | Path | None = None,
+    *,
+    flags: Mapping[str, Any] | None = None,
+    sets: Sequence[str] = (),
+    sweeps: Sequence[str] = (),
 ) -> RunConfig:
     """Merge defaults, a YAML file, command-line flags and ``--set`` items, the later winning, and validate once.
 
@@ -240,6 +245,7 @@ def load_config(
         path: YAML file with keys of :class:`RunConfig`; None for no file.
         flags: keys given as flags; None values mean "not given" and are left out.
         sets: ``key=value`` items whose value is read as YAML.
+        sweeps: ``method.option=value,value`` items, which multiply the methods (see :func:`sweep_methods`).
 
     Raises:
         UsageError: file missing or not a YAML mapping; unknown key; wrong type or value; malformed ``--set``.
@@ -258,7 +264,49 @@ def load_config(
             values[key.strip()] = yaml.safe_load(text)
         except yaml.YAMLError:
             raise UsageError(f"--set {item!r}: the value is not YAML.") from None
-    return make_config(values, source="--set" if sets else "the options")
+    merged = make_config(values, source="--set" if sets else "the options")
+    if not sweeps:
+        return merged
+    values["methods"] = sweep_methods(merged.methods, sweeps)
+    return make_config(values, source="--sweep")
+
+
+def sweep_methods(methods: Sequence[Spec], sweeps: Sequence[str]) -> tuple[Spec, ...]:
+    """Replace every method that a sweep names by one for each of the sweep's values.
+
+    Several sweeps of one method give every combination. A sweep wins over the option in the method's own spec.
+
+    Args:
+        methods: specs as asked for.
+        sweeps: items such as ``lsa.threshold=0.3,0.5,0.7``.
+
+    Raises:
+        UsageError: a malformed item, or a method that is not among ``methods``.
+    """
+    found = list(methods)
+    for item in sweeps:
+        match = SWEEP_PATTERN.fullmatch(item.strip())
+        texts = [text.strip() for text in match[3].split(",")] if match else []
+        if match is None or not all(texts):
+            raise UsageError(
+                f"--sweep {item!r} is not method.option=value,value: write for example --sweep lsa.threshold=0.3,0.5."
+            )
+        swept, option = match[1], match[2]
+        names = [split_spec(spec, kind="method")[0] for spec in found]
+        if swept not in names:
+            raise UsageError(
+                f"--sweep {item!r} names method {swept!r}, which is not among the methods "
+                f"({', '.join(dict.fromkeys(names))}): add -m {swept}."
+            )
+        widened: list[Spec] = []
+        for spec in found:
+            name, options = split_spec(spec, kind="method")
+            if name != swept:
+                widened.append(spec)
+            else:
+                widened += [{"name": name, **options, option: _yaml_scalar(text)} for text in texts]
+        found = widened
+    return tuple(found)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

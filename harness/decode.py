@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from kvscope.harness.glue import DecodeLayer, EngineCache, observing
 from kvscope.harness.models import LoadedModel
-from kvscope.methods.base import CacheMethod, Footprint
+from kvscope.methods.base import CacheMethod, Footprint, Residency
 from kvscope.methods.store import PromptKV
 from kvscope.results.errors import UsageError
 
@@ -38,6 +38,7 @@ class DecodeResult:
         footprint_mean: mean over the steps of the exact bytes of live cache tensors.
         footprint_last: the same after the last step.
         bytes_recalled: bytes copied from the host while decoding.
+        residency: how the resident set changed; None where it is fixed at opening.
         stop_reason: ``eos``, ``stop`` (a stop string) or ``length``.
     """
 
@@ -49,6 +50,7 @@ class DecodeResult:
     footprint_mean: Footprint
     footprint_last: Footprint
     bytes_recalled: int
+    residency: Residency | None
     stop_reason: StopReason
 
 
@@ -183,6 +185,7 @@ def decode(
             footprint_mean=footprints.divided_by(len(step_s)),
             footprint_last=last,
             bytes_recalled=session.sequence.bytes_recalled,
+            residency=session.sequence.residency(),
             stop_reason=stop_reason,
         )
 

@@ -71,9 +71,10 @@ def describe_model(
 
     where, name = resolve_model(spec)
     config = load_config(spec)
+    revision = model_revision(where, config)
     target = indexed(resolve_device(device))
     element_type = resolve_dtype(dtype, target)
-    shape = model_shape(config, element_bytes=element_type.itemsize, page_tokens=page_tokens)
+    shape = model_shape(config, element_bytes=element_type.itemsize, page_tokens=page_tokens, revision=revision)
     text = text_config(config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
@@ -89,7 +90,7 @@ def describe_model(
         max_length_tokens=max_length_tokens(config),
         intermediate_size=int(getattr(text, "intermediate_size", None) or 4 * shape.hidden_size),
         weights_bytes=weights_bytes(config, element_bytes=element_type.itemsize),
-        revision=model_revision(where, config),
+        revision=revision,
     )
 
 

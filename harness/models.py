@@ -28,6 +28,7 @@ _KNOWN = {
     "mistralai/Mistral-7B-Instruct-v0.3": _FROM_HUB,
     "openai/gpt-oss-20b": _FROM_HUB,
 }
+_REVISION_SAMPLES, _REVISION_SAMPLE_BYTES = 32, 16 * 1024
 _DTYPES = {
     "float32": torch.float32,
     "fp32": torch.float32,
@@ -49,7 +50,7 @@ class LoadedModel:
         tokenizer: the transformers tokenizer; None only for models wrapped in tests.
         shape: what the methods count with.
         max_length_tokens: longest prompt plus answer.
-        revision: the hub commit, or for a folder ``sha256:`` of its config and of the names and sizes of its weights.
+        revision: the hub commit, or for a folder ``sha256:`` of its config and of samples of its weights.
         attention_backend: what computes attention, for the row.
         rotations: decoder layer -> its rotation, None without positions.
         eos_ids: token ids that end an answer.
@@ -131,7 +132,9 @@ def wrap_model(
     """
     register_attention()
     parameter = next(model.parameters())
-    shape = model_shape(model.config, element_bytes=parameter.dtype.itemsize, page_tokens=page_tokens)
+    shape = model_shape(
+        model.config, element_bytes=parameter.dtype.itemsize, page_tokens=page_tokens, revision=revision
+    )
     n_decoder_layers = len(getattr(decoder_of(model), "layers", ()))
     if n_decoder_layers != shape.n_layers:
         raise UsageError(
@@ -265,11 +268,20 @@ def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
 
 
 def model_revision(where: str, config: Any) -> str:
-    """Return the hub commit of a model, or for a folder a hash of its config and of its weights' names and sizes."""
+    """Return the hub commit of a model, or for a folder a hash of its config and its weights.
+
+    Of every weights file its name, size, ends and evenly spread samples are read: training changes all of them, and a
+    model of any size is told apart in milliseconds.
+    """
     folder = Path(where)
     if not folder.is_dir():
         return str(getattr(config, "_commit_hash", None) or "unknown")
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin")):
-        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        size_bytes = path.stat().st_size
+        digest.update(f"{path.name} {size_bytes}\n".encode())
+        with path.open("rb") as file:
+            for sample in range(_REVISION_SAMPLES + 1):
+                file.seek(max(0, size_bytes - _REVISION_SAMPLE_BYTES) * sample // _REVISION_SAMPLES)
+                digest.update(file.read(_REVISION_SAMPLE_BYTES))
     return f"sha256:{digest.hexdigest()[:16]}"

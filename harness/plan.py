@@ -136,8 +136,8 @@ def make_plan(config: RunConfig) -> Plan:
     """Check a configuration and forecast every (method, length).
 
     Raises:
-        UsageError: an unknown method, task, model or option; a length too long for the model or too short
-            for a task.
+        UsageError: an unknown method, task, model or option; a trained part of a method that is missing or belongs to
+            another model; a length too long for the model or too short for a task.
     """
     from kvscope.methods.registry import create_method, parse_method
     from kvscope.tasks.registry import create_task
@@ -152,6 +152,8 @@ def make_plan(config: RunConfig) -> Plan:
             task.max_new_tokens = config.max_new_tokens
         tasks.append(task)
     facts = describe_model(config.model, device=config.device, dtype=config.dtype, page_tokens=config.page_tokens)
+    for method in methods:
+        method.require(facts.shape)
     check_lengths(config, facts, tasks)
     lengths = sorted({*config.lengths_tokens, *config.footprint_cells_tokens})
     rooms = {device: free_device_bytes(device) for device in {facts.device, "cpu"}}

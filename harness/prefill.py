@@ -140,6 +140,9 @@ class _LayerMajor:
                 out_BSM = chunk_calls[layer].on(module, hidden_BSM)
                 for collector in self.listeners.get(layer, ()):
                     k_BHSD, v_BHSD = buffer[0, :, :, start:end], buffer[1, :, :, start:end]
+                    rotation = self.loaded.rotations[layer]
+                    if collector.unrotated_keys and rotation is not None:
+                        k_BHSD = rotation.undo(k_BHSD, start_tokens=start)
                     collector.chunk(k_BHSD, v_BHSD, hidden_BSM, start_tokens=start)
                 if out_BSM is not None:
                     hidden_BSM.copy_(out_BSM)  # in place: one copy of the prompt's hidden states

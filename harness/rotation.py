@@ -42,9 +42,19 @@ class RopeRotation:
         turned: torch.Tensor = self._apply(q, q, cos, -sin)[0]
         return turned.to(q_BQ1D.dtype)
 
+    def undo(self, k_BHSD: torch.Tensor, *, start_tokens: int) -> torch.Tensor:
+        """Return keys of positions ``start_tokens`` and up as they were before rotation; the product is in fp32."""
+        position = torch.arange(start_tokens, start_tokens + k_BHSD.shape[2], device=k_BHSD.device)
+        cos, sin = self._tables(position[None])
+        k = k_BHSD.float()
+        turned: torch.Tensor = self._apply(k, k, cos, -sin)[1]
+        return turned.to(k_BHSD.dtype)
+
     def _table(self, n_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._tables(torch.tensor([[n_tokens]], device=self._device))
+
+    def _tables(self, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         like = torch.empty(1, dtype=torch.float32, device=self._device)
-        position = torch.tensor([[n_tokens]], device=self._device)
         extra = {} if self._layer_type is None else {"layer_type": self._layer_type}
         cos, sin = self._rotary(like, position, **extra)
         # Scaled tables (YaRN's attention factor) would scale the query a second time.
@@ -59,6 +69,9 @@ class UnknownRotation:
         self._layer = layer
 
     def back(self, q_BQ1D: torch.Tensor, n_tokens: int) -> torch.Tensor:
+        raise KvscopeError(f"The position encoding of layer {self._layer} cannot be undone.")
+
+    def undo(self, k_BHSD: torch.Tensor, *, start_tokens: int) -> torch.Tensor:
         raise KvscopeError(f"The position encoding of layer {self._layer} cannot be undone.")
 
 

@@ -1,12 +1,13 @@
 """Rows from measurements: what every row of one (method, length) shares, and how a failure becomes a row."""
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
-from kvscope.results.schema import FootprintRow, SampleRow
+from kvscope.results.schema import FootprintRow, ResidencyRecord, SampleRow
 
 if TYPE_CHECKING:
     from kvscope.harness.decode import DecodeResult
-    from kvscope.methods.base import CacheMethod, Footprint, ModelShape
+    from kvscope.methods.base import CacheMethod, ModelShape
     from kvscope.tasks.base import Sample
 
 FailureStatus = Literal["unsupported", "failed", "oom"]
@@ -63,8 +64,9 @@ def cell_columns(
     }
 
 
-def ledger_columns(footprint: "Footprint", *, dense_kv_bytes: int, bytes_recalled: int) -> dict[str, Any]:
-    """The ledger of live cache tensors, as both kinds of row hold it."""
+def ledger_columns(result: "DecodeResult", *, dense_kv_bytes: int) -> dict[str, Any]:
+    """The ledger of live cache tensors over one decode, as both kinds of row hold it."""
+    footprint = result.footprint_mean
     return {
         "resident_kv_bytes": footprint.kv_bytes,
         "metadata_bytes": footprint.metadata_bytes,
@@ -72,7 +74,8 @@ def ledger_columns(footprint: "Footprint", *, dense_kv_bytes: int, bytes_recalle
         "dense_kv_bytes": dense_kv_bytes,
         "bytes_read_per_step": footprint.bytes_read_per_step,
         "attention_flops_per_step": footprint.attention_flops_per_step,
-        "bytes_recalled": bytes_recalled,
+        "bytes_recalled": result.bytes_recalled,
+        "residency": None if result.residency is None else ResidencyRecord(**asdict(result.residency)),
     }
 
 
@@ -104,7 +107,7 @@ def sample_row(
     return SampleRow(
         **cell,
         **prompt_columns(sample),
-        **ledger_columns(result.footprint_mean, dense_kv_bytes=dense_kv_bytes, bytes_recalled=result.bytes_recalled),
+        **ledger_columns(result, dense_kv_bytes=dense_kv_bytes),
         status="ok",
         output=result.text,
         score=score,

@@ -55,13 +55,16 @@ def unsupported_reasons(config: Any) -> list[str]:
     return reasons
 
 
-def model_shape(config: Any, *, element_bytes: int, page_tokens: int = DEFAULT_PAGE_TOKENS) -> ModelShape:
+def model_shape(
+    config: Any, *, element_bytes: int, page_tokens: int = DEFAULT_PAGE_TOKENS, revision: str = ""
+) -> ModelShape:
     """Return the shape of a model from its config alone.
 
     Args:
         config: a transformers config.
         element_bytes: bytes of one KV element (4 for fp32, 2 for bf16).
         page_tokens: tokens of one page.
+        revision: identity of the weights.
 
     Raises:
         UsageError: the architecture is not supported; the message gives every reason.
@@ -87,6 +90,7 @@ def model_shape(config: Any, *, element_bytes: int, page_tokens: int = DEFAULT_P
         page_tokens=page_tokens,
         sliding_layers=sliding,
         sliding_window=int(text.sliding_window) if sliding else 0,
+        revision=revision,
     )
 
 

@@ -259,9 +259,7 @@ class Measurement:
         known = baseline_bytes is not None and peak_bytes is not None
         steps = len(result.step_s)
         dense_kv_bytes = loaded.shape.dense_kv_bytes(prompt_kv_tokens, steps)
-        ledger = ledger_columns(
-            result.footprint_mean, dense_kv_bytes=dense_kv_bytes, bytes_recalled=result.bytes_recalled
-        )
+        ledger = ledger_columns(result, dense_kv_bytes=dense_kv_bytes)
         last = result.footprint_last
         return FootprintRow(
             **self.job.cell,

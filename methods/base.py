@@ -26,6 +26,7 @@ __all__ = [
     "Collector",
     "Footprint",
     "ModelShape",
+    "Residency",
     "Rotation",
     "SavingKind",
     "SequenceCache",
@@ -61,23 +62,57 @@ class AttentionExtras:
     rotation: Rotation | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Residency:
+    """How a resident set that changes while decoding behaved.
+
+    Attributes:
+        tau: decode steps between refreshes.
+        prompt_tokens: tokens of the prompt.
+        resident_tokens: prompt tokens on the device after each refresh, mean over layers.
+        recalled_bytes: bytes copied host -> device for each refresh, the first filling included.
+        hit_rate: share of the chunks chosen by later refreshes that were resident already; None without any.
+        fallbacks: refreshes that made everything resident because too much was chosen (in each layer, where layers
+            choose for themselves).
+        indexer: name and hash of the trained indexer; None without one.
+        indexer_tau: interval that indexer was trained for.
+        indexer_bytes: of the indexer's weights on the device: like the model's, they serve every sequence and are in no
+            footprint.
+    """
+
+    tau: int
+    prompt_tokens: int
+    resident_tokens: tuple[int, ...]
+    recalled_bytes: tuple[int, ...]
+    hit_rate: float | None
+    fallbacks: int
+    indexer: str | None = None
+    indexer_tau: int | None = None
+    indexer_bytes: int = 0
+
+
 class Collector(ABC):
     """Reads K, V and hidden states of one layer as the shared prefill passes, and leaves one metadata tensor.
 
     Attributes:
         name: what it collects, with its settings (``"chunk_mean_64"``); collectors of equal name and layer run once.
         layer: the layer it listens to.
+        unrotated_keys: K comes with the layer's rotation undone.
     """
 
     name: str
     layer: int
+    unrotated_keys: bool = False
 
     def begin(self, n_tokens: int) -> None:  # noqa: B027 - most collectors do the same at any length
         """Learn the prompt's length before its first chunk: settings may depend on it."""
 
     @abstractmethod
     def chunk(self, k_BHSD: torch.Tensor, v_BHSD: torch.Tensor, hidden_BSM: torch.Tensor, *, start_tokens: int) -> None:
-        """Take the next chunk of the prompt, beginning at token ``start_tokens``; rotation is already applied to K."""
+        """Take the next chunk of the prompt, beginning at token ``start_tokens``.
+
+        K comes as the cache holds it, rotation applied, unless ``unrotated_keys``.
+        """
 
     @abstractmethod
     def finish(self) -> torch.Tensor:
@@ -135,6 +170,10 @@ class SequenceCache(ABC):
         )
         return self.managed_footprint() + stock
 
+    def residency(self) -> Residency | None:
+        """Return how the resident set changed; None where it is fixed at opening."""
+        return None
+
     def close(self) -> None:
         """Drop every tensor. A subclass drops its own, then calls this."""
         for state in self.stock.values():
@@ -178,6 +217,13 @@ class CacheMethod(ABC, Generic[ConfigT]):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.label})"
+
+    def require(self, shape: ModelShape) -> None:
+        """Check that what the user asked for exists for this model; asked once, before anything runs.
+
+        Raises:
+            UsageError: a trained part is missing or belongs to another model.
+        """
 
     def unsupported(self, shape: ModelShape, device: torch.device | str) -> list[str]:
         """Return every reason why the method cannot run on this model and device; empty when it can."""

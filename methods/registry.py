@@ -22,6 +22,7 @@ METHODS: dict[str, str] = {
     "moba": "kvscope.methods.moba.method:MoBA",
     "msa": "kvscope.methods.msa.method:MSA",
     "dsa": "kvscope.methods.dsa.method:DSA",
+    "lsa": "kvscope.methods.lsa.method:Lsa",
 }
 
 PAPER_RECENCY_TOKENS = 8192

@@ -21,6 +21,7 @@ class ModelShape:
         sliding_window: tokens one query of such a layer sees, itself included; 0 without such layers.
         unknown_rotation_layers: layers whose position encoding was measured at load and is not a rotation
             that can be undone; a method that re-places keys is unsupported there.
+        revision: identity of the weights, which trained parts of a method name; empty when unknown.
     """
 
     layers: tuple[int, ...]
@@ -34,6 +35,7 @@ class ModelShape:
     sliding_layers: tuple[int, ...] = ()
     sliding_window: int = 0
     unknown_rotation_layers: tuple[int, ...] = ()
+    revision: str = ""
 
     @property
     def layer_bytes_per_token(self) -> int:

@@ -36,6 +36,30 @@ class _Record(BaseModel):
             raise ValueError(f"{', '.join(absent)} must not be null {why}")
 
 
+class ResidencyRecord(_Record):
+    """How a resident set that changes while decoding behaved: one entry a refresh, the first filling included."""
+
+    tau: Annotated[int, Field(ge=1)]
+    """Decode steps between refreshes."""
+    prompt_tokens: Count
+    """Tokens of the prompt that the resident set is a part of."""
+    resident_tokens: tuple[Count, ...]
+    """Prompt tokens on the device after each refresh, mean over layers."""
+    recalled_bytes: tuple[Count, ...]
+    """Bytes copied host -> device for each refresh."""
+    hit_rate: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
+    """Share of the chunks chosen by later refreshes that were resident already; null when there was one refresh only,
+    or nothing was chosen."""
+    fallbacks: Count
+    """Refreshes that made everything resident because more than `fallback_ratio` was chosen."""
+    indexer: Text | None = None
+    """Trained indexer, as name@hash; null when none chose."""
+    indexer_tau: Annotated[int, Field(ge=1)] | None = None
+    """Interval that indexer was trained for; null when none chose."""
+    indexer_bytes: Count = 0
+    """Device bytes of the indexer's weights. Like the model's they serve every sequence: no footprint holds them."""
+
+
 class _CellRow(_Record):
     """What sample rows and footprint rows share: which cell this is, and whether it could be measured."""
 
@@ -83,6 +107,8 @@ class _CellRow(_Record):
     """Floating-point operations one decode step spends on attention, the method's own scoring included."""
     bytes_recalled: Count | None = None
     """Bytes copied host -> device during decode; 0 when the method recalls nothing."""
+    residency: ResidencyRecord | None = None
+    """How the resident set changed while decoding; null where it is fixed at opening, or the cell was not measured."""
 
     @model_validator(mode="after")
     def _status_is_explained(self) -> Self:

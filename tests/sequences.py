@@ -8,8 +8,9 @@ from kvscope.methods.registry import create_method
 
 def prefilled(loaded, ids, specs, **options):
     """Prefill once for all ``specs``, with every collector they ask for, as a sweep does."""
-    collectors = union_collectors([create_method(spec) for spec in specs], loaded.shape.layers)
-    return prefill(loaded, ids, collectors=collectors, **options)
+    methods = [create_method(spec) for spec in specs]
+    assert [reason for method in methods for reason in method.unsupported(loaded.shape, loaded.device)] == []
+    return prefill(loaded, ids, collectors=union_collectors(methods, loaded.shape.layers), **options)
 
 
 def assert_predicted(footprint, method, predicted):

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import typer
@@ -14,7 +16,7 @@ from kvscope.harness.footprint import worker_environment
 SHARED = [
     "--answer-nll", "--device", "--dtype", "--footprint", "--footprint-length", "--length", "--max-new-tokens",
     "--method", "--method-from", "--model", "--no-answer-nll", "--no-footprint", "--no-paper-settings", "--out",
-    "--paper-settings", "--samples", "--seed", "--set", "--task", "-l", "-m", "-n", "-o", "-t", "config",
+    "--paper-settings", "--samples", "--seed", "--set", "--sweep", "--task", "-l", "-m", "-n", "-o", "-t", "config",
 ]  # fmt: skip
 SURFACE = {
     "run": sorted([*SHARED, "--quiet", "-q"]),
@@ -23,14 +25,40 @@ SURFACE = {
     "list": ["--json", "kind"],
     "show": ["name"],
     "doctor": ["--out", "-o"],
-}
+    "lsa collect": [
+        "--chunk-tokens", "--device", "--dtype", "--features", "--label-layers", "--layers", "--least-mass", "--length",
+        "--model", "--out", "--quiet", "--samples", "--seed", "--shard-documents", "--states", "--task", "--top-p",
+        "--voters", "--votes", "-l", "-n", "-o", "-q", "-t",
+    ],
+    "lsa train": [
+        "--batch-documents", "--batch-rows", "--data", "--device", "--encoder", "--encoder-width", "--epochs",
+        "--gamma", "--heads", "--held-out", "--key-dim", "--layers", "--lookback", "--lr", "--negatives", "--out",
+        "--patience", "--quiet", "--rank", "--recency-tokens", "--seed", "--sink-tokens", "--target-recall", "--tau",
+        "--votes", "--weight-decay", "-o", "-q",
+    ],
+    "lsa eval": [
+        "--data", "--device", "--dtype", "--gate", "--indexer", "--model", "--out", "--quiet", "--recency-tokens",
+        "--samples", "--seed", "--sink-tokens", "--tau", "--votes", "-n", "-o", "-q",
+    ],
+}  # fmt: skip
+
+
+def every_command() -> Iterator[tuple[str, Any]]:
+    """Every command with its full name; groups are entered."""
+    root = typer.main.get_command(cli.app)
+    for name, command in root.commands.items():  # type: ignore[attr-defined]
+        inner = getattr(command, "commands", None)
+        if inner is None:
+            yield name, command
+        else:
+            assert command.short_help or command.help, name
+            yield from ((f"{name} {sub}", each) for sub, each in inner.items())
 
 
 def test_the_surface_is_frozen() -> None:
     """A change here is a change for every script and document: make it on purpose."""
-    root = typer.main.get_command(cli.app)
     found = {}
-    for name, command in root.commands.items():  # type: ignore[attr-defined]
+    for name, command in every_command():
         words: list[str] = []
         for parameter in command.params:
             words += [*parameter.opts, *parameter.secondary_opts]
@@ -39,8 +67,7 @@ def test_the_surface_is_frozen() -> None:
 
 
 def test_every_option_and_command_has_help() -> None:
-    root = typer.main.get_command(cli.app)
-    for name, command in root.commands.items():  # type: ignore[attr-defined]
+    for name, command in every_command():
         assert command.short_help, name
         for parameter in command.params:
             assert getattr(parameter, "help", None), f"{name} {parameter.name}"

@@ -1,0 +1,342 @@
+"""``kvscope lsa collect``: run the model once over documents and store what an indexer is trained on.
+
+Every document is a task's prompt with its answer. The prompt is prefilled as for any method; its last token and the
+answer are then fed one by one, as decode would, and every such step leaves the hidden states entering the indexed
+layers and the attention of the managed layers, reduced to masses and votes of chunks.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kvscope.harness.config import format_length, parse_length, split_spec
+from kvscope.harness.decode import DecodeSession
+from kvscope.harness.lsa.recorder import Recorder, RecordingSequence, StepRecord
+from kvscope.harness.lsa.shards import (
+    STORED_DTYPE,
+    CollectionInfo,
+    Document,
+    DocumentInfo,
+    check_shard,
+    collection_info,
+    document_bytes,
+    read_manifest,
+    write_manifest,
+    write_shard,
+)
+from kvscope.harness.models import LoadedModel, load_model
+from kvscope.harness.prefill import DEFAULT_CHUNK_TOKENS, prefill
+from kvscope.harness.progress import Progress, format_bytes
+from kvscope.methods.base import union_collectors
+from kvscope.methods.lsa.indexer import Features
+from kvscope.methods.lsa.labels import Voters
+from kvscope.results.errors import EnvironmentProblem, UsageError
+
+if TYPE_CHECKING:
+    from kvscope.tasks.base import Sample, Task
+
+DISK_MARGIN = 1.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectConfig:
+    """What to collect.
+
+    Attributes:
+        model: as ``kvscope run --model``.
+        tasks: task specs.
+        lengths_tokens: prompt and answer together.
+        samples: documents per task and length.
+        seed: of the documents. Keep it away from the seeds that evaluate.
+        chunk_tokens: tokens of a chunk.
+        layers: indexed layers; None: every managed layer.
+        label_layers: layers whose attention makes the labels; None: every managed layer.
+        features: ``stats`` (mean, maximum and minimum of a chunk's keys) or ``tokens`` (every key, for that encoder).
+        top_p, votes, voters, least_mass: the labels, see ``chunk_votes``.
+        state_tokens: hidden states kept before step 0, the most an indexer can look back.
+        shard_documents: documents a shard.
+        device, dtype: as ``kvscope run``.
+    """
+
+    model: str = "reference"
+    tasks: tuple[str, ...]
+    lengths_tokens: tuple[int, ...]
+    samples: int
+    seed: int
+    chunk_tokens: int = 64
+    layers: tuple[int, ...] | None = None
+    label_layers: tuple[int, ...] | None = None
+    features: Features = "stats"
+    top_p: float = 0.6
+    votes: int = 1
+    voters: Voters = "layer"
+    least_mass: float = 0.0
+    state_tokens: int = 16
+    shard_documents: int = 16
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "chunk_tokens", "votes", "state_tokens", "shard_documents"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be 1 or more, got {getattr(self, name)}.")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
+        if not 0 <= self.least_mass < 1:
+            raise UsageError(f"least_mass must be 0 or more and below 1, got {self.least_mass}.")
+        for name, known in (("features", ("stats", "tokens")), ("voters", ("layer", "head"))):
+            if getattr(self, name) not in known:
+                raise UsageError(f"{name} must be {' or '.join(known)}, got {getattr(self, name)!r}.")
+        if not self.tasks or not self.lengths_tokens:
+            raise UsageError("At least one task and one length are needed: --task NAME --length TOKENS.")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One document to make."""
+
+    task: "Task"
+    length_tokens: int
+    sample: int
+
+
+def collect(config: CollectConfig, out: str | Path, *, progress: Progress) -> Path:
+    """Collect into a folder; the same call again continues after the last whole shard.
+
+    Raises:
+        UsageError: bad options, or a folder that holds another collection.
+        EnvironmentProblem: the disk is too small.
+    """
+    folder = Path(out)
+    tasks = make_tasks(config.tasks)
+    loaded = load_model(config.model, device=config.device, dtype=config.dtype)
+    info = describe(config, loaded)
+    jobs = [
+        Job(task, parse_length(length), sample)
+        for length in sorted(config.lengths_tokens)
+        for task in tasks
+        for sample in range(config.samples)
+    ]
+    groups = [jobs[at : at + config.shard_documents] for at in range(0, len(jobs), config.shard_documents)]
+    shards = resume(folder, info)
+    need_bytes = sum(estimate_bytes(info, job) for group in groups[len(shards) :] for job in group)
+    check_disk(folder, int(need_bytes * DISK_MARGIN))
+    progress.note(
+        f"{len(jobs)} documents in {len(groups)} shards, {len(shards)} of them there already; about "
+        f"{format_bytes(need_bytes)} to write, {format_bytes(free_bytes(folder))} free."
+    )
+    left = groups[len(shards) :]
+    progress.begin(cells=len(left), work_tokens=sum(job.length_tokens for group in left for job in group))
+    recorder = Recorder(info)
+    for group in left:
+        number = len(shards)
+        progress.begin_cell(f"shard {number + 1} of {len(groups)}", steps=len(group))
+        documents = []
+        for job in group:
+            progress.begin_step(f"{job.task.name} {format_length(job.length_tokens)} {job.sample}")
+            documents.append(make_document(loaded, recorder, info, job, seed=config.seed))
+            progress.end_step(work_tokens=job.length_tokens)
+        name = f"shard-{number:05d}.safetensors"
+        size_bytes = write_shard(folder / name, documents, info)
+        infos = [asdict(document.info) for document in documents]
+        shards.append({"file": name, "bytes": size_bytes, "documents": infos})
+        write_manifest(folder, info, shards, complete=number + 1 == len(groups))
+        progress.end_cell(f"{format_bytes(size_bytes)}, {positive_text(documents, info)}")
+    return folder
+
+
+def make_tasks(specs: Sequence[str]) -> "list[Task]":
+    """Return the tasks of specs."""
+    from kvscope.tasks.registry import create_task
+
+    made = []
+    for spec in specs:
+        name, options = split_spec(spec, kind="task")
+        made.append(create_task(name, **options))
+    return made
+
+
+def describe(config: CollectConfig, loaded: LoadedModel) -> CollectionInfo:
+    """Return the description of a collection.
+
+    Raises:
+        UsageError: layers that kvscope does not manage in this model.
+    """
+    shape = loaded.shape
+    layers, label_layers = (given or shape.layers for given in (config.layers, config.label_layers))
+    foreign = sorted({*layers, *label_layers} - set(shape.layers))
+    if foreign:
+        raise UsageError(
+            f"Layers {', '.join(map(str, foreign))} of model '{loaded.name}' cannot be indexed or make labels: kvscope "
+            f"manages {', '.join(map(str, shape.layers))}."
+        )
+    return CollectionInfo(
+        model=loaded.name,
+        model_revision=shape.revision,
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        hidden_size=shape.hidden_size,
+        key_features=shape.n_kv_heads * shape.head_dim,
+        kv_bytes_per_token=shape.kv_bytes_per_token,
+        layers=tuple(sorted(layers)),
+        label_layers=tuple(sorted(label_layers)),
+        chunk_tokens=config.chunk_tokens,
+        features=config.features,
+        top_p=config.top_p,
+        voters=config.voters,
+        least_mass=config.least_mass,
+        votes=config.votes,
+        state_tokens=config.state_tokens,
+        tasks=tuple(config.tasks),
+        lengths_tokens=tuple(sorted(config.lengths_tokens)),
+        samples=config.samples,
+        seed=config.seed,
+    )
+
+
+def resume(folder: Path, info: CollectionInfo) -> list[dict[str, Any]]:
+    """Return the shards of a folder that are whole, making the folder if need be.
+
+    Raises:
+        UsageError: the folder holds another collection, or cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"Folder '{folder}' cannot be made: {error.strerror}.") from error
+    if not (folder / "manifest.json").is_file():
+        return []
+    manifest = read_manifest(folder)
+    there = collection_info(manifest, folder)
+    for key, mine in asdict(info).items():
+        theirs = getattr(there, key)
+        if mine != theirs:
+            raise UsageError(
+                f"Folder '{folder}' holds another collection: {key} is {theirs} there and {mine} here. Give another "
+                "--out, or the options it was begun with."
+            )
+    shards: list[dict[str, Any]] = []
+    for shard in manifest["shards"]:
+        path = folder / shard["file"]
+        if not path.is_file():
+            break  # deleted because it was damaged: made again from here on
+        check_shard(path, size_bytes=shard["bytes"], info=info)
+        shards.append(shard)
+    return shards
+
+
+def estimate_bytes(info: CollectionInfo, job: Job) -> int:
+    """Estimate a document's bytes before it is made."""
+    return document_bytes(info, prompt_tokens=job.length_tokens, n_steps=job.task.max_new_tokens + 1)
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the free bytes of the disk a folder is on."""
+    return shutil.disk_usage(folder).free
+
+
+def check_disk(folder: Path, need_bytes: int) -> None:
+    """Raise EnvironmentProblem when a disk is too small."""
+    if need_bytes > free_bytes(folder):
+        raise EnvironmentProblem(
+            f"The collection needs about {format_bytes(need_bytes)} and the disk of '{folder}' has "
+            f"{format_bytes(free_bytes(folder))} free; take fewer samples, shorter lengths or --features stats."
+        )
+
+
+def answer_ids(loaded: LoadedModel, sample: "Sample") -> list[int]:
+    """Return the reference answer as tokens, in the form whose likelihood ``run --answer-nll`` measures."""
+    text = " " + ", ".join(sample.targets)
+    ids: list[int] = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def make_document(loaded: LoadedModel, recorder: Recorder, info: CollectionInfo, job: Job, *, seed: int) -> Document:
+    """Prefill a prompt, feed its last token and its answer, and return what was recorded."""
+    sample = job.task.build(loaded.tokenizer, length_tokens=job.length_tokens, sample=job.sample, seed=seed)
+    context_ids, fed_ids = sample.ids[:-1], [sample.ids[-1], *answer_ids(loaded, sample)]
+    return record(
+        loaded, recorder, info, context_ids, fed_ids, task=sample.task, question_type=sample.question_type,
+        length_tokens=job.length_tokens, sample=job.sample,
+    )  # fmt: skip
+
+
+@torch.inference_mode()
+def record(
+    loaded: LoadedModel,
+    recorder: Recorder,
+    info: CollectionInfo,
+    context_ids: Sequence[int],
+    fed_ids: Sequence[int],
+    *,
+    task: str,
+    question_type: str,
+    length_tokens: int,
+    sample: int,
+    answers: Sequence[range] | None = None,
+) -> Document:
+    """Record one document.
+
+    Args:
+        context_ids: tokens to prefill.
+        fed_ids: tokens fed as decode steps.
+        answers: the steps of each answer; None: one answer, every step.
+    """
+    chunk_tokens = min(
+        DEFAULT_CHUNK_TOKENS, -(-len(context_ids) // loaded.shape.page_tokens) * loaded.shape.page_tokens
+    )
+    prompt = prefill(
+        loaded, context_ids, collectors=union_collectors([recorder], loaded.shape.layers),
+        chunk_tokens=max(chunk_tokens, loaded.shape.page_tokens),
+    )  # fmt: skip
+    spans = [range(len(fed_ids))] if answers is None else list(answers)
+    segment_of = {step: segment for segment, span in enumerate(spans) for step in span}
+    records: list[StepRecord] = []
+    with DecodeSession(loaded, recorder, prompt, reserve_tokens=len(fed_ids)) as session:
+        sequence = session.sequence
+        assert isinstance(sequence, RecordingSequence)
+        for step, token in enumerate(fed_ids):
+            sequence.listening = step in segment_of
+            session.step(token)
+            records.append(sequence.take())
+    kept = [(step, records[step]) for step in sorted(segment_of)]
+    before = torch.stack([_padded(prompt, layer, info.state_tokens) for layer in info.layers], 1)
+    during = torch.stack([each.hidden_LM for each in records])
+    votes_RM = torch.stack([each.votes_M for _, each in kept])
+    row, chunk = votes_RM.nonzero(as_tuple=True)
+    counts = torch.bincount(row, minlength=len(kept))
+    name = recorder.features_name
+    return Document(
+        info=DocumentInfo(
+            task=task,
+            question_type=question_type,
+            length_tokens=length_tokens,
+            sample=sample,
+            prompt_tokens=prompt.n_tokens,
+            n_steps=len(fed_ids),
+        ),
+        features=torch.stack([prompt.metadata[name][layer] for layer in info.layers]).to(STORED_DTYPE),
+        hidden=torch.cat([before, during]).to(STORED_DTYPE).cpu(),
+        steps=torch.tensor([step for step, _ in kept], dtype=torch.int32),
+        segments=torch.tensor([segment_of[step] for step, _ in kept], dtype=torch.int32),
+        indptr=torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int().cpu(),
+        indices=chunk.int().cpu(),
+        votes=votes_RM[row, chunk].cpu(),
+        mass=torch.stack([each.mass_M for _, each in kept]).half().cpu(),
+    )
+
+
+def _padded(prompt: Any, layer: int, width: int) -> torch.Tensor:
+    states: torch.Tensor = prompt.metadata[f"last_states_{width}"][layer]
+    missing = width - len(states)
+    return states if missing <= 0 else torch.cat([states[:1].expand(missing, -1), states])
+
+
+def positive_text(documents: Sequence[Document], info: CollectionInfo) -> str:
+    """Return how many chunks a step needs, in a few words."""
+    found = [int((document.votes >= info.votes).sum()) for document in documents]
+    rows = sum(len(document.steps) for document in documents)
+    return f"{sum(found) / max(1, rows):.1f} positive chunks a step"

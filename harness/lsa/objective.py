@@ -1,0 +1,289 @@
+"""What an indexer is fitted to and measured by: examples from shards, focal loss, held-out measures.
+
+Shapes: R rows (decode steps) of a document, W states a row, L indexed layers, M hidden size, n candidate chunks, E key
+size.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from kvscope.harness.lsa.shards import Collection, Document
+from kvscope.methods.lsa.indexer import ENCODER_FEATURES, EncoderKind, Indexer, dequantize, logit, quantize
+from kvscope.results.errors import EnvironmentProblem, UsageError
+
+Place = tuple[Collection, int]
+"""A document of a collection."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How to train.
+
+    Attributes:
+        tau: decode steps a label looks ahead.
+        layers: of the collection's indexed layers, those to train; None: all.
+        epochs: passes over the documents at most.
+        lr, weight_decay, gamma, negatives, clip: AdamW, focal loss, negatives a positive, gradient norm.
+        least_negatives: negatives of a row however few positives it has: rows that need nothing teach, too.
+        batch_documents, batch_rows: documents a step, and rows of each.
+        heads, key_dim, rank: sizes; None: by the model's width.
+        encoder, encoder_width: memory side.
+        lookback: states scored a refresh.
+        votes: votes of a positive; None: the collection's.
+        sink_tokens, recency_tokens: what always stays, so that it is neither positive nor negative.
+        held_out: share of the documents kept for measuring; at least one.
+        patience: epochs without a lower held-out loss before it stops.
+        target_recall: held-out golden recall that threshold 0.5 is set to (a shift of the bias); None: left alone.
+        seed: of weights, order and negatives.
+        device: ``cpu``, ``cuda`` or ``auto``.
+    """
+
+    tau: int = 64
+    layers: tuple[int, ...] | None = None
+    epochs: int = 5
+    lr: float = 1e-4
+    weight_decay: float = 0.01
+    gamma: float = 2.0
+    negatives: int = 3
+    least_negatives: int = 3
+    clip: float = 1.0
+    batch_documents: int = 4
+    batch_rows: int = 32
+    heads: int | None = None
+    key_dim: int | None = None
+    rank: int | None = None
+    encoder: EncoderKind = "stats"
+    encoder_width: int = 128
+    lookback: int = 1
+    votes: int | None = None
+    sink_tokens: int = 4
+    recency_tokens: int | None = None
+    held_out: float = 0.1
+    patience: int = 2
+    target_recall: float | None = None
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("tau", "epochs", "negatives", "batch_documents", "batch_rows", "encoder_width", "lookback",
+                     "patience"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be 1 or more, got {getattr(self, name)}.")
+        for name in ("heads", "key_dim", "rank", "votes"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UsageError(f"{name} must be 1 or more, got {getattr(self, name)}.")
+        if not 0 < self.held_out < 1:
+            raise UsageError(f"held_out must lie between 0 and 1, both excluded, got {self.held_out}.")
+        if self.target_recall is not None and not 0 < self.target_recall < 1:
+            raise UsageError(f"target_recall must lie between 0 and 1, both excluded, got {self.target_recall}.")
+        if self.encoder not in ENCODER_FEATURES:
+            raise UsageError(f"encoder must be {', '.join(ENCODER_FEATURES)}, got {self.encoder!r}.")
+        if not self.lr > 0:
+            raise UsageError(f"lr must be positive, got {self.lr}.")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A document as training sees it.
+
+    Attributes:
+        document: its tensors.
+        first, last: the candidate chunks.
+        positives: bool [R, n], golden candidates of every recorded step.
+        places: where the indexer's layers are among the collection's.
+    """
+
+    document: Document
+    first: int
+    last: int
+    positives: torch.Tensor
+    places: tuple[int, ...]
+
+
+def compute_device(name: str) -> torch.device:
+    """Return the device a name means; the model's own loader is left out of this on purpose.
+
+    Raises:
+        UsageError: no such device.
+        EnvironmentProblem: a GPU that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise UsageError(f"Device '{name}' is not one of auto, cpu, cuda, cuda:<index>.")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise EnvironmentProblem(f"Device '{name}' was asked for, but torch sees no CUDA GPU; use --device cpu.")
+    return torch.device(name)
+
+
+def split(where: Sequence[Place], *, share: float) -> tuple[list[Place], list[Place]]:
+    """Split documents into training and held-out ones, by hash of their names, in every task and length alike.
+
+    Raises:
+        UsageError: a single document cannot be split.
+    """
+
+    def key(place: Place) -> str:
+        collection, index = place
+        return hashlib.sha256(f"{collection.info.seed}/{collection.documents[index].name}".encode()).hexdigest()
+
+    ordered = sorted(where, key=key)
+    n_held_out = max(1, round(share * len(ordered)))
+    if n_held_out >= len(ordered):
+        raise UsageError(f"{len(ordered)} documents are too few to train on and to measure with; collect more.")
+    held_out = set(ordered[:n_held_out])
+    return [place for place in where if place not in held_out], [place for place in where if place in held_out]
+
+
+def example(place: Place, config: TrainConfig) -> Example | None:
+    """Load a document and its labels; None when it has no candidate chunk."""
+    collection, index = place
+    document, info = collection.load(index), collection.info
+    layout = document.layout(info.chunk_tokens, sink_tokens=config.sink_tokens, recency_tokens=config.recency_tokens)
+    if not layout.n_candidates:
+        return None
+    positives = document.positives(tau=config.tau, votes=config.votes or info.votes)[:, layout.first : layout.last]
+    places = tuple(info.layers.index(layer) for layer in config.layers or info.layers)
+    return Example(document, layout.first, layout.last, positives, places)
+
+
+def document_loss(indexer: Indexer, found: Example, config: TrainConfig, draws: torch.Generator) -> torch.Tensor:
+    """Return the focal loss of some rows of a document over their positives and random negatives."""
+    document, positives = found.document, found.positives
+    n_rows = len(positives)
+    if n_rows > config.batch_rows:
+        # The first row of every answer is where decoding begins: those are never left out.
+        first = document.refresh_rows(1 << 30)[: config.batch_rows]
+        others = torch.ones(n_rows, dtype=torch.bool)
+        others[first] = False
+        pool = others.nonzero()[:, 0]
+        drawn = pool[torch.randperm(len(pool), generator=draws)[: config.batch_rows - len(first)]]
+        rows = torch.cat([first, drawn]).sort().values
+    else:
+        rows = torch.arange(n_rows)
+    golden = positives[rows]
+    chosen = golden | draw_negatives(golden, config, draws)
+    used = chosen.any(0).nonzero()[:, 0]
+    logits = row_logits(indexer, found, rows, config.lookback, chunks=used + found.first)
+    device = logits.device
+    return focal_loss(logits, golden[:, used].to(device), chosen[:, used].to(device), gamma=config.gamma)
+
+
+def draw_negatives(golden: torch.Tensor, config: TrainConfig, draws: torch.Generator) -> torch.Tensor:
+    """Return random non-golden candidates of each row, bool like ``golden`` [rows, n]."""
+    wanted = (config.negatives * golden.sum(1)).clamp_min(config.least_negatives)
+    score = torch.rand(golden.shape, generator=draws).masked_fill(golden, 2.0)
+    rank = score.argsort(1).argsort(1)
+    return (rank < wanted[:, None]) & ~golden
+
+
+def row_logits(
+    indexer: Indexer, found: Example, rows: torch.Tensor, lookback: int, *, chunks: torch.Tensor
+) -> torch.Tensor:
+    """Return the indexer's logits of some chunks at some rows, [rows, chunks], through quantised keys."""
+    device = next(indexer.parameters()).device
+    states = found.document.states(rows, lookback)[:, :, list(found.places)].to(device)
+    keys = []
+    for layer, place in zip(indexer.config.layers, found.places, strict=True):
+        key = indexer.layer(layer).memory(found.document.features[place][chunks].to(device))
+        stored = dequantize(*quantize(key.detach()))
+        # The rounding of fp8 is seen by the loss and passed over by the gradient.
+        keys.append(key + (stored - key).detach())
+    logits = indexer.logits(states.flatten(0, 1), keys)
+    return logits.view(len(rows), lookback, -1).amax(1)
+
+
+def focal_loss(logits: torch.Tensor, golden: torch.Tensor, chosen: torch.Tensor, *, gamma: float) -> torch.Tensor:
+    """Return the focal loss (arXiv 1708.02002, without class weights), mean over the chosen pairs."""
+    signed = torch.where(golden, logits, -logits)
+    log_p = F.logsigmoid(signed)
+    loss = -((1 - log_p.exp()) ** gamma) * log_p
+    return (loss * chosen).sum() / chosen.sum().clamp_min(1)
+
+
+@torch.inference_mode()
+def measure(indexer: Indexer, held_out: Sequence[Place], config: TrainConfig) -> dict[str, Any]:
+    """Return held-out measures at threshold 0.5, over every recorded step, all candidates scored.
+
+    ``recall`` is a mean over steps that need a candidate, ``precision`` is over all chosen chunks, ``kept_fraction`` is
+    of the candidates, ``recall_at_tenth`` is the recall when the best tenth of the candidates is kept, and
+    ``refresh_recall`` is ``recall`` at the steps where decoding refreshes.
+    """
+    indexer.eval()
+    sums = dict.fromkeys(("loss", "documents", "hit", "chosen", "candidates", "steps"), 0.0)
+    recalls: list[torch.Tensor] = []
+    tenths: list[torch.Tensor] = []
+    refreshes: list[torch.Tensor] = []
+    for place in held_out:
+        found = example(place, config)
+        if found is None:
+            continue
+        golden = found.positives
+        rows = torch.arange(len(golden))
+        chunks = torch.arange(found.first, found.last)
+        parts = [row_logits(indexer, found, part, config.lookback, chunks=chunks) for part in torch.split(rows, 64)]
+        logits = torch.cat(parts).float().cpu()
+        everything = torch.ones_like(golden)
+        positive = focal_loss(logits, golden, everything & golden, gamma=config.gamma)
+        negative = focal_loss(logits, golden, everything & ~golden, gamma=config.gamma)
+        sums["loss"] += float(positive + negative)
+        sums["documents"] += 1
+        chosen = logits >= 0
+        needs = golden.any(1)
+        n_golden = golden.sum(1).clamp_min(1)
+        recall = (chosen & golden).sum(1) / n_golden
+        tenth = torch.zeros_like(chosen).scatter(1, logits.topk(max(1, -(-len(chunks) // 10)), 1).indices, True)
+        recalls.append(recall[needs])
+        tenths.append(((tenth & golden).sum(1) / n_golden)[needs])
+        at = found.document.refresh_rows(config.tau)
+        refreshes.append(recall[at][needs[at]])
+        sums["hit"] += int((chosen & golden).sum())
+        sums["chosen"] += int(chosen.sum())
+        sums["candidates"] += chosen.numel()
+        sums["steps"] += len(golden)
+    if not sums["documents"]:
+        raise UsageError("No held-out document is long enough for a candidate chunk; collect longer prompts.")
+
+    def mean(parts: list[torch.Tensor]) -> float | None:
+        joined = torch.cat(parts)
+        return round(float(joined.mean()), 4) if len(joined) else None
+
+    return {
+        "held_out_loss": round(sums["loss"] / sums["documents"], 5),
+        "recall": mean(recalls),
+        "refresh_recall": mean(refreshes),
+        "recall_at_tenth": mean(tenths),
+        "precision": round(sums["hit"] / sums["chosen"], 4) if sums["chosen"] else None,
+        "kept_fraction": round(sums["chosen"] / sums["candidates"], 4),
+        "held_out_steps": int(sums["steps"]),
+    }
+
+
+@torch.inference_mode()
+def calibrate(indexer: Indexer, held_out: Sequence[Place], config: TrainConfig, *, target_recall: float) -> float:
+    """Shift the bias so that threshold 0.5 keeps ``target_recall`` of the golden chunks at refreshes; return the shift.
+
+    Raises:
+        UsageError: no held-out refresh needs a candidate.
+    """
+    golden_logits = []
+    for place in held_out:
+        found = example(place, config)
+        if found is None:
+            continue
+        rows = found.document.refresh_rows(config.tau)
+        chunks = torch.arange(found.first, found.last)
+        logits = row_logits(indexer, found, rows, config.lookback, chunks=chunks).float().cpu()
+        golden_logits.append(logits[found.positives[rows]])
+    joined = torch.cat(golden_logits) if golden_logits else torch.empty(0)
+    if not len(joined):
+        raise UsageError("No held-out refresh needs a chunk, so there is nothing to set the threshold by.")
+    shift = logit(0.5) - float(torch.quantile(joined, 1 - target_recall))
+    for layer in indexer.config.layers:
+        indexer.layer(layer).bias.add_(shift)
+    return shift

@@ -1,0 +1,129 @@
+"""Dense decode that notes, step by step, what an indexer has to learn: hidden states in, attended chunks out.
+
+Shapes: L indexed layers, M hidden size, Q query heads, n' chunks of the prompt.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from kvscope.harness.lsa.shards import STORED_DTYPE, CollectionInfo
+from kvscope.methods.base import AttentionExtras, Collector, SequenceCache
+from kvscope.methods.dense.method import Dense
+from kvscope.methods.lsa.collectors import ChunkKeys, LastStates
+from kvscope.methods.lsa.indexer import chunk_features
+from kvscope.methods.lsa.labels import chunk_mass, chunk_votes, token_logits
+from kvscope.methods.resident import ResidentSequence
+from kvscope.methods.shape import ModelShape
+from kvscope.methods.store import PromptKV
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One decode step.
+
+    Attributes:
+        hidden_LM: states that entered the indexed layers, [L, M].
+        votes_M: votes of each chunk, uint8 [n']; empty when the step was not listened to.
+        mass_M: the strongest layer's head-summed mass of each chunk, [n']; empty likewise.
+    """
+
+    hidden_LM: torch.Tensor
+    votes_M: torch.Tensor
+    mass_M: torch.Tensor
+
+
+class Recorder(Dense):
+    """The dense method, observed."""
+
+    def __init__(self, info: CollectionInfo) -> None:
+        super().__init__()
+        self.info = info
+        self.features_name = f"lsa_features_{info.features}_{info.chunk_tokens}"
+
+    def observed_layers(self, shape: ModelShape) -> tuple[int, ...]:
+        del shape
+        return self.info.layers
+
+    def unsupported(self, shape: ModelShape, device: torch.device | str) -> list[str]:
+        del device
+        unknown = sorted(set(self.info.layers) & set(shape.unknown_rotation_layers))
+        layers = ", ".join(map(str, unknown))
+        return [f"the position encoding of layers {layers} cannot be undone"] if unknown else []
+
+    def collectors(self, layer: int) -> list[Collector]:
+        if layer not in self.info.layers:
+            return []
+
+        def encode(layer: int, k_nCF: torch.Tensor) -> torch.Tensor:
+            return chunk_features(k_nCF, self.info.features).to(STORED_DTYPE)
+
+        keys = ChunkKeys(self.features_name, layer, chunk_tokens=self.info.chunk_tokens, encode=encode)
+        return [keys, LastStates(layer, n_states=self.info.state_tokens)]
+
+    def open(
+        self, prompt: PromptKV, device: torch.device | str, *, physical: bool = True, reserve_tokens: int = 0
+    ) -> SequenceCache:
+        del physical
+        return RecordingSequence(prompt, torch.device(device), info=self.info, reserve_tokens=reserve_tokens)
+
+
+class RecordingSequence(ResidentSequence):
+    """Every token resident; each managed layer's attention is reduced to chunks.
+
+    Attributes:
+        listening: whether attention of the next step is wanted (reducing it costs more than the step itself).
+    """
+
+    def __init__(self, prompt: PromptKV, device: torch.device, *, info: CollectionInfo, reserve_tokens: int) -> None:
+        super().__init__(prompt, device, ranges=[(0, prompt.n_tokens)], reserve_tokens=reserve_tokens)
+        self._info, self._n_prompt = info, prompt.n_tokens
+        self.listening = True
+        self._hidden: dict[int, torch.Tensor] = {}
+        self._mass: list[torch.Tensor] = []
+
+    def observe(self, layer: int, hidden_BM: torch.Tensor) -> None:
+        self._hidden[layer] = hidden_BM[0].clone()
+
+    def attend(
+        self,
+        layer: int,
+        q_BQ1D: torch.Tensor,
+        k_BH1D: torch.Tensor,
+        v_BH1D: torch.Tensor,
+        *,
+        scale: float,
+        extras: AttentionExtras,
+    ) -> torch.Tensor:
+        out = super().attend(layer, q_BQ1D, k_BH1D, v_BH1D, scale=scale, extras=extras)
+        if self.listening and layer in self._info.label_layers:
+            logits_QT = token_logits(
+                q_BQ1D,
+                self.pool.pages[layer],
+                n_tokens=self.pool.lengths[layer],
+                scale=scale,
+                softcap=extras.softcap,
+            )
+            prompt_QT, other_QT = logits_QT[:, : self._n_prompt], logits_QT[:, self._n_prompt :]
+            self._mass.append(
+                chunk_mass(prompt_QT, other_QT, chunk_tokens=self._info.chunk_tokens, sink_logits=extras.sink_logits)
+            )
+        return out
+
+    def take(self) -> StepRecord:
+        """Return what the last step left, and forget it."""
+        hidden_LM = torch.stack([self._hidden[layer] for layer in self._info.layers])
+        if self._mass:
+            mass_LQM = torch.stack(self._mass)
+            votes = chunk_votes(
+                mass_LQM, top_p=self._info.top_p, voters=self._info.voters, least_mass=self._info.least_mass
+            )
+            strongest = mass_LQM.mean(1).amax(0)[:-1]
+        else:
+            votes, strongest = torch.empty(0, dtype=torch.uint8), torch.empty(0)
+        self._mass, self._hidden = [], {}
+        return StepRecord(hidden_LM, votes, strongest)
+
+    def close(self) -> None:
+        self._mass, self._hidden = [], {}
+        super().close()

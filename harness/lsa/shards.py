@@ -1,0 +1,313 @@
+"""What ``lsa collect`` stores and everything behind it reads: safetensors shards with a manifest. No model is loaded.
+
+Shapes: n whole chunks of a prompt, n' with the incomplete last one, L indexed layers, M hidden size, F features a key,
+C tokens a chunk, W states before step 0, T decode steps, R recorded steps (those that predict an answer token).
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from kvscope.methods.budget import default_recency_tokens
+from kvscope.methods.lsa.indexer import Features
+from kvscope.methods.lsa.labels import Voters
+from kvscope.methods.lsa.layout import ChunkLayout
+from kvscope.results.errors import UsageError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+STORED_DTYPE = torch.bfloat16
+_TENSORS = ("features", "hidden", "steps", "segments", "indptr", "indices", "votes", "mass")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectionInfo:
+    """What a collection holds and how it was made: equal for every shard of it.
+
+    Attributes:
+        model, model_revision, dtype: what ran.
+        hidden_size: M.
+        key_features: F, KV heads x head size of one layer.
+        kv_bytes_per_token: of the managed layers, in the model's dtype.
+        layers: indexed layers: their keys and the hidden states entering them are stored.
+        label_layers: layers whose attention made the labels.
+        chunk_tokens: C.
+        features: what is stored of the keys (see ``chunk_features``).
+        top_p, voters, least_mass: how a voter chooses.
+        votes: votes that make a chunk positive; the counts are stored, so that training may ask for more.
+        state_tokens: W.
+        tasks, lengths_tokens, samples, seed: the documents.
+    """
+
+    model: str
+    model_revision: str
+    dtype: str
+    hidden_size: int
+    key_features: int
+    kv_bytes_per_token: int
+    layers: tuple[int, ...]
+    label_layers: tuple[int, ...]
+    chunk_tokens: int
+    features: Features
+    top_p: float
+    voters: Voters
+    least_mass: float
+    votes: int
+    state_tokens: int
+    tasks: tuple[str, ...]
+    lengths_tokens: tuple[int, ...]
+    samples: int
+    seed: int
+
+    def labels(self, *, votes: int | None) -> dict[str, Any]:
+        """Return how positives are told, for the record; ``votes`` may ask for more than was collected with."""
+        return {"top_p": self.top_p, "voters": self.voters, "least_mass": self.least_mass, "votes": votes or self.votes}
+
+    @property
+    def id(self) -> str:
+        """Hash of all of it; every shard carries it."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentInfo:
+    """One document of a shard."""
+
+    task: str
+    question_type: str
+    length_tokens: int
+    sample: int
+    prompt_tokens: int
+    n_steps: int
+
+    @property
+    def name(self) -> str:
+        """The document in words, and the key of train/held-out splits."""
+        return f"{self.task}/{self.length_tokens}/{self.sample}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """The tensors of one document.
+
+    Attributes:
+        features: [L, n, 3, F] or [L, n, C, F].
+        hidden: [W + T, L, M], states entering the indexed layers: of the W tokens before step 0, then of every step.
+        steps: [R], decode steps that predict an answer token, ascending.
+        segments: [R], which answer each belongs to.
+        indptr, indices, votes: CSR over chunks, a row a recorded step: who was voted for, and how often.
+        mass: [R, n'], the strongest layer's head-summed attention.
+    """
+
+    info: DocumentInfo
+    features: torch.Tensor
+    hidden: torch.Tensor
+    steps: torch.Tensor
+    segments: torch.Tensor
+    indptr: torch.Tensor
+    indices: torch.Tensor
+    votes: torch.Tensor
+    mass: torch.Tensor
+
+    @property
+    def n_states(self) -> int:
+        """W."""
+        return len(self.hidden) - self.info.n_steps
+
+    def layout(self, chunk_tokens: int, *, sink_tokens: int, recency_tokens: int | None) -> ChunkLayout:
+        """Return how its prompt is cut."""
+        n_tokens = self.info.prompt_tokens
+        return ChunkLayout(
+            n_tokens=n_tokens,
+            chunk_tokens=chunk_tokens,
+            sink_tokens=sink_tokens,
+            recency_tokens=default_recency_tokens(n_tokens) if recency_tokens is None else recency_tokens,
+        )
+
+    def positives(self, *, tau: int, votes: int) -> torch.Tensor:
+        """Return the labels, bool [R, n']: chunks with enough votes in any step of [t, t + tau) of the same answer."""
+        n_rows = len(self.steps)
+        row = torch.repeat_interleave(torch.arange(n_rows), self.indptr.long().diff())
+        once = torch.zeros((n_rows + 1, self.mass.shape[1]), dtype=torch.int32)
+        enough = self.votes >= votes
+        once[row[enough] + 1, self.indices.long()[enough]] = 1
+        total = once.cumsum(0)
+        # Rows ascend by step and answers do not overlap, so an interval is a range of rows.
+        steps, segments = self.steps.long(), self.segments.long()
+        end = torch.minimum(torch.searchsorted(steps, steps + tau), torch.searchsorted(segments, segments, right=True))
+        return total[end] > total[:-1]
+
+    def refresh_rows(self, tau: int) -> torch.Tensor:
+        """Return the rows at which decoding this answer would refresh: every tau-th step of an answer, [rows]."""
+        segments, steps = self.segments.long(), self.steps.long()
+        first = steps[torch.searchsorted(segments, segments)]
+        return ((steps - first) % tau == 0).nonzero()[:, 0]
+
+    def states(self, rows: torch.Tensor, lookback: int) -> torch.Tensor:
+        """Return what a refresh before each of ``rows`` scores with: the states before it, [rows, lookback, L, M]."""
+        last = self.steps.long()[rows] + self.n_states
+        return self.hidden[last[:, None] - lookback + torch.arange(lookback)]
+
+
+class Collection:
+    """A folder of shards, opened for reading; documents load one at a time."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Check the manifest and every shard it lists.
+
+        Raises:
+            UsageError: no collection there, or a shard that is missing, truncated or from another collection.
+        """
+        self.folder = Path(folder)
+        manifest = read_manifest(self.folder)
+        self.info = collection_info(manifest, self.folder)
+        self.complete = bool(manifest["complete"])
+        self.documents: list[DocumentInfo] = []
+        self._where: list[tuple[Path, int]] = []
+        for shard in manifest["shards"]:
+            path = self.folder / shard["file"]
+            check_shard(path, size_bytes=shard["bytes"], info=self.info)
+            for index, values in enumerate(shard["documents"]):
+                self.documents.append(DocumentInfo(**values))
+                self._where.append((path, index))
+        if not self.documents:
+            raise UsageError(f"Collection '{folder}' holds no document yet; run kvscope lsa collect to its end.")
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def load(self, index: int) -> Document:
+        """Read one document; large tensors are mapped, not copied, until they are used."""
+        path, number = self._where[index]
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(f"{number}/{name}") for name in _TENSORS}
+        except (OSError, SafetensorError) as error:
+            raise UsageError(f"Shard '{path}' cannot be read ({error}); delete it and run collect again.") from error
+        return Document(info=self.documents[index], **tensors)
+
+
+def open_collections(folders: Sequence[str | Path]) -> list[Collection]:
+    """Open collections that are to be used together.
+
+    Raises:
+        UsageError: as ``Collection``, or two of them were made differently; the message names both.
+    """
+    if not folders:
+        raise UsageError("Give at least one folder that kvscope lsa collect wrote: --data DIR.")
+    opened = [Collection(folder) for folder in folders]
+    same = (
+        *("model_revision", "layers", "label_layers", "chunk_tokens", "features", "hidden_size", "key_features"),
+        *("top_p", "voters", "least_mass"),
+    )
+    first = opened[0]
+    for other in opened[1:]:
+        for key in same:
+            mine, theirs = getattr(first.info, key), getattr(other.info, key)
+            if mine != theirs:
+                raise UsageError(
+                    f"Collections '{first.folder}' and '{other.folder}' cannot be mixed: {key} is {mine} in the one "
+                    f"and {theirs} in the other."
+                )
+    return opened
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read a manifest.
+
+    Raises:
+        UsageError: missing, unreadable, or of a format this kvscope does not know.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        version = manifest["format"]
+    except FileNotFoundError:
+        raise UsageError(f"'{folder}' is no collection: {MANIFEST} is missing; give a folder of lsa collect.") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"'{path}' cannot be read ({error}); collect again into a new folder.") from error
+    if version != FORMAT:
+        raise UsageError(f"'{path}' has format {version}, this kvscope knows {FORMAT}; collect again.")
+    return manifest
+
+
+def collection_info(manifest: Mapping[str, Any], folder: Path) -> CollectionInfo:
+    """Return the collection's description from its manifest.
+
+    Raises:
+        UsageError: keys are missing or unknown.
+    """
+    values = dict(manifest.get("collection", {}))
+    names = {field.name for field in fields(CollectionInfo)}
+    if set(values) != names:
+        odd = ", ".join(sorted(names ^ set(values)))
+        raise UsageError(f"'{folder / MANIFEST}' is damaged ({odd}); collect again into a new folder.")
+    for key in ("layers", "label_layers", "tasks", "lengths_tokens"):
+        values[key] = tuple(values[key])
+    return CollectionInfo(**values)
+
+
+def check_shard(path: Path, *, size_bytes: int, info: CollectionInfo) -> None:
+    """Check that a shard is whole and belongs to a collection, without reading its tensors.
+
+    Raises:
+        UsageError: it is not.
+    """
+    mend = "delete it and run the same kvscope lsa collect again"
+    if not path.is_file():
+        raise UsageError(f"Shard '{path}' is missing; {mend}.")
+    found_bytes = path.stat().st_size
+    if found_bytes != size_bytes:
+        raise UsageError(
+            f"Shard '{path}' is truncated or was changed: {found_bytes:,} bytes, the manifest says {size_bytes:,}; "
+            f"{mend}."
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            owner = (file.metadata() or {}).get("collection")
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"Shard '{path}' is not a safetensors file ({error}); {mend}.") from error
+    if owner != info.id:
+        raise UsageError(
+            f"Shard '{path}' belongs to collection {owner}, its folder to {info.id}: shards of two collections were "
+            f"mixed; {mend}."
+        )
+
+
+def write_shard(path: Path, documents: Sequence[Document], info: CollectionInfo) -> int:
+    """Write a shard; it appears whole or not at all. Returns its bytes."""
+    tensors = {
+        f"{number}/{name}": getattr(document, name).contiguous()
+        for number, document in enumerate(documents)
+        for name in _TENSORS
+    }
+    temporary = path.with_suffix(".tmp")
+    save_file(tensors, temporary, metadata={"collection": info.id})
+    os.replace(temporary, path)
+    return path.stat().st_size
+
+
+def write_manifest(folder: Path, info: CollectionInfo, shards: Sequence[Mapping[str, Any]], *, complete: bool) -> None:
+    """Write the manifest; it appears whole or not at all."""
+    manifest = {"format": FORMAT, "complete": complete, "collection": asdict(info), "shards": list(shards)}
+    temporary = folder / (MANIFEST + ".tmp")
+    temporary.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / MANIFEST)
+
+
+def document_bytes(info: CollectionInfo, *, prompt_tokens: int, n_steps: int) -> int:
+    """Estimate the bytes one document takes on disk: keys, states and masses, which are nearly all of it."""
+    element_bytes = STORED_DTYPE.itemsize
+    n_chunks = prompt_tokens // info.chunk_tokens
+    rows = 3 if info.features == "stats" else info.chunk_tokens
+    keys = len(info.layers) * n_chunks * rows * info.key_features
+    states = (info.state_tokens + n_steps) * len(info.layers) * info.hidden_size
+    return element_bytes * (keys + states + n_steps * n_chunks)

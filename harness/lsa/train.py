@@ -1,0 +1,212 @@
+"""``kvscope lsa train``: fit an indexer to shards. The model they came from is neither imported nor loaded.
+
+Focal loss over the positives of a step and random negatives, AdamW, cosine, clipping: arXiv 2606.09079's recipe, with
+the memory side trained along with the query side, because an ordinary model brings no compressed keys of its own.
+"""
+
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvscope.harness.lsa.objective import (
+    Place,
+    TrainConfig,
+    calibrate,
+    compute_device,
+    document_loss,
+    example,
+    measure,
+    split,
+)
+from kvscope.harness.lsa.shards import Collection, CollectionInfo, open_collections
+from kvscope.methods.lsa.indexer import ENCODER_FEATURES, Indexer, IndexerConfig, default_sizes
+from kvscope.methods.lsa.indexer_files import save_indexer
+from kvscope.results.errors import UsageError
+
+LOG_FILE = "train_log.jsonl"
+WARMUP_SHARE = 0.05
+
+
+def train(
+    folders: Sequence[str | Path], out: str | Path, config: TrainConfig, *, note: Callable[[str], None]
+) -> dict[str, Any]:
+    """Train an indexer and write it to a folder, with one checkpoint an epoch and the log beside it.
+
+    Args:
+        folders: of ``lsa collect``; all made for one model.
+        note: takes one line an epoch.
+
+    Returns:
+        The held-out measures of the epoch that was kept.
+
+    Raises:
+        UsageError: bad options, or shards that are damaged, do not fit together, or hold no positive chunk.
+    """
+    collections = open_collections(folders)
+    info = collections[0].info
+    check_fit(config, collections, note)
+    device = compute_device(config.device)
+    where = [(collection, index) for collection in collections for index in range(len(collection))]
+    training, held_out = split(where, share=config.held_out)
+    indexer = Indexer.untrained(indexer_config(info, config), seed=config.seed).to(device).train()
+    optimizer = torch.optim.AdamW(indexer.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    steps_an_epoch = math.ceil(len(training) / config.batch_documents)
+    total = config.epochs * steps_an_epoch
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, total))
+    draws, torch_draws = random.Random(config.seed), torch.Generator().manual_seed(config.seed)
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    best: dict[str, Any] | None = None
+    since_best = 0
+    started_s = time.perf_counter()
+    with (folder / LOG_FILE).open("w", encoding="utf-8") as log:
+
+        def say(**fields: Any) -> None:
+            log.write(json.dumps(fields) + "\n")
+            log.flush()
+
+        say(collections=[str(c.info.id) for c in collections], documents=len(training), held_out=len(held_out),
+            weights=sum(p.numel() for p in indexer.parameters()), config=asdict(config))  # fmt: skip
+        for epoch in range(1, config.epochs + 1):
+            loss = run_epoch(
+                indexer, training, config, optimizer=optimizer, schedule=schedule, draws=draws, torch_draws=torch_draws
+            )
+            measures = measure(indexer, held_out, config)
+            fields = {"epoch": epoch, "loss": round(loss, 5), **measures}
+            say(**fields, elapsed_s=round(time.perf_counter() - started_s, 2))
+            note(epoch_text(epoch, config.epochs, fields, since_s=time.perf_counter() - started_s))
+            save_indexer(indexer, folder / "checkpoints" / f"epoch-{epoch:02d}")
+            if best is None or measures["held_out_loss"] < best["held_out_loss"]:
+                best, since_best = fields, 0
+                weights = {name: value.clone() for name, value in indexer.state_dict().items()}
+            else:
+                since_best += 1
+            if since_best >= config.patience:
+                note(f"stopped: the held-out loss has not fallen for {since_best} epochs")
+                break
+        assert best is not None
+        indexer.load_state_dict(weights)
+        if config.target_recall is not None:
+            shift = calibrate(indexer, held_out, config, target_recall=config.target_recall)
+            note(f"bias shifted by {shift:+.3f}: threshold 0.5 keeps {config.target_recall:.0%} of held-out golden")
+            best = {**best, "bias_shift": round(shift, 4), **measure(indexer, held_out, config)}
+        say(kept=best)
+    trained = {
+        "data": [{"id": c.info.id, "tasks": list(c.info.tasks), "lengths_tokens": list(c.info.lengths_tokens),
+                  "samples": c.info.samples, "seed": c.info.seed} for c in collections],
+        "labels": info.labels(votes=config.votes),
+        "documents": len(training), "held_out": best, "options": asdict(config),
+    }  # fmt: skip
+    indexer.config = replace(indexer.config, kept_fraction=best["kept_fraction"], trained=trained)
+    save_indexer(indexer, folder)
+    return best
+
+
+def check_fit(config: TrainConfig, collections: Sequence[Collection], note: Callable[[str], None]) -> None:
+    """Check options against what was collected.
+
+    Raises:
+        UsageError: the encoder or the lookback needs more than is stored.
+    """
+    info = collections[0].info
+    needed = ENCODER_FEATURES[config.encoder]
+    if needed != info.features:
+        raise UsageError(
+            f"Encoder '{config.encoder}' needs a collection made with --features {needed}, this one holds "
+            f"'{info.features}'."
+        )
+    foreign = sorted(set(config.layers or ()) - set(info.layers))
+    if foreign:
+        raise UsageError(
+            f"Layers {', '.join(map(str, foreign))} are not in the collection, which holds "
+            f"{', '.join(map(str, info.layers))}."
+        )
+    states = min(collection.info.state_tokens for collection in collections)
+    if config.lookback > states:
+        raise UsageError(f"lookback is {config.lookback}, and the collection keeps {states} states before an answer.")
+    for collection in collections:
+        if not collection.complete:
+            note(f"note: collection '{collection.folder}' is unfinished; its {len(collection)} documents are used.")
+
+
+def indexer_config(info: CollectionInfo, config: TrainConfig) -> IndexerConfig:
+    """Return the configuration of the indexer to train."""
+    heads, key_dim, rank = default_sizes(info.hidden_size)
+    return IndexerConfig(
+        model=info.model,
+        model_revision=info.model_revision,
+        layers=config.layers or info.layers,
+        chunk_tokens=info.chunk_tokens,
+        tau=config.tau,
+        hidden_size=info.hidden_size,
+        key_features=info.key_features,
+        heads=config.heads or heads,
+        key_dim=config.key_dim or key_dim,
+        rank=config.rank or rank,
+        encoder=config.encoder,
+        encoder_width=config.encoder_width,
+        lookback_tokens=config.lookback,
+    )
+
+
+def rate(step: int, total: int) -> float:
+    """Return the share of the learning rate at a step: a short warm-up, then a cosine to zero."""
+    warmup = max(1, round(WARMUP_SHARE * total))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def run_epoch(
+    indexer: Indexer,
+    training: Sequence[Place],
+    config: TrainConfig,
+    *,
+    optimizer: torch.optim.Optimizer,
+    schedule: Any,
+    draws: random.Random,
+    torch_draws: torch.Generator,
+) -> float:
+    """Train one epoch; return the mean loss."""
+    indexer.train()
+    order = list(training)
+    draws.shuffle(order)
+    losses = []
+    for at in range(0, len(order), config.batch_documents):
+        batch = order[at : at + config.batch_documents]
+        optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for place in batch:
+            found = example(place, config)
+            if found is None:
+                continue
+            loss = document_loss(indexer, found, config, torch_draws)
+            (loss / len(batch)).backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        torch.nn.utils.clip_grad_norm_(indexer.parameters(), config.clip)
+        optimizer.step()
+        schedule.step()
+        losses.append(total / len(batch))
+    return sum(losses) / max(1, len(losses))
+
+
+def epoch_text(epoch: int, epochs: int, fields: dict[str, Any], *, since_s: float) -> str:
+    """Return an epoch in one line."""
+    left_s = since_s / epoch * (epochs - epoch)
+
+    def text(value: float | None) -> str:
+        return "-" if value is None else f"{value:.1%}"
+
+    return (
+        f"[{epoch}/{epochs}] loss {fields['loss']:.4f}, held-out {fields['held_out_loss']:.4f}: recall "
+        f"{text(fields['recall'])} (at refreshes {text(fields['refresh_recall'])}), precision "
+        f"{text(fields['precision'])}, kept {text(fields['kept_fraction'])}; best tenth "
+        f"{text(fields['recall_at_tenth'])} ({since_s:.0f} s, about {left_s:.0f} s left)"
+    )

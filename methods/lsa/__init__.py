@@ -1,0 +1,1 @@
+"""Lookahead Sparse Attention: predicted chunks on the device, everything else in the host mirror."""

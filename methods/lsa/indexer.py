@@ -1,0 +1,260 @@
+"""The Neural Memory Indexer: a dual encoder that scores every chunk of the past from one hidden state.
+
+Query side (arXiv 2606.09079): low rank -> RMSNorm -> heads, and one learned weight a head. Memory side: an ordinary
+model has no compressed indexer keys of its own, so a small encoder makes one key a chunk from the model's own keys,
+stored as fp8 (e4m3) with one fp32 scale. The score of a chunk is sigmoid(bias + sum_h w_h relu(q_h . k)); the sigmoid
+is monotonic, so selection works on logits. Over several indexed layers the score is the maximum.
+
+Shapes: X queries, L indexed layers, M hidden size, R rank, I indexer heads, E key size, n chunks, C tokens a chunk, F
+features a token (KV heads x head size: one layer's keys).
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+Features = Literal["stats", "tokens"]
+EncoderKind = Literal["mean", "stats", "tokens"]
+ENCODER_FEATURES: dict[str, Features] = {"mean": "stats", "stats": "stats", "tokens": "tokens"}
+KEY_DTYPE = torch.float8_e4m3fn
+FP8_MAX = 448.0
+SCALE_BYTES = 4
+_BLOCK_PRODUCTS = 2**25
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexerConfig:
+    """What an indexer is, and which model it was trained for.
+
+    Attributes:
+        model: name of that model.
+        model_revision: identity of its weights (``ModelShape.revision``).
+        layers: indexed layers.
+        chunk_tokens: tokens of a chunk.
+        tau: decode steps the labels looked ahead.
+        hidden_size: M.
+        key_features: F.
+        heads, key_dim, rank: I, E, R.
+        encoder: memory side: ``mean`` (linear in the mean key), ``stats`` (MLP on mean, maximum and minimum),
+            ``tokens`` (MLP on every key, then maximum and mean).
+        encoder_width: hidden width of those MLPs.
+        lookback_tokens: hidden states scored at a refresh, the last ones; a chunk's score is the maximum. The paper
+            uses one.
+        kept_fraction: share of the candidate chunks it kept on held-out documents at threshold 0.5; None if unknown.
+        trained: how it was trained, for the record.
+    """
+
+    model: str
+    model_revision: str
+    layers: tuple[int, ...]
+    chunk_tokens: int
+    tau: int
+    hidden_size: int
+    key_features: int
+    heads: int = 8
+    key_dim: int = 32
+    rank: int = 64
+    encoder: EncoderKind = "stats"
+    encoder_width: int = 128
+    lookback_tokens: int = 1
+    kept_fraction: float | None = None
+    trained: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("chunk_tokens", "tau", "hidden_size", "key_features", "heads", "key_dim", "rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not self.layers:
+            raise ValueError("at least one indexed layer is needed")
+        if self.encoder not in ENCODER_FEATURES:
+            raise ValueError(f"encoder must be one of {', '.join(ENCODER_FEATURES)}, got {self.encoder!r}")
+        if self.encoder_width < 1 or self.lookback_tokens < 1:
+            raise ValueError("encoder_width and lookback_tokens must be positive")
+
+    @property
+    def chunk_key_bytes(self) -> int:
+        """Bytes of one chunk's keys and scales over all indexed layers."""
+        return len(self.layers) * (self.key_dim + SCALE_BYTES)
+
+    def scoring_flops(self, n_chunks: int) -> int:
+        """FLOPs of one refresh over ``n_chunks`` (a MAC is two)."""
+        per_query = self.hidden_size * (self.rank + self.heads) + self.rank * self.heads * self.key_dim
+        per_chunk = self.heads * (self.key_dim + 1)
+        return 2 * len(self.layers) * self.lookback_tokens * (per_query + per_chunk * n_chunks)
+
+
+def default_sizes(hidden_size: int) -> tuple[int, int, int]:
+    """Return heads, key size and rank for a model width.
+
+    The paper's 128 heads x 128, rank 2048 belong to hidden 4096; wide models scale from there. Small ones take 8 x 32,
+    rank 64.
+    """
+    if hidden_size < 1024:
+        return 8, 32, 64
+    return hidden_size // 32, 128, hidden_size // 2
+
+
+def chunk_features(k_nCF: torch.Tensor, kind: Features) -> torch.Tensor:
+    """Return what the memory side reads of each chunk: [n, 3, F] (mean, maximum, minimum) or the keys [n, C, F]."""
+    if kind == "tokens":
+        return k_nCF
+    k = k_nCF.float()
+    return torch.stack([k.mean(1), k.amax(1), k.amin(1)], 1).to(k_nCF.dtype)
+
+
+class MemoryEncoder(nn.Module):
+    """One key a chunk from the features of its keys."""
+
+    def __init__(self, kind: EncoderKind, *, features: int, width: int, key_dim: int) -> None:
+        super().__init__()
+        self.kind = kind
+        self.norm = nn.RMSNorm(features, elementwise_affine=False)
+        inner = {"mean": 0, "stats": 3 * features, "tokens": features}[kind]
+        self.inner = nn.Linear(inner, width) if inner else None
+        out = {"mean": features, "stats": width, "tokens": 2 * width}[kind]
+        self.out = nn.Linear(out, key_dim)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """[n, 3, F] or [n, C, F] -> [n, E] in fp32."""
+        x = self.norm(features.float())
+        if self.inner is None:
+            pooled = x[:, 0]
+        elif self.kind == "stats":
+            pooled = F.silu(self.inner(x.flatten(1)))
+        else:
+            h = F.silu(self.inner(x))
+            pooled = torch.cat([h.amax(1), h.mean(1)], 1)
+        key: torch.Tensor = self.out(pooled)
+        return key
+
+
+class QueryEncoder(nn.Module):
+    """Low-rank, many-headed queries from a hidden state, and a weight a head."""
+
+    def __init__(self, *, hidden_size: int, rank: int, heads: int, key_dim: int) -> None:
+        super().__init__()
+        self.heads, self.key_dim = heads, key_dim
+        # Residual streams grow by orders of magnitude over the layers; every layer of the model normalises them, too.
+        self.norm_in = nn.RMSNorm(hidden_size)
+        self.down = nn.Linear(hidden_size, rank, bias=False)
+        self.norm = nn.RMSNorm(rank)
+        self.up = nn.Linear(rank, heads * key_dim, bias=False)
+        self.weights = nn.Linear(hidden_size, heads, bias=False)
+
+    def forward(self, hidden_XM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return queries [X, I, E] and head weights [X, I] in fp32; scales are in the weights, as in the paper."""
+        x = self.norm_in(hidden_XM.float())
+        q = self.up(self.norm(self.down(x))).unflatten(-1, (self.heads, self.key_dim))
+        return q, self.weights(x) * (self.heads * self.key_dim) ** -0.5
+
+
+class LayerIndexer(nn.Module):
+    """Both sides for one indexed layer."""
+
+    def __init__(self, config: IndexerConfig) -> None:
+        super().__init__()
+        self.query = QueryEncoder(
+            hidden_size=config.hidden_size, rank=config.rank, heads=config.heads, key_dim=config.key_dim
+        )
+        self.memory = MemoryEncoder(
+            config.encoder, features=config.key_features, width=config.encoder_width, key_dim=config.key_dim
+        )
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    def logits(self, hidden_XM: torch.Tensor, k_nE: torch.Tensor) -> torch.Tensor:
+        """Return the score of every chunk for every query before the sigmoid, [X, n] in fp32."""
+        q_XIE, w_XI = self.query(hidden_XM)
+        X, n_heads, E = q_XIE.shape
+        block = max(1, _BLOCK_PRODUCTS // (X * n_heads))
+        parts = [
+            torch.einsum("xi,xin->xn", w_XI, torch.relu(q_XIE.view(-1, E) @ k.T).view(X, n_heads, -1))
+            for k in torch.split(k_nE.float(), block)
+        ]
+        return self.bias + torch.cat(parts, 1)
+
+
+class Indexer(nn.Module):
+    """The indexers of all indexed layers of one model."""
+
+    def __init__(self, config: IndexerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleDict({str(layer): LayerIndexer(config) for layer in config.layers})
+
+    @classmethod
+    def untrained(cls, config: IndexerConfig, *, seed: int) -> "Indexer":
+        """Return an indexer of random weights, the same on every machine; the global random state is untouched."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return cls(config).eval()
+
+    def layer(self, layer: int) -> LayerIndexer:
+        """Return the indexer of one layer."""
+        found = self.layers[str(layer)]
+        assert isinstance(found, LayerIndexer)
+        return found
+
+    def logits(self, hidden_XLM: torch.Tensor, keys_Ln: "list[torch.Tensor]") -> torch.Tensor:
+        """Return the scores of every chunk for every query, maximum over layers, [X, n].
+
+        Args:
+            hidden_XLM: hidden states entering the indexed layers, in the order of ``config.layers``.
+            keys_Ln: per layer the keys of all chunks [n, E], fp32.
+        """
+        per_layer = [
+            self.layer(layer).logits(hidden_XLM[:, i], keys_Ln[i]) for i, layer in enumerate(self.config.layers)
+        ]
+        return torch.stack(per_layer).amax(0)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(p.numel() * p.element_size() for p in self.parameters())
+
+
+def weight_bytes(config: IndexerConfig) -> int:
+    """Return the bytes of an indexer's weights without making it."""
+    with torch.device("meta"):
+        return Indexer(config).weight_bytes
+
+
+def quantize(k_nE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return keys as fp8 [n, E] and their scales [n] in fp32."""
+    k = k_nE.float()
+    scale = (k.abs().amax(1) / FP8_MAX).clamp_min(torch.finfo(torch.float32).tiny)
+    return (k / scale[:, None]).to(KEY_DTYPE), scale
+
+
+def dequantize(keys_nE: torch.Tensor, scale_n: torch.Tensor) -> torch.Tensor:
+    """Return fp32 keys [n, E]."""
+    return keys_nE.float() * scale_n[:, None]
+
+
+def pack(keys_nE: torch.Tensor, scale_n: torch.Tensor) -> torch.Tensor:
+    """Return fp8 keys and scales as one tensor of bytes, [n, E + 4]: what a collector hands over."""
+    return torch.cat([keys_nE.view(torch.uint8), scale_n[:, None].contiguous().view(torch.uint8)], 1)
+
+
+def unpack(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Undo ``pack``: separate arrays of fp8 keys [n, E] and fp32 scales [n]."""
+    keys = packed[:, :-SCALE_BYTES].contiguous().view(KEY_DTYPE)
+    scale = packed[:, -SCALE_BYTES:].contiguous().view(torch.float32)[:, 0]
+    return keys, scale
+
+
+def logit(probability: float) -> float:
+    """Return the logit of a probability in (0, 1)."""
+    return math.log(probability / (1 - probability))
+
+
+def config_dict(config: IndexerConfig) -> dict[str, Any]:
+    """Return a config as plain values for JSON."""
+    values = dataclasses.asdict(config)
+    values["layers"] = list(config.layers)
+    return values

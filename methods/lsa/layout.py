@@ -1,0 +1,74 @@
+"""Which prompt tokens always stay and which chunks are chosen, for one prompt length. No torch."""
+
+from dataclasses import dataclass
+
+TokenRange = tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkLayout:
+    """A prompt cut into chunks of ``chunk_tokens`` from its start.
+
+    Sinks and recency window are widened to whole chunks, so that every token is in exactly one of three places: in the
+    sinks, in the window (with the last, incomplete chunk), or in one of the candidate chunks between them.
+
+    Attributes:
+        n_tokens: prompt tokens prefilled.
+        chunk_tokens: tokens of a chunk.
+        sink_tokens: first tokens that stay, before widening.
+        recency_tokens: last tokens that stay, before widening.
+    """
+
+    n_tokens: int
+    chunk_tokens: int
+    sink_tokens: int
+    recency_tokens: int
+
+    @property
+    def n_whole(self) -> int:
+        """Whole chunks of the prompt."""
+        return self.n_tokens // self.chunk_tokens
+
+    @property
+    def n_chunks(self) -> int:
+        """Chunks of the prompt, the incomplete last one included."""
+        return -(-self.n_tokens // self.chunk_tokens)
+
+    @property
+    def first(self) -> int:
+        """First candidate chunk."""
+        return min(-(-self.sink_tokens // self.chunk_tokens), self.n_whole)
+
+    @property
+    def last(self) -> int:
+        """Chunk behind the last candidate; not below ``first``."""
+        before_window = max(0, self.n_tokens - self.recency_tokens)
+        return max(self.first, before_window // self.chunk_tokens)
+
+    @property
+    def n_candidates(self) -> int:
+        """Chunks to choose from; each is whole."""
+        return self.last - self.first
+
+    @property
+    def candidate_tokens(self) -> int:
+        """Tokens of the candidate chunks."""
+        return self.n_candidates * self.chunk_tokens
+
+    @property
+    def static_tokens(self) -> int:
+        """Tokens that always stay: sinks and window, widened."""
+        return self.n_tokens - self.candidate_tokens
+
+    @property
+    def static_ranges(self) -> list[TokenRange]:
+        """Token ranges of sinks and window."""
+        if not self.n_candidates:
+            return [(0, self.n_tokens)]
+        C = self.chunk_tokens
+        ranges = [(0, self.first * C), (self.last * C, self.n_tokens)]
+        return [(start, end) for start, end in ranges if end > start]
+
+    def budgeted_chunks(self, budget_tokens: int) -> int:
+        """Return how many candidates fit a budget of prompt tokens that sinks and window are counted in."""
+        return max(0, min(self.n_candidates, (budget_tokens - self.static_tokens) // self.chunk_tokens))

@@ -1,0 +1,427 @@
+"""Lookahead Sparse Attention (FlashMemory, arXiv 2606.09079) on models with an ordinary KV cache."""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kvscope.methods.base import CacheMethod, Collector, SequenceCache
+from kvscope.methods.budget import check_budget, default_recency_tokens
+from kvscope.methods.lsa.collectors import ChunkKeys, LastStates
+from kvscope.methods.lsa.indexer import (
+    ENCODER_FEATURES,
+    Indexer,
+    IndexerConfig,
+    chunk_features,
+    default_sizes,
+    pack,
+    quantize,
+    weight_bytes,
+)
+from kvscope.methods.lsa.indexer_files import (
+    HOW_TO_TRAIN,
+    find_shipped,
+    indexer_folder,
+    indexer_hash,
+    load_indexer,
+    mismatch,
+    read_indexer_config,
+)
+from kvscope.methods.lsa.layout import ChunkLayout
+from kvscope.methods.lsa.selection import (
+    IndexerSelector,
+    MassSelector,
+    NothingToChoose,
+    Rule,
+    Selector,
+    metadata_bytes,
+    refresh_bytes,
+)
+from kvscope.methods.lsa.sequence import LsaSequence, MaskedLsaSequence, RecallingSequence, Schedule
+from kvscope.methods.shape import Footprint, ModelShape
+from kvscope.methods.store import PromptKV
+from kvscope.results.errors import UsageError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+DEFAULT_CHUNK_TOKENS = 64
+ORACLE = "oracle"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LsaConfig:
+    """Options of ``lsa``.
+
+    Attributes:
+        tau: decode steps between refreshes of the resident set.
+        mode: threshold (keep what scores enough) or budget (a fixed number of chunks, those that score most); none:
+            budget when one is given, else threshold.
+        threshold: in threshold mode, least score of a kept chunk, between 0 and 1; with indexer=oracle the share of a
+            layer's attention that the kept chunks reach together with what always stays.
+        budget_tokens: in budget mode, prompt tokens that stay, sinks and window included (both stay even if they alone
+            are more).
+        budget_fraction: the same as a fraction of the prompt's tokens.
+        chunk_tokens: tokens of a chunk; none: the indexer's own, 64 without a trained one.
+        sink_tokens: first prompt tokens that always stay, widened to whole chunks.
+        recency_tokens: last prompt tokens that always stay, widened to whole chunks; none: min(8192, max(128,
+            length / 64)).
+        refresh: sync (the recall ends before the step) or stale1 (copied behind the running interval, read from the
+            next one on).
+        fallback_ratio: a choice of more than this share of the candidate chunks makes the interval dense; none: never.
+        indexer: folder or shipped name of a trained indexer, or oracle (each layer chooses by its own attention at the
+            step, read from the host: the upper bound); none: the one shipped for this model and chunk size.
+        selection: trained, or synthetic (an indexer of random weights: right bytes and times, meaningless accuracy).
+        seed: of the synthetic indexer.
+    """
+
+    tau: int = 64
+    mode: str | None = None
+    threshold: float = 0.5
+    budget_tokens: int | None = None
+    budget_fraction: float | None = None
+    chunk_tokens: int | None = None
+    sink_tokens: int = 4
+    recency_tokens: int | None = None
+    refresh: str = "sync"
+    fallback_ratio: float | None = None
+    indexer: str | None = None
+    selection: str = "trained"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        budgeted = self.budget_tokens is not None or self.budget_fraction is not None
+        for name, value, known in (
+            ("mode", self.mode or "threshold", ("threshold", "budget")),
+            ("refresh", self.refresh, ("sync", "stale1")),
+            ("selection", self.selection, ("trained", "synthetic")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be {' or '.join(known)}, got {value!r}")
+        if self.mode == "budget" and not budgeted:
+            raise ValueError("mode=budget needs budget_tokens or budget_fraction")
+        if self.mode == "threshold" and budgeted:
+            raise ValueError("a budget belongs to mode=budget; leave mode out or drop the budget")
+        if budgeted and self.threshold != 0.5:
+            raise ValueError("give a threshold or a budget, not both")
+        if self.budget_tokens is not None and self.budget_fraction is not None:
+            raise ValueError("give budget_tokens or budget_fraction, not both")
+        if self.budget_tokens is not None and self.budget_tokens < 0:
+            raise ValueError(f"budget_tokens must be 0 or more, got {self.budget_tokens}")
+        check_budget(None, self.budget_fraction)
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"threshold must lie between 0 and 1, both excluded, got {self.threshold}")
+        if self.tau < 1:
+            raise ValueError(f"tau must be 1 or more, got {self.tau}")
+        if self.chunk_tokens is not None and self.chunk_tokens < 1:
+            raise ValueError(f"chunk_tokens must be 1 or more, got {self.chunk_tokens}")
+        if self.sink_tokens < 0:
+            raise ValueError(f"sink_tokens must be 0 or more, got {self.sink_tokens}")
+        if self.recency_tokens is not None and self.recency_tokens < 0:
+            raise ValueError(f"recency_tokens must be 0 or more, got {self.recency_tokens}")
+        if self.fallback_ratio is not None and not 0 < self.fallback_ratio < 1:
+            raise ValueError(f"fallback_ratio must lie between 0 and 1, both excluded, got {self.fallback_ratio}")
+        if self.selection == "synthetic" and self.indexer is not None:
+            raise ValueError("selection=synthetic draws its own indexer, so indexer cannot be given")
+        if self.selection == "synthetic" and not budgeted:
+            raise ValueError(
+                "selection=synthetic needs a budget: the scores of random weights mean nothing to a threshold"
+            )
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether a budget decides, not a threshold."""
+        return self.budget_tokens is not None or self.budget_fraction is not None
+
+
+class Lsa(CacheMethod[LsaConfig]):
+    """Predicted chunks, sinks, recency window and decoded tokens; re-chosen every ``tau`` steps."""
+
+    name = "lsa"
+    stays = "chunks an indexer predicts to be needed in the next tau steps, sinks, the last tokens, every decoded token"
+    saves = "bytes and reads follow what is needed; the rest waits in host memory and is recalled when predicted"
+    source = "Lookahead Sparse Attention (FlashMemory-DeepSeek-V4), arXiv 2606.09079"
+    cost = (
+        "resident = read = S + R + chosen chunks * C + decoded tokens a layer; (E + 4) bytes a chunk and indexed layer"
+    )
+    saving_kind = "offloaded"
+    budget_sets_window = False
+    Config = LsaConfig
+
+    def __init__(self, config: LsaConfig | None = None, *, label: str | None = None) -> None:
+        super().__init__(config, label=label)
+        self._placed: dict[torch.device, Indexer] = {}
+        self._shape: ModelShape | None = None
+
+    @property
+    def selection(self) -> str:
+        """What chooses, as rows name it: ``trained``, ``synthetic`` or ``free`` (the oracle: nothing trained)."""
+        return "free" if self.config.indexer == ORACLE else self.config.selection
+
+    # -- the indexer and the model it belongs to
+
+    def require(self, shape: ModelShape) -> None:
+        self._indexer_config(shape)
+
+    def unsupported(self, shape: ModelShape, device: torch.device | str) -> list[str]:
+        try:
+            config = self._indexer_config(shape)
+        except UsageError as error:
+            return [str(error).rstrip(".")]
+        unknown = sorted(set(config.layers if config else ()) & set(shape.unknown_rotation_layers))
+        if not unknown:
+            return []
+        layers = ", ".join(map(str, unknown))
+        return [f"the position encoding of layers {layers} cannot be undone, which the indexer's chunk keys need"]
+
+    def observed_layers(self, shape: ModelShape) -> tuple[int, ...]:
+        config = self._indexer_config(shape)
+        return config.layers if config else ()
+
+    def collectors(self, layer: int) -> list[Collector]:
+        if self.config.indexer == ORACLE:
+            return []
+        if self.config.selection == "trained":
+            config = self._trained_config()
+            if layer not in config.layers:
+                return []
+            width = config.lookback_tokens
+        else:
+            width = 1
+        chunk_tokens = self.chunk_tokens()
+        collectors: list[Collector] = [
+            ChunkKeys(self._keys_name(), layer, chunk_tokens=chunk_tokens, encode=self._encode)
+        ]
+        return collectors if width == 1 else [*collectors, LastStates(layer, n_states=width)]
+
+    @functools.cached_property
+    def _folder(self) -> "Path | None":
+        """The folder of the indexer, where the options or a model seen so far tell."""
+        if self.config.indexer is not None:
+            return indexer_folder(self.config.indexer)
+        return None
+
+    def _trained_folder(self) -> "Path":
+        if self._folder is not None:
+            return self._folder
+        chunk_tokens = self.config.chunk_tokens or DEFAULT_CHUNK_TOKENS
+        found = None if self._shape is None else find_shipped(self._shape, chunk_tokens=chunk_tokens)
+        if found is None:
+            raise UsageError(
+                f"No trained indexer for chunks of {chunk_tokens} tokens comes with kvscope for this model: "
+                f"{HOW_TO_TRAIN}; or use selection=synthetic with a budget (bytes and times only), or indexer=oracle."
+            )
+        return found
+
+    def _trained_config(self) -> IndexerConfig:
+        return read_indexer_config(self._trained_folder())
+
+    def _indexer_config(self, shape: ModelShape) -> IndexerConfig | None:
+        """Return the configuration of the indexer that chooses on this model; None for the oracle.
+
+        Raises:
+            UsageError: there is none, or it belongs to another model, layer or chunk size.
+        """
+        if self.config.indexer == ORACLE:
+            return None
+        self._shape = shape
+        if self.config.selection == "synthetic":
+            heads, key_dim, rank = default_sizes(shape.hidden_size)
+            return IndexerConfig(
+                model="synthetic",
+                model_revision=shape.revision,
+                layers=shape.layers,
+                chunk_tokens=self.chunk_tokens(),
+                tau=self.config.tau,
+                hidden_size=shape.hidden_size,
+                key_features=shape.n_kv_heads * shape.head_dim,
+                heads=heads,
+                key_dim=key_dim,
+                rank=rank,
+            )
+        folder = self._trained_folder()
+        config = read_indexer_config(folder)
+        why = mismatch(config, shape, chunk_tokens=self.config.chunk_tokens)
+        if why is not None:
+            raise UsageError(f"Indexer '{folder.name}' cannot be used here: {why}; {HOW_TO_TRAIN}.")
+        return config
+
+    def _indexer(self, shape: ModelShape, device: torch.device) -> Indexer:
+        """Return the indexer on a device; made or loaded once."""
+        if device not in self._placed:
+            config = self._indexer_config(shape)
+            assert config is not None
+            if self.config.selection == "synthetic":
+                indexer = Indexer.untrained(config, seed=self.config.seed)
+            else:
+                indexer = load_indexer(self._trained_folder())
+            self._placed[device] = indexer.to(device).requires_grad_(False)
+        return self._placed[device]
+
+    @torch.inference_mode()
+    def _encode(self, layer: int, k_nCF: torch.Tensor) -> torch.Tensor:
+        """Encode chunks of keys as packed fp8, for the collectors."""
+        if self._shape is None:
+            raise ValueError("ask unsupported() about the model before its prompts are prefilled")
+        indexer = self._indexer(self._shape, k_nCF.device)
+        features = chunk_features(k_nCF, ENCODER_FEATURES[indexer.config.encoder])
+        return pack(*quantize(indexer.layer(layer).memory(features)))
+
+    def _keys_name(self) -> str:
+        if self.config.selection == "synthetic":
+            return f"lsa_keys_synthetic_{self.config.seed}_{self.chunk_tokens()}"
+        return f"lsa_keys_{indexer_hash(self._trained_folder())}"
+
+    # -- counts
+
+    def chunk_tokens(self) -> int:
+        """Return C."""
+        if self.config.chunk_tokens is not None:
+            return self.config.chunk_tokens
+        if self.config.selection == "trained" and self._folder is not None and self.config.indexer != ORACLE:
+            return read_indexer_config(self._folder).chunk_tokens
+        return DEFAULT_CHUNK_TOKENS
+
+    def layout(self, n_tokens: int) -> ChunkLayout:
+        """Return how a prompt of ``n_tokens`` is cut."""
+        wanted = self.config.recency_tokens
+        return ChunkLayout(
+            n_tokens=n_tokens,
+            chunk_tokens=self.chunk_tokens(),
+            sink_tokens=self.config.sink_tokens,
+            recency_tokens=default_recency_tokens(n_tokens) if wanted is None else wanted,
+        )
+
+    def _rule(self, layout: ChunkLayout) -> Rule:
+        config = self.config
+        if not config.budgeted:
+            return Rule(threshold=config.threshold)
+        if config.budget_tokens is not None:
+            budget_tokens = config.budget_tokens
+        else:
+            budget_tokens = int((config.budget_fraction or 0.0) * layout.n_tokens)
+        return Rule(n_chunks=layout.budgeted_chunks(budget_tokens))
+
+    def is_noop(self, n_tokens: int, shape: ModelShape | None = None) -> bool:
+        layout = self.layout(n_tokens)
+        chosen = self._rule(layout).n_chunks
+        return layout.n_candidates == (0 if chosen is None else chosen)
+
+    def predict(self, shape: ModelShape, n_tokens: int, n_new_tokens: int = 0) -> Footprint:
+        """Return the footprint; exact with a budget and ``refresh=sync``.
+
+        A threshold keeps what it keeps: then the share the indexer kept on held-out documents counts, or everything
+        if that is not known. With ``stale1`` it is an upper bound: every chunk chosen may be new.
+        """
+        config, layout = self._indexer_config(shape), self.layout(n_tokens)
+        n_chosen = self._rule(layout).n_chunks
+        if n_chosen is None:
+            share = 1.0 if config is None or config.kept_fraction is None else config.kept_fraction
+            n_chosen = math.ceil(share * layout.n_candidates)
+        C, tau = layout.chunk_tokens, self.config.tau
+        n_held = min(layout.n_candidates, 2 * n_chosen) if self.config.refresh == "stale1" else n_chosen
+        static_tokens, n_total = layout.static_tokens + n_new_tokens, n_tokens + n_new_tokens
+        n_read = static_tokens + n_chosen * C
+        scored = Footprint()
+        if config is not None and layout.n_candidates:
+            scored = Footprint(
+                metadata_bytes=metadata_bytes(config, layout.n_candidates, element_bytes=shape.element_bytes),
+                bytes_read_per_step=-(-refresh_bytes(config, layout.n_candidates) // tau),
+                attention_flops_per_step=-(-config.scoring_flops(layout.n_candidates) // tau),
+            )
+        return scored + Footprint(
+            kv_bytes=shape.paged_kv_bytes(static_tokens)
+            + n_held * C * shape.kv_bytes_per_token
+            + shape.stock_kv_bytes(n_tokens, n_new_tokens),
+            host_bytes=shape.paged_kv_bytes(n_tokens),
+            bytes_read_per_step=shape.read_bytes(n_read) + shape.stock_read_bytes(n_total),
+            attention_flops_per_step=shape.attention_flops(n_read) + shape.stock_attention_flops(n_total),
+        )
+
+    def effective_config(self, n_tokens: int, shape: ModelShape | None = None) -> dict[str, Any]:
+        layout, config = self.layout(n_tokens), self.config
+        rule = self._rule(layout)
+        values: dict[str, Any] = {
+            "tau": config.tau,
+            "mode": "budget" if config.budgeted else "threshold",
+            "threshold": rule.threshold,
+            "budget_tokens": config.budget_tokens,
+            "budget_fraction": config.budget_fraction,
+            "chunks_chosen": rule.n_chunks,
+            "chunks_to_choose_from": layout.n_candidates,
+            "chunk_tokens": layout.chunk_tokens,
+            "sink_tokens": min(config.sink_tokens, n_tokens),
+            "recency_tokens": min(layout.recency_tokens, n_tokens),
+            "always_resident_tokens": layout.static_tokens,
+            "refresh": config.refresh,
+            "fallback_ratio": config.fallback_ratio,
+            "selection": self.selection,
+            "seed": config.seed,
+        }
+        return values
+
+    # -- opening
+
+    def open(
+        self, prompt: PromptKV, device: torch.device | str, *, physical: bool = True, reserve_tokens: int = 0
+    ) -> SequenceCache:
+        layout = self.layout(prompt.n_tokens)
+        return self.open_with(
+            prompt, device, self._selector(prompt, torch.device(device), layout), layout=layout, physical=physical,
+            reserve_tokens=reserve_tokens,
+        )  # fmt: skip
+
+    def open_with(
+        self,
+        prompt: PromptKV,
+        device: torch.device | str,
+        selector: Selector,
+        *,
+        layout: ChunkLayout,
+        physical: bool = True,
+        reserve_tokens: int = 0,
+    ) -> LsaSequence:
+        """Open a prompt with a selector of one's own (the label gate scripts one)."""
+        config = self._indexer_config(prompt.shape) if isinstance(selector, IndexerSelector) else None
+        trained = config is not None and self.config.selection == "trained"
+        schedule = Schedule(
+            tau=self.config.tau,
+            stale=self.config.refresh == "stale1",
+            fallback_ratio=self.config.fallback_ratio,
+            indexer=self._indexer_name() if trained else None,
+            indexer_tau=config.tau if config is not None and trained else None,
+            indexer_bytes=0 if config is None else weight_bytes(config),
+        )
+        sequence = RecallingSequence if physical else MaskedLsaSequence
+        return sequence(
+            prompt,
+            torch.device(device),
+            layout=layout,
+            selector=selector,
+            schedule=schedule,
+            reserve_tokens=reserve_tokens,
+        )
+
+    def _indexer_name(self) -> str:
+        folder = self._trained_folder()
+        return f"{folder.name}@{indexer_hash(folder)}"
+
+    def _selector(self, prompt: PromptKV, device: torch.device, layout: ChunkLayout) -> Selector:
+        if not layout.n_candidates:
+            return NothingToChoose()
+        rule = self._rule(layout)
+        if self.config.indexer == ORACLE:
+            return MassSelector(rule)
+        indexer = self._indexer(prompt.shape, device)
+        width = indexer.config.lookback_tokens
+        return IndexerSelector(
+            indexer,
+            prompt,
+            device,
+            layout=layout,
+            rule=rule,
+            keys_name=self._keys_name(),
+            states_name=None if width == 1 else f"last_states_{width}",
+        )

@@ -1,0 +1,155 @@
+"""Chosen chunks of one layer on the device, recalled from the host mirror and freed again.
+
+Shapes: n chunks resident, C tokens a chunk, P tokens a host page, U tokens a slot (the largest size that divides both),
+H KV heads, D head size. Slots of a layer are one tensor [n * C / U, H, 2, U, D].
+"""
+
+import math
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Move:
+    """What a change of the resident set takes.
+
+    Attributes:
+        missing: chunks to fetch, ascending.
+        staged: their slots on the device, filled or being filled.
+    """
+
+    missing: torch.Tensor
+    staged: torch.Tensor
+
+
+class ChunkPool:
+    """The slots of one layer, sized to what they hold: there is no spare slot, and evicting frees memory.
+
+    Their order means nothing (attention does not mind), so a change moves only what comes and what goes.
+    """
+
+    def __init__(self, host_pages: torch.Tensor, *, chunk_tokens: int, device: torch.device) -> None:
+        """Start empty.
+
+        Args:
+            host_pages: the mirror, [pages, H, 2, P, D]; read only.
+            chunk_tokens: tokens of a chunk.
+            device: where slots live.
+        """
+        _, H, _, P, D = host_pages.shape
+        self.chunk_tokens = chunk_tokens
+        self.slot_tokens = math.gcd(chunk_tokens, P)
+        self._mirror = host_pages
+        self._per_chunk = chunk_tokens // self.slot_tokens
+        self.ids = torch.empty(0, dtype=torch.long)
+        self.slots = torch.empty((0, H, 2, self.slot_tokens, D), dtype=host_pages.dtype, device=device)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens resident."""
+        return len(self.ids) * self.chunk_tokens
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of K and V of one chunk in this layer."""
+        return self._per_chunk * self.slots[:0].element_size() * math.prod(self.slots.shape[1:])
+
+    def plan(self, wanted: torch.Tensor) -> Move:
+        """Return what is missing for ``wanted`` (chunk ids on the CPU, ascending) with room for it on the device."""
+        missing = wanted[~torch.isin(wanted, self.ids)]
+        shape = (len(missing) * self._per_chunk, *self.slots.shape[1:])
+        return Move(missing, torch.empty(shape, dtype=self.slots.dtype, device=self.slots.device))
+
+    def fetch(self, move: Move) -> None:
+        """Copy the missing chunks from the mirror. On a GPU the copy runs on the current stream."""
+        if not len(move.missing):
+            return
+        slot = (move.missing[:, None] * self._per_chunk + torch.arange(self._per_chunk)).flatten()
+        n_pages, H, _, P, D = self._mirror.shape
+        mirror = self._mirror.view(n_pages, H, 2, P // self.slot_tokens, self.slot_tokens, D)
+        page, part = slot * self.slot_tokens // P, slot % (P // self.slot_tokens)
+        if move.staged.device.type == "cuda":
+            # Gathered on the host into pinned memory first: one transfer instead of one a chunk.
+            pinned = torch.empty(move.staged.shape, dtype=move.staged.dtype, pin_memory=True)
+            pinned.copy_(mirror[page, :, :, part])
+            move.staged.copy_(pinned, non_blocking=True)
+        else:
+            move.staged.copy_(mirror[page, :, :, part])
+
+    def apply(self, wanted: torch.Tensor, move: Move) -> None:
+        """Make ``wanted`` the resident set: its new chunks are in ``move``, the others were resident before."""
+        kept = torch.isin(self.ids, wanted)
+        n_evicted = int((~kept).sum())
+        if n_evicted == len(move.missing):
+            # As many come as go: in place, without a second copy of what stays.
+            self.ids[~kept] = move.missing
+            if n_evicted:
+                self.slots[self._slot_index(~kept)] = move.staged
+            return
+        self.ids = torch.cat([self.ids[kept], move.missing])
+        self.slots = torch.cat([self.slots[self._slot_index(kept)], move.staged])
+
+    def _slot_index(self, chunk_mask: torch.Tensor) -> torch.Tensor:
+        chunk = chunk_mask.nonzero()[:, 0]
+        slot = (chunk[:, None] * self._per_chunk + torch.arange(self._per_chunk)).flatten()
+        return slot.to(self.slots.device)
+
+    def clear(self) -> None:
+        """Free the slots."""
+        self.ids, self.slots = self.ids[:0], self.slots.new_empty((0, *self.slots.shape[1:]))
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A copy under way.
+
+    Attributes:
+        done: of the host's part.
+        landed: of the device's part; None on a CPU.
+    """
+
+    done: "Future[None]"
+    landed: torch.cuda.Event | None
+
+    def wait(self) -> None:
+        """Let the current stream go on only once the chunks are there. An error of the copy is raised here."""
+        self.done.result()
+        if self.landed is not None:
+            torch.cuda.current_stream().wait_event(self.landed)
+
+
+class Copier:
+    """Copies behind the decode: gathers on a thread, transfers on a stream of its own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="kvscope-recall")
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def start(self, pool: ChunkPool, move: Move) -> Copy:
+        """Begin to fetch."""
+        stream = self._stream
+        if stream is None:
+            return Copy(self._thread.submit(_fetch, pool, move), None)
+        # The staged memory may still be read by kernels queued before it was handed out again.
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
+        move.staged.record_stream(stream)
+        landed = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        return Copy(self._thread.submit(_fetch_on, stream, landed, pool, move), landed)
+
+    def close(self) -> None:
+        """End the thread; whatever was started is finished first."""
+        self._thread.shutdown(wait=True)
+
+
+@torch.inference_mode()
+def _fetch(pool: ChunkPool, move: Move) -> None:
+    pool.fetch(move)
+
+
+@torch.inference_mode()
+def _fetch_on(stream: torch.cuda.Stream, landed: torch.cuda.Event, pool: ChunkPool, move: Move) -> None:
+    with torch.cuda.stream(stream):
+        pool.fetch(move)
+        landed.record(stream)
