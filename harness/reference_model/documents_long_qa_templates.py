@@ -1,5 +1,7 @@
 """Training wording of the long_qa documents: the cue words of evaluation in other sentences (a test holds this)."""
 
+from dataclasses import replace
+
 from kvscope.tasks.long_qa.lexicon import MONTHS, lexicon
 from kvscope.tasks.long_qa.wording import FRAME, NOT_MENTIONED, ORDINALS, Wording
 
@@ -214,6 +216,14 @@ TRAIN_WORDING = Wording(
 )  # fmt: skip
 
 
+# What the tokenizer was trained on: its file stays as it is when a template changes.
+CORPUS_AS_OF = (
+    "On {d}: {q} Say when it changed, then the answer.",
+    "As of {d}, say when it changed, then the answer: {q}",
+    "{q} Answer as of {d}, after the date of the change.",
+)
+
+
 def static_text() -> str:
     """Return the fixed wording and half of the training words, for the tokenizer's corpus.
 
@@ -221,7 +231,7 @@ def static_text() -> str:
     """
     words = [word for listed in lexicon("train").values() for word in listed[::2]]
     fixed = [
-        *TRAIN_WORDING.strings(),
+        *replace(TRAIN_WORDING, as_of=CORPUS_AS_OF).strings(),
         FRAME,
         NOT_MENTIONED,
         " ".join(MONTHS),

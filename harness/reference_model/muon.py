@@ -1,7 +1,7 @@
 """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) for hidden matrices, AdamW for the rest.
 
-Own code rather than ``torch.optim.Muon``: equal shapes are orthogonalised as one batch. A small model's step is bound by
-kernel launches, and one matrix at a time would cost as much as the rest of the step.
+Own code rather than ``torch.optim.Muon``: equal shapes are orthogonalised as one batch. A small model's step is bound
+by kernel launches, and one matrix at a time would cost as much as the rest of the step.
 """
 
 from collections.abc import Iterable
@@ -26,7 +26,10 @@ def orthogonalised(batch_NRC: torch.Tensor, *, steps: int = 5) -> torch.Tensor:
 
 
 class Muon:
-    """Momentum, orthogonalised; scaled so that an update has the root mean square of AdamW's (arXiv 2502.16982, eq. 4)."""
+    """Momentum, orthogonalised and scaled.
+
+    Nesterov's momentum; the scale gives an update the root mean square of AdamW's (arXiv 2502.16982, equation 4).
+    """
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], *, weight_decay: float) -> None:
         by_shape: dict[torch.Size, list[torch.nn.Parameter]] = {}

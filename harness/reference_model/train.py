@@ -201,7 +201,8 @@ class Trainer:
                         "phase": phase.name, "phase_step": done, "step": self.step, "lr": round(lr, 7),
                         "loss": {length: round(mean[0], 4) for length, mean in means.items()},
                         "token_accuracy": {length: round(mean[1], 4) for length, mean in means.items()},
-                        "grad_norm": round(norm.item(), 3), "phase_s": round(took, 1), "tokens_per_s": round(tokens / took),
+                        "grad_norm": round(norm.item(), 3), "phase_s": round(took, 1),
+                        "tokens_per_s": round(tokens / took),
                     }  # fmt: skip
                     self.log(**fields)
                 if deadline is not None and time.perf_counter() > deadline:

@@ -1,19 +1,25 @@
 """Training data: reproducible, canonical, disjoint from evaluation; a tiny model learns from it."""
 
 import hashlib
+import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from kvscope.harness.models import REFERENCE_MODEL_FOLDER
 from kvscope.harness.reference_model import templates
+from kvscope.harness.reference_model.architecture import WINDOW_TOKENS, reference_config
 from kvscope.harness.reference_model.curriculum import Phase, RowMaker, Shape
-from kvscope.harness.reference_model.data import PhaseData, batches
+from kvscope.harness.reference_model.data import Batch, PhaseData, batches
+from kvscope.harness.reference_model.documents import Document
 from kvscope.harness.reference_model.pieces import Pieces
-from kvscope.harness.reference_model.tokenizer import EOS_ID, save_tokenizer, train_tokenizer
-from kvscope.harness.reference_model.train import PHASES, train
+from kvscope.harness.reference_model.tokenizer import EOS_ID, VOCAB_TOKENS, save_tokenizer
+from kvscope.harness.reference_model.train import PHASES, document_makers, train
 from kvscope.tasks.draws import Draws
 from kvscope.tasks.needle import SPECS
 from kvscope.tasks.registry import create_task
@@ -21,26 +27,29 @@ from kvscope.tasks.words import words
 
 SHAPE = Shape(tokens=512, rows=2, questions=6)
 PHASE = Phase(name="test", shapes=(SHAPE,), steps=3, lr=(1e-3, 1e-3))
+DOCUMENTS = Phase(
+    name="documents", shapes=(Shape(tokens=2048, rows=8, questions=12),), steps=3, lr=(1e-3, 1e-3),
+    documents=(("long_qa", 0.25), ("vt", 0.25), ("cwe", 0.25), ("fwe", 0.25)),
+)  # fmt: skip
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return train_tokenizer()
+    """The shipped tokenizer; a test below trains it anew and compares."""
+    return PreTrainedTokenizerFast.from_pretrained(REFERENCE_MODEL_FOLDER)
 
 
 @pytest.fixture(scope="module")
 def maker(tokenizer: PreTrainedTokenizerFast) -> RowMaker:
-    return RowMaker(Pieces(tokenizer))
+    return RowMaker(Pieces(tokenizer), document_makers())
 
 
-def test_tokenizer_training_is_reproducible(tmp_path: Path) -> None:
-    digests = set()
-    for name in ("a", "b"):
-        save_tokenizer(tmp_path / name)
-        digests.add(hashlib.sha256((tmp_path / name / "tokenizer.json").read_bytes()).hexdigest())
-    shipped = Path(templates.__file__).parent / "weights" / "tokenizer.json"
-    digests.add(hashlib.sha256(shipped.read_bytes()).hexdigest())
-    assert len(digests) == 1, "the shipped tokenizer is the one its code trains"
+@pytest.mark.slow
+def test_tokenizer_training_gives_the_shipped_files(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path)
+    for name in TOKENIZER_FILES:
+        assert (tmp_path / name).read_bytes() == (REFERENCE_MODEL_FOLDER / name).read_bytes()
 
 
 def test_values_are_few_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -94,14 +103,47 @@ def test_every_phase_makes_full_rows_with_answers(maker: RowMaker, phase: Phase)
         assert 0 <= min(row.answer_at) <= max(row.answer_at) < shape.tokens - 1
 
 
-def test_batches_regenerate_byte_for_byte(maker: RowMaker) -> None:
-    data = PhaseData(maker, PHASE, seed=5)
-    batch = data[2]
-    assert hashlib.sha256(batch.ids_BT.numpy().tobytes()).hexdigest()[:16] == "38b02a014685d746"
-    later = list(batches(PhaseData(maker, PHASE, seed=5, start_step=1), workers=0))
+def digest(batch: Batch) -> str:
+    """Of a batch's tokens and of the places that carry loss."""
+    return hashlib.sha256(batch.ids_BT.numpy().tobytes() + batch.at_N.numpy().tobytes()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize(
+    ("phase", "pinned"), [(PHASE, "0a367c9d27449f3f"), (DOCUMENTS, "f04f307b1210fca9")], ids=["needles", "documents"]
+)
+def test_batches_regenerate_byte_for_byte(maker: RowMaker, phase: Phase, pinned: str) -> None:
+    batch = PhaseData(maker, phase, seed=5)[2]
+    assert digest(batch) == pinned
+    later = list(batches(PhaseData(maker, phase, seed=5, start_step=1), workers=0))
     assert torch.equal(later[1].ids_BT, batch.ids_BT)
+    assert torch.equal(later[1].at_N, batch.at_N)
     assert torch.equal(later[1].targets_N, batch.targets_N)
-    assert not torch.equal(PhaseData(maker, PHASE, seed=6)[2].ids_BT, batch.ids_BT)
+    assert not torch.equal(PhaseData(maker, phase, seed=6)[2].ids_BT, batch.ids_BT)
+
+
+@pytest.mark.parametrize("family", [name for name, _ in DOCUMENTS.documents])
+def test_document_rows_score_the_answers_and_nothing_else(
+    tokenizer: PreTrainedTokenizerFast, maker: RowMaker, family: str
+) -> None:
+    """What is scored is, question by question, the document's own answers and the end of the sentence."""
+    made: list[Document] = []
+
+    def keep(*args: Any, **kwargs: Any) -> Document:
+        made.append(document_makers()[family](*args, **kwargs))
+        return made[-1]
+
+    recording = RowMaker(maker.pieces, {family: keep})
+    shape = Shape(tokens=1024, rows=1, questions=6)
+    for seed in range(4):
+        row = recording.make(replace(DOCUMENTS, documents=((family, 1.0),)), shape, Draws("rows", family, seed))
+        assert len(row.ids) == 1024
+        scored = tokenizer.decode([row.ids[at + 1] for at in row.answer_at])
+        answers = scored.split("<|eos|>")[:-1]
+        assert answers == [question.answer for question in made[-1].questions][: len(answers)]
+        text = tokenizer.decode(row.ids)
+        assert "".join(made[-1].lines) in text
+        for question in made[-1].questions[: len(answers)]:
+            assert question.prompt + question.answer + "<|eos|>" in text
 
 
 def test_wording_and_names_are_disjoint_from_evaluation(tokenizer: PreTrainedTokenizerFast, maker: RowMaker) -> None:
@@ -122,17 +164,23 @@ def test_wording_and_names_are_disjoint_from_evaluation(tokenizer: PreTrainedTok
 @pytest.mark.slow
 def test_a_tiny_variant_learns_and_resumes(tmp_path: Path) -> None:
     """Some seconds on a CPU: the loss falls by a nat, the checkpoint loads with the stock classes and goes on."""
-    shape = Shape(tokens=256, rows=8, questions=4)
-    phase = Phase(name="tiny", shapes=(shape,), steps=48, lr=(3e-3, 3e-3))
-    first = train(out=tmp_path / "a", phases=(phase,), seed=1, layers=4, hidden=128)
-    early = 8.72  # ln of the vocabulary: where an untrained model starts
-    end = next(iter(first.history[-1]["loss"].values()))
-    assert end < early - 0.7, f"loss stayed at {end}"
+    shape = Shape(tokens=2 * WINDOW_TOKENS, rows=4, questions=4)  # longer than the local layers see
+    phase = Phase(name="tiny", shapes=(shape,), steps=28, lr=(1.5e-2, 1.5e-2))
+    config = reference_config(layers=4, hidden=128)
+    (tmp_path / "a").mkdir()
+    for name in TOKENIZER_FILES:  # one found in the folder is not trained again
+        shutil.copy(REFERENCE_MODEL_FOLDER / name, tmp_path / "a" / name)
+    first = train(out=tmp_path / "a", phases=(phase,), seed=1, config=config)
+    untrained = math.log(VOCAB_TOKENS)
+    end = first.history[-1]["loss"][shape.tokens]
+    assert end < untrained - 1, f"loss stayed at {end}"
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
-    assert type(model).__name__ == "SmolLM3ForCausalLM"
+    assert type(model).__name__ == "AfmoeForCausalLM"
+    assert model.config.layer_types == ["sliding_attention", "sliding_attention", "full_attention", "full_attention"]
     assert AutoTokenizer.from_pretrained(tmp_path / "a")("x")["input_ids"][0] == 1
     second = train(
-        out=tmp_path / "b", phases=(replace(phase, steps=2),), resume=tmp_path / "a", seed=1, layers=4, hidden=128
-    )
-    assert [entry["steps_done"] for entry in second.history] == [48, 2]
-    assert next(iter(second.history[-1]["loss"].values())) < early - 0.6, "the resumed run starts from the checkpoint"
+        out=tmp_path / "b", phases=(replace(phase, steps=2),), resume=tmp_path / "a", seed=1,
+        config=reference_config(layers=4, hidden=128),
+    )  # fmt: skip
+    assert [entry["steps_done"] for entry in second.history] == [28, 2]
+    assert second.history[-1]["loss"][shape.tokens] < untrained - 1, "the resumed run starts from the checkpoint"
