@@ -39,8 +39,8 @@ SPECS = [
     "msa:block_tokens=64",
     "dsa:budget_tokens=9",
 ]
-# RoPE; RoPE and NoPE; sliding layers with sink logits; soft caps.
-MODELS = ["llama", "smollm3", "gpt_oss", "gemma2"]
+# RoPE; RoPE and NoPE; sliding layers with sink logits; soft caps; the reference model's shape.
+MODELS = ["llama", "smollm3", "gpt_oss", "gemma2", "afmoe"]
 N_TOKENS = 300
 
 
