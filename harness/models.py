@@ -21,7 +21,7 @@ REFERENCE_MODEL_FOLDER = Path(__file__).parent / "reference_model" / "weights"
 
 _FROM_HUB = "from the Hugging Face hub; the engine tests cover its architecture, with random weights"
 _KNOWN = {
-    "reference": "the embedded reference model: 15M parameters, trained on this project's own tasks; needs no network",
+    "reference": "the embedded reference model: 20M parameters, trained on this project's own tasks; needs no network",
     "HuggingFaceTB/SmolLM3-3B": _FROM_HUB,
     "Qwen/Qwen3-8B": _FROM_HUB,
     "meta-llama/Llama-3.1-8B-Instruct": _FROM_HUB,

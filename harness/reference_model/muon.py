@@ -32,7 +32,7 @@ class Muon:
     """
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], *, weight_decay: float) -> None:
-        by_shape: dict[torch.Size, list[torch.nn.Parameter]] = {}
+        by_shape: dict[torch.Size, list[torch.Tensor]] = {}
         for parameter in parameters:
             by_shape.setdefault(parameter.shape, []).append(parameter)
         self.groups = list(by_shape.values())

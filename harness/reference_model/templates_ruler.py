@@ -87,7 +87,11 @@ _ASK = {
 
 
 def composed_question(draws: Draws) -> tuple[str, str]:
-    """Return a chain question and the beginning of its answer, put together from parts."""
+    """Return a chain question and the beginning of its answer, put together from parts.
+
+    The parts are everyday words: now and then up to eight in a row of a question, and seven of an answer's beginning,
+    are evaluation's, too (a test holds it to that). Its sentences are not among what comes out.
+    """
     part = {slot: draws.pick(options) for slot, options in _ASK.items()}
     question = "{find} {all} {things} {with} {value}{where}.".format_map(part)
     answer = "{by} {{n}} {things} {have} {value}{are}".format_map(part)

@@ -115,7 +115,7 @@ class Trainer:
     def _last_hidden(self, ids_BT: torch.Tensor) -> torch.Tensor:
         """[B, T, M] behind the last layer, before the final norm; every row starts at position 0."""
         base = self.model.model
-        x_BTM = base.embed_tokens(ids_BT)
+        x_BTM: torch.Tensor = base.embed_tokens(ids_BT)
         rotary = base.rotary_emb(x_BTM, torch.arange(ids_BT.shape[1], device=self.device)[None])
         for layer in base.layers:
             if ids_BT.shape[1] > KEEP_TOKENS:
@@ -141,7 +141,7 @@ class Trainer:
             with torch.no_grad():
                 ours_BTM = self.model.model.norm(ours_BTM).float()
                 stock_BTM = stock.model(ids_BT[:1, :CHECK_TOKENS]).last_hidden_state.float()
-        difference = ((ours_BTM - stock_BTM).norm() / stock_BTM.norm()).item()
+        difference: float = ((ours_BTM - stock_BTM).norm() / stock_BTM.norm()).item()
         if not difference < CHECK_TOLERANCE:
             raise RuntimeError(f"training's forward differs from the stock model's by {difference:.3f} (relative norm)")
         return difference

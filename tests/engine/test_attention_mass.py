@@ -38,7 +38,7 @@ def eager_mass(model: Any, ids: list[int], positions: list[int], layer: int) -> 
 
 
 # RoPE; layers without positions; sliding layers beside full ones; soft caps; learned sinks.
-@pytest.mark.parametrize("name", ["llama", "smollm3", "gemma3", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("name", ["llama", "smollm3", "gemma3", "gemma2", "gpt_oss", "afmoe"])
 def test_mass_is_what_eager_attention_gives(name: str) -> None:
     loaded, ids = loaded_model(name), prompt_ids(100)
     rows = evidence_attention(loaded, sample_of(ids, SPANS))

@@ -4,6 +4,7 @@ import hashlib
 
 import pytest
 import torch
+from sequences import prefilled
 
 from engine.tiny_models import loaded_model, prompt_ids, save_tiny, stock_model
 from kvscope.harness.decode import DecodeSession, answer_nll, decode
@@ -116,12 +117,12 @@ def fingerprint(prompt):
     return hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for t in tensors)).hexdigest()
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "afmoe"])
 @pytest.mark.parametrize("method", method_names())
 def test_a_prompt_serves_every_method_unchanged_and_forks_are_independent(name, method):
     loaded = loaded_model(name)
     ids = prompt_ids(170, seed=13)
-    prompt = prefill(loaded, ids[:-1])
+    prompt = prefilled(loaded, ids[:-1], [method])
     before = fingerprint(prompt)
     alone = decode(loaded, create_method(method), prompt, ids[-1:], max_new_tokens=10)
     with (

@@ -44,7 +44,7 @@ def test_logits_and_kv_equal_the_stock_forward(name, chunk_tokens):
     assert stock.logits.abs().max() > 1000 * ATOL, "logits large enough for the tolerance to mean something"
 
 
-@pytest.mark.parametrize("name", ["gemma3", "gpt_oss", "gemma2", "cohere2"])
+@pytest.mark.parametrize("name", ["gemma3", "gpt_oss", "gemma2", "cohere2", "afmoe"])
 def test_stock_sliding_layers_hold_what_transformers_holds(name):
     ids = prompt_ids(150)
     cache = DynamicCache(config=stock_model(name).config)
@@ -83,7 +83,7 @@ def test_question_under_dense_equals_a_stock_chunked_run(name):
     torch.testing.assert_close(dense_logits(name, prompt, ids[n_context:]), stock.logits[0], atol=ATOL, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_oss"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_oss", "afmoe"])
 def test_a_prompt_of_one_token_has_nothing_to_prefill(name):
     ids = prompt_ids(40, seed=7)
     with torch.no_grad():

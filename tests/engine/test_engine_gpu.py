@@ -70,8 +70,9 @@ def test_the_allocator_sees_the_predicted_bytes(spec):
     assert torch.cuda.memory_allocated() - before_bytes <= 64 * 1024
 
 
-def test_a_folder_loads_in_bf16_and_decodes(tmp_path):
-    loaded = load_model(str(save_tiny(tmp_path / "tiny", "smollm3")))
+@pytest.mark.parametrize("architecture", ["smollm3", "afmoe"])
+def test_a_folder_loads_in_bf16_and_decodes(tmp_path, architecture):
+    loaded = load_model(str(save_tiny(tmp_path / "tiny", architecture)))
     assert (loaded.device.type, loaded.dtype, loaded.shape.element_bytes) == ("cuda", torch.bfloat16, 2)
     ids = prompt_ids(500)
     prompt = prefilled(loaded, ids[:-1], method_names())

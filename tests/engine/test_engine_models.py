@@ -12,7 +12,7 @@ from kvscope.harness.shapes import max_length_tokens, model_shape
 from kvscope.results.errors import EnvironmentProblem, KvscopeError, UsageError
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt_oss", "smollm3"])
+@pytest.mark.parametrize("name", ["llama", "gpt_oss", "smollm3", "afmoe"])
 def test_a_local_folder_loads(tmp_path, name):
     folder = save_tiny(tmp_path / "tiny", name)
     loaded = load_model(str(folder), device="cpu", page_tokens=32)

@@ -5,11 +5,12 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from engine.tiny_models import ARCHITECTURES, build_stock, loaded_model
-from kvscope.harness.models import wrap_model
+from kvscope.harness.models import REFERENCE_MODEL_FOLDER, wrap_model
 from kvscope.harness.rotation import RopeRotation, UnknownRotation, _queries
-from kvscope.methods.registry import create_method
+from kvscope.methods.registry import create_method, method_names
 from kvscope.results.errors import KvscopeError
 
 
@@ -32,7 +33,21 @@ def test_turning_back_gives_the_query_of_the_earlier_position(name):
 def test_layers_without_positions_are_found():
     assert [rotation is None for rotation in loaded_model("smollm3").rotations.values()] == [False, False, False, True]
     assert [rotation is None for rotation in loaded_model("cohere2").rotations.values()] == [False, False, False, True]
+    assert [rotation is None for rotation in loaded_model("afmoe").rotations.values()] == [False, True, False, True]
     assert all(isinstance(rotation, RopeRotation) for rotation in loaded_model("gpt_oss").rotations.values())
+
+
+def test_the_reference_model_s_managed_layers_have_no_positions():
+    """Layers 2, 5, 7 and 9 are kvscope's; the others slide, have RoPE and stay the model's own."""
+    model = AutoModelForCausalLM.from_pretrained(REFERENCE_MODEL_FOLDER, attn_implementation="eager")
+    loaded = wrap_model(model, None)
+    assert loaded.shape.layers == (2, 5, 7, 9)
+    assert loaded.shape.sliding_layers == (0, 1, 3, 4, 6, 8)
+    assert loaded.shape.sliding_window == 128
+    assert {layer for layer, rotation in loaded.rotations.items() if rotation is None} == {2, 5, 7, 9}
+    assert {type(loaded.rotations[layer]) for layer in loaded.shape.sliding_layers} == {RopeRotation}
+    for spec in method_names():
+        assert create_method(spec).unsupported(loaded.shape, "cpu") == []
 
 
 def test_layers_of_one_kind_share_a_table():

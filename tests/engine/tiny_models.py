@@ -67,6 +67,17 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": _YARN_ROPE,
         },
     ),
+    # The reference model's shape: RoPE in the sliding layers only, a gate on attention's output, no experts.
+    "afmoe": (
+        "AfmoeConfig",
+        {
+            "head_dim": 32,
+            "sliding_window": 24,
+            "num_dense_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "tie_word_embeddings": True,
+        },
+    ),
     "phi3": ("Phi3Config", {}),
     "olmo2": ("Olmo2Config", {}),
     "granite": (

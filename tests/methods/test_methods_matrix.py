@@ -45,8 +45,8 @@ SPECS = [
 ]
 # A threshold keeps as much as the prompt demands, so its bytes cannot be told beforehand.
 PREDICTABLE = [spec for spec in SPECS if "oracle" not in spec]
-# RoPE; RoPE and NoPE; sliding layers with sink logits; soft caps.
-MODELS = ["llama", "smollm3", "gpt_oss", "gemma2"]
+# RoPE; RoPE and NoPE; sliding layers with sink logits; soft caps; the reference model's shape.
+MODELS = ["llama", "smollm3", "gpt_oss", "gemma2", "afmoe"]
 N_TOKENS = 300
 
 
