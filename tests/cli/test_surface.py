@@ -32,8 +32,8 @@ SURFACE = {
     ],
     "lsa train": [
         "--batch-documents", "--batch-rows", "--cold-start", "--data", "--device", "--encoder", "--encoder-width",
-        "--epochs", "--gamma", "--heads", "--held-out", "--key-dim", "--layers", "--lookback", "--lr", "--negatives", "--out",
-        "--patience", "--quiet", "--rank", "--recency-tokens", "--seed", "--sink-tokens", "--target-recall", "--tau",
+        "--epochs", "--gamma", "--heads", "--held-out", "--key-dim", "--layers", "--lookback", "--lr", "--negatives",
+        "--out", "--patience", "--quiet", "--rank", "--recency-tokens", "--seed", "--sink-tokens", "--target-recall", "--tau",
         "--votes", "--warm-start", "--weight-decay", "-o", "-q",
     ],
     "lsa eval": [
