@@ -33,8 +33,8 @@ SURFACE = {
     "lsa train": [
         "--batch-documents", "--batch-rows", "--cold-start", "--data", "--device", "--encoder", "--encoder-width",
         "--epochs", "--gamma", "--heads", "--held-out", "--key-dim", "--layers", "--lookback", "--lr", "--negatives",
-        "--out", "--patience", "--quiet", "--rank", "--recency-tokens", "--seed", "--sink-tokens", "--target-recall", "--tau",
-        "--votes", "--warm-start", "--weight-decay", "-o", "-q",
+        "--out", "--patience", "--quiet", "--rank", "--recency-tokens", "--seed", "--sink-tokens",
+        "--target-recall", "--tau", "--votes", "--warm-start", "--weight-decay", "-o", "-q",
     ],
     "lsa eval": [
         "--data", "--device", "--dtype", "--gate", "--indexer", "--model", "--out", "--quiet", "--recency-tokens",
