@@ -70,7 +70,9 @@ def collect(
     label_layers: Annotated[
         str | None, typer.Option("--label-layers", metavar="N,N", help="Layers that label.  [default: all managed]")
     ] = None,
-    features: Annotated[str, typer.Option("--features", help="stats or tokens: what is kept of the keys.")] = "stats",
+    features: Annotated[
+        str, typer.Option("--features", help="tokens (every key) or stats (mean, maximum, minimum a chunk).")
+    ] = "tokens",
     top_p: Annotated[float, typer.Option("--top-p", help="Share of attention a voter's chunks hold.")] = 0.6,
     votes: Annotated[int, typer.Option("--votes", help="Votes that make a chunk positive.")] = 1,
     voters: Annotated[str, typer.Option("--voters", help="layer (head-summed) or head.")] = "layer",
@@ -111,12 +113,17 @@ def train(
     negatives: Annotated[int, typer.Option("--negatives", help="Random negatives a positive.")] = 3,
     batch_documents: Annotated[int, typer.Option("--batch-documents", help="Documents a step.")] = 4,
     batch_rows: Annotated[int, typer.Option("--batch-rows", help="Decode steps of a document.")] = 32,
-    heads: Annotated[int | None, typer.Option("--heads", help="Indexer heads.  [default: by the width]")] = None,
-    key_dim: Annotated[int | None, typer.Option("--key-dim", help="Key size.  [default: by the width]")] = None,
-    rank: Annotated[int | None, typer.Option("--rank", help="Query rank.  [default: by the width]")] = None,
-    encoder: Annotated[str, typer.Option("--encoder", help="mean, stats or tokens.")] = "stats",
-    encoder_width: Annotated[int, typer.Option("--encoder-width", help="Hidden width of the encoder.")] = 128,
-    lookback: Annotated[int, typer.Option("--lookback", help="Last hidden states scored at a refresh.")] = 1,
+    heads: Annotated[int | None, typer.Option("--heads", help="Indexer heads.  [default: the model's]")] = None,
+    key_dim: Annotated[int | None, typer.Option("--key-dim", help="Key size.  [default: at most 128]")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", help="Query rank.  [default: half the width]")] = None,
+    encoder: Annotated[
+        str | None, typer.Option("--encoder", help="mean, stats or pooled.  [default: by the collection]")
+    ] = None,
+    encoder_width: Annotated[int, typer.Option("--encoder-width", help="Hidden width of the encoder.")] = 64,
+    lookback: Annotated[int, typer.Option("--lookback", help="Last hidden states scored at a refresh.")] = 8,
+    warm_start: Annotated[
+        bool, typer.Option("--warm-start/--cold-start", help="Begin at the model's own queries and keys.")
+    ] = True,
     votes: Votes = None,
     sink_tokens: Sinks = 4,
     recency_tokens: Recency = None,
@@ -135,8 +142,8 @@ def train(
 
     config = TrainConfig(
         tau=tau, layers=parse_layers(layers), epochs=epochs, lr=lr, weight_decay=weight_decay, gamma=gamma,
-        negatives=negatives, batch_documents=batch_documents, batch_rows=batch_rows, heads=heads, key_dim=key_dim,
-        rank=rank, encoder=encoder, encoder_width=encoder_width, lookback=lookback,  # type: ignore[arg-type]
+        negatives=negatives, warm_start=warm_start, batch_documents=batch_documents, batch_rows=batch_rows,
+        heads=heads, key_dim=key_dim, rank=rank, encoder=encoder, encoder_width=encoder_width, lookback=lookback,  # type: ignore[arg-type]
         votes=votes, sink_tokens=sink_tokens, recency_tokens=recency_tokens, held_out=held_out, patience=patience,
         target_recall=target_recall, seed=seed, device=device,
     )  # fmt: skip

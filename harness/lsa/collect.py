@@ -55,7 +55,8 @@ class CollectConfig:
         chunk_tokens: tokens of a chunk.
         layers: indexed layers; None: every managed layer.
         label_layers: layers whose attention makes the labels; None: every managed layer.
-        features: ``stats`` (mean, maximum and minimum of a chunk's keys) or ``tokens`` (every key, for that encoder).
+        features: ``tokens`` (every key) or ``stats`` (mean, maximum and minimum of a chunk's keys, a fraction of the
+            disk).
         top_p, votes, voters, least_mass: the labels, see ``chunk_votes``.
         state_tokens: hidden states kept before step 0, the most an indexer can look back.
         shard_documents: documents a shard.
@@ -70,7 +71,7 @@ class CollectConfig:
     chunk_tokens: int = 64
     layers: tuple[int, ...] | None = None
     label_layers: tuple[int, ...] | None = None
-    features: Features = "stats"
+    features: Features = "tokens"
     top_p: float = 0.6
     votes: int = 1
     voters: Voters = "layer"
@@ -180,6 +181,8 @@ def describe(config: CollectConfig, loaded: LoadedModel) -> CollectionInfo:
         dtype=str(loaded.dtype).removeprefix("torch."),
         hidden_size=shape.hidden_size,
         key_features=shape.n_kv_heads * shape.head_dim,
+        query_heads=shape.n_q_heads,
+        head_dim=shape.head_dim,
         kv_bytes_per_token=shape.kv_bytes_per_token,
         layers=tuple(sorted(layers)),
         label_layers=tuple(sorted(label_layers)),
@@ -326,6 +329,7 @@ def record(
         indices=chunk.int().cpu(),
         votes=votes_RM[row, chunk].cpu(),
         mass=torch.stack([each.mass_M for _, each in kept]).half().cpu(),
+        queries=torch.stack([each.queries_LF for each in records]).to(STORED_DTYPE).cpu(),
     )
 
 

@@ -31,9 +31,10 @@ class TrainConfig:
         lr, weight_decay, gamma, negatives, clip: AdamW, focal loss, negatives a positive, gradient norm.
         least_negatives: negatives of a row however few positives it has: rows that need nothing teach, too.
         batch_documents, batch_rows: documents a step, and rows of each.
-        heads, key_dim, rank: sizes; None: by the model's width.
-        encoder, encoder_width: memory side.
-        lookback: states scored a refresh.
+        warm_start: begin at the model's own match of queries and keys (see ``warm_start``), not at random weights.
+        heads, key_dim, rank: sizes; None: the model's heads, at most 128, half the model's width.
+        encoder, encoder_width: memory side; None: ``pooled`` if the collection holds every key, else ``stats``.
+        lookback: states scored a refresh: the token before an answer says little of what the question asked.
         votes: votes of a positive; None: the collection's.
         sink_tokens, recency_tokens: what always stays, so that it is neither positive nor negative.
         held_out: share of the documents kept for measuring; at least one.
@@ -57,9 +58,10 @@ class TrainConfig:
     heads: int | None = None
     key_dim: int | None = None
     rank: int | None = None
-    encoder: EncoderKind = "stats"
-    encoder_width: int = 128
-    lookback: int = 1
+    warm_start: bool = True
+    encoder: EncoderKind | None = None
+    encoder_width: int = 64
+    lookback: int = 8
     votes: int | None = None
     sink_tokens: int = 4
     recency_tokens: int | None = None
@@ -81,7 +83,7 @@ class TrainConfig:
             raise UsageError(f"held_out must lie between 0 and 1, both excluded, got {self.held_out}.")
         if self.target_recall is not None and not 0 < self.target_recall < 1:
             raise UsageError(f"target_recall must lie between 0 and 1, both excluded, got {self.target_recall}.")
-        if self.encoder not in ENCODER_FEATURES:
+        if self.encoder is not None and self.encoder not in ENCODER_FEATURES:
             raise UsageError(f"encoder must be {', '.join(ENCODER_FEATURES)}, got {self.encoder!r}.")
         if not self.lr > 0:
             raise UsageError(f"lr must be positive, got {self.lr}.")

@@ -24,11 +24,13 @@ class StepRecord:
 
     Attributes:
         hidden_LM: states that entered the indexed layers, [L, M].
+        queries_LF: these layers' queries before rotation, heads side by side, [L, Q * head size].
         votes_M: votes of each chunk, uint8 [n']; empty when the step was not listened to.
         mass_M: the strongest layer's head-summed mass of each chunk, [n']; empty likewise.
     """
 
     hidden_LM: torch.Tensor
+    queries_LF: torch.Tensor
     votes_M: torch.Tensor
     mass_M: torch.Tensor
 
@@ -80,6 +82,7 @@ class RecordingSequence(ResidentSequence):
         self._info, self._n_prompt = info, prompt.n_tokens
         self.listening = True
         self._hidden: dict[int, torch.Tensor] = {}
+        self._queries: dict[int, torch.Tensor] = {}
         self._mass: list[torch.Tensor] = []
 
     def observe(self, layer: int, hidden_BM: torch.Tensor) -> None:
@@ -95,6 +98,10 @@ class RecordingSequence(ResidentSequence):
         scale: float,
         extras: AttentionExtras,
     ) -> torch.Tensor:
+        if layer in self._info.layers:
+            position = self.pool.lengths[layer]
+            plain = q_BQ1D if extras.rotation is None else extras.rotation.back(q_BQ1D, position)
+            self._queries[layer] = plain[0, :, 0].flatten().clone()
         out = super().attend(layer, q_BQ1D, k_BH1D, v_BH1D, scale=scale, extras=extras)
         if self.listening and layer in self._info.label_layers:
             logits_QT = token_logits(
@@ -113,6 +120,7 @@ class RecordingSequence(ResidentSequence):
     def take(self) -> StepRecord:
         """Return what the last step left, and forget it."""
         hidden_LM = torch.stack([self._hidden[layer] for layer in self._info.layers])
+        queries_LF = torch.stack([self._queries[layer] for layer in self._info.layers])
         if self._mass:
             mass_LQM = torch.stack(self._mass)
             votes = chunk_votes(
@@ -121,9 +129,9 @@ class RecordingSequence(ResidentSequence):
             strongest = mass_LQM.mean(1).amax(0)[:-1]
         else:
             votes, strongest = torch.empty(0, dtype=torch.uint8), torch.empty(0)
-        self._mass, self._hidden = [], {}
-        return StepRecord(hidden_LM, votes, strongest)
+        self._mass, self._hidden, self._queries = [], {}, {}
+        return StepRecord(hidden_LM, queries_LF, votes, strongest)
 
     def close(self) -> None:
-        self._mass, self._hidden = [], {}
+        self._mass, self._hidden, self._queries = [], {}, {}
         super().close()

@@ -25,7 +25,7 @@ from kvscope.results.errors import UsageError
 FORMAT = 1
 MANIFEST = "manifest.json"
 STORED_DTYPE = torch.bfloat16
-_TENSORS = ("features", "hidden", "steps", "segments", "indptr", "indices", "votes", "mass")
+_TENSORS = ("features", "hidden", "steps", "segments", "indptr", "indices", "votes", "mass", "queries")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,7 @@ class CollectionInfo:
         model, model_revision, dtype: what ran.
         hidden_size: M.
         key_features: F, KV heads x head size of one layer.
+        query_heads, head_dim: of one layer.
         kv_bytes_per_token: of the managed layers, in the model's dtype.
         layers: indexed layers: their keys and the hidden states entering them are stored.
         label_layers: layers whose attention made the labels.
@@ -52,6 +53,8 @@ class CollectionInfo:
     dtype: str
     hidden_size: int
     key_features: int
+    query_heads: int
+    head_dim: int
     kv_bytes_per_token: int
     layers: tuple[int, ...]
     label_layers: tuple[int, ...]
@@ -105,6 +108,7 @@ class Document:
         segments: [R], which answer each belongs to.
         indptr, indices, votes: CSR over chunks, a row a recorded step: who was voted for, and how often.
         mass: [R, n'], the strongest layer's head-summed attention.
+        queries: [T, L, Q * head size], the model's own queries before rotation: training starts from them.
     """
 
     info: DocumentInfo
@@ -116,6 +120,7 @@ class Document:
     indices: torch.Tensor
     votes: torch.Tensor
     mass: torch.Tensor
+    queries: torch.Tensor
 
     @property
     def n_states(self) -> int:
@@ -206,6 +211,7 @@ def open_collections(folders: Sequence[str | Path]) -> list[Collection]:
     opened = [Collection(folder) for folder in folders]
     same = (
         *("model_revision", "layers", "label_layers", "chunk_tokens", "features", "hidden_size", "key_features"),
+        *("query_heads", "head_dim"),
         *("top_p", "voters", "least_mass"),
     )
     first = opened[0]
@@ -310,4 +316,5 @@ def document_bytes(info: CollectionInfo, *, prompt_tokens: int, n_steps: int) ->
     rows = 3 if info.features == "stats" else info.chunk_tokens
     keys = len(info.layers) * n_chunks * rows * info.key_features
     states = (info.state_tokens + n_steps) * len(info.layers) * info.hidden_size
-    return element_bytes * (keys + states + n_steps * n_chunks)
+    queries = n_steps * len(info.layers) * info.query_heads * info.head_dim
+    return element_bytes * (keys + states + queries + n_steps * n_chunks)

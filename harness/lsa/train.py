@@ -26,12 +26,14 @@ from kvscope.harness.lsa.objective import (
     split,
 )
 from kvscope.harness.lsa.shards import Collection, CollectionInfo, open_collections
-from kvscope.methods.lsa.indexer import ENCODER_FEATURES, Indexer, IndexerConfig, default_sizes
+from kvscope.harness.lsa.warm_start import warm_start
+from kvscope.methods.lsa.indexer import ENCODER_FEATURES, EncoderKind, Indexer, IndexerConfig
 from kvscope.methods.lsa.indexer_files import save_indexer
 from kvscope.results.errors import UsageError
 
 LOG_FILE = "train_log.jsonl"
 WARMUP_SHARE = 0.05
+MOST_KEY_DIM = 128
 
 
 def train(
@@ -56,6 +58,10 @@ def train(
     where = [(collection, index) for collection in collections for index in range(len(collection))]
     training, held_out = split(where, share=config.held_out)
     indexer = Indexer.untrained(indexer_config(info, config), seed=config.seed).to(device).train()
+    if config.warm_start:
+        fits = warm_start(indexer, training, config)
+        note("warm start: " + ", ".join(f"layer {layer} queries {fit['query_fit']:.1%} explained"
+                                        for layer, fit in zip(indexer.config.layers, fits, strict=True)))  # fmt: skip
     optimizer = torch.optim.AdamW(indexer.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     steps_an_epoch = math.ceil(len(training) / config.batch_documents)
     total = config.epochs * steps_an_epoch
@@ -72,6 +78,8 @@ def train(
             log.write(json.dumps(fields) + "\n")
             log.flush()
 
+        if config.warm_start:
+            say(warm_start=fits, held_out=measure(indexer, held_out, config))
         say(collections=[str(c.info.id) for c in collections], documents=len(training), held_out=len(held_out),
             weights=sum(p.numel() for p in indexer.parameters()), config=asdict(config))  # fmt: skip
         for epoch in range(1, config.epochs + 1):
@@ -116,8 +124,8 @@ def check_fit(config: TrainConfig, collections: Sequence[Collection], note: Call
         UsageError: the encoder or the lookback needs more than is stored.
     """
     info = collections[0].info
-    needed = ENCODER_FEATURES[config.encoder]
-    if needed != info.features:
+    needed = None if config.encoder is None else ENCODER_FEATURES[config.encoder]
+    if needed is not None and needed != info.features:
         raise UsageError(
             f"Encoder '{config.encoder}' needs a collection made with --features {needed}, this one holds "
             f"'{info.features}'."
@@ -138,7 +146,7 @@ def check_fit(config: TrainConfig, collections: Sequence[Collection], note: Call
 
 def indexer_config(info: CollectionInfo, config: TrainConfig) -> IndexerConfig:
     """Return the configuration of the indexer to train."""
-    heads, key_dim, rank = default_sizes(info.hidden_size)
+    pooled_or_stats: EncoderKind = "pooled" if info.features == "tokens" else "stats"
     return IndexerConfig(
         model=info.model,
         model_revision=info.model_revision,
@@ -147,10 +155,10 @@ def indexer_config(info: CollectionInfo, config: TrainConfig) -> IndexerConfig:
         tau=config.tau,
         hidden_size=info.hidden_size,
         key_features=info.key_features,
-        heads=config.heads or heads,
-        key_dim=config.key_dim or key_dim,
-        rank=config.rank or rank,
-        encoder=config.encoder,
+        heads=config.heads or info.query_heads,
+        key_dim=config.key_dim or min(MOST_KEY_DIM, info.key_features),
+        rank=config.rank or max(1, info.hidden_size // 2),
+        encoder=config.encoder or pooled_or_stats,
         encoder_width=config.encoder_width,
         lookback_tokens=config.lookback,
     )

@@ -1,6 +1,6 @@
 """The Neural Memory Indexer: a dual encoder that scores every chunk of the past from one hidden state.
 
-Query side (arXiv 2606.09079): low rank -> RMSNorm -> heads, and one learned weight a head. Memory side: an ordinary
+Query side (arXiv 2606.09079): low rank -> RMSNorm -> heads, and learned head weights. Memory side: an ordinary
 model has no compressed indexer keys of its own, so a small encoder makes one key a chunk from the model's own keys,
 stored as fp8 (e4m3) with one fp32 scale. The score of a chunk is sigmoid(bias + sum_h w_h relu(q_h . k)); the sigmoid
 is monotonic, so selection works on logits. Over several indexed layers the score is the maximum.
@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 Features = Literal["stats", "tokens"]
-EncoderKind = Literal["mean", "stats", "tokens"]
-ENCODER_FEATURES: dict[str, Features] = {"mean": "stats", "stats": "stats", "tokens": "tokens"}
+EncoderKind = Literal["mean", "stats", "pooled"]
+ENCODER_FEATURES: dict[str, Features] = {"mean": "stats", "stats": "stats", "pooled": "tokens"}
+_POOLS = 4
 KEY_DTYPE = torch.float8_e4m3fn
 FP8_MAX = 448.0
 SCALE_BYTES = 4
@@ -41,8 +41,9 @@ class IndexerConfig:
         hidden_size: M.
         key_features: F.
         heads, key_dim, rank: I, E, R.
-        encoder: memory side: ``mean`` (linear in the mean key), ``stats`` (MLP on mean, maximum and minimum),
-            ``tokens`` (MLP on every key, then maximum and mean).
+        encoder: memory side: ``mean`` (linear in the mean key), ``stats`` (that, and an MLP on mean, maximum and
+            minimum), ``pooled`` (a linear map of every key, averaged with learned weights: which tokens of a chunk are
+            ever asked for).
         encoder_width: hidden width of those MLPs.
         lookback_tokens: hidden states scored at a refresh, the last ones; a chunk's score is the maximum. The paper
             uses one.
@@ -60,8 +61,8 @@ class IndexerConfig:
     heads: int = 8
     key_dim: int = 32
     rank: int = 64
-    encoder: EncoderKind = "stats"
-    encoder_width: int = 128
+    encoder: EncoderKind = "pooled"
+    encoder_width: int = 64
     lookback_tokens: int = 1
     kept_fraction: float | None = None
     trained: Mapping[str, Any] = field(default_factory=dict)
@@ -109,29 +110,29 @@ def chunk_features(k_nCF: torch.Tensor, kind: Features) -> torch.Tensor:
 
 
 class MemoryEncoder(nn.Module):
-    """One key a chunk from the features of its keys."""
+    """One key a chunk from the features of its keys. Every kind has a part that is linear in the keys (``out``)."""
 
     def __init__(self, kind: EncoderKind, *, features: int, width: int, key_dim: int) -> None:
         super().__init__()
         self.kind = kind
-        self.norm = nn.RMSNorm(features, elementwise_affine=False)
-        inner = {"mean": 0, "stats": 3 * features, "tokens": features}[kind]
-        self.inner = nn.Linear(inner, width) if inner else None
-        out = {"mean": features, "stats": width, "tokens": 2 * width}[kind]
-        self.out = nn.Linear(out, key_dim)
+        self.out = nn.Linear(features, key_dim)
+        if kind == "stats":
+            self.norm = nn.RMSNorm(features, elementwise_affine=False)
+            self.mlp = nn.Sequential(nn.Linear(3 * features, width), nn.SiLU(), nn.Linear(width, key_dim, bias=False))
+        elif kind == "pooled":
+            # Groups of the key's entries are averaged with weights of their own.
+            self.pools = _POOLS if key_dim % _POOLS == 0 else 1
+            self.weights = nn.Sequential(nn.Linear(features, width), nn.SiLU(), nn.Linear(width, self.pools))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """[n, 3, F] or [n, C, F] -> [n, E] in fp32."""
-        x = self.norm(features.float())
-        if self.inner is None:
-            pooled = x[:, 0]
-        elif self.kind == "stats":
-            pooled = F.silu(self.inner(x.flatten(1)))
-        else:
-            h = F.silu(self.inner(x))
-            pooled = torch.cat([h.amax(1), h.mean(1)], 1)
-        key: torch.Tensor = self.out(pooled)
-        return key
+        k = features.float()
+        if self.kind == "pooled":
+            share_nCP = torch.softmax(self.weights(k), 1)
+            value_nCPE = self.out(k).unflatten(-1, (self.pools, -1))
+            return torch.einsum("ncp,ncpe->npe", share_nCP, value_nCPE).flatten(1)
+        key: torch.Tensor = self.out(k[:, 0])
+        return key + self.mlp(self.norm(k).flatten(1)) if self.kind == "stats" else key
 
 
 class QueryEncoder(nn.Module):
@@ -145,7 +146,7 @@ class QueryEncoder(nn.Module):
         self.down = nn.Linear(hidden_size, rank, bias=False)
         self.norm = nn.RMSNorm(rank)
         self.up = nn.Linear(rank, heads * key_dim, bias=False)
-        self.weights = nn.Linear(hidden_size, heads, bias=False)
+        self.weights = nn.Linear(hidden_size, heads)
 
     def forward(self, hidden_XM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return queries [X, I, E] and head weights [X, I] in fp32; scales are in the weights, as in the paper."""

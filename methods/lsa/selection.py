@@ -180,7 +180,7 @@ def metadata_bytes(config: IndexerConfig, n_candidates: int, *, element_bytes: i
 def refresh_bytes(config: IndexerConfig, n_candidates: int) -> int:
     """Return the bytes one refresh reads: every key with its scale, and the weights of the query side."""
     heads, rank, width = config.heads, config.rank, config.hidden_size
-    query_weights = width + width * rank + rank + rank * heads * config.key_dim + width * heads + 1
+    query_weights = width + width * rank + rank + rank * heads * config.key_dim + (width + 1) * heads + 1
     return n_candidates * config.chunk_key_bytes + len(config.layers) * 4 * query_weights
 
 

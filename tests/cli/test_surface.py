@@ -31,10 +31,10 @@ SURFACE = {
         "--voters", "--votes", "-l", "-n", "-o", "-q", "-t",
     ],
     "lsa train": [
-        "--batch-documents", "--batch-rows", "--data", "--device", "--encoder", "--encoder-width", "--epochs",
-        "--gamma", "--heads", "--held-out", "--key-dim", "--layers", "--lookback", "--lr", "--negatives", "--out",
-        "--patience", "--quiet", "--rank", "--recency-tokens", "--seed", "--sink-tokens", "--target-recall", "--tau",
-        "--votes", "--weight-decay", "-o", "-q",
+        "--batch-documents", "--batch-rows", "--cold-start", "--data", "--device", "--encoder", "--encoder-width",
+        "--epochs", "--gamma", "--heads", "--held-out", "--key-dim", "--layers", "--lookback", "--lr", "--negatives",
+        "--out", "--patience", "--quiet", "--rank", "--recency-tokens", "--seed", "--sink-tokens",
+        "--target-recall", "--tau", "--votes", "--warm-start", "--weight-decay", "-o", "-q",
     ],
     "lsa eval": [
         "--data", "--device", "--dtype", "--gate", "--indexer", "--model", "--out", "--quiet", "--recency-tokens",

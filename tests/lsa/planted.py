@@ -8,7 +8,8 @@ import torch
 from kvscope.harness.lsa.shards import CollectionInfo, Document, DocumentInfo, write_manifest, write_shard
 
 INFO = CollectionInfo(
-    model="ghost", model_revision="sha256:none", dtype="float32", hidden_size=24, key_features=12,
+    model="ghost", model_revision="sha256:none", dtype="float32", hidden_size=24, key_features=12, query_heads=2,
+    head_dim=6,
     kv_bytes_per_token=96, layers=(1, 3), label_layers=(1, 3), chunk_tokens=16, features="stats", top_p=0.6,
     voters="layer", least_mass=0.0, votes=1, state_tokens=4, tasks=("planted",), lengths_tokens=(640,), samples=1,
     seed=0,
@@ -45,6 +46,7 @@ def planted_document(info: CollectionInfo, sample: int, *, n_steps: int = 6, noi
         indices=golden.int(),
         votes=torch.ones(n_steps, dtype=torch.uint8),
         mass=mass.half(),
+        queries=hidden[info.state_tokens :, :, :12].bfloat16(),
     )  # fmt: skip
 
 

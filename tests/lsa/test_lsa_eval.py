@@ -24,7 +24,9 @@ EVAL = EvalConfig(recency_tokens=128)
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
-    config = TrainConfig(tau=1, epochs=8, lr=2e-2, recency_tokens=128, device="cpu", encoder="mean", target_recall=0.8)
+    config = TrainConfig(
+        tau=1, epochs=8, lr=2e-2, recency_tokens=128, device="cpu", encoder="mean", target_recall=0.8, lookback=1
+    )
     train([planted_collection(folder / "data")], folder / "indexer", config, note=lambda text: None)
     return folder / "indexer", planted_collection(folder / "test", documents=20, seed=5)
 
@@ -59,7 +61,7 @@ def test_the_table_is_what_counting_by_hand_gives(trained, tmp_path):
     row = find(rows, "indexer", "fraction", 0.3)
     assert row["recall"] == pytest.approx(recall / n, abs=1e-4)
     assert row["kept_fraction"] == pytest.approx(kept / n, abs=1e-4)
-    key_bytes, state_bytes = 31 * 2 * (32 + 4), 2 * 24 * 4
+    key_bytes, state_bytes = 31 * 2 * (12 + 4), 2 * 24 * 4
     assert row["kept_bytes_fraction"] == pytest.approx(kept / n + (key_bytes + state_bytes) / (640 * 96), abs=1e-4)
     assert row["refreshes"] == row["refreshes_needing"] == n == 120
     assert find(rows, "indexer", "threshold", 0.5)["recall"] == pytest.approx(by_threshold / n, abs=1e-4)

@@ -34,13 +34,13 @@ CONFIG = IndexerConfig(
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("encoder", ["mean", "stats", "tokens"])
+@pytest.mark.parametrize("encoder", ["mean", "stats", "pooled"])
 def test_the_score_is_the_formula(encoder):
     """Against plain fp64 loops: low rank, norm, heads, relu, head weights, maximum over layers."""
     indexer = Indexer.untrained(replace(CONFIG, encoder=encoder), seed=3)
     torch.manual_seed(0)
     hidden, tokens = 10 * torch.randn(2, 2, 24), torch.randn(2, 6, 16, 12)
-    kind = "tokens" if encoder == "tokens" else "stats"
+    kind = "tokens" if encoder == "pooled" else "stats"
     keys = [indexer.layer(layer).memory(chunk_features(tokens[i], kind)) for i, layer in enumerate((1, 3))]
     found = indexer.logits(hidden, keys)
     wide = Indexer(indexer.config).double()
@@ -56,7 +56,7 @@ def test_the_score_is_the_formula(encoder):
                 part = wide.layer(layer)
                 x = rms(hidden[query, i].double(), part.query.norm_in.weight)
                 q = (part.query.up.weight @ rms(part.query.down.weight @ x, part.query.norm.weight)).view(3, 5)
-                w = part.query.weights.weight @ x / (3**0.5 * 5**0.5)
+                w = (part.query.weights.weight @ x + part.query.weights.bias) / (3**0.5 * 5**0.5)
                 k = keys[i][chunk].double()
                 scores.append(float(part.bias) + sum(float(w[h]) * max(0.0, float(q[h] @ k)) for h in range(3)))
             assert float(found[query, chunk]) == pytest.approx(float(max(scores)), abs=1e-5)

@@ -104,7 +104,16 @@ def test_recorded_masses_and_states_are_those_of_the_stock_model(family):
     assert document.info == DocumentInfo(
         task="t", question_type="t", length_tokens=154, sample=0, prompt_tokens=150, n_steps=4
     )
-    assert document.features.shape == (len(info.layers), 9, 3, info.key_features)
+    assert document.features.shape == (len(info.layers), 9, 16, info.key_features)
+    if family != "llama":
+        return
+    for i, layer in enumerate(info.layers):  # queries and keys as they are before rotation
+        module = stock.model.layers[layer]
+        with torch.no_grad():
+            x = module.input_layernorm(out.hidden_states[layer][0])
+            q, k = module.self_attn.q_proj(x), module.self_attn.k_proj(x)
+        torch.testing.assert_close(document.queries[:, i].float(), q[150:], atol=5e-2, rtol=2e-2)
+        torch.testing.assert_close(document.features[i].flatten(0, 1).float(), k[:144], atol=5e-2, rtol=2e-2)
 
 
 def test_recording_changes_nothing():
@@ -144,6 +153,7 @@ def random_document(*, n_chunks=20, segments=(5, 1, 9), seed=0):
         steps=torch.tensor(steps, dtype=torch.int32), segments=torch.tensor(segment_of, dtype=torch.int32),
         indptr=torch.cat([torch.zeros(1), counts.cumsum(0)]).int(), indices=chunk.int(),
         votes=votes[row, chunk].to(torch.uint8), mass=torch.zeros(len(steps), n_chunks),
+        queries=torch.zeros(at, 1, 4),
     )  # fmt: skip
     return document, votes
 

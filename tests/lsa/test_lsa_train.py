@@ -18,7 +18,7 @@ from kvscope.results.errors import EnvironmentProblem, UsageError
 
 # tau is 1: the state before a step holds the code of that step alone.
 QUICK = TrainConfig(tau=1, epochs=12, lr=2e-2, batch_documents=4, recency_tokens=128, sink_tokens=4, patience=12,
-                    device="cpu", encoder_width=32)  # fmt: skip
+                    device="cpu", encoder="mean", lookback=1, warm_start=False)  # fmt: skip
 
 
 def quiet(text):
@@ -63,10 +63,23 @@ def test_the_saved_indexer_is_the_best_epochs(data, tmp_path):
 
 def test_tokens_need_tokens_and_learn_from_them(tmp_path, data):
     tokens = planted_collection(tmp_path / "tokens", documents=40, features="tokens")
-    best = train([tokens], tmp_path / "out", changed(QUICK, encoder="tokens"), note=quiet)
+    best = train([tokens], tmp_path / "out", changed(QUICK, encoder="pooled"), note=quiet)
     assert best["recall_at_tenth"] > 0.6
     with pytest.raises(UsageError, match="needs a collection made with --features tokens"):
-        train([data], tmp_path / "out", changed(QUICK, encoder="tokens"), note=quiet)
+        train([data], tmp_path / "out", changed(QUICK, encoder="pooled"), note=quiet)
+
+
+def test_a_warm_start_begins_at_the_models_own_match(tmp_path):
+    """Queries of the planted data are the codes of the chunks they need: known before the first update."""
+    for features, encoder in (("stats", "mean"), ("stats", "stats"), ("tokens", "pooled")):
+        folder = planted_collection(tmp_path / features, features=features)
+        lines = []
+        options = {"encoder": encoder, "warm_start": True, "epochs": 1, "lr": 1e-12, "rank": 12}
+        best = train([folder], tmp_path / "out", changed(QUICK, **options), note=lines.append)
+        assert best["recall_at_tenth"] > 0.8, "chance is an eighth"
+        assert "warm start: layer 1 queries 9" in lines[0]
+        cold = train([folder], tmp_path / "out", changed(QUICK, **{**options, "warm_start": False}), note=quiet)
+        assert cold["recall_at_tenth"] < 0.4
 
 
 def test_some_layers_can_be_left_out(data, tmp_path):
@@ -119,7 +132,7 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 from kvscope.cli import run_cli
 code = run_cli(["lsa", "train", "--data", {str(data)!r}, "--out", {str(tmp_path / "out")!r}, "--epochs", "1",
-                "--tau", "1", "--device", "cpu", "--quiet"])
+                "--tau", "1", "--lookback", "1", "--device", "cpu", "--quiet"])
 bad = [name for name in sys.modules if name.split(".")[0] in ("transformers", "tokenizers")]
 sys.exit(code or repr(bad) if bad else code)
 """
@@ -183,7 +196,7 @@ def test_the_split_is_by_document_and_does_not_move(data):
         ({"rank": 0}, "rank must be 1 or more"),
         ({"held_out": 1.0}, "held_out must lie between 0 and 1"),
         ({"target_recall": 1.0}, "target_recall must lie between 0 and 1"),
-        ({"encoder": "huge"}, "encoder must be mean, stats, tokens, got 'huge'"),
+        ({"encoder": "huge"}, "encoder must be mean, stats, pooled, got 'huge'"),
         ({"lr": 0.0}, "lr must be positive"),
     ],
 )
