@@ -17,7 +17,7 @@ def orthogonalised(batch_NRC: torch.Tensor, *, steps: int = 5) -> torch.Tensor:
     a, b, c = NEWTON_SCHULZ
     tall = batch_NRC.shape[-2] > batch_NRC.shape[-1]
     dtype = torch.bfloat16 if batch_NRC.is_cuda else torch.float32
-    x = (batch_NRC.mT if tall else batch_NRC).to(dtype)
+    x: torch.Tensor = (batch_NRC.mT if tall else batch_NRC).to(dtype)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
