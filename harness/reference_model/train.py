@@ -72,7 +72,8 @@ PHASES = (
           documents=(("long_qa", 0.2), ("vt_fixed", 0.1))),
     Phase(name="p2-2k", shapes=(Shape(tokens=512, rows=80, questions=10, share=0.25),
                                 Shape(tokens=2048, rows=20, questions=24, share=0.75)),
-          steps=1594, lr=(1.5e-3, 1.5e-3), documents=(("long_qa", 0.25), ("vt_fixed", 0.1), ("cwe", 0.05), ("fwe", 0.05))),
+          steps=1594, lr=(1.5e-3, 1.5e-3),
+          documents=(("long_qa", 0.25), ("vt_fixed", 0.1), ("cwe", 0.05), ("fwe", 0.05))),
     Phase(name="p3-64k", shapes=_TO_64K, steps=3736, lr=(1.5e-3, 2e-5), documents=_STORIES),
     Phase(name="p4-128k", shapes=_TO_128K, steps=3000, lr=(1e-3, 2e-5), documents=_STORIES, more_uuids=0.25),
 )  # fmt: skip
