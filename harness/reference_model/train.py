@@ -225,7 +225,8 @@ class Trainer:
 
 def document_makers() -> dict[str, DocumentMaker]:
     """Return the document families a phase can name."""
-    return {"long_qa": LongQADocuments(), "vt": variable_chains, "cwe": common_words, "fwe": coded_words}
+    stories = {"long_qa": LongQADocuments(version=1), "long_qa_2": LongQADocuments(version=2)}
+    return {**stories, "vt": variable_chains, "cwe": common_words, "fwe": coded_words}
 
 
 def versions() -> dict[str, str]:
