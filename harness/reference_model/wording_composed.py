@@ -1,7 +1,7 @@
 """Training wording put together from parts: hundreds of sentences for each thing that can be said or asked.
 
-With five or six fixed sentences a fact, the model learned where in each of them the answer stands, and read evaluation's
-``always eats up the figs`` as the dish ``up``. Here fillers and word order vary around the cue words, so that what
+With five or six fixed sentences a fact, the model learned where in each of them the answer stands, and read
+evaluation's ``always eats up the figs`` as the dish ``up``. Here fillers and word order vary around the cue words, so that what
 remains is the task: to find the word that is none of the sentence's own. No sentence holds one of evaluation's or is
 part of one (``barred``; a test holds this).
 """
@@ -13,7 +13,8 @@ from functools import cache
 from typing import Any
 
 from kvscope.harness.reference_model.documents_long_qa_templates import TRAIN_WORDING
-from kvscope.harness.reference_model.wording_parts import FACTS, PARTS, QUESTIONS
+from kvscope.harness.reference_model.wording_parts import FACTS, PARTS
+from kvscope.harness.reference_model.wording_questions import QUESTIONS
 from kvscope.tasks.draws import Draws
 from kvscope.tasks.long_qa.render import capital
 from kvscope.tasks.long_qa.templates import EVAL_WORDING
@@ -49,7 +50,7 @@ def _bare(text: str) -> str:
 
 @cache
 def _evaluation() -> tuple[str, ...]:
-    """Return evaluation's sentences without full stop, request and reply apart; bare slots and single words are none."""
+    """Return evaluation's sentences without full stop, request and reply apart; a single word is none."""
     halves = [half for text in EVAL_WORDING.strings() for half in text.split("\nAssistant: ")]
     return tuple(text for text in map(_bare, halves) if "{" in text and text.count(" ") >= 1)
 

@@ -1,8 +1,8 @@
 """Questions of every type: the facts they need, what misleads, the wording and the answer.
 
 An answer has parts, spoken in order and joined by commas; the last part is what is scored (of a list, every part). The
-parts before it are the steps that the question asks for by name (dates compared or counted, persons on the way), so a small
-model looks up one thing at a time. Steps in a wrong or missing form cost nothing.
+parts before it are the steps that the question asks for by name (dates compared or counted, persons on the way), so a
+small model looks up one thing at a time. Steps in a wrong or missing form cost nothing.
 """
 
 from collections.abc import Callable

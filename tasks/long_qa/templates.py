@@ -82,7 +82,7 @@ EVAL_WORDING = Wording(
     ),
     between=("How many days lie between the {one} and the {two} of {w}? Say both dates, then the days.",),
     count=(
-        "How many times did {w} visit the {v}? Say every date, then how many times.",
+        "How many times did {w} visit the {v}? Say each date, then how many times.",
         "How often has {w} paid the {v} a visit? Say the dates, then how many times.",
     ),
     listing=("Which towns did {w} journey to? List all.", "List all towns that {w} made a journey to."),

@@ -139,18 +139,18 @@ def test_same_seed_gives_the_same_bytes_on_every_machine(gpt2_like: PreTrainedTo
 
 
 PINNED = {
-    "long_qa": "bc382dec86b7a550",
-    "long_qa_no_context": "573cc03f301899df",
-    "long_qa_mrcr": "9cd0675cb6448492",
-    "long_qa:single_fact": "68254e9559b13ac8",
-    "long_qa:assistant_fact": "fe5a63aab5842d0a",
-    "long_qa:knowledge_update": "1a431474ea1802f8",
-    "long_qa:temporal": "35d3971ff9695a3c",
-    "long_qa:multi_session": "eee508bb8eae71b5",
-    "long_qa:hops_2": "dafd546157281fbf",
-    "long_qa:hops_3": "934bcdf852cf81ab",
-    "long_qa:abstention": "d0d41d0485245fbf",
-    "long_qa:multiple_choice": "b758ff63c9623f2c",
+    "long_qa": "c388062787de9efa",
+    "long_qa_no_context": "f9c1df51ccfcd4fb",
+    "long_qa_mrcr": "7c25d75072f2b255",
+    "long_qa:single_fact": "8c8ffa6b909b3794",
+    "long_qa:assistant_fact": "eec39c2c31ef1ce9",
+    "long_qa:knowledge_update": "eb4c4e4056565f1b",
+    "long_qa:temporal": "852f013db21b88f8",
+    "long_qa:multi_session": "9d170744e387a47a",
+    "long_qa:hops_2": "4a158b839738632b",
+    "long_qa:hops_3": "e08a78c0005fd563",
+    "long_qa:abstention": "d9fb202c942f60d4",
+    "long_qa:multiple_choice": "675a3de79c23984b",
 }
 
 

@@ -55,6 +55,7 @@ _COMMON = {
     "at",
     "where",
     "that",
+    "from",
     "one",
     "please",
 }
@@ -178,7 +179,9 @@ def _content(text: str) -> list[str]:
     return re.findall(r"[a-z]+|\|", plain)
 
 
-@pytest.mark.parametrize("wording", [EVAL_WORDING, TRAIN_WORDING, composed_wording()], ids=["eval", "train", "composed"])
+@pytest.mark.parametrize(
+    "wording", [EVAL_WORDING, TRAIN_WORDING, composed_wording()], ids=["eval", "train", "composed"]
+)
 def test_questions_share_no_content_word_with_their_evidence(wording: object) -> None:
     assert isinstance(wording, type(EVAL_WORDING))
     pairs = [(wording.clauses[slot], wording.ask[slot]) for slot in wording.clauses]
