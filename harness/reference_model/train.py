@@ -242,7 +242,8 @@ class Trainer:
 def document_makers() -> dict[str, DocumentMaker]:
     """Return the document families a phase can name."""
     return {
-        "long_qa": LongQADocuments(),
+        "long_qa": LongQADocuments(version=1),
+        "long_qa_2": LongQADocuments(version=2),
         "vt": variable_chains,
         "vt_fixed": partial(variable_chains, composed=False),
         "cwe": common_words,

@@ -1,18 +1,19 @@
 """Questions of every type: the facts they need, what misleads, the wording and the answer.
 
 An answer has parts, spoken in order and joined by commas; the last part is what is scored (of a list, every part). The
-parts before it are the steps that the question asks for by name (dates compared, persons on the way), so a small model
-looks up one thing at a time. Steps in a wrong or missing form cost nothing.
+parts before it are the steps that the question asks for by name (dates compared or counted, persons on the way), so a
+small model looks up one thing at a time. Steps in a wrong or missing form cost nothing.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
-from kvscope.tasks.long_qa.lexicon import chatter
+from kvscope.tasks.long_qa.lexicon import chatter, date_text
 from kvscope.tasks.long_qa.plan import Asked, Author, Plan
 from kvscope.tasks.long_qa.render import clause
 from kvscope.tasks.long_qa.temporal import temporal
 from kvscope.tasks.long_qa.wording import ATTRIBUTES, CHANGING, NOT_MENTIONED, ORDINALS, RELATIONS, RELATIVE, TOPICS
-from kvscope.tasks.long_qa.world import Fact, WorldExhaustedError
+from kvscope.tasks.long_qa.world import DAYS, Fact, WorldExhaustedError
 
 LETTERS = "ABCD"
 COUNTS = (2, 3, 4)
@@ -57,10 +58,21 @@ def multi_session(author: Author, k: int) -> Plan:
     if k % 2 == 0:
         place = world.value(draws, "place")
         person = world.claim(draws, f"visit {place}")
-        facts = [Fact("visit", person, "", place)] * number
         other = Fact("visit", world.claim(draws, f"visit {place}"), "", place)
         question = author.pick(wording.count, w=person, v=place)
-        return Plan([Asked("multi_session", question, (f"{number} times",))], [*facts, other], tuple(range(number)))
+        if not world.stepwise:
+            facts = [Fact("visit", person, "", place)] * number
+            return Plan([Asked("multi_session", question, (f"{number} times",))], [*facts, other], tuple(range(number)))
+        days: dict[int, None] = {}
+        while len(days) <= number:
+            days[draws.below(DAYS)] = None
+        dates = [date_text(day) for day in days]
+        facts = [Fact("visit", person, "", place, date) for date in dates[:number]]
+        at = draws.below(number + 1)
+        facts.insert(at, replace(other, date=dates[number]))
+        evidence = tuple(i for i in range(number + 1) if i != at)
+        asked = Asked("multi_session", question, (*dates[:number], f"{number} times"))
+        return Plan([asked], facts, evidence, ordered=True)
     towns: list[str] = []
     for _ in range(number):
         towns.append(world.value(draws, "town", unlike=towns))

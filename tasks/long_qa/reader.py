@@ -177,14 +177,16 @@ class Reader:
                 return (NOT_MENTIONED,)
             dates = [facts[-1].date for facts in said]
             one, two = map(day_of_date, dates)
-            final = f"{abs(one - two)} days" if between else found["one" if one < two else "two"]
-            return (*dates, final)
+            if between:
+                return (*dates, f"{abs(one - two)} days")
+            return (*dates, dates[0 if one < two else 1], found["one" if one < two else "two"])
         return None
 
     def _visits(self, question: str) -> Answer | None:
         found = _match(WORDING.count, question)
         if found is not None:
-            return (f"{sum(f.value == found['v'] for f in self._said('visit', found['w'], ''))} times",)
+            dates = [f.date for f in self._said("visit", found["w"], "") if f.value == found["v"]]
+            return (*dates, f"{len(dates)} times")
         found = _match(WORDING.listing, question)
         if found is None:
             return None

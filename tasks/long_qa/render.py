@@ -34,7 +34,7 @@ def line(wording: Wording, draws: Draws, fact: Fact) -> str:
         text = draws.pick(wording.request).format(v=fact.slot) + fact.value + "\n"
     else:
         text = draws.pick(wording.visits if fact.kind == "visit" else wording.trips)
-        text = text.format(p=fact.person, v=fact.value)
+        text = text.format(p=fact.person, v=fact.value, d=fact.date)
     return capital(text)
 
 

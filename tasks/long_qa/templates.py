@@ -4,8 +4,8 @@ from kvscope.tasks.long_qa.wording import Wording
 
 EVAL_WORDING = Wording(
     heads=(
-        "These notes were taken in 2031, session by session. Every appointment is for 2032. Questions come at the end; "
-        "if the notes do not tell, the answer is: not mentioned.\n",
+        "These notes were taken in 2031, session by session. Every appointment is for 2032, every visit was in 2030. "
+        "Questions come at the end; if the notes do not tell, the answer is: not mentioned.\n",
     ),
     sessions=("Session of {d} 2031.\n",),
     clauses={
@@ -35,7 +35,7 @@ EVAL_WORDING = Wording(
         "{p} has fixed the {e} for {d}.\n",
         "The {e} that {p} planned is on {d}.\n",
     ),
-    visits=("{p} stopped by at the {v} this morning.\n", "Today {p} stopped for an hour at the {v}.\n"),
+    visits=("{p} stopped by at the {v} on {d}.\n", "On {d}, {p} stopped for an hour at the {v}.\n"),
     trips=("{p} has just come back from {v}.\n", "{p} is back from some days in {v}.\n"),
     advice={
         "tree": (
@@ -77,11 +77,14 @@ EVAL_WORDING = Wording(
     via_one=("{q} Name the person, then the answer.",),
     via_two=("{q} Name both persons, then the answer.",),
     order=(
-        "Which event is earlier for {w}, the {one} or the {two}? Say both dates, then the event.",
-        "What comes earlier for {w}: the {one} or the {two}? Say both dates, then the event.",
+        "Which event is earlier for {w}, the {one} or the {two}? Say both dates, the earlier one, then the event.",
+        "What comes earlier for {w}: the {one} or the {two}? Say both dates, the earlier date, then the event.",
     ),
     between=("How many days lie between the {one} and the {two} of {w}? Say both dates, then the days.",),
-    count=("How many times did {w} visit the {v}?", "How often has {w} paid the {v} a visit? Say how many times."),
+    count=(
+        "How many times did {w} visit the {v}? Say each date, then how many times.",
+        "How often has {w} paid the {v} a visit? Say the dates, then how many times.",
+    ),
     listing=("Which towns did {w} journey to? List all.", "List all towns that {w} made a journey to."),
     suggested={
         "tree": ("What tree was suggested to {w}?", "Which tree did {w} hear suggested?"),

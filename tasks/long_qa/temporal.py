@@ -1,6 +1,7 @@
 """Questions about dates: the order of two appointments, the days between them, what holds on a day."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from kvscope.tasks.long_qa.lexicon import MONTH_DAYS, date_text
 from kvscope.tasks.long_qa.plan import Asked, Author, Plan
@@ -30,7 +31,8 @@ def _between_asked(author: Author, facts: Sequence[Fact], slots: dict[str, str],
 
 def _order_asked(author: Author, facts: Sequence[Fact], slots: dict[str, str], first: int) -> Asked:
     question = author.pick(author.wording.order, **slots)
-    return Asked("temporal", question, (facts[0].date, facts[1].date, facts[first].slot))
+    earlier = (facts[first].date,) if author.world.stepwise else ()
+    return Asked("temporal", question, (facts[0].date, facts[1].date, *earlier, facts[first].slot))
 
 
 def _order(author: Author, k: int) -> Plan:
@@ -52,6 +54,15 @@ def _between(author: Author, k: int) -> Plan:
     facts, slots = _appointments(author, days)
     asked = [_between_asked(author, facts, slots, late - early), _order_asked(author, facts, slots, k % 2)]
     return Plan(asked, facts, (0, 1))
+
+
+def dates_given(author: Author, k: int) -> Plan:
+    """Training's: order of two events or days between them, their dates in the question; nothing to look up."""
+    plan = (_order, _between)[k % 2](author, k // 2)
+    one, two = plan.facts
+    slots = {"w": one.person, "one": f"{one.slot} on {one.date}", "two": f"{two.slot} on {two.date}"}
+    template = author.wording.between if k % 2 else author.wording.order
+    return Plan([replace(plan.asked[0], question=author.pick(template, **slots))])
 
 
 def _as_of(author: Author, k: int) -> Plan:

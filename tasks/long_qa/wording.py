@@ -47,7 +47,7 @@ class Wording:
         plain, changed, dated: sentences around a clause: as it is, replacing an earlier value, valid from a date on.
         relations: relation -> clause with ``{p}`` and the other person ``{v}``.
         appointments: an event of a person and its date.
-        visits: one visit of ``{p}`` to the place ``{v}``.
+        visits: one visit of ``{p}`` to the place ``{v}`` on a date.
         trips: one journey of ``{p}`` to the town ``{v}``.
         advice: topic -> a person's request and the assistant's reply, in two lines.
         small_talk: sentences about nobody.

@@ -42,7 +42,7 @@ class Fact:
         person: whom it is about.
         slot: attribute, relation or topic; ``event`` of an appointment; ``visit`` and ``trip`` need none.
         value: what is said: a value, another person, the place, the town, or a reply's text.
-        date: the day from which a dated change holds, or of the appointment.
+        date: the day from which a dated change holds, or of the appointment or visit.
     """
 
     kind: Kind
@@ -73,12 +73,17 @@ class World:
         people: the cast.
         lists: category -> values to draw from.
         unique: a value once drawn for a question is never used again (evaluation). Training reuses values.
+        stepwise: visits have dates, and questions whose answer must be worked out ask for the steps. Without, as in
+            the first training phases: a count is asked for outright (which no model of this size learned).
     """
 
-    def __init__(self, people: Sequence[str], lists: Mapping[str, Sequence[str]], *, unique: bool) -> None:
+    def __init__(
+        self, people: Sequence[str], lists: Mapping[str, Sequence[str]], *, unique: bool, stepwise: bool = True
+    ) -> None:
         self.people = people
         self.lists = lists
         self.unique = unique
+        self.stepwise = stepwise
         self.claimed: set[Key] = set()
         self.barred: set[str] = set()
         self._known: dict[Key, str] = {}
@@ -149,7 +154,8 @@ class World:
             return self._once(Fact("advice", person, topic, value)) if value else None
         if kind in ("visit", "trip"):
             value = self._free(draws, "place" if kind == "visit" else "town")
-            fact = Fact("visit" if kind == "visit" else "trip", person, "", value)
+            date = date_text(draws.below(DAYS)) if kind == "visit" and self.stepwise else ""
+            fact = Fact("visit" if kind == "visit" else "trip", person, "", value, date)
             # These may happen any number of times, to anyone whose journeys and visits nobody counts.
             return fact if value and fact.key not in self.claimed else None
         return None

@@ -98,8 +98,9 @@ def test_orders_and_counts_are_balanced(tokenizer: PreTrainedTokenizerFast) -> N
         if "earlier" in question_text(sample):
             first[day_of_date(sample.targets[0]) < day_of_date(sample.targets[1])] += 1
         sample = build(tokenizer, "long_qa:multi_session", 640, i)
-        if sample.targets[0].endswith("times"):
-            counts[sample.targets[0]] += 1
+        if sample.targets[-1].endswith("times"):
+            counts[sample.targets[-1]] += 1
+            assert len(set(sample.targets)) == len(sample.evidence_spans) + 1
     assert first == {True: 6, False: 6}
     assert counts == {"2 times": 6, "3 times": 6, "4 times": 6}
 
@@ -138,18 +139,18 @@ def test_same_seed_gives_the_same_bytes_on_every_machine(gpt2_like: PreTrainedTo
 
 
 PINNED = {
-    "long_qa": "bc382dec86b7a550",
-    "long_qa_no_context": "573cc03f301899df",
-    "long_qa_mrcr": "9cd0675cb6448492",
-    "long_qa:single_fact": "68254e9559b13ac8",
-    "long_qa:assistant_fact": "fe5a63aab5842d0a",
-    "long_qa:knowledge_update": "1a431474ea1802f8",
-    "long_qa:temporal": "35d3971ff9695a3c",
-    "long_qa:multi_session": "eee508bb8eae71b5",
-    "long_qa:hops_2": "dafd546157281fbf",
-    "long_qa:hops_3": "934bcdf852cf81ab",
-    "long_qa:abstention": "d0d41d0485245fbf",
-    "long_qa:multiple_choice": "b758ff63c9623f2c",
+    "long_qa": "c388062787de9efa",
+    "long_qa_no_context": "f9c1df51ccfcd4fb",
+    "long_qa_mrcr": "7c25d75072f2b255",
+    "long_qa:single_fact": "8c8ffa6b909b3794",
+    "long_qa:assistant_fact": "eec39c2c31ef1ce9",
+    "long_qa:knowledge_update": "eb4c4e4056565f1b",
+    "long_qa:temporal": "852f013db21b88f8",
+    "long_qa:multi_session": "9d170744e387a47a",
+    "long_qa:hops_2": "4a158b839738632b",
+    "long_qa:hops_3": "e08a78c0005fd563",
+    "long_qa:abstention": "d9fb202c942f60d4",
+    "long_qa:multiple_choice": "675a3de79c23984b",
 }
 
 
@@ -184,8 +185,11 @@ def test_splits_share_no_word_and_are_large_enough() -> None:
         ("temporal", ("3 June", "9 June", "6 days"), " 6", 1),
         ("temporal", ("3 June", "9 June", "6 days"), " 3 June, 6 June, 3 days", 0),
         ("temporal", ("3 June", "9 June", "6 days"), " 3 June, 9 June, 16 days", 0),
-        ("multi_session", ("3 times",), " 3 times", 1),
-        ("multi_session", ("3 times",), " 2 times, no, 3", 0),
+        ("temporal", ("3 June", "9 July", "3 June", "wedding"), " 3 June, 9 July, 3 June, wedding", 1),
+        ("multi_session", ("3 June", "9 July", "2 times"), " 3 June, 9 July, 2 times", 1),
+        ("multi_session", ("3 June", "9 July", "2 times"), " 2", 1),
+        ("multi_session", ("3 June", "9 July", "2 times"), " 3 June, 9 July, 9 July, 3 times", 0),
+        ("multi_session", ("3 June", "9 July", "2 times"), " 3 times, no, 2", 0),
         ("multi_session", ("Oslo", "Lima"), " Lima and Oslo", 1),
         ("multi_session", ("Oslo", "Lima"), " Lima", 0),
         ("multi_session", ("Oslo", "Lima"), " Lima, Oslo, Bern, Dublin", 0),

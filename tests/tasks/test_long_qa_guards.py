@@ -8,6 +8,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from kvscope.harness.reference_model.documents_long_qa_templates import TRAIN_WORDING
+from kvscope.harness.reference_model.wording_composed import composed_wording
 from kvscope.tasks.base import Sample
 from kvscope.tasks.draws import Draws
 from kvscope.tasks.long_qa.guards import (
@@ -53,6 +54,10 @@ _COMMON = {
     "as",
     "at",
     "where",
+    "that",
+    "from",
+    "one",
+    "please",
 }
 
 
@@ -174,7 +179,9 @@ def _content(text: str) -> list[str]:
     return re.findall(r"[a-z]+|\|", plain)
 
 
-@pytest.mark.parametrize("wording", [EVAL_WORDING, TRAIN_WORDING], ids=["eval", "train"])
+@pytest.mark.parametrize(
+    "wording", [EVAL_WORDING, TRAIN_WORDING, composed_wording()], ids=["eval", "train", "composed"]
+)
 def test_questions_share_no_content_word_with_their_evidence(wording: object) -> None:
     assert isinstance(wording, type(EVAL_WORDING))
     pairs = [(wording.clauses[slot], wording.ask[slot]) for slot in wording.clauses]
@@ -216,13 +223,13 @@ def test_wording_names_and_answers_are_disjoint_from_training(tokenizer: PreTrai
 
 def test_template_words_are_no_answers() -> None:
     """Else an instruction or a clause could give an answer away or be taken for one."""
-    for wording in (EVAL_WORDING, TRAIN_WORDING):
+    for wording in (EVAL_WORDING, TRAIN_WORDING, composed_wording()):
         words = {word for text in wording.strings() for word in _content(text)}
         assert not words & set(category_of())
 
 
 def test_evaluation_uses_no_word_that_training_never_shows() -> None:
-    shown = {word for text in TRAIN_WORDING.strings() for word in _content(text)}
+    shown = {word for text in composed_wording().strings() for word in _content(text)}
     used = {word for text in EVAL_WORDING.strings() for word in _content(text)}
     assert not used - shown
 
