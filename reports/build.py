@@ -12,6 +12,7 @@ from kvscope.reports.export import write_figure, write_table
 from kvscope.reports.figure_parts import ReportFigure, SkippedFigure
 from kvscope.reports.figures_accuracy import accuracy_by_length, accuracy_by_task, needle_heatmap
 from kvscope.reports.figures_memory import accuracy_against_memory, memory_by_length, tpot_by_length
+from kvscope.reports.figures_residency import resident_over_steps
 from kvscope.reports.html import page
 from kvscope.reports.tables import all_tables
 from kvscope.results.errors import UsageError
@@ -51,6 +52,7 @@ def all_figures(run: Run, cells: pd.DataFrame) -> list[ReportFigure | SkippedFig
         needle_heatmap(run),
         memory_by_length(run),
         tpot_by_length(run),
+        *resident_over_steps(run),
     ]
 
 
