@@ -37,6 +37,7 @@ class DecodeResult:
         step_s: seconds of each step, forced ones first.
         footprint_mean: mean over the steps of the exact bytes of live cache tensors.
         footprint_last: the same after the last step.
+        footprint_peak: the same at the step that held most on the device.
         bytes_recalled: bytes copied from the host while decoding.
         residency: how the resident set changed; None where it is fixed at opening.
         stop_reason: ``eos``, ``stop`` (a stop string) or ``length``.
@@ -49,6 +50,7 @@ class DecodeResult:
     step_s: list[float]
     footprint_mean: Footprint
     footprint_last: Footprint
+    footprint_peak: Footprint
     bytes_recalled: int
     residency: Residency | None
     stop_reason: StopReason
@@ -148,7 +150,7 @@ def decode(
     _check(loaded, prompt_kv, forced_ids, max_new_tokens, device)
     if stop_strings and loaded.tokenizer is None:
         raise UsageError(f"Model '{loaded.name}' has no tokenizer, so stop strings cannot be looked for.")
-    footprints = Footprint()
+    footprints = peak = Footprint()
     step_s: list[float] = []
     ids: list[int] = []
     stop_reason: StopReason = "length"
@@ -163,6 +165,7 @@ def decode(
             step_s.append(time.perf_counter() - started_s)
             last = session.sequence.footprint()
             footprints += last
+            peak = max(peak, last, key=lambda footprint: footprint.device_bytes)
             if pending:
                 continue
             ids.append(chosen)
@@ -184,6 +187,7 @@ def decode(
             step_s=step_s,
             footprint_mean=footprints.divided_by(len(step_s)),
             footprint_last=last,
+            footprint_peak=peak,
             bytes_recalled=session.sequence.bytes_recalled,
             residency=session.sequence.residency(),
             stop_reason=stop_reason,

@@ -22,6 +22,13 @@ SavingKind = Literal["resident", "freed", "offloaded"]
 Verdict = Literal["resident", "freed", "offloaded", "mismatch", "below_resolution", "not_measured"]
 
 
+#: Where a container's memory limit is told: folder, limit, use, and the reclaimable part of the use; versions 2 and 1.
+_CGROUPS = (
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
 class NvmlProcessMemory:
     """Bytes that this process holds on one GPU, as the driver counts them.
 
@@ -200,9 +207,25 @@ def free_device_bytes(device: str) -> tuple[int | None, str]:
         if not torch.cuda.is_available():
             return None, "GPU"
         return int(torch.cuda.mem_get_info(torch.device(device))[0]), torch.cuda.get_device_name(torch.device(device))
+    return free_host_bytes(), "host memory"
+
+
+def free_host_bytes() -> int:
+    """Return the host memory this process may still take: what is free, or what its container's limit leaves."""
     import psutil
 
-    return int(psutil.virtual_memory().available), "host memory"
+    rooms = [int(psutil.virtual_memory().available)]
+    for folder, limit, used, cache in _CGROUPS:
+        try:
+            limit_bytes = int((folder / limit).read_text(encoding="ascii"))
+            used_bytes = int((folder / used).read_text(encoding="ascii"))
+            lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+        except (OSError, ValueError):
+            continue  # another version of cgroups, or no limit ("max")
+        # Clean file pages count as used and are dropped on demand.
+        cache_bytes = sum(int(line.split()[1]) for line in lines if line.startswith(f"{cache} "))
+        rooms.append(max(0, limit_bytes - used_bytes + cache_bytes))
+    return min(rooms)
 
 
 def wait_for_quiet(read_bytes: Callable[[], int | None], *, timeout_s: float = 2.0) -> int | None:

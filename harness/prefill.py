@@ -22,11 +22,14 @@ import torch
 from torch import nn
 
 from kvscope.harness.glue import EngineCache, EngineLayer, StockLayer, decoder_of
+from kvscope.harness.memory import free_host_bytes
 from kvscope.harness.models import LoadedModel
 from kvscope.harness.prefill_attention import chunk_attention
+from kvscope.harness.progress import format_bytes
 from kvscope.methods.base import Collector, tensor_bytes
+from kvscope.methods.shape import ModelShape
 from kvscope.methods.store import PromptKV, empty_host_pages
-from kvscope.results.errors import UsageError
+from kvscope.results.errors import EnvironmentProblem, UsageError
 
 DEFAULT_CHUNK_TOKENS = 2048
 
@@ -54,6 +57,7 @@ def prefill(
 
     Raises:
         UsageError: a prompt longer than the model takes, or a chunk that is not whole pages.
+        EnvironmentProblem: the host pages do not fit the host's memory.
     """
     shape = loaded.shape
     if chunk_tokens < 1 or chunk_tokens % shape.page_tokens:
@@ -66,6 +70,7 @@ def prefill(
             f"A prompt of {len(ids)} tokens leaves no room in model '{loaded.name}', which takes "
             f"{loaded.max_length_tokens} tokens."
         )
+    check_host_room(shape, len(ids))
     started_s = time.perf_counter()
     ids_N = torch.tensor(list(ids), dtype=torch.long)
     listeners: dict[int, list[Collector]] = {}
@@ -96,6 +101,21 @@ def prefill(
         torch.cuda.synchronize(loaded.device)
     prompt.prefill_s = time.perf_counter() - started_s
     return prompt
+
+
+def check_host_room(shape: ModelShape, n_tokens: int) -> None:
+    """Refuse a prompt whose host pages do not fit, before the kernel has to end the process for it.
+
+    Raises:
+        EnvironmentProblem: naming the bytes needed and the bytes free.
+    """
+    need_bytes, free_bytes = shape.paged_kv_bytes(n_tokens), free_host_bytes()
+    if need_bytes > free_bytes:
+        raise EnvironmentProblem(
+            f"The host pages of a prompt of {n_tokens:,} tokens (the mirror that methods recall from) need "
+            f"{format_bytes(need_bytes)} and {format_bytes(free_bytes)} of host memory is free: it would run out of "
+            "memory. Take a shorter length, or a machine with more."
+        )
 
 
 class _LayerMajor:

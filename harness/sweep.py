@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import kvscope
 from kvscope.harness.accuracy import accuracy_pass, pending_samples, release_memory
-from kvscope.harness.config import RunConfig, make_config
+from kvscope.harness.config import RunConfig, format_length, make_config
 from kvscope.harness.environment import capture_environment
 from kvscope.harness.footprint import footprint_pass
 from kvscope.harness.plan import Plan, make_plan
@@ -55,6 +55,10 @@ def measure(plan: Plan, store: RunStore, progress: Progress) -> None:
         progress.note(message)
     for warning in plan.warnings:
         progress.note(f"note: {warning}")
+    for cell in plan.cells:
+        if cell.forecast == "oom":
+            where = f"{cell.method_label} at {format_length(cell.length_tokens)}"
+            progress.note(f"note: {where} is not expected to fit: {cell.reason}.")
     begin(plan, store, progress)
     accuracy_pass(plan, store, progress)
     release_memory()

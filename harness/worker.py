@@ -260,7 +260,7 @@ class Measurement:
         steps = len(result.step_s)
         dense_kv_bytes = loaded.shape.dense_kv_bytes(prompt_kv_tokens, steps)
         ledger = ledger_columns(result, dense_kv_bytes=dense_kv_bytes)
-        last = result.footprint_last
+        peak = result.footprint_peak  # NVML reads a peak, and a set that is chosen anew may have been larger before
         return FootprintRow(
             **self.job.cell,
             **ledger,
@@ -274,7 +274,7 @@ class Measurement:
             verdict=verdict(
                 saving_kind=method.saving_kind,
                 dense_kv_bytes=dense_kv_bytes,
-                ledger_bytes=last.kv_bytes + last.metadata_bytes,
+                ledger_bytes=peak.device_bytes,
                 baseline_nvml_bytes=baseline_bytes,
                 decode_peak_nvml_bytes=peak_bytes,
             ),

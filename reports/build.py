@@ -14,6 +14,7 @@ from kvscope.reports.figures_accuracy import accuracy_by_length, accuracy_by_tas
 from kvscope.reports.figures_depth import depth_by_task, needle_heatmap
 from kvscope.reports.figures_memory import memory_by_length, tpot_by_length
 from kvscope.reports.figures_pareto import accuracy_against_memory, accuracy_against_reads
+from kvscope.reports.figures_residency import resident_over_steps
 from kvscope.reports.html import page
 from kvscope.reports.tables import all_tables
 from kvscope.results.errors import UsageError
@@ -55,6 +56,7 @@ def all_figures(run: Run, cells: pd.DataFrame) -> list[ReportFigure | SkippedFig
         depth_by_task(run),
         memory_by_length(run),
         tpot_by_length(run),
+        *resident_over_steps(run),
     ]
 
 

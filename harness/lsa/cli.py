@@ -28,8 +28,20 @@ Recency = Annotated[
     int | None,
     typer.Option("--recency-tokens", help="Last prompt tokens that always stay.  [default: as in the method]"),
 ]
+TopP = Annotated[
+    float | None, typer.Option("--top-p", help="Share of attention a voter's chunks hold.  [default: the collection's]")
+]
+Voters = Annotated[
+    str | None, typer.Option("--voters", help="layer (head-summed) or head.  [default: the collection's]")
+]
 Votes = Annotated[
     int | None, typer.Option("--votes", help="Votes that make a chunk positive.  [default: the collection's]")
+]
+LeastMass = Annotated[
+    float | None, typer.Option("--least-mass", help="Least attention a vote needs.  [default: the collection's]")
+]
+LabelLayers = Annotated[
+    str | None, typer.Option("--label-layers", metavar="N,N", help="Layers that vote.  [default: all recorded]")
 ]
 
 
@@ -67,9 +79,6 @@ def collect(
     seed: Annotated[int, typer.Option("--seed", help="Seed of the documents; keep it off evaluation's.")] = 1000,
     chunk_tokens: Annotated[int, typer.Option("--chunk-tokens", help="Tokens of a chunk.")] = 64,
     layers: Layers = None,
-    label_layers: Annotated[
-        str | None, typer.Option("--label-layers", metavar="N,N", help="Layers that label.  [default: all managed]")
-    ] = None,
     features: Annotated[
         str, typer.Option("--features", help="tokens (every key) or stats (mean, maximum, minimum a chunk).")
     ] = "tokens",
@@ -92,7 +101,7 @@ def collect(
     config = CollectConfig(
         model=model, tasks=tuple(task), lengths_tokens=tuple(sorted({parse_length(item) for item in length})),
         samples=samples, seed=seed, chunk_tokens=chunk_tokens, layers=parse_layers(layers),
-        label_layers=parse_layers(label_layers), features=features, top_p=top_p, votes=votes, voters=voters,  # type: ignore[arg-type]
+        features=features, top_p=top_p, votes=votes, voters=voters,  # type: ignore[arg-type]
         least_mass=least_mass, state_tokens=states, shard_documents=shard_documents, device=device, dtype=dtype,
     )  # fmt: skip
     with make_progress(not quiet) as progress:
@@ -124,7 +133,11 @@ def train(
     warm_start: Annotated[
         bool, typer.Option("--warm-start/--cold-start", help="Begin at the model's own queries and keys.")
     ] = True,
+    top_p: TopP = None,
+    voters: Voters = None,
     votes: Votes = None,
+    least_mass: LeastMass = None,
+    label_layers: LabelLayers = None,
     sink_tokens: Sinks = 4,
     recency_tokens: Recency = None,
     held_out: Annotated[float, typer.Option("--held-out", help="Share of documents to measure with.")] = 0.1,
@@ -144,7 +157,9 @@ def train(
         tau=tau, layers=parse_layers(layers), epochs=epochs, lr=lr, weight_decay=weight_decay, gamma=gamma,
         negatives=negatives, warm_start=warm_start, batch_documents=batch_documents, batch_rows=batch_rows,
         heads=heads, key_dim=key_dim, rank=rank, encoder=encoder, encoder_width=encoder_width, lookback=lookback,  # type: ignore[arg-type]
-        votes=votes, sink_tokens=sink_tokens, recency_tokens=recency_tokens, held_out=held_out, patience=patience,
+        top_p=top_p, voters=voters, votes=votes, least_mass=least_mass,  # type: ignore[arg-type]
+        label_layers=parse_layers(label_layers), sink_tokens=sink_tokens, recency_tokens=recency_tokens,
+        held_out=held_out, patience=patience,
         target_recall=target_recall, seed=seed, device=device,
     )  # fmt: skip
     best = run_train([str(folder) for folder in data], out, config, note=silence if quiet else say)
@@ -170,7 +185,11 @@ def evaluate(
     tau: Annotated[
         int | None, typer.Option("--tau", help="Decode steps between refreshes.  [default: the indexer's, 64]")
     ] = None,
+    top_p: TopP = None,
+    voters: Voters = None,
     votes: Votes = None,
+    least_mass: LeastMass = None,
+    label_layers: LabelLayers = None,
     sink_tokens: Sinks = 4,
     recency_tokens: Recency = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the random policy.")] = 0,
@@ -181,6 +200,10 @@ def evaluate(
     """Measure an indexer on shards, beside recency, random and the attention oracle. Exit 1 when the gate fails."""
     note = silence if quiet else say
     folders = [str(folder) for folder in data]
+    rule: dict[str, Any] = {
+        "top_p": top_p, "voters": voters, "votes": votes, "least_mass": least_mass,
+        "layers": parse_layers(label_layers),
+    }  # fmt: skip
     if gate:
         from tabulate import tabulate
 
@@ -188,7 +211,7 @@ def evaluate(
         from kvscope.harness.lsa.gate import gate as run_gate
 
         result = run_gate(
-            folders, model=model, tau=tau or 64, votes=votes, sink_tokens=sink_tokens, recency_tokens=recency_tokens,
+            folders, model=model, tau=tau or 64, rule=rule, sink_tokens=sink_tokens, recency_tokens=recency_tokens,
             samples=samples, device=device, dtype=dtype, note=note,
         )  # fmt: skip
         typer.echo(tabulate(result.rows, headers="keys", tablefmt="simple"))
@@ -200,7 +223,10 @@ def evaluate(
     from kvscope.harness.lsa.evaluate import EvalConfig, summary_text
     from kvscope.harness.lsa.evaluate import evaluate as run_evaluate
 
-    config = EvalConfig(tau=tau, votes=votes, sink_tokens=sink_tokens, recency_tokens=recency_tokens, seed=seed)
+    config = EvalConfig(
+        tau=tau, top_p=top_p, voters=voters, votes=votes, least_mass=least_mass,  # type: ignore[arg-type]
+        label_layers=rule["layers"], sink_tokens=sink_tokens, recency_tokens=recency_tokens, seed=seed,
+    )  # fmt: skip
     rows = run_evaluate(folders, indexer, out, config, device=device, note=note)
     typer.echo(summary_text(rows))
     typer.echo(f"\ntables and figure  {out}")

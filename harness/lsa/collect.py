@@ -2,7 +2,7 @@
 
 Every document is a task's prompt with its answer. The prompt is prefilled as for any method; its last token and the
 answer are then fed one by one, as decode would, and every such step leaves the hidden states entering the indexed
-layers and the attention of the managed layers, reduced to masses and votes of chunks.
+layers and the attention of the managed layers, reduced to masses of chunks.
 """
 
 import shutil
@@ -15,6 +15,7 @@ import torch
 
 from kvscope.harness.config import format_length, parse_length, split_spec
 from kvscope.harness.decode import DecodeSession
+from kvscope.harness.lsa.label_rule import LabelRule
 from kvscope.harness.lsa.recorder import Recorder, RecordingSequence, StepRecord
 from kvscope.harness.lsa.shards import (
     STORED_DTYPE,
@@ -54,10 +55,10 @@ class CollectConfig:
         seed: of the documents. Keep it away from the seeds that evaluate.
         chunk_tokens: tokens of a chunk.
         layers: indexed layers; None: every managed layer.
-        label_layers: layers whose attention makes the labels; None: every managed layer.
         features: ``tokens`` (every key) or ``stats`` (mean, maximum and minimum of a chunk's keys, a fraction of the
             disk).
-        top_p, votes, voters, least_mass: the labels, see ``chunk_votes``.
+        top_p, votes, voters, least_mass: how labels are told unless training asks otherwise, see ``LabelRule``; masses
+            below ``least_mass`` are not stored.
         state_tokens: hidden states kept before step 0, the most an indexer can look back.
         shard_documents: documents a shard.
         device, dtype: as ``kvscope run``.
@@ -70,7 +71,6 @@ class CollectConfig:
     seed: int
     chunk_tokens: int = 64
     layers: tuple[int, ...] | None = None
-    label_layers: tuple[int, ...] | None = None
     features: Features = "tokens"
     top_p: float = 0.6
     votes: int = 1
@@ -82,16 +82,12 @@ class CollectConfig:
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("samples", "chunk_tokens", "votes", "state_tokens", "shard_documents"):
+        LabelRule(top_p=self.top_p, votes=self.votes, voters=self.voters, least_mass=self.least_mass)
+        for name in ("samples", "chunk_tokens", "state_tokens", "shard_documents"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be 1 or more, got {getattr(self, name)}.")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
-        if not 0 <= self.least_mass < 1:
-            raise UsageError(f"least_mass must be 0 or more and below 1, got {self.least_mass}.")
-        for name, known in (("features", ("stats", "tokens")), ("voters", ("layer", "head"))):
-            if getattr(self, name) not in known:
-                raise UsageError(f"{name} must be {' or '.join(known)}, got {getattr(self, name)!r}.")
+        if self.features not in ("stats", "tokens"):
+            raise UsageError(f"features must be stats or tokens, got {self.features!r}.")
         if not self.tasks or not self.lengths_tokens:
             raise UsageError("At least one task and one length are needed: --task NAME --length TOKENS.")
 
@@ -168,12 +164,12 @@ def describe(config: CollectConfig, loaded: LoadedModel) -> CollectionInfo:
         UsageError: layers that kvscope does not manage in this model.
     """
     shape = loaded.shape
-    layers, label_layers = (given or shape.layers for given in (config.layers, config.label_layers))
-    foreign = sorted({*layers, *label_layers} - set(shape.layers))
+    layers = config.layers or shape.layers
+    foreign = sorted(set(layers) - set(shape.layers))
     if foreign:
         raise UsageError(
-            f"Layers {', '.join(map(str, foreign))} of model '{loaded.name}' cannot be indexed or make labels: kvscope "
-            f"manages {', '.join(map(str, shape.layers))}."
+            f"Layers {', '.join(map(str, foreign))} of model '{loaded.name}' cannot be indexed: kvscope manages "
+            f"{', '.join(map(str, shape.layers))}."
         )
     return CollectionInfo(
         model=loaded.name,
@@ -185,7 +181,7 @@ def describe(config: CollectConfig, loaded: LoadedModel) -> CollectionInfo:
         head_dim=shape.head_dim,
         kv_bytes_per_token=shape.kv_bytes_per_token,
         layers=tuple(sorted(layers)),
-        label_layers=tuple(sorted(label_layers)),
+        label_layers=shape.layers,
         chunk_tokens=config.chunk_tokens,
         features=config.features,
         top_p=config.top_p,
@@ -308,9 +304,7 @@ def record(
     kept = [(step, records[step]) for step in sorted(segment_of)]
     before = torch.stack([_padded(prompt, layer, info.state_tokens) for layer in info.layers], 1)
     during = torch.stack([each.hidden_LM for each in records])
-    votes_RM = torch.stack([each.votes_M for _, each in kept])
-    row, chunk = votes_RM.nonzero(as_tuple=True)
-    counts = torch.bincount(row, minlength=len(kept))
+    counts = torch.tensor([len(each.values) for _, each in kept])
     name = recorder.features_name
     return Document(
         info=DocumentInfo(
@@ -326,8 +320,10 @@ def record(
         steps=torch.tensor([step for step, _ in kept], dtype=torch.int32),
         segments=torch.tensor([segment_of[step] for step, _ in kept], dtype=torch.int32),
         indptr=torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int().cpu(),
-        indices=chunk.int().cpu(),
-        votes=votes_RM[row, chunk].cpu(),
+        indices=torch.cat([each.chunks for _, each in kept]).int().cpu(),
+        voters=torch.cat([each.voters for _, each in kept]).to(torch.int16).cpu(),
+        values=torch.cat([each.values for _, each in kept]).half().cpu(),
+        rest=torch.stack([each.rest_V for _, each in kept]).half().cpu(),
         mass=torch.stack([each.mass_M for _, each in kept]).half().cpu(),
         queries=torch.stack([each.queries_LF for each in records]).to(STORED_DTYPE).cpu(),
     )
@@ -341,6 +337,7 @@ def _padded(prompt: Any, layer: int, width: int) -> torch.Tensor:
 
 def positive_text(documents: Sequence[Document], info: CollectionInfo) -> str:
     """Return how many chunks a step needs, in a few words."""
-    found = [int((document.votes >= info.votes).sum()) for document in documents]
+    rule = info.rule()
+    found = [int((document.votes(rule, info) >= rule.votes).sum()) for document in documents]
     rows = sum(len(document.steps) for document in documents)
     return f"{sum(found) / max(1, rows):.1f} positive chunks a step"

@@ -23,6 +23,7 @@ from kvscope.harness.lsa.objective import Example, Place, TrainConfig, compute_d
 from kvscope.harness.lsa.shards import CollectionInfo, open_collections
 from kvscope.methods.lsa.indexer import Indexer, IndexerConfig, logit
 from kvscope.methods.lsa.indexer_files import indexer_folder, indexer_hash, load_indexer
+from kvscope.methods.lsa.labels import Voters
 from kvscope.results.errors import UsageError
 
 FRACTIONS = (0.02, 0.03, 0.05, 0.075, 0.1, 0.135, 0.2, 0.3, 0.5, 0.75, 1.0)
@@ -39,13 +40,17 @@ class EvalConfig:
 
     Attributes:
         tau: decode steps between refreshes; None: the indexer's.
-        votes: votes of a golden chunk; None: the collection's.
+        top_p, voters, votes, least_mass, label_layers: what makes a chunk golden; None: as the collection says.
         sink_tokens, recency_tokens: what always stays.
         seed: of the random policy.
     """
 
     tau: int | None = None
+    top_p: float | None = None
+    voters: Voters | None = None
     votes: int | None = None
+    least_mass: float | None = None
+    label_layers: tuple[int, ...] | None = None
     sink_tokens: int = 4
     recency_tokens: int | None = None
     seed: int = 0
@@ -108,7 +113,11 @@ def evaluate(
     options = TrainConfig(
         tau=tau,
         layers=indexer.config.layers,
+        top_p=config.top_p,
+        voters=config.voters,
         votes=config.votes,
+        least_mass=config.least_mass,
+        label_layers=config.label_layers,
         sink_tokens=config.sink_tokens,
         recency_tokens=config.recency_tokens,
         lookback=indexer.config.lookback_tokens,
@@ -127,7 +136,7 @@ def evaluate(
         "chunk_tokens": info.chunk_tokens,
         "layers": list(indexer.config.layers),
         "documents": len(places),
-        "labels": info.labels(votes=config.votes),
+        "labels": options.rule(info).text(),
         "collections": [collection.info.id for collection in collections],
     }
     write_tables(target, rows, about)

@@ -5,7 +5,7 @@ window and decoded tokens), refreshed every tau steps. The labels pass when the 
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 
 from kvscope.harness.decode import decode
 from kvscope.harness.lsa.collect import make_tasks
+from kvscope.harness.lsa.label_rule import LabelRule
 from kvscope.harness.lsa.shards import Collection, open_collections
 from kvscope.harness.models import load_model
 from kvscope.harness.prefill import prefill
@@ -63,7 +64,7 @@ def gate(
     *,
     model: str | None = None,
     tau: int = 64,
-    votes: int | None = None,
+    rule: Mapping[str, Any] | None = None,
     sink_tokens: int = 4,
     recency_tokens: int | None = None,
     samples: int | None = None,
@@ -75,7 +76,8 @@ def gate(
 
     Args:
         model: None: the one that was collected from.
-        tau, votes, sink_tokens, recency_tokens: as in training.
+        tau, sink_tokens, recency_tokens: as in training.
+        rule: values of ``LabelRule`` in place of the collections' own.
         samples: most prompts of each task and length.
 
     Raises:
@@ -83,6 +85,7 @@ def gate(
     """
     collections = open_collections(folders)
     info = collections[0].info
+    labels = info.rule(**(rule or {}))
     loaded = load_model(model or info.model, device=device, dtype=dtype)
     if loaded.shape.revision != info.model_revision:
         raise UsageError(
@@ -108,7 +111,7 @@ def gate(
                 loaded.tokenizer, length_tokens=document_info.length_tokens, sample=document_info.sample,
                 seed=collection.info.seed,
             )  # fmt: skip
-            method.script = script(collection, index, method, tau=tau, votes=votes)
+            method.script = script(collection, index, method, tau=tau, rule=labels)
             prompt = prefill(loaded, sample.ids[:-1])
             found = []
             kept = 1.0
@@ -130,11 +133,11 @@ def gate(
     return GateResult(rows=[pooled, *rows], passed=pooled["restricted"] >= LEAST_SHARE * pooled["dense"])
 
 
-def script(collection: Collection, index: int, method: Lsa, *, tau: int, votes: int | None) -> list[torch.Tensor]:
+def script(collection: Collection, index: int, method: Lsa, *, tau: int, rule: LabelRule) -> list[torch.Tensor]:
     """Return the labelled candidates of every refresh of a document."""
     document = collection.load(index)
     layout = method.layout(document.info.prompt_tokens)
-    positives = document.positives(tau=tau, votes=votes or collection.info.votes)
+    positives = collection.positives(index, rule, tau=tau)
     rows = document.refresh_rows(tau)
     return [positives[row, layout.first : layout.last].nonzero()[:, 0] for row in rows.tolist()]
 

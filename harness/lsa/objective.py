@@ -12,8 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from kvscope.harness.lsa.shards import Collection, Document
+from kvscope.harness.lsa.label_rule import LabelRule
+from kvscope.harness.lsa.shards import Collection, CollectionInfo, Document
 from kvscope.methods.lsa.indexer import ENCODER_FEATURES, EncoderKind, Indexer, dequantize, logit, quantize
+from kvscope.methods.lsa.labels import Voters
 from kvscope.results.errors import EnvironmentProblem, UsageError
 
 Place = tuple[Collection, int]
@@ -35,7 +37,7 @@ class TrainConfig:
         heads, key_dim, rank: sizes; None: the model's heads, at most 128, half the model's width.
         encoder, encoder_width: memory side; None: ``pooled`` if the collection holds every key, else ``stats``.
         lookback: states scored a refresh: the token before an answer says little of what the question asked.
-        votes: votes of a positive; None: the collection's.
+        top_p, voters, votes, least_mass, label_layers: how positives are told; None: as the collection says.
         sink_tokens, recency_tokens: what always stays, so that it is neither positive nor negative.
         held_out: share of the documents kept for measuring; at least one.
         patience: epochs without a lower held-out loss before it stops.
@@ -62,7 +64,11 @@ class TrainConfig:
     encoder: EncoderKind | None = None
     encoder_width: int = 64
     lookback: int = 8
+    top_p: float | None = None
+    voters: Voters | None = None
     votes: int | None = None
+    least_mass: float | None = None
+    label_layers: tuple[int, ...] | None = None
     sink_tokens: int = 4
     recency_tokens: int | None = None
     held_out: float = 0.1
@@ -76,7 +82,7 @@ class TrainConfig:
                      "patience"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be 1 or more, got {getattr(self, name)}.")
-        for name in ("heads", "key_dim", "rank", "votes"):
+        for name in ("heads", "key_dim", "rank"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UsageError(f"{name} must be 1 or more, got {getattr(self, name)}.")
         if not 0 < self.held_out < 1:
@@ -87,6 +93,20 @@ class TrainConfig:
             raise UsageError(f"encoder must be {', '.join(ENCODER_FEATURES)}, got {self.encoder!r}.")
         if not self.lr > 0:
             raise UsageError(f"lr must be positive, got {self.lr}.")
+
+    def rule(self, info: CollectionInfo) -> LabelRule:
+        """Return how positives of a collection are told.
+
+        Raises:
+            UsageError: a rule that the collection cannot answer.
+        """
+        return info.rule(
+            top_p=self.top_p,
+            voters=self.voters,
+            votes=self.votes,
+            least_mass=self.least_mass,
+            layers=self.label_layers,
+        )
 
 
 @dataclass(frozen=True)
@@ -149,7 +169,7 @@ def example(place: Place, config: TrainConfig) -> Example | None:
     layout = document.layout(info.chunk_tokens, sink_tokens=config.sink_tokens, recency_tokens=config.recency_tokens)
     if not layout.n_candidates:
         return None
-    positives = document.positives(tau=config.tau, votes=config.votes or info.votes)[:, layout.first : layout.last]
+    positives = collection.positives(index, config.rule(info), tau=config.tau)[:, layout.first : layout.last]
     places = tuple(info.layers.index(layer) for layer in config.layers or info.layers)
     return Example(document, layout.first, layout.last, positives, places)
 

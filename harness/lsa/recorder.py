@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
+from kvscope.harness.lsa.label_rule import voter_masses
 from kvscope.harness.lsa.shards import STORED_DTYPE, CollectionInfo
 from kvscope.methods.base import AttentionExtras, Collector, SequenceCache
 from kvscope.methods.dense.method import Dense
 from kvscope.methods.lsa.collectors import ChunkKeys, LastStates
 from kvscope.methods.lsa.indexer import chunk_features
-from kvscope.methods.lsa.labels import chunk_mass, chunk_votes, token_logits
+from kvscope.methods.lsa.labels import chunk_mass, token_logits
 from kvscope.methods.resident import ResidentSequence
 from kvscope.methods.shape import ModelShape
 from kvscope.methods.store import PromptKV
@@ -25,13 +26,18 @@ class StepRecord:
     Attributes:
         hidden_LM: states that entered the indexed layers, [L, M].
         queries_LF: these layers' queries before rotation, heads side by side, [L, Q * head size].
-        votes_M: votes of each chunk, uint8 [n']; empty when the step was not listened to.
+        chunks, voters, values: masses of at least the collection's least, see ``label_rule``; empty when the step was
+            not listened to.
+        rest_V: each voter's mass outside the prompt; empty likewise.
         mass_M: the strongest layer's head-summed mass of each chunk, [n']; empty likewise.
     """
 
     hidden_LM: torch.Tensor
     queries_LF: torch.Tensor
-    votes_M: torch.Tensor
+    chunks: torch.Tensor
+    voters: torch.Tensor
+    values: torch.Tensor
+    rest_V: torch.Tensor
     mass_M: torch.Tensor
 
 
@@ -121,16 +127,17 @@ class RecordingSequence(ResidentSequence):
         """Return what the last step left, and forget it."""
         hidden_LM = torch.stack([self._hidden[layer] for layer in self._info.layers])
         queries_LF = torch.stack([self._queries[layer] for layer in self._info.layers])
-        if self._mass:
-            mass_LQM = torch.stack(self._mass)
-            votes = chunk_votes(
-                mass_LQM, top_p=self._info.top_p, voters=self._info.voters, least_mass=self._info.least_mass
-            )
-            strongest = mass_LQM.mean(1).amax(0)[:-1]
-        else:
-            votes, strongest = torch.empty(0, dtype=torch.uint8), torch.empty(0)
-        self._mass, self._hidden, self._queries = [], {}, {}
-        return StepRecord(hidden_LM, queries_LF, votes, strongest)
+        mass, self._mass, self._hidden, self._queries = self._mass, [], {}, {}
+        if not mass:
+            nothing = torch.empty(0)
+            return StepRecord(hidden_LM, queries_LF, nothing, nothing, nothing, nothing, nothing)
+        mass_LQM = torch.stack(mass)
+        mass_VM = voter_masses(mass_LQM)
+        # A mass of zero can never be voted for; it is not worth a place.
+        kept = mass_VM[:, :-1] >= max(self._info.least_mass, torch.finfo(torch.float16).tiny)
+        voters, chunks = kept.nonzero(as_tuple=True)
+        strongest = mass_LQM.mean(1).amax(0)[:-1]
+        return StepRecord(hidden_LM, queries_LF, chunks, voters, mass_VM[:, :-1][kept], mass_VM[:, -1], strongest)
 
     def close(self) -> None:
         self._mass, self._hidden, self._queries = [], {}, {}

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from kvscope.harness.lsa.label_rule import LabelRule, count_votes, wanted_voters
 from kvscope.methods.budget import default_recency_tokens
 from kvscope.methods.lsa.indexer import Features
 from kvscope.methods.lsa.labels import Voters
@@ -25,7 +26,20 @@ from kvscope.results.errors import UsageError
 FORMAT = 1
 MANIFEST = "manifest.json"
 STORED_DTYPE = torch.bfloat16
-_TENSORS = ("features", "hidden", "steps", "segments", "indptr", "indices", "votes", "mass", "queries")
+MASS_BYTES = 8  # chunk, voter, mass
+_TENSORS = (
+    "features",
+    "hidden",
+    "steps",
+    "segments",
+    "indptr",
+    "indices",
+    "voters",
+    "values",
+    "rest",
+    "mass",
+    "queries",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +53,11 @@ class CollectionInfo:
         query_heads, head_dim: of one layer.
         kv_bytes_per_token: of the managed layers, in the model's dtype.
         layers: indexed layers: their keys and the hidden states entering them are stored.
-        label_layers: layers whose attention made the labels.
+        label_layers: layers whose attention was recorded.
         chunk_tokens: C.
         features: what is stored of the keys (see ``chunk_features``).
-        top_p, voters, least_mass: how a voter chooses.
-        votes: votes that make a chunk positive; the counts are stored, so that training may ask for more.
+        top_p, voters, votes, least_mass: how labels are told unless one asks otherwise. Masses below ``least_mass`` are
+            not stored, so no other rule may ask for less.
         state_tokens: W.
         tasks, lengths_tokens, samples, seed: the documents.
     """
@@ -70,9 +84,21 @@ class CollectionInfo:
     samples: int
     seed: int
 
-    def labels(self, *, votes: int | None) -> dict[str, Any]:
-        """Return how positives are told, for the record; ``votes`` may ask for more than was collected with."""
-        return {"top_p": self.top_p, "voters": self.voters, "least_mass": self.least_mass, "votes": votes or self.votes}
+    def rule(self, **values: Any) -> LabelRule:
+        """Return how labels are told, with values that are not None in place of the collection's.
+
+        Raises:
+            UsageError: a value out of range, or smaller masses than were stored.
+        """
+        own = LabelRule(top_p=self.top_p, voters=self.voters, votes=self.votes, least_mass=self.least_mass)
+        rule = own.changed(**values)
+        if rule.least_mass < self.least_mass:
+            raise UsageError(
+                f"least_mass is {rule.least_mass}, and the collection stores no mass below {self.least_mass}; collect "
+                "again with a smaller --least-mass."
+            )
+        wanted_voters(rule, self.label_layers, self.query_heads)
+        return rule
 
     @property
     def id(self) -> str:
@@ -106,7 +132,9 @@ class Document:
         hidden: [W + T, L, M], states entering the indexed layers: of the W tokens before step 0, then of every step.
         steps: [R], decode steps that predict an answer token, ascending.
         segments: [R], which answer each belongs to.
-        indptr, indices, votes: CSR over chunks, a row a recorded step: who was voted for, and how often.
+        indptr, indices, voters, values: CSR of attention masses, a row a recorded step: chunk, voter (see
+            ``label_rule``) and mass.
+        rest: [R, V], what each voter's attention gave to no chunk of the prompt.
         mass: [R, n'], the strongest layer's head-summed attention.
         queries: [T, L, Q * head size], the model's own queries before rotation: training starts from them.
     """
@@ -118,7 +146,9 @@ class Document:
     segments: torch.Tensor
     indptr: torch.Tensor
     indices: torch.Tensor
-    votes: torch.Tensor
+    voters: torch.Tensor
+    values: torch.Tensor
+    rest: torch.Tensor
     mass: torch.Tensor
     queries: torch.Tensor
 
@@ -137,14 +167,23 @@ class Document:
             recency_tokens=default_recency_tokens(n_tokens) if recency_tokens is None else recency_tokens,
         )
 
-    def positives(self, *, tau: int, votes: int) -> torch.Tensor:
+    def votes(self, rule: LabelRule, info: CollectionInfo) -> torch.Tensor:
+        """Return the votes of every chunk at every recorded step, [R, n']."""
+        return count_votes(
+            rule,
+            row=torch.repeat_interleave(torch.arange(len(self.steps)), self.indptr.long().diff()),
+            voter=self.voters.long(),
+            chunk=self.indices.long(),
+            value=self.values,
+            rest_RV=self.rest,
+            wanted_V=wanted_voters(rule, info.label_layers, info.query_heads),
+            n_chunks=self.mass.shape[1],
+        )
+
+    def positives(self, rule: LabelRule, info: CollectionInfo, *, tau: int) -> torch.Tensor:
         """Return the labels, bool [R, n']: chunks with enough votes in any step of [t, t + tau) of the same answer."""
-        n_rows = len(self.steps)
-        row = torch.repeat_interleave(torch.arange(n_rows), self.indptr.long().diff())
-        once = torch.zeros((n_rows + 1, self.mass.shape[1]), dtype=torch.int32)
-        enough = self.votes >= votes
-        once[row[enough] + 1, self.indices.long()[enough]] = 1
-        total = once.cumsum(0)
+        once = self.votes(rule, info) >= rule.votes
+        total = torch.cat([torch.zeros_like(once[:1]), once]).int().cumsum(0)
         # Rows ascend by step and answers do not overlap, so an interval is a range of rows.
         steps, segments = self.steps.long(), self.segments.long()
         end = torch.minimum(torch.searchsorted(steps, steps + tau), torch.searchsorted(segments, segments, right=True))
@@ -177,6 +216,7 @@ class Collection:
         self.complete = bool(manifest["complete"])
         self.documents: list[DocumentInfo] = []
         self._where: list[tuple[Path, int]] = []
+        self._positives: dict[tuple[int, LabelRule, int], torch.Tensor] = {}
         for shard in manifest["shards"]:
             path = self.folder / shard["file"]
             check_shard(path, size_bytes=shard["bytes"], info=self.info)
@@ -188,6 +228,13 @@ class Collection:
 
     def __len__(self) -> int:
         return len(self.documents)
+
+    def positives(self, index: int, rule: LabelRule, *, tau: int) -> torch.Tensor:
+        """Return a document's labels; they are worked out once."""
+        key = (index, rule, tau)
+        if key not in self._positives:
+            self._positives[key] = self.load(index).positives(rule, self.info, tau=tau)
+        return self._positives[key]
 
     def load(self, index: int) -> Document:
         """Read one document; large tensors are mapped, not copied, until they are used."""
@@ -212,7 +259,7 @@ def open_collections(folders: Sequence[str | Path]) -> list[Collection]:
     same = (
         *("model_revision", "layers", "label_layers", "chunk_tokens", "features", "hidden_size", "key_features"),
         *("query_heads", "head_dim"),
-        *("top_p", "voters", "least_mass"),
+        *("top_p", "voters", "votes", "least_mass"),
     )
     first = opened[0]
     for other in opened[1:]:
@@ -317,4 +364,8 @@ def document_bytes(info: CollectionInfo, *, prompt_tokens: int, n_steps: int) ->
     keys = len(info.layers) * n_chunks * rows * info.key_features
     states = (info.state_tokens + n_steps) * len(info.layers) * info.hidden_size
     queries = n_steps * len(info.layers) * info.query_heads * info.head_dim
-    return element_bytes * (keys + states + queries + n_steps * n_chunks)
+    # Of the masses as many as can be above the least: each voter has at most 1 / least_mass of them.
+    voters = len(info.label_layers) * (1 + info.query_heads)
+    most = n_chunks if info.least_mass == 0 else min(n_chunks, int(1 / info.least_mass))
+    masses = n_steps * (n_chunks + voters * (1 + most * MASS_BYTES // element_bytes))
+    return element_bytes * (keys + states + queries + masses)

@@ -54,6 +54,7 @@ def train(
     collections = open_collections(folders)
     info = collections[0].info
     check_fit(config, collections, note)
+    config.rule(info)
     device = compute_device(config.device)
     where = [(collection, index) for collection in collections for index in range(len(collection))]
     training, held_out = split(where, share=config.held_out)
@@ -109,7 +110,7 @@ def train(
     trained = {
         "data": [{"id": c.info.id, "tasks": list(c.info.tasks), "lengths_tokens": list(c.info.lengths_tokens),
                   "samples": c.info.samples, "seed": c.info.seed} for c in collections],
-        "labels": info.labels(votes=config.votes),
+        "labels": config.rule(info).text(),
         "documents": len(training), "held_out": best, "options": asdict(config),
     }  # fmt: skip
     indexer.config = replace(indexer.config, kept_fraction=best["kept_fraction"], trained=trained)

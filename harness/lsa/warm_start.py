@@ -5,7 +5,7 @@ affordable number of documents. The model already has that match, in the queries
 paper starts from there, too: its keys are the native indexer's, frozen. Here
 
 - the map from hidden states to queries is fitted by ridge regression on the (state, query) pairs of the shards;
-- it is cut to the indexer's rank where that costs least on the states seen (a truncated SVD);
+- it is cut to the indexer's rank where that costs least on the states seen (their principal directions);
 - keys and queries are projected to the indexer's key size by the best bilinear approximation of their product (a
   truncated SVD of C_q^1/2 C_k^1/2, C the second moments), keys centred: what all keys have in common tells nothing;
 - every head is scaled to unit variance over the keys, and the bias set so that few chunks pass.
@@ -54,42 +54,48 @@ def warm_start(indexer: Indexer, training: Sequence[Place], config: TrainConfig)
     Heads beyond the model's own keep their random weights, and so does what an encoder adds to its linear part.
     """
     info = training[0][0].info
-    places = tuple(info.layers.index(layer) for layer in indexer.config.layers)
-    moments = gather(training[:: max(1, len(training) // MOST_DOCUMENTS)], places)
+    device = next(indexer.parameters()).device
+    sampled = training[:: max(1, len(training) // MOST_DOCUMENTS)]
     report = []
-    for layer, sums in zip(indexer.config.layers, moments, strict=True):
+    for layer in indexer.config.layers:
+        # One layer at a time: the moments of a wide model are hundreds of megabytes.
+        sums = gather(sampled, info.layers.index(layer), device)
         report.append(start_layer(indexer.layer(layer), sums, query_heads=info.query_heads, head_dim=info.head_dim))
     set_bias(indexer, training[:: max(1, len(training) // 16)], config)
     return report
 
 
 @torch.no_grad()
-def gather(training: Sequence[Place], places: Sequence[int]) -> list[Moments]:
-    """Sum the moments of the indexed layers over documents."""
-    found: list[Moments] = []
+def gather(training: Sequence[Place], place: int, device: torch.device) -> Moments:
+    """Sum the moments of the indexed layer at ``place`` over documents."""
+    info = training[0][0].info
+    width, heads, features = info.hidden_size, info.query_heads * info.head_dim, info.key_features
+
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.float64, device=device)
+
+    sums = Moments(
+        xx=zeros(width, width),
+        xq=zeros(width, heads),
+        qq=zeros(heads, heads),
+        kk=zeros(features, features),
+        k=zeros(features),
+    )
     for collection, index in training:
         document = collection.load(index)
-        T = document.info.n_steps
-        for at, place in enumerate(places):
-            x = unit_rms(document.hidden[-T:, place].double())
-            q = document.queries[:, place].double()
-            keys = document.features[place]
-            k = (keys[:, 0] if collection.info.features == "stats" else keys.flatten(0, 1)).double()
-            k = k[:: max(1, len(k) // KEYS_A_DOCUMENT)]
-            if at == len(found):
-                M, QD, n_features = x.shape[1], q.shape[1], k.shape[1]
-                found.append(
-                    Moments(zeros(M, M), zeros(M, QD), zeros(QD, QD), zeros(n_features, n_features), zeros(n_features))
-                )
-            sums = found[at]
-            sums.xx += x.T @ x
-            sums.xq += x.T @ q
-            sums.qq += q.T @ q
-            sums.kk += k.T @ k
-            sums.k += k.sum(0)
-            sums.n_states += len(x)
-            sums.n_keys += len(k)
-    return found
+        x = unit_rms(document.hidden[-document.info.n_steps :, place].to(device).double())
+        q = document.queries[:, place].to(device).double()
+        keys = document.features[place]
+        k = keys[:, 0] if collection.info.features == "stats" else keys.flatten(0, 1)
+        k = k[:: max(1, len(k) // KEYS_A_DOCUMENT)].to(device).double()
+        sums.xx += x.T @ x
+        sums.xq += x.T @ q
+        sums.qq += q.T @ q
+        sums.kk += k.T @ k
+        sums.k += k.sum(0)
+        sums.n_states += len(x)
+        sums.n_keys += len(k)
+    return sums
 
 
 @torch.no_grad()
@@ -98,7 +104,7 @@ def start_layer(layer: LayerIndexer, sums: Moments, *, query_heads: int, head_di
     query, memory = layer.query, layer.memory
     n_features = len(sums.k)
     group = query_heads // (n_features // head_dim)
-    ridge = RIDGE * sums.xx.diagonal().mean() * torch.eye(len(sums.xx), dtype=torch.float64)
+    ridge = RIDGE * sums.xx.diagonal().mean() * torch.eye(len(sums.xx), dtype=torch.float64, device=sums.xx.device)
     w_QDM = torch.linalg.solve(sums.xx + ridge, sums.xq).T  # queries from states
     residual = sums.qq.trace() - 2 * (w_QDM @ sums.xq).trace() + (w_QDM @ sums.xx @ w_QDM.T).trace()
     fit = 1.0 - float(residual / sums.qq.trace())
@@ -120,18 +126,19 @@ def start_layer(layer: LayerIndexer, sums: Moments, *, query_heads: int, head_di
     to_k = s[:n_kept, None].sqrt() * vh[:n_kept] @ unroot_k
 
     n_heads = min(query.heads, query_heads)
-    full = torch.zeros((query.heads, query.key_dim, len(sums.xx)), dtype=torch.float64)
+    full = w_QDM.new_zeros((query.heads, query.key_dim, len(sums.xx)))
     for head, (own, slot) in enumerate(slots[:n_heads]):
         mapped = to_q[:, slot] @ w_QDM[own]
         # Logits of unit variance over keys and states: idle heads must not drown a retrieving one.
         c_head = to_q[:, slot] @ (sums.qq[own, own] / sums.n_states) @ to_q[:, slot].T
         variance = (c_head * (to_k @ c_k @ to_k.T)).sum().clamp_min(1e-12)
         full[head, :n_kept] = mapped / variance.sqrt()
-    root_x, _ = roots(sums.xx / sums.n_states)
     rank = query.down.weight.shape[0]
-    u, _, _ = torch.linalg.svd(full.flatten(0, 1) @ root_x, full_matrices=False)
-    basis = u[:, : min(rank, u.shape[1])]
-    down = basis.T @ full.flatten(0, 1)
+    flat = full.flatten(0, 1)
+    # The directions in which queries of the states seen really vary: the largest of the covariance of what `up` gives.
+    _, directions = torch.linalg.eigh(flat @ (sums.xx / sums.n_states) @ flat.T)
+    basis = directions[:, -min(rank, directions.shape[1]) :]
+    down = basis.T @ flat
     spread = ((down @ (sums.xx / sums.n_states)) * down).sum().div(rank).sqrt()
     query.norm_in.weight.fill_(1.0)
     query.down.weight.zero_()
@@ -170,11 +177,6 @@ def set_bias(indexer: Indexer, places: Sequence[Place], config: TrainConfig) -> 
         layer.query.weights.weight.div_(scale)
         layer.query.weights.bias.div_(scale)
         layer.bias.fill_(-cut)
-
-
-def zeros(*shape: int) -> torch.Tensor:
-    """Return zeros in fp64."""
-    return torch.zeros(shape, dtype=torch.float64)
 
 
 def unit_rms(x: torch.Tensor) -> torch.Tensor:

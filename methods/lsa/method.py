@@ -57,8 +57,8 @@ class LsaConfig:
 
     Attributes:
         tau: decode steps between refreshes of the resident set.
-        mode: threshold (keep what scores enough) or budget (a fixed number of chunks, those that score most); none:
-            budget when one is given, else threshold.
+        mode: how chunks are kept, by threshold (all that score enough) or by budget (a fixed number, those that score
+            most); none: by budget when one is given.
         threshold: in threshold mode, least score of a kept chunk, between 0 and 1; with indexer=oracle the share of a
             layer's attention that the kept chunks reach together with what always stays.
         budget_tokens: in budget mode, prompt tokens that stay, sinks and window included (both stay even if they alone

@@ -26,19 +26,21 @@ SURFACE = {
     "show": ["name"],
     "doctor": ["--out", "-o"],
     "lsa collect": [
-        "--chunk-tokens", "--device", "--dtype", "--features", "--label-layers", "--layers", "--least-mass", "--length",
-        "--model", "--out", "--quiet", "--samples", "--seed", "--shard-documents", "--states", "--task", "--top-p",
+        "--chunk-tokens", "--device", "--dtype", "--features", "--layers", "--least-mass", "--length", "--model",
+        "--out", "--quiet", "--samples", "--seed", "--shard-documents", "--states", "--task", "--top-p",
         "--voters", "--votes", "-l", "-n", "-o", "-q", "-t",
     ],
     "lsa train": [
         "--batch-documents", "--batch-rows", "--cold-start", "--data", "--device", "--encoder", "--encoder-width",
-        "--epochs", "--gamma", "--heads", "--held-out", "--key-dim", "--layers", "--lookback", "--lr", "--negatives",
-        "--out", "--patience", "--quiet", "--rank", "--recency-tokens", "--seed", "--sink-tokens",
-        "--target-recall", "--tau", "--votes", "--warm-start", "--weight-decay", "-o", "-q",
+        "--epochs", "--gamma", "--heads", "--held-out", "--key-dim", "--label-layers", "--layers", "--least-mass",
+        "--lookback", "--lr", "--negatives", "--out", "--patience", "--quiet", "--rank", "--recency-tokens", "--seed",
+        "--sink-tokens", "--target-recall", "--tau", "--top-p", "--voters", "--votes", "--warm-start", "--weight-decay",
+        "-o", "-q",
     ],
     "lsa eval": [
-        "--data", "--device", "--dtype", "--gate", "--indexer", "--model", "--out", "--quiet", "--recency-tokens",
-        "--samples", "--seed", "--sink-tokens", "--tau", "--votes", "-n", "-o", "-q",
+        "--data", "--device", "--dtype", "--gate", "--indexer", "--label-layers", "--least-mass", "--model", "--out",
+        "--quiet", "--recency-tokens", "--samples", "--seed", "--sink-tokens", "--tau", "--top-p", "--voters",
+        "--votes", "-n", "-o", "-q",
     ],
 }  # fmt: skip
 

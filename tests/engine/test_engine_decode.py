@@ -6,12 +6,12 @@ import pytest
 import torch
 from sequences import prefilled
 
-from engine.tiny_models import loaded_model, prompt_ids, save_tiny, stock_model
+from engine.tiny_models import loaded_model, prompt_ids, runnable_methods, save_tiny, stock_model
 from kvscope.harness.decode import DecodeSession, answer_nll, decode
 from kvscope.harness.models import load_model
 from kvscope.harness.prefill import prefill
 from kvscope.methods.base import Footprint
-from kvscope.methods.registry import create_method, method_names
+from kvscope.methods.registry import create_method
 from kvscope.results.errors import UsageError
 
 
@@ -118,7 +118,7 @@ def fingerprint(prompt):
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "afmoe"])
-@pytest.mark.parametrize("method", method_names())
+@pytest.mark.parametrize("method", runnable_methods())
 def test_a_prompt_serves_every_method_unchanged_and_forks_are_independent(name, method):
     loaded = loaded_model(name)
     ids = prompt_ids(170, seed=13)

@@ -6,14 +6,14 @@ import pytest
 import torch
 from sequences import assert_predicted, errors_of_evicting, prefilled
 
-from engine.tiny_models import ARCHITECTURES, build_stock, prompt_ids, save_tiny, stock_model
+from engine.tiny_models import ARCHITECTURES, build_stock, prompt_ids, runnable_methods, save_tiny, stock_model
 from kvscope.harness.decode import DecodeSession, answer_nll, decode
 from kvscope.harness.models import load_model, wrap_model
 from kvscope.harness.prefill import prefill
-from kvscope.methods.registry import create_method, method_names
+from kvscope.methods.registry import create_method
 
 pytestmark = pytest.mark.gpu
-SPECS = [*method_names(), "sliding_window:window=20", "random:chunk_tokens=5,recency_tokens=7,fraction=0.3"]
+SPECS = [*runnable_methods(), "sliding_window:window=20", "random:chunk_tokens=5,recency_tokens=7,fraction=0.3"]
 
 
 def run_steps(loaded, method, prompt, tokens, **options):
@@ -75,8 +75,8 @@ def test_a_folder_loads_in_bf16_and_decodes(tmp_path, architecture):
     loaded = load_model(str(save_tiny(tmp_path / "tiny", architecture)))
     assert (loaded.device.type, loaded.dtype, loaded.shape.element_bytes) == ("cuda", torch.bfloat16, 2)
     ids = prompt_ids(500)
-    prompt = prefilled(loaded, ids[:-1], method_names())
-    for name in method_names():
+    prompt = prefilled(loaded, ids[:-1], runnable_methods())
+    for name in runnable_methods():
         method = create_method(name)
         result = decode(loaded, method, prompt, ids[-1:], max_new_tokens=8, stop_at_eos=False, device="cuda")
         assert len(result.ids) == 8

@@ -150,3 +150,11 @@ def save_tiny(folder: Path, name: str = "llama", **changes: Any) -> Path:
     )
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
     return folder
+
+
+def runnable_methods() -> list[str]:
+    """Return every registered method in a form that runs on a model of random weights, without trained parts."""
+    from kvscope.methods.registry import method_names
+
+    untrained = {"lsa": "lsa:budget_fraction=0.5,chunk_tokens=16,indexer=oracle"}
+    return [untrained.get(name, name) for name in method_names()]

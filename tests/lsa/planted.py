@@ -44,7 +44,9 @@ def planted_document(info: CollectionInfo, sample: int, *, n_steps: int = 6, noi
         segments=torch.zeros(n_steps, dtype=torch.int32),
         indptr=torch.arange(n_steps + 1, dtype=torch.int32),
         indices=golden.int(),
-        votes=torch.ones(n_steps, dtype=torch.uint8),
+        voters=torch.zeros(n_steps, dtype=torch.int16),
+        values=torch.full((n_steps,), 0.7).half(),
+        rest=torch.full((n_steps, 2 + 2 * 2), 0.2).half(),
         mass=mass.half(),
         queries=hidden[info.state_tokens :, :, :12].bfloat16(),
     )  # fmt: skip

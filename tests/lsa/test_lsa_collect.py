@@ -55,8 +55,9 @@ def test_every_document_is_there_shortest_first_with_its_answer(config, tmp_path
         assert info.prompt_tokens + 1 + config_room(info) == info.length_tokens
         assert document.mass.shape == (info.n_steps, -(-info.prompt_tokens // 16))
         assert (document.mass.float().sum(1) <= 2.01).all(), "at most one of each of two layers"
-        assert document.indptr[-1] == len(document.indices) == len(document.votes)
-        assert document.votes.min() >= 1
+        assert document.indptr[-1] == len(document.indices) == len(document.voters) == len(document.values)
+        assert document.rest.shape == (info.n_steps, 2 + 2 * 2), "two layers, two heads each"
+        assert (document.votes(collection.info.rule(), collection.info) <= 2).all()
 
 
 def config_room(info):
@@ -135,13 +136,11 @@ def test_the_estimate_is_an_upper_bound_and_near(config, tmp_path):
 
 
 def test_layers_can_be_chosen_and_must_be_managed(config, tmp_path):
-    folder = collect(replace(config, layers=(1,), label_layers=(0,), samples=1), tmp_path / "data", progress=Progress())
+    folder = collect(replace(config, layers=(1,), samples=1), tmp_path / "data", progress=Progress())
     info = Collection(folder).info
-    assert (info.layers, info.label_layers) == ((1,), (0,))
+    assert (info.layers, info.label_layers) == ((1,), (0, 1))
     assert Collection(folder).load(0).hidden.shape[1] == 1
-    with pytest.raises(
-        UsageError, match="Layers 7 of model 'tiny' cannot be indexed or make labels: kvscope manages 0, 1"
-    ):
+    with pytest.raises(UsageError, match="Layers 7 of model 'tiny' cannot be indexed: kvscope manages 0, 1"):
         collect(replace(config, layers=(0, 7)), tmp_path / "other", progress=Progress())
 
 

@@ -128,7 +128,7 @@ def test_the_gate_answers_twice_and_refuses_another_model(tiny_model, tmp_path):
     assert (pooled["task"], pooled["n"], pooled["kept_fraction"]) == ("all", 2, 1.0), "top-p 1 labels every chunk"
     assert pooled["dense"] == pooled["restricted"]
     assert result.passed
-    none = gate([folder], model=tiny_model, device="cpu", tau=1000, votes=200)
+    none = gate([folder], model=tiny_model, device="cpu", tau=1000, rule={"votes": 200})
     # 383 prompt tokens: a chunk of sinks, eight of window, and the incomplete one of 15.
     assert none.rows[0]["kept_fraction"] == pytest.approx((16 + 128 + 15) / 383, abs=1e-3)
     with pytest.raises(UsageError, match="The collection was made with model 'tiny'"):

@@ -8,10 +8,12 @@ from engine.tiny_models import loaded_model, prompt_ids, stock_model
 
 from kvscope.harness.decode import DecodeSession
 from kvscope.harness.lsa.collect import CollectConfig, describe, record
+from kvscope.harness.lsa.label_rule import LabelRule, voter_masses
 from kvscope.harness.lsa.recorder import Recorder
-from kvscope.harness.lsa.shards import Document, DocumentInfo
+from kvscope.harness.lsa.shards import CollectionInfo, Document, DocumentInfo
 from kvscope.methods.lsa.labels import chunk_mass, chunk_votes, top_p_mask
 from kvscope.methods.lsa.layout import ChunkLayout
+from kvscope.results.errors import UsageError
 
 
 @pytest.mark.parametrize("n_tokens", [0, 1, 15, 16, 17, 100, 128])
@@ -100,6 +102,14 @@ def test_recorded_masses_and_states_are_those_of_the_stock_model(family):
         for i, layer in enumerate(info.layers):
             expected = out.hidden_states[layer][0, token]
             torch.testing.assert_close(document.hidden[row, i].float(), expected, atol=2e-2, rtol=2e-2)
+        # The stored masses are all of it here: they give the votes that the whole attention gives.
+        whole = torch.stack([out.attentions[layer][0, :, 150 + step, :150] for layer in loaded.shape.layers])
+        chunks = torch.nn.functional.pad(whole, (0, 10)).unflatten(-1, (10, 16)).sum(-1)
+        mass_LQM = torch.cat([chunks, 1 - chunks.sum(-1, keepdim=True)], -1)
+        for voters in ("layer", "head"):
+            expected = chunk_votes(mass_LQM, top_p=0.6, voters=voters, least_mass=0.02)
+            found = document.votes(info.rule(voters=voters, least_mass=0.02), info)[step]
+            assert (found - expected.int()).abs().sum() <= 1, "fp16 may move one chunk over the edge"
     assert document.hidden.shape == (5 + 4, len(info.layers), loaded.shape.hidden_size)
     assert document.info == DocumentInfo(
         task="t", question_type="t", length_tokens=154, sample=0, prompt_tokens=150, n_steps=4
@@ -132,18 +142,25 @@ def test_recording_changes_nothing():
     assert torch.equal(recorded, dense)
 
 
-def random_document(*, n_chunks=20, segments=(5, 1, 9), seed=0):
-    """A document of random votes with gaps between its answers."""
+INFO = CollectionInfo(
+    model="m", model_revision="r", dtype="float32", hidden_size=1, key_features=4, query_heads=3, head_dim=2,
+    kv_bytes_per_token=8, layers=(2,), label_layers=(2, 5), chunk_tokens=16, features="stats", top_p=0.6,
+    voters="layer", least_mass=0.01, votes=1, state_tokens=2, tasks=("t",), lengths_tokens=(400,), samples=1, seed=0,
+)  # fmt: skip
+
+
+def random_document(*, n_chunks=20, segments=(5, 1, 9), seed=0, least_mass=0.01):
+    """A document of random attention with gaps between its answers, and that attention [R, L, Q, n' + 1]."""
     draws = torch.Generator().manual_seed(seed)
     steps, segment_of, at = [], [], 0
     for segment, n in enumerate(segments):
         steps += range(at, at + n)
         segment_of += [segment] * n
         at += n + 3
-    votes = (torch.rand((len(steps), n_chunks), generator=draws) < 0.1) * torch.randint(
-        1, 4, (len(steps), n_chunks), generator=draws
-    )
-    row, chunk = votes.nonzero(as_tuple=True)
+    logits = 4 * torch.randn((len(steps), 2, 3, n_chunks + 1), generator=draws)
+    mass = torch.softmax(logits, -1).half().float()
+    voters = torch.stack([voter_masses(each) for each in mass])
+    row, voter, chunk = (voters[:, :, :-1] >= least_mass).nonzero(as_tuple=True)
     counts = torch.bincount(row, minlength=len(steps))
     info = DocumentInfo(
         task="t", question_type="t", length_tokens=400, sample=0, prompt_tokens=16 * n_chunks - 3, n_steps=at
@@ -151,18 +168,49 @@ def random_document(*, n_chunks=20, segments=(5, 1, 9), seed=0):
     document = Document(
         info=info, features=torch.zeros(1, n_chunks - 1, 3, 4), hidden=torch.arange(2 + at).float()[:, None, None],
         steps=torch.tensor(steps, dtype=torch.int32), segments=torch.tensor(segment_of, dtype=torch.int32),
-        indptr=torch.cat([torch.zeros(1), counts.cumsum(0)]).int(), indices=chunk.int(),
-        votes=votes[row, chunk].to(torch.uint8), mass=torch.zeros(len(steps), n_chunks),
+        indptr=torch.cat([torch.zeros(1), counts.cumsum(0)]).int(), indices=chunk.int(), voters=voter.to(torch.int16),
+        values=voters[row, voter, chunk], rest=voters[:, :, -1], mass=torch.zeros(len(steps), n_chunks),
         queries=torch.zeros(at, 1, 4),
     )  # fmt: skip
-    return document, votes
+    return document, mass
+
+
+@pytest.mark.parametrize("voters", ["layer", "head"])
+@pytest.mark.parametrize("top_p", [0.3, 0.6, 0.9, 1.0])
+@pytest.mark.parametrize("least_mass", [0.01, 0.05, 0.2])
+@pytest.mark.parametrize("layers", [None, (5,)])
+def test_stored_masses_give_the_votes_of_the_whole_attention(voters, top_p, least_mass, layers):
+    """The dense rule is the oracle; masses under the least are not stored and must not be missed."""
+    document, mass = random_document()
+    rule = INFO.rule(voters=voters, top_p=top_p, least_mass=least_mass, layers=layers)
+    found = document.votes(rule, INFO)
+    for row, each in enumerate(mass):
+        asked = each if layers is None else each[1:]
+        expected = chunk_votes(asked, top_p=top_p, voters=voters, least_mass=least_mass)
+        # Rounding decides only where a sum meets top_p exactly.
+        assert torch.equal(found[row], expected.int()), f"row {row}"
+
+
+def test_a_rule_may_not_ask_for_what_was_not_stored():
+    assert INFO.rule() == LabelRule(least_mass=0.01)
+    assert INFO.rule(top_p=0.9, votes=2).text()["votes"] == 2
+    with pytest.raises(UsageError, match=r"stores no mass below 0\.01"):
+        INFO.rule(least_mass=0.001)
+    with pytest.raises(UsageError, match="Layers 3 were not recorded for labels; the collection has 2, 5"):
+        INFO.rule(layers=(3, 5))
+    for bad, message in (({"top_p": 0.0}, "top_p"), ({"voters": "all"}, "voters"), ({"votes": 0}, "votes"),
+                         ({"least_mass": 1.0}, "least_mass")):  # fmt: skip
+        with pytest.raises(UsageError, match=message):
+            LabelRule(**bad)
 
 
 @pytest.mark.parametrize("tau", [1, 2, 4, 64])
 @pytest.mark.parametrize("least", [1, 2])
 def test_a_label_is_the_union_over_the_interval_within_one_answer(tau, least):
-    document, votes = random_document()
-    found = document.positives(tau=tau, votes=least)
+    document, _ = random_document()
+    rule = INFO.rule(votes=least)
+    votes = document.votes(rule, INFO)
+    found = document.positives(rule, INFO, tau=tau)
     steps, segments = document.steps.tolist(), document.segments.tolist()
     for row, (step, segment) in enumerate(zip(steps, segments, strict=True)):
         inside = [

@@ -5,7 +5,7 @@ import torch
 from engine.tiny_models import loaded_model, prompt_ids
 from lsa_tools import prefilled, random_indexer, run_steps
 
-from kvscope.harness.decode import DecodeSession
+from kvscope.harness.decode import DecodeSession, decode
 from kvscope.harness.prefill import prefill
 from kvscope.methods.base import tensor_bytes
 from kvscope.methods.lsa import pool
@@ -273,3 +273,13 @@ def test_the_synthetic_indexer_differs_by_seed_and_says_so():
     assert chosen[0] == chosen[1] != chosen[2]
     assert create_method("lsa:indexer=oracle").selection == "free"
     assert create_method("lsa").selection == "trained"
+
+
+def test_decode_reports_the_step_that_held_most():
+    loaded = loaded_model("llama")
+    method = scripted({"tau": 1}, [[0], [0, 1, 2, 3, 4], [1]])
+    prompt = prefilled(loaded, prompt_ids(160), method)
+    result = decode(loaded, method, prompt, [5], max_new_tokens=3)
+    chunk_bytes = 16 * loaded.shape.kv_bytes_per_token
+    assert result.footprint_peak.kv_bytes - result.footprint_last.kv_bytes == 4 * chunk_bytes
+    assert result.footprint_last.kv_bytes < result.footprint_mean.kv_bytes < result.footprint_peak.kv_bytes

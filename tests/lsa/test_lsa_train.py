@@ -49,7 +49,8 @@ def test_it_finds_what_is_planted(data, tmp_path, encoder):
     config = read_indexer_config(tmp_path / "out")
     assert (config.model, config.model_revision, config.layers, config.tau) == ("ghost", "sha256:none", (1, 3), 1)
     assert config.kept_fraction == best["kept_fraction"]
-    assert config.trained["labels"] == {"top_p": 0.6, "voters": "layer", "least_mass": 0.0, "votes": 1}
+    rule = {"top_p": 0.6, "voters": "layer", "votes": 1, "least_mass": 0.0, "layers": None}
+    assert config.trained["labels"] == rule
     for epoch in (1, 12):
         assert load_indexer(tmp_path / "out" / "checkpoints" / f"epoch-{epoch:02d}").config.layers == (1, 3)
 
@@ -284,6 +285,15 @@ def test_collections_made_differently_are_not_mixed(tmp_path, data):
     assert sum(map(len, open_collections([data, alike]))) == 64
     with pytest.raises(UsageError, match="at least one folder"):
         open_collections([])
+
+
+def test_labels_can_be_told_otherwise_than_the_collection_says(data, tmp_path):
+    """Here only the first layer has a mass stored for the golden chunk: asked for heads, nothing is golden."""
+    best = train([data], tmp_path / "out", changed(QUICK, epochs=1, voters="head"), note=quiet)
+    assert best["recall"] is None
+    assert read_indexer_config(tmp_path / "out").trained["labels"]["voters"] == "head"
+    with pytest.raises(UsageError, match="Layers 9 were not recorded for labels"):
+        train([data], tmp_path / "out", changed(QUICK, label_layers=(9,)), note=quiet)
 
 
 def test_an_unfinished_collection_is_used_and_named(tmp_path):
