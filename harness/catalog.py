@@ -159,7 +159,8 @@ def _method_text(entry: dict[str, Any]) -> str:
     if entry["automatic"]:
         lines.append("  in use by default, by prompt length (every row holds the values of its own)")
     for length, values in entry["automatic"].items():
-        lines.append(f"    {length:<6} {', '.join(f'{key}={_value_text(value)}' for key, value in values.items())}")
+        text = ", ".join(f"{key}={_value_text(value)}" for key, value in values.items())
+        lines += textwrap.wrap(text, TEXT_WIDTH + 24, initial_indent=f"    {length:<6} ", subsequent_indent=" " * 11)
     example = f"{options[0]['name']}=..." if options else ""
     lines.append(f"  use                   -m {entry['name']}{':' + example if example else ''}")
     return "\n".join(lines)
