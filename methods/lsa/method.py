@@ -280,7 +280,7 @@ class Lsa(CacheMethod[LsaConfig]):
         """Return C."""
         if self.config.chunk_tokens is not None:
             return self.config.chunk_tokens
-        if self.config.selection == "trained" and self._folder is not None and self.config.indexer != ORACLE:
+        if self.config.selection == "trained" and self.config.indexer != ORACLE and self._folder is not None:
             return read_indexer_config(self._folder).chunk_tokens
         return DEFAULT_CHUNK_TOKENS
 
