@@ -47,7 +47,8 @@ def test_the_reference_model_s_managed_layers_have_no_positions():
     assert {layer for layer, rotation in loaded.rotations.items() if rotation is None} == {2, 5, 7, 9}
     assert {type(loaded.rotations[layer]) for layer in loaded.shape.sliding_layers} == {RopeRotation}
     for spec in method_names():
-        assert create_method(spec).unsupported(loaded.shape, "cpu") == []
+        # A method may still ask for its trained part; the layers' positions are in nobody's way.
+        assert not [why for why in create_method(spec).unsupported(loaded.shape, "cpu") if "position" in why]
 
 
 def test_layers_of_one_kind_share_a_table():
