@@ -1,0 +1,51 @@
+"""Batched evaluation with the stock generate: cells, closed book, workers, and agreement with kvscope's own engine."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import kvscope
+from kvscope.harness.models import REFERENCE_MODEL_FOLDER
+from kvscope.harness.reference_model import evaluate
+
+
+@pytest.fixture(scope="module")
+def reference():
+    model = AutoModelForCausalLM.from_pretrained(REFERENCE_MODEL_FOLDER, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(REFERENCE_MODEL_FOLDER)
+
+
+def test_rows_name_their_cell_and_agree_with_the_engine(reference, tmp_path, capsys):
+    rows = evaluate.evaluate(
+        *reference, tasks=("niah_multikey_2",), lengths_tokens=[1024], samples=3, seed=5, batch_tokens=2048, workers=1
+    )
+    (row,) = rows
+    assert (row["task"], row["length_tokens"], row["samples"], row["seed"]) == ("niah_multikey_2", 1024, 3, 5)
+    assert json.loads(capsys.readouterr().out) == row
+    run = kvscope.run(
+        {
+            "model": "reference",
+            "methods": ["dense"],
+            "tasks": ["niah_multikey_2"],
+            "lengths_tokens": [1024],
+            "samples": 3,
+            "seed": 5,
+            "footprint": False,
+            "out": str(tmp_path / "run"),
+        }
+    )
+    assert row["accuracy_percent"] == pytest.approx(100 * run.samples.score.mean(), abs=0.01)
+
+
+def test_closed_book_pads_questions_of_unlike_length_and_finds_nothing(reference):
+    (row,) = evaluate.evaluate(
+        *reference, tasks=("niah_multikey_2",), lengths_tokens=[1024], samples=4, seed=5, closed_book=True
+    )
+    assert row["closed_book"] is True
+    assert row["accuracy_percent"] == 0.0
+
+
+def test_no_cell_is_begun_past_the_time(reference):
+    assert evaluate.evaluate(*reference, lengths_tokens=[1024], samples=1, seed=0, max_seconds=0.0) == []
