@@ -74,6 +74,7 @@ class Row:
 
     ids: Ids
     answer_at: list[int]
+    family: str = "needles"
 
 
 class RowMaker:
@@ -127,7 +128,7 @@ class RowMaker:
         if filler:
             filler[-1] = encode("\n")[0]  # where the last line was cut
         start = 1 + missing + len(lines)
-        return Row([BOS_ID, *filler, *lines, *questions], [start + at for at in answer_at])
+        return Row([BOS_ID, *filler, *lines, *questions], [start + at for at in answer_at], name)
 
     def _any_token(self, draws: Draws) -> int:
         low = len(SPECIAL_TOKENS)
@@ -137,7 +138,7 @@ class RowMaker:
         period = draws.between(6, tokens // 2 - 1)
         block = [self._any_token(draws) for _ in range(period)]
         ids = [BOS_ID, *(block * (tokens // period + 1))[: tokens - 1]]
-        return Row(ids, list(range(tokens // 2, tokens - 1)))
+        return Row(ids, list(range(tokens // 2, tokens - 1)), "copying")
 
     def _recall(self, tokens: int, draws: Draws) -> Row:
         """``k v`` pairs of single tokens, then keys asked again in another order."""
@@ -158,7 +159,7 @@ class RowMaker:
             ids += (key, mark, values[key], end)
             answer_at.append(len(ids) - 3)
         ids += [end] * (tokens - len(ids))
-        return Row(ids[:tokens], [at for at in answer_at if at < tokens - 1])
+        return Row(ids[:tokens], [at for at in answer_at if at < tokens - 1], "recall")
 
     # -- needle rows
 

@@ -18,11 +18,13 @@ class Batch:
         ids_BT: token ids.
         at_N: flat positions (row * T + column) whose next token is scored.
         targets_N: those next tokens.
+        families: what each row is (``needles``, ``long_qa_2``, ...), for the log.
     """
 
     ids_BT: torch.Tensor
     at_N: torch.Tensor
     targets_N: torch.Tensor
+    families: tuple[str, ...]
 
 
 class PhaseData(Dataset[Batch]):
@@ -40,13 +42,15 @@ class PhaseData(Dataset[Batch]):
         shape = phase.shape_of(Draws("shape", self.seed, phase.name, step))
         ids = np.empty((shape.rows, shape.tokens), dtype=np.int64)
         at: list[int] = []
+        families: list[str] = []
         for i in range(shape.rows):
             row = self.maker.make(phase, shape, Draws("train", self.seed, phase.name, step, i))
             ids[i] = row.ids
+            families.append(row.family)
             at.extend(i * shape.tokens + position for position in row.answer_at)
         at_N = np.asarray(at, dtype=np.int64)
         targets = ids.reshape(-1)[at_N + 1]
-        return Batch(torch.from_numpy(ids), torch.from_numpy(at_N), torch.from_numpy(targets))
+        return Batch(torch.from_numpy(ids), torch.from_numpy(at_N), torch.from_numpy(targets), tuple(families))
 
 
 def batches(data: PhaseData, *, workers: int) -> "DataLoader[Batch]":

@@ -40,6 +40,8 @@ CHECK_TOKENS = 1024
 CHECK_TOLERANCE = 0.1
 # Rows longer than this compute their activations twice instead of keeping them (64K rows peak at 14 GiB).
 KEEP_TOKENS = 131_072
+# Rows this long run without compilation: attention is most of their time, and compiling a shape takes 15 to 20 s.
+EAGER_TOKENS = 131_072
 WEIGHT_DECAY = 0.02
 # Muon's learning rate over AdamW's (its updates are scaled to the root mean square of AdamW's).
 MUON_LR = 2.0
@@ -53,6 +55,7 @@ def _one(tokens: int, rows: int, questions: int) -> tuple[Shape, ...]:
 
 
 _STORIES = (("long_qa", 0.28), ("vt", 0.1), ("cwe", 0.03), ("fwe", 0.03))
+_COMPOSED = (("long_qa_2", 0.35), ("vt", 0.08), ("cwe", 0.04), ("fwe", 0.03))
 # Lengths are mixed from 2K on: long rows alone unlearn short prompts (docs/log.md).
 _TO_64K = (
     Shape(tokens=2048, rows=24, questions=24, share=0.28),
@@ -61,10 +64,20 @@ _TO_64K = (
     Shape(tokens=65_536, rows=1, questions=100, share=0.08),
 )
 _TO_128K = (
+    Shape(tokens=2048, rows=24, questions=24, share=0.25),
     Shape(tokens=8192, rows=8, questions=48, share=0.35),
-    Shape(tokens=32_768, rows=2, questions=80, share=0.4),
-    Shape(tokens=65_536, rows=1, questions=100, share=0.15),
-    Shape(tokens=131_072, rows=1, questions=120, share=0.1),
+    Shape(tokens=32_768, rows=2, questions=80, share=0.27),
+    Shape(tokens=65_536, rows=1, questions=100, share=0.08),
+    Shape(tokens=131_072, rows=1, questions=120, share=0.05),
+)
+# A row of 512K costs as much as a hundred steps of 8K, nearly all of it attention: few of them.
+_TO_512K = (
+    Shape(tokens=2048, rows=24, questions=24, share=0.2),
+    Shape(tokens=8192, rows=8, questions=48, share=0.3),
+    Shape(tokens=32_768, rows=2, questions=80, share=0.25),
+    Shape(tokens=131_072, rows=1, questions=120, share=0.15),
+    Shape(tokens=262_144, rows=1, questions=160, share=0.08),
+    Shape(tokens=524_288, rows=1, questions=200, share=0.02),
 )
 PHASES = (
     Phase(name="p0-128", shapes=_one(128, 256, 4), steps=878, lr=(1.5e-3, 1.5e-3), copy_share=0.3, recall_share=0.4),
@@ -75,8 +88,29 @@ PHASES = (
           steps=1594, lr=(1.5e-3, 1.5e-3),
           documents=(("long_qa", 0.25), ("vt_fixed", 0.1), ("cwe", 0.05), ("fwe", 0.05))),
     Phase(name="p3-64k", shapes=_TO_64K, steps=3736, lr=(1.5e-3, 2e-5), documents=_STORIES),
-    Phase(name="p4-128k", shapes=_TO_128K, steps=3000, lr=(1e-3, 2e-5), documents=_STORIES, more_uuids=0.25),
+    Phase(name="p4-128k", shapes=_TO_128K, steps=3000, lr=(1e-3, 2e-5), documents=_COMPOSED, more_uuids=0.25),
+    Phase(name="p5-512k", shapes=_TO_512K, steps=600, lr=(5e-4, 1e-5), documents=_COMPOSED, more_uuids=0.25),
 )  # fmt: skip
+
+
+class FamilyAccuracy:
+    """Share of scored tokens predicted right, by row family: summed on the device, which only reading waits for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.names: dict[str, int] = {}
+        self.sums_F2 = torch.zeros(64, 2, device=device)
+
+    def add(self, batch: Batch, right_N: torch.Tensor) -> None:
+        """Count one batch: ``right_N`` says which of its scored tokens were right."""
+        ids = torch.tensor([self.names.setdefault(name, len(self.names)) for name in batch.families])
+        family_N = ids[batch.at_N // batch.ids_BT.shape[1]].to(self.sums_F2.device, non_blocking=True)
+        self.sums_F2.index_add_(0, family_N, torch.stack((right_N.float(), torch.ones_like(right_N).float()), 1))
+
+    def read(self) -> dict[str, float]:
+        """Return the shares since the last reading."""
+        sums = self.sums_F2.tolist()
+        self.sums_F2.zero_()
+        return {name: round(sums[at][0] / sums[at][1], 4) for name, at in sorted(self.names.items()) if sums[at][1]}
 
 
 class Trainer:
@@ -136,7 +170,10 @@ class Trainer:
         stock = self._stock_copy(torch.float32, "eager")
         stock = stock.to(self.device).eval()
         ids_BT = batch.ids_BT.to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        with (
+            torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"),
+            torch.compiler.set_stance("force_eager" if ids_BT.shape[1] >= EAGER_TOKENS else "default"),
+        ):
             # With gradients, as in training: without, another graph would be compiled and checked.
             ours_BTM = self._last_hidden(ids_BT)[:1, :CHECK_TOKENS].detach()
             with torch.no_grad():
@@ -148,7 +185,7 @@ class Trainer:
         return difference
 
     def _loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean cross entropy over the scored tokens, and the share of them predicted right."""
+        """Mean cross entropy over the scored tokens, and which of them are predicted right [N]."""
         ids_BT = batch.ids_BT.to(self.device, non_blocking=True)
         at_N = batch.at_N.to(self.device, non_blocking=True)
         targets_N = batch.targets_N.to(self.device, non_blocking=True)
@@ -156,15 +193,25 @@ class Trainer:
             x_NM = self.model.model.norm(self._last_hidden(ids_BT).flatten(0, 1)[at_N])
             logits_NV = self.model.lm_head(x_NM).float()
         loss = F.cross_entropy(logits_NV, targets_N)
-        return loss, (logits_NV.detach().argmax(-1) == targets_N).float().mean()
+        return loss, logits_NV.detach().argmax(-1) == targets_N
 
-    def seconds_per_step(self, batch: Batch, *, tries: int = 12) -> float:
+    def gradients(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add the gradients of one batch; returns its loss, and which of its scored tokens are predicted right [N]."""
+        # Around the backward pass, too: checkpointed layers run again there.
+        with torch.compiler.set_stance("force_eager" if batch.ids_BT.shape[1] >= EAGER_TOKENS else "default"):
+            loss, right_N = self._loss(batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach(), right_N
+
+    def seconds_per_step(self, batch: Batch) -> float:
         """Time forward and backward without an update (compilation happens here, too)."""
-        for i in range(tries + 3):
-            if i == 3:
+        long = batch.ids_BT.shape[1] >= EAGER_TOKENS
+        warm_ups, tries = (1, 1) if long else (3, 12)
+        for i in range(warm_ups + tries):
+            if i == warm_ups:
                 self._sync()
                 start = time.perf_counter()
-            self._loss(batch)[0].backward()  # type: ignore[no-untyped-call]
+            self.gradients(batch)
             self.model.zero_grad(set_to_none=True)
         self._sync()
         return (time.perf_counter() - start) / tries
@@ -177,6 +224,7 @@ class Trainer:
         """Train one phase; returns the steps done (fewer than planned only past the deadline)."""
         start, done, tokens = time.perf_counter(), 0, 0
         recent: dict[int, list[torch.Tensor]] = {}
+        by_family = FamilyAccuracy(self.device)
         fields: dict[str, Any] = {}
         try:
             for i, batch in enumerate(source):
@@ -184,8 +232,7 @@ class Trainer:
                 warm_lr = lr * min(1.0, (self.step - self.start_step + 1) / WARMUP_STEPS)
                 for group in self.optimizer.param_groups:
                     group["lr"] = warm_lr
-                loss, right = self._loss(batch)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss, right_N = self.gradients(batch)
                 norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
                 self.optimizer.step()
                 self.muon.step(warm_lr * MUON_LR)
@@ -193,7 +240,8 @@ class Trainer:
                 self.step += 1
                 done += 1
                 tokens += batch.ids_BT.numel()
-                recent.setdefault(batch.ids_BT.shape[1], []).append(torch.stack((loss.detach(), right)))
+                recent.setdefault(batch.ids_BT.shape[1], []).append(torch.stack((loss, right_N.float().mean())))
+                by_family.add(batch, right_N)
                 if done % max(1, min(LOG_STEPS, phase.steps // 12)) == 0 or done == phase.steps:
                     means = {length: torch.stack(part).mean(0).tolist() for length, part in sorted(recent.items())}
                     recent.clear()
@@ -202,6 +250,7 @@ class Trainer:
                         "phase": phase.name, "phase_step": done, "step": self.step, "lr": round(lr, 7),
                         "loss": {length: round(mean[0], 4) for length, mean in means.items()},
                         "token_accuracy": {length: round(mean[1], 4) for length, mean in means.items()},
+                        "token_accuracy_by_family": by_family.read(),
                         "grad_norm": round(norm.item(), 3), "phase_s": round(took, 1),
                         "tokens_per_s": round(tokens / took),
                     }  # fmt: skip

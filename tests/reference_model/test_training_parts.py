@@ -194,7 +194,31 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def some_batch(n_tokens: int = 80) -> Batch:
     ids_BT = random_ids(2, n_tokens)
     at_N = torch.arange(n_tokens - 9, n_tokens - 1)
-    return Batch(ids_BT, at_N, ids_BT.reshape(-1)[at_N + 1])
+    return Batch(ids_BT, at_N, ids_BT.reshape(-1)[at_N + 1], ("needles", "vt"))
+
+
+def test_long_rows_are_not_compiled_not_even_where_their_layers_run_again(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(train, "EAGER_TOKENS", 64)
+    monkeypatch.setattr(train, "KEEP_TOKENS", 64)
+    torch._dynamo.utils.counters.clear()
+    trainer = train.Trainer(tiny_model(), device=torch.device("cpu"), out=tmp_path, compile_layers=True)
+    loss, _ = trainer.gradients(some_batch(80))
+    assert not torch._dynamo.utils.counters["frames"]
+    kept = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
+    trainer.model.zero_grad(set_to_none=True)
+    monkeypatch.setattr(train, "KEEP_TOKENS", 100)
+    again, _ = trainer.gradients(some_batch(80))
+    assert again == loss
+    for name, parameter in trainer.model.named_parameters():
+        torch.testing.assert_close(parameter.grad, kept[name], atol=1e-6, rtol=1e-4)
+
+
+def test_accuracy_is_counted_by_family() -> None:
+    counts = train.FamilyAccuracy(torch.device("cpu"))
+    batch = Batch(random_ids(3, 10), torch.tensor([1, 4, 12, 25, 26]), torch.zeros(5), ("vt", "needles", "vt"))
+    counts.add(batch, torch.tensor([True, False, True, True, True]))
+    assert counts.read() == {"needles": 1.0, "vt": 0.75}
+    assert counts.read() == {}
 
 
 def test_a_fresh_model_passes_the_guard(trainer: train.Trainer) -> None:
