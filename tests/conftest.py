@@ -1,7 +1,12 @@
 """Shared test setup: one torch thread a test process, GPU tests skipped with a reason."""
 
-import pytest
-import torch
+import os
+
+# Before torch reads it, and for the processes that tests start: two test processes share two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
