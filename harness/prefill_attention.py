@@ -9,11 +9,13 @@ one causal call, and the two are joined by their log-sum-exp.
 """
 
 import torch
+import torch.nn.functional as F
 
 from kvscope.methods.flash import attention_with_lse, flash_runs_on
 
 _EXPLICIT_ELEMENTS = 2**26
-_WINDOW_QUERY_BLOCK = 512
+_QUERY_BLOCK = 512
+_WINDOW_QUERY_BLOCK = 256
 
 
 def chunk_attention(
@@ -36,8 +38,10 @@ def chunk_attention(
     S, T = q_BQSD.shape[2], k_BHTD.shape[2]
     if window is not None and window >= T:
         window = None
-    if window is not None or softcap is not None or not flash_runs_on(q_BQSD):
-        out, lse = _explicit(q_BQSD, k_BHTD, v_BHTD, scale=scale, window=window, softcap=softcap)
+    if window is not None:
+        return _windowed(q_BQSD, k_BHTD, v_BHTD, scale=scale, window=window, softcap=softcap, sink_logits=sink_logits)
+    if softcap is not None or not flash_runs_on(q_BQSD):
+        out, lse = _explicit(q_BQSD, k_BHTD, v_BHTD, scale=scale, softcap=softcap)
     elif S == 1:
         out, lse = _folded(q_BQSD, k_BHTD, v_BHTD, scale=scale)
     else:
@@ -66,37 +70,77 @@ def _folded(
     return out.reshape(B, Q, S, D), lse.reshape(B, Q, S)
 
 
-def _explicit(
+def _windowed(
     q_BQSD: torch.Tensor,
     k_BHTD: torch.Tensor,
     v_BHTD: torch.Tensor,
     *,
     scale: float,
-    window: int | None,
+    window: int,
     softcap: float | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same in fp32 with the logits written out, block by block of queries: windows, soft caps, odd head sizes."""
+    sink_logits: torch.Tensor | None,
+) -> torch.Tensor:
+    """Sliding-window attention in fp32: a block of queries against the keys its queries see, many blocks at once.
+
+    A block of b queries meets b + window keys whatever the length (the first of them is nobody's: it keeps strides
+    whole). Missing keys before the first and behind the last are zeros that no query that counts can see.
+    """
     B, Q, S, D = q_BQSD.shape
     H, T = k_BHTD.shape[1:3]
-    block = max(1, min(_WINDOW_QUERY_BLOCK, _EXPLICIT_ELEMENTS // (B * Q * T)))
+    b = min(window, _WINDOW_QUERY_BLOCK, S)
+    n_blocks = -(-S // b)
+    behind = n_blocks * b - S
+    past = min(T - S, window)
+    q = F.pad(q_BQSD, (0, 0, 0, behind)).float().view(B, H, Q // H, n_blocks, b, D)
+    q = q.transpose(2, 3).reshape(B, H, n_blocks, -1, D) * scale
+    k, v = (
+        F.pad(x[:, :, T - S - past :], (0, 0, window - past, behind)).float().unfold(2, b + window, b)
+        for x in (k_BHTD, v_BHTD)
+    )  # [B, H, n, D, b + window]
+    of_query = torch.arange(b, device=q.device)[:, None]
+    of_key = torch.arange(b + window, device=q.device)[None]
+    hidden = (of_key <= of_query) | (of_key > of_query + window)
+    # Before the first key there is nothing: position counts from the start of the first block's keys.
+    start = torch.arange(0, n_blocks * b, b, device=q.device)[:, None, None]
+    hidden_NbK = hidden | (of_key + start < window - past)
+    outs = []
+    step = max(1, _EXPLICIT_ELEMENTS // (B * Q * b * (b + window)))
+    for first in range(0, n_blocks, step):
+        part = slice(first, min(n_blocks, first + step))
+        logits = torch.matmul(q[:, :, part], k[:, :, part]).unflatten(3, (Q // H, b))
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        logits.masked_fill_(hidden_NbK[part, None], -torch.inf)
+        if sink_logits is None:
+            weight = torch.softmax(logits, -1)
+        else:
+            sink = sink_logits.float().view(H, 1, -1, 1, 1).expand(*logits.shape[:-1], 1)
+            weight = torch.softmax(torch.cat((logits, sink), -1), -1)[..., :-1]
+        outs.append(torch.matmul(weight.flatten(3, 4), v[:, :, part].mT).unflatten(3, (Q // H, b)))
+    out = torch.cat(outs, 2).transpose(2, 3).reshape(B, Q, -1, D)[:, :, :S]
+    return out.to(q_BQSD.dtype)
+
+
+def _explicit(
+    q_BQSD: torch.Tensor, k_BHTD: torch.Tensor, v_BHTD: torch.Tensor, *, scale: float, softcap: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention in fp32 with the logits written out, block by block of queries: soft caps, odd head sizes."""
+    B, Q, S, D = q_BQSD.shape
+    H, T = k_BHTD.shape[1:3]
+    block = max(1, min(_QUERY_BLOCK, _EXPLICIT_ELEMENTS // (B * Q * T)))
     outs, lses = [], []
     for start in range(0, S, block):
         end = min(S, start + block)
         last = T - S + end
-        first = max(0, T - S + start - window + 1) if window is not None else 0
-        k, v = k_BHTD[:, :, first:last].float(), v_BHTD[:, :, first:last].float()
+        k, v = k_BHTD[:, :, :last].float(), v_BHTD[:, :, :last].float()
         q = q_BQSD[:, :, start:end].float().reshape(B, H, -1, D) * scale
-        logits = torch.matmul(q, k.transpose(2, 3)).view(B, H, Q // H, end - start, last - first)
+        logits = torch.matmul(q, k.transpose(2, 3)).view(B, H, Q // H, end - start, last)
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         position_q = torch.arange(T - S + start, last, device=q.device)[:, None]
-        position_k = torch.arange(first, last, device=q.device)[None]
-        hidden = position_k > position_q
-        if window is not None:
-            hidden |= position_k <= position_q - window
-        logits = logits.masked_fill(hidden, -torch.inf)
+        logits = logits.masked_fill(torch.arange(last, device=q.device)[None] > position_q, -torch.inf)
         lse = torch.logsumexp(logits, -1)
-        weight = torch.exp(logits - lse[..., None]).view(B, H, -1, last - first)
+        weight = torch.exp(logits - lse[..., None]).view(B, H, -1, last)
         outs.append(torch.matmul(weight, v).view(B, Q, end - start, D))
         lses.append(lse.view(B, Q, end - start))
     return torch.cat(outs, 2).to(q_BQSD.dtype), torch.cat(lses, 2)
