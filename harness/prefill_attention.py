@@ -107,7 +107,7 @@ def _windowed(
     step = max(1, _EXPLICIT_ELEMENTS // (B * Q * b * (b + window)))
     for first in range(0, n_blocks, step):
         part = slice(first, min(n_blocks, first + step))
-        logits = torch.matmul(q[:, :, part], k[:, :, part]).unflatten(3, (Q // H, b))
+        logits = torch.matmul(q[:, :, part], k[:, :, part]).view(B, H, -1, Q // H, b, b + window)
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         logits.masked_fill_(hidden_NbK[part, None], -torch.inf)
@@ -116,7 +116,7 @@ def _windowed(
         else:
             sink = sink_logits.float().view(H, 1, -1, 1, 1).expand(*logits.shape[:-1], 1)
             weight = torch.softmax(torch.cat((logits, sink), -1), -1)[..., :-1]
-        outs.append(torch.matmul(weight.flatten(3, 4), v[:, :, part].mT).unflatten(3, (Q // H, b)))
+        outs.append(torch.matmul(weight.flatten(3, 4), v[:, :, part].mT).view(B, H, -1, Q // H, b, D))
     out = torch.cat(outs, 2).transpose(2, 3).reshape(B, Q, -1, D)[:, :, :S]
     return out.to(q_BQSD.dtype)
 
