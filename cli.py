@@ -34,13 +34,16 @@ KEYS = {
     "task": "tasks",
     "length": "lengths_tokens",
     "footprint_length": "footprint_lengths_tokens",
+    "gpu_budget": "gpu_budget_bytes",
+    "time_limit": "time_limit_s",
 }
 
 ConfigFile = Annotated[
     Path | None, typer.Argument(metavar="[CONFIG.yaml]", show_default=False, help="YAML file; flags win over it.")
 ]
 Model = Annotated[
-    str | None, typer.Option("--model", help="reference, a folder, or a Hugging Face id.  [default: reference]")
+    str | None,
+    typer.Option("--model", help="reference, a folder, a Hugging Face id or preset:NAME.  [default: reference]"),
 ]
 Methods = Annotated[
     list[str] | None,
@@ -97,6 +100,32 @@ Footprint = Annotated[
 FootprintLengths = Annotated[
     list[str] | None,
     typer.Option("--footprint-length", metavar="TOKENS", help="Lengths of that; repeatable.  [default: --length]"),
+]
+Kv = Annotated[
+    str | None,
+    typer.Option(
+        "--kv",
+        metavar="prefill|synthetic",
+        help="Memory and latency after a real prefill, or with pages of random values.  [default: prefill]",
+    ),
+]
+GpuBudget = Annotated[
+    str | None,
+    typer.Option(
+        "--gpu-budget", metavar="SIZE", help="Most device bytes a process may take, as 24GiB.  [default: the card]"
+    ),
+]
+FindMax = Annotated[
+    bool | None,
+    typer.Option("--find-max", help="Only find each method's longest context (bisection, synthetic KV)."),
+]
+Throughput = Annotated[
+    bool | None,
+    typer.Option("--throughput", help="Only find each method's largest batch, and its tokens a second (synthetic KV)."),
+]
+TimeLimit = Annotated[
+    float | None,
+    typer.Option("--time-limit", metavar="SECONDS", help="Stop before the next row after this; the same continues."),
 ]
 Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.  [default: auto]")]
 Dtype = Annotated[
@@ -167,6 +196,11 @@ def run(
     paper_settings: PaperSettings = None,
     footprint: Footprint = None,
     footprint_length: FootprintLengths = None,
+    kv: Kv = None,
+    gpu_budget: GpuBudget = None,
+    find_max: FindMax = None,
+    throughput: Throughput = None,
+    time_limit: TimeLimit = None,
     device: Device = None,
     dtype: Dtype = None,
     sweep: Sweeps = None,
@@ -206,6 +240,11 @@ def plan(
     paper_settings: PaperSettings = None,
     footprint: Footprint = None,
     footprint_length: FootprintLengths = None,
+    kv: Kv = None,
+    gpu_budget: GpuBudget = None,
+    find_max: FindMax = None,
+    throughput: Throughput = None,
+    time_limit: TimeLimit = None,
     device: Device = None,
     dtype: Dtype = None,
     sweep: Sweeps = None,

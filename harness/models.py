@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from kvscope.harness.glue import ATTENTION_NAME, decoder_of, register_attention
+from kvscope.harness.presets import PRESETS, build_preset, find_preset, is_preset, preset_config, preset_revision
 from kvscope.harness.rotation import RopeRotation, UnknownRotation, probe_rotations
 from kvscope.harness.shapes import max_length_tokens, model_shape
 from kvscope.methods.shape import DEFAULT_PAGE_TOKENS, ModelShape
@@ -47,7 +48,7 @@ class LoadedModel:
         spec: what the user asked for.
         name: what rows call it: ``reference``, a hub id, or a folder's name.
         model: the transformers model, in eval mode, its attention switched to kvscope's.
-        tokenizer: the transformers tokenizer; None only for models wrapped in tests.
+        tokenizer: the transformers tokenizer; None for presets, and for models wrapped in tests.
         shape: what the methods count with.
         max_length_tokens: longest prompt plus answer.
         revision: the hub commit, or for a folder ``sha256:`` of its config and of samples of its weights.
@@ -72,7 +73,8 @@ class LoadedModel:
 
 def known_models() -> dict[str, str]:
     """Return names ``--model`` is known to take, each with one line about it. Any hub id or local folder works too."""
-    return dict(_KNOWN)
+    presets = {f"preset:{name}": preset.description for name, preset in PRESETS.items() if preset.description}
+    return {**_KNOWN, **presets}
 
 
 def load_model(
@@ -81,7 +83,7 @@ def load_model(
     """Load a model by name, local folder or Hugging Face id.
 
     Args:
-        spec: ``reference``, a folder that transformers can load, or a hub id.
+        spec: ``reference``, ``preset:NAME``, a folder that transformers can load, or a hub id.
         device: ``auto`` (a GPU when there is one), ``cpu``, ``cuda`` or ``cuda:<index>``.
         dtype: ``auto`` (fp32 on CPU, bf16 on a GPU), ``float32``, ``bfloat16`` or ``float16``.
         page_tokens: tokens of one KV page.
@@ -99,6 +101,11 @@ def load_model(
     # Before the weights: a refusal should not cost a download.
     model_shape(config, element_bytes=target_dtype.itemsize, page_tokens=page_tokens)
     register_attention()
+    if is_preset(spec):
+        model = build_preset(spec, device=target, dtype=target_dtype)
+        return wrap_model(
+            model, None, spec=spec, name=name, page_tokens=page_tokens, revision=model_revision(where, config)
+        )
     try:
         with _no_progress_bars():
             # Some models refuse sdpa when built (gpt-oss), none refuses eager; the switch comes after.
@@ -170,6 +177,9 @@ def resolve_model(spec: str) -> tuple[str, str]:
     Raises:
         UsageError: neither a known name, nor a folder with a config.json, nor shaped like a hub id.
     """
+    if is_preset(spec):
+        find_preset(spec)
+        return spec, spec
     if spec == "reference":
         if not (REFERENCE_MODEL_FOLDER / "config.json").is_file():
             raise UsageError(
@@ -187,7 +197,7 @@ def resolve_model(spec: str) -> tuple[str, str]:
         raise UsageError(f"There is no model folder '{spec}'. Check the path, or pass a Hugging Face id (owner/name).")
     if "/" not in spec:
         raise UsageError(
-            f"There is no model '{spec}'.{did_you_mean(spec, _KNOWN)} A local folder or a Hugging Face id (owner/name) "
+            f"There is no model '{spec}'.{did_you_mean(spec, known_models())} A local folder or a Hugging Face id (owner/name) "
             "works too."
         )
     return spec, spec
@@ -202,6 +212,8 @@ def load_config(spec: str) -> Any:
     from transformers import AutoConfig
 
     where, _ = resolve_model(spec)
+    if is_preset(spec):
+        return preset_config(spec)
     try:
         return AutoConfig.from_pretrained(where)
     except (OSError, ValueError) as error:
@@ -271,8 +283,10 @@ def model_revision(where: str, config: Any) -> str:
     """Return the hub commit of a model, or for a folder a hash of its config and its weights.
 
     Of every weights file its name, size, ends and evenly spread samples are read: training changes all of them, and a
-    model of any size is told apart in milliseconds.
+    model of any size is told apart in milliseconds. Of a preset: how its weights are drawn.
     """
+    if is_preset(where):
+        return preset_revision()
     folder = Path(where)
     if not folder.is_dir():
         return str(getattr(config, "_commit_hash", None) or "unknown")

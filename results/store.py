@@ -1,4 +1,5 @@
-"""Append-only store of one run: a folder with `run.json`, `samples.jsonl` and `footprint.jsonl`.
+"""Append-only store of one run: a folder with `run.json` and a file of rows a kind: `samples.jsonl`,
+`footprint.jsonl`, `max_context.jsonl`, `throughput.jsonl`.
 
 A row is on disk, whole, before `append_*` returns: one `os.write` on an `O_APPEND` descriptor, then `fsync`. A process
 killed in the middle of that write leaves a last line that is cut short; the next opening drops that line (and says so)
@@ -19,11 +20,14 @@ from pydantic import ValidationError
 
 from kvscope.results.errors import EnvironmentProblem, UsageError
 from kvscope.results.rowfile import append_line, check_version, first_problem, open_for_append, read_rows, sync_folder
-from kvscope.results.schema import FootprintRow, Resumption, RunInfo, SampleRow
+from kvscope.results.schema import FootprintRow, MaxContextRow, Resumption, RunInfo, SampleRow, ThroughputRow
 
 RUN_FILE = "run.json"
 SAMPLES_FILE = "samples.jsonl"
 FOOTPRINT_FILE = "footprint.jsonl"
+MAX_CONTEXT_FILE = "max_context.jsonl"
+THROUGHPUT_FILE = "throughput.jsonl"
+ROW_FILES = (SAMPLES_FILE, FOOTPRINT_FILE, MAX_CONTEXT_FILE, THROUGHPUT_FILE)
 LOCK_FILE = ".lock"
 
 SampleKey = tuple[str, int, int, str]
@@ -48,6 +52,8 @@ class RunStore:
         writable = lock_fd is not None
         self._samples = read_rows(folder / SAMPLES_FILE, SampleRow, messages=self.messages, mend=writable)
         self._footprints = read_rows(folder / FOOTPRINT_FILE, FootprintRow, messages=self.messages, mend=writable)
+        self._max_contexts = read_rows(folder / MAX_CONTEXT_FILE, MaxContextRow, messages=self.messages, mend=writable)
+        self._throughputs = read_rows(folder / THROUGHPUT_FILE, ThroughputRow, messages=self.messages, mend=writable)
         for message in self.messages:
             _log.warning(message)
 
@@ -91,6 +97,32 @@ class RunStore:
         self._append(FOOTPRINT_FILE, row.key, row.model_dump_json(), self._footprints)
         self._footprints[row.key] = row
 
+    def append_max_context(self, row: MaxContextRow) -> None:
+        """Put the longest context of a method on disk. Raises ValueError for a method that has one."""
+        self._append(MAX_CONTEXT_FILE, row.key, row.model_dump_json(), self._max_contexts)
+        self._max_contexts[row.key] = row
+
+    def append_throughput(self, row: ThroughputRow) -> None:
+        """Put one throughput row on disk. Raises ValueError for a key that is already there."""
+        self._append(THROUGHPUT_FILE, row.key, row.model_dump_json(), self._throughputs)
+        self._throughputs[row.key] = row
+
+    def max_contexts(self) -> list[MaxContextRow]:
+        """The longest contexts found, in the order written."""
+        return list(self._max_contexts.values())
+
+    def throughputs(self) -> list[ThroughputRow]:
+        """All throughput rows, in the order written."""
+        return list(self._throughputs.values())
+
+    def has_max_context(self, method_label: str) -> bool:
+        """Whether a method's longest context is found."""
+        return method_label in self._max_contexts
+
+    def has_throughput(self, key: FootprintKey) -> bool:
+        """Whether (method_label, length_tokens) is done, with whatever status."""
+        return key in self._throughputs
+
     def samples(self) -> list[SampleRow]:
         """All sample rows, in the order written."""
         return list(self._samples.values())
@@ -132,7 +164,7 @@ class RunStore:
     ) -> None:
         self.close()
 
-    def _append(self, name: str, key: tuple[Any, ...], text: str, known: Mapping[Any, Any]) -> None:
+    def _append(self, name: str, key: tuple[Any, ...] | str, text: str, known: Mapping[Any, Any]) -> None:
         if self._lock_fd is None:
             raise ValueError(f"{self.folder} was opened for reading (or closed): no row can be written")
         if key in known:
@@ -255,7 +287,7 @@ def _resumed(folder: Path, info: RunInfo) -> RunInfo:
 
 
 def _refuse_orphan_rows(folder: Path) -> None:
-    for name in (SAMPLES_FILE, FOOTPRINT_FILE):
+    for name in ROW_FILES:
         if (folder / name).exists():
             raise UsageError(
                 f"{folder} holds {name} but no {RUN_FILE}, so nobody can tell what these rows are. Restore {RUN_FILE}, "

@@ -189,6 +189,8 @@ class Lsa(CacheMethod[LsaConfig]):
                 return []
             width = config.lookback_tokens
         else:
+            if self._shape is not None and layer not in synthetic_layers(self._shape):
+                return []
             width = 1
         chunk_tokens = self.chunk_tokens()
         collectors: list[Collector] = [
@@ -232,7 +234,7 @@ class Lsa(CacheMethod[LsaConfig]):
             return IndexerConfig(
                 model="synthetic",
                 model_revision=shape.revision,
-                layers=shape.layers,
+                layers=synthetic_layers(shape),
                 chunk_tokens=self.chunk_tokens(),
                 tau=self.config.tau,
                 hidden_size=shape.hidden_size,
@@ -425,3 +427,9 @@ class Lsa(CacheMethod[LsaConfig]):
             keys_name=self._keys_name(),
             states_name=None if width == 1 else f"last_states_{width}",
         )
+
+
+def synthetic_layers(shape: ModelShape) -> tuple[int, ...]:
+    """Return the layers a synthetic indexer reads: up to three, about as deep as the paper's 10, 12 and 20 of 43."""
+    n = len(shape.layers)
+    return tuple(shape.layers[i] for i in sorted({n // 4, n * 3 // 10, n // 2}) if i < n)

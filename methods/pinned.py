@@ -1,0 +1,79 @@
+"""Host memory a GPU can copy from at full speed, at its exact size.
+
+torch's own pinned allocator rounds every block up to a power of two, which for a long prompt's mirror can nearly double
+it, unseen by any count. Blocks that would waste much are mapped here, page-locked by registering them with CUDA, and
+unlocked and unmapped when their last tensor goes.
+"""
+
+import contextlib
+import math
+import mmap
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+#: Waste that rounding up may cause before a block is mapped at its exact size: small blocks stay with torch, which
+#: keeps them locked for the next prompt.
+MAX_ROUNDING_BYTES = 16 * 1024 * 1024
+_PORTABLE = 1  # cudaHostRegisterPortable: locked for every context of the process
+
+
+class _Block(mmap.mmap):
+    """Anonymous memory that is unlocked before it is unmapped."""
+
+    locked_at: int | None = None
+
+    def __del__(self) -> None:
+        if self.locked_at is not None:
+            _unlock(self.locked_at)
+            self.locked_at = None
+
+
+def rounding_bytes(n_bytes: int) -> int:
+    """Return what torch's pinned allocator adds to a block of ``n_bytes``."""
+    return (1 << max(0, n_bytes - 1).bit_length()) - n_bytes if n_bytes else 0
+
+
+def empty_pinned(size: Sequence[int], *, dtype: torch.dtype) -> torch.Tensor:
+    """Return an uninitialised page-locked tensor; its bytes are what it takes, to ``MAX_ROUNDING_BYTES``.
+
+    Raises:
+        MemoryError: the host has not that much memory to map or to lock.
+    """
+    n_bytes = math.prod(size) * dtype.itemsize
+    if rounding_bytes(n_bytes) <= MAX_ROUNDING_BYTES:
+        return torch.empty(tuple(size), dtype=dtype, pin_memory=True)
+    return empty_mapped(size, dtype=dtype, lock=True)
+
+
+def empty_mapped(size: Sequence[int], *, dtype: torch.dtype, lock: bool) -> torch.Tensor:
+    """Return a tensor over memory mapped for it alone, in huge pages where the kernel gives them.
+
+    Raises:
+        MemoryError: the memory cannot be mapped or locked.
+    """
+    n_bytes = math.prod(size) * dtype.itemsize
+    try:
+        block = _Block(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"the host cannot map {n_bytes:,} bytes: {error.strerror}") from error
+    with contextlib.suppress(OSError, AttributeError):  # a kernel without huge pages is merely slower
+        block.madvise(mmap.MADV_HUGEPAGE)
+    tensor = torch.frombuffer(block, dtype=dtype).view(tuple(size))  # the tensor keeps the block alive
+    if lock:
+        _lock(tensor.data_ptr(), n_bytes)
+        block.locked_at = tensor.data_ptr()
+    return tensor
+
+
+def _lock(address: int, n_bytes: int) -> None:
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    code = runtime.cudaHostRegister(address, n_bytes, _PORTABLE)
+    if int(code) != 0:
+        raise MemoryError(f"the host cannot lock {n_bytes:,} bytes for the GPU (cudaHostRegister: {code})")
+
+
+def _unlock(address: int) -> None:
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    runtime.cudaHostUnregister(address)
