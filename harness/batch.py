@@ -1,7 +1,7 @@
 """Decoding several sequences of one method together: one forward of the model a step, attention sequence by sequence.
 
-The weights are read once a step for the whole batch, as a server reads them; each sequence keeps and reads its own cache,
-as under batch 1. All sequences open the same prompt.
+The weights are read once a step for the whole batch, as a server reads them; each sequence keeps and reads its own
+cache, as under batch 1. All sequences open the same prompt.
 
 Shapes: B batch, Q query heads, H KV heads, D head size, M hidden size.
 """

@@ -169,6 +169,9 @@ class RunConfig(BaseModel):
         lt=1,
         description="the search ends when the next length would differ by less than this share",
     )
+    find_max_limit_tokens: int | None = Field(
+        default=None, description="longest length that search tries (default: the model's maximum)"
+    )
     throughput: bool = Field(
         default=False, description="only find each method's largest batch, with synthetic KV, and its tokens a second"
     )
@@ -193,6 +196,11 @@ class RunConfig(BaseModel):
             return None
         items = value if isinstance(value, list | tuple) else [value]
         return tuple(sorted({parse_length(item) for item in items}))
+
+    @field_validator("find_max_limit_tokens", mode="before")
+    @classmethod
+    def _limit(cls, value: object) -> object:
+        return None if value is None else parse_length(value)
 
     @field_validator("methods", "tasks", mode="before")
     @classmethod

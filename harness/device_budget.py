@@ -1,8 +1,8 @@
 """``--gpu-budget``: a process is held to fewer device bytes than the card has.
 
 On a GPU torch's allocator is given what the budget leaves beside the CUDA context, and NVML's readings of the whole
-process are held against the budget besides: kernels that load later take memory torch does not see. On a CPU the weights
-and the ledger are held against it.
+process are held against the budget besides: kernels that load later take memory torch does not see. On a CPU the
+weights and the ledger are held against it.
 """
 
 from dataclasses import dataclass
@@ -53,6 +53,4 @@ class DeviceBudget:
             DeviceBudgetExceeded: it is over.
         """
         if self.limit_bytes is not None and used_bytes is not None and used_bytes > self.limit_bytes:
-            raise DeviceBudgetExceeded(
-                f"{what} takes {format_bytes(used_bytes)}, the device budget is {format_bytes(self.limit_bytes)}."
-            )
+            raise DeviceBudgetExceeded(f"{what} takes {used_bytes:,} bytes, the device budget is {self.limit_bytes:,}.")

@@ -1,9 +1,9 @@
 """``--find-max``: each method's longest context, by bisection over lengths, every try a footprint cell of its own.
 
 A try is a fresh process with synthetic KV, so memory is what a real run of that length would hold while decoding, and
-one that runs out leaves nothing behind. The first length tried is the longest the byte formulas expect to fit; from there
-the search gallops until one length fits and one does not, then halves what is between. Every try is a footprint row, so
-an interrupted search goes on where it was.
+one that runs out leaves nothing behind. The first length tried is the longest the byte formulas expect to fit; from
+there the search gallops until one length fits and one does not, then halves what is between. Every try is a footprint
+row, so an interrupted search goes on where it was.
 """
 
 from collections.abc import Callable
@@ -18,9 +18,6 @@ from kvscope.results.schema import Bound, FootprintRow, MaxContextRow
 if TYPE_CHECKING:
     from kvscope.methods.base import CacheMethod
     from kvscope.results.store import RunStore
-
-#: First step away from the predicted length: formulas leave out workspaces, which are a few percent.
-FIRST_STEP = 0.06
 
 
 def find_max_pass(plan: Plan, store: "RunStore", progress: Progress, deadline: Deadline) -> None:
@@ -62,12 +59,13 @@ def find_max(plan: Plan, method: "CacheMethod[Any]", measure: Callable[[int], Fo
     """
     unit = plan.config.page_tokens
     least = -(-(plan.config.footprint_decode_tokens + 2) // unit) * unit
-    most = plan.facts.max_length_tokens // unit * unit
+    limit = plan.config.find_max_limit_tokens
+    most = min(plan.facts.max_length_tokens, limit or plan.facts.max_length_tokens) // unit * unit
     resolution = plan.config.find_max_resolution
     longest, failing = 0, None
     tries: list[int] = []
     last: FootprintRow | None = None
-    step = FIRST_STEP
+    step = resolution  # formulas leave out workspaces, which are a few percent
     length = min(most, max(least, predicted_max(plan, method)))
     while True:
         row = measure(length)
@@ -75,7 +73,8 @@ def find_max(plan: Plan, method: "CacheMethod[Any]", measure: Callable[[int], Fo
         if row.status == "ok":
             longest = length
             if length >= most:
-                return _row(plan, method, longest=longest, failing=None, tries=tries, bound="model_maximum")
+                bound: Bound = "model_maximum" if limit is None or limit >= plan.facts.max_length_tokens else "limit"
+                return _row(plan, method, longest=longest, failing=None, tries=tries, bound=bound)
         elif row.status == "oom":
             failing, last = length, row
             if length <= least:

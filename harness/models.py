@@ -197,8 +197,8 @@ def resolve_model(spec: str) -> tuple[str, str]:
         raise UsageError(f"There is no model folder '{spec}'. Check the path, or pass a Hugging Face id (owner/name).")
     if "/" not in spec:
         raise UsageError(
-            f"There is no model '{spec}'.{did_you_mean(spec, known_models())} A local folder or a Hugging Face id (owner/name) "
-            "works too."
+            f"There is no model '{spec}'.{did_you_mean(spec, known_models())} A local folder or a Hugging Face id "
+            "(owner/name) works too."
         )
     return spec, spec
 

@@ -47,8 +47,8 @@ class Plan:
 
     def unsupported(self, method_label: str, length_tokens: int) -> str | None:
         """Return why a method cannot run at a length, or None."""
-        cell = self.cell(method_label, length_tokens)
-        return cell.reason if cell.forecast == "unsupported" else None
+        cell = self._by_key.get((method_label, length_tokens))
+        return cell.reason if cell is not None and cell.forecast == "unsupported" else None
 
     @property
     def planned_lengths_tokens(self) -> tuple[int, ...]:

@@ -1,8 +1,8 @@
 """``preset:NAME``: published shapes with random weights, for bytes and times. There is nothing to download.
 
-Shapes are those of the models' own configuration files. Two things differ: weights are random (a seed decides them), and
-the longest context is lifted to ``PRESET_MAX_TOKENS``, since what a model was trained for bounds neither bytes nor times.
-What such a model says means nothing, so no task is ever scored on one. No torch at import.
+Shapes are those of the models' own configuration files. Two things differ: weights are random (a seed decides them),
+and the longest context is lifted to ``PRESET_MAX_TOKENS``, since what a model was trained for bounds neither bytes nor
+times. What such a model says means nothing, so no task is ever scored on one. No torch at import.
 """
 
 from dataclasses import dataclass, field

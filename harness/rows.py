@@ -4,7 +4,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
 from kvscope.results.errors import DeviceBudgetExceeded
-from kvscope.results.schema import FootprintRow, OomOf, ResidencyRecord, SampleRow
+from kvscope.results.schema import OomOf, ResidencyRecord, SampleRow
 
 if TYPE_CHECKING:
     from kvscope.harness.decode import DecodeResult

@@ -148,6 +148,8 @@ def failures(run: "Run") -> list[str]:
     ``unsupported`` is no failure: the plan said so. A footprint whose verdict is ``mismatch`` is one. A try of
     ``--find-max`` that does not fit is what it looks for; a search that ended for another reason is a failure.
     """
+    from kvscope.results.frames import records
+
     lines = [
         f"find-max: {row.method_label}: {row.reason}"
         for row in run.max_context[run.max_context["bound"].isin(["failed", "none_fits"])].itertuples()
@@ -161,8 +163,7 @@ def failures(run: "Run") -> list[str]:
         for (label, status), group in bad.groupby(["method_label", "status"], sort=False):
             lines.append(f"{what}: {label}: {len(group)} {status}: {group['reason'].iloc[0]}")
     if not run.footprint.empty:
-        for row in run.footprint[run.footprint["verdict"] == "mismatch"].itertuples():
-            lines.append(
-                f"footprint: {row.method_label} at {row.length_tokens}: mismatch: NVML does not confirm the saving"
-            )
+        for row in records(run.footprint[run.footprint["verdict"] == "mismatch"]):
+            why = row["verdict_reason"] or "NVML does not confirm the saving"
+            lines.append(f"footprint: {row['method_label']} at {row['length_tokens']}: mismatch: {why}")
     return lines

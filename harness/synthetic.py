@@ -20,7 +20,7 @@ import torch
 from kvscope.harness.models import LoadedModel
 from kvscope.harness.prefill import DEFAULT_CHUNK_TOKENS, check_host_bytes
 from kvscope.methods.base import Collector
-from kvscope.methods.pinned import empty_pinned
+from kvscope.methods.pinned import empty_mapped, lock
 from kvscope.methods.shape import ModelShape
 from kvscope.methods.store import PromptKV, page_shape
 from kvscope.results.errors import UsageError
@@ -105,6 +105,7 @@ def _mirror_pages(loaded: LoadedModel, n_tokens: int, seed: int) -> dict[int, to
         pages = _empty(loaded, shape.pages(n_tokens))
         _fill(pages, block, first=index)
         _zero_tails(pages[-1:], n_tokens)
+        _lock(loaded, pages)
         found[layer] = pages
     return found
 
@@ -115,6 +116,7 @@ def _shared_pages(loaded: LoadedModel, n_tokens: int, seed: int) -> dict[int, to
     pages = _empty(loaded, n_pages + n_layers - 1)
     _fill(pages, _block(loaded, seed), first=0)
     _zero_tails(pages[n_pages - 1 :], n_tokens)
+    _lock(loaded, pages)
     return {layer: pages[index : index + n_pages] for index, layer in enumerate(shape.layers)}
 
 
@@ -125,9 +127,12 @@ def _block(loaded: LoadedModel, seed: int) -> torch.Tensor:
 
 def _empty(loaded: LoadedModel, n_pages: int) -> torch.Tensor:
     size = page_shape(loaded.shape, n_pages)
+    return empty_mapped(size, dtype=loaded.dtype)
+
+
+def _lock(loaded: LoadedModel, pages: torch.Tensor) -> None:
     if loaded.device.type == "cuda":
-        return empty_pinned(size, dtype=loaded.dtype)
-    return torch.empty(size, dtype=loaded.dtype)
+        lock(pages)
 
 
 def _fill(pages: torch.Tensor, block: torch.Tensor, *, first: int) -> None:

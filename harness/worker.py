@@ -295,6 +295,7 @@ class Measurement:
         self.columns["decode_peak_nvml_bytes"] = sampler.peak_bytes
         peaks_bytes = self._torch.peaks_bytes()
         self.columns["decode_peak_torch_bytes"], self.columns["decode_peak_torch_reserved_bytes"] = peaks_bytes
+        self.columns["decode_tokens"] = len(result.ids)
         self.check_budget("The decode", sampler.peak_bytes, ledger_bytes=result.footprint_peak.device_bytes)
 
         self.enter("timing")

@@ -8,6 +8,7 @@ unlocked and unmapped when their last tensor goes.
 import contextlib
 import math
 import mmap
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,6 +36,10 @@ def rounding_bytes(n_bytes: int) -> int:
     return (1 << max(0, n_bytes - 1).bit_length()) - n_bytes if n_bytes else 0
 
 
+#: Address -> the living block that begins there.
+_blocks: "weakref.WeakValueDictionary[int, _Block]" = weakref.WeakValueDictionary()
+
+
 def empty_pinned(size: Sequence[int], *, dtype: torch.dtype) -> torch.Tensor:
     """Return an uninitialised page-locked tensor; its bytes are what it takes, to ``MAX_ROUNDING_BYTES``.
 
@@ -44,14 +49,16 @@ def empty_pinned(size: Sequence[int], *, dtype: torch.dtype) -> torch.Tensor:
     n_bytes = math.prod(size) * dtype.itemsize
     if rounding_bytes(n_bytes) <= MAX_ROUNDING_BYTES:
         return torch.empty(tuple(size), dtype=dtype, pin_memory=True)
-    return empty_mapped(size, dtype=dtype, lock=True)
+    tensor = empty_mapped(size, dtype=dtype)
+    lock(tensor)
+    return tensor
 
 
-def empty_mapped(size: Sequence[int], *, dtype: torch.dtype, lock: bool) -> torch.Tensor:
+def empty_mapped(size: Sequence[int], *, dtype: torch.dtype) -> torch.Tensor:
     """Return a tensor over memory mapped for it alone, in huge pages where the kernel gives them.
 
     Raises:
-        MemoryError: the memory cannot be mapped or locked.
+        MemoryError: the memory cannot be mapped.
     """
     n_bytes = math.prod(size) * dtype.itemsize
     try:
@@ -61,17 +68,22 @@ def empty_mapped(size: Sequence[int], *, dtype: torch.dtype, lock: bool) -> torc
     with contextlib.suppress(OSError, AttributeError):  # a kernel without huge pages is merely slower
         block.madvise(mmap.MADV_HUGEPAGE)
     tensor = torch.frombuffer(block, dtype=dtype).view(tuple(size))  # the tensor keeps the block alive
-    if lock:
-        _lock(tensor.data_ptr(), n_bytes)
-        block.locked_at = tensor.data_ptr()
+    _blocks[tensor.data_ptr()] = block
     return tensor
 
 
-def _lock(address: int, n_bytes: int) -> None:
+def lock(tensor: torch.Tensor) -> None:
+    """Page-lock a tensor of ``empty_mapped``. Filling it first is faster: many threads touch its pages then.
+
+    Raises:
+        MemoryError: the host has not that much memory to lock.
+    """
+    address, n_bytes = tensor.data_ptr(), tensor.numel() * tensor.element_size()
     runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     code = runtime.cudaHostRegister(address, n_bytes, _PORTABLE)
     if int(code) != 0:
         raise MemoryError(f"the host cannot lock {n_bytes:,} bytes for the GPU (cudaHostRegister: {code})")
+    _blocks[address].locked_at = address
 
 
 def _unlock(address: int) -> None:

@@ -64,6 +64,12 @@ def accuracy_cells(run: Run) -> pd.DataFrame:
     return pd.DataFrame(ordered, columns=ACCURACY_COLUMNS).astype({"n_pairs": "Int64"})
 
 
+def pooled_cells(run: Run, cells: pd.DataFrame) -> pd.DataFrame:
+    """The cells of all tasks together, of the one task where there is one; none where nothing was scored."""
+    tasks = run.info.tasks
+    return cells[cells["task"] == (tasks[0] if len(tasks) == 1 else ALL_TASKS)]
+
+
 def _by_cell(frame: pd.DataFrame) -> dict[tuple[str, int], list[dict[str, Any]]]:
     """Rows by (task, length) and by (all tasks, length)."""
     found: dict[tuple[str, int], list[dict[str, Any]]] = {}

@@ -66,9 +66,15 @@ def coverage(run: Run) -> Coverage:
         footprint_expected=len(info.footprint_lengths_tokens) * len(info.methods),
         footprint_present=len(run.footprint),
         missing=tuple(missing),
-        not_measured=(*_failures(run.samples, "accuracy"), *_failures(run.footprint, "footprint")),
+        not_measured=(
+            *_failures(run.samples, "accuracy"),
+            # A search for the longest context looks for lengths that do not fit.
+            *(() if info.config.get("find_max") is True else _failures(run.footprint, "footprint")),
+            *_failures(run.throughput, "throughput"),
+        ),
         mismatches=tuple(
             f"NVML does not confirm the saving of {row['method_label']} at {length_text(row['length_tokens'])}"
+            + (f" ({row['verdict_reason']})" if row["verdict_reason"] else "")
             for row in records(mismatched)
         ),
     )

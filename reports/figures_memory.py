@@ -41,7 +41,7 @@ def memory_by_length(run: Run) -> ReportFigure | SkippedFigure:
         return SkippedFigure(name, title, "no bytes have been measured or predicted yet")
     labels = [method.label for method in run.info.methods if method.label in set(data["method_label"])]
     styles = method_styles([method.label for method in run.info.methods])
-    lengths = sorted(set(run.info.lengths_tokens) | set(run.info.footprint_lengths_tokens))
+    lengths = sorted({*run.info.lengths_tokens, *run.info.footprint_lengths_tokens, *data["length_tokens"]})
     with theme(name):
         figure, (axes,) = panels(
             1,

@@ -22,7 +22,7 @@ class EnvironmentProblem(KvscopeError, RuntimeError):  # noqa: N818 - Environmen
     exit_code = 3
 
 
-class HostMemoryShort(EnvironmentProblem, MemoryError):
+class HostMemoryShort(EnvironmentProblem, MemoryError):  # noqa: N818 - it says what is wrong
     """The host has not enough memory for a prompt's pages: the mirror that methods recall from."""
 
 

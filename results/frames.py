@@ -20,8 +20,8 @@ class Run:
     """A loaded run folder, finished or not.
 
     `samples` and `footprint` hold one row per row on disk and one column per schema field, in schema order; a null is
-    NaN in float columns and <NA> in integer, boolean and string columns. `max_context` and `throughput` hold the rows of
-    the two searches (`--find-max`, `--throughput`). `messages` says what was left out on reading.
+    NaN in float columns and <NA> in integer, boolean and string columns. `max_context` and `throughput` hold the rows
+    of the two searches (`--find-max`, `--throughput`). `messages` says what was left out on reading.
     """
 
     samples: pd.DataFrame

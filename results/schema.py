@@ -21,7 +21,7 @@ StopReason = Literal["eos", "stop", "length"]
 Selection = Literal["trained", "synthetic", "free"]
 FailurePhase = Literal["start", "load", "prefill", "decode"]
 OomOf = Literal["device", "device_budget", "host"]
-Bound = Literal["device", "device_budget", "host", "model_maximum", "none_fits", "failed"]
+Bound = Literal["device", "device_budget", "host", "model_maximum", "limit", "none_fits", "failed"]
 Forecast = Literal["fits", "oom", "unsupported", "unknown"]
 
 Count = Annotated[int, Field(ge=0)]
@@ -301,8 +301,9 @@ class MaxContextRow(_Record):
     shortest_failing_tokens: Annotated[int, Field(ge=1)] | None = None
     """Shortest length that was measured not to fit; null when the model's maximum fits."""
     bound: Bound
-    """What bounds it: the `device`, the `device_budget`, the `host` mirror, the `model_maximum`; `none_fits`: not even
-    the shortest length fits; `failed`: a try failed for another reason."""
+    """What bounds it: the `device`, the `device_budget`, the `host` mirror, the `model_maximum`; `limit`: nothing, up
+    to the length where the search was told to stop; `none_fits`: not even the shortest length fits; `failed`: a try
+    failed for another reason."""
     reason: Text | None = None
     """The reason of the try that did not fit."""
     tries: tuple[Annotated[int, Field(ge=1)], ...]
