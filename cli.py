@@ -262,8 +262,17 @@ def plan(
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run, finished or not.")],
 ) -> None:
-    """Write tables, figures and report.html of a run into DIR/report, and print the summary."""
-    print_report(folder)
+    """Write tables, figures and report.html of a run into DIR/report, and print the summary.
+
+    A folder of runs gets one report a run, each in its own folder.
+    """
+    from kvscope.results.store import run_folders
+
+    folders = run_folders(folder)
+    for run_folder in folders:
+        if run_folder != folder:
+            typer.echo(f"{run_folder.name}\n{'=' * len(run_folder.name)}")
+        print_report(run_folder)
 
 
 def print_report(folder: Path) -> None:

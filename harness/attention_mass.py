@@ -28,6 +28,7 @@ from kvscope.harness.config import parse_length
 from kvscope.harness.decode import DecodeSession
 from kvscope.harness.models import LoadedModel, load_model
 from kvscope.harness.prefill import prefill
+from kvscope.harness.presets import refuse_preset
 from kvscope.methods.base import AttentionExtras, SequenceCache
 from kvscope.methods.dense.method import Dense
 from kvscope.methods.resident import ResidentSequence
@@ -260,6 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError(f"{args.out} exists already: remove it, or name another file with --out.")
         for name in args.tasks.split(","):
             create_task(name)
+        refuse_preset(args.model, "measure attention on")
         loaded = load_model(args.model, device=args.device, dtype=args.dtype)
         if max(lengths) > loaded.max_length_tokens:
             raise UsageError(f"Model '{loaded.name}' takes {loaded.max_length_tokens} tokens, not {max(lengths)}.")

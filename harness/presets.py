@@ -132,6 +132,16 @@ def find_preset(spec: str) -> Preset:
     return PRESETS[name]
 
 
+def refuse_preset(spec: str, what: str) -> None:
+    """Refuse a preset where a model's answers or attention are the point.
+
+    Raises:
+        UsageError: saying what the model was wanted for.
+    """
+    if is_preset(spec):
+        raise UsageError(f"Model {spec!r} has random weights and no tokenizer, so there is nothing to {what}.")
+
+
 def preset_config(spec: str) -> Any:
     """Return the transformers config of a preset.
 

@@ -1,8 +1,6 @@
 """A run as two pandas frames: `samples` (accuracy pass) and `footprint` (memory and time)."""
 
 import math
-import types
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 import pandas as pd
 from pydantic import BaseModel
 
+from kvscope.results.columns import plain_kinds
 from kvscope.results.schema import FootprintRow, MaxContextRow, RunInfo, SampleRow, ThroughputRow
 from kvscope.results.store import RunStore
 
@@ -91,7 +90,7 @@ def _frame(rows: Sequence[BaseModel], kind: type[BaseModel]) -> pd.DataFrame:
 
 def _dtype(annotation: Any) -> str:
     """The column type that keeps integers exact and nulls apart from numbers."""
-    kinds = _kinds(annotation)
+    kinds = plain_kinds(annotation)
     if kinds == {bool}:
         return "boolean"
     if kinds == {int}:
@@ -101,14 +100,3 @@ def _dtype(annotation: Any) -> str:
     if kinds == {str}:
         return "string"
     return "object"
-
-
-def _kinds(annotation: Any) -> set[Any]:
-    origin = typing.get_origin(annotation)
-    if origin in (typing.Union, types.UnionType):
-        return {kind for part in typing.get_args(annotation) if part is not type(None) for kind in _kinds(part)}
-    if origin is typing.Annotated:
-        return _kinds(typing.get_args(annotation)[0])
-    if origin is typing.Literal:
-        return {type(value) for value in typing.get_args(annotation)}
-    return {origin or annotation}

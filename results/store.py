@@ -19,6 +19,7 @@ from typing import Any, Self
 from pydantic import ValidationError
 
 from kvscope.results.errors import EnvironmentProblem, UsageError
+from kvscope.results.packed import Rows, is_packed, read_packed
 from kvscope.results.rowfile import append_line, check_version, first_problem, open_for_append, read_rows, sync_folder
 from kvscope.results.schema import FootprintRow, MaxContextRow, Resumption, RunInfo, SampleRow, ThroughputRow
 
@@ -50,12 +51,24 @@ class RunStore:
         self._lock_fd = lock_fd
         self._fds: dict[str, int] = {}
         writable = lock_fd is not None
+        if is_packed(folder):
+            self._take_packed(writable=writable)
+            return
         self._samples = read_rows(folder / SAMPLES_FILE, SampleRow, messages=self.messages, mend=writable)
         self._footprints = read_rows(folder / FOOTPRINT_FILE, FootprintRow, messages=self.messages, mend=writable)
         self._max_contexts = read_rows(folder / MAX_CONTEXT_FILE, MaxContextRow, messages=self.messages, mend=writable)
         self._throughputs = read_rows(folder / THROUGHPUT_FILE, ThroughputRow, messages=self.messages, mend=writable)
         for message in self.messages:
             _log.warning(message)
+
+    def _take_packed(self, *, writable: bool) -> None:
+        if writable:
+            raise UsageError(f"{self.folder} holds a packed run, which is only read. Give --out another folder.")
+        rows = read_packed(self.folder)
+        self._samples = {row.key: row for row in rows.samples}
+        self._footprints = {row.key: row for row in rows.footprints}
+        self._max_contexts = {row.key: row for row in rows.max_contexts}
+        self._throughputs = {row.key: row for row in rows.throughputs}
 
     @classmethod
     def create(cls, folder: str | Path, info: RunInfo) -> "RunStore":
@@ -147,6 +160,15 @@ class RunStore:
         """Keys of all footprint rows."""
         return set(self._footprints)
 
+    def rows(self) -> Rows:
+        """Every row of the run."""
+        return Rows(
+            samples=self.samples(),
+            footprints=self.footprints(),
+            max_contexts=self.max_contexts(),
+            throughputs=self.throughputs(),
+        )
+
     def close(self) -> None:
         """Release the lock and the descriptors. Safe to call twice."""
         for fd in self._fds.values():
@@ -197,6 +219,21 @@ def read_info(folder: str | Path) -> RunInfo:
         return RunInfo.model_validate_json(text)
     except ValidationError as error:
         raise UsageError(f"{path} is not a valid run file: {first_problem(error)}. Restore it from a copy.") from error
+
+
+def run_folders(folder: str | Path) -> list[Path]:
+    """Return the runs a folder stands for: itself, or those of its subfolders that hold one, by name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    folder = Path(folder)
+    if not (folder / RUN_FILE).exists() and folder.is_dir():
+        found = sorted(path.parent for path in folder.glob(f"*/{RUN_FILE}"))
+        if found:
+            return found
+    read_info(folder)
+    return [folder]
 
 
 def identity_differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:

@@ -31,6 +31,7 @@ from kvscope.harness.lsa.shards import (
 )
 from kvscope.harness.models import LoadedModel, load_model
 from kvscope.harness.prefill import DEFAULT_CHUNK_TOKENS, prefill
+from kvscope.harness.presets import refuse_preset
 from kvscope.harness.progress import Progress, format_bytes
 from kvscope.methods.base import union_collectors
 from kvscope.methods.lsa.indexer import Features
@@ -110,6 +111,7 @@ def collect(config: CollectConfig, out: str | Path, *, progress: Progress) -> Pa
     """
     folder = Path(out)
     tasks = make_tasks(config.tasks)
+    refuse_preset(config.model, "collect")
     loaded = load_model(config.model, device=config.device, dtype=config.dtype)
     info = describe(config, loaded)
     jobs = [

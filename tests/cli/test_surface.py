@@ -14,9 +14,10 @@ from kvscope import cli
 from kvscope.harness.footprint import worker_environment
 
 SHARED = [
-    "--answer-nll", "--device", "--dtype", "--footprint", "--footprint-length", "--length", "--max-new-tokens",
-    "--method", "--method-from", "--model", "--no-answer-nll", "--no-footprint", "--no-paper-settings", "--out",
-    "--paper-settings", "--samples", "--seed", "--set", "--sweep", "--task", "-l", "-m", "-n", "-o", "-t", "config",
+    "--answer-nll", "--device", "--dtype", "--find-max", "--footprint", "--footprint-length", "--gpu-budget", "--kv",
+    "--length", "--max-new-tokens", "--method", "--method-from", "--model", "--no-answer-nll", "--no-footprint",
+    "--no-paper-settings", "--out", "--paper-settings", "--samples", "--seed", "--set", "--sweep", "--task",
+    "--throughput", "--time-limit", "-l", "-m", "-n", "-o", "-t", "config",
 ]  # fmt: skip
 SURFACE = {
     "run": sorted([*SHARED, "--quiet", "-q"]),
