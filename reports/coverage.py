@@ -25,6 +25,8 @@ class Coverage:
     """One sentence per kind of failure: where, and why."""
     mismatches: tuple[str, ...]
     """Footprint cells whose claimed saving NVML does not confirm."""
+    disturbed: tuple[str, ...] = ()
+    """Footprint cells during which other processes were on the GPU."""
 
     @property
     def complete(self) -> bool:
@@ -41,6 +43,10 @@ class Coverage:
             lines.append(f"Unfinished run: {rows} are there. Missing: {_listed(self.missing)}.")
         lines += [f"Not measured: {text}." for text in self.not_measured]
         lines += [f"Mismatch: {text}." for text in self.mismatches]
+        if self.disturbed:
+            lines.append(
+                f"Other processes were on the GPU, so that times are not to be trusted: {_listed(self.disturbed)}."
+            )
         return lines
 
 
@@ -76,6 +82,11 @@ def coverage(run: Run) -> Coverage:
             f"NVML does not confirm the saving of {row['method_label']} at {length_text(row['length_tokens'])}"
             + (f" ({row['verdict_reason']})" if row["verdict_reason"] else "")
             for row in records(mismatched)
+        ),
+        disturbed=tuple(
+            f"{row['method_label']} at {length_text(row['length_tokens'])}"
+            for row in records(run.footprint)
+            if row["other_processes"]
         ),
     )
 

@@ -2,12 +2,14 @@
 
 import importlib.util
 import json
+import subprocess
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
+from in_process import run_here
 from synthetic_rows import demo_rows
 
 from kvscope import cli
@@ -120,8 +122,23 @@ def test_the_committed_cell_list_holds_up(script: ModuleType, capsys: pytest.Cap
 
 
 def test_pieces_run_pack_and_report(
-    script: ModuleType, tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    script: ModuleType,
+    tiny_model: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """The first piece runs in a process of its own, the others here: they differ in nothing but time."""
+    run_here(monkeypatch)
+    real, commands = subprocess.run, []
+
+    def run_piece(command: list[str], **options: Any) -> Any:
+        commands.append(command)
+        if len(commands) == 1:
+            return real(command, **options)
+        return subprocess.CompletedProcess(command, cli.run_cli(command[3:]), "", "")
+
+    monkeypatch.setattr(script.subprocess, "run", run_piece)
     cells = {
         "cells": [
             {
