@@ -186,6 +186,11 @@ def make_plan(config: RunConfig) -> Plan:
             task.max_new_tokens = config.max_new_tokens
         tasks.append(task)
     facts = describe_model(config.model, device=config.device, dtype=config.dtype, page_tokens=config.page_tokens)
+    if config.synthetic_kv and facts.shape.sliding_layers:
+        raise UsageError(
+            f"Model {config.model!r} has sliding-window layers, whose stock cache is not filled with synthetic values: "
+            "leave out --kv synthetic, --find-max and --throughput, or take another model."
+        )
     for method in methods:
         method.require(facts.shape)
     check_lengths(config, facts, tasks)
