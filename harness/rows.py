@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 FailureStatus = Literal["unsupported", "failed", "oom"]
 MAX_REASON_CHARACTERS = 600
+#: How errors that are no OutOfMemoryError say that memory ran out: the CPU's allocator, CUDA and Triton, cuBLAS.
+_OOM_WORDS = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def is_oom(error: BaseException) -> bool:
@@ -22,7 +24,7 @@ def is_oom(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     text = str(error)
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
+    return isinstance(error, RuntimeError) and any(word in text for word in _OOM_WORDS)
 
 
 def failure(error: BaseException, *, phase: str) -> tuple[FailureStatus, str]:

@@ -382,8 +382,14 @@ def failed_row(
 
 
 def allocator_settings() -> str | None:
-    """Return the settings of torch's allocator in this process's environment."""
-    return os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or None
+    """Return the settings asked of torch's CUDA allocator, and whether the one that matters here is in force."""
+    import torch
+
+    asked = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or None
+    if asked is None or "expandable_segments:True" not in asked:
+        return asked
+    in_force = torch.cuda.memory._snapshot().get("allocator_settings", {}).get("expandable_segments")
+    return asked if in_force else f"{asked} (not in force)"
 
 
 def _end_with_parent() -> None:

@@ -17,7 +17,8 @@ import torch
 #: Waste that rounding up may cause before a block is mapped at its exact size: small blocks stay with torch, which
 #: keeps them locked for the next prompt.
 MAX_ROUNDING_BYTES = 16 * 1024 * 1024
-_PORTABLE = 1  # cudaHostRegisterPortable: locked for every context of the process
+#: cudaHostRegisterPortable | cudaHostRegisterMapped: locked for every context, and readable by kernels.
+_FLAGS = 3
 
 
 class _Block(mmap.mmap):
@@ -48,7 +49,13 @@ def empty_pinned(size: Sequence[int], *, dtype: torch.dtype) -> torch.Tensor:
     """
     n_bytes = math.prod(size) * dtype.itemsize
     if rounding_bytes(n_bytes) <= MAX_ROUNDING_BYTES:
-        return torch.empty(tuple(size), dtype=dtype, pin_memory=True)
+        try:
+            return torch.empty(tuple(size), dtype=dtype, pin_memory=True)
+        except RuntimeError as error:
+            if "out of memory" not in str(error):
+                raise
+            # CUDA words it as if the device had run out.
+            raise MemoryError(f"the host cannot lock {n_bytes:,} bytes for the GPU") from error
     tensor = empty_mapped(size, dtype=dtype)
     lock(tensor)
     return tensor
@@ -80,7 +87,7 @@ def lock(tensor: torch.Tensor) -> None:
     """
     address, n_bytes = tensor.data_ptr(), tensor.numel() * tensor.element_size()
     runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    code = runtime.cudaHostRegister(address, n_bytes, _PORTABLE)
+    code = runtime.cudaHostRegister(address, n_bytes, _FLAGS)
     if int(code) != 0:
         raise MemoryError(f"the host cannot lock {n_bytes:,} bytes for the GPU (cudaHostRegister: {code})")
     _blocks[address].locked_at = address

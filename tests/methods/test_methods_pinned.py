@@ -21,7 +21,7 @@ class Runtime:
 
     def cudaHostRegister(self, address: int, n_bytes: int, flags: int) -> int:  # noqa: N802 - CUDA's name
         self.calls.append(("lock", address))
-        assert flags == 1
+        assert flags == 3
         return self.code
 
     def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
@@ -48,6 +48,19 @@ def test_small_waste_stays_with_torch(runtime: Runtime, monkeypatch: pytest.Monk
     assert pinned.empty_pinned((64, 1024), dtype=torch.float16).shape == (64, 1024)
     assert asked == [True]
     assert runtime.calls == []
+
+
+def test_torchs_out_of_memory_is_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any, **options: Any) -> Any:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    message = "CUDA error: out of memory"
+    with pytest.raises(MemoryError, match="the host cannot lock 1,024 bytes for the GPU"):
+        pinned.empty_pinned((1024,), dtype=torch.uint8)
+    message = "no accelerator"
+    with pytest.raises(RuntimeError, match="no accelerator"):
+        pinned.empty_pinned((1024,), dtype=torch.uint8)
 
 
 def test_large_waste_is_mapped_locked_and_given_back_with_the_last_view(runtime: Runtime) -> None:

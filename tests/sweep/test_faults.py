@@ -12,8 +12,10 @@ from kvscope.harness import footprint, prefill, worker
 from kvscope.harness.config import make_config
 from kvscope.harness.footprint import make_job, run_worker, worker_environment
 from kvscope.harness.plan import make_plan
+from kvscope.harness.rows import is_oom, oom_of
 from kvscope.harness.sweep import failures, run
 from kvscope.methods.dense.method import Dense
+from kvscope.results.errors import DeviceBudgetExceeded, HostMemoryShort
 from kvscope.results.schema import FootprintRow
 
 VALUES = {
@@ -102,6 +104,26 @@ def test_a_host_that_cannot_lock_its_pages_is_a_row(monkeypatch: Any) -> None:
     assert (row.status, row.failure_phase, row.oom_of) == ("oom", "prefill", "host")
 
 
+@pytest.mark.parametrize(
+    ("error", "budgeted", "what"),
+    [
+        (torch.OutOfMemoryError(CUDA_OOM), False, "device"),
+        (torch.OutOfMemoryError(CUDA_OOM), True, "device_budget"),
+        (RuntimeError("CUDA error: out of memory"), False, "device"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), False, "device"),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True, "device_budget"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True, "host"),
+        (MemoryError("the host cannot lock 1,024 bytes for the GPU"), True, "host"),
+        (HostMemoryShort("it would run out of memory"), True, "host"),
+        (DeviceBudgetExceeded("over"), True, "device_budget"),
+    ],
+)
+def test_what_ran_out_is_told_apart(error: Exception, budgeted: bool, what: str) -> None:
+    assert is_oom(error)
+    assert oom_of(error, budgeted=budgeted) == what
+    assert not is_oom(RuntimeError("CUDA error: an illegal memory access was encountered"))
+
+
 def test_a_budget_that_the_driver_sees_broken_is_an_oom_row(monkeypatch: Any) -> None:
     """On a GPU the budget is held against NVML, kernels and context included."""
     readings = iter([900, 900, 1500, 1500] + [2600] * 10_000)
@@ -133,6 +155,17 @@ def test_the_budget_limits_torchs_allocator(monkeypatch: Any) -> None:
     assert fractions == [23 / 80, (24 * 1024 * MIB - CONTEXT_BYTES) / (80 * 1024 * MIB), 1.0]
     with pytest.raises(DeviceBudgetExceeded, match="context alone"):
         DeviceBudget(100).apply("cuda:0", context_bytes=1024)
+
+
+def test_allocator_settings_that_are_not_in_force_say_so(monkeypatch: Any) -> None:
+    settings: dict[str, Any] = {"expandable_segments": True}
+    monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: {"allocator_settings": settings})
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    assert worker.allocator_settings() == "expandable_segments:True"
+    settings.clear()
+    assert worker.allocator_settings() == "expandable_segments:True (not in force)"
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "backend:cudaMallocAsync")
+    assert worker.allocator_settings() == "backend:cudaMallocAsync"
 
 
 def test_a_gpu_busy_with_another_process_is_in_the_row_and_in_an_ooms_reason(monkeypatch: Any) -> None:
