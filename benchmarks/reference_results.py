@@ -1,21 +1,24 @@
 """The committed reference results: run them in pieces, then pack them into ``results/reference/h100``.
 
-    python benchmarks/reference_results.py plan                       # cells, pieces, planned minutes
-    python benchmarks/reference_results.py run --work runs/reference  # until done, or --limit-s; the same goes on
+    python benchmarks/reference_results.py plan                                # cells, pieces, planned minutes
+    python benchmarks/reference_results.py run --work runs/reference --jobs 8  # to the end, or --limit-s; the same goes on
     python benchmarks/reference_results.py pack --work runs/reference --out results/reference/h100
     kvscope report results/reference/h100
 
 A piece is one ``kvscope run`` of a cell under one seed, in a folder of its own: it resumes by itself, so a limit or a
-kill loses at most the row that was being measured. What each took is noted as it ends.
+kill loses at most the row that was being measured. What each took is noted as it ends. Pieces of accuracy may share the
+GPU (``--jobs``: a small model alone leaves most of it idle); those of memory and time run alone.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,18 +88,31 @@ def piece_folder(work: Path, cell: Cell, seed: int) -> Path:
     return work / cell.name / f"seed-{seed}"
 
 
-def run_piece(folder: Path, config: RunConfig, *, limit_s: float | None) -> None:
-    """Run or continue one piece in a process of its own, and note what it took."""
+def is_shared(config: RunConfig) -> bool:
+    """Whether a piece may run beside others: it measures answers, neither memory nor time."""
+    return not config.unscored and not config.footprint
+
+
+def run_piece(folder: Path, config: RunConfig, *, limit_s: float | None, jobs: int = 1) -> None:
+    """Run or continue one piece in a process of its own, and note what it took.
+
+    Args:
+        jobs: how many such processes share the GPU; each counts for its part of the time.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     values = config.model_dump(mode="json", exclude_unset=True)
+    environment = worker_environment()
+    if jobs > 1:
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
     started_s = time.monotonic()
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
         yaml.safe_dump(values, file)
         file.flush()
         limit = [] if limit_s is None else ["--time-limit", f"{limit_s:.0f}"]
         command = [sys.executable, "-m", "kvscope.cli", "run", file.name, "--quiet", "--out", str(folder), *limit]
-        done = subprocess.run(command, env=worker_environment(), capture_output=True, text=True)
-    note = {"piece": folder.name, "seconds": round(time.monotonic() - started_s, 1), "exit_code": done.returncode}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    seconds = time.monotonic() - started_s
+    note = {"piece": folder.name, "seconds": round(seconds / jobs, 1), "jobs": jobs, "exit_code": done.returncode}
     with (folder.parent / USED_FILE).open("a", encoding="utf-8") as file:
         file.write(json.dumps(note) + "\n")
     if done.returncode not in (0, 1):
@@ -106,33 +122,44 @@ def run_piece(folder: Path, config: RunConfig, *, limit_s: float | None) -> None
 
 
 def used_minutes(work: Path, cell: Cell) -> float:
-    """Return the minutes a cell's processes took so far."""
+    """Return the minutes of the GPU that a cell took so far; processes that shared it count for their part."""
     path = work / cell.name / USED_FILE
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return round(sum(json.loads(line)["seconds"] for line in lines) / 60, 2)
 
 
-def run_cells(cells: Sequence[Cell], work: Path, *, limit_s: float | None) -> bool:
-    """Run pieces in order until all are done or the time is over; return whether all are."""
+def run_cells(cells: Sequence[Cell], work: Path, *, limit_s: float | None, jobs: int) -> bool:
+    """Run pieces in order until all are done or the time is over; return whether all are.
+
+    Args:
+        jobs: pieces of accuracy that run at once; those that measure memory or time always run alone.
+    """
     started_s = time.monotonic()
-    for cell in cells:
-        for seed in range(cell.seeds):
-            config, folder = cell.config(seed), piece_folder(work, cell, seed)
-            if is_done(folder, config):
-                continue
-            left_s = None if limit_s is None else limit_s - (time.monotonic() - started_s)
-            if left_s is not None and left_s < LEAST_PIECE_S:
-                print(f"stopped before {cell.name} seed {seed}: the same command continues")
-                return False
-            print(f"{cell.name} seed {seed} ...", flush=True)
-            run_piece(folder, config, limit_s=left_s)
-            state = "done" if is_done(folder, config) else "unfinished"
-            print(
-                f"{cell.name} seed {seed}: {state}, {used_minutes(work, cell)} of {cell.planned_gpu_minutes} min used"
-            )
-            if state == "unfinished":
-                return False
-    return True
+    pending = [
+        (cell, seed)
+        for cell in cells
+        for seed in range(cell.seeds)
+        if not is_done(piece_folder(work, cell, seed), cell.config(seed))
+    ]
+
+    def run_one(cell: Cell, seed: int, n_jobs: int) -> bool:
+        config, folder = cell.config(seed), piece_folder(work, cell, seed)
+        left_s = None if limit_s is None else limit_s - (time.monotonic() - started_s)
+        if left_s is not None and left_s < LEAST_PIECE_S:
+            print(f"stopped before {cell.name} seed {seed}: the same command continues", flush=True)
+            return False
+        run_piece(folder, config, limit_s=left_s, jobs=n_jobs)
+        done = is_done(folder, config)
+        used = f"{used_minutes(work, cell)} of {cell.planned_gpu_minutes} min used"
+        print(f"{cell.name} seed {seed}: {'done' if done else 'unfinished'}, {used}", flush=True)
+        return done
+
+    shared = [(cell, seed) for cell, seed in pending if is_shared(cell.config(seed))]
+    n_jobs = max(1, min(jobs, len(shared)))
+    with ThreadPoolExecutor(n_jobs) as pool:
+        states = list(pool.map(lambda piece: run_one(*piece, n_jobs), shared))
+    states += [run_one(cell, seed, 1) for cell, seed in pending if (cell, seed) not in shared]
+    return all(states)
 
 
 def pack_cells(cells: Sequence[Cell], work: Path, out: Path) -> list[str]:
@@ -195,6 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cell", action="append", default=[], metavar="NAME", help="only this one; repeatable")
     parser.add_argument("--work", type=Path, default=None, help="where pieces are measured")
     parser.add_argument("--out", type=Path, default=None, help="where packed results go")
+    parser.add_argument("--jobs", type=int, default=1, help="pieces of accuracy that share the GPU")
     parser.add_argument("--limit-s", type=float, default=None, help="stop after this time")
     options = parser.parse_args(arguments)
     try:
@@ -205,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.work is None:
             raise UsageError("Say where the pieces are: --work DIR.")
         if options.action == "run":
-            return 0 if run_cells(cells, options.work, limit_s=options.limit_s) else 1
+            return 0 if run_cells(cells, options.work, limit_s=options.limit_s, jobs=options.jobs) else 1
         if options.out is None:
             raise UsageError("Say where the packed results go: --out DIR.")
         missing = pack_cells(cells, options.work, options.out)

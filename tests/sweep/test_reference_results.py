@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import subprocess
+import threading
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -179,7 +181,7 @@ def test_pieces_run_pack_and_report(
     assert "stopped before accuracy seed 0" in capsys.readouterr().out
     assert script.main(["pack", *common, "--out", str(out)]) == 1
     assert "still to be measured: accuracy, longest" in capsys.readouterr().out
-    assert script.main(["run", *common]) == 0
+    assert script.main(["run", *common, "--jobs", "1"]) == 0
     used = [json.loads(line) for line in (work / "accuracy" / "used.jsonl").read_text().splitlines()]
     assert [note["piece"] for note in used] == ["seed-0", "seed-1"]
     assert script.main(["run", *common]) == 0
@@ -202,6 +204,57 @@ def test_pieces_run_pack_and_report(
     assert "Longest context by method" in text
     assert (out / "accuracy" / "report" / "report.html").is_file()
     assert (out / "longest" / "report" / "report.html").is_file()
+
+
+def test_accuracy_shares_the_gpu_and_memory_never_does(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accuracy = {"model": "reference", "methods": ["dense"], "lengths_tokens": ["1k"], "footprint": False}
+    memory = {"model": "preset:tiny", "methods": ["dense"], "lengths_tokens": ["1k"]}
+    cells = [script.Cell("a", 1, 3, accuracy), script.Cell("m", 1, 2, memory)]
+    lock, together, most = threading.Lock(), [], {"a": 0, "m": 0}
+
+    def run_piece(folder: Path, config: Any, *, limit_s: Any, jobs: int) -> None:
+        name = folder.parent.name
+        with lock:
+            together.append(name)
+            most[name] = max(most[name], len(together))
+        assert jobs == (2 if name == "a" else 1)
+        time.sleep(0.2)
+        with lock:
+            together.remove(name)
+
+    monkeypatch.setattr(script, "run_piece", run_piece)
+    monkeypatch.setattr(script, "is_done", lambda folder, config: False)
+    assert script.run_cells(cells, tmp_path, limit_s=None, jobs=2) is False
+    assert most == {"a": 2, "m": 1}
+
+
+def test_what_a_piece_took_counts_for_its_part_of_the_gpu(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+    clock = iter([100.0, 220.0])
+
+    def finished(command: list[str], *, env: dict[str, str], **options: Any) -> Any:
+        seen["threads"] = env["OMP_NUM_THREADS"]
+        return subprocess.CompletedProcess(command, 1, "", "")
+
+    monkeypatch.setattr(script.subprocess, "run", finished)
+    monkeypatch.setattr(script.os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(script.time, "monotonic", lambda: next(clock))
+    cell = script.Cell("a", 1, 1, {"model": "preset:tiny"})
+    script.run_piece(script.piece_folder(tmp_path, cell, 0), cell.config(0), limit_s=None, jobs=4)
+    assert seen == {"threads": "4"}
+    assert script.used_minutes(tmp_path, cell) == 0.5
+
+    def broken(command: list[str], **options: Any) -> Any:
+        return subprocess.CompletedProcess(command, 3, "", "kvscope: torch sees no CUDA GPU")
+
+    clock = iter([0.0, 1.0])
+    monkeypatch.setattr(script.subprocess, "run", broken)
+    with pytest.raises(UsageError, match="a/seed-0 ended with 3: kvscope: torch sees no CUDA GPU"):
+        script.run_piece(script.piece_folder(tmp_path, cell, 0), cell.config(0), limit_s=None)
 
 
 def test_bad_lists_and_names_are_told(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
