@@ -1,7 +1,7 @@
 """The committed reference results: run them in pieces, then pack them into ``results/reference/h100``.
 
     python benchmarks/reference_results.py plan                                # cells, pieces, planned minutes
-    python benchmarks/reference_results.py run --work runs/reference --jobs 8  # to the end, or --limit-s; the same goes on
+    python benchmarks/reference_results.py run --work runs/reference --jobs 8  # to the end; the same command goes on
     python benchmarks/reference_results.py pack --work runs/reference --out results/reference/h100
     kvscope report results/reference/h100
 
