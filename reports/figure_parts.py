@@ -43,7 +43,7 @@ class SkippedFigure:
 
 def subtitle_of(run: Run) -> str:
     """Model, machine and options that no label repeats, under a title; an unfinished run says so in every picture."""
-    device = run.info.environment.get("gpu") or "CPU"
+    device = str(run.info.environment.get("gpu") or "CPU")
     shared = shared_options([method.label for method in run.info.methods])
     device += "".join(f"; every {name}: {', '.join(parts)}" for name, parts in shared.items())
     state = coverage(run)
