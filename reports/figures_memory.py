@@ -26,6 +26,12 @@ from kvscope.results.frames import Run, records
 SIDE_BY_SIDE = "Points of one length stand side by side, so that equal values stay visible."
 
 
+ESTIMATED = (
+    "A threshold keeps what the text asks for: its line is an estimate, or all it could hold where no indexer says how "
+    "much it keeps."
+)
+
+
 def memory_by_length(run: Run) -> ReportFigure | SkippedFigure:
     """Bytes against length, log-log: measured points, the predicted line, out-of-memory marks."""
     name, title = "memory_by_length", "Memory by length"
@@ -43,6 +49,12 @@ def memory_by_length(run: Run) -> ReportFigure | SkippedFigure:
     labels = [method.label for method in run.info.methods if method.label in set(data["method_label"])]
     styles = method_styles([method.label for method in run.info.methods])
     lengths = sorted(set(run.info.lengths_tokens) | set(run.info.footprint_lengths_tokens))
+    chosen_by_text = any(
+        isinstance(config, dict) and config.get("mode") == "threshold"
+        for config in (*run.footprint["config"], *run.samples["config"])
+    )
+    remarks = [SIDE_BY_SIDE] if len(labels) > 1 else []
+    note = " ".join([*remarks, *([ESTIMATED] if chosen_by_text else []), source.caption])
     with theme(name):
         figure, (axes,) = panels(
             1,
@@ -52,7 +64,7 @@ def memory_by_length(run: Run) -> ReportFigure | SkippedFigure:
             margins=Margins(left=0.95, right=_label_margin_in(styles), top=0.15),
             title=title,
             subtitle=subtitle_of(run),
-            note=f"{SIDE_BY_SIDE} {source.caption}" if len(labels) > 1 else source.caption,
+            note=note,
             key=[
                 key_entry("measured", marker="o"),
                 key_entry("predicted", line="-"),
@@ -75,7 +87,7 @@ def memory_by_length(run: Run) -> ReportFigure | SkippedFigure:
         end_labels(axes, ends)
     caption = (
         "Bytes of the KV cache against length, both axes logarithmic. Lines are predictions made before the run, "
-        f"markers are measurements, crosses are cells that ran out of memory. {SIDE_BY_SIDE} {source.caption}"
+        f"markers are measurements, crosses are cells that ran out of memory. {note}"
     )
     return ReportFigure(name, title, caption, figure, data.reset_index(drop=True))
 

@@ -71,7 +71,12 @@ def swept() -> Rows:
         )  # fmt: skip
         held = row.resident_kv_bytes or 0
         return row.model_copy(
-            update={"method_label": label, "residency": record, "resident_kv_bytes": held * (10 + i) // 10}
+            update={
+                "method_label": label,
+                "config": {"mode": "threshold"},
+                "residency": record,
+                "resident_kv_bytes": held * (10 + i) // 10,
+            }
         )
 
     samples, footprints, info = base
@@ -198,6 +203,11 @@ def test_labels_leave_out_what_tells_no_method_apart_and_the_subtitle_says_it(pi
         "lsa:chunk=4": "lsa",
         "lsa:chunk=4,tau=2": "lsa:tau=2",
     }
+
+
+def test_a_line_that_is_an_estimate_says_so(pictures: Pictures) -> None:
+    assert "its line is an estimate" in pictures["swept"]["memory_by_length"].words
+    assert "estimate" not in pictures["demo"]["memory_by_length"].words
 
 
 def test_without_nvml_the_axis_and_the_picture_say_ledger(pictures: Pictures) -> None:
