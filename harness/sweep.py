@@ -11,7 +11,6 @@ from kvscope.harness.config import RunConfig, format_length, make_config
 from kvscope.harness.environment import capture_environment
 from kvscope.harness.footprint import footprint_pass
 from kvscope.harness.plan import Plan, make_plan
-from kvscope.harness.pooling import excluded_types
 from kvscope.harness.progress import Progress, make_progress
 from kvscope.results.errors import UsageError
 from kvscope.results.schema import MethodInfo, RunInfo
@@ -126,7 +125,7 @@ def run_info(plan: Plan) -> RunInfo:
         identity=identity,
         environment=environment,
         plan=plan.cells,
-        excluded_types=excluded_types(config.model),
+        excluded_types=plan.excluded_types,
     )
 
 

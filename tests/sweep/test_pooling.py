@@ -94,12 +94,19 @@ def test_a_run_copies_the_list_and_keeps_its_own(small: MakeConfig, tmp_path: Pa
     """A list that changes later does not change what an old run pools."""
     from kvscope.harness.sweep import run
 
-    config = small(methods=["dense"], samples=1, max_new_tokens=2, footprint=False)
+    config = small(
+        methods=["dense"], tasks=["long_qa:types=hops_3"], lengths_tokens=[2048], samples=1, max_new_tokens=2,
+        footprint=False,
+    )  # fmt: skip
     listed = Path(config.model) / EXCLUDED_FILE
     made = exclusion_list([row({"hops_3": 40.0, "single_fact": 99.0})])
     try:
         listed.write_text(made.model_dump_json())
-        assert run_info(make_plan(config)).excluded_types == made.excluded
+        plan = make_plan(config)
+        assert run_info(plan).excluded_types == made.excluded
+        assert f"note       {made.excluded[0].sentence}." in plan.text()
+        other = config.model_copy(update={"tasks": ("long_qa:types=single_fact",)})
+        assert make_plan(other).excluded_types == (), "no prompt is of that type"
         run(config, out=tmp_path / "run", progress=False)
     finally:
         listed.unlink()
