@@ -14,9 +14,10 @@ from tabulate import tabulate
 from kvscope.harness.config import RunConfig, format_length, split_spec
 from kvscope.harness.facts import ModelFacts, describe_model
 from kvscope.harness.memory import free_device_bytes
+from kvscope.harness.pooling import excluded_types
 from kvscope.harness.progress import format_bytes
 from kvscope.results.errors import UsageError
-from kvscope.results.schema import Forecast, PlannedCell
+from kvscope.results.schema import ExcludedType, Forecast, PlannedCell
 
 if TYPE_CHECKING:
     from kvscope.methods.base import CacheMethod, Footprint
@@ -37,6 +38,8 @@ class Plan:
     methods: "tuple[CacheMethod[Any], ...]"
     tasks: "tuple[Task, ...]"
     cells: tuple[PlannedCell, ...]
+    excluded_types: tuple[ExcludedType, ...] = ()
+    """Question types of these tasks that pooled scores leave out, as the model's folder says."""
 
     @cached_property
     def _by_key(self) -> dict[tuple[str, int], PlannedCell]:
@@ -89,7 +92,7 @@ class Plan:
                 said.append(
                     f"{method.label} leaves nothing out at {_lengths(same)}: there it is dense by another name."
                 )
-        return said
+        return said + [f"{each.sentence}." for each in self.excluded_types]
 
     def text(self) -> str:
         """Return the plan as plain text."""
@@ -162,7 +165,11 @@ def make_plan(config: RunConfig) -> Plan:
         for method in methods
         for length_tokens in lengths
     ]
-    return Plan(config=config, facts=facts, methods=methods, tasks=tuple(tasks), cells=tuple(cells))
+    asked = {(task.name, kind) for task in tasks for kind in task.question_types}
+    excluded = tuple(each for each in excluded_types(config.model) if (each.task, each.question_type) in asked)
+    return Plan(
+        config=config, facts=facts, methods=methods, tasks=tuple(tasks), cells=tuple(cells), excluded_types=excluded
+    )
 
 
 def check_unique(labels: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ from tabulate import tabulate
 from kvscope.reports.cells import ALL_TASKS, accuracy_cells, footprint_cells, memory_source
 from kvscope.reports.coverage import coverage
 from kvscope.reports.figure_parts import subtitle_of
+from kvscope.reports.table_parts import excluded_notes
 from kvscope.reports.units import byte_unit, length_text, measured, number
 from kvscope.results.comparisons import baseline_label
 from kvscope.results.frames import Run, records
@@ -21,6 +22,7 @@ def summary_text(run: Run) -> str:
     if len(run.footprint) or run.info.footprint_lengths_tokens:
         parts.append(_memory(run))
         parts.append(_time(run))
+    parts += excluded_notes(run.info)
     parts += coverage(run).sentences()
     parts += run.messages
     return "\n\n".join(parts) + "\n"
