@@ -8,12 +8,12 @@ README.md has the mathematics, the layout and the limits.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 
+from kvscope.methods.kernels.grid import n_sms
 from kvscope.methods.kernels.paged_decode.inputs import PagedKV, check_inputs, index_strides
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -461,7 +461,7 @@ def paged_decode(
         "ROWS": max(2, triton.next_power_of_2(B * H)),
         "MIN_TILES": _MIN_TILES,
     }
-    n_programs = tuning.programs_per_sm * _n_sms(q_BQ1D.device)
+    n_programs = tuning.programs_per_sm * n_sms(q_BQ1D.device)
     device = q_BQ1D.device
     parts = []
     for store in stores:
@@ -553,10 +553,3 @@ def _lengths_of(store: PagedKV, placeholder: torch.Tensor) -> _Lengths:
     if isinstance(store.n_tokens, int):
         return _Lengths(placeholder, store.n_tokens, (0, 0), False)
     return _Lengths(store.n_tokens, 0, index_strides(store.n_tokens), True)
-
-
-@lru_cache(maxsize=16)
-def _n_sms(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 4  # the interpreter: a small grid that still splits
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
