@@ -128,7 +128,7 @@ def indexer_score(
         bias_L: one a layer.
         keys_LnE: fp8 e4m3, contiguous.
         scale_Ln: fp32, positive.
-        query_precision: ``fp8`` (e4m3, the fastest) or ``fp16`` (keys are widened exactly; for a reference-like choice).
+        query_precision: ``fp8`` (e4m3, the fastest) or ``fp16`` (keys are widened, exactly: nearer to the reference).
         out_LXn: fp32, written in place; made when None.
 
     Returns:
