@@ -81,7 +81,7 @@ def test_a_slot_table_follows_changing_choices():
     slots, delta = empty_slots(n, S, DEVICE), empty_delta(S, S, DEVICE)
     found = empty_selection(n, S, DEVICE)
     # Growth, shrinking, nothing, full churn, no change, one chunk.
-    sets = [range(0, 40), range(20, 100), range(90, 95), [], range(0, 90), range(60, 150), range(60, 150), [7]]
+    sets = [range(40), range(20, 100), range(90, 95), [], range(90), range(60, 150), range(60, 150), [7]]
     table = torch.full((2 * S,), -7, dtype=torch.int32, device=DEVICE)
     n_tokens = torch.zeros((1, 1), dtype=torch.int32, device=DEVICE)
     for chosen in map(list, sets):

@@ -99,9 +99,7 @@ class HostGather:
         n_listed = min(int(n), chunks.shape[0])
         chunks, chunk_slots = chunks[:n_listed].cpu(), chunk_slots[:n_listed].cpu()
         if self.backend == "reference":
-            host_gather_reference(
-                self._mirror, self._slots, chunks, chunk_slots, units_per_chunk=self._per_chunk
-            )
+            host_gather_reference(self._mirror, self._slots, chunks, chunk_slots, units_per_chunk=self._per_chunk)
         elif n_listed:
             source, target = self._units(chunks), self._units(chunk_slots)
             (self._copy_units if self.backend == "copies" else self._copy_staged)(source, target)

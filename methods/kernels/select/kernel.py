@@ -333,9 +333,7 @@ def diff(selection: Selection, slots: SlotTable, out: Delta) -> None:
 def apply(selection: Selection, slots: SlotTable, delta: Delta) -> None:
     """Enter a difference into the slot table, once the missing chunks are in their slots."""
     S, K = slots.chunk_of_slot_S.shape[0], delta.missing_K.shape[0]
-    _evict_kernel[(_blocks(S),)](
-        slots.slot_of_chunk_n, slots.chunk_of_slot_S, selection.wanted_n, S, BLOCK=_BLOCK
-    )
+    _evict_kernel[(_blocks(S),)](slots.slot_of_chunk_n, slots.chunk_of_slot_S, selection.wanted_n, S, BLOCK=_BLOCK)
     _fill_kernel[(_blocks(K),)](
         delta.missing_K,
         delta.n_missing,

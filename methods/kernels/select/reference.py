@@ -6,9 +6,7 @@ Shapes: R rows of logits, n chunks, S slots.
 import torch
 
 
-def select_reference(
-    logits_Rn: torch.Tensor, threshold: float, *, n_sink: int = 0, n_recent: int = 0
-) -> torch.Tensor:
+def select_reference(logits_Rn: torch.Tensor, threshold: float, *, n_sink: int = 0, n_recent: int = 0) -> torch.Tensor:
     """Return the chosen chunks, ascending: best logit at or over the threshold, or first, or last."""
     n = logits_Rn.shape[1]
     chunk_n = torch.arange(n, device=logits_Rn.device)
