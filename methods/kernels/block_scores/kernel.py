@@ -1,8 +1,8 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 """Block scores in Triton, over the layouts in which the methods keep their metadata.
 
-Shapes: H KV heads, G query heads a KV head, N blocks, X vectors a summary, S slots (pages), P tokens a page, D head size,
-T tokens of a tile. README.md has the mathematics.
+Shapes: H KV heads, G query heads a KV head, N blocks, X vectors a summary, S slots (pages), P tokens a page, D head
+size, T tokens of a tile. README.md has the mathematics.
 """
 
 import torch

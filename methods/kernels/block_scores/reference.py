@@ -1,6 +1,7 @@
 """Block scores in plain torch: the oracle of the kernels.
 
-Shapes: H KV heads, G query heads a KV head, N blocks, X vectors a summary, S slots (pages), P tokens a page, D head size.
+Shapes: H KV heads, G query heads a KV head, N blocks, X vectors a summary, S slots (pages), P tokens a page, D head
+size.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """One interface to three ways of bringing scattered chunks from pinned host memory onto the device.
 
-Shapes: N host pages of P tokens, S slots of U tokens (U divides P), H KV heads, D head size. A chunk is ``units_per_chunk``
-neighbouring units of U tokens, in the mirror and in the slots.
+Shapes: N host pages of P tokens, S slots of U tokens (U divides P), H KV heads, D head size. A chunk is
+``units_per_chunk`` neighbouring units of U tokens, in the mirror and in the slots.
 """
 
 from typing import Literal, get_args

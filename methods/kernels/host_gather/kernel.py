@@ -1,7 +1,7 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 """A gather kernel that reads pinned host memory itself: scattered units over the bus with no copy engine.
 
-A unit is ``PIECES`` pieces of ``PIECE_WORDS`` 4-byte words each; in the mirror pieces of a unit lie ``PARTS`` pieces apart.
+A unit is ``PIECES`` pieces of ``PIECE_WORDS`` 4-byte words each; in the mirror they lie ``PARTS`` pieces apart.
 """
 
 import torch
