@@ -52,7 +52,8 @@ def check_paged_decode() -> float:
             out, lse = paged_decode(q, stores, scale=128**-0.5)
             exact, exact_lse = paged_decode_reference(q, stores, scale=128**-0.5)
             _near(lse, exact_lse, 1e-4)
-            worst = max(worst, _near(out, exact, 1e-2))
+            # Each sequence for itself: a short one has larger values than the mean of thousands.
+            worst = max([worst, *(_near(out[b], exact[b], 1e-2) for b in range(3))])
     return worst
 
 

@@ -105,12 +105,12 @@ def test_a_slot_table_follows_changing_choices():
 
 
 def test_random_changes_and_twenty_equal_runs():
-    n, S = 400, 200
+    n, S = 200, 190
     slots, delta = empty_slots(n, S, DEVICE), empty_delta(S, S, DEVICE)
     found = empty_selection(n, S, DEVICE)
     lists = []
     for step in range(20):
-        chosen = torch.randperm(n, generator=generator(step // 2))[: 10 * (step // 2) + 1].sort().values.tolist()
+        chosen = torch.randperm(n, generator=generator(step // 2))[: 20 * (step // 2) + 1].sort().values.tolist()
         logits = torch.full((2, n), -1.0, device=DEVICE)
         logits[step % 2, chosen] = 0.5
         select(logits, threshold(0.5), found)

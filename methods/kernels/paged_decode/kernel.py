@@ -20,7 +20,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 _LOG2E = 1.4426950408889634
 _MIN_TILES = 4  # below this many tiles a program costs more than it hides
-_MERGE_ROWS = 32
+_MERGE_ROWS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -537,7 +537,7 @@ def paged_decode(
 def tile_size(store: PagedKV, tuning: Tuning = DEFAULT) -> int:
     """Return the tokens of a tile: a power of two, 16 or more, of about ``tile_bytes`` of K."""
     D, itemsize = store.pages.shape[4], store.pages.element_size()
-    most = max(16, tuning.tile_bytes // (triton.next_power_of_2(D) * itemsize))
+    most: int = max(16, tuning.tile_bytes // (triton.next_power_of_2(D) * itemsize))
     return min(128, 1 << (most.bit_length() - 1))
 
 
