@@ -120,7 +120,7 @@ if __name__ == "__main__":
     decode()
     decode(P=16, ROWS=256, HAS_SOFTCAP=True)
     decode(HAS_TOKENS=True)
-    decode(dtype="fp32", N=32, n_kv_heads=1, n_rows=1, HAS_TABLE=False, DEVICE_LENGTHS=False)
+    decode(dtype="fp32", N=32, HAS_TABLE=False, DEVICE_LENGTHS=False)
     merge()
     indexer(fp8_query=True)
     indexer(fp8_query=False)

@@ -21,6 +21,11 @@ LN2 = tl.constexpr(0.6931471805599453)
 _LOG2E = 1.4426950408889634
 _MIN_TILES = 4  # below this many tiles a program costs more than it hides
 _MERGE_ROWS = 64
+# What changes with steps, batches and pools that grow: a compilation for each divisibility would buy nothing.
+_SPLIT_VARY = ["n_tokens", "capacity", "n_rows", "n_kv_heads", "stride_tb", "stride_th", "stride_ib", "stride_ih",
+               "stride_lb", "stride_lh"]  # fmt: skip
+_MERGE_VARY = ["n_rows", "n_kv_heads", *(f"{name}_{store}" for store in "ab" for name in
+               ("n_tokens", "capacity", "stride_lb", "stride_lh", "programs"))]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +78,7 @@ def _work(
     return row, n, tiles, ends, total, used
 
 
-@triton.jit(do_not_specialize=["n_tokens"])  # it changes every step
+@triton.jit(do_not_specialize=_SPLIT_VARY)
 def _split_kernel(
     q_ptr,
     pages_ptr,
@@ -306,7 +311,7 @@ def _gather_partials(
     return top, weight_sum, acc
 
 
-@triton.jit(do_not_specialize=["n_tokens_a", "n_tokens_b"])
+@triton.jit(do_not_specialize=_MERGE_VARY)
 def _merge_kernel(
     result_ptr,
     result_lse_ptr,

@@ -12,6 +12,7 @@ import triton.language as tl
 
 _BLOCK = 1024
 _MOST_BLOCKS = 4096
+_VARY = ["n", "n_rows", "n_sink", "n_recent", "capacity"]  # not worth a compilation for each divisibility
 CHOSEN, MISSING, FREE = (tl.constexpr(i) for i in range(3))
 
 
@@ -54,7 +55,7 @@ def _mark(
     return marked & inside, value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARY)
 def _count_kernel(
     block_counts_ptr,
     n,
@@ -95,7 +96,7 @@ def _count_kernel(
     tl.store(block_counts_ptr + block, tl.sum(marked.to(tl.int32), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*_VARY, "room"])
 def _scatter_kernel(
     list_ptr,
     n_list_ptr,
