@@ -14,6 +14,7 @@ import torch
 from kvscope.harness.glue import ATTENTION_NAME, decoder_of, register_attention
 from kvscope.harness.rotation import RopeRotation, UnknownRotation, probe_rotations
 from kvscope.harness.shapes import max_length_tokens, model_shape
+from kvscope.methods.kernels.dispatch import decode_backend
 from kvscope.methods.shape import DEFAULT_PAGE_TOKENS, ModelShape
 from kvscope.results.errors import EnvironmentProblem, KvscopeError, UsageError, did_you_mean
 
@@ -158,10 +159,21 @@ def wrap_model(
         shape=dataclasses.replace(shape, unknown_rotation_layers=unknown),
         max_length_tokens=max_length_tokens(model.config),
         revision=revision,
-        attention_backend=f"torch {torch.__version__}: fused prefill, paged decode in torch operations",
+        attention_backend=_attention_backend(shape, parameter.device, parameter.dtype),
         rotations=rotations,
         eos_ids=_eos_ids(model, tokenizer),
     )
+
+
+def _attention_backend(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> str:
+    """Name what computes attention: the prefill is torch's, decode over pages a kernel's or torch's, and why."""
+    found = decode_backend(
+        device, dtype=dtype, head_dim=shape.head_dim, n_q_heads=shape.n_q_heads, n_kv_heads=shape.n_kv_heads
+    )
+    prefill = f"torch {torch.__version__}: fused prefill"
+    if found.name == "torch":
+        return f"{prefill}, paged decode in torch operations ({'; '.join(found.reasons)})"
+    return f"{prefill}; {found.name} {found.version}: paged_decode"
 
 
 def resolve_model(spec: str) -> tuple[str, str]:
