@@ -107,7 +107,8 @@ class ResidentCSA(DeepseekV4CSACache):  # type: ignore[misc]  # transformers is 
             self.buffers[name][:, held : held + n_new] = compressed
         self.compressed_kv[name] = self.buffers[name][:, : held + n_new]
         self.entry_count[name] += n_new
-        return self.compressed_kv[name]
+        held_BnD: torch.Tensor = self.compressed_kv[name]
+        return held_BnD
 
 
 def take_entries(

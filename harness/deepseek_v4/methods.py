@@ -39,13 +39,13 @@ def over_entries(method: CacheMethod[Any], shape: CompressedModelShape) -> Cache
     """Return the form of a method that runs on a model with compressed entries; see ``shape.fitted``."""
     if isinstance(method, OverEntries | Unavailable):
         return method
-    for plain, compressed in FORMS.items():
-        if type(method) is plain:
-            return compressed(method.config, label=method.label, shape=shape)
-    refused: CacheMethod[Any] = type(type(method).__name__, (Unavailable, type(method)), {})(
-        method.config, label=method.label
-    )
-    return refused
+    made: CacheMethod[Any]
+    if type(method) in FORMS:
+        made = FORMS[type(method)](method.config, label=method.label, shape=shape)
+    else:
+        refused = type(type(method).__name__, (Unavailable, type(method)), {})
+        made = refused(method.config, label=method.label)
+    return made
 
 
 class Unavailable(CacheMethod[Any]):
@@ -163,7 +163,8 @@ class RandomEntries(OverEntries, RandomChunks):
         rate = self.entry_shape.page_tokens
         recency_tokens, n_drawn, _ = self._split(n_tokens, self.entry_shape)
         window = n_tokens // rate - (n_tokens - recency_tokens) // rate
-        return window + n_drawn * self.config.chunk_tokens // rate
+        drawn: int = n_drawn * self.config.chunk_tokens // rate
+        return window + drawn
 
     def kept_ranges(self, prompt: CompressedPrompt) -> list[TokenRange]:
         return self.resident_ranges(prompt)

@@ -164,7 +164,8 @@ class CompressedIndexer:
         draws = torch.Generator().manual_seed(seed)
 
         def matrix(rows: int, columns: int) -> torch.Tensor:
-            return torch.randn(rows, columns, generator=draws) * columns**-0.5
+            drawn: torch.Tensor = torch.randn(rows, columns, generator=draws) * columns**-0.5
+            return drawn
 
         return cls(
             layers={

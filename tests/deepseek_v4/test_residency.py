@@ -135,14 +135,14 @@ def test_lsa_chooses_anew_every_tau_steps_and_recalls_only_what_is_new(loaded, p
         assert sequence.footprint().host_bytes == prompt.host_bytes > 0
 
 
-def test_a_refresh_keeps_what_the_plain_formula_scores_highest(loaded, prompt, ids):
+def test_a_refresh_keeps_what_the_plain_formula_scores_highest(loaded, prompt, ids, request):
     """From the states that entered attention at the step before, at that step's position, max over the layers."""
     spec, tau = f"{LSA},budget_fraction=0.4", 3
     method = fitted(create_method(f"{spec},tau={tau}"), loaded.shape)
     states = {}
     hooks = [
         loaded.model.model.layers[layer].self_attn.register_forward_pre_hook(
-            lambda module, args, kwargs, layer=layer: states.update({layer: kwargs["hidden_states"][0, -1].clone()}),
+            lambda module, args, kwargs, layer=layer: states.update({layer: args[0][0, -1].clone()}),
             with_kwargs=True,
         )
         for layer in loaded.shape.layers
@@ -151,6 +151,8 @@ def test_a_refresh_keeps_what_the_plain_formula_scores_highest(loaded, prompt, i
     inv_freq = torch.atan2(sin, cos)
     layout, indexer = method.layout(prompt.n_tokens), method.compressed_indexer()
     refreshes = 0
+    for hook in hooks:
+        request.addfinalizer(hook.remove)
     with DecodeSession(loaded, method, prompt, reserve_tokens=9) as running:
         for step, token in enumerate(ids[:9]):
             before = dict(states)
@@ -171,8 +173,6 @@ def test_a_refresh_keeps_what_the_plain_formula_scores_highest(loaded, prompt, i
             dropped[chosen] = False
             assert 0 < len(chosen) < len(best)
             assert best[chosen].min() > best[dropped].max() - 1e-5
-    for hook in hooks:
-        hook.remove()
     assert refreshes == 2
 
 
