@@ -1,10 +1,10 @@
 """Prefill of DeepSeek-V4 by the stock forward, chunk by chunk and token-major; then everything moves to the host.
 
 The model concatenates compressed entries behind the cache's ``update``, where kvscope's layer-major engine cannot
-follow, and carries their causality in a mask. So attention is the stock eager function under a name of its own, with a
-mask.
+follow, and carries their causality in a mask. So attention is the stock eager computation under a name of its own, with
+a mask.
 
-Shapes: B batch (1), M hidden size.
+Shapes: B batch (1), Q query heads, S new tokens, T window tokens and entries, D head size, M hidden size.
 """
 
 import time
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import eager_mask
-from transformers.models.deepseek_v4.modeling_deepseek_v4 import eager_attention_forward
 
 from kvscope.harness.deepseek_v4.cache import Angles, live_bytes, move_rest, take_entries
 from kvscope.harness.deepseek_v4.shape import CompressedModelShape
@@ -27,9 +26,44 @@ if TYPE_CHECKING:
 ATTENTION_NAME = "kvscope_deepseek_v4"
 
 
+def compressed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend as the stock eager function does, bit for bit, without its copy of the one KV head for every query head.
+
+    Those copies would be most of the memory of a decode step, and the driver's reading is about the cache.
+
+    Args:
+        module: the attention module, for its sink logits [Q].
+        query: [B, Q, S, D].
+        key, value: [B, 1, T, D].
+        attention_mask: [B, 1, S, T], added.
+        scaling: of the logits.
+
+    Returns:
+        [B, S, Q, D].
+    """
+    Q = query.shape[1]
+    k_BQTD, v_BQTD = key.expand(-1, Q, -1, -1), value.expand(-1, Q, -1, -1)
+    logits_BQST = torch.matmul(query, k_BQTD.transpose(2, 3)).mul_(scaling)
+    if attention_mask is not None:
+        logits_BQST = logits_BQST.add_(attention_mask)
+    sinks = module.sinks.reshape(1, -1, 1, 1).expand(query.shape[0], -1, query.shape[2], -1)
+    logits_BQST = torch.cat([logits_BQST, sinks], -1)
+    logits_BQST -= logits_BQST.max(-1, keepdim=True).values
+    weights_BQST = logits_BQST.softmax(-1, dtype=logits_BQST.dtype)[..., :-1].to(value.dtype)
+    return torch.matmul(weights_BQST, v_BQTD).transpose(1, 2).contiguous(), None
+
+
 def use_own_attention(model: Any) -> None:
     """Switch a stock model to the name this backend registers: causality of the entries travels in the mask."""
-    AttentionInterface.register(ATTENTION_NAME, eager_attention_forward)
+    AttentionInterface.register(ATTENTION_NAME, compressed_attention)
     AttentionMaskInterface.register(ATTENTION_NAME, eager_mask)
     model.set_attn_implementation(ATTENTION_NAME)
 

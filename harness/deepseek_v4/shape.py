@@ -47,8 +47,8 @@ class CompressedModelShape(ModelShape):
     def prefill_peak_bytes(self, n_tokens: int, *, chunk_tokens: int) -> int:
         """Estimate device bytes of a token-major prefill besides weights.
 
-        The whole cache, a chunk's eager scores with mask and softmax (three of a kind), and the indexer's scores in
-        fp32 with and without ReLU.
+        The whole cache, a chunk's attention logits twice (once with the sinks) and their softmax, and the indexer's
+        scores in fp32 with and without ReLU.
         """
         chunk, entries = min(chunk_tokens, n_tokens), n_tokens // self.cache.csa_rate
         seen = chunk + self.cache.window_tokens + entries

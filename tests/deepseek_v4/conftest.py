@@ -94,7 +94,7 @@ def masked(loaded, kept: dict[int, torch.Tensor]) -> Iterator[None]:
     """
 
     def allowed(layer: int, n: int) -> torch.Tensor:
-        mask = torch.ones(n, dtype=torch.bool)
+        mask = torch.ones(n, dtype=torch.bool, device=kept[layer].device)
         known = kept[layer][:n]
         mask[: len(known)] = known
         return mask
