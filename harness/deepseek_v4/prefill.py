@@ -27,7 +27,7 @@ ATTENTION_NAME = "kvscope_deepseek_v4"
 
 
 def compressed_attention(
-    module: torch.nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

@@ -1,7 +1,6 @@
 """DeepSeek-V4 through the ordinary commands: plan, rows of both passes, reasons, bad input."""
 
 import pytest
-import torch
 from safetensors.torch import save_file
 
 from deepseek_v4.conftest import random_model, tiny_config
@@ -10,10 +9,12 @@ from kvscope.harness.config import make_config
 from kvscope.harness.deepseek_v4.bytes import stock_shape
 from kvscope.harness.models import REFERENCE_MODEL_FOLDER, load_model
 from kvscope.harness.plan import make_plan
+from kvscope.harness.prefill import prefill
 from kvscope.harness.sweep import run
 from kvscope.methods.lsa.compressed import CompressedIndexer
-from kvscope.results.errors import UsageError
+from kvscope.results.errors import EnvironmentProblem, UsageError
 
+OVER_TOKENS = ["sliding_window", "quest", "moba", "msa", "dsa"]
 SYNTHETIC = "lsa:selection=synthetic,budget_fraction=0.3,tau=4"
 
 
@@ -65,14 +66,14 @@ def config(folder, methods, **values):
 def test_the_sweep_gives_rows_as_for_any_model(folder, weights, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     trained = f"lsa:indexer={weights},tau=4"
-    methods = ["dense", "recency", "random", SYNTHETIC, trained, "quest"]
+    methods = ["dense", "recency", "random", SYNTHETIC, trained, *OVER_TOKENS]
     shown = run(config(folder, methods), out=tmp_path / "run", progress=False)
     rows = shown.samples.set_index(["method_label", "sample"])
-    assert len(rows) == 12
+    assert len(rows) == 20
     ok = shown.samples[shown.samples["status"] == "ok"]
     assert len(ok) == 10
     assert set(shown.samples[shown.samples["status"] != "ok"]["status"]) == {"unsupported"}
-    assert "keeps one entry for 4 of them" in rows.loc[("quest", 0), "reason"]
+    assert all("keeps one entry for 4 of them" in rows.loc[(name, 0), "reason"] for name in OVER_TOKENS)
     for row in ok.to_dict("records"):
         assert sum(row["kv_bytes_by_kind"].values()) > 0
         assert row["noop"] == (row["method"] == "dense")
@@ -104,7 +105,7 @@ def test_the_footprint_pass_measures_it_in_a_fresh_process(folder, tmp_path, mon
     assert sum(row["kv_bytes_by_kind"].values()) >= row["resident_kv_bytes"]
 
 
-@pytest.mark.parametrize("name", ["sliding_window", "quest", "moba", "msa", "dsa"])
+@pytest.mark.parametrize("name", OVER_TOKENS)
 def test_methods_over_single_tokens_give_their_reason_in_the_plan(folder, name):
     plan = make_plan(config(folder, ["dense", name]))
     assert plan.unsupported("dense", 512) is None
@@ -156,6 +157,14 @@ def test_an_indexer_of_another_model_is_refused(folder, tmp_path, layers, key_di
 def test_such_a_file_is_refused_by_an_ordinary_model(weights):
     with pytest.raises(UsageError, match="a file of weights, as deepseek_v4 models take it"):
         make_plan(config("reference", [f"lsa:indexer={weights}"]))
+
+
+def test_a_mirror_larger_than_the_host_is_refused_with_the_bytes(folder, monkeypatch):
+    loaded = load_model(folder, device="cpu")
+    monkeypatch.setattr("kvscope.harness.prefill.free_host_bytes", lambda: 1000)
+    # Two layers of entries of 32 and keys of 16 elements, 4 bytes each, for 200 tokens: 18.8 KiB.
+    with pytest.raises(EnvironmentProblem, match=r"200 tokens .* need 18\.8 KiB and 1000 B"):
+        prefill(loaded, [5] * 200)
 
 
 def test_float16_is_refused(folder):
@@ -212,4 +221,3 @@ def test_the_released_bytes_are_marked_analytic():
     assert f"{1.88 * 1024:,.0f}"[:4] in note
     assert "analytic" in note
     assert released_bytes_note(model_shape(tiny_config(), element_bytes=2), 512) is None
-    assert torch.finfo(torch.float8_e4m3fn).bits == 8
