@@ -26,6 +26,7 @@ import torch
 
 from kvscope.harness.config import parse_length
 from kvscope.harness.decode import DecodeSession
+from kvscope.harness.deepseek_v4.shape import refuse_compressed
 from kvscope.harness.models import LoadedModel, load_model
 from kvscope.harness.prefill import prefill
 from kvscope.methods.base import AttentionExtras, SequenceCache
@@ -261,6 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in args.tasks.split(","):
             create_task(name)
         loaded = load_model(args.model, device=args.device, dtype=args.dtype)
+        refuse_compressed(loaded.name, loaded.shape, "attention on the evidence")
         if max(lengths) > loaded.max_length_tokens:
             raise UsageError(f"Model '{loaded.name}' takes {loaded.max_length_tokens} tokens, not {max(lengths)}.")
         _write(loaded, args, lengths)

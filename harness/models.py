@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from kvscope.harness.deepseek_v4.shape import CompressedModelShape, check_dtype
 from kvscope.harness.glue import ATTENTION_NAME, decoder_of, register_attention
 from kvscope.harness.rotation import RopeRotation, UnknownRotation, probe_rotations
 from kvscope.harness.shapes import max_length_tokens, model_shape
@@ -53,7 +54,7 @@ class LoadedModel:
         max_length_tokens: longest prompt plus answer.
         revision: the hub commit, or for a folder ``sha256:`` of its config and of samples of its weights.
         attention_backend: what computes attention, for the row.
-        rotations: decoder layer -> its rotation, None without positions.
+        rotations: decoder layer -> its rotation, None without positions or where no method may ask for it.
         eos_ids: token ids that end an answer.
     """
 
@@ -98,7 +99,8 @@ def load_model(
     target_dtype = resolve_dtype(dtype, target)
     config = load_config(spec)
     # Before the weights: a refusal should not cost a download.
-    model_shape(config, element_bytes=target_dtype.itemsize, page_tokens=page_tokens)
+    shape = model_shape(config, element_bytes=target_dtype.itemsize, page_tokens=page_tokens)
+    check_dtype(shape, str(target_dtype).removeprefix("torch."))
     register_attention()
     try:
         with _no_progress_bars():
@@ -143,11 +145,7 @@ def wrap_model(
             f"{shape.n_layers}."
         )
     model.eval()
-    model.set_attn_implementation(ATTENTION_NAME)
-    try:
-        rotations = probe_rotations(model)
-    except KvscopeError as error:
-        raise UsageError(f"Model '{name}' cannot be run: {error}") from error
+    backend, rotations = _prepared(model, shape, name)
     unknown = tuple(layer for layer in shape.layers if isinstance(rotations[layer], UnknownRotation))
     return LoadedModel(
         spec=spec or name,
@@ -159,7 +157,7 @@ def wrap_model(
         shape=dataclasses.replace(shape, unknown_rotation_layers=unknown),
         max_length_tokens=max_length_tokens(model.config),
         revision=revision,
-        attention_backend=_attention_backend(shape, parameter.device, parameter.dtype),
+        attention_backend=backend,
         rotations=rotations,
         eos_ids=_eos_ids(model, tokenizer),
     )
@@ -174,6 +172,21 @@ def _attention_backend(shape: ModelShape, device: torch.device, dtype: torch.dty
     if found.name == "torch":
         return f"{prefill}, paged decode in torch operations ({'; '.join(found.reasons)})"
     return f"{prefill}; {found.name} {found.version}: paged_decode"
+
+
+def _prepared(model: Any, shape: ModelShape, name: str) -> tuple[str, dict[int, RopeRotation | UnknownRotation | None]]:
+    """Switch a model's attention; return what computes it, and the layers' rotations."""
+    if isinstance(shape, CompressedModelShape):
+        from kvscope.harness.deepseek_v4.loading import prepare
+
+        return prepare(model), dict.fromkeys(range(shape.n_layers))
+    model.set_attn_implementation(ATTENTION_NAME)
+    try:
+        rotations = probe_rotations(model)
+    except KvscopeError as error:
+        raise UsageError(f"Model '{name}' cannot be run: {error}") from error
+    parameter = next(model.parameters())
+    return _attention_backend(shape, parameter.device, parameter.dtype), rotations
 
 
 def resolve_model(spec: str) -> tuple[str, str]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tabulate import tabulate
 
 from kvscope.harness.config import RunConfig, format_length, split_spec
+from kvscope.harness.deepseek_v4.shape import fitted, released_bytes_note
 from kvscope.harness.facts import ModelFacts, describe_model
 from kvscope.harness.memory import free_device_bytes
 from kvscope.harness.pooling import excluded_types
@@ -92,7 +93,9 @@ class Plan:
                 said.append(
                     f"{method.label} leaves nothing out at {_lengths(same)}: there it is dense by another name."
                 )
-        return said + [f"{each.sentence}." for each in self.excluded_types]
+        said += [f"{each.sentence}." for each in self.excluded_types]
+        note = released_bytes_note(self.facts.shape, max(self.config.lengths_tokens))
+        return said if note is None else [*said, note]
 
     def text(self) -> str:
         """Return the plan as plain text."""
@@ -155,6 +158,7 @@ def make_plan(config: RunConfig) -> Plan:
             task.max_new_tokens = config.max_new_tokens
         tasks.append(task)
     facts = describe_model(config.model, device=config.device, dtype=config.dtype, page_tokens=config.page_tokens)
+    methods = tuple(fitted(method, facts.shape) for method in methods)
     for method in methods:
         method.require(facts.shape)
     check_lengths(config, facts, tasks)

@@ -107,6 +107,9 @@ class _CellRow(_Record):
     """Floating-point operations one decode step spends on attention, the method's own scoring included."""
     bytes_recalled: Count | None = None
     """Bytes copied host -> device during decode; 0 when the method recalls nothing."""
+    kv_bytes_by_kind: dict[str, Count] | None = None
+    """KV bytes on the device behind the last step by kind (`csa_kv`, `indexer_keys`, `hca_kv`, `window`, `buffers`);
+    null on models that keep K and V of tokens and nothing else, or when the cell was not measured."""
     residency: ResidencyRecord | None = None
     """How the resident set changed while decoding; null where it is fixed at opening, or the cell was not measured."""
 

@@ -60,10 +60,11 @@ class Replicas:
         raised = torch.full((1,), float(flag), device=gradients[0].device)
         flat = torch.cat([*(gradient.flatten() for gradient in gradients), raised])
         dist.all_reduce(flat)
-        parts = flat.split([*(gradient.numel() for gradient in gradients), 1])
+        parts = torch.split(flat, [*(gradient.numel() for gradient in gradients), 1])
         torch._foreach_copy_(list(gradients), [part.view_as(g) for part, g in zip(parts[:-1], gradients, strict=True)])
         torch._foreach_div_(list(gradients), self.total)
-        return parts[-1]
+        flags: torch.Tensor = parts[-1]
+        return flags
 
     def agreed(self, value: int) -> int:
         """Return the first process's value in all of them."""
