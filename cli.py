@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 some cells failed, 2 usage, 3 environment, 130 interrupted.
 """
 
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -346,6 +347,8 @@ def run_cli(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments:
         arguments = ["--help"]
+    # What the log says is printed by the commands themselves, once.
+    logging.getLogger("kvscope").addHandler(logging.NullHandler())
     try:
         check_command(arguments, command)
         code = command.main(args=arguments, prog_name="kvscope", standalone_mode=False)

@@ -71,9 +71,15 @@ def load(plan: Plan) -> "LoadedModel":
 
 
 def cell_summary(plan: Plan, store: "RunStore", task_name: str, length_tokens: int) -> str:
-    """Return the mean score of each method in one (task, length), or how many of its rows failed."""
+    """Return the mean pooled score of each method in one (task, length), or how many of its rows failed."""
     parts = []
-    rows = [row for row in store.samples() if row.task == task_name and row.length_tokens == length_tokens]
+    rows = [
+        row
+        for row in store.samples()
+        if row.task == task_name
+        and row.length_tokens == length_tokens
+        and store.info.pools(row.task, row.question_type)
+    ]
     for method in plan.methods:
         own = [row for row in rows if row.method_label == method.label]
         scores = [row.score for row in own if row.score is not None]

@@ -26,6 +26,7 @@ import torch
 
 from kvscope.harness.config import parse_length
 from kvscope.harness.decode import DecodeSession
+from kvscope.harness.deepseek_v4.shape import refuse_compressed
 from kvscope.harness.models import LoadedModel, load_model
 from kvscope.harness.prefill import prefill
 from kvscope.harness.presets import refuse_preset
@@ -263,6 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             create_task(name)
         refuse_preset(args.model, "measure attention on")
         loaded = load_model(args.model, device=args.device, dtype=args.dtype)
+        refuse_compressed(loaded.name, loaded.shape, "attention on the evidence")
         if max(lengths) > loaded.max_length_tokens:
             raise UsageError(f"Model '{loaded.name}' takes {loaded.max_length_tokens} tokens, not {max(lengths)}.")
         _write(loaded, args, lengths)

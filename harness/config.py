@@ -5,7 +5,7 @@ a wrong type is the same sentence wherever it came from. No torch here: bad inpu
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -402,6 +402,18 @@ def sweep_methods(methods: Sequence[Spec], sweeps: Sequence[str]) -> tuple[Spec,
     return tuple(found)
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML whose mappings name no key twice; plain YAML would take the last one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        names = [key.value for key, _ in node.value]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            line = node.start_mark.line + 1
+            raise UsageError(f"Configuration file {self.name!r}: key {twice!r} is given twice from line {line} on.")
+        return super().construct_mapping(node, deep=deep)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file that holds one mapping.
 
@@ -416,7 +428,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UsageError(f"Configuration file {str(path)!r} cannot be read: {reason}.") from None
     try:
-        values = yaml.safe_load(text)
+        loader = _UniqueKeys(text)
+        loader.name = str(path)
+        values = loader.get_single_data()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""

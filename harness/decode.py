@@ -16,7 +16,8 @@ from typing import Any, Literal, Self
 import torch
 import torch.nn.functional as F
 
-from kvscope.harness.glue import DecodeLayer, EngineCache, observing
+from kvscope.harness.deepseek_v4.shape import fitted
+from kvscope.harness.glue import DecodeLayer, EngineCache, observing, observing_attention
 from kvscope.harness.models import LoadedModel
 from kvscope.methods.base import CacheMethod, Footprint, Residency
 from kvscope.methods.store import PromptKV
@@ -38,6 +39,7 @@ class DecodeResult:
         footprint_mean: mean over the steps of the exact bytes of live cache tensors.
         footprint_last: the same after the last step.
         footprint_peak: the same at the step that held most on the device.
+        bytes_by_kind: KV bytes of the last step by kind of entry; None where K and V of tokens are all there is.
         bytes_recalled: bytes copied from the host while decoding.
         residency: how the resident set changed; None where it is fixed at opening.
         stop_reason: ``eos``, ``stop`` (a stop string) or ``length``.
@@ -51,6 +53,7 @@ class DecodeResult:
     footprint_mean: Footprint
     footprint_last: Footprint
     footprint_peak: Footprint
+    bytes_by_kind: dict[str, int] | None
     bytes_recalled: int
     residency: Residency | None
     stop_reason: StopReason
@@ -77,6 +80,7 @@ class DecodeSession:
         Raises:
             UsageError: the method cannot run on this model and device; the message gives every reason.
         """
+        method = fitted(method, loaded.shape)
         reasons = method.unsupported(loaded.shape, loaded.device)
         if reasons:
             raise UsageError(f"Method '{method.label}' cannot run on model '{loaded.name}': {'; '.join(reasons)}.")
@@ -85,18 +89,23 @@ class DecodeSession:
         started_s = time.perf_counter()
         self._loaded = loaded
         self.sequence = method.open(prompt, loaded.device, physical=physical, reserve_tokens=reserve_tokens)
-        states: dict[int, Any] = dict(self.sequence.stock)
-        for layer in loaded.shape.layers:
-            states[layer] = DecodeLayer(layer, self.sequence, loaded.rotations[layer])
-        self._cache = EngineCache([states[layer] for layer in range(loaded.shape.n_layers)])
+        self._cache = self.sequence.model_cache or self._engine_cache()
         self._observed = method.observed_layers(loaded.shape)
         self._stack = ExitStack()
         self.open_s = time.perf_counter() - started_s
 
+    def _engine_cache(self) -> EngineCache:
+        loaded = self._loaded
+        states: dict[int, Any] = dict(self.sequence.stock)
+        for layer in loaded.shape.layers:
+            states[layer] = DecodeLayer(layer, self.sequence, loaded.rotations[layer])
+        return EngineCache([states[layer] for layer in range(loaded.shape.n_layers)])
+
     def __enter__(self) -> Self:
         self._stack.callback(self.sequence.close)
         if self._observed:
-            self._stack.enter_context(observing(self._loaded.model, self._observed, self.sequence.observe))
+            hooks = observing if self.sequence.model_cache is None else observing_attention
+            self._stack.enter_context(hooks(self._loaded.model, self._observed, self.sequence.observe))
         return self
 
     def __exit__(
@@ -108,6 +117,7 @@ class DecodeSession:
     def step(self, token: int) -> torch.Tensor:
         """Feed one token under the method and return the logits after it, [vocabulary]."""
         device = self._loaded.device
+        self.sequence.begin_step()
         out = self._loaded.model(
             input_ids=torch.tensor([[token]], device=device),
             position_ids=torch.tensor([[self.sequence.n_tokens]], device=device),
@@ -115,6 +125,7 @@ class DecodeSession:
             use_cache=True,
             logits_to_keep=1,
         )
+        self.sequence.end_step()
         logits: torch.Tensor = out.logits[0, -1]
         return logits
 
@@ -188,6 +199,7 @@ def decode(
             footprint_mean=footprints.divided_by(len(step_s)),
             footprint_last=last,
             footprint_peak=peak,
+            bytes_by_kind=session.sequence.bytes_by_kind(),
             bytes_recalled=session.sequence.bytes_recalled,
             residency=session.sequence.residency(),
             stop_reason=stop_reason,

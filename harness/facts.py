@@ -6,6 +6,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kvscope.harness.deepseek_v4.shape import CompressedModelShape, check_dtype
 from kvscope.harness.presets import is_preset
 from kvscope.methods.shape import DEFAULT_PAGE_TOKENS, ModelShape
 from kvscope.results.errors import UsageError
@@ -44,11 +45,13 @@ class ModelFacts:
     revision: str
 
     def prefill_peak_bytes(self, n_tokens: int, *, chunk_tokens: int) -> int:
-        """Estimate device bytes of a layer-major prefill besides weights.
+        """Estimate device bytes of a prefill besides weights: layer-major, or the backend's own.
 
         Hidden states of all tokens, the KV of one layer, and one chunk's activations (MLP gate, up and product;
         queries, keys, values and output).
         """
+        if isinstance(self.shape, CompressedModelShape):
+            return self.shape.prefill_peak_bytes(n_tokens, chunk_tokens=chunk_tokens)
         element_bytes = self.shape.element_bytes
         hidden_bytes = n_tokens * self.shape.hidden_size * element_bytes
         layer_kv_bytes = self.shape.dense_kv_bytes(n_tokens) // max(1, len(self.shape.layers))
@@ -79,6 +82,8 @@ def describe_model(
     target = indexed(resolve_device(device))
     element_type = resolve_dtype(dtype, target)
     shape = model_shape(config, element_bytes=element_type.itemsize, page_tokens=page_tokens, revision=revision)
+    dtype_name = str(element_type).removeprefix("torch.")
+    check_dtype(shape, dtype_name)
     text = text_config(config)
     try:
         tokenizer = None if is_preset(spec) else AutoTokenizer.from_pretrained(where)
@@ -88,7 +93,7 @@ def describe_model(
         spec=spec,
         name=name,
         device=str(target),
-        dtype=str(element_type).removeprefix("torch."),
+        dtype=dtype_name,
         shape=shape,
         tokenizer=tokenizer,
         max_length_tokens=max_length_tokens(config),

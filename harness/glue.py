@@ -195,7 +195,26 @@ def observing(model: Any, layers: tuple[int, ...], callback: Callable[[int, torc
     The hook sits on the decoder layer: a hook on its attention would see the normed input on some architectures and
     the raw residual on others.
     """
+    modules = decoder_of(model).layers
+    with _hooked({layer: modules[layer] for layer in layers}, callback):
+        yield
 
+
+@contextmanager
+def observing_attention(
+    model: Any, layers: tuple[int, ...], callback: Callable[[int, torch.Tensor], None]
+) -> Iterator[None]:
+    """The same for the state entering each layer's attention, for DeepSeek-V4: collapsed and normed.
+
+    Its decoder layers take several residual streams.
+    """
+    modules = decoder_of(model).layers
+    with _hooked({layer: modules[layer].self_attn for layer in layers}, callback):
+        yield
+
+
+@contextmanager
+def _hooked(modules: dict[int, Any], callback: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
     def hook_for(index: int) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], None]:
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden_BSM = args[0] if args else kwargs["hidden_states"]
@@ -203,8 +222,7 @@ def observing(model: Any, layers: tuple[int, ...], callback: Callable[[int, torc
 
         return hook
 
-    modules = decoder_of(model).layers
-    handles = [modules[index].register_forward_pre_hook(hook_for(index), with_kwargs=True) for index in layers]
+    handles = [module.register_forward_pre_hook(hook_for(index), with_kwargs=True) for index, module in modules.items()]
     try:
         yield
     finally:

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
+from kvscope.harness.deepseek_v4.shape import CompressedModelShape, check_dtype
 from kvscope.harness.glue import ATTENTION_NAME, decoder_of, register_attention
 from kvscope.harness.presets import PRESETS, build_preset, find_preset, is_preset, preset_config, preset_revision
 from kvscope.harness.rotation import RopeRotation, UnknownRotation, probe_rotations
 from kvscope.harness.shapes import max_length_tokens, model_shape
+from kvscope.methods.kernels.dispatch import decode_backend
 from kvscope.methods.shape import DEFAULT_PAGE_TOKENS, ModelShape
 from kvscope.results.errors import EnvironmentProblem, KvscopeError, UsageError, did_you_mean
 
@@ -53,7 +55,7 @@ class LoadedModel:
         max_length_tokens: longest prompt plus answer.
         revision: the hub commit, or for a folder ``sha256:`` of its config and of samples of its weights.
         attention_backend: what computes attention, for the row.
-        rotations: decoder layer -> its rotation, None without positions.
+        rotations: decoder layer -> its rotation, None without positions or where no method may ask for it.
         eos_ids: token ids that end an answer.
     """
 
@@ -99,7 +101,8 @@ def load_model(
     target_dtype = resolve_dtype(dtype, target)
     config = load_config(spec)
     # Before the weights: a refusal should not cost a download.
-    model_shape(config, element_bytes=target_dtype.itemsize, page_tokens=page_tokens)
+    shape = model_shape(config, element_bytes=target_dtype.itemsize, page_tokens=page_tokens)
+    check_dtype(shape, str(target_dtype).removeprefix("torch."))
     register_attention()
     if is_preset(spec):
         model = build_preset(spec, device=target, dtype=target_dtype)
@@ -149,11 +152,7 @@ def wrap_model(
             f"{shape.n_layers}."
         )
     model.eval()
-    model.set_attn_implementation(ATTENTION_NAME)
-    try:
-        rotations = probe_rotations(model)
-    except KvscopeError as error:
-        raise UsageError(f"Model '{name}' cannot be run: {error}") from error
+    backend, rotations = _prepared(model, shape, name)
     unknown = tuple(layer for layer in shape.layers if isinstance(rotations[layer], UnknownRotation))
     return LoadedModel(
         spec=spec or name,
@@ -165,10 +164,36 @@ def wrap_model(
         shape=dataclasses.replace(shape, unknown_rotation_layers=unknown),
         max_length_tokens=max_length_tokens(model.config),
         revision=revision,
-        attention_backend=f"torch {torch.__version__}: fused prefill, paged decode in torch operations",
+        attention_backend=backend,
         rotations=rotations,
         eos_ids=_eos_ids(model, tokenizer),
     )
+
+
+def _attention_backend(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> str:
+    """Name what computes attention: the prefill is torch's, decode over pages a kernel's or torch's, and why."""
+    found = decode_backend(
+        device, dtype=dtype, head_dim=shape.head_dim, n_q_heads=shape.n_q_heads, n_kv_heads=shape.n_kv_heads
+    )
+    prefill = f"torch {torch.__version__}: fused prefill"
+    if found.name == "torch":
+        return f"{prefill}, paged decode in torch operations ({'; '.join(found.reasons)})"
+    return f"{prefill}; {found.name} {found.version}: paged_decode"
+
+
+def _prepared(model: Any, shape: ModelShape, name: str) -> tuple[str, dict[int, RopeRotation | UnknownRotation | None]]:
+    """Switch a model's attention; return what computes it, and the layers' rotations."""
+    if isinstance(shape, CompressedModelShape):
+        from kvscope.harness.deepseek_v4.loading import prepare
+
+        return prepare(model), dict.fromkeys(range(shape.n_layers))
+    model.set_attn_implementation(ATTENTION_NAME)
+    try:
+        rotations = probe_rotations(model)
+    except KvscopeError as error:
+        raise UsageError(f"Model '{name}' cannot be run: {error}") from error
+    parameter = next(model.parameters())
+    return _attention_backend(shape, parameter.device, parameter.dtype), rotations
 
 
 def resolve_model(spec: str) -> tuple[str, str]:

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 from tabulate import tabulate
 
 from kvscope.harness.config import RunConfig, format_length, split_spec
+from kvscope.harness.deepseek_v4.shape import CompressedModelShape, fitted, released_bytes_note
 from kvscope.harness.device_budget import CONTEXT_BYTES
 from kvscope.harness.facts import ModelFacts, describe_model
 from kvscope.harness.memory import free_device_bytes
+from kvscope.harness.pooling import excluded_types
 from kvscope.harness.progress import format_bytes
 from kvscope.results.errors import UsageError
-from kvscope.results.schema import Forecast, PlannedCell
+from kvscope.results.schema import ExcludedType, Forecast, PlannedCell
 
 if TYPE_CHECKING:
     from kvscope.methods.base import CacheMethod, Footprint
@@ -36,6 +38,8 @@ class Plan:
     methods: "tuple[CacheMethod[Any], ...]"
     tasks: "tuple[Task, ...]"
     cells: tuple[PlannedCell, ...]
+    excluded_types: tuple[ExcludedType, ...] = ()
+    """Question types of these tasks that pooled scores leave out, as the model's folder says."""
 
     @cached_property
     def _by_key(self) -> dict[tuple[str, int], PlannedCell]:
@@ -97,7 +101,9 @@ class Plan:
                 said.append(
                     f"{method.label} leaves nothing out at {_lengths(same)}: there it is dense by another name."
                 )
-        return said
+        said += [f"{each.sentence}." for each in self.excluded_types]
+        note = released_bytes_note(self.facts.shape, max(self.config.lengths_tokens))
+        return said if note is None else [*said, note]
 
     def text(self) -> str:
         """Return the plan as plain text."""
@@ -186,11 +192,8 @@ def make_plan(config: RunConfig) -> Plan:
             task.max_new_tokens = config.max_new_tokens
         tasks.append(task)
     facts = describe_model(config.model, device=config.device, dtype=config.dtype, page_tokens=config.page_tokens)
-    if config.synthetic_kv and facts.shape.sliding_layers:
-        raise UsageError(
-            f"Model {config.model!r} has sliding-window layers, whose stock cache is not filled with synthetic values: "
-            "leave out --kv synthetic, --find-max and --throughput, or take another model."
-        )
+    check_synthetic(config, facts)
+    methods = tuple(fitted(method, facts.shape) for method in methods)
     for method in methods:
         method.require(facts.shape)
     check_lengths(config, facts, tasks)
@@ -201,7 +204,29 @@ def make_plan(config: RunConfig) -> Plan:
         for method in methods
         for length_tokens in lengths
     ]
-    return Plan(config=config, facts=facts, methods=methods, tasks=tuple(tasks), cells=tuple(cells))
+    asked = {(task.name, kind) for task in tasks for kind in task.question_types}
+    excluded = tuple(each for each in excluded_types(config.model) if (each.task, each.question_type) in asked)
+    return Plan(
+        config=config, facts=facts, methods=methods, tasks=tuple(tasks), cells=tuple(cells), excluded_types=excluded
+    )
+
+
+def check_synthetic(config: RunConfig, facts: ModelFacts) -> None:
+    """Refuse synthetic KV on a model whose cache is more than pages of K and V.
+
+    Raises:
+        UsageError: saying what is not filled.
+    """
+    what = ""
+    if isinstance(facts.shape, CompressedModelShape):
+        what = "compressed entries, which are"
+    elif facts.shape.sliding_layers:
+        what = "sliding-window layers, whose stock cache is"
+    if config.synthetic_kv and what:
+        raise UsageError(
+            f"Model {config.model!r} has {what} not filled with synthetic values: leave out --kv synthetic, --find-max "
+            "and --throughput, or take another model."
+        )
 
 
 def planned_lengths(config: RunConfig) -> tuple[int, ...]:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from kvscope.harness.deepseek_v4.shape import CompressedModelShape
 from kvscope.harness.glue import EngineCache, EngineLayer, StockLayer, decoder_of
 from kvscope.harness.memory import free_host_bytes
 from kvscope.harness.models import LoadedModel
@@ -80,6 +81,11 @@ def prefill(
     unmanaged = sorted(set(listeners) - set(shape.layers))
     if unmanaged:
         raise ValueError(f"collectors ask for layers {unmanaged}, which kvscope does not manage")
+    prompt_sha256 = hashlib.sha256(np.asarray(ids_N, dtype="<i8").tobytes()).hexdigest()
+    if isinstance(shape, CompressedModelShape):
+        from kvscope.harness.deepseek_v4.prefill import compressed_prefill
+
+        return compressed_prefill(loaded, ids_N, chunk_tokens=chunk_tokens, seed=seed, prompt_sha256=prompt_sha256)
     run = _LayerMajor(loaded, ids_N, chunk_tokens, listeners)
     if len(ids):
         run.execute()
@@ -91,7 +97,7 @@ def prefill(
         stock=run.stock,
         last_hidden=run.last_hidden,
         seed=seed,
-        prompt_sha256=hashlib.sha256(np.asarray(ids_N, dtype="<i8").tobytes()).hexdigest(),
+        prompt_sha256=prompt_sha256,
         peak_device_kv_bytes=run.peak_device_kv_bytes,
     )
     for layer, layer_listeners in listeners.items():

@@ -95,6 +95,7 @@ def ledger_columns(result: "DecodeResult", *, dense_kv_bytes: int) -> dict[str, 
         "bytes_read_per_step": footprint.bytes_read_per_step,
         "attention_flops_per_step": footprint.attention_flops_per_step,
         "bytes_recalled": result.bytes_recalled,
+        "kv_bytes_by_kind": result.bytes_by_kind,
         "residency": None if result.residency is None else ResidencyRecord(**asdict(result.residency)),
     }
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from kvscope.harness.deepseek_v4.shape import MODEL_TYPE, compressed_model_shape
 from kvscope.methods.shape import DEFAULT_PAGE_TOKENS, ModelShape
 from kvscope.results.errors import UsageError
 
-# Their attention layers compress entries, select inside the layer, or carry causality beside the mask, so that K and V
-# handed to a cache are not what attention reads. They need a backend of their own.
+# Their attention layers select inside the layer or carry causality beside the mask, so that K and V handed to a cache
+# are not what attention reads. They need a backend of their own, as deepseek_v4 has one.
 _OWN_BACKEND = {
-    "deepseek_v4": "it stores compressed entries",
     "deepseek_v32": "it selects tokens with an indexer of its own",
     "glm_moe_dsa": "it selects tokens with an indexer of its own",
     "minimax_m3": "it selects blocks with an indexer of its own",
@@ -63,12 +63,14 @@ def model_shape(
     Args:
         config: a transformers config.
         element_bytes: bytes of one KV element (4 for fp32, 2 for bf16).
-        page_tokens: tokens of one page.
+        page_tokens: tokens of one page; a deepseek_v4 model's page is one compressed entry, whatever is asked for.
         revision: identity of the weights.
 
     Raises:
         UsageError: the architecture is not supported; the message gives every reason.
     """
+    if getattr(config, "model_type", "") == MODEL_TYPE:
+        return compressed_model_shape(config, element_bytes=element_bytes, revision=revision)
     reasons = unsupported_reasons(config)
     if reasons:
         name = getattr(config, "name_or_path", "") or getattr(config, "model_type", "model")

@@ -139,6 +139,7 @@ def run_info(plan: Plan) -> RunInfo:
         identity=identity,
         environment=environment,
         plan=plan.cells,
+        excluded_types=plan.excluded_types,
     )
 
 

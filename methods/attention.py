@@ -1,4 +1,4 @@
-"""Attention over pages, in plain torch: the reference, and the path in use until a kernel takes its place.
+"""Attention over pages: by the paged_decode kernel where it runs (``kernels.dispatch`` says so), else in plain torch.
 
 Shapes: B batch (1), Q query heads, H KV heads, G = Q/H, D head size, S slots (pages resident), P tokens a page.
 Pages of one layer are one tensor [S, H, 2, P, D], index 2 being K and V. Slots and heads flatten into one batch of
@@ -8,11 +8,14 @@ Every function here returns partial results with their log-sum-exp, in natural l
 sets is the exp(lse)-weighted mean of the parts, which is how sinks, sink logits and split contexts are joined.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from kvscope.methods.flash import attention_with_lse, flash_runs_on
+from kvscope.methods.kernels.dispatch import unsupported_decode
+from kvscope.methods.kernels.paged_decode.inputs import PagedKV
 
 
 class Partial(NamedTuple):
@@ -49,10 +52,39 @@ def paged_attention(
     Returns:
         [B, Q, 1, D] in the dtype of the query.
     """
+    _check(q_BQ1D, pages, n_tokens, page_table)
+    if n_tokens and keep_SP is None and _kernel_runs(q_BQ1D, pages):
+        store = _kernel_store(pages, n_tokens, page_table)
+        return _kernel(q_BQ1D, [store], scale=scale, softcap=softcap, sink_logits=sink_logits)[0]
     part = paged_partial(
         q_BQ1D, pages, n_tokens=n_tokens, scale=scale, softcap=softcap, page_table=page_table, keep_SP=keep_SP
     )
     return merge_partials([part], q_BQ1D, sink_logits=sink_logits)
+
+
+def joint_attention(
+    q_BQ1D: torch.Tensor,
+    stores: Sequence[tuple[torch.Tensor, int]],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sink_logits: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attend one query to the union of two stores or fewer, each pages [S, H, 2, P, D] and tokens stored in them.
+
+    Page sizes may differ; a store without tokens is left out. The other arguments and the result are
+    ``paged_attention``'s.
+    """
+    stores = [(pages, n_tokens) for pages, n_tokens in stores if n_tokens]
+    for pages, n_tokens in stores:
+        _check(q_BQ1D, pages, n_tokens, None)
+    if stores and all(_kernel_runs(q_BQ1D, pages) for pages, _ in stores):
+        inputs = [_kernel_store(pages, n_tokens, None) for pages, n_tokens in stores]
+        return _kernel(q_BQ1D, inputs, scale=scale, softcap=softcap, sink_logits=sink_logits)[0]
+    parts = [
+        paged_partial(q_BQ1D, pages, n_tokens=n_tokens, scale=scale, softcap=softcap) for pages, n_tokens in stores
+    ]
+    return merge_partials(parts, q_BQ1D, sink_logits=sink_logits)
 
 
 def paged_partial(
@@ -66,17 +98,18 @@ def paged_partial(
     keep_SP: torch.Tensor | None = None,
 ) -> Partial:
     """Attend one query to some pages and return the unmerged result. Arguments as ``paged_attention``."""
-    if q_BQ1D.shape[0] != 1 or q_BQ1D.shape[2] != 1:
-        raise ValueError(f"one query of one sequence at a time, got shape {tuple(q_BQ1D.shape)}")
-    if page_table is not None:
-        pages = _gather(pages, page_table)
-    n_slots, H, _, P, D = pages.shape
+    _check(q_BQ1D, pages, n_tokens, page_table)
+    H, P, D = pages.shape[1], *pages.shape[3:]
     q_HGD = q_BQ1D.view(H, -1, D)
-    if n_tokens > n_slots * P:
-        raise ValueError(f"{n_tokens} tokens do not fit {n_slots} pages of {P}")
-    pages = pages[: -(-n_tokens // P)]
     if n_tokens == 0:
         return Partial(q_HGD.new_zeros(q_HGD.shape), q_HGD.new_full(q_HGD.shape[:2], -torch.inf))
+    if keep_SP is None and _kernel_runs(q_BQ1D, pages):
+        store = _kernel_store(pages, n_tokens, page_table)
+        out, lse = _kernel(q_BQ1D, [store], scale=scale, softcap=softcap, out_dtype=torch.float32)
+        return Partial(out.view(q_HGD.shape), lse.view(q_HGD.shape[:2]))
+    if page_table is not None:
+        pages = _gather(pages, page_table)
+    pages = pages[: -(-n_tokens // P)]
     if q_HGD.dtype != torch.float32 and softcap is None and keep_SP is None and flash_runs_on(q_BQ1D):
         return _flash_partial(q_HGD, pages, n_tokens=n_tokens, scale=scale)
     return _bmm_partial(q_HGD, pages, n_tokens=n_tokens, scale=scale, softcap=softcap, keep_SP=keep_SP)
@@ -98,6 +131,43 @@ def merge_partials(
             (w[..., None] * p.out for w, p in zip(weight_XHG, parts, strict=True)), torch.zeros(()).to(q_BQ1D)
         )
     return out_HGD.to(q_BQ1D.dtype).view(q_BQ1D.shape)
+
+
+def _check(q_BQ1D: torch.Tensor, pages: torch.Tensor, n_tokens: int, page_table: torch.Tensor | None) -> None:
+    if q_BQ1D.shape[0] != 1 or q_BQ1D.shape[2] != 1:
+        raise ValueError(f"one query of one sequence at a time, got shape {tuple(q_BQ1D.shape)}")
+    n_slots, P = pages.shape[0] if page_table is None else page_table.shape[-1], pages.shape[3]
+    if n_tokens > n_slots * P:
+        raise ValueError(f"{n_tokens} tokens do not fit {n_slots} pages of {P}")
+
+
+def _kernel_runs(q_BQ1D: torch.Tensor, pages: torch.Tensor) -> bool:
+    return pages.is_cuda and not unsupported_decode(
+        pages.device,
+        dtype=pages.dtype,
+        head_dim=pages.shape[4],
+        n_q_heads=q_BQ1D.shape[1],
+        n_kv_heads=pages.shape[1],
+    )
+
+
+def _kernel_store(pages: torch.Tensor, n_tokens: int, page_table: torch.Tensor | None) -> PagedKV:
+    table_BHS = None if page_table is None else page_table.view(1, -1, page_table.shape[-1])
+    return PagedKV(pages=pages, n_tokens=n_tokens, page_table=table_BHS)
+
+
+def _kernel(
+    q_BQ1D: torch.Tensor,
+    stores: Sequence[PagedKV],
+    *,
+    scale: float,
+    softcap: float | None,
+    sink_logits: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from kvscope.methods.kernels.paged_decode.kernel import paged_decode  # Triton may be missing where it is not used
+
+    return paged_decode(q_BQ1D, stores, scale=scale, softcap=softcap, sink_logits=sink_logits, out_dtype=out_dtype)
 
 
 def _bmm_partial(

@@ -140,6 +140,17 @@ class SequenceCache(ABC):
     def n_tokens(self) -> int:
         """Logical length: prompt tokens and tokens fed since, kept or not."""
 
+    @property
+    def model_cache(self) -> Any:
+        """The transformers cache the model is called with, where the sequence brings its own; else None."""
+        return None
+
+    def begin_step(self) -> None:  # noqa: B027 - most methods choose at opening, or when attending
+        """A token is about to be fed."""
+
+    def end_step(self) -> None:  # noqa: B027 - most methods count in attend
+        """A token has been fed."""
+
     def observe(self, layer: int, hidden_BM: torch.Tensor) -> None:  # noqa: B027 - most methods choose without it
         """Take the hidden state of the current token as it enters ``layer`` (only layers the method asked for)."""
 
@@ -169,6 +180,10 @@ class SequenceCache(ABC):
             attention_flops_per_step=self.shape.stock_attention_flops(self.n_tokens),
         )
         return self.managed_footprint() + stock
+
+    def bytes_by_kind(self) -> dict[str, int] | None:
+        """Return ``footprint().kv_bytes`` by kind of entry; None where K and V of tokens are all there is."""
+        return None
 
     def residency(self) -> Residency | None:
         """Return how the resident set changed; None where it is fixed at opening."""

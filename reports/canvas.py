@@ -22,6 +22,8 @@ from kvscope.reports.theme import FAINT
 
 Pixels = npt.NDArray[np.float64]
 TITLE_IN, LINE_IN = 0.34, 0.19
+# Line height of end labels in font sizes, and how far they may stand above and below the axes (at 100 dpi).
+END_LINE, END_SLACK_PX = 1.3, 14
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,11 @@ def panels(
     rows = math.ceil(count / columns)
     cell_w, cell_h = width_in + margins.left + margins.right, height_in + margins.top + margins.bottom
     total_w = max(columns * cell_w, 5.6)
-    under = textwrap.wrap(subtitle, int(total_w * 15), break_on_hyphens=False)
+    under = textwrap.wrap(subtitle, int(total_w * 13.5), break_on_hyphens=False)
     notes = textwrap.wrap(note, int(total_w * 16.5), break_on_hyphens=False)
-    head = TITLE_IN + LINE_IN * len(under) + (0.3 if key else 0.0) + 0.08
+    key_columns = max(1, int(total_w / (text_width_in([str(entry.get_label()) for entry in key], fontsize=8.5) + 0.6)))
+    key_rows = math.ceil(len(key) / key_columns)
+    head = TITLE_IN + LINE_IN * len(under) + (0.11 + LINE_IN * key_rows if key else 0.0) + 0.08
     foot = LINE_IN * len(notes) + (0.12 if notes else 0.0)
     total_h = head + rows * cell_h + foot
     figure = Figure(figsize=(total_w, total_h))
@@ -70,7 +74,7 @@ def panels(
             handles=list(key),
             loc="upper left",
             bbox_to_anchor=(0.06 / total_w, 1 - (TITLE_IN + LINE_IN * len(under)) / total_h),
-            ncols=len(key),
+            ncols=min(key_columns, len(key)),
             frameon=False,
             fontsize=8.5,
             handletextpad=0.5,
@@ -92,6 +96,12 @@ def text_width_in(texts: Sequence[str], *, fontsize: float) -> float:
     """Generous width of the longest line in bold DejaVu Sans, inches."""
     longest = max((len(line) for text in texts for line in text.split("\n")), default=0)
     return longest * fontsize * 0.68 / 72
+
+
+def end_labels_height_in(texts: Sequence[str], *, fontsize: float = 8.5) -> float:
+    """Least height of the axes beside which `end_labels` finds room for all of them, inches."""
+    lines = sum(1 + text.count("\n") for text in texts)
+    return lines * fontsize / 72 * END_LINE - 2 * END_SLACK_PX / 100
 
 
 def title_band_in(titles: Sequence[str]) -> float:
@@ -146,9 +156,9 @@ def end_labels(axes: Axes, labels: Sequence[Label], *, fontsize: float = 8.5, ga
     figure = _figure(axes)
     box = axes.get_window_extent()
     points = [axes.transData.transform((label.x, label.y)) for label in labels]
-    line_px = fontsize * figure.dpi / 72 * 1.3
+    line_px = fontsize * figure.dpi / 72 * END_LINE
     sizes = [line_px * (1 + label.text.count("\n")) for label in labels]
-    places = spread([float(point[1]) for point in points], sizes, low=box.y0 - 14, high=box.y1 + 14)
+    places = spread([float(point[1]) for point in points], sizes, low=box.y0 - END_SLACK_PX, high=box.y1 + END_SLACK_PX)
     to_figure = figure.transFigure.inverted()
     for label, point, place in zip(labels, points, places, strict=True):
         x, y = to_figure.transform((box.x1 + gap_px, place))

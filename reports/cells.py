@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from kvscope.results.comparisons import SCORE_COLUMNS, baseline_label, cluster_names, pairs
+from kvscope.results.comparisons import SCORE_COLUMNS, baseline_label, cluster_names, pairs, pooled
 from kvscope.results.frames import Run, records
 from kvscope.results.statistics import mean_interval, paired_difference
 
@@ -18,6 +18,7 @@ ACCURACY_COLUMNS = [
     "n",
     "n_not_measured",
     "n_missing",
+    "n_excluded",
     "accuracy",
     "ci_low",
     "ci_high",
@@ -36,25 +37,29 @@ def accuracy_cells(run: Run) -> pd.DataFrame:
     """Accuracy per task (and pooled over tasks, `all tasks`), method and length, with 95 % intervals.
 
     Fractions in [0, 1]; differences are paired, method minus dense. Prompts without a score (out of memory, failed) are
-    counted in `n_not_measured`, never scored as wrong. `reason` says why prompts lack a score, `note` why a row lacks a
-    difference.
+    counted in `n_not_measured`, never scored as wrong; those of excluded question types in
+    `n_excluded` alone. `reason` says why prompts lack a score, `note` why a row lacks a difference.
     """
     info = run.info
     tasks = [ALL_TASKS, *info.tasks] if len(info.tasks) > 1 else list(info.tasks)
     baseline = baseline_label(info)
-    samples = run.samples[SCORE_COLUMNS]
+    samples = pooled(run.samples, info)[SCORE_COLUMNS]
+    excluded = run.samples.loc[run.samples.index.difference(samples.index), SCORE_COLUMNS]
     cells: dict[tuple[str, str, int], dict[str, object]] = {}
     for method in info.methods:
         mine = _by_cell(samples[samples["method_label"] == method.label])
+        left_out = _by_cell(excluded[excluded["method_label"] == method.label])
         paired = baseline is not None and method.label != baseline
         both = _by_cell(pairs(samples, method=method.label, baseline=str(baseline))) if paired else {}
         for task in tasks:
             expected = info.samples * (len(info.tasks) if task == ALL_TASKS else 1)
             for length in info.lengths_tokens:
                 rows, common = mine.get((task, length), []), both.get((task, length), [])
-                cells[task, method.label, length] = _accuracy(rows, expected=expected) | _difference(
+                n_excluded = len(left_out.get((task, length), []))
+                cells[task, method.label, length] = _accuracy(rows, expected=expected - n_excluded) | _difference(
                     common, is_baseline=method.label == baseline, comparable=baseline is not None
                 )
+                cells[task, method.label, length]["n_excluded"] = n_excluded
     ordered = [
         {"task": task, "method_label": method.label, "length_tokens": length, **cells[task, method.label, length]}
         for task in tasks
@@ -85,6 +90,8 @@ def _accuracy(rows: list[dict[str, Any]], *, expected: int) -> dict[str, object]
     reasons = [f"{status}: {reason}" for status, reason in failed.items()]
     if len(rows) < expected:
         reasons.append("not run yet")
+    elif not rows:
+        reasons.append("every question type is excluded from pooled scores")
     counts = {"n": len(ok), "n_not_measured": len(rows) - len(ok), "n_missing": max(0, expected - len(rows))}
     cell: dict[str, object] = {**counts, "reason": "; ".join(reasons)}
     if ok:

@@ -6,9 +6,9 @@ from typing import Any
 
 import pandas as pd
 
-from kvscope.reports.table_parts import Notes, Table
+from kvscope.reports.table_parts import Notes, Table, excluded_notes
 from kvscope.reports.units import length_text, percent
-from kvscope.results.comparisons import baseline_label, cluster_names
+from kvscope.results.comparisons import baseline_label, cluster_names, pooled
 from kvscope.results.frames import Run, records
 from kvscope.results.statistics import mean_interval
 
@@ -46,8 +46,9 @@ class Scope:
 
 
 def depth_rows(run: Run) -> pd.DataFrame:
-    """The scored prompts whose evidence has one known depth."""
-    return run.samples[(run.samples["status"] == "ok") & run.samples["depth"].notna()]
+    """The scored prompts whose evidence has one known depth; question types excluded from pooled scores are not in."""
+    rows = pooled(run.samples, run.info)
+    return rows[(rows["status"] == "ok") & rows["depth"].notna()]
 
 
 def depth_scopes(run: Run) -> list[Scope]:
@@ -142,6 +143,7 @@ def depth_table(run: Run) -> Table:
         "of the haystack; the mean place where there are several pieces) and length. The CSV holds every method, and "
         "95 % intervals."
     )
+    lines = (*lines, *excluded_notes(run.info))
     return Table("accuracy_by_depth", "Accuracy by depth and length", caption, data, text, lines)
 
 

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
 from kvscope.reports.coverage import coverage
-from kvscope.reports.theme import FAINT, TEXT, MethodStyle
+from kvscope.reports.theme import FAINT, TEXT, MethodStyle, shared_options
 from kvscope.reports.units import bytes_text, length_text
 from kvscope.results.frames import Run
 
@@ -42,8 +42,10 @@ class SkippedFigure:
 
 
 def subtitle_of(run: Run) -> str:
-    """Model and machine, for the line under a title; an unfinished run says so in every picture."""
-    device = run.info.environment.get("gpu") or "CPU"
+    """Model, machine and options that no label repeats, under a title; an unfinished run says so in every picture."""
+    device = str(run.info.environment.get("gpu") or "CPU")
+    shared = shared_options([method.label for method in run.info.methods])
+    device += "".join(f"; every {name}: {', '.join(parts)}" for name, parts in shared.items())
     state = coverage(run)
     if state.complete:
         return f"{run.info.model} on {device}"

@@ -6,7 +6,15 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator
 
-from kvscope.reports.canvas import Label, Margins, end_labels, panels, text_width_in, title_band_in
+from kvscope.reports.canvas import (
+    Label,
+    Margins,
+    end_labels,
+    end_labels_height_in,
+    panels,
+    text_width_in,
+    title_band_in,
+)
 from kvscope.reports.cells import ALL_TASKS, pooled_cells
 from kvscope.reports.figure_parts import (
     ReportFigure,
@@ -15,7 +23,7 @@ from kvscope.reports.figure_parts import (
     shift,
     subtitle_of,
 )
-from kvscope.reports.theme import MethodStyle, method_styles, short_lines, theme
+from kvscope.reports.theme import MethodStyle, figure_names, method_styles, short_lines, theme
 from kvscope.reports.units import length_text
 from kvscope.results.frames import Run, records
 
@@ -44,7 +52,7 @@ def accuracy_by_length(run: Run, cells: pd.DataFrame) -> ReportFigure | SkippedF
                 1,
                 columns=1,
                 width_in=5.6,
-                height_in=3.3,
+                height_in=max(3.3, end_labels_height_in([styles[label].text for label in labels])),
                 margins=Margins(right=right, top=0.15),
                 title=title,
                 subtitle=subtitle,
@@ -61,7 +69,8 @@ def accuracy_by_length(run: Run, cells: pd.DataFrame) -> ReportFigure | SkippedF
             length_axis(axes, lengths)
             end_labels(axes, ends)
         else:
-            titles = [short_lines(label, width=34) for label in labels]
+            names = figure_names([method.label for method in run.info.methods])
+            titles = [short_lines(names[label], width=34) for label in labels]
             figure, all_axes = panels(
                 len(labels),
                 columns=3,
@@ -98,7 +107,8 @@ def accuracy_by_task(run: Run, cells: pd.DataFrame) -> ReportFigure | SkippedFig
     if not tasks:
         return SkippedFigure(name, title, "no prompt has been scored yet")
     labels = [method.label for method in run.info.methods]
-    texts = [short_lines(label) for label in labels]
+    names = figure_names(labels)
+    texts = [short_lines(names[label]) for label in labels]
     lengths = list(run.info.lengths_tokens)
     with theme(name):
         figure, all_axes = panels(

@@ -9,7 +9,7 @@ from kvscope.reports.canvas import Margins, panels, text_width_in, title_band_in
 from kvscope.reports.depth import ALL_DEPTHS, NIAH_POOL, Scope, depth_baseline, depth_cells, depth_scopes
 from kvscope.reports.figure_parts import ReportFigure, SkippedFigure, subtitle_of
 from kvscope.reports.figures_accuracy import heat_panel
-from kvscope.reports.theme import short_lines, theme
+from kvscope.reports.theme import figure_names, short_lines, theme
 from kvscope.results.frames import Run, records
 
 _CELL_W_IN, _CELL_H_IN = 0.54, 0.36
@@ -26,7 +26,8 @@ def needle_heatmap(run: Run) -> ReportFigure | SkippedFigure:
     scope = scopes[0]
     data = depth_cells(run, [scope])
     labels = [method.label for method in run.info.methods if method.label in set(data["method_label"])]
-    shown = [(label, scope, data[data["method_label"] == label]) for label in labels]
+    names = figure_names([method.label for method in run.info.methods])
+    shown = [(names[label], scope, data[data["method_label"] == label]) for label in labels]
     return _heatmaps(run, name, title, shown, about=", ".join(scope.tasks), data=data)
 
 
@@ -39,10 +40,18 @@ def depth_by_task(run: Run) -> ReportFigure | SkippedFigure:
     if len(scopes) == 1:
         return SkippedFigure(name, title, "the run has one task with depths; see the heatmap by method")
     data = depth_cells(run, scopes, label=label)
+    method = figure_names([method.label for method in run.info.methods])[label]
     shown = [
         (scope.name, scope, data[data["task"] == scope.name]) for scope in scopes if scope.name in set(data["task"])
     ]
-    return _heatmaps(run, name, f"{title}: {label}", shown, about=f"{label} by task", data=data)
+    return _heatmaps(
+        run,
+        name,
+        f"{title}: {label}",
+        shown,
+        about=f"{method} by task",
+        data=data,
+    )
 
 
 def _heatmaps(

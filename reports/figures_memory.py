@@ -1,12 +1,13 @@
 """Figures with bytes or time by length: memory, and time per output token."""
 
 import math
+from collections.abc import Sequence
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator
 
-from kvscope.reports.canvas import Label, Margins, end_labels, panels, text_width_in
+from kvscope.reports.canvas import Label, Margins, end_labels, end_labels_height_in, panels, text_width_in
 from kvscope.reports.cells import footprint_cells, memory_source, predicted_cells
 from kvscope.reports.figure_parts import (
     ReportFigure,
@@ -23,6 +24,12 @@ from kvscope.reports.units import number
 from kvscope.results.frames import Run, records
 
 SIDE_BY_SIDE = "Points of one length stand side by side, so that equal values stay visible."
+
+
+ESTIMATED = (
+    "A threshold keeps what the text asks for: its line is an estimate, or all it could hold where no indexer says how "
+    "much it keeps."
+)
 
 
 def memory_by_length(run: Run) -> ReportFigure | SkippedFigure:
@@ -42,16 +49,22 @@ def memory_by_length(run: Run) -> ReportFigure | SkippedFigure:
     labels = [method.label for method in run.info.methods if method.label in set(data["method_label"])]
     styles = method_styles([method.label for method in run.info.methods])
     lengths = sorted({*run.info.lengths_tokens, *run.info.footprint_lengths_tokens, *data["length_tokens"]})
+    chosen_by_text = any(
+        isinstance(config, dict) and config.get("mode") == "threshold"
+        for config in (*run.footprint["config"], *run.samples["config"])
+    )
+    remarks = [SIDE_BY_SIDE] if len(labels) > 1 else []
+    note = " ".join([*remarks, *([ESTIMATED] if chosen_by_text else []), source.caption])
     with theme(name):
         figure, (axes,) = panels(
             1,
             columns=1,
             width_in=6.2 if len(labels) <= 5 else 8.0,
-            height_in=4.2 if len(labels) <= 5 else 5.0,
+            height_in=max(4.2 if len(labels) <= 5 else 5.0, _labels_in(styles, labels)),
             margins=Margins(left=0.95, right=_label_margin_in(styles), top=0.15),
             title=title,
             subtitle=subtitle_of(run),
-            note=f"{SIDE_BY_SIDE} {source.caption}" if len(labels) > 1 else source.caption,
+            note=note,
             key=[
                 key_entry("measured", marker="o"),
                 key_entry("predicted", line="-"),
@@ -74,7 +87,7 @@ def memory_by_length(run: Run) -> ReportFigure | SkippedFigure:
         end_labels(axes, ends)
     caption = (
         "Bytes of the KV cache against length, both axes logarithmic. Lines are predictions made before the run, "
-        f"markers are measurements, crosses are cells that ran out of memory. {SIDE_BY_SIDE} {source.caption}"
+        f"markers are measurements, crosses are cells that ran out of memory. {note}"
     )
     return ReportFigure(name, title, caption, figure, data.reset_index(drop=True))
 
@@ -109,7 +122,7 @@ def tpot_by_length(run: Run) -> ReportFigure | SkippedFigure:
             1,
             columns=1,
             width_in=6.2 if len(labels) <= 5 else 8.0,
-            height_in=3.8 if len(labels) <= 5 else 4.6,
+            height_in=max(3.8 if len(labels) <= 5 else 4.6, _labels_in(styles, labels)),
             margins=Margins(left=0.8, right=_label_margin_in(styles), top=0.15),
             title=title,
             subtitle=f"{subtitle_of(run)}; median of {step_text} decode steps, batch 1",
@@ -170,6 +183,11 @@ def _memory_line(axes: Axes, rows: pd.DataFrame, style: MethodStyle, *, factor: 
 
 def _label_margin_in(styles: dict[str, MethodStyle]) -> float:
     return 0.4 + text_width_in([style.text for style in styles.values()], fontsize=8.5)
+
+
+def _labels_in(styles: dict[str, MethodStyle], labels: Sequence[str]) -> float:
+    """Height that the labels right of the axes need, inches."""
+    return end_labels_height_in([styles[label].text for label in labels])
 
 
 def _time_axis(axes: Axes, values_ms: list[float]) -> float:

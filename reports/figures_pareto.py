@@ -10,10 +10,11 @@ from matplotlib.ticker import FixedLocator
 from kvscope.reports.canvas import Label, Margins, free_labels, panels
 from kvscope.reports.cells import MemorySource, memory_source, pooled_cells
 from kvscope.reports.figure_parts import ReportFigure, SkippedFigure, byte_axis, key_entry, points, subtitle_of
-from kvscope.reports.theme import MethodStyle, method_styles, theme
+from kvscope.reports.theme import MethodStyle, figure_names, method_styles, theme
 from kvscope.reports.units import length_text
 from kvscope.results.frames import Run, records
 
+_MOST_LINES = 10
 READS_AXIS = "KV cache read a decode step (counted)"
 READS_CAPTION = (
     "Bytes read are counted, not timed: keys and values that the step attends to and what it reads to choose them, "
@@ -78,7 +79,14 @@ def _pareto_figure(
     labels = [method.label for method in run.info.methods]
     styles = method_styles(labels)
     crowded = len(labels) > 5
+    # So many lines of labels find no room between the points: the key names the methods then.
+    listed = sum(1 + styles[label].text.count("\n") for label in labels) > _MOST_LINES
+    names = figure_names(labels)
+    methods = [
+        key_entry(names[label], line="None", marker=styles[label].marker, color=styles[label].color) for label in labels
+    ]
     drawn = bool((data.groupby("length_tokens")["pareto"].sum() > 1).any())
+    front = "Pareto front" if listed else f"Pareto front: nothing else {less} and is more accurate"
     with theme(name):
         figure, all_axes = panels(
             len(lengths),
@@ -89,10 +97,10 @@ def _pareto_figure(
             title=title,
             subtitle=f"{subtitle_of(run)}; up and left is better; bars: 95 % intervals",
             note=note,
-            key=[key_entry(f"Pareto front: nothing else {less} and is more accurate", line="-")] if drawn else [],
+            key=[*(methods if listed else []), *([key_entry(front, line="-")] if drawn else [])],
         )
         for length, axes in zip(lengths, all_axes, strict=True):
-            _pareto_panel(axes, data[data["length_tokens"] == length], styles, axis)
+            _pareto_panel(axes, data[data["length_tokens"] == length], styles, axis, named=not listed)
             axes.set_title(f"{length_text(length)} tokens", fontweight="bold")
     return ReportFigure(name, title, caption, figure, data)
 
@@ -131,7 +139,7 @@ def _with_front(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(pareto=ordered["accuracy"] > best_before)
 
 
-def _pareto_panel(axes: Axes, rows: pd.DataFrame, styles: dict[str, MethodStyle], axis: str) -> None:
+def _pareto_panel(axes: Axes, rows: pd.DataFrame, styles: dict[str, MethodStyle], axis: str, *, named: bool) -> None:
     low, high = float(rows["bytes"].min()), float(rows["bytes"].max())
     pad = max(2.0, (high / low) ** 0.15)
     byte_axis(axes, low / pad, high * pad, which="x", most=5)
@@ -153,4 +161,5 @@ def _pareto_panel(axes: Axes, rows: pd.DataFrame, styles: dict[str, MethodStyle]
             axes.plot(*zip(*bars[-1], strict=True), color=style.color, linewidth=1, alpha=0.35)
         points(axes, [x], [y], style, line=False)
         labels.append(Label(style.text, x, y, style.color))
-    free_labels(axes, labels, lines=[steps, *bars])
+    if named:
+        free_labels(axes, labels, lines=[steps, *bars])

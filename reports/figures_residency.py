@@ -6,12 +6,14 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 
-from kvscope.reports.canvas import Label, Margins, end_labels, panels, text_width_in
+from kvscope.reports.canvas import Label, Margins, end_labels, end_labels_height_in, panels, text_width_in
 from kvscope.reports.figure_parts import ReportFigure, subtitle_of
 from kvscope.reports.theme import MethodStyle, method_styles, theme
 from kvscope.reports.units import length_text
 from kvscope.results.frames import Run, records
 
+# A short interval would turn the line into a band of markers.
+_MARKERS = 8
 COLUMNS = ["method_label", "length_tokens", "refresh", "step", "n", "resident_fraction", "recalled_bytes"]
 
 
@@ -29,7 +31,7 @@ def resident_over_steps(run: Run) -> list[ReportFigure]:
             len(lengths),
             columns=2,
             width_in=3.6,
-            height_in=2.6,
+            height_in=max(2.6, end_labels_height_in(shown)),
             margins=Margins(left=0.75, right=0.4 + text_width_in(shown, fontsize=8.5), top=0.42, bottom=0.62),
             title=title,
             subtitle=f"{subtitle_of(run)}; share of the prompt's tokens, everything that stays counted",
@@ -81,6 +83,7 @@ def _panel(axes: Axes, rows: pd.DataFrame, styles: dict[str, MethodStyle]) -> No
             color=style.color,
             marker=style.marker,
             markersize=style.size,
+            markevery=max(1, len(x) // _MARKERS),
             linestyle=style.dash,
             linewidth=1.4,
             drawstyle="steps-post",

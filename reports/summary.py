@@ -6,7 +6,7 @@ from tabulate import tabulate
 from kvscope.reports.cells import accuracy_cells, footprint_cells, memory_source, pooled_cells
 from kvscope.reports.coverage import coverage
 from kvscope.reports.figure_parts import subtitle_of
-from kvscope.reports.table_parts import Table
+from kvscope.reports.table_parts import Table, excluded_notes
 from kvscope.reports.tables_limits import limit_tables
 from kvscope.reports.units import byte_unit, length_text, measured, number
 from kvscope.results.comparisons import baseline_label
@@ -26,6 +26,7 @@ def summary_text(run: Run) -> str:
         parts.append(_memory(run))
         parts.append(_time(run))
     parts += [f"{table.title}\n{text_of(table)}" for table in limit_tables(run)]
+    parts += excluded_notes(run.info)
     parts += coverage(run).sentences()
     parts += run.messages
     return "\n\n".join(parts) + "\n"

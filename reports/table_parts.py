@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
+from kvscope.results.schema import RunInfo
+
 
 @dataclass(frozen=True)
 class Table:
@@ -36,3 +38,8 @@ class Notes:
 
     def lines(self) -> tuple[str, ...]:
         return tuple(f"({letter}) not measured: {reason}." for reason, letter in self.letters.items())
+
+
+def excluded_notes(info: RunInfo) -> tuple[str, ...]:
+    """One remark a question type of the run's tasks that pooled scores leave out."""
+    return tuple(f"{each.sentence}." for each in info.excluded_types if each.task in info.tasks)

@@ -11,6 +11,7 @@ from kvscope.reports.table_parts import Table
 from kvscope.reports.tables_accuracy import accuracy_table, statistics_table
 from kvscope.reports.tables_limits import limit_tables
 from kvscope.reports.tables_memory import footprint_table, stays_table
+from kvscope.reports.tables_types import type_tables
 from kvscope.results.frames import Run
 
 
@@ -19,6 +20,7 @@ def all_tables(run: Run, cells: pd.DataFrame) -> list[Table]:
     return [
         stays_table(run, cells),
         accuracy_table(run, cells),
+        *type_tables(run),
         depth_table(run),
         footprint_table(run),
         statistics_table(run),

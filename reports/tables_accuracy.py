@@ -4,7 +4,7 @@ from typing import Any
 
 import pandas as pd
 
-from kvscope.reports.table_parts import Notes, Table
+from kvscope.reports.table_parts import Notes, Table, excluded_notes
 from kvscope.reports.units import length_text, number, p_text, percent, points
 from kvscope.results.comparisons import baseline_label, compare_methods
 from kvscope.results.frames import Run, records
@@ -37,7 +37,12 @@ def accuracy_table(run: Run, cells: pd.DataFrame) -> Table:
     )
     columns = ["task", "method", "value", *map(length_text, lengths)]
     return Table(
-        "accuracy", "Accuracy by method and length", caption, cells, pd.DataFrame(rows, columns=columns), notes.lines()
+        "accuracy",
+        "Accuracy by method and length",
+        caption,
+        cells,
+        pd.DataFrame(rows, columns=columns),
+        (*notes.lines(), *excluded_notes(run.info)),
     )
 
 
@@ -157,7 +162,9 @@ def statistics_table(run: Run) -> Table:
     if rows and not nll:
         caption += " The answer's negative log-likelihood was not requested."
     text = pd.DataFrame(texts) if texts else pd.DataFrame(columns=["scope", "method", "verdict"])
-    return Table("statistics", "Paired statistics against dense", caption, data, text, notes)
+    return Table(
+        "statistics", "Paired statistics against dense", caption, data, text, (*notes, *excluded_notes(run.info))
+    )
 
 
 def _scope_text(scope: str) -> str:

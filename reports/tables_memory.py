@@ -5,7 +5,7 @@ from typing import Any
 import pandas as pd
 
 from kvscope.reports.cells import footprint_cells
-from kvscope.reports.table_parts import Notes, Table
+from kvscope.reports.table_parts import Notes, Table, excluded_notes
 from kvscope.reports.units import ByteUnit, byte_unit, length_text, measured, percent
 from kvscope.results.frames import Run, records
 from kvscope.results.schema import NVML_COLUMNS
@@ -125,7 +125,8 @@ def stays_table(run: Run, cells: pd.DataFrame) -> Table:
     )
     if not nvml and len(timed):
         caption += f" NVML was not measured: {', '.join(dict.fromkeys(timed['nvml_reason'].dropna()))}."
-    return Table("stays_and_saves", "What stays, what it saves", caption, data, text, notes.lines())
+    lines = (*notes.lines(), *excluded_notes(run.info))
+    return Table("stays_and_saves", "What stays, what it saves", caption, data, text, lines)
 
 
 def _stays_cell(run: Run, label: str, length: int | None, pooled: pd.DataFrame) -> dict[str, Any]:

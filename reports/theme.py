@@ -35,9 +35,38 @@ class MethodStyle:
         return 8.5 if self.marker in "*PX" else 6.5
 
 
+def shared_options(labels: Sequence[str]) -> dict[str, list[str]]:
+    """Method name -> the options that all methods of that name have in common, where there are several."""
+    options: dict[str, list[list[str]]] = {}
+    for label in labels:
+        name, _, text = label.partition(":")
+        options.setdefault(name, []).append(text.split(",") if text else [])
+    shared = {
+        name: [part for part in found[0] if all(part in other for other in found[1:])]
+        for name, found in options.items()
+        if len(found) > 1
+    }
+    return {name: parts for name, parts in shared.items() if parts}
+
+
+def figure_names(labels: Sequence[str]) -> dict[str, str]:
+    """Label -> what figures call the method: options that tell no method of its name apart are left out.
+
+    The line under a figure's title says them once (see ``figure_parts.subtitle_of``).
+    """
+    shared = shared_options(labels)
+    names = {}
+    for label in labels:
+        name, _, text = label.partition(":")
+        own = [part for part in text.split(",") if part not in shared.get(name, [])]
+        names[label] = f"{name}:{','.join(own)}" if text and own else name
+    return names
+
+
 def method_styles(labels: Sequence[str]) -> dict[str, MethodStyle]:
     """A style per method label, by its place in the run; `dense` is always black with a circle."""
     styles = {}
+    names = figure_names(labels)
     others = [label for label in labels if label != "dense"]
     for label in labels:
         if label == "dense":
@@ -46,7 +75,7 @@ def method_styles(labels: Sequence[str]) -> dict[str, MethodStyle]:
         place = others.index(label)
         marker = MARKERS[1 + place % (len(MARKERS) - 1)]
         dash = DASHES[place // len(COLORS) % len(DASHES)]
-        styles[label] = MethodStyle(COLORS[place % len(COLORS)], marker, dash, short_lines(label))
+        styles[label] = MethodStyle(COLORS[place % len(COLORS)], marker, dash, short_lines(names[label]))
     return styles
 
 

@@ -60,6 +60,14 @@ def baseline_label(info: RunInfo) -> str | None:
     return next((method.label for method in info.methods if method.name == "dense"), None)
 
 
+def pooled(samples: pd.DataFrame, info: RunInfo) -> pd.DataFrame:
+    """The rows that count in pooled scores: all but those of question types that the run excludes by name."""
+    if not info.excluded_types:
+        return samples
+    kinds = zip(samples["task"], samples["question_type"], strict=True)
+    return samples[[info.pools(task, kind) for task, kind in kinds]]
+
+
 def answered(samples: pd.DataFrame) -> pd.DataFrame:
     """The rows with a score."""
     return samples[samples["status"] == "ok"]
@@ -88,13 +96,15 @@ def pairs(samples: pd.DataFrame, *, method: str, baseline: str) -> pd.DataFrame:
 def compare_methods(samples: pd.DataFrame, *, info: RunInfo, margin: float = DEFAULT_MARGIN) -> list[Comparison]:
     """Compare every method with the baseline: pooled over all prompts, by length, by task.
 
+    Question types that the run excludes by name are in none of them.
+
     Holm's correction runs over the methods of one scope. A scope that repeats the pooled one (a run of one length or
     one task) is left out, and so is a method without a common prompt. Empty when the run has no `dense`.
     """
     baseline = baseline_label(info)
     if baseline is None:
         return []
-    samples = samples[SCORE_COLUMNS]
+    samples = pooled(samples, info)[SCORE_COLUMNS]
     others = [method.label for method in info.methods if method.label != baseline]
     tables = {label: pairs(samples, method=label, baseline=baseline) for label in others}
     lengths, tasks = sorted(samples["length_tokens"].unique()), list(dict.fromkeys(samples["task"]))

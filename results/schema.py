@@ -110,6 +110,9 @@ class _CellRow(_Record):
     """Floating-point operations one decode step spends on attention, the method's own scoring included."""
     bytes_recalled: Count | None = None
     """Bytes copied host -> device during decode; 0 when the method recalls nothing."""
+    kv_bytes_by_kind: dict[str, Count] | None = None
+    """KV bytes on the device behind the last step by kind (`csa_kv`, `indexer_keys`, `hca_kv`, `window`, `buffers`);
+    null on models that keep K and V of tokens and nothing else, or when the cell was not measured."""
     residency: ResidencyRecord | None = None
     """How the resident set changed while decoding; null where it is fixed at opening, or the cell was not measured."""
 
@@ -424,6 +427,27 @@ class Resumption(_Record):
     """Environment then."""
 
 
+class ExcludedType(_Record):
+    """A kind of question that the dense model cannot do, so that pooled scores leave it out, by name."""
+
+    task: Text
+    """Task of the question type."""
+    question_type: Text
+    """The question type."""
+    dense_percent: Annotated[float, Field(ge=0.0, le=100.0)]
+    """Accuracy of dense on training seeds, which decided it."""
+    n: Annotated[int, Field(ge=1)]
+    """Prompts behind that."""
+
+    @property
+    def sentence(self) -> str:
+        """What is left out, and why."""
+        return (
+            f"{self.question_type} of {self.task} counts in no pooled score: dense answers {self.dense_percent:.0f} % "
+            f"of it on training seeds (n={self.n})"
+        )
+
+
 class RunInfo(_Record):
     """`run.json`: what was asked, and where it ran. Written once, before the first row."""
 
@@ -461,6 +485,9 @@ class RunInfo(_Record):
     """Versions, GPU, driver, CPU, attention backend. No host name, user name or absolute path."""
     plan: tuple[PlannedCell, ...] = ()
     """Predicted bytes per (method, length)."""
+    excluded_types: tuple[ExcludedType, ...] = ()
+    """Question types that pooled scores leave out, as the model's folder names them (see `harness/pooling.py`). Rows
+    are measured and written all the same."""
     resumptions: tuple[Resumption, ...] = ()
     """Later starts whose surroundings differed."""
 
@@ -471,3 +498,7 @@ class RunInfo(_Record):
         if twice:
             raise ValueError(f"two methods share the label {', '.join(twice)}: rows could not be told apart")
         return self
+
+    def pools(self, task: str, question_type: str) -> bool:
+        """Whether rows of this kind of question count in pooled scores."""
+        return all((each.task, each.question_type) != (task, question_type) for each in self.excluded_types)

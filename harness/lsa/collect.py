@@ -15,6 +15,7 @@ import torch
 
 from kvscope.harness.config import format_length, parse_length, split_spec
 from kvscope.harness.decode import DecodeSession
+from kvscope.harness.deepseek_v4.shape import refuse_compressed
 from kvscope.harness.lsa.label_rule import LabelRule
 from kvscope.harness.lsa.recorder import Recorder, RecordingSequence, StepRecord
 from kvscope.harness.lsa.shards import (
@@ -166,6 +167,7 @@ def describe(config: CollectConfig, loaded: LoadedModel) -> CollectionInfo:
         UsageError: layers that kvscope does not manage in this model.
     """
     shape = loaded.shape
+    refuse_compressed(loaded.name, shape, "kvscope lsa collect and train")
     layers = config.layers or shape.layers
     foreign = sorted(set(layers) - set(shape.layers))
     if foreign:

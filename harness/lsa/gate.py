@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from kvscope.harness.decode import decode
+from kvscope.harness.deepseek_v4.shape import refuse_compressed
 from kvscope.harness.lsa.collect import make_tasks
 from kvscope.harness.lsa.label_rule import LabelRule
 from kvscope.harness.lsa.shards import Collection, open_collections
@@ -87,6 +88,7 @@ def gate(
     info = collections[0].info
     labels = info.rule(**(rule or {}))
     loaded = load_model(model or info.model, device=device, dtype=dtype)
+    refuse_compressed(loaded.name, loaded.shape, "the label gate")
     if loaded.shape.revision != info.model_revision:
         raise UsageError(
             f"The collection was made with model '{info.model}' ({info.model_revision}), not with '{loaded.name}' "

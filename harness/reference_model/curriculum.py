@@ -45,6 +45,7 @@ class Phase:
             several keys at once.
         more_uuids: share of needle rows that hold UUIDs under UUIDs, beside the fifth that does anyway.
         documents: share of rows by document family (a key of ``RowMaker.documents``); needle rows give way.
+        warmup_steps: steps over which the learning rate rises, where the phase is a run's first.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Phase:
     multi_query_share: float = 0.15
     more_uuids: float = 0.0
     documents: tuple[tuple[str, float], ...] = ()
+    warmup_steps: int = 200
 
     def shape_of(self, draws: Draws) -> Shape:
         """Draw a step's shape."""

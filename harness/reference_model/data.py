@@ -1,5 +1,6 @@
-"""Batches of training rows: batch ``step`` of a phase depends on the seed, the phase and the step alone."""
+"""Batches of training rows: a batch depends on the seed, the phase, the step and the replica alone."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,23 +29,26 @@ class Batch:
 
 
 class PhaseData(Dataset[Batch]):
-    """All batches of one phase, by step."""
+    """All batches of one phase: step by step, and within a step one for each of this process's ``replicas``.
 
-    def __init__(self, maker: RowMaker, phase: Phase, *, seed: int, start_step: int = 0) -> None:
-        self.maker, self.phase, self.seed, self.start_step = maker, phase, seed, start_step
+    A step's batches have one shape and different rows; how the replicas are spread over processes changes neither.
+    """
+
+    def __init__(self, maker: RowMaker, phase: Phase, *, seed: int, replicas: Sequence[int] = (0,)) -> None:
+        self.maker, self.phase, self.seed, self.replicas = maker, phase, seed, tuple(replicas)
 
     def __len__(self) -> int:
-        return self.phase.steps - self.start_step
+        return self.phase.steps * len(self.replicas)
 
     def __getitem__(self, index: int) -> Batch:
-        step = self.start_step + index
+        step, replica = index // len(self.replicas), self.replicas[index % len(self.replicas)]
         phase = self.phase
         shape = phase.shape_of(Draws("shape", self.seed, phase.name, step))
         ids = np.empty((shape.rows, shape.tokens), dtype=np.int64)
         at: list[int] = []
         families: list[str] = []
         for i in range(shape.rows):
-            row = self.maker.make(phase, shape, Draws("train", self.seed, phase.name, step, i))
+            row = self.maker.make(phase, shape, Draws("train", self.seed, phase.name, step, replica * shape.rows + i))
             ids[i] = row.ids
             families.append(row.family)
             at.extend(i * shape.tokens + position for position in row.answer_at)

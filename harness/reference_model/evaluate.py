@@ -135,6 +135,7 @@ def main(argv: list[str] | None = None) -> None:
         "--batch-tokens", type=int, default=524_288, help="prompt tokens a batch; less where memory is short"
     )
     parser.add_argument("--closed-book", action="store_true")
+    parser.add_argument("--max-seconds", type=float, help="begin no cell past this age")
     args = parser.parse_args(argv)
     cuda = torch.cuda.is_available()
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16 if cuda else torch.float32)
@@ -143,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = evaluate(
         model, tokenizer, tasks=args.tasks.split(","), lengths_tokens=[int(n) for n in args.lengths.split(",")],
         samples=args.samples, seed=args.seed, workers=args.workers, closed_book=args.closed_book,
-        batch_tokens=args.batch_tokens,
+        batch_tokens=args.batch_tokens, max_seconds=args.max_seconds,
     )  # fmt: skip
     args.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from kvscope.harness.reference_model.architecture import build_model, reference_config
@@ -31,17 +31,23 @@ from kvscope.harness.reference_model.documents_long_qa import LongQADocuments
 from kvscope.harness.reference_model.documents_ruler import coded_words, common_words, variable_chains
 from kvscope.harness.reference_model.muon import Muon
 from kvscope.harness.reference_model.pieces import Pieces
+from kvscope.harness.reference_model.replicas import Replicas
 from kvscope.harness.reference_model.tokenizer import save_tokenizer, write_tokenizer
 
-WARMUP_STEPS = 200
 LOG_STEPS = 100
+AGREE_STEPS = 8
 # Each shape's forward is held against the stock model's, on so many tokens, before its first step.
 CHECK_TOKENS = 1024
 CHECK_TOLERANCE = 0.1
-# Rows longer than this compute their activations twice instead of keeping them (64K rows peak at 14 GiB).
-KEEP_TOKENS = 131_072
+# Rows longer than this compute their activations twice instead of keeping them (64K rows peak at 14 GiB). Attention,
+# nearly all of such a row's time, is kept all the same: its output is small.
+KEEP_TOKENS = 65_536
 # Rows this long run without compilation: attention is most of their time, and compiling a shape takes 15 to 20 s.
 EAGER_TOKENS = 131_072
+_KEPT_OPERATIONS = [
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+]
 WEIGHT_DECAY = 0.02
 # Muon's learning rate over AdamW's (its updates are scaled to the root mean square of AdamW's).
 MUON_LR = 2.0
@@ -66,9 +72,8 @@ _TO_64K = (
 _TO_128K = (
     Shape(tokens=2048, rows=24, questions=24, share=0.25),
     Shape(tokens=8192, rows=8, questions=48, share=0.35),
-    Shape(tokens=32_768, rows=2, questions=80, share=0.27),
-    Shape(tokens=65_536, rows=1, questions=100, share=0.08),
-    Shape(tokens=131_072, rows=1, questions=120, share=0.05),
+    Shape(tokens=32_768, rows=2, questions=80, share=0.32),
+    Shape(tokens=131_072, rows=1, questions=120, share=0.08),
 )
 # A row of 512K costs as much as a hundred steps of 8K, nearly all of it attention: few of them.
 _TO_512K = (
@@ -88,8 +93,9 @@ PHASES = (
           steps=1594, lr=(1.5e-3, 1.5e-3),
           documents=(("long_qa", 0.25), ("vt_fixed", 0.1), ("cwe", 0.05), ("fwe", 0.05))),
     Phase(name="p3-64k", shapes=_TO_64K, steps=3736, lr=(1.5e-3, 2e-5), documents=_STORIES),
-    Phase(name="p4-128k", shapes=_TO_128K, steps=3000, lr=(1e-3, 2e-5), documents=_COMPOSED, more_uuids=0.25),
-    Phase(name="p5-512k", shapes=_TO_512K, steps=600, lr=(5e-4, 1e-5), documents=_COMPOSED, more_uuids=0.25),
+    Phase(name="p4-128k", shapes=_TO_128K, steps=3000, lr=(1e-3, 1e-4), documents=_COMPOSED, more_uuids=0.25),
+    Phase(name="p5-512k", shapes=_TO_512K, steps=600, lr=(5e-4, 1e-5), documents=_COMPOSED, more_uuids=0.25,
+          warmup_steps=60),
 )  # fmt: skip
 
 
@@ -116,8 +122,18 @@ class FamilyAccuracy:
 class Trainer:
     """Holds model, optimizer and log of one training run."""
 
-    def __init__(self, model: PreTrainedModel, *, device: torch.device, out: Path, compile_layers: bool) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        device: torch.device,
+        out: Path,
+        compile_layers: bool,
+        replicas: Replicas | None = None,
+    ) -> None:
         self.model, self.device, self.out = model.to(device).train(), device, out
+        self.replicas = replicas or Replicas(1)
+        self._parameters = list(model.parameters())
         matrices = [p for name, p in model.named_parameters() if p.dim() >= 2 and "layers." in name]
         hidden = {id(p) for p in matrices}
         rest = [p for p in model.parameters() if id(p) not in hidden]
@@ -137,10 +153,12 @@ class Trainer:
                 layer.compile(dynamic=False)
         self.step = self.start_step = 0
         self.history: list[dict[str, Any]] = []
-        self._log_file = (out / "train_log.jsonl").open("a", encoding="utf-8")
+        self._log_file = (out / "train_log.jsonl").open("a", encoding="utf-8") if self.replicas.leads else None
 
     def log(self, **fields: Any) -> None:
-        """Write one line to the log file and to standard output."""
+        """Write one line to the log file and to standard output (the first process only)."""
+        if self._log_file is None:
+            return
         line = json.dumps(fields)
         self._log_file.write(line + "\n")
         self._log_file.flush()
@@ -154,7 +172,10 @@ class Trainer:
         rotary = base.rotary_emb(x_BTM, torch.arange(ids_BT.shape[1], device=self.device)[None])
         for layer in base.layers:
             if ids_BT.shape[1] > KEEP_TOKENS:
-                x_BTM = checkpoint(layer, x_BTM, attention_mask=None, position_embeddings=rotary, use_reentrant=False)
+                x_BTM = checkpoint(
+                    layer, x_BTM, attention_mask=None, position_embeddings=rotary, use_reentrant=False,
+                    context_fn=partial(create_selective_checkpoint_contexts, _KEPT_OPERATIONS),
+                )  # fmt: skip
             else:
                 x_BTM = layer(x_BTM, attention_mask=None, position_embeddings=rotary)
         return x_BTM
@@ -221,27 +242,36 @@ class Trainer:
             torch.cuda.synchronize()
 
     def run_phase(self, phase: Phase, source: Iterator[Batch], *, deadline: float | None) -> int:
-        """Train one phase; returns the steps done (fewer than planned only past the deadline)."""
+        """Train one phase; returns the steps done (fewer than planned only past the deadline).
+
+        Args:
+            source: the batches of this process's replicas, step by step.
+            deadline: on the clock of ``time.perf_counter``; looked at every few steps where processes must agree.
+        """
         start, done, tokens = time.perf_counter(), 0, 0
         recent: dict[int, list[torch.Tensor]] = {}
         by_family = FamilyAccuracy(self.device)
         fields: dict[str, Any] = {}
         try:
-            for i, batch in enumerate(source):
+            for i in range(phase.steps):
                 lr = phase.lr[0] + (phase.lr[1] - phase.lr[0]) * i / max(1, phase.steps - 1)
-                warm_lr = lr * min(1.0, (self.step - self.start_step + 1) / WARMUP_STEPS)
+                warm_lr = lr * min(1.0, (self.step - self.start_step + 1) / phase.warmup_steps)
                 for group in self.optimizer.param_groups:
                     group["lr"] = warm_lr
-                loss, right_N = self.gradients(batch)
+                for _ in self.replicas.mine:
+                    batch = next(source)
+                    loss, right_N = self.gradients(batch)
+                    tokens += batch.ids_BT.numel()
+                    recent.setdefault(batch.ids_BT.shape[1], []).append(torch.stack((loss, right_N.float().mean())))
+                    by_family.add(batch, right_N)
+                late = deadline is not None and time.perf_counter() > deadline
+                raised = self.replicas.average([p.grad for p in self._parameters if p.grad is not None], late)
                 norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
                 self.optimizer.step()
                 self.muon.step(warm_lr * MUON_LR)
                 self.model.zero_grad(set_to_none=True)
                 self.step += 1
                 done += 1
-                tokens += batch.ids_BT.numel()
-                recent.setdefault(batch.ids_BT.shape[1], []).append(torch.stack((loss, right_N.float().mean())))
-                by_family.add(batch, right_N)
                 if done % max(1, min(LOG_STEPS, phase.steps // 12)) == 0 or done == phase.steps:
                     means = {length: torch.stack(part).mean(0).tolist() for length, part in sorted(recent.items())}
                     recent.clear()
@@ -252,15 +282,18 @@ class Trainer:
                         "token_accuracy": {length: round(mean[1], 4) for length, mean in means.items()},
                         "token_accuracy_by_family": by_family.read(),
                         "grad_norm": round(norm.item(), 3), "phase_s": round(took, 1),
-                        "tokens_per_s": round(tokens / took),
+                        "tokens_per_s": round(tokens * self.replicas.world / took),
                     }  # fmt: skip
                     self.log(**fields)
-                if deadline is not None and time.perf_counter() > deadline:
+                if raised is not None:  # reading it waits for the device, so only now and then
+                    late = done % AGREE_STEPS == 0 and raised.item() > 0
+                if late:
                     break
         finally:
             self.history.append(
                 {
                     **asdict(phase),
+                    "replicas": self.replicas.total,
                     "steps_done": done,
                     "loss": fields.get("loss"),
                     "token_accuracy": fields.get("token_accuracy"),
@@ -281,6 +314,8 @@ class Trainer:
 
     def save(self, tokenizer: PreTrainedTokenizerFast, **state: Any) -> None:
         """Write a released-form checkpoint (bf16 shards, tokenizer) with the training state beside it."""
+        if not self.replicas.leads:
+            return
         shell = self._stock_copy(torch.bfloat16, "sdpa")
         shell.save_pretrained(self.out, max_shard_size=SHARD_BYTES)
         write_tokenizer(tokenizer, self.out)
@@ -319,6 +354,7 @@ def train(
     seed: int = 0,
     workers: int = 0,
     max_seconds: float | None = None,
+    replicas: int = 1,
     config: PreTrainedConfig | None = None,
     after_phase: Callable[[PreTrainedModel, PreTrainedTokenizerFast, Phase], dict[str, Any]] | None = None,
 ) -> Trainer:
@@ -329,10 +365,12 @@ def train(
         resume: a checkpoint folder to start from (weights; the optimizer starts afresh with a warm-up).
         seconds: time budget of each phase, instead of its steps.
         max_seconds: stop at this age of the run, with a checkpoint.
+        replicas: batches a step, their gradients averaged; dealt out over the processes of ``torchrun``.
         after_phase: called with model and tokenizer; what it returns is logged.
     """
     began = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
+    team = Replicas(replicas)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
     model = build_model(config or reference_config(), seed=seed)
@@ -340,16 +378,23 @@ def train(
         tokenizer = PreTrainedTokenizerFast.from_pretrained(resume)
         loaded = AutoModelForCausalLM.from_pretrained(resume, dtype=torch.float32)
         model.load_state_dict(loaded.state_dict())
-    elif (out / "tokenizer.json").exists():
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
     else:
-        tokenizer = save_tokenizer(out, seed=seed)
+        if team.leads and not (out / "tokenizer.json").exists():
+            save_tokenizer(out, seed=seed)
+        team.wait()
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
     maker = RowMaker(Pieces(tokenizer), document_makers())
-    trainer = Trainer(model, device=device, out=out, compile_layers=device.type == "cuda")
+    trainer = Trainer(model, device=device, out=out, compile_layers=device.type == "cuda", replicas=team)
     if resume is not None:
         state = json.loads((resume / STATE_FILE).read_text(encoding="utf-8"))
         trainer.history, trainer.step, trainer.start_step = state["phases"], state["step"], state["step"]
-    trainer.log(versions=versions(), seed=seed, parameters=sum(p.numel() for p in model.parameters()))
+    trainer.log(
+        versions=versions(),
+        seed=seed,
+        replicas=team.total,
+        processes=team.world,
+        parameters=sum(p.numel() for p in model.parameters()),
+    )
     for i, phase in enumerate(phases):
         total_share = sum(shape.share for shape in phase.shapes)
         per_step = 0.0
@@ -360,20 +405,24 @@ def train(
             if seconds is not None:
                 per_step += trainer.seconds_per_step(one) * shape.share / total_share
         if seconds is not None:
-            phase = replace(phase, steps=max(1, int(seconds[i] / (1.15 * per_step))))
+            # A process holds so many replicas a step.
+            steps = int(seconds[i] / (1.15 * per_step * len(team.mine)))
+            phase = replace(phase, steps=team.agreed(max(1, steps)))
             trainer.log(phase=phase.name, s_per_step=round(per_step, 4), steps=phase.steps)
-        source = iter(batches(PhaseData(maker, phase, seed=seed), workers=workers))
+        source = iter(batches(PhaseData(maker, phase, seed=seed, replicas=team.mine), workers=workers))
         deadline = None if max_seconds is None else began + max_seconds
         try:
             trainer.run_phase(phase, source, deadline=deadline)
         finally:  # a failed phase leaves what it has learnt
             del source
             trainer.save(tokenizer, seed=seed, versions=versions(), seconds=round(time.perf_counter() - began, 1))
+        team.wait()
         if after_phase is not None:
             trainer.log(phase=phase.name, **after_phase(model, tokenizer, phase))
-        if deadline is not None and time.perf_counter() > deadline:
+        if team.agreed(int(deadline is not None and time.perf_counter() > deadline)):
             trainer.log(stopped="max_seconds", phase=phase.name)
             break
+    team.leave()
     return trainer
 
 
@@ -387,6 +436,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--max-seconds", type=float)
+    parser.add_argument("--replicas", type=int, default=1, help="batches a step, spread over torchrun's processes")
     return parser.parse_args(argv)
 
 
@@ -400,7 +450,7 @@ def main(argv: list[str] | None = None) -> None:
         phases = tuple(replace(p, steps=int(n)) for p, n in zip(phases, args.steps.split(","), strict=True))
     seconds = tuple(float(s) for s in args.seconds.split(",")) if args.seconds else None
     train(out=args.out, phases=phases, resume=args.resume, seconds=seconds, seed=args.seed, workers=args.workers,
-          max_seconds=args.max_seconds)  # fmt: skip
+          max_seconds=args.max_seconds, replicas=args.replicas)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -37,6 +37,11 @@ def indexer_folder(spec: str) -> Path:
         raise UsageError(
             f"Folder '{spec}' holds no indexer: {CONFIG_FILE} is missing; give the folder kvscope lsa train wrote."
         )
+    if folder.suffix == ".safetensors" and folder.is_file():
+        raise UsageError(
+            f"'{spec}' is a file of weights, as deepseek_v4 models take it; on this model an indexer is a folder: "
+            f"{HOW_TO_TRAIN}."
+        )
     known = did_you_mean(spec, shipped_names()) if shipped_names() else ""
     raise UsageError(f"There is no indexer '{spec}': neither a folder nor a shipped name.{known}")
 

@@ -71,8 +71,9 @@ class LsaConfig:
         refresh: sync (the recall ends before the step) or stale1 (copied behind the running interval, read from the
             next one on).
         fallback_ratio: a choice of more than this share of the candidate chunks makes the interval dense; none: never.
-        indexer: folder or shipped name of a trained indexer, or oracle (each layer chooses by its own attention at the
-            step, read from the host: the upper bound); none: the one shipped for this model and chunk size.
+        indexer: folder or shipped name of a trained indexer, on deepseek_v4 models a safetensors file, or oracle (each
+            layer chooses by its own attention at the step, read from the host: the upper bound); none: the one shipped
+            for this model and chunk size.
         selection: trained, or synthetic (an indexer of random weights: right bytes and times, meaningless accuracy).
         seed: of the synthetic indexer.
     """

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvscope.methods.attention import merge_partials, paged_attention, paged_partial
+from kvscope.methods.attention import joint_attention, paged_attention
 from kvscope.methods.base import AttentionExtras, Residency, SequenceCache, tensor_bytes
 from kvscope.methods.lsa.labels import chunk_mass, token_logits
 from kvscope.methods.lsa.layout import ChunkLayout
@@ -223,12 +223,7 @@ class RecallingSequence(LsaSequence):
     def _attend(self, layer: int, q_BQ1D: torch.Tensor, scale: float, extras: AttentionExtras) -> torch.Tensor:
         pool, static = self._pools[layer], self._static
         stores = [(static.pages[layer], static.lengths[layer]), (pool.slots, pool.n_tokens)]
-        parts = [
-            paged_partial(q_BQ1D, pages, n_tokens=n_tokens, scale=scale, softcap=extras.softcap)
-            for pages, n_tokens in stores
-            if n_tokens
-        ]
-        return merge_partials(parts, q_BQ1D, sink_logits=extras.sink_logits)
+        return joint_attention(q_BQ1D, stores, scale=scale, softcap=extras.softcap, sink_logits=extras.sink_logits)
 
     def _place(self, layer: int, wanted: torch.Tensor) -> tuple[int, int]:
         pool = self._pools[layer]

@@ -1,5 +1,7 @@
 """Bad input: each kind is one clear sentence on stderr, exit 2, and no traceback."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 import pytest
 
 from kvscope import cli
+from kvscope.harness.footprint import worker_environment
 from kvscope.results.errors import EnvironmentProblem
 
 Refuse = Callable[..., str]
@@ -156,6 +159,21 @@ def test_a_corrupt_result_file(
     rows.write_text(good)
     (tmp_path / "run" / "run.json").write_text("{")
     assert "run.json is corrupt" in refuse("report", str(tmp_path / "run"))
+
+
+def test_a_torn_last_line_is_told_once(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of its own: a test's log handlers would swallow a second message."""
+    monkeypatch.setattr(cli, "print_report", lambda folder: None)
+    assert cli.run_cli(tiny) == 0
+    rows = tmp_path / "run" / "samples.jsonl"
+    good = rows.read_text()
+    for command in (["report", str(tmp_path / "run")], tiny[:-1]):
+        rows.write_text(good + good[:40])
+        whole = [sys.executable, "-m", "kvscope.cli", *command]
+        done = subprocess.run(whole, capture_output=True, text=True, env=worker_environment())
+        assert done.returncode == 0
+        assert done.stderr.count("cut short") == 1, done.stderr
+    assert rows.read_text() == good
 
 
 def test_a_missing_data_file(refuse: Refuse, tiny: list[str]) -> None:

@@ -102,10 +102,10 @@ def test_dtypes_are_checked(tmp_path):
         (lambda: transformers.T5Config(), "encoder-decoder"),
         (lambda: tiny_config("mistral_sliding"), "every layer is a sliding-window layer"),
         (lambda: transformers.DeepseekV3Config(), "latent attention"),
-        (lambda: transformers.DeepseekV4Config(), "backend of its own"),
+        (lambda: transformers.DeepseekV32Config(), "backend of its own"),
         (lambda: transformers.Qwen3NextConfig(), "not a KV cache"),
     ],
-    ids=["t5", "mistral_sliding", "deepseek_v3", "deepseek_v4", "qwen3_next"],
+    ids=["t5", "mistral_sliding", "deepseek_v3", "deepseek_v32", "qwen3_next"],
 )
 def test_architectures_that_cannot_be_run_are_refused(config, reason):
     with pytest.raises(UsageError, match=reason):

@@ -2,7 +2,9 @@
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +17,9 @@ from kvscope.reports.build import all_figures
 from kvscope.reports.canvas import spread
 from kvscope.reports.cells import accuracy_cells
 from kvscope.reports.figure_parts import ReportFigure, SkippedFigure
-from kvscope.reports.theme import COLORS, DENSE_COLOR, method_styles, short_lines
+from kvscope.reports.theme import COLORS, DENSE_COLOR, figure_names, method_styles, short_lines
 from kvscope.results.frames import make_run
+from kvscope.results.schema import MethodInfo, ResidencyRecord, SampleRow
 
 NAMES = [
     "accuracy_against_memory",
@@ -44,6 +47,48 @@ def long_labels() -> Rows:
                 "plan": tuple(c.model_copy(update={"method_label": rename[c.method_label]}) for c in info.plan),
             }
         ),
+    )
+
+
+def swept() -> Rows:
+    """dense, six settings of one method that chooses again every four steps, and random."""
+    sweep = [f"lsa:tau={tau},threshold={x},chunk_tokens=16,indexer=oracle" for x in (0.3, 0.5, 0.7) for tau in (4, 16)]
+    base = make_rows(
+        ["dense", "lsa:threshold=0.5,tau=64", "random"], tasks=("niah_single_1", "niah_multikey_2"),
+        lengths=(2048, 4096), samples=5, footprint_lengths=(2048, 4096),
+    )  # fmt: skip
+
+    def spread_out(rows: list[Any], made: Callable[[Any, str, int], Any]) -> list[Any]:
+        found = []
+        for row in rows:
+            found += [made(row, label, i) for i, label in enumerate(sweep)] if row.method == "lsa" else [row]
+        return found
+
+    def sample(row: SampleRow, label: str, i: int) -> SampleRow:
+        record = ResidencyRecord(
+            tau=4, prompt_tokens=1000, resident_tokens=tuple(60 + 40 * i + k % 7 for k in range(40)),
+            recalled_bytes=(0,) * 40, hit_rate=0.5, fallbacks=0,
+        )  # fmt: skip
+        held = row.resident_kv_bytes or 0
+        return row.model_copy(
+            update={
+                "method_label": label,
+                "config": {"mode": "threshold"},
+                "residency": record,
+                "resident_kv_bytes": held * (10 + i) // 10,
+            }
+        )
+
+    samples, footprints, info = base
+    methods: list[MethodInfo] = []
+    for method in info.methods:
+        copies = [method.model_copy(update={"label": label}) for label in sweep]
+        methods += copies if method.name == "lsa" else [method]
+    plan = [cell for cell in info.plan if not cell.method_label.startswith("lsa")]
+    return (
+        spread_out(samples, sample),
+        spread_out(footprints, lambda row, label, _: row.model_copy(update={"method_label": label})),
+        info.model_copy(update={"methods": tuple(methods), "plan": tuple(plan)}),
     )
 
 
@@ -88,6 +133,7 @@ def pictures() -> Pictures:
         "partial": drawn(demo_rows(), samples=123, footprints=5),
         "long": drawn(long_labels()),
         "depths": drawn(dense_depths()),
+        "swept": drawn(swept()),
     }
     return {
         which: {name: Picture(figure, placed_texts(figure)) for name, figure in figures.items()}
@@ -112,12 +158,12 @@ def _labels(tick: Tick) -> tuple[Text, Text]:
     return tick.label1, tick.label2
 
 
-@pytest.mark.parametrize("which", ["demo", "wide", "single", "partial", "long", "depths"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("which", ["demo", "wide", "single", "partial", "long", "depths", "swept"])
+@pytest.mark.parametrize("name", [*NAMES, "resident_over_steps"])
 def test_no_text_covers_another_or_leaves_the_picture(pictures: Pictures, which: str, name: str) -> None:
     if name not in pictures[which]:
-        assert which == "single"
-        assert name in ("accuracy_by_task", "depth_by_task")
+        assert name == "resident_over_steps" or which == "single"
+        assert name in ("accuracy_by_task", "depth_by_task", "resident_over_steps")
         return
     picture = pictures[which][name]
     found = picture.texts
@@ -142,6 +188,26 @@ def test_every_method_is_named_in_the_figures_that_compare_methods(
             texts = [text.replace("\n", "") for text, _ in picture.texts]
             for label in set(picture.figure.data["method_label"]):
                 assert label in texts or f"by task: {label}" in picture.words, (which, name, label)
+
+
+def test_labels_leave_out_what_tells_no_method_apart_and_the_subtitle_says_it(pictures: Pictures) -> None:
+    for picture in pictures["swept"].values():
+        assert "every lsa: chunk_tokens=16, indexer=oracle" in picture.words
+        assert picture.words.count("indexer=oracle") == 1
+    for name in ("resident_over_steps", "memory_by_length", "accuracy_against_memory"):
+        assert "lsa:tau=4,threshold=0.7" in pictures["swept"][name].words.replace(": ", ":")
+    assert figure_names(["lsa:tau=4", "lsa", "random:seed=1"]) == {
+        "lsa:tau=4": "lsa:tau=4", "lsa": "lsa", "random:seed=1": "random:seed=1",
+    }  # fmt: skip
+    assert figure_names(["lsa:chunk=4", "lsa:chunk=4,tau=2"]) == {
+        "lsa:chunk=4": "lsa",
+        "lsa:chunk=4,tau=2": "lsa:tau=2",
+    }
+
+
+def test_a_line_that_is_an_estimate_says_so(pictures: Pictures) -> None:
+    assert "its line is an estimate" in pictures["swept"]["memory_by_length"].words
+    assert "estimate" not in pictures["demo"]["memory_by_length"].words
 
 
 def test_without_nvml_the_axis_and_the_picture_say_ledger(pictures: Pictures) -> None:

@@ -158,6 +158,8 @@ def test_malformed_specs_are_refused(spec: str) -> None:
         ("samples: [", "line 1 is not valid YAML"),
         ("- 1\n- 2\n", "must hold `key: value` lines"),
         ("seeed: 1", "Did you mean 'seed'?"),
+        ("seed: 1\nsamples: 2\nseed: 3\n", "key 'seed' is given twice"),
+        ("methods:\n- name: random\n  seed: 1\n  seed: 2\n", "key 'seed' is given twice from line 2 on"),
     ],
 )
 def test_bad_files_are_one_sentence_that_names_the_file(tmp_path: Path, text: str | None, sentence: str) -> None:

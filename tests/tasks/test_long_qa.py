@@ -49,6 +49,7 @@ def test_every_block_of_samples_has_each_type_once(tokenizer: PreTrainedTokenize
 
 @pytest.mark.parametrize("kind", [kind for kind in POOLED if kind != "abstention"])
 def test_ten_samples_of_a_type_cover_the_ten_depth_parts(tokenizer: PreTrainedTokenizerFast, kind: str) -> None:
+    """The deciding evidence is stratified; of several pieces the others are drawn."""
     length = 8192
     task = create_task("long_qa", types=kind)
     parts = []
@@ -57,13 +58,16 @@ def test_ten_samples_of_a_type_cover_the_ten_depth_parts(tokenizer: PreTrainedTo
         assert sample.depth is not None
         assert 0 <= sample.depth <= 1
         haystack = range(SINK_TOKENS, len(sample.ids) - recency_tokens(len(sample.ids)))
-        starts = [start for start, _ in sample.evidence_spans]
-        if len(starts) == 1:  # of several, one is stratified and the others are drawn
-            parts.append(DEPTH_PARTS * (starts[0] - haystack.start) / len(haystack))
-    if parts:
-        # The sessions' lines shift a depth by less than half a part.
-        assert sorted(round(part - 0.5) for part in parts) == pytest.approx(range(DEPTH_PARTS), abs=1)
-        assert len({int(part) for part in parts}) >= DEPTH_PARTS - 1
+        # A chain is decided by its last link; dates, visits and journeys by the first one asked for.
+        said = sample.targets[-1 if kind.startswith("hops") else 0]
+        deciding = [
+            start for start, end in sample.evidence_spans if f"{said}" in tokenizer.decode(sample.ids[start:end])
+        ]
+        assert deciding, "the deciding part of the answer stands in the evidence"
+        parts.append(DEPTH_PARTS * (deciding[0] - haystack.start) / len(haystack))
+    # The sessions' lines shift a depth by less than half a part.
+    assert sorted(round(part - 0.5) for part in parts) == pytest.approx(range(DEPTH_PARTS), abs=1)
+    assert len({int(part) for part in parts}) >= DEPTH_PARTS - 1
 
 
 @pytest.mark.parametrize("length", [1024, 4096, 12_000])

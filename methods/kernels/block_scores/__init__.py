@@ -1,0 +1,1 @@
+"""Scores of blocks of keys for one query: Quest's bound, MoBA's mean, MSA's best key."""

@@ -1,0 +1,88 @@
+"""Says whether a kernel runs here, with every reason why not. The one place that decides between Triton and torch.
+
+The choice depends on the machine and on the model's shape, never on the data of a call, so what is in use can be
+written into a row (``decode_backend``) and cannot change behind it.
+"""
+
+import os
+import shutil
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+MAX_HEAD_DIM = 256
+MAX_GROUP = 64
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_LEAST_CAPABILITY = (8, 0)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What computes an operation.
+
+    Attributes:
+        name: ``triton`` or ``torch``.
+        version: of that library.
+        reasons: why it is not Triton; empty when it is.
+    """
+
+    name: str
+    version: str
+    reasons: tuple[str, ...] = ()
+
+
+@lru_cache(maxsize=1)
+def triton_version() -> tuple[str | None, str]:
+    """Return the version of the installed Triton and an empty text, or None and what is wrong with it."""
+    try:
+        import triton
+    except (ImportError, OSError) as error:
+        return None, f"Triton cannot be imported ({error})"
+    return str(triton.__version__), ""
+
+
+def unsupported_machine(device: torch.device | str) -> list[str]:
+    """Return every reason why no kernel runs on this device; empty when kernels run."""
+    device = torch.device(device)
+    version, problem = triton_version()
+    reasons = [] if version else [problem]
+    if device.type != "cuda":
+        reasons.append(f"the device is {device.type}, kernels need a CUDA GPU")
+        return reasons
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _LEAST_CAPABILITY:
+        reasons.append(f"the GPU has compute capability {capability[0]}.{capability[1]}, kernels need 8.0")
+    if not any(shutil.which(name) for name in (os.environ.get("CC", ""), "cc", "gcc", "clang") if name):
+        reasons.append("no C compiler is on the PATH, and Triton builds its launchers with one")
+    return reasons
+
+
+def unsupported_decode(
+    device: torch.device | str, *, dtype: torch.dtype, head_dim: int, n_q_heads: int, n_kv_heads: int
+) -> list[str]:
+    """Return every reason why the ``paged_decode`` kernel does not run; empty when it does."""
+    return list(_unsupported_decode(torch.device(device), dtype, head_dim, n_q_heads // n_kv_heads))
+
+
+@lru_cache(maxsize=64)
+def _unsupported_decode(device: torch.device, dtype: torch.dtype, head_dim: int, group: int) -> tuple[str, ...]:
+    reasons = unsupported_machine(device)
+    if dtype not in _DTYPES:
+        reasons.append(f"K and V are {dtype}, the kernel takes bfloat16, float16 and float32")
+    if head_dim % 16 or head_dim > MAX_HEAD_DIM:
+        reasons.append(f"the head size is {head_dim}, the kernel takes multiples of 16 up to {MAX_HEAD_DIM}")
+    if group > MAX_GROUP:
+        reasons.append(f"{group} query heads share a KV head, the kernel takes {MAX_GROUP}")
+    return tuple(reasons)
+
+
+def decode_backend(
+    device: torch.device | str, *, dtype: torch.dtype, head_dim: int, n_q_heads: int, n_kv_heads: int
+) -> Backend:
+    """Return what computes decode attention over pages for a model of this shape on this device."""
+    reasons = unsupported_decode(device, dtype=dtype, head_dim=head_dim, n_q_heads=n_q_heads, n_kv_heads=n_kv_heads)
+    version, _ = triton_version()
+    if reasons or version is None:
+        return Backend("torch", torch.__version__, tuple(reasons))
+    return Backend("triton", version)

@@ -1,0 +1,1 @@
+"""Chunks of the host mirror into slots on the device, through one of three backends."""

@@ -1,0 +1,1 @@
+"""Scores of every chunk from one hidden state: fp8 keys, many indexer heads."""

@@ -1,0 +1,1 @@
+"""Decode attention of one query a sequence over pages, read through a page table."""

@@ -1,0 +1,128 @@
+"""Compiles every kernel for Hopper without a GPU, in the dtypes of use, and prints what each needs as JSON lines.
+
+Run by ``test_kernels_compile.py`` in a process of its own: there Triton must not interpret.
+"""
+
+import json
+import sys
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kvscope.methods.kernels.block_scores import kernel as block_scores
+from kvscope.methods.kernels.host_gather import kernel as host_gather
+from kvscope.methods.kernels.indexer_score import kernel as indexer_score
+from kvscope.methods.kernels.paged_decode import kernel as paged_decode
+from kvscope.methods.kernels.select import kernel as select
+
+
+def compile_kernel(name, function, constants, *, pointers, num_warps=4, num_stages=3, aligned=()):
+    """Compile with these constants; ``pointers`` gives the element types, and everything else is int32."""
+    names = function.arg_names
+    types = {n: "constexpr" if n in constants else f"*{pointers[n]}" if n in pointers else "i32" for n in names}
+    types.update({n: "fp32" for n in ("scale", "softcap") if n in types})
+    source = ASTSource(
+        fn=function,
+        signature=types,
+        constexprs={(names.index(n),): value for n, value in constants.items()},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in (*pointers, *aligned) if n in names},
+    )
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    found = {"name": name, "shared_bytes": made.metadata.shared, "ptx": _counts(made.asm["ptx"])}
+    sys.stdout.write(json.dumps(found) + "\n")
+
+
+def _counts(ptx):
+    return {"async_copies": ptx.count("cp.async.cg.shared.global"), "wgmma": ptx.count("wgmma.mma_async")}
+
+
+def decode(dtype="bf16", **changes):
+    """paged_decode's first kernel, as for Llama-3.1-8B unless changed."""
+    constants = {
+        "G": 4, "G_PAD": 16, "D": 128, "D_PAD": 128, "P": 64, "N": 64, "ROWS": 8, "MIN_TILES": 4, "HAS_TABLE": True,
+        "HAS_TOKENS": False, "HAS_SOFTCAP": False, "DEVICE_LENGTHS": True, "PRECISION": "ieee", **changes,
+    }  # fmt: skip
+    pointers = {"q_ptr": dtype, "pages_ptr": dtype, "table_ptr": "i32", "tokens_ptr": "i32", "lengths_ptr": "i32"}
+    compile_kernel(
+        f"decode {dtype} {changes}",
+        paged_decode._split_kernel,
+        constants,
+        pointers={**pointers, "out_ptr": "fp32", "lse_ptr": "fp32"},
+        num_stages=paged_decode.DEFAULT.num_stages,
+        aligned=("stride_qb", "stride_qh"),
+    )
+
+
+def merge():
+    """paged_decode's second kernel."""
+    constants = {
+        "G": 4, "D": 128, "D_PAD": 128, "N_A": 64, "N_B": 64, "ROWS": 8, "MIN_TILES": 4, "DEVICE_LENGTHS_A": True,
+        "DEVICE_LENGTHS_B": False, "TWO_STORES": True, "HAS_SINK": True, "MERGE_ROWS": 64,
+    }  # fmt: skip
+    pointers = dict.fromkeys(("result_lse_ptr", "out_a", "lse_a", "out_b", "lse_b"), "fp32")
+    pointers |= {"result_ptr": "bf16", "sink_ptr": "bf16", "lengths_a": "i32", "lengths_b": "i32"}
+    compile_kernel("merge", paged_decode._merge_kernel, constants, pointers=pointers)
+
+
+def indexer(*, fp8_query):
+    """indexer_score at the paper's sizes."""
+    constants = {"HEADS": 128, "HEADS_PAD": 128, "E": 128, "E_PAD": 128, "M": 128, "FP8_QUERY": fp8_query}
+    pointers = dict.fromkeys(("q_ptr", "weight_ptr", "bias_ptr", "scale_ptr", "out_ptr"), "fp32")
+    compile_kernel(
+        f"indexer fp8_query={fp8_query}",
+        indexer_score._score_kernel,
+        constants,
+        pointers={**pointers, "keys_ptr": "fp8e4nv"},
+        num_warps=indexer_score.DEFAULT.num_warps,
+        num_stages=indexer_score.DEFAULT.num_stages,
+        aligned=("n_chunks",),
+    )
+
+
+def selection():
+    """The kernels of select."""
+    pointers = dict.fromkeys(
+        ("chosen_ptr", "n_chosen_ptr", "slot_of_chunk_ptr", "chunk_of_slot_ptr", "block_counts_ptr", "list_ptr",
+         "n_list_ptr", "missing_ptr", "n_missing_ptr", "free_ptr", "table_ptr", "n_tokens_ptr"), "i32"
+    )  # fmt: skip
+    pointers |= {"logits_ptr": "fp32", "threshold_ptr": "fp32", "wanted_ptr": "i8"}
+    for kind in range(3):
+        constants = {"KIND": kind, "BLOCK": 1024, "BLOCKS": 256}
+        compile_kernel(f"scatter {kind}", select._scatter_kernel, constants, pointers=pointers)
+    compile_kernel("count one row", select._count_kernel, {"KIND": 0, "BLOCK": 1024, "n_rows": 1}, pointers=pointers)
+    for function in (select._evict_kernel, select._fill_kernel):
+        compile_kernel("slots", function, {"BLOCK": 1024}, pointers=pointers)
+    compile_kernel("table", select._table_kernel, {"SLOTS_A_CHUNK": 2, "BLOCK": 1024}, pointers=pointers)
+
+
+def others():
+    """host_gather and block_scores."""
+    pointers = dict.fromkeys(("mirror_ptr", "slots_ptr", "chunks_ptr", "chunk_slots_ptr", "n_ptr"), "i32")
+    for parts, pieces in ((1, 1), (4, 4)):
+        constants = {
+            "UNITS_PER_CHUNK": 2, "PARTS": parts, "PIECES": pieces, "PIECE_WORDS": 8192 // parts,
+            "BLOCK": 4096 // parts,
+        }  # fmt: skip
+        compile_kernel("gather", host_gather._gather_kernel, constants, pointers=pointers, num_warps=8)
+    sizes = {"G": 4, "G_PAD": 16, "D": 128, "D_PAD": 128}
+    pointers = {"q_ptr": "bf16", "summaries_ptr": "bf16", "pages_ptr": "bf16", "out_ptr": "fp32"}
+    for bounds in (True, False):
+        constants = {**sizes, "N": 64, "BOUNDS": bounds}
+        compile_kernel(f"summaries {bounds}", block_scores._summary_kernel, constants, pointers=pointers)
+    for block in (16, 512):
+        constants = {**sizes, "P": 64, "T": 128, "BLOCK": block}
+        compile_kernel(f"msa {block}", block_scores._best_key_kernel, constants, pointers=pointers, num_stages=4)
+
+
+if __name__ == "__main__":
+    decode()
+    decode(P=16, ROWS=256, HAS_SOFTCAP=True)
+    decode(HAS_TOKENS=True)
+    decode(dtype="fp32", N=32, HAS_TABLE=False, DEVICE_LENGTHS=False)
+    merge()
+    indexer(fp8_query=True)
+    indexer(fp8_query=False)
+    selection()
+    others()

@@ -1,0 +1,44 @@
+"""Every kernel compiles for Hopper, in bf16 and fp8, without a GPU: the interpreter is more lenient with types."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvscope.methods.kernels.paged_decode.kernel import DEFAULT
+
+HOPPER_SHARED_BYTES = 227 * 1024
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    script = Path(__file__).parent / "compile_all.py"
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, env=environment, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_all_of_them_fit_a_multiprocessor(compiled):
+    assert len(compiled) == 20
+    assert all(found["shared_bytes"] <= HOPPER_SHARED_BYTES for found in compiled)
+
+
+def test_all_buffers_of_paged_decode_hold_keys_and_values(compiled):
+    for found in compiled:
+        if found["name"].startswith("decode"):
+            # Were the slots loaded in the iteration that uses them, half of the buffers would wait for them.
+            assert found["shared_bytes"] >= 2 * DEFAULT.tile_bytes * (DEFAULT.num_stages - 1), found["name"]
+            assert found["ptx"]["async_copies"] > 0
+    # Two programs find room in a multiprocessor.
+    assert DEFAULT.programs_per_sm * compiled[0]["shared_bytes"] <= HOPPER_SHARED_BYTES
+
+
+def test_the_indexer_multiplies_on_the_warpgroup_tensor_core(compiled):
+    assert all(found["ptx"]["wgmma"] > 0 for found in compiled if found["name"].startswith("indexer"))

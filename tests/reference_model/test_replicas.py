@@ -1,0 +1,87 @@
+"""A step of several replicas: the same training in one process as in two."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from kvscope.harness.models import REFERENCE_MODEL_FOLDER
+from kvscope.harness.reference_model.curriculum import Phase, RowMaker, Shape
+from kvscope.harness.reference_model.data import PhaseData
+from kvscope.harness.reference_model.pieces import Pieces
+from kvscope.harness.reference_model.replicas import Replicas
+
+RUN = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from kvscope.harness.reference_model.architecture import reference_config
+from kvscope.harness.reference_model.curriculum import Phase, Shape
+from kvscope.harness.reference_model.train import train
+phase = Phase(name="tiny", shapes=(Shape(tokens=64, rows=2, questions=2),), steps=3, lr=(1e-2, 1e-2), copy_share=1.0)
+train(out=Path(sys.argv[1]), phases=(phase,), seed=3, replicas=2, config=reference_config(layers=2, hidden=128))
+"""
+
+
+def run_processes(out: Path, world: int) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(REFERENCE_MODEL_FOLDER)
+    tokenizer.save_pretrained(out)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {**os.environ, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    running = [
+        subprocess.Popen([sys.executable, "-c", RUN, str(out)], env={**shared, "RANK": str(rank)})
+        for rank in range(world)
+    ]
+    assert [process.wait(timeout=120) for process in running] == [0] * world
+
+
+def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
+    for name, world in (("one", 1), ("two", 2)):
+        (tmp_path / name).mkdir()
+        run_processes(tmp_path / name, world)
+    one, two = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32).state_dict()
+        for name in ("one", "two")
+    )
+    for name, value in one.items():
+        # Checkpoints are bf16: one unit in the last place where the order of a sum decides.
+        torch.testing.assert_close(two[name], value, atol=1e-4, rtol=1e-2)
+    assert len((tmp_path / "two" / "train_log.jsonl").read_text(encoding="utf-8").splitlines()) == len(
+        (tmp_path / "one" / "train_log.jsonl").read_text(encoding="utf-8").splitlines()
+    )
+
+
+def test_replicas_have_rows_of_their_own_wherever_they_run() -> None:
+    maker = RowMaker(Pieces(PreTrainedTokenizerFast.from_pretrained(REFERENCE_MODEL_FOLDER)))
+    shapes = (Shape(tokens=64, rows=2, questions=2), Shape(tokens=96, rows=1, questions=2))
+    phase = Phase(name="p", shapes=shapes, steps=4, lr=(1e-3, 1e-3))
+    both = PhaseData(maker, phase, seed=0, replicas=(0, 1))
+    first, second = (PhaseData(maker, phase, seed=0, replicas=(replica,)) for replica in (0, 1))
+    assert len(both) == 8
+    assert len(first) == 4
+    for step in range(4):
+        assert torch.equal(both[2 * step].ids_BT, first[step].ids_BT)
+        assert torch.equal(both[2 * step + 1].ids_BT, second[step].ids_BT)
+        assert first[step].ids_BT.shape == second[step].ids_BT.shape
+        assert not torch.equal(first[step].ids_BT, second[step].ids_BT)
+
+
+def test_sums_become_means() -> None:
+    gradients = [torch.full((2, 3), 6.0), torch.full((4,), 3.0)]
+    assert Replicas(3).average(gradients, False) is None
+    assert torch.equal(gradients[0], torch.full((2, 3), 2.0))
+    assert torch.equal(gradients[1], torch.ones(4))
+
+
+def test_replicas_that_cannot_be_dealt_out_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="3 replicas cannot be spread evenly over 2 processes"):
+        Replicas(3)
