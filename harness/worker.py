@@ -389,7 +389,10 @@ def allocator_settings() -> str | None:
     asked = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or None
     if asked is None or "expandable_segments:True" not in asked:
         return asked
-    in_force = torch.cuda.memory._snapshot().get("allocator_settings", {}).get("expandable_segments")
+    try:
+        in_force = torch.cuda.memory._snapshot()["allocator_settings"]["expandable_segments"]
+    except (AttributeError, KeyError, RuntimeError, TypeError):  # not a public call: no cell should fail for it
+        return f"{asked} (not confirmed)"
     return asked if in_force else f"{asked} (not in force)"
 
 

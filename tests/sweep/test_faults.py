@@ -162,8 +162,10 @@ def test_allocator_settings_that_are_not_in_force_say_so(monkeypatch: Any) -> No
     monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: {"allocator_settings": settings})
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     assert worker.allocator_settings() == "expandable_segments:True"
-    settings.clear()
+    settings["expandable_segments"] = False
     assert worker.allocator_settings() == "expandable_segments:True (not in force)"
+    settings.clear()
+    assert worker.allocator_settings() == "expandable_segments:True (not confirmed)"
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "backend:cudaMallocAsync")
     assert worker.allocator_settings() == "backend:cudaMallocAsync"
 
