@@ -92,7 +92,8 @@ def free_of_mean(n: int, device: torch.device) -> torch.Tensor:
     if n == 1:
         return torch.ones((1, 1), dtype=torch.float64, device=device)
     centring = torch.eye(n, dtype=torch.float64, device=device) - 1.0 / n
-    return torch.linalg.svd(centring)[0][:, : n - 1]
+    basis: torch.Tensor = torch.linalg.svd(centring)[0][:, : n - 1]
+    return basis
 
 
 @torch.no_grad()

@@ -173,7 +173,8 @@ def match(sums: Moments, *, query_heads: int, head_dim: int, key_dim: int) -> Ma
 def ridge(xx_MM: torch.Tensor, xy_MY: torch.Tensor) -> torch.Tensor:
     """Return the map [M, Y] that predicts y from x best, from their second moments."""
     weight = RIDGE * xx_MM.diagonal().mean() * torch.eye(len(xx_MM), dtype=xx_MM.dtype, device=xx_MM.device)
-    return torch.linalg.solve(xx_MM + weight, xy_MY)
+    solved: torch.Tensor = torch.linalg.solve(xx_MM + weight, xy_MY)
+    return solved
 
 
 @torch.no_grad()
