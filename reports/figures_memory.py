@@ -8,6 +8,7 @@ from matplotlib.ticker import FixedLocator
 
 from kvscope.reports.canvas import Label, Margins, end_labels, panels, text_width_in
 from kvscope.reports.cells import footprint_cells, memory_source, predicted_cells
+from kvscope.reports.families import families, family_note, family_styles
 from kvscope.reports.figure_parts import (
     ReportFigure,
     SkippedFigure,
@@ -18,7 +19,7 @@ from kvscope.reports.figure_parts import (
     shift,
     subtitle_of,
 )
-from kvscope.reports.theme import MethodStyle, method_styles, theme
+from kvscope.reports.theme import MethodStyle, theme
 from kvscope.reports.units import number
 from kvscope.results.frames import Run, records
 
@@ -40,18 +41,18 @@ def memory_by_length(run: Run) -> ReportFigure | SkippedFigure:
     if not len(values):
         return SkippedFigure(name, title, "no bytes have been measured or predicted yet")
     labels = [method.label for method in run.info.methods if method.label in set(data["method_label"])]
-    styles = method_styles([method.label for method in run.info.methods])
+    styles, about = _styles(run)
     lengths = sorted(set(run.info.lengths_tokens) | set(run.info.footprint_lengths_tokens))
     with theme(name):
         figure, (axes,) = panels(
             1,
             columns=1,
             width_in=6.2 if len(labels) <= 5 else 8.0,
-            height_in=4.2 if len(labels) <= 5 else 5.0,
+            height_in=_height_in(4.2 if len(labels) <= 5 else 5.0, styles),
             margins=Margins(left=0.95, right=_label_margin_in(styles), top=0.15),
             title=title,
             subtitle=subtitle_of(run),
-            note=f"{SIDE_BY_SIDE} {source.caption}" if len(labels) > 1 else source.caption,
+            note=f"{SIDE_BY_SIDE} {about}{source.caption}" if len(labels) > 1 else source.caption,
             key=[
                 key_entry("measured", marker="o"),
                 key_entry("predicted", line="-"),
@@ -99,7 +100,7 @@ def tpot_by_length(run: Run) -> ReportFigure | SkippedFigure:
     if not len(timed):
         return SkippedFigure(name, title, "no footprint cell has been timed yet")
     labels = [method.label for method in run.info.methods if method.label in set(data["method_label"])]
-    styles = method_styles([method.label for method in run.info.methods])
+    styles, about = _styles(run)
     lengths = sorted(set(run.info.footprint_lengths_tokens) | set(timed["length_tokens"]))
     steps = sorted(set(timed["tpot_steps"]))
     step_text = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]}-{steps[-1]}"
@@ -109,11 +110,11 @@ def tpot_by_length(run: Run) -> ReportFigure | SkippedFigure:
             1,
             columns=1,
             width_in=6.2 if len(labels) <= 5 else 8.0,
-            height_in=3.8 if len(labels) <= 5 else 4.6,
+            height_in=_height_in(3.8 if len(labels) <= 5 else 4.6, styles),
             margins=Margins(left=0.8, right=_label_margin_in(styles), top=0.15),
             title=title,
             subtitle=f"{subtitle_of(run)}; median of {step_text} decode steps, batch 1",
-            note=SIDE_BY_SIDE if len(labels) > 1 else "",
+            note=f"{SIDE_BY_SIDE} {about}".strip() if len(labels) > 1 else "",
             key=[key_entry("out of memory (no time)", marker="x")] if len(failed) else [],
         )
         length_axis(axes, lengths)
@@ -166,6 +167,19 @@ def _memory_line(axes: Axes, rows: pd.DataFrame, style: MethodStyle, *, factor: 
         return None
     x, y = max(ends)
     return Label(style.text, x, y, style.color)
+
+
+def _styles(run: Run) -> tuple[dict[str, MethodStyle], str]:
+    """Return a style a label, and what has to be said of the texts, ending in a blank if anything."""
+    labels = [method.label for method in run.info.methods]
+    swept = families(labels)
+    note = family_note(swept)
+    return family_styles(labels, swept, with_method=True), f"{note} " if note else ""
+
+
+def _height_in(least_in: float, styles: dict[str, MethodStyle]) -> float:
+    """Return the height of a panel beside which every label has room."""
+    return max(least_in, 0.17 * sum(1 + style.text.count("\n") for style in styles.values()))
 
 
 def _label_margin_in(styles: dict[str, MethodStyle]) -> float:
