@@ -19,8 +19,8 @@ app = typer.Typer(
 def train(
     data: DataFolders,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the indexer.")],
-    epochs: Annotated[int, typer.Option("--epochs", help="Passes over the documents at most.")] = 8,
-    lr: Annotated[float, typer.Option("--lr", help="Learning rate.")] = 1e-3,
+    epochs: Annotated[int, typer.Option("--epochs", help="Passes over the documents at most.")] = 10,
+    lr: Annotated[float, typer.Option("--lr", help="Learning rate.")] = 3e-4,
     weight_decay: Annotated[float, typer.Option("--weight-decay", help="AdamW's.")] = 0.01,
     batch_documents: Annotated[int, typer.Option("--batch-documents", help="Documents a step.")] = 4,
     batch_rows: Annotated[int, typer.Option("--batch-rows", help="Decode steps of a document.")] = 32,

@@ -39,8 +39,8 @@ class DsaTrainConfig:
         device: ``cpu``, ``cuda`` or ``auto``.
     """
 
-    epochs: int = 8
-    lr: float = 1e-3
+    epochs: int = 10
+    lr: float = 3e-4
     weight_decay: float = 0.01
     clip: float = 1.0
     batch_documents: int = 4
