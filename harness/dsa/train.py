@@ -20,6 +20,9 @@ from kvscope.harness.lsa.shards import CollectionInfo, open_collections
 from kvscope.harness.lsa.train import LOG_FILE, data_record, note_unfinished
 from kvscope.methods.dsa.indexer_files import FILES
 from kvscope.methods.dsa.lightning import Lightning, LightningConfig, default_sizes
+from kvscope.methods.indexer_files import listed
+
+CARD_FILE = "README.md"
 
 
 def train(
@@ -98,7 +101,33 @@ def train(
     }
     indexer.config = replace(indexer.config, trained=trained)
     FILES.save(indexer, folder)
+    (folder / CARD_FILE).write_text(card_text(indexer.config), encoding="utf-8")
     return best
+
+
+def card_text(config: LightningConfig) -> str:
+    """Return an indexer's card: what it is, for which model, what it was trained on, and how it did on held-out."""
+    trained, held_out = config.trained, config.trained["held_out"]
+    lines = [
+        f"# Lightning indexer for {config.model}",
+        "",
+        "DSA-style: trained by `kvscope dsa train`, the model frozen, on KL(attention summed over heads || softmax I).",
+        "DeepSeek-V3.2 trains the model along with its indexer; that half is left out. It takes no positions.",
+        "",
+        f"- model: {config.model}, weights {config.model_revision}; it is refused on any other",
+        f"- layers {listed(config.layers)}, one indexer each: {config.heads} heads x {config.key_dim}",
+        f"- index keys: {config.key_dim} fp8 values and one fp32 scale, {config.token_key_bytes} bytes a token and layer",
+        f"- weights: {len(config.layers) * config.layer_weight_bytes:,} bytes in fp32",
+        f"- held-out: {measures_text(held_out)}, over {held_out['held_out_rows']} decode steps",
+        f"- documents: {trained['documents']}, the held-out ones besides",
+    ]
+    for data in trained["data"]:
+        lengths = ", ".join(f"{length:,}" for length in data["lengths_tokens"])
+        lines.append(
+            f"- data: {', '.join(data['tasks'])} at {lengths} tokens, {data['samples']} a cell, seed {data['seed']}"
+        )
+    options = ", ".join(f"{key} {value}" for key, value in trained["options"].items() if key != "device")
+    return "\n".join([*lines, f"- options: {options}", ""])
 
 
 def measures_text(fields: dict[str, Any]) -> str:

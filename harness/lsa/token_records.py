@@ -59,7 +59,7 @@ def token_tensors(
     mass_RLN = torch.stack([each[:, :n_prompt] for each in masses])
     step_mass = torch.zeros((len(masses), L, n_steps), dtype=torch.half)
     for row, each in enumerate(masses):
-        later = each[:, n_prompt:]
+        later = each[:, n_prompt:].cpu()
         step_mass[row, :, : later.shape[1]] = later
     tokens, weights = choose_tokens(mass_RLN, info.token_samples, seed=info.seed * 1_000_003 + sample)
     states = [prompt.metadata[TokenStates.name][layer][tokens] for layer in info.layers]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from kvscope.methods.base import Collector, tensor_bytes
-from kvscope.methods.dsa.lightning import Lightning
+from kvscope.methods.dsa.lightning import Lightning, LightningConfig
 from kvscope.methods.fp8_keys import KEY_DTYPE, quantize, unpack
 from kvscope.methods.store import PromptKV
 from kvscope.methods.summaries import MetadataStore
@@ -35,10 +35,12 @@ class Index(NamedTuple):
     """What one query of a layer is scored with.
 
     Attributes:
+        config: of the indexer.
         q_IE, weight_I: of the current token.
         keys_NE, scale_N: fp8 keys and fp32 scales of the tokens before it.
     """
 
+    config: LightningConfig
     q_IE: torch.Tensor
     weight_I: torch.Tensor
     keys_NE: torch.Tensor
@@ -87,7 +89,8 @@ class TokenKeyStore(MetadataStore):
 
     def before(self, layer: int, n_blocks: int) -> Index:
         assert self._lengths[layer] == n_blocks + 1, "the current token was observed before it is attended to"
-        return Index(*self._queries[layer], self._keys[layer][:n_blocks], self._scales[layer][:n_blocks])
+        keys, scales = self._keys[layer][:n_blocks], self._scales[layer][:n_blocks]
+        return Index(self._indexer.config, *self._queries[layer], keys, scales)
 
     @property
     def n_bytes(self) -> int:

@@ -155,7 +155,6 @@ class DSA(BlockSparse[DSAConfig]):
     def _score_by_index(self, query: Query) -> Scored:
         index = query.kept
         assert isinstance(index, Index)
-        config = self._source.module(index.q_IE.device).config
         parts = [
             # The scale of a key is positive, so it passes the relu.
             lightning_scores(index.q_IE, keys, index.weight_I) * scale
@@ -164,7 +163,7 @@ class DSA(BlockSparse[DSAConfig]):
             )
         ]
         # What is read and computed follows from the tensors themselves, not from the plan.
-        n_bytes, n_flops = config.scan_reads(len(index.keys_NE))
+        n_bytes, n_flops = index.config.scan_reads(len(index.keys_NE))
         return Scored(torch.cat(parts)[None, None], n_bytes, n_flops)
 
     def _score_by_mass(self, query: Query) -> Scored:

@@ -10,6 +10,7 @@ from engine.tiny_models import loaded_model, prompt_ids
 from sequences import prefilled
 
 from kvscope.harness.decode import DecodeSession, decode
+from kvscope.harness.facts import describe_model
 from kvscope.methods.base import AttentionExtras
 from kvscope.methods.dsa import indexer_files
 from kvscope.methods.dsa.lightning import Lightning, LightningConfig, default_sizes, lightning_scores
@@ -208,3 +209,12 @@ def test_damaged_folders_get_one_clear_sentence(tmp_path, damage, message):
     assert message in str(caught.value)
     with pytest.raises(UsageError):
         create_method({"name": "lsa", "indexer": str(folder)}).require(shape)
+
+
+@pytest.mark.parametrize("name", indexer_files.FILES.shipped_names())
+def test_a_shipped_indexer_loads_and_fits_its_model(name):
+    """Retraining the reference model makes its indexer another model's: this is where that shows."""
+    config = indexer_files.FILES.load(indexer_files.FILES.folder(name)).config
+    assert "DSA-style" in (indexer_files.FILES.folder(name) / "README.md").read_text()
+    if config.model == "reference":
+        assert indexer_files.mismatch(config, describe_model("reference").shape) is None

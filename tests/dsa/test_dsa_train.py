@@ -74,6 +74,15 @@ def test_it_finds_what_is_planted(data, tmp_path, warm):
     assert (config.model, config.model_revision, config.layers) == ("ghost", "sha256:none", (1, 3))
     assert (config.heads, config.key_dim, config.hidden_size) == (2, 12, 24)
     assert config.trained["documents"] == 36
+    card = (tmp_path / "out" / "README.md").read_text()
+    for words in (
+        "for ghost",
+        "DSA-style",
+        "layers 1, 3, one indexer each: 2 heads x 12",
+        "16 bytes a token and layer",
+        "at 320 tokens",
+    ):
+        assert words in card
     assert config.trained["data"][0]["id"] == Collection(data).info.id
     assert FILES.load(tmp_path / "out" / "checkpoints" / "epoch-01").config.layers == (1, 3)
 
