@@ -116,7 +116,7 @@ def card_text(config: LightningConfig) -> str:
         "",
         f"- model: {config.model}, weights {config.model_revision}; it is refused on any other",
         f"- layers {listed(config.layers)}, one indexer each: {config.heads} heads x {config.key_dim}",
-        f"- index keys: {config.key_dim} fp8 values and one fp32 scale, {config.token_key_bytes} bytes a token and layer",
+        f"- keys: {config.key_dim} fp8 values and one fp32 scale, {config.token_key_bytes} bytes a token and layer",
         f"- weights: {len(config.layers) * config.layer_weight_bytes:,} bytes in fp32",
         f"- held-out: {measures_text(held_out)}, over {held_out['held_out_rows']} decode steps",
         f"- documents: {trained['documents']}, the held-out ones besides",
