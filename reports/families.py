@@ -49,7 +49,8 @@ def families(labels: Sequence[str]) -> list[Family]:
         (name, key, rest), members = max(groups.items(), key=lambda item: len(item[1]))
         if len(members) < LEAST_SETTINGS:
             return found
-        common = f" ({', '.join(rest)})" if rest else ""
+        # Of a file the last part of its path is enough.
+        common = f" ({', '.join(map(_file_named, rest))})" if rest else ""
         found.append(Family(f"{name}{common}", key, {label: _short(value) for label, value in members}))
         taken = {label for label, _ in members}
         left = [entry for entry in left if entry[0] not in taken]
@@ -88,6 +89,11 @@ def _parsed(label: str) -> tuple[str, dict[str, str]]:
     name, _, tail = label.partition(":")
     pairs = (item.partition("=") for item in tail.split(",") if item)
     return name, {key: value for key, _, value in pairs}
+
+
+def _file_named(option: str) -> str:
+    key, _, value = option.partition("=")
+    return f"{key}={value.rstrip('/').rsplit('/', 1)[-1]}"
 
 
 def _short(value: str) -> str:

@@ -174,6 +174,8 @@ def test_families_are_settings_of_one_method_that_differ_in_one_option() -> None
         "What stands behind lsa (tau=4) is threshold. What stands behind quest is budget_tokens."
     )
     assert families(["dense", "recency", "random:fraction=0.2"]) == []
+    (dsa,) = families([f"dsa:budget_tokens={n},indexer=/some/where/mine" for n in (256, 512, 1024)])
+    assert dsa.text == "dsa (indexer=mine): by budget_tokens"
 
 
 def test_every_method_is_named_in_the_figures_that_compare_methods(
