@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvscope.harness.dsa.cli import app as dsa_app
 from kvscope.harness.lsa.cli import app as lsa_app
 from kvscope.results.errors import KvscopeError, UsageError, did_you_mean
 
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 
 app.add_typer(lsa_app, short_help="Collect, train and evaluate the indexer of lsa.")
+app.add_typer(dsa_app, short_help="Train and evaluate the lightning indexer of dsa.")
 
 #: Option names that are not the configuration key they set.
 KEYS = {

@@ -88,7 +88,7 @@ def evidence_attention(loaded: LoadedModel, sample: Sample) -> list[dict[str, An
     evidence = [index for start, end in sample.evidence_spans for index in range(start, end)]
     split = sample.question_start
     assert max(evidence) < split, "evidence stands before the question"
-    answer = _answer_positions(loaded, sample)
+    answer = answer_positions(loaded, sample)
     lead = _lead_ids(loaded, sample)
     prompt = prefill(loaded, sample.ids[:split], seed=sample.seed)
     groups = {
@@ -214,7 +214,7 @@ def _lead_ids(loaded: LoadedModel, sample: Sample) -> list[int]:
     return lead
 
 
-def _answer_positions(loaded: LoadedModel, sample: Sample) -> list[int]:
+def answer_positions(loaded: LoadedModel, sample: Sample) -> list[int]:
     """Return the evidence tokens that spell a target."""
     if loaded.tokenizer is None:
         return []

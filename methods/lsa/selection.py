@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from kvscope.methods.lsa.indexer import Indexer, IndexerConfig, dequantize, logit, unpack
+from kvscope.methods.fp8_keys import dequantize, unpack
+from kvscope.methods.lsa.indexer import Indexer, IndexerConfig, logit
 from kvscope.methods.lsa.layout import ChunkLayout
 from kvscope.methods.store import PromptKV
 

@@ -65,8 +65,8 @@ class MoBA(BlockSparse[MoBAConfig]):
         )
 
     def score(self, query: Query) -> Scored:
-        assert query.summaries is not None
-        means_NHD = query.summaries[:, :, 0]
+        assert isinstance(query.kept, torch.Tensor)
+        means_NHD = query.kept[:, :, 0]
         gate_HGN = torch.bmm(query.q_HGD.float(), means_NHD.float().permute(1, 2, 0))
         n_bytes = means_NHD.numel() * means_NHD.element_size()
         return Scored(gate_HGN, n_bytes, 2 * gate_HGN.numel() * query.q_HGD.shape[-1])

@@ -63,9 +63,9 @@ class Quest(BlockSparse[QuestConfig]):
         return tuple(layer for layer in shape.layers if layer >= self.config.dense_layers)
 
     def score(self, query: Query) -> Scored:
-        assert query.summaries is not None
-        bounds_HGN = upper_bounds(query.q_HGD, query.summaries)
-        n_bytes = query.summaries.numel() * query.summaries.element_size()
+        assert isinstance(query.kept, torch.Tensor)
+        bounds_HGN = upper_bounds(query.q_HGD, query.kept)
+        n_bytes = query.kept.numel() * query.kept.element_size()
         n_flops = 4 * bounds_HGN.numel() * query.q_HGD.shape[-1]
         return Scored(bounds_HGN.amax(1, keepdim=True), n_bytes, n_flops)
 
