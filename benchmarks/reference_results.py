@@ -13,6 +13,7 @@ GPU (``--jobs``: a small model alone leaves most of it idle); those of memory an
 import argparse
 import json
 import os
+import queue
 import subprocess
 import sys
 import tempfile
@@ -40,16 +41,33 @@ LEAST_PIECE_S = 30.0
 
 @dataclass(frozen=True)
 class Cell:
-    """One run folder of the result, and the pieces it is measured in."""
+    """One run folder of the result, and the pieces it is measured in.
+
+    Attributes:
+        seeds: pieces of each part.
+        parts: what each part asks for in place of ``run``'s keys, and, under ``seeds``, its own number of pieces: long
+            prompts get fewer than short ones, and one table.
+    """
 
     name: str
     planned_gpu_minutes: float
     seeds: int
     run: dict[str, Any]
+    parts: Sequence[dict[str, Any]] = ({},)
 
-    def config(self, seed: int) -> RunConfig:
-        """Return the configuration of one piece, checked."""
-        return make_config({**self.run, "seed": seed}, source=f"cell {self.name}")
+    def n_seeds(self, part: dict[str, Any]) -> int:
+        """Return the pieces of a part."""
+        return int(part.get("seeds", self.seeds))
+
+    def pieces(self) -> list[tuple[str, RunConfig]]:
+        """Return the name and the checked configuration of every piece."""
+        found = []
+        for i, part in enumerate(self.parts):
+            values = {**self.run, **{key: value for key, value in part.items() if key != "seeds"}}
+            for seed in range(self.n_seeds(part)):
+                name = f"seed-{seed}" if len(self.parts) == 1 else f"part-{i}-seed-{seed}"
+                found.append((name, make_config({**values, "seed": seed}, source=f"cell {self.name}")))
+        return found
 
 
 def read_cells(path: Path, only: Sequence[str] = ()) -> list[Cell]:
@@ -83,27 +101,27 @@ def is_done(folder: Path, config: RunConfig) -> bool:
     return len(store.samples()) == samples and len(store.footprints()) == footprints
 
 
-def piece_folder(work: Path, cell: Cell, seed: int) -> Path:
-    """Return where a piece is measured."""
-    return work / cell.name / f"seed-{seed}"
-
-
 def is_shared(config: RunConfig) -> bool:
     """Whether a piece may run beside others: it measures answers, neither memory nor time."""
     return not config.unscored and not config.footprint
 
 
-def run_piece(folder: Path, config: RunConfig, *, limit_s: float | None, jobs: int = 1) -> None:
+def run_piece(
+    folder: Path, config: RunConfig, *, limit_s: float | None, jobs: float = 1, gpu: int | None = None
+) -> None:
     """Run or continue one piece in a process of its own, and note what it took.
 
     Args:
-        jobs: how many such processes share the GPU; each counts for its part of the time.
+        jobs: how many such processes share a GPU; each counts for its part of the time.
+        gpu: the one to run on; None: as this process sees them.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     values = config.model_dump(mode="json", exclude_unset=True)
     environment = worker_environment()
     if jobs > 1:
-        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // round(jobs)))
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
     started_s = time.monotonic()
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
         yaml.safe_dump(values, file)
@@ -128,37 +146,50 @@ def used_minutes(work: Path, cell: Cell) -> float:
     return round(sum(json.loads(line)["seconds"] for line in lines) / 60, 2)
 
 
-def run_cells(cells: Sequence[Cell], work: Path, *, limit_s: float | None, jobs: int) -> bool:
+def run_cells(cells: Sequence[Cell], work: Path, *, limit_s: float | None, jobs: int, gpus: int = 1) -> bool:
     """Run pieces in order until all are done or the time is over; return whether all are.
 
     Args:
         jobs: pieces of accuracy that run at once; those that measure memory or time always run alone.
+        gpus: how many GPUs the pieces of accuracy are dealt out over.
     """
     started_s = time.monotonic()
     pending = [
-        (cell, seed)
+        (cell, name, config)
         for cell in cells
-        for seed in range(cell.seeds)
-        if not is_done(piece_folder(work, cell, seed), cell.config(seed))
+        for name, config in cell.pieces()
+        if not is_done(work / cell.name / name, config)
     ]
 
-    def run_one(cell: Cell, seed: int, n_jobs: int) -> bool:
-        config, folder = cell.config(seed), piece_folder(work, cell, seed)
+    free_gpus: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def run_one(cell: Cell, name: str, config: RunConfig, n_jobs: float, gpu: int | None = None) -> bool:
+        folder = work / cell.name / name
         left_s = None if limit_s is None else limit_s - (time.monotonic() - started_s)
         if left_s is not None and left_s < LEAST_PIECE_S:
-            print(f"stopped before {cell.name} seed {seed}: the same command continues", flush=True)
+            print(f"stopped before {cell.name} {name}: the same command continues", flush=True)
             return False
-        run_piece(folder, config, limit_s=left_s, jobs=n_jobs)
+        run_piece(folder, config, limit_s=left_s, jobs=n_jobs, gpu=gpu)
         done = is_done(folder, config)
         used = f"{used_minutes(work, cell)} of {cell.planned_gpu_minutes} min used"
-        print(f"{cell.name} seed {seed}: {'done' if done else 'unfinished'}, {used}", flush=True)
+        print(f"{cell.name} {name}: {'done' if done else 'unfinished'}, {used}", flush=True)
         return done
 
-    shared = [(cell, seed) for cell, seed in pending if is_shared(cell.config(seed))]
+    shared = [piece for piece in pending if is_shared(piece[2])]
     n_jobs = max(1, min(jobs, len(shared)))
+    for slot in range(n_jobs):
+        free_gpus.put(slot % gpus)
+
+    def run_shared(piece: tuple[Cell, str, RunConfig]) -> bool:
+        gpu = free_gpus.get()
+        try:
+            return run_one(*piece, max(1, n_jobs / gpus), gpu if gpus > 1 else None)
+        finally:
+            free_gpus.put(gpu)
+
     with ThreadPoolExecutor(n_jobs) as pool:
-        states = list(pool.map(lambda piece: run_one(*piece, n_jobs), shared))
-    states += [run_one(cell, seed, 1) for cell, seed in pending if (cell, seed) not in shared]
+        states = list(pool.map(run_shared, shared))
+    states += [run_one(*piece, 1) for piece in pending if not is_shared(piece[2])]
     return all(states)
 
 
@@ -170,11 +201,11 @@ def pack_cells(cells: Sequence[Cell], work: Path, out: Path) -> list[str]:
     """
     missing, summary = [], []
     for cell in cells:
-        folders = [piece_folder(work, cell, seed) for seed in range(cell.seeds)]
-        if not all(is_done(folder, cell.config(seed)) for seed, folder in enumerate(folders)):
+        pieces = [(work / cell.name / name, config) for name, config in cell.pieces()]
+        if not all(is_done(folder, config) for folder, config in pieces):
             missing.append(cell.name)
             continue
-        stores = [RunStore.open(folder) for folder in folders]
+        stores = [RunStore.open(folder) for folder, _ in pieces]
         info, rows = merge_pieces([(store.info, store.rows()) for store in stores])
         write_packed(out / cell.name, info, rows)
         summary.append(
@@ -182,7 +213,7 @@ def pack_cells(cells: Sequence[Cell], work: Path, out: Path) -> list[str]:
                 "name": cell.name,
                 "planned_gpu_minutes": cell.planned_gpu_minutes,
                 "used_gpu_minutes": used_minutes(work, cell),
-                "pieces": cell.seeds,
+                "pieces": len(pieces),
                 "rows": sum(map(len, (rows.samples, rows.footprints, rows.max_contexts, rows.throughputs))),
                 "device": info.environment.get("gpu") or "CPU",
             }
@@ -202,12 +233,14 @@ def plan_text(cells: Sequence[Cell], work: Path | None) -> str:
     """Return the cells with their pieces and minutes; every configuration is checked."""
     lines = []
     for cell in cells:
-        config = cell.config(0)
+        pieces = cell.pieces()
+        config = pieces[0][1]
+        counts = sorted({cell.n_seeds(part) * part.get("samples", config.samples) for part in cell.parts})
         what = "find-max" if config.find_max else "throughput" if config.throughput else ""
-        what = what or ("footprint" if config.unscored else f"accuracy, n = {cell.seeds * config.samples}")
+        what = what or ("footprint" if config.unscored else f"accuracy, n = {' and '.join(map(str, counts))}")
         used = "" if work is None else f", {used_minutes(work, cell)} used"
         lines.append(
-            f"{cell.name:<34} {what:<18} {cell.seeds} piece(s), {len(config.methods)} methods, "
+            f"{cell.name:<34} {what:<18} {len(pieces)} piece(s), {len(config.methods)} methods, "
             f"{cell.planned_gpu_minutes} min planned{used}"
         )
     total = sum(cell.planned_gpu_minutes for cell in cells)
@@ -223,6 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=None, help="where pieces are measured")
     parser.add_argument("--out", type=Path, default=None, help="where packed results go")
     parser.add_argument("--jobs", type=int, default=1, help="pieces of accuracy that share the GPU")
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs that these pieces are dealt out over")
     parser.add_argument("--limit-s", type=float, default=None, help="stop after this time")
     options = parser.parse_args(arguments)
     try:
@@ -233,7 +267,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.work is None:
             raise UsageError("Say where the pieces are: --work DIR.")
         if options.action == "run":
-            return 0 if run_cells(cells, options.work, limit_s=options.limit_s, jobs=options.jobs) else 1
+            return (
+                0
+                if run_cells(cells, options.work, limit_s=options.limit_s, jobs=options.jobs, gpus=options.gpus)
+                else 1
+            )
         if options.out is None:
             raise UsageError("Say where the packed results go: --out DIR.")
         missing = pack_cells(cells, options.work, options.out)

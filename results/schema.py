@@ -448,6 +448,17 @@ class ExcludedType(_Record):
         )
 
 
+class RunPart(_Record):
+    """What one part of a merged run was asked for (see `results/packed.py`)."""
+
+    tasks: tuple[Text, ...]
+    """Task names."""
+    lengths_tokens: tuple[Annotated[int, Field(ge=1)], ...]
+    """Lengths."""
+    samples: Count
+    """Prompts per (task, length), over all seeds."""
+
+
 class RunInfo(_Record):
     """`run.json`: what was asked, and where it ran. Written once, before the first row."""
 
@@ -490,6 +501,16 @@ class RunInfo(_Record):
     are measured and written all the same."""
     resumptions: tuple[Resumption, ...] = ()
     """Later starts whose surroundings differed."""
+    parts: tuple[RunPart, ...] = ()
+    """Of a run merged from runs that asked for different tasks, lengths or counts: each. Empty for any other, where
+    every (task, length) has `samples` prompts."""
+
+    def expected_samples(self, task: str, length_tokens: int) -> int:
+        """Return how many prompts of a (task, length) were asked for."""
+        parts = self.parts or (RunPart(tasks=self.tasks, lengths_tokens=self.lengths_tokens, samples=self.samples),)
+        return max(
+            (part.samples for part in parts if task in part.tasks and length_tokens in part.lengths_tokens), default=0
+        )
 
     @model_validator(mode="after")
     def _labels_are_unique(self) -> Self:

@@ -15,9 +15,11 @@ from in_process import run_here
 from synthetic_rows import demo_rows
 
 from kvscope import cli
+from kvscope.reports.coverage import coverage
 from kvscope.results.errors import UsageError
-from kvscope.results.frames import load_run
+from kvscope.results.frames import load_run, make_run
 from kvscope.results.packed import Rows, merge_pieces, read_packed, write_packed
+from kvscope.results.schema import RunInfo
 from kvscope.results.store import RunStore, run_folders
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "reference_results.py"
@@ -105,6 +107,42 @@ def test_pieces_of_other_seeds_are_numbered_on_and_anything_else_is_refused() ->
         merge_pieces([])
 
 
+def test_parts_of_other_tasks_lengths_and_counts_make_one_run() -> None:
+    samples, _, info = demo_rows()
+    one, other = info.lengths_tokens[0], info.lengths_tokens[-1]
+
+    def part(length: int, seed: int, **values: Any) -> tuple[RunInfo, Rows]:
+        asked = info.model_copy(update={"lengths_tokens": (length,), "seed": seed, **values})
+        return asked, Rows(samples=[row for row in samples if row.length_tokens == length])
+
+    merged_info, merged = merge_pieces([part(one, 0), part(one, 1), part(other, 0)])
+    assert merged_info.lengths_tokens == (one, other)
+    assert [each.samples for each in merged_info.parts] == [2 * info.samples, info.samples]
+    assert merged_info.samples == 2 * info.samples
+    task = info.tasks[0]
+    assert merged_info.expected_samples(task, one) == 2 * merged_info.expected_samples(task, other)
+    assert merged_info.expected_samples(task, 1 << 20) == 0
+    assert len({row.key for row in merged.samples}) == len(merged.samples)
+    merged_info = merged_info.model_copy(update={"footprint_lengths_tokens": ()})
+    assert coverage(make_run(merged.samples, [], info=merged_info, folder="")).complete
+    lacking = coverage(make_run(merged.samples[:-1], [], info=merged_info, folder=""))
+    assert lacking.missing
+    with pytest.raises(UsageError, match="Two parts of the runs to pack hold"):
+        merge_pieces([part(one, 0), (info, Rows())])
+
+
+def test_a_cell_deals_out_its_parts(script: ModuleType) -> None:
+    run = {"model": "reference", "methods": ["dense"], "tasks": ["vt"], "footprint": False, "samples": 3}
+    parts = [{"lengths_tokens": ["1k"], "seeds": 2}, {"lengths_tokens": ["2k"], "samples": 1}]
+    cell = script.Cell("a", 1, 1, run, parts)
+    pieces = {name: (config.lengths_tokens, config.samples, config.seed) for name, config in cell.pieces()}
+    assert pieces == {
+        "part-0-seed-0": ((1024,), 3, 0),
+        "part-0-seed-1": ((1024,), 3, 1),
+        "part-1-seed-0": ((2048,), 1, 0),
+    }
+
+
 def test_a_folder_without_a_run_is_told(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds no run"):
         run_folders(tmp_path)
@@ -115,12 +153,12 @@ def test_the_committed_cell_list_holds_up(script: ModuleType, capsys: pytest.Cap
     assert script.main(["plan"]) == 0
     assert "GPU-minutes planned in all" in capsys.readouterr().out
     for cell in script.read_cells(script.CELLS_FILE):
-        config = cell.config(0)
-        if not config.unscored:
-            least = 200 if max(config.lengths_tokens) <= 131_072 else 50
-            assert cell.seeds * config.samples >= least, cell.name
-        else:
-            assert config.footprint_timeout_s < 240
+        for _, config in cell.pieces():
+            assert config.unscored or config.seed < 1000, cell.name
+            assert not config.unscored or config.footprint_timeout_s < 240
+        if cell.name.startswith("accuracy"):
+            least = 200 if max(cell.pieces()[0][1].lengths_tokens) <= 131_072 else 50
+            assert cell.seeds * cell.pieces()[0][1].samples >= least, cell.name
 
 
 def test_pieces_run_pack_and_report(
@@ -178,7 +216,7 @@ def test_pieces_run_pack_and_report(
     common = ["--cells", str(path), "--work", str(work)]
 
     assert script.main(["run", *common, "--limit-s", "1"]) == 1
-    assert "stopped before accuracy seed 0" in capsys.readouterr().out
+    assert "stopped before accuracy seed-0" in capsys.readouterr().out
     assert script.main(["pack", *common, "--out", str(out)]) == 1
     assert "still to be measured: accuracy, longest" in capsys.readouterr().out
     assert script.main(["run", *common, "--jobs", "1"]) == 0
@@ -214,7 +252,7 @@ def test_accuracy_shares_the_gpu_and_memory_never_does(
     cells = [script.Cell("a", 1, 3, accuracy), script.Cell("m", 1, 2, memory)]
     lock, together, most = threading.Lock(), [], {"a": 0, "m": 0}
 
-    def run_piece(folder: Path, config: Any, *, limit_s: Any, jobs: int) -> None:
+    def run_piece(folder: Path, config: Any, *, limit_s: Any, jobs: float, gpu: Any) -> None:
         name = folder.parent.name
         with lock:
             together.append(name)
@@ -228,6 +266,21 @@ def test_accuracy_shares_the_gpu_and_memory_never_does(
     monkeypatch.setattr(script, "is_done", lambda folder, config: False)
     assert script.run_cells(cells, tmp_path, limit_s=None, jobs=2) is False
     assert most == {"a": 2, "m": 1}
+
+
+def test_pieces_are_dealt_out_over_gpus(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accuracy = {"model": "reference", "methods": ["dense"], "lengths_tokens": ["1k"], "footprint": False}
+    seen: list[tuple[float, int | None]] = []
+
+    def run_piece(folder: Path, config: Any, *, limit_s: Any, jobs: float, gpu: int | None) -> None:
+        seen.append((jobs, gpu))
+        time.sleep(0.05)
+
+    monkeypatch.setattr(script, "run_piece", run_piece)
+    monkeypatch.setattr(script, "is_done", lambda folder, config: False)
+    script.run_cells([script.Cell("a", 1, 8, accuracy)], tmp_path, limit_s=None, jobs=4, gpus=2)
+    assert {jobs for jobs, _ in seen} == {2}
+    assert {gpu for _, gpu in seen} == {0, 1}
 
 
 def test_what_a_piece_took_counts_for_its_part_of_the_gpu(
@@ -244,7 +297,7 @@ def test_what_a_piece_took_counts_for_its_part_of_the_gpu(
     monkeypatch.setattr(script.os, "cpu_count", lambda: 16)
     monkeypatch.setattr(script.time, "monotonic", lambda: next(clock))
     cell = script.Cell("a", 1, 1, {"model": "preset:tiny"})
-    script.run_piece(script.piece_folder(tmp_path, cell, 0), cell.config(0), limit_s=None, jobs=4)
+    script.run_piece(tmp_path / "a" / "seed-0", cell.pieces()[0][1], limit_s=None, jobs=4)
     assert seen == {"threads": "4"}
     assert script.used_minutes(tmp_path, cell) == 0.5
 
@@ -254,7 +307,7 @@ def test_what_a_piece_took_counts_for_its_part_of_the_gpu(
     clock = iter([0.0, 1.0])
     monkeypatch.setattr(script.subprocess, "run", broken)
     with pytest.raises(UsageError, match="a/seed-0 ended with 3: kvscope: torch sees no CUDA GPU"):
-        script.run_piece(script.piece_folder(tmp_path, cell, 0), cell.config(0), limit_s=None)
+        script.run_piece(tmp_path / "a" / "seed-0", cell.pieces()[0][1], limit_s=None)
 
 
 def test_bad_lists_and_names_are_told(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
