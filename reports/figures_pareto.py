@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator
 
 from kvscope.reports.canvas import Label, Margins, free_labels, panels
-from kvscope.reports.cells import ALL_TASKS, MemorySource, memory_source
+from kvscope.reports.cells import MemorySource, memory_source, pooled_cells
 from kvscope.reports.families import Family, families, family_styles
 from kvscope.reports.figure_parts import ReportFigure, SkippedFigure, byte_axis, key_entry, points, subtitle_of
 from kvscope.reports.theme import MethodStyle, theme
@@ -124,7 +124,7 @@ def _mean_bytes(rows: pd.DataFrame, values: "pd.Series[float]") -> pd.DataFrame:
 
 def _accuracy_with(run: Run, cells: pd.DataFrame, bytes_of: pd.DataFrame) -> pd.DataFrame:
     """Pooled accuracy joined with the bytes of the same method and length."""
-    pooled = cells[cells["task"] == (ALL_TASKS if len(run.info.tasks) > 1 else run.info.tasks[0])]
+    pooled = pooled_cells(run, cells)
     key = ["method_label", "length_tokens"]
     columns = [*key, "n", "accuracy", "ci_low", "ci_high"]
     data = pooled[columns].dropna(subset=["accuracy"]).merge(bytes_of, on=key, how="inner")
