@@ -101,12 +101,14 @@ def driver_version() -> str | None:
 def git_state(folder: Path | None = None) -> dict[str, Any]:
     """Return ``commit`` and ``dirty`` of the checkout that kvscope runs from; both None for an installed package.
 
-    A copy without its repository (a container, a compute node) can be told its commit in ``KVSCOPE_COMMIT``; whether it
-    was changed since is not known then.
+    A copy that travels without its history (to a container, to a compute node) can be told its commit in
+    ``KVSCOPE_COMMIT``, which then counts; whether it was changed since is not known.
 
     The top of the checkout must be this project's own: a wheel inside somebody's repository is no checkout of kvscope.
     """
-    unknown = {"commit": os.environ.get(COMMIT_VARIABLE) or None, "dirty": None}
+    if told := os.environ.get(COMMIT_VARIABLE):
+        return {"commit": told, "dirty": None}
+    unknown = {"commit": None, "dirty": None}
     folder = folder or Path(__file__).resolve().parent
     try:
         top = _git(folder, "rev-parse", "--show-toplevel")

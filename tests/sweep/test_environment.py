@@ -56,3 +56,4 @@ def test_no_checkout_is_unknown(tmp_path: Path) -> None:
 def test_a_copy_can_be_told_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVSCOPE_COMMIT", "a" * 40)
     assert git_state(tmp_path) == {"commit": "a" * 40, "dirty": None}
+    assert git_state(Path(__file__).parent)["commit"] == "a" * 40
