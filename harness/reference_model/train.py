@@ -93,8 +93,8 @@ PHASES = (
           steps=1594, lr=(1.5e-3, 1.5e-3),
           documents=(("long_qa", 0.25), ("vt_fixed", 0.1), ("cwe", 0.05), ("fwe", 0.05))),
     Phase(name="p3-64k", shapes=_TO_64K, steps=3736, lr=(1.5e-3, 2e-5), documents=_STORIES),
-    Phase(name="p4-128k", shapes=_TO_128K, steps=3000, lr=(1e-3, 1e-4), documents=_COMPOSED, more_uuids=0.25),
-    Phase(name="p5-512k", shapes=_TO_512K, steps=600, lr=(5e-4, 1e-5), documents=_COMPOSED, more_uuids=0.25,
+    Phase(name="p4-128k", shapes=_TO_128K, steps=2890, lr=(1e-3, 1e-4), documents=_COMPOSED, more_uuids=0.25),
+    Phase(name="p5-512k", shapes=_TO_512K, steps=561, lr=(5e-4, 1e-5), documents=_COMPOSED, more_uuids=0.25,
           warmup_steps=60),
 )  # fmt: skip
 
