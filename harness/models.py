@@ -170,7 +170,7 @@ def wrap_model(
     )
 
 
-def _attention_backend(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> str:
+def attention_backend(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> str:
     """Name what computes attention: the prefill is torch's, decode over pages a kernel's or torch's, and why."""
     found = decode_backend(
         device, dtype=dtype, head_dim=shape.head_dim, n_q_heads=shape.n_q_heads, n_kv_heads=shape.n_kv_heads
@@ -193,7 +193,7 @@ def _prepared(model: Any, shape: ModelShape, name: str) -> tuple[str, dict[int, 
     except KvscopeError as error:
         raise UsageError(f"Model '{name}' cannot be run: {error}") from error
     parameter = next(model.parameters())
-    return _attention_backend(shape, parameter.device, parameter.dtype), rotations
+    return attention_backend(shape, parameter.device, parameter.dtype), rotations
 
 
 def resolve_model(spec: str) -> tuple[str, str]:

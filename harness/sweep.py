@@ -113,7 +113,7 @@ def begin(plan: Plan, store: RunStore, progress: Progress) -> None:
 def run_info(plan: Plan) -> RunInfo:
     """Return what ``run.json`` says: the configuration, the plan, and where it runs."""
     config, facts = plan.config, plan.facts
-    environment = capture_environment(device=facts.device)
+    environment = capture_environment(device=facts.device, attention_backend=planned_backend(plan))
     # Resolved, so that `auto` on another machine does not continue this machine's rows.
     identity = {
         **config.identity(),
@@ -141,6 +141,19 @@ def run_info(plan: Plan) -> RunInfo:
         plan=plan.cells,
         excluded_types=plan.excluded_types,
     )
+
+
+def planned_backend(plan: Plan) -> str | None:
+    """Name what will compute attention; None for a backend of its own, which only the loaded model can name."""
+    import torch
+
+    from kvscope.harness.deepseek_v4.shape import CompressedModelShape
+    from kvscope.harness.models import attention_backend, resolve_dtype
+
+    facts, device = plan.facts, torch.device(plan.facts.device)
+    if isinstance(facts.shape, CompressedModelShape):
+        return None
+    return attention_backend(facts.shape, device, resolve_dtype(facts.dtype, device))
 
 
 def failures(run: "Run") -> list[str]:

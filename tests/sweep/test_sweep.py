@@ -231,6 +231,7 @@ def test_run_json_tells_what_was_asked_and_where(small: MakeConfig) -> None:
     info = run(small(samples=1), progress=False).info
     assert [method.label for method in info.methods] == ["dense", "recency:recency_tokens=128"]
     assert info.environment["device"] == "cpu"
+    assert "paged decode in torch operations" in str(info.environment["attention_backend"])
     assert info.identity["dtype"] == "float32"
     assert {cell.method_label for cell in info.plan} == {method.label for method in info.methods}
     assert info.model == "tiny"
