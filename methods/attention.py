@@ -87,6 +87,35 @@ def joint_attention(
     return merge_partials(parts, q_BQ1D, sink_logits=sink_logits)
 
 
+def stored_attention(
+    q_BQ1D: torch.Tensor,
+    stores: Sequence[PagedKV],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sink_logits: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attend one query to the union of one store or two whose counts and tables are on the device.
+
+    This is what a captured step calls: the kernel reads counts and tables when it runs. Where the kernel does not run,
+    counts are read back, so the call cannot be captured. Token lists need the kernel. The other arguments and the
+    result are ``paged_attention``'s.
+    """
+    if all(_kernel_runs(q_BQ1D, store.pages) for store in stores):
+        return _kernel(q_BQ1D, stores, scale=scale, softcap=softcap, sink_logits=sink_logits)[0]
+    parts = []
+    for store in stores:
+        n_tokens, P = int(store.n_tokens), store.pages.shape[3]
+        table = None if store.page_table is None else store.page_table[0, :, : -(-n_tokens // P)].long()
+        if table is not None and table.shape[0] == 1:
+            table = table[0]
+        if n_tokens:
+            parts.append(
+                paged_partial(q_BQ1D, store.pages, n_tokens=n_tokens, scale=scale, softcap=softcap, page_table=table)
+            )
+    return merge_partials(parts, q_BQ1D, sink_logits=sink_logits)
+
+
 def paged_partial(
     q_BQ1D: torch.Tensor,
     pages: torch.Tensor,

@@ -145,6 +145,21 @@ class SequenceCache(ABC):
         """The transformers cache the model is called with, where the sequence brings its own; else None."""
         return None
 
+    @property
+    def static_version(self) -> int:
+        """Changes when tensors of a fixed step moved, so that what was captured must be captured again."""
+        return 0
+
+    def static_reasons(self) -> list[str]:
+        """Return every reason why steps cannot run at fixed addresses, as a CUDA graph needs; empty when they can."""
+        return ["the method's step depends on counts that only the host knows"]
+
+    def make_static(self) -> None:
+        """From here on, run steps at fixed addresses: ``begin_step`` writes what changes, ``attend`` changes nothing
+        that Python knows, ``end_step`` counts. Call it before the first step, and not with ``static_reasons``.
+        """
+        raise NotImplementedError
+
     def begin_step(self) -> None:  # noqa: B027 - most methods choose at opening, or when attending
         """A token is about to be fed."""
 

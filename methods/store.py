@@ -75,6 +75,7 @@ class PagePool:
         Memory is zeroed: a weight of zero on stale memory that happens to hold NaN would still be NaN.
         """
         self.shape = shape
+        self.dtype = dtype
         self.pages = {
             layer: torch.zeros(_page_shape(shape, shape.pages(n_tokens)), dtype=dtype, device=device)
             for layer in shape.layers
@@ -108,6 +109,15 @@ class PagePool:
             self._grow(layer)
         self.write(layer, self.lengths[layer], k_BH1D, v_BH1D)
         self.lengths[layer] += 1
+
+    def reserve(self, n_tokens: int) -> bool:
+        """Make room for ``n_tokens`` in every layer; return whether pages moved for it."""
+        moved = False
+        for layer, pages in self.pages.items():
+            while self.pages[layer].shape[0] * self.shape.page_tokens < n_tokens:
+                self._grow(layer)
+            moved |= self.pages[layer] is not pages
+        return moved
 
     def write(self, layer: int, index: int, k_BH1D: torch.Tensor, v_BH1D: torch.Tensor) -> None:
         """Overwrite the token at packed position ``index``."""
