@@ -57,6 +57,7 @@ class DecodeResult:
         step_backend: how a step ran: ``cuda graph``, ``eager``, or ``eager: `` and why it was no graph.
         captures: how often the step was captured: once, and again each time the resident set outgrew its slots.
         capture_s: seconds of the first capture, in none of the times above.
+        backends: what computed the rest of the method beside attention.
     """
 
     ids: list[int]
@@ -74,6 +75,7 @@ class DecodeResult:
     step_backend: str = EAGER
     captures: int = 0
     capture_s: float = 0.0
+    backends: tuple[str, ...] = ()
 
 
 class DecodeSession:
@@ -286,6 +288,7 @@ def decode(
             step_backend=session.step_backend,
             captures=session.captures,
             capture_s=session.capture_s,
+            backends=session.sequence.backends(),
         )
 
 

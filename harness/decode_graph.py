@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 
@@ -21,26 +21,13 @@ from kvscope.harness.models import LoadedModel
 from kvscope.harness.shapes import text_config
 from kvscope.harness.static_stock import unsupported_stock
 from kvscope.methods.base import SequenceCache
-from kvscope.results.errors import KvscopeError, UsageError, did_you_mean
+from kvscope.results.errors import UsageError
 
 DecodeGraph = Literal["auto", "on", "off"]
 #: How a step ran, as rows say it; an eager one may give its reasons behind a colon.
 GRAPH, EAGER = "cuda graph", "eager"
 #: Position tables that are made anew from the largest position the host reads back.
 _HOST_ROPES = {"dynamic", "longrope"}
-
-
-def check_decode_graph(value: str) -> DecodeGraph:
-    """Return ``value`` as a setting.
-
-    Raises:
-        UsageError: it is none.
-    """
-    names = get_args(DecodeGraph)
-    if value not in names:
-        raise UsageError(f"decode_graph is {value!r}, it must be auto, on or off.{did_you_mean(value, names)}")
-    found: DecodeGraph = value  # type: ignore[assignment]
-    return found
 
 
 def graph_reasons(loaded: LoadedModel, sequence: SequenceCache) -> list[str]:
@@ -213,7 +200,7 @@ def capture_failed(error: Exception) -> str:
     return f"the model's step cannot be captured ({lines[0][:200]})"
 
 
-def graph_demanded(reasons: list[str], label: str) -> KvscopeError:
+def graph_demanded(reasons: list[str], label: str) -> UsageError:
     """Return the error of a graph that was asked for by ``on`` and cannot be had."""
     return UsageError(
         f"Decode steps of '{label}' cannot be a CUDA graph here: {'; '.join(reasons)}. Use decode_graph=auto."

@@ -98,6 +98,7 @@ def make_job(
         prefill_chunk_tokens=config.prefill_chunk_tokens,
         page_tokens=config.page_tokens,
         paper_settings=config.paper_settings,
+        decode_graph=config.decode_graph,
     )
 
 

@@ -15,7 +15,7 @@ import os
 import statistics
 import sys
 import threading
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from pydantic import BaseModel, ConfigDict
 
@@ -52,6 +52,8 @@ class FootprintJob(BaseModel):
         context_ids: tokens to prefill. Every method of a length gets the same ones.
         forced_ids: tokens fed under the method before it decodes on its own: at least one.
         decode_tokens: decode steps; nothing stops them early.
+        decode_graph: whether steps are replays of a CUDA graph. The warm-up captures one too, whose memory is then part
+            of the baseline.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -68,6 +70,7 @@ class FootprintJob(BaseModel):
     prefill_chunk_tokens: int
     page_tokens: int
     paper_settings: bool
+    decode_graph: Literal["auto", "on", "off"] = "auto"
 
 
 class _Torch:
@@ -203,7 +206,8 @@ class Measurement:
             chunk_tokens=job.prefill_chunk_tokens,
             seed=job.seed,
         )
-        decode(loaded, method, warm_kv, forced_ids[-1:], max_new_tokens=WARM_UP_STEPS, stop_at_eos=False)
+        arguments: dict[str, Any] = {"stop_at_eos": False, "decode_graph": job.decode_graph}
+        decode(loaded, method, warm_kv, forced_ids[-1:], max_new_tokens=WARM_UP_STEPS, **arguments)
         del warm_kv
         self.columns["baseline_nvml_bytes"] = self._quiet_bytes()
 
@@ -224,7 +228,7 @@ class Measurement:
         self._enter("decode")
         self._torch.free()
         self._torch.reset()
-        arguments: dict[str, Any] = {"max_new_tokens": job.decode_tokens, "stop_at_eos": False}
+        arguments["max_new_tokens"] = job.decode_tokens
         with PeakSampler(self._read) as sampler:
             result = decode(loaded, method, prompt_kv, forced_ids, **arguments)
         self.columns["decode_peak_nvml_bytes"] = sampler.peak_bytes
@@ -238,6 +242,8 @@ class Measurement:
         first_steps, later_s = len(forced_ids), timed.step_s[len(forced_ids) :]
         self.columns["tpot_s"] = statistics.median(later_s)
         self.columns["tpot_steps"] = len(later_s)
+        self.columns["step_backend"], self.columns["step_captures"] = timed.step_backend, timed.captures
+        self.backend = "; ".join((self.backend, *timed.backends))
         self.columns["ttft_s"] = prompt_kv.prefill_s + timed.open_s + sum(timed.step_s[:first_steps])
         return self._row(loaded, method, prompt_kv_tokens=len(context_ids), result=result)
 

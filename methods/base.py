@@ -150,6 +150,10 @@ class SequenceCache(ABC):
         """Changes when tensors of a fixed step moved, so that what was captured must be captured again."""
         return 0
 
+    def backends(self) -> tuple[str, ...]:
+        """Return what computes the method's own parts beside attention, one text each, for the row."""
+        return ()
+
     def static_reasons(self) -> list[str]:
         """Return every reason why steps cannot run at fixed addresses, as a CUDA graph needs; empty when they can."""
         return ["the method's step depends on counts that only the host knows"]

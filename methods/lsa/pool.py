@@ -47,6 +47,13 @@ class ChunkPool:
         self.slots_per_chunk = chunk_tokens // self.slot_tokens
         self.ids = torch.empty(0, dtype=torch.long)
         self.slots = torch.empty((0, H, 2, self.slot_tokens, D), dtype=host_pages.dtype, device=device)
+        # A kernel that reads the mirror itself is as fast as the bus at any size; see kernels/host_gather.
+        self._gather_by = gather_backend(host_pages, self.slots)
+
+    @property
+    def backend(self) -> str:
+        """What brings chunks here, for the row."""
+        return self._gather_by if self.slots.device.type == "cuda" else "host copy"
 
     @property
     def n_tokens(self) -> int:
@@ -68,9 +75,7 @@ class ChunkPool:
         """Copy the missing chunks from the mirror. On a GPU the copy runs on the current stream."""
         if not len(move.missing):
             return
-        # A kernel that reads the mirror itself is as fast as the bus at any size; see kernels/host_gather.
-        backend = gather_backend(self._mirror, move.staged)
-        gather = HostGather(self._mirror, move.staged, backend=backend, units_per_chunk=self.slots_per_chunk)
+        gather = HostGather(self._mirror, move.staged, backend=self._gather_by, units_per_chunk=self.slots_per_chunk)
         device = move.staged.device if gather.backend == "uva" else torch.device("cpu")
         n = len(move.missing)
         gather(

@@ -70,6 +70,10 @@ class Selector:
     refresh_bytes = 0
     refresh_flops = 0
 
+    def backends(self) -> tuple[str, ...]:
+        """Return what computes the scores and the choice, for the row."""
+        return ()
+
     def observe(self, layer: int, hidden_BM: torch.Tensor) -> None:
         """Take a hidden state of the current step; ``choose`` sees it from the next step on."""
 
@@ -141,6 +145,11 @@ class IndexerSelector(Selector):
         self.metadata_bytes = metadata_bytes(config, len(self._keys_LnE[0]), element_bytes=first.element_size())
         self.refresh_bytes = refresh_bytes(config, layout.n_candidates)
         self.refresh_flops = config.scoring_flops(layout.n_candidates)
+
+    def backends(self) -> tuple[str, ...]:
+        if self.kernel_reasons:
+            return (f"torch: chunk scores ({'; '.join(self.kernel_reasons)})",)
+        return (f"triton: {'indexer_score' if self.n_chosen is not None else 'indexer_score, select'}",)
 
     def observe(self, layer: int, hidden_BM: torch.Tensor) -> None:
         self._incoming_LM[self._row[layer]].copy_(hidden_BM[0])

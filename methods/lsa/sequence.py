@@ -220,6 +220,7 @@ class RecallingSequence(LsaSequence):
         }
         self._arriving: dict[int, _Arrival] = {}
         self._copier = Copier(device) if schedule.stale else None
+        self._recall = next(iter(self._pools.values())).backend
         self._step: StepPages | None = None
         self._slots: ChunkSlots | None = None
         self._n_unread_refreshes = self._first_chosen = 0
@@ -313,6 +314,11 @@ class RecallingSequence(LsaSequence):
                 before = counts.chosen[index - 1] if index else self._first_chosen
                 held = before + missing
             self._resident_tokens.append(self._layout.static_tokens + held * self._layout.chunk_tokens)
+
+    def backends(self) -> tuple[str, ...]:
+        if not self._layout.n_candidates:
+            return ()
+        return (*self._selector.backends(), f"recall: {self._recall}")
 
     def residency(self) -> Residency:
         self.settle()

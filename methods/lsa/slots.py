@@ -20,7 +20,6 @@ from kvscope.methods.kernels.select import ops
 from kvscope.methods.kernels.select.kernel import (
     Delta,
     Selection,
-    SlotTable,
     empty_delta,
     empty_selection,
     empty_slots,

@@ -4,6 +4,7 @@ Shapes: N host pages of P tokens, S slots of U tokens (U divides P), H KV heads,
 ``units_per_chunk`` neighbouring units of U tokens, in the mirror and in the slots.
 """
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -42,7 +43,7 @@ def gather_backend(mirror: torch.Tensor, slots: torch.Tensor) -> GatherBackend:
     """Return the fastest backend that can bring chunks of ``mirror`` into ``slots``; README.md says why this order."""
     if not unsupported_gather("uva", mirror, slots):
         return "uva"
-    unit_bytes = slots[:1].numel() * slots.element_size()
+    unit_bytes = math.prod(slots.shape[1:]) * slots.element_size()
     whole = mirror.shape[3] == slots.shape[3]
     return "copies" if whole and unit_bytes >= LEAST_COPY_BYTES and mirror.is_pinned() else "contiguous"
 
