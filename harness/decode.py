@@ -7,9 +7,10 @@ positions from the logical length.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -30,7 +31,7 @@ from kvscope.harness.deepseek_v4.shape import fitted
 from kvscope.harness.glue import DecodeLayer, EngineCache, observing, observing_attention
 from kvscope.harness.models import LoadedModel
 from kvscope.harness.static_stock import Rings
-from kvscope.methods.base import CacheMethod, Footprint, Residency
+from kvscope.methods.base import CacheMethod, Footprint, Residency, SequenceCache
 from kvscope.methods.store import PromptKV
 from kvscope.results.errors import UsageError
 
@@ -112,7 +113,9 @@ class DecodeSession:
         started_s = time.perf_counter()
         self._loaded = loaded
         self._method, self._decode_graph = method, decode_graph
-        self._open = lambda: method.open(prompt, loaded.device, physical=physical, reserve_tokens=reserve_tokens)
+        self._open: Callable[[], SequenceCache] = partial(
+            method.open, prompt, loaded.device, physical=physical, reserve_tokens=reserve_tokens
+        )
         self.sequence = self._open()
         self._cache = self.sequence.model_cache or self._engine_cache()
         self._observed = method.observed_layers(loaded.shape)

@@ -141,13 +141,14 @@ class StaticStep:
         started_s = time.perf_counter()
         device = self._token_11.device
         self.release()
-        side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        memory = _memory_of(self._model)
+        side = memory.stream
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             self._forward()
         torch.cuda.current_stream(device).wait_stream(side)
         torch.cuda.synchronize(device)
-        graph, memory = torch.cuda.CUDAGraph(), _memory_of(self._model)
+        graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream(device)
         try:
             # Other threads (the memory sampler) may call CUDA meanwhile.
@@ -167,10 +168,12 @@ class StaticStep:
 
 
 class _GraphMemory:
-    """The memory pool of a model's captured steps, kept by its first graph."""
+    """The memory pool of a model's captured steps, kept by its first graph; and the stream they are captured on: cuBLAS
+    keeps a workspace for every stream it ever saw."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._first: torch.cuda.CUDAGraph | None = None
 
     def keep(self, graph: torch.cuda.CUDAGraph) -> None:
@@ -184,7 +187,7 @@ _memory: weakref.WeakKeyDictionary[Any, _GraphMemory] = weakref.WeakKeyDictionar
 
 def _memory_of(model: Any) -> _GraphMemory:
     if model not in _memory:
-        _memory[model] = _GraphMemory()
+        _memory[model] = _GraphMemory(next(model.parameters()).device)
     return _memory[model]
 
 
