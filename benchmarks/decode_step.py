@@ -6,8 +6,8 @@
 
 Parts: ``tpot`` against length, ``refresh`` (its time and the stall it causes), ``attention`` of dense against lsa,
 ``prefill_attention`` and ``prefill``. Weights, KV and the indexer are random: times and bytes mean something, answers
-do not. A part that would begin after ``--most-s`` is left out, and said to be. Ends with 0 when every target is met, 1 when
-one is missed or a part failed, 3 without a GPU.
+do not. A part that would begin after ``--most-s`` is left out, and said to be. Ends with 0 when every target is met, 1
+when one is missed or a part failed, 3 without a GPU.
 """
 
 import argparse

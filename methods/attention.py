@@ -53,7 +53,7 @@ def paged_attention(
         [B, Q, 1, D] in the dtype of the query.
     """
     _check(q_BQ1D, pages, n_tokens, page_table)
-    if n_tokens and keep_SP is None and _kernel_runs(q_BQ1D, pages):
+    if n_tokens and keep_SP is None and kernel_runs(q_BQ1D, pages):
         store = _kernel_store(pages, n_tokens, page_table)
         return _kernel(q_BQ1D, [store], scale=scale, softcap=softcap, sink_logits=sink_logits)[0]
     part = paged_partial(
@@ -78,7 +78,7 @@ def joint_attention(
     stores = [(pages, n_tokens) for pages, n_tokens in stores if n_tokens]
     for pages, n_tokens in stores:
         _check(q_BQ1D, pages, n_tokens, None)
-    if stores and all(_kernel_runs(q_BQ1D, pages) for pages, _ in stores):
+    if stores and all(kernel_runs(q_BQ1D, pages) for pages, _ in stores):
         inputs = [_kernel_store(pages, n_tokens, None) for pages, n_tokens in stores]
         return _kernel(q_BQ1D, inputs, scale=scale, softcap=softcap, sink_logits=sink_logits)[0]
     parts = [
@@ -101,7 +101,7 @@ def stored_attention(
     counts are read back, so the call cannot be captured. Token lists need the kernel. The other arguments and the
     result are ``paged_attention``'s.
     """
-    if all(_kernel_runs(q_BQ1D, store.pages) for store in stores):
+    if all(kernel_runs(q_BQ1D, store.pages) for store in stores):
         return _kernel(q_BQ1D, stores, scale=scale, softcap=softcap, sink_logits=sink_logits)[0]
     parts = []
     for store in stores:
@@ -114,6 +114,13 @@ def stored_attention(
                 paged_partial(q_BQ1D, store.pages, n_tokens=n_tokens, scale=scale, softcap=softcap, page_table=table)
             )
     return merge_partials(parts, q_BQ1D, sink_logits=sink_logits)
+
+
+def store_partial(q_BQ1D: torch.Tensor, store: PagedKV, *, scale: float, softcap: float | None = None) -> Partial:
+    """Attend one query to what a table or a list of tokens names, in place. Only where ``kernel_runs``."""
+    out, lse = _kernel(q_BQ1D, [store], scale=scale, softcap=softcap, out_dtype=torch.float32)
+    H, D = store.pages.shape[1], q_BQ1D.shape[3]
+    return Partial(out.view(H, -1, D), lse.view(H, -1))
 
 
 def paged_partial(
@@ -132,7 +139,7 @@ def paged_partial(
     q_HGD = q_BQ1D.view(H, -1, D)
     if n_tokens == 0:
         return Partial(q_HGD.new_zeros(q_HGD.shape), q_HGD.new_full(q_HGD.shape[:2], -torch.inf))
-    if keep_SP is None and _kernel_runs(q_BQ1D, pages):
+    if keep_SP is None and kernel_runs(q_BQ1D, pages):
         store = _kernel_store(pages, n_tokens, page_table)
         out, lse = _kernel(q_BQ1D, [store], scale=scale, softcap=softcap, out_dtype=torch.float32)
         return Partial(out.view(q_HGD.shape), lse.view(q_HGD.shape[:2]))
@@ -170,7 +177,8 @@ def _check(q_BQ1D: torch.Tensor, pages: torch.Tensor, n_tokens: int, page_table:
         raise ValueError(f"{n_tokens} tokens do not fit {n_slots} pages of {P}")
 
 
-def _kernel_runs(q_BQ1D: torch.Tensor, pages: torch.Tensor) -> bool:
+def kernel_runs(q_BQ1D: torch.Tensor, pages: torch.Tensor) -> bool:
+    """Whether the ``paged_decode`` kernel attends this query [B, Q, 1, D] to these pages [S, H, 2, P, D]."""
     return pages.is_cuda and not unsupported_decode(
         pages.device,
         dtype=pages.dtype,

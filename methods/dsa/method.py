@@ -57,6 +57,7 @@ class DSA(BlockSparse[DSAConfig]):
     )
     cost = "resident = N tokens a layer; read = min(2048, max(128, N/16)) tokens + the keys (half the bytes) of all N"
     paper_block_tokens = 1
+    score_kernel = False
     paper_options: ClassVar[dict[str, Any]] = {"budget_tokens": 2048}
     Config = DSAConfig
 

@@ -79,6 +79,20 @@ def _unsupported_decode(device: torch.device, dtype: torch.dtype, head_dim: int,
     return tuple(reasons)
 
 
+def unsupported_block_scores(
+    device: torch.device | str, *, dtype: torch.dtype, head_dim: int, group: int, block_tokens: int | None = None
+) -> list[str]:
+    """Return every reason why the ``block_scores`` kernels do not run; empty when they do.
+
+    Args:
+        block_tokens: of a block whose own keys are read (MSA); None for scores by summaries.
+    """
+    reasons = list(_unsupported_decode(torch.device(device), dtype, head_dim, group))
+    if block_tokens is not None and block_tokens & (block_tokens - 1):
+        reasons.append(f"blocks have {block_tokens} tokens, the kernel takes powers of two")
+    return reasons
+
+
 def unsupported_scores(device: torch.device | str, *, key_dim: int, n_heads: int) -> list[str]:
     """Return every reason why the kernels ``indexer_score`` and ``select`` do not run; empty when they do."""
     reasons = unsupported_machine(device)
