@@ -12,6 +12,7 @@ import torch
 
 from kvscope.methods.attention import joint_attention, paged_attention, stored_attention
 from kvscope.methods.base import AttentionExtras, Residency, SequenceCache, tensor_bytes
+from kvscope.methods.kernels.dispatch import triton_version
 from kvscope.methods.lsa.labels import chunk_mass, token_logits
 from kvscope.methods.lsa.layout import ChunkLayout
 from kvscope.methods.lsa.pool import ChunkPool, Copier, Copy, Move
@@ -229,12 +230,15 @@ class RecallingSequence(LsaSequence):
     # -- steps at fixed addresses
 
     def static_reasons(self) -> list[str]:
-        from kvscope.methods.lsa.slots import unsupported_slots
-
         if self._selector.reads_mass:
             return ["the attention oracle chooses inside the step"]
+        version, problem = triton_version()
+        if version is None:
+            return [problem]
+        from kvscope.methods.lsa.slots import unsupported_slots
+
         reasons = unsupported_step(self.shape, self.device, self._static.dtype)
-        return reasons or unsupported_slots(self._mirror, self._pools)
+        return reasons + unsupported_slots(self._mirror, self._pools)
 
     def make_static(self) -> None:
         from kvscope.methods.lsa.slots import ChunkSlots

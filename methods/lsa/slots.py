@@ -65,8 +65,8 @@ class SlotCounts:
 
 def unsupported_slots(mirror: Mapping[int, torch.Tensor], pools: Mapping[int, ChunkPool]) -> list[str]:
     """Return every reason why the mirror cannot be read by a kernel."""
-    layer = next(iter(pools))
-    return unsupported_gather("uva", mirror[layer], pools[layer].slots)
+    found = (unsupported_gather("uva", mirror[layer], pool.slots) for layer, pool in pools.items())
+    return next((reasons for reasons in found if reasons), [])
 
 
 class ChunkSlots:

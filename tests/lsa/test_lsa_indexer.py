@@ -290,8 +290,9 @@ def test_the_kernels_choose_what_torch_chooses(tmp_path, rule):
     folder = random_indexer(tmp_path / "indexer", loaded.shape, chunk_tokens=4, key_dim=16, lookback_tokens=3)
     method = create_method({"name": "lsa", "indexer": str(folder), "recency_tokens": 20, **rule})
     prompt = prefilled(loaded, prompt_ids(400), method, chunk_tokens=64)
-    sequence = method.open(prompt, loaded.device)
-    selector = sequence._selector
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    selector = method.open(prompt, device)._selector
+    selector.kernel_reasons = ["not here"]
     logits_n, chosen = selector.logits().amax(0), selector.choose()
     selector.kernel_reasons = []
     kernel_logits_Rn = selector.logits()
@@ -301,7 +302,7 @@ def test_the_kernels_choose_what_torch_chooses(tmp_path, rule):
     by_kernel = selector.choose()
     assert 0 < len(chosen) < len(logits_n)
     assert len(set(by_kernel.tolist()) ^ set(chosen.tolist())) <= 2, "rounding may move a chunk at the very edge"
-    out = empty_selection(len(logits_n), len(logits_n), loaded.device)
+    out = empty_selection(len(logits_n), len(logits_n), device)
     assert selector.choose_into(out) == len(by_kernel)
     assert out.chunks_K[: int(out.n)].tolist() == by_kernel.tolist()
     assert out.wanted_n.nonzero()[:, 0].tolist() == by_kernel.tolist()

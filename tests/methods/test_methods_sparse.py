@@ -292,19 +292,21 @@ def test_bad_options_get_one_clear_sentence(spec, text):
 @pytest.mark.parametrize("n_tokens", [150, 160])
 @pytest.mark.parametrize("spec", SPECS)
 def test_the_kernels_score_and_read_as_torch_does(spec, n_tokens, monkeypatch):
-    """Block scores and the chosen blocks read in place, here in Triton's interpreter: the torch path's output."""
+    """Block scores, and chosen blocks read in place: as the torch path. In the interpreter, or on a GPU."""
     method, prompt = create_method(spec), prefilled([spec], n_tokens, chunk_tokens=48)
     shape, layer = prompt.shape, prompt.shape.layers[0]
     generator = torch.Generator().manual_seed(3)
-    steps = [random_step(shape, generator) for _ in range(4)]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    steps = [tuple(x.to(device) for x in random_step(shape, generator)) for _ in range(4)]
     found = {}
     for kernels in (False, True):
+        for module in (attention_module, block_sequence):
+            monkeypatch.setattr(module, "kernel_runs", lambda q_BQ1D, pages, kernels=kernels: kernels)
+        scored_by = only_block_size if kernels else lambda *args, **options: ["not here"]
+        monkeypatch.setattr(block_query, "unsupported_block_scores", scored_by)
         if kernels:
-            for module in (attention_module, block_sequence):
-                monkeypatch.setattr(module, "kernel_runs", lambda q_BQ1D, pages: True)
             monkeypatch.setattr(block_sequence, "gather_blocks", None)  # nothing is gathered where the kernel runs
-            monkeypatch.setattr(block_query, "unsupported_block_scores", only_block_size)
-        sequence = method.open(prompt, "cpu", reserve_tokens=len(steps))
+        sequence = method.open(prompt, device, reserve_tokens=len(steps))
         outs = [sequence.attend(layer, *step, scale=SCALE, extras=AttentionExtras()) for step in steps]
         found[kernels] = torch.cat(outs), sequence.footprint()
     torch.testing.assert_close(found[True][0], found[False][0], atol=2e-5, rtol=0)
@@ -312,5 +314,5 @@ def test_the_kernels_score_and_read_as_torch_does(spec, n_tokens, monkeypatch):
 
 
 def only_block_size(device, *, dtype, head_dim, group, block_tokens=None):
-    """What the dispatch would say of a GPU; for the interpreter."""
+    """What the dispatch says of these shapes on a GPU; for the interpreter."""
     return ["not a power of two"] if block_tokens is not None and block_tokens & (block_tokens - 1) else []
