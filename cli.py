@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvscope.harness.dsa.cli import app as dsa_app
 from kvscope.harness.lsa.cli import app as lsa_app
 from kvscope.results.errors import KvscopeError, UsageError, did_you_mean
 
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 
 app.add_typer(lsa_app, short_help="Collect, train and evaluate the indexer of lsa.")
+app.add_typer(dsa_app, short_help="Train and evaluate the lightning indexer of dsa.")
 
 #: Option names that are not the configuration key they set.
 KEYS = {
@@ -35,13 +37,16 @@ KEYS = {
     "task": "tasks",
     "length": "lengths_tokens",
     "footprint_length": "footprint_lengths_tokens",
+    "gpu_budget": "gpu_budget_bytes",
+    "time_limit": "time_limit_s",
 }
 
 ConfigFile = Annotated[
     Path | None, typer.Argument(metavar="[CONFIG.yaml]", show_default=False, help="YAML file; flags win over it.")
 ]
 Model = Annotated[
-    str | None, typer.Option("--model", help="reference, a folder, or a Hugging Face id.  [default: reference]")
+    str | None,
+    typer.Option("--model", help="reference, a folder, a Hugging Face id or preset:NAME.  [default: reference]"),
 ]
 Methods = Annotated[
     list[str] | None,
@@ -98,6 +103,32 @@ Footprint = Annotated[
 FootprintLengths = Annotated[
     list[str] | None,
     typer.Option("--footprint-length", metavar="TOKENS", help="Lengths of that; repeatable.  [default: --length]"),
+]
+Kv = Annotated[
+    str | None,
+    typer.Option(
+        "--kv",
+        metavar="prefill|synthetic",
+        help="Memory and latency after a real prefill, or with pages of random values.  [default: prefill]",
+    ),
+]
+GpuBudget = Annotated[
+    str | None,
+    typer.Option(
+        "--gpu-budget", metavar="SIZE", help="Most device bytes a process may take, as 24GiB.  [default: the card]"
+    ),
+]
+FindMax = Annotated[
+    bool | None,
+    typer.Option("--find-max", help="Only find each method's longest context (bisection, synthetic KV)."),
+]
+Throughput = Annotated[
+    bool | None,
+    typer.Option("--throughput", help="Only find each method's largest batch, and its tokens a second (synthetic KV)."),
+]
+TimeLimit = Annotated[
+    float | None,
+    typer.Option("--time-limit", metavar="SECONDS", help="Stop before the next row after this; the same continues."),
 ]
 Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.  [default: auto]")]
 Dtype = Annotated[
@@ -168,6 +199,11 @@ def run(
     paper_settings: PaperSettings = None,
     footprint: Footprint = None,
     footprint_length: FootprintLengths = None,
+    kv: Kv = None,
+    gpu_budget: GpuBudget = None,
+    find_max: FindMax = None,
+    throughput: Throughput = None,
+    time_limit: TimeLimit = None,
     device: Device = None,
     dtype: Dtype = None,
     sweep: Sweeps = None,
@@ -207,6 +243,11 @@ def plan(
     paper_settings: PaperSettings = None,
     footprint: Footprint = None,
     footprint_length: FootprintLengths = None,
+    kv: Kv = None,
+    gpu_budget: GpuBudget = None,
+    find_max: FindMax = None,
+    throughput: Throughput = None,
+    time_limit: TimeLimit = None,
     device: Device = None,
     dtype: Dtype = None,
     sweep: Sweeps = None,
@@ -224,8 +265,17 @@ def plan(
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run, finished or not.")],
 ) -> None:
-    """Write tables, figures and report.html of a run into DIR/report, and print the summary."""
-    print_report(folder)
+    """Write tables, figures and report.html of a run into DIR/report, and print the summary.
+
+    A folder of runs gets one report a run, each in its own folder.
+    """
+    from kvscope.results.store import run_folders
+
+    folders = run_folders(folder)
+    for run_folder in folders:
+        if run_folder != folder:
+            typer.echo(f"{run_folder.name}\n{'=' * len(run_folder.name)}")
+        print_report(run_folder)
 
 
 def print_report(folder: Path) -> None:

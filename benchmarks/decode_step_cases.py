@@ -18,8 +18,9 @@ from kvscope.harness.models import LoadedModel, wrap_model
 from kvscope.harness.prefill import prefill
 from kvscope.harness.prefill_attention import chunk_attention
 from kvscope.methods.attention import stored_attention
+from kvscope.methods.fp8_keys import pack, quantize
 from kvscope.methods.kernels.paged_decode.inputs import PagedKV
-from kvscope.methods.lsa.indexer import Indexer, IndexerConfig, default_sizes, pack, quantize
+from kvscope.methods.lsa.indexer import Indexer, IndexerConfig, default_sizes
 from kvscope.methods.lsa.method import Lsa, LsaConfig
 from kvscope.methods.lsa.selection import IndexerSelector, NothingToChoose
 from kvscope.methods.registry import create_method

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvscope.harness.config import RunConfig, format_length
+from kvscope.harness.deadline import Deadline
 from kvscope.harness.plan import Plan
 from kvscope.harness.progress import Progress
 from kvscope.harness.rows import (
@@ -36,8 +37,11 @@ def pending_samples(plan: Plan, store: "RunStore", task: "Task", length_tokens: 
     return found
 
 
-def accuracy_pass(plan: Plan, store: "RunStore", progress: Progress) -> None:
-    """Answer every prompt that lacks a row, shortest length first. The model loads only when something is to do."""
+def accuracy_pass(plan: Plan, store: "RunStore", progress: Progress, deadline: Deadline) -> None:
+    """Answer every prompt that lacks a row, shortest length first, until the deadline.
+
+    The model loads only when something is to do.
+    """
     loaded: LoadedModel | None = None
     for length_tokens in plan.config.lengths_tokens:
         for task in plan.tasks:
@@ -48,6 +52,7 @@ def accuracy_pass(plan: Plan, store: "RunStore", progress: Progress) -> None:
                 loaded = load(plan)
             progress.begin_cell(f"{task.name} {format_length(length_tokens)}", steps=len(pending))
             for index, methods in pending:
+                deadline.check()
                 progress.begin_step(f"{index + 1} of {plan.config.samples}", parts=len(methods) + 1)
                 sample = task.build(
                     plan.facts.tokenizer, length_tokens=length_tokens, sample=index, seed=plan.config.seed

@@ -29,6 +29,7 @@ from kvscope.harness.decode import DecodeSession
 from kvscope.harness.deepseek_v4.shape import refuse_compressed
 from kvscope.harness.models import LoadedModel, load_model
 from kvscope.harness.prefill import prefill
+from kvscope.harness.presets import refuse_preset
 from kvscope.methods.base import AttentionExtras, SequenceCache
 from kvscope.methods.dense.method import Dense
 from kvscope.methods.resident import ResidentSequence
@@ -87,7 +88,7 @@ def evidence_attention(loaded: LoadedModel, sample: Sample) -> list[dict[str, An
     evidence = [index for start, end in sample.evidence_spans for index in range(start, end)]
     split = sample.question_start
     assert max(evidence) < split, "evidence stands before the question"
-    answer = _answer_positions(loaded, sample)
+    answer = answer_positions(loaded, sample)
     lead = _lead_ids(loaded, sample)
     prompt = prefill(loaded, sample.ids[:split], seed=sample.seed)
     groups = {
@@ -213,7 +214,7 @@ def _lead_ids(loaded: LoadedModel, sample: Sample) -> list[int]:
     return lead
 
 
-def _answer_positions(loaded: LoadedModel, sample: Sample) -> list[int]:
+def answer_positions(loaded: LoadedModel, sample: Sample) -> list[int]:
     """Return the evidence tokens that spell a target."""
     if loaded.tokenizer is None:
         return []
@@ -261,6 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError(f"{args.out} exists already: remove it, or name another file with --out.")
         for name in args.tasks.split(","):
             create_task(name)
+        refuse_preset(args.model, "measure attention on")
         loaded = load_model(args.model, device=args.device, dtype=args.dtype)
         refuse_compressed(loaded.name, loaded.shape, "attention on the evidence")
         if max(lengths) > loaded.max_length_tokens:

@@ -13,12 +13,22 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from kvscope.harness.presets import is_preset
 from kvscope.results.errors import UsageError, did_you_mean
 
 LENGTH_PATTERN = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmM]?)")
+BYTES_PATTERN = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB|KB|MB|GB)?")
+BYTE_UNITS = {"B": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3, "KB": 1000, "MB": 1000**2, "GB": 1000**3}
 LENGTH_UNITS = {"": 1, "k": 1024, "m": 1024 * 1024}
 SWEEP_PATTERN = re.compile(r"([A-Za-z]\w*)\.([A-Za-z]\w*)=(.+)")
 SPEC_NAME_PATTERN = re.compile(r"[A-Za-z][\w.-]*")
+
+#: Key -> why nothing is scored where it is set (``model``: to a preset).
+_UNSCORED = {
+    "model": "a preset has random weights, so its answers mean nothing",
+    "find_max": "find_max measures memory with synthetic KV",
+    "throughput": "throughput measures speed with synthetic KV",
+}
 
 #: A method or task as written by a user: ``name``, ``name:key=value,key=value`` or ``{"name": ..., **options}``.
 Spec = str | dict[str, Any]
@@ -41,6 +51,19 @@ def parse_length(value: object) -> int:
     if length_tokens <= 0:
         raise UsageError(f"{value!r} is not a length: it must be at least one token.")
     return length_tokens
+
+
+def parse_bytes(value: object) -> int:
+    """Return bytes from a whole number, ``"24GiB"`` (binary units) or ``"24GB"`` (decimal units).
+
+    Raises:
+        UsageError: not a positive size.
+    """
+    match = BYTES_PATTERN.fullmatch(str(value).strip()) if isinstance(value, str | int) else None
+    size_bytes = int(float(match[1]) * BYTE_UNITS[match[2] or "B"]) if match and not isinstance(value, bool) else 0
+    if size_bytes <= 0:
+        raise UsageError(f"{value!r} is not a size: write bytes, or 24GiB (1024-based) or 24GB (1000-based).")
+    return size_bytes
 
 
 def format_length(length_tokens: int) -> str:
@@ -104,7 +127,7 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    model: str = Field(default="reference", description="reference, a folder, or a Hugging Face id")
+    model: str = Field(default="reference", description="reference, a folder, a Hugging Face id or preset:NAME")
     methods: tuple[Spec, ...] = Field(
         default=("dense", "sliding_window", "recency", "random"),
         description="cache methods, as name or name:key=value,key=value",
@@ -130,6 +153,32 @@ class RunConfig(BaseModel):
     footprint_lengths_tokens: tuple[int, ...] | None = Field(
         default=None, description="lengths of the footprint pass (default: lengths_tokens)"
     )
+    kv: Literal["prefill", "synthetic"] = Field(
+        default="prefill",
+        description="footprint pass: prefill the prompt, or fill its pages with random values (rows say so)",
+    )
+    gpu_budget_bytes: int | None = Field(
+        default=None, description="most device bytes a footprint process may take, as 24GiB (default: the whole card)"
+    )
+    find_max: bool = Field(
+        default=False, description="only find each method's longest context, by bisection with synthetic KV"
+    )
+    find_max_resolution: float = Field(
+        default=0.03,
+        gt=0,
+        lt=1,
+        description="the search ends when the next length would differ by less than this share",
+    )
+    find_max_limit_tokens: int | None = Field(
+        default=None, description="longest length that search tries (default: the model's maximum)"
+    )
+    throughput: bool = Field(
+        default=False, description="only find each method's largest batch, with synthetic KV, and its tokens a second"
+    )
+    max_batch: int = Field(default=64, ge=1, description="where the search for the largest batch stops")
+    time_limit_s: float | None = Field(
+        default=None, gt=0, description="stop before the next row after this time; the same command continues"
+    )
     footprint_decode_tokens: int = Field(default=32, ge=2, description="decode steps per footprint cell")
     footprint_timeout_s: float = Field(default=3600.0, gt=0, description="longest time of one footprint cell")
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
@@ -152,11 +201,36 @@ class RunConfig(BaseModel):
         items = value if isinstance(value, list | tuple) else [value]
         return tuple(sorted({parse_length(item) for item in items}))
 
+    @field_validator("find_max_limit_tokens", mode="before")
+    @classmethod
+    def _limit(cls, value: object) -> object:
+        return None if value is None else parse_length(value)
+
     @field_validator("methods", "tasks", mode="before")
     @classmethod
     def _specs(cls, value: object) -> object:
         items = value if isinstance(value, list | tuple) else [value]
         return tuple(dict(item) if isinstance(item, Mapping) else item for item in items)
+
+    @field_validator("gpu_budget_bytes", mode="before")
+    @classmethod
+    def _bytes(cls, value: object) -> object:
+        return None if value is None else parse_bytes(value)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _memory_alone(cls, values: Any) -> Any:
+        """Take the tasks out where nothing is scored: random weights, or a search with synthetic KV."""
+        if not isinstance(values, dict):
+            return values
+        for key, why in _UNSCORED.items():
+            asked = is_preset(str(values.get("model", ""))) if key == "model" else values.get(key) is True
+            if not asked:
+                continue
+            if values.get("tasks"):
+                raise UsageError(f"tasks: {why}: leave the tasks out.")
+            values = {**values, "tasks": ()}
+        return values
 
     @field_validator("device")
     @classmethod
@@ -173,12 +247,19 @@ class RunConfig(BaseModel):
     @model_validator(mode="after")
     def _whole(self) -> Self:
         for key, what in (("methods", "method"), ("tasks", "task"), ("lengths_tokens", "length")):
-            if not getattr(self, key):
+            if not getattr(self, key) and not (key == "tasks" and self.unscored):
                 raise UsageError(f"{key}: at least one {what} is needed.")
         if self.prefill_chunk_tokens % self.page_tokens:
             raise UsageError(
                 f"prefill_chunk_tokens is {self.prefill_chunk_tokens}, expected a multiple of page_tokens "
                 f"({self.page_tokens})."
+            )
+        if self.find_max and self.throughput:
+            raise UsageError("find_max and throughput are two runs: ask for one of them.")
+        if not self.footprint and (self.unscored or self.gpu_budget_bytes is not None or self.kv == "synthetic"):
+            raise UsageError(
+                "footprint is off, so this run would measure no memory, which its other options ask for: leave out "
+                "--no-footprint."
             )
         # Rows name a task without its options, a method with them.
         names = [split_spec(spec, kind="task")[0] for spec in self.tasks]
@@ -189,9 +270,19 @@ class RunConfig(BaseModel):
         return self
 
     @property
+    def unscored(self) -> bool:
+        """Whether the run has no accuracy pass: random weights, or a search with synthetic KV."""
+        return is_preset(self.model) or self.find_max or self.throughput
+
+    @property
+    def synthetic_kv(self) -> bool:
+        """Whether the memory passes fill pages with random values instead of prefilling."""
+        return self.kv == "synthetic" or self.find_max or self.throughput
+
+    @property
     def footprint_cells_tokens(self) -> tuple[int, ...]:
-        """Lengths of the footprint pass; empty when it is off."""
-        if not self.footprint:
+        """Lengths of the footprint pass; empty when it is off, and in the searches, which have rows of their own."""
+        if not self.footprint or self.find_max or self.throughput:
             return ()
         return self.footprint_lengths_tokens or self.lengths_tokens
 
@@ -206,8 +297,10 @@ class RunConfig(BaseModel):
         return tuple(spec_label(spec, kind="task") for spec in self.tasks)
 
     def identity(self) -> dict[str, Any]:
-        """Return what must be equal for a folder to be continued: everything but ``out`` and the time limit."""
-        values = self.model_dump(mode="json", exclude={"out", "footprint_timeout_s", "methods", "tasks"})
+        """Return what must be equal for a folder to be continued: everything but ``out`` and the time limits."""
+        values = self.model_dump(
+            mode="json", exclude={"out", "footprint_timeout_s", "time_limit_s", "methods", "tasks"}
+        )
         values["footprint_lengths_tokens"] = list(self.footprint_cells_tokens)
         return {"methods": list(self.method_labels), "tasks": list(self.task_labels), **values}
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import kvscope
 
+#: Where a copy without its repository is told the commit it was made of.
+COMMIT_VARIABLE = "KVSCOPE_COMMIT"
 PACKAGES = ("torch", "transformers", "triton", "tokenizers", "numpy", "nvidia-ml-py", "lm_eval")
 
 
@@ -99,9 +101,12 @@ def driver_version() -> str | None:
 def git_state(folder: Path | None = None) -> dict[str, Any]:
     """Return ``commit`` and ``dirty`` of the checkout that kvscope runs from; both None for an installed package.
 
+    A copy without its repository (a container, a compute node) can be told its commit in ``KVSCOPE_COMMIT``; whether it
+    was changed since is not known then.
+
     The top of the checkout must be this project's own: a wheel inside somebody's repository is no checkout of kvscope.
     """
-    unknown = {"commit": None, "dirty": None}
+    unknown = {"commit": os.environ.get(COMMIT_VARIABLE) or None, "dirty": None}
     folder = folder or Path(__file__).resolve().parent
     try:
         top = _git(folder, "rev-parse", "--show-toplevel")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvscope.harness.deepseek_v4.shape import CompressedModelShape, check_dtype
+from kvscope.harness.presets import is_preset
 from kvscope.methods.shape import DEFAULT_PAGE_TOKENS, ModelShape
 from kvscope.results.errors import UsageError
 
@@ -20,12 +21,14 @@ class ModelFacts:
 
     Attributes:
         spec: the model as asked for.
+        tokenizer: the transformers tokenizer; None for a preset.
         name: what rows call it: ``reference``, a hub id, or a folder's name.
         device: where it will compute, ``auto`` resolved: ``cpu`` or ``cuda:N``.
         dtype: element type of weights and KV cache, ``auto`` resolved, e.g. ``float32``.
         weights_bytes: bytes of the weights in ``dtype``; None when the configuration does not tell.
         max_length_tokens: longest prompt plus answer.
         intermediate_size: width of the MLP.
+        vocab_size: token ids are below it.
         revision: hub commit, or a hash of a folder's files.
     """
 
@@ -37,6 +40,7 @@ class ModelFacts:
     tokenizer: Any
     max_length_tokens: int
     intermediate_size: int
+    vocab_size: int
     weights_bytes: int | None
     revision: str
 
@@ -82,7 +86,7 @@ def describe_model(
     check_dtype(shape, dtype_name)
     text = text_config(config)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where)
+        tokenizer = None if is_preset(spec) else AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError) as error:
         raise UsageError(f"The tokenizer of model {spec!r} cannot be loaded: {_first_line(error)}") from error
     return ModelFacts(
@@ -94,6 +98,7 @@ def describe_model(
         tokenizer=tokenizer,
         max_length_tokens=max_length_tokens(config),
         intermediate_size=int(getattr(text, "intermediate_size", None) or 4 * shape.hidden_size),
+        vocab_size=int(text.vocab_size),
         weights_bytes=weights_bytes(config, element_bytes=element_type.itemsize),
         revision=revision,
     )

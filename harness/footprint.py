@@ -10,15 +10,16 @@ import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import kvscope
 from kvscope.harness.config import format_length
+from kvscope.harness.deadline import Deadline
 from kvscope.harness.plan import Plan
 from kvscope.harness.progress import Progress, format_bytes
-from kvscope.harness.rows import FailureStatus, cell_columns, failed_footprint_row
-from kvscope.harness.worker import FootprintJob
-from kvscope.results.schema import FootprintRow
+from kvscope.harness.rows import FailureStatus, cell_columns
+from kvscope.harness.worker import FootprintJob, failed_row
+from kvscope.results.schema import FootprintRow, OomOf, ThroughputRow
 
 if TYPE_CHECKING:
     from kvscope.methods.base import CacheMethod
@@ -27,36 +28,76 @@ if TYPE_CHECKING:
 WORKER_COMMAND = (sys.executable, "-m", "kvscope.harness.worker")
 PHASES = ("start", "load", "warm-up", "prefill", "decode", "timing")
 STDERR_TAIL_CHARACTERS = 2000
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+ALLOCATOR_SETTINGS = "expandable_segments:True"
 
 
-def footprint_pass(plan: Plan, store: "RunStore", progress: Progress) -> None:
-    """Measure every (method, length) that has no row yet, shortest length first."""
+def footprint_pass(plan: Plan, store: "RunStore", progress: Progress, deadline: Deadline) -> None:
+    """Measure every (method, length) that has no row yet, shortest length first, until the deadline."""
     for length_tokens in plan.config.footprint_cells_tokens:
-        pending = [method for method in plan.methods if not store.has_footprint((method.label, length_tokens))]
-        if not pending:
-            continue
-        context_ids, forced_ids = footprint_prompt(plan, length_tokens)
-        for method in pending:
-            progress.begin_cell(f"footprint {method.label} {format_length(length_tokens)}", steps=1)
-            progress.begin_step("fresh process", parts=len(PHASES))
-            job = make_job(plan, method, length_tokens, context_ids=context_ids, forced_ids=forced_ids)
-            why = plan.unsupported(method.label, length_tokens)
-            if why is not None:
-                row = failed_footprint_row(job.cell, status="unsupported", reason=why)
-            else:
-                row = run_worker(job, timeout_s=plan.config.footprint_timeout_s, on_phase=progress.part)
-            store.append_footprint(row)
-            progress.end_step(work_tokens=plan.footprint_work_tokens(length_tokens))
-            progress.end_cell(summary(row))
+        for method in plan.methods:
+            if not store.has_footprint((method.label, length_tokens)):
+                deadline.check()
+                store.append_footprint(measure_footprint(plan, method, length_tokens, progress))
+
+
+def measure_footprint(plan: Plan, method: "CacheMethod[Any]", length_tokens: int, progress: Progress) -> FootprintRow:
+    """Measure one (method, length) in a fresh process."""
+    progress.begin_cell(f"footprint {method.label} {format_length(length_tokens)}", steps=1)
+    job = make_job(plan, method, length_tokens)
+    row = run_job(plan, job, plan.unsupported(method.label, length_tokens), progress)
+    assert isinstance(row, FootprintRow)
+    progress.end_cell(summary(row))
+    return row
+
+
+def throughput_pass(plan: Plan, store: "RunStore", progress: Progress, deadline: Deadline) -> None:
+    """Find the largest batch of every (method, length) that has no row yet, and its tokens a second."""
+    for length_tokens in plan.config.lengths_tokens:
+        for method in plan.methods:
+            if store.has_throughput((method.label, length_tokens)):
+                continue
+            deadline.check()
+            progress.begin_cell(f"throughput {method.label} {format_length(length_tokens)}", steps=1)
+            job = make_job(plan, method, length_tokens, kind="throughput")
+            row = run_job(plan, job, plan.unsupported(method.label, length_tokens), progress)
+            assert isinstance(row, ThroughputRow)
+            store.append_throughput(row)
+            progress.end_cell(throughput_summary(row))
+
+
+def run_job(plan: Plan, job: FootprintJob, unsupported: str | None, progress: Progress) -> FootprintRow | ThroughputRow:
+    """Run a job in a fresh process, or say why it cannot run."""
+    progress.begin_step("fresh process", parts=len(PHASES))
+    if unsupported is not None:
+        row = failed_row(job, status="unsupported", reason=unsupported, phase=None)
+    else:
+        row = run_worker(job, timeout_s=plan.config.footprint_timeout_s, on_phase=progress.part)
+    progress.end_step(work_tokens=plan.footprint_work_tokens(int(job.cell["length_tokens"])))
+    return row
 
 
 def footprint_prompt(plan: Plan, length_tokens: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return (tokens to prefill, tokens fed under the method): the first task's prompt, room for decode left."""
-    config, task = plan.config, plan.tasks[0]
+    """Return (tokens to prefill, tokens fed under the method): a task's prompt, room for decode left.
+
+    Where there is no task (presets, synthetic KV), they are random: all but the last are prefilled.
+    """
+    config = plan.config
+    if not plan.tasks:
+        ids = random_ids(plan.facts.vocab_size, length_tokens - config.footprint_decode_tokens, seed=config.seed)
+        return ids[:-1], ids[-1:]
+    task = plan.tasks[0]
     built_tokens = length_tokens - config.footprint_decode_tokens + task.max_new_tokens
     sample = task.build(plan.facts.tokenizer, length_tokens=built_tokens, sample=0, seed=config.seed)
     split = len(sample.ids) - 1 if config.method_from == "last_token" else sample.question_start
     return sample.ids[:split], sample.ids[split:]
+
+
+def random_ids(vocab_size: int, n_tokens: int, *, seed: int) -> tuple[int, ...]:
+    """Return random token ids."""
+    import numpy as np
+
+    return tuple(np.random.default_rng(seed).integers(0, vocab_size, n_tokens).tolist())
 
 
 def make_job(
@@ -64,32 +105,45 @@ def make_job(
     method: "CacheMethod[Any]",
     length_tokens: int,
     *,
-    context_ids: tuple[int, ...],
-    forced_ids: tuple[int, ...],
+    kind: Literal["footprint", "throughput"] = "footprint",
 ) -> FootprintJob:
     """Return the job of one cell; its predictions are made here, before anything is measured."""
     config, facts = plan.config, plan.facts
+    synthetic = config.synthetic_kv
+    context_ids: tuple[int, ...] = ()
+    if synthetic:
+        context_tokens = length_tokens - config.footprint_decode_tokens - 1
+        forced_ids = random_ids(facts.vocab_size, 1, seed=config.seed)
+    else:
+        context_ids, forced_ids = footprint_prompt(plan, length_tokens)
+        context_tokens = len(context_ids)
     cell = cell_columns(
         method,
         shape=facts.shape,
         model=facts.name,
         method_from=config.method_from,
         length_tokens=length_tokens,
-        prompt_tokens=len(context_ids),
+        prompt_tokens=context_tokens,
         dtype=facts.dtype,
         device=facts.device,
+        prefill="synthetic" if synthetic else "dense",
     )
-    if plan.unsupported(method.label, length_tokens) is None:
-        predicted = method.predict(facts.shape, len(context_ids), len(forced_ids) + config.footprint_decode_tokens - 1)
+    if kind == "throughput":
+        cell["mirror"] = "shared" if method.saving_kind == "offloaded" else "none"
+    elif not method.unsupported(facts.shape, facts.device):
+        predicted = method.predict(facts.shape, context_tokens, len(forced_ids) + config.footprint_decode_tokens - 1)
         cell["predicted_kv_bytes"] = predicted.kv_bytes
         cell["predicted_metadata_bytes"] = predicted.metadata_bytes
         cell["predicted_host_bytes"] = predicted.host_bytes
     spec = plan.config.methods[plan.methods.index(method)]
     return FootprintJob(
         cell=cell,
+        kind=kind,
         model=config.model,
         method=spec,
+        kv="synthetic" if synthetic else "prefill",
         context_ids=context_ids,
+        context_tokens=context_tokens,
         forced_ids=forced_ids,
         decode_tokens=config.footprint_decode_tokens,
         seed=config.seed,
@@ -99,6 +153,8 @@ def make_job(
         page_tokens=config.page_tokens,
         paper_settings=config.paper_settings,
         decode_graph=config.decode_graph,
+        gpu_budget_bytes=config.gpu_budget_bytes,
+        max_batch=config.max_batch if kind == "throughput" else 1,
     )
 
 
@@ -108,7 +164,7 @@ def run_worker(
     timeout_s: float,
     on_phase: Callable[[str], None] = lambda phase: None,
     command: tuple[str, ...] = WORKER_COMMAND,
-) -> FootprintRow:
+) -> FootprintRow | ThroughputRow:
     """Run one job in a fresh process and return its row.
 
     A worker that raises, runs out of memory, is killed or takes longer than ``timeout_s`` gives a row with the status,
@@ -148,17 +204,13 @@ def run_worker(
         status, reason = _death(process.returncode, phase, stderr, oom_kills=kernel_oom_kills() - kills_before)
         if timed_out.is_set():
             status, reason = "failed", f"{phase}: stopped after {timeout_s:g} s (footprint_timeout_s)"
-        return failed_footprint_row(job.cell, status=status, reason=reason, failure_phase=failure_phase(phase))
-
-
-def failure_phase(phase: str) -> str:
-    """Return the phase as the schema counts it: warm-up belongs to load, timing to decode."""
-    return {"warm-up": "load", "timing": "decode"}.get(phase, phase)
+        memory: OomOf | None = "host" if status == "oom" else None
+        return failed_row(job, status=status, reason=reason, phase=phase, oom_of=memory)
 
 
 def _converse(
     process: "subprocess.Popen[str]", job: FootprintJob, on_phase: Callable[[str], None]
-) -> tuple[FootprintRow | None, str]:
+) -> tuple[FootprintRow | ThroughputRow | None, str]:
     """Send the job, follow the phases, return (row or None, last phase). stdin stays open: it tells that we live."""
     assert process.stdin is not None
     assert process.stdout is not None
@@ -175,7 +227,8 @@ def _converse(
         except ValueError:
             break  # cut short by a kill: the exit status tells the rest
         if "row" in message:
-            return FootprintRow.model_validate(message["row"]), phase
+            kind = ThroughputRow if job.kind == "throughput" else FootprintRow
+            return kind.model_validate(message["row"]), phase
         phase = str(message["phase"])
         on_phase(phase)
     return None, phase
@@ -220,11 +273,17 @@ def kernel_oom_kills() -> int:
 
 
 def worker_environment() -> dict[str, str]:
-    """Return this process's environment, with this very kvscope importable and quiet libraries."""
+    """Return this process's environment, with this very kvscope importable and quiet libraries.
+
+    torch's allocator gets expandable segments unless the user has settings of their own: what is freed inside a segment
+    then goes back to the driver, so that NVML sees it.
+    """
     here = str(Path(kvscope.__file__).parent.parent)
     paths = [here, *(path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path != here)]
+    own_settings = any(os.environ.get(name) for name in ALLOCATOR_VARIABLES)
     return {
         **os.environ,
+        **({} if own_settings else {ALLOCATOR_VARIABLES[0]: ALLOCATOR_SETTINGS}),
         "PYTHONPATH": os.pathsep.join(paths),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -239,3 +298,10 @@ def summary(row: FootprintRow) -> str:
     share = kept_bytes / row.dense_kv_bytes if row.dense_kv_bytes else 1.0
     text = f"{format_bytes(kept_bytes)} on the device, {share:.1%} of dense"
     return f"{text}, {(row.tpot_s or 0) * 1e3:.2f} ms a token, {row.verdict}"
+
+
+def throughput_summary(row: ThroughputRow) -> str:
+    """Return a row in a few words."""
+    if row.status != "ok" or row.tokens_per_s is None:
+        return f"{row.status}: {row.reason}"
+    return f"batch {row.largest_batch} ({row.batch_bound}), {row.tokens_per_s:.0f} tokens/s"

@@ -17,6 +17,8 @@ MIB = 1024 * 1024
 RESOLUTION_BYTES = 256 * MIB
 #: Share of the claimed bytes that NVML must confirm.
 CONFIRMED_SHARE = 0.9
+#: How far NVML may be from the ledger: a share of the ledger, and what blocks and workspaces add at any size.
+AGREEMENT_SHARE, AGREEMENT_BYTES = 0.03, 64 * MIB
 
 SavingKind = Literal["resident", "freed", "offloaded"]
 Verdict = Literal["resident", "freed", "offloaded", "mismatch", "below_resolution", "not_measured"]
@@ -81,6 +83,17 @@ class NvmlProcessMemory:
         if self.reason is not None or self._pid is None:
             return None
         return self._processes().get(self._pid)
+
+    def others(self) -> tuple[int, int | None] | None:
+        """Return (other processes on the GPU, bytes they hold or None where the driver does not tell).
+
+        None when NVML could not be asked, or does not say which process is this one.
+        """
+        if self._nvml is None or self._pid is None:
+            return None
+        used = [used_bytes for pid, used_bytes in self._processes().items() if pid != self._pid]
+        known = [used_bytes for used_bytes in used if used_bytes is not None]
+        return len(used), sum(known) if len(known) == len(used) else None
 
     def _processes(self) -> dict[int, int | None]:
         listed = self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
@@ -151,12 +164,13 @@ def verdict(
     ledger_bytes: int,
     baseline_nvml_bytes: int | None,
     decode_peak_nvml_bytes: int | None,
-) -> Verdict:
+) -> tuple[Verdict, str | None]:
     """Compare what a method says it keeps on the GPU with what the driver saw.
 
-    ``kv = decode peak - baseline``. A method that frees or offloads claims ``dense - ledger`` bytes; NVML confirms it
-    when ``dense - kv`` is at least 90 % of that. A method that keeps everything resident claims ``ledger`` bytes on the
-    GPU; NVML confirms it when ``kv`` is at least 90 % of them.
+    ``kv = decode peak - baseline``. Ledger and driver must agree, within 3 % of the ledger and 64 MiB, whatever the
+    size. Then a method that frees or offloads claims ``dense - ledger`` bytes; NVML confirms it when ``dense - kv`` is
+    at least 90 % of that. A method that keeps everything resident claims ``ledger`` bytes on the GPU; NVML confirms it
+    when ``kv`` is at least 90 % of them.
 
     Args:
         saving_kind: what the method says becomes of the bytes it does not keep.
@@ -164,17 +178,28 @@ def verdict(
         ledger_bytes: device bytes of the method's live tensors, metadata included.
         baseline_nvml_bytes: NVML after warm-up, before the prompt; None where NVML was not read.
         decode_peak_nvml_bytes: NVML peak during decode; None where NVML was not read.
+
+    Returns:
+        The verdict, and for ``mismatch`` the readings that disagree in one clause.
     """
     if baseline_nvml_bytes is None or decode_peak_nvml_bytes is None:
-        return "not_measured"
+        return "not_measured", None
     kv_bytes = decode_peak_nvml_bytes - baseline_nvml_bytes
+    off_bytes, allowed_bytes = abs(kv_bytes - ledger_bytes), int(AGREEMENT_SHARE * ledger_bytes) + AGREEMENT_BYTES
+    if off_bytes > allowed_bytes:
+        return "mismatch", (
+            f"NVML reads {kv_bytes:,} bytes where the ledger counts {ledger_bytes:,}: {off_bytes:,} apart, "
+            f"{allowed_bytes:,} allowed (3 % and 64 MiB)"
+        )
     if saving_kind == "resident":
         claim_bytes, seen_bytes = ledger_bytes, kv_bytes
     else:
         claim_bytes, seen_bytes = dense_kv_bytes - ledger_bytes, dense_kv_bytes - kv_bytes
     if claim_bytes < RESOLUTION_BYTES:
-        return "below_resolution"
-    return saving_kind if seen_bytes >= CONFIRMED_SHARE * claim_bytes else "mismatch"
+        return "below_resolution", None
+    if seen_bytes >= CONFIRMED_SHARE * claim_bytes:
+        return saving_kind, None
+    return "mismatch", f"NVML confirms {seen_bytes:,} of {claim_bytes:,} bytes claimed, less than 90 %"
 
 
 def host_rss_bytes() -> int:

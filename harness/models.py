@@ -13,6 +13,7 @@ import torch
 
 from kvscope.harness.deepseek_v4.shape import CompressedModelShape, check_dtype
 from kvscope.harness.glue import ATTENTION_NAME, decoder_of, register_attention
+from kvscope.harness.presets import PRESETS, build_preset, find_preset, is_preset, preset_config, preset_revision
 from kvscope.harness.rotation import RopeRotation, UnknownRotation, probe_rotations
 from kvscope.harness.shapes import max_length_tokens, model_shape
 from kvscope.methods.kernels.dispatch import decode_backend
@@ -49,7 +50,7 @@ class LoadedModel:
         spec: what the user asked for.
         name: what rows call it: ``reference``, a hub id, or a folder's name.
         model: the transformers model, in eval mode, its attention switched to kvscope's.
-        tokenizer: the transformers tokenizer; None only for models wrapped in tests.
+        tokenizer: the transformers tokenizer; None for presets, and for models wrapped in tests.
         shape: what the methods count with.
         max_length_tokens: longest prompt plus answer.
         revision: the hub commit, or for a folder ``sha256:`` of its config and of samples of its weights.
@@ -74,7 +75,8 @@ class LoadedModel:
 
 def known_models() -> dict[str, str]:
     """Return names ``--model`` is known to take, each with one line about it. Any hub id or local folder works too."""
-    return dict(_KNOWN)
+    presets = {f"preset:{name}": preset.description for name, preset in PRESETS.items() if preset.description}
+    return {**_KNOWN, **presets}
 
 
 def load_model(
@@ -83,7 +85,7 @@ def load_model(
     """Load a model by name, local folder or Hugging Face id.
 
     Args:
-        spec: ``reference``, a folder that transformers can load, or a hub id.
+        spec: ``reference``, ``preset:NAME``, a folder that transformers can load, or a hub id.
         device: ``auto`` (a GPU when there is one), ``cpu``, ``cuda`` or ``cuda:<index>``.
         dtype: ``auto`` (fp32 on CPU, bf16 on a GPU), ``float32``, ``bfloat16`` or ``float16``.
         page_tokens: tokens of one KV page.
@@ -102,6 +104,11 @@ def load_model(
     shape = model_shape(config, element_bytes=target_dtype.itemsize, page_tokens=page_tokens)
     check_dtype(shape, str(target_dtype).removeprefix("torch."))
     register_attention()
+    if is_preset(spec):
+        model = build_preset(spec, device=target, dtype=target_dtype)
+        return wrap_model(
+            model, None, spec=spec, name=name, page_tokens=page_tokens, revision=model_revision(where, config)
+        )
     try:
         with _no_progress_bars():
             # Some models refuse sdpa when built (gpt-oss), none refuses eager; the switch comes after.
@@ -195,6 +202,9 @@ def resolve_model(spec: str) -> tuple[str, str]:
     Raises:
         UsageError: neither a known name, nor a folder with a config.json, nor shaped like a hub id.
     """
+    if is_preset(spec):
+        find_preset(spec)
+        return spec, spec
     if spec == "reference":
         if not (REFERENCE_MODEL_FOLDER / "config.json").is_file():
             raise UsageError(
@@ -212,8 +222,8 @@ def resolve_model(spec: str) -> tuple[str, str]:
         raise UsageError(f"There is no model folder '{spec}'. Check the path, or pass a Hugging Face id (owner/name).")
     if "/" not in spec:
         raise UsageError(
-            f"There is no model '{spec}'.{did_you_mean(spec, _KNOWN)} A local folder or a Hugging Face id (owner/name) "
-            "works too."
+            f"There is no model '{spec}'.{did_you_mean(spec, known_models())} A local folder or a Hugging Face id "
+            "(owner/name) works too."
         )
     return spec, spec
 
@@ -227,6 +237,8 @@ def load_config(spec: str) -> Any:
     from transformers import AutoConfig
 
     where, _ = resolve_model(spec)
+    if is_preset(spec):
+        return preset_config(spec)
     try:
         return AutoConfig.from_pretrained(where)
     except (OSError, ValueError) as error:
@@ -296,8 +308,10 @@ def model_revision(where: str, config: Any) -> str:
     """Return the hub commit of a model, or for a folder a hash of its config and its weights.
 
     Of every weights file its name, size, ends and evenly spread samples are read: training changes all of them, and a
-    model of any size is told apart in milliseconds.
+    model of any size is told apart in milliseconds. Of a preset: how its weights are drawn.
     """
+    if is_preset(where):
+        return preset_revision()
     folder = Path(where)
     if not folder.is_dir():
         return str(getattr(config, "_commit_hash", None) or "unknown")

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from tabulate import tabulate
 
 from kvscope.harness.config import RunConfig, format_length, split_spec
-from kvscope.harness.deepseek_v4.shape import fitted, released_bytes_note
+from kvscope.harness.deepseek_v4.shape import CompressedModelShape, fitted, released_bytes_note
+from kvscope.harness.device_budget import CONTEXT_BYTES
 from kvscope.harness.facts import ModelFacts, describe_model
 from kvscope.harness.memory import free_device_bytes
 from kvscope.harness.pooling import excluded_types
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from kvscope.methods.base import CacheMethod, Footprint
     from kvscope.tasks.base import Task
 
-#: What a CUDA context takes (620 MiB on an H100) and a little room for workspaces.
-CONTEXT_BYTES = 768 * 1024**2
 DECODE_WORK_TOKENS = 256
 PROCESS_WORK_TOKENS = 8192
 
@@ -52,8 +51,13 @@ class Plan:
 
     def unsupported(self, method_label: str, length_tokens: int) -> str | None:
         """Return why a method cannot run at a length, or None."""
-        cell = self.cell(method_label, length_tokens)
-        return cell.reason if cell.forecast == "unsupported" else None
+        cell = self._by_key.get((method_label, length_tokens))
+        return cell.reason if cell is not None and cell.forecast == "unsupported" else None
+
+    @property
+    def planned_lengths_tokens(self) -> tuple[int, ...]:
+        """Every length that has a cell; a search for the longest context finds its own."""
+        return planned_lengths(self.config)
 
     @property
     def accuracy_prefill_tokens(self) -> int:
@@ -68,7 +72,7 @@ class Plan:
             length_tokens
             for length_tokens in self.config.footprint_cells_tokens
             for method in self.methods
-            if self.unsupported(method.label, length_tokens) is None
+            if self.unsupported(method.label, length_tokens) is None and not self.config.synthetic_kv
         )
 
     def prompt_work_tokens(self, length_tokens: int, *, methods: int) -> int:
@@ -83,12 +87,16 @@ class Plan:
     def warnings(self) -> list[str]:
         """What the user may not expect, one sentence each."""
         said = []
-        if all(method.name != "dense" for method in self.methods):
+        if not self.tasks and all(method.name != "dense" for method in self.methods):
+            said.append(
+                "dense is not among the methods: bytes and times have nothing to be compared with. Add -m dense."
+            )
+        elif all(method.name != "dense" for method in self.methods):
             said.append("dense is not among the methods: accuracy has nothing to be compared with. Add -m dense.")
         for method in self.methods:
             if method.name == "dense":
                 continue
-            same = [n for n in self.config.lengths_tokens if method.is_noop(n, self.facts.shape)]
+            same = [n for n in self.planned_lengths_tokens if method.is_noop(n, self.facts.shape)]
             if same:
                 said.append(
                     f"{method.label} leaves nothing out at {_lengths(same)}: there it is dense by another name."
@@ -100,7 +108,7 @@ class Plan:
     def text(self) -> str:
         """Return the plan as plain text."""
         config, facts = self.config, self.facts
-        lengths = sorted({*config.lengths_tokens, *config.footprint_cells_tokens})
+        lengths = list(self.planned_lengths_tokens)
         header = ["method", *(format_length(n) for n in lengths)]
         kv = [[m.label, *(_kv_text(self.cell(m.label, n)) for n in lengths)] for m in self.methods]
         host = [[m.label, *(_mib(self.cell(m.label, n).predicted_host_bytes) for n in lengths)] for m in self.methods]
@@ -108,8 +116,27 @@ class Plan:
         parts = [
             f"model    {config.model}: {facts.dtype} on {facts.device}, {weights} of weights, "
             f"{facts.shape.kv_bytes_per_token:,} B of KV a token, at most {facts.max_length_tokens:,} tokens",
-            f"tasks    {', '.join(task.name for task in self.tasks)}",
-            f"lengths  {_lengths(config.lengths_tokens)}, {config.samples} samples each, seed {config.seed}",
+        ]
+        if self.tasks:
+            parts += [
+                f"tasks    {', '.join(task.name for task in self.tasks)}",
+                f"lengths  {_lengths(config.lengths_tokens)}, {config.samples} samples each, seed {config.seed}",
+            ]
+        else:
+            parts.append("tasks    none: nothing is scored in this run, memory and times alone are measured")
+        if config.gpu_budget_bytes is not None:
+            parts.append(
+                f"budget   {format_bytes(config.gpu_budget_bytes)} of device memory a process, weights included"
+            )
+        if config.find_max:
+            return "\n".join(
+                [
+                    *parts,
+                    f"search   the longest context of {', '.join(method.label for method in self.methods)}: synthetic "
+                    "KV, a fresh process a try",
+                ]
+            )
+        parts += [
             "",
             "Predicted bytes on the device (KV + metadata), MiB",
             tabulate(kv, headers=header, tablefmt="simple", disable_numparse=True, colalign=_columns(header)),
@@ -121,16 +148,23 @@ class Plan:
                 tabulate(host, headers=header, tablefmt="simple", disable_numparse=True, colalign=_columns(header)),
             ]
         prompts = len(self.tasks) * len(config.lengths_tokens) * config.samples
-        parts += [
-            "",
-            f"accuracy   {prompts:,} prompts, each prefilled once for {len(self.methods)} methods: "
-            f"{self.accuracy_prefill_tokens:,} tokens to prefill, {prompts * len(self.methods):,} rows",
-        ]
-        if config.footprint:
+        parts.append("")
+        if self.tasks:
+            parts.append(
+                f"accuracy   {prompts:,} prompts, each prefilled once for {len(self.methods)} methods: "
+                f"{self.accuracy_prefill_tokens:,} tokens to prefill, {prompts * len(self.methods):,} rows"
+            )
+        if config.footprint_cells_tokens:
             footprint_cells = len(config.footprint_cells_tokens) * len(self.methods)
+            work = "synthetic KV" if config.synthetic_kv else f"{self.footprint_prefill_tokens:,} tokens to prefill"
             parts.append(
                 f"footprint  {footprint_cells} cells, each a fresh process, at "
-                f"{_lengths(config.footprint_cells_tokens)}: {self.footprint_prefill_tokens:,} tokens to prefill"
+                f"{_lengths(config.footprint_cells_tokens)}: {work}"
+            )
+        if config.throughput:
+            parts.append(
+                f"throughput {len(config.lengths_tokens) * len(self.methods)} cells, each a fresh process, at "
+                f"{_lengths(config.lengths_tokens)}: the largest batch up to {config.max_batch}, synthetic KV"
             )
         parts += [f"{cell.forecast:<10} {cell.method_label} at {format_length(cell.length_tokens)}: {cell.reason}"
                   for cell in self.cells if cell.reason]  # fmt: skip
@@ -158,12 +192,13 @@ def make_plan(config: RunConfig) -> Plan:
             task.max_new_tokens = config.max_new_tokens
         tasks.append(task)
     facts = describe_model(config.model, device=config.device, dtype=config.dtype, page_tokens=config.page_tokens)
+    check_synthetic(config, facts)
     methods = tuple(fitted(method, facts.shape) for method in methods)
     for method in methods:
         method.require(facts.shape)
     check_lengths(config, facts, tasks)
-    lengths = sorted({*config.lengths_tokens, *config.footprint_cells_tokens})
-    rooms = {device: free_device_bytes(device) for device in {facts.device, "cpu"}}
+    lengths = planned_lengths(config)
+    rooms = device_rooms(config, facts)
     cells = [
         plan_cell(method, length_tokens, config=config, facts=facts, rooms=rooms)
         for method in methods
@@ -174,6 +209,43 @@ def make_plan(config: RunConfig) -> Plan:
     return Plan(
         config=config, facts=facts, methods=methods, tasks=tuple(tasks), cells=tuple(cells), excluded_types=excluded
     )
+
+
+def check_synthetic(config: RunConfig, facts: ModelFacts) -> None:
+    """Refuse synthetic KV on a model whose cache is more than pages of K and V.
+
+    Raises:
+        UsageError: saying what is not filled.
+    """
+    what = ""
+    if isinstance(facts.shape, CompressedModelShape):
+        what = "compressed entries, which are"
+    elif facts.shape.sliding_layers:
+        what = "sliding-window layers, whose stock cache is"
+    if config.synthetic_kv and what:
+        raise UsageError(
+            f"Model {config.model!r} has {what} not filled with synthetic values: leave out --kv synthetic, --find-max "
+            "and --throughput, or take another model."
+        )
+
+
+def planned_lengths(config: RunConfig) -> tuple[int, ...]:
+    """Return every length that has a cell, ascending."""
+    if config.find_max:
+        return ()
+    scored = () if config.unscored and not config.throughput else config.lengths_tokens
+    return tuple(sorted({*scored, *config.footprint_cells_tokens}))
+
+
+def device_rooms(config: RunConfig, facts: ModelFacts) -> dict[str, tuple[int | None, str]]:
+    """Return device -> (free bytes, its name) for the computing device and the host; a budget lowers the device's."""
+    rooms = {device: free_device_bytes(device) for device in {facts.device, "cpu"}}
+    budget_bytes = config.gpu_budget_bytes
+    if budget_bytes is not None and facts.device != "cpu":
+        free_bytes, _ = rooms[facts.device]
+        least_bytes = budget_bytes if free_bytes is None else min(free_bytes, budget_bytes)
+        rooms[facts.device] = least_bytes, "the device budget"
+    return rooms
 
 
 def check_unique(labels: Sequence[str]) -> None:
@@ -193,7 +265,7 @@ def check_lengths(config: RunConfig, facts: ModelFacts, tasks: "Sequence[Task]")
     Raises:
         UsageError: naming the length, the limit and who sets it.
     """
-    for length_tokens in (*config.lengths_tokens, *config.footprint_cells_tokens):
+    for length_tokens in planned_lengths(config):
         if length_tokens > facts.max_length_tokens:
             raise UsageError(
                 f"Length {length_tokens:,} is over the {facts.max_length_tokens:,} tokens that model "
@@ -207,6 +279,15 @@ def check_lengths(config: RunConfig, facts: ModelFacts, tasks: "Sequence[Task]")
                     f"Length {length_tokens:,} is too short for task {task.name!r}: it needs at least "
                     f"{least_tokens:,} tokens."
                 )
+    if not tasks or config.synthetic_kv:
+        least_tokens = config.footprint_decode_tokens + 2
+        for length_tokens in (*config.footprint_cells_tokens, *(config.lengths_tokens if config.throughput else ())):
+            if length_tokens < least_tokens:
+                raise UsageError(
+                    f"Length {length_tokens:,} is too short for {config.footprint_decode_tokens} decode steps: it "
+                    f"needs at least {least_tokens:,} tokens."
+                )
+        return
     # The footprint prompt is the first task's, with decode_tokens of room instead of the task's own.
     least_tokens = (
         tasks[0].min_length_tokens(facts.tokenizer) - tasks[0].max_new_tokens + config.footprint_decode_tokens
@@ -242,7 +323,9 @@ def plan_cell(
     predicted = method.predict(facts.shape, length_tokens - decode_tokens - 1, decode_tokens)
     forecast: Forecast = "unknown"
     reason = None
-    for device, needed_bytes in _needed_bytes(predicted, length_tokens, config=config, facts=facts).items():
+    mirror = method.saving_kind == "offloaded"
+    needs = needed_bytes_by_device(predicted, length_tokens, config=config, facts=facts, mirror=mirror)
+    for device, needed_bytes in needs.items():
         free_bytes, where = rooms[device]
         if free_bytes is None:
             continue
@@ -262,15 +345,22 @@ def plan_cell(
     )
 
 
-def _needed_bytes(
-    predicted: "Footprint", length_tokens: int, *, config: RunConfig, facts: ModelFacts
+def needed_bytes_by_device(
+    predicted: "Footprint", length_tokens: int, *, config: RunConfig, facts: ModelFacts, mirror: bool
 ) -> dict[str, int]:
-    """Estimate the peak bytes of a cell by device: where it computes, and the host that holds the prompt's pages."""
+    """Estimate the peak bytes of a cell by device: where it computes, and the host that holds the prompt's pages.
+
+    Args:
+        mirror: whether the method recalls from the host: a synthetic prompt is smaller without.
+    """
     if facts.weights_bytes is None:
         return {}
-    prefill_bytes = facts.prefill_peak_bytes(length_tokens, chunk_tokens=config.prefill_chunk_tokens)
-    own_bytes = facts.weights_bytes + max(prefill_bytes, predicted.device_bytes)
     pages_bytes = facts.shape.dense_kv_bytes(length_tokens)
+    prefill_bytes = facts.prefill_peak_bytes(length_tokens, chunk_tokens=config.prefill_chunk_tokens)
+    if config.synthetic_kv and not config.tasks:
+        pages_bytes = pages_bytes if mirror else pages_bytes // max(1, len(facts.shape.layers))
+        prefill_bytes = 0
+    own_bytes = facts.weights_bytes + max(prefill_bytes, predicted.device_bytes)
     if facts.device == "cpu":
         return {"cpu": own_bytes + pages_bytes}
     return {facts.device: CONTEXT_BYTES + own_bytes, "cpu": pages_bytes}

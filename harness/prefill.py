@@ -30,7 +30,7 @@ from kvscope.harness.progress import format_bytes
 from kvscope.methods.base import Collector, tensor_bytes
 from kvscope.methods.shape import ModelShape
 from kvscope.methods.store import PromptKV, empty_host_pages
-from kvscope.results.errors import EnvironmentProblem, UsageError
+from kvscope.results.errors import HostMemoryShort, UsageError
 
 DEFAULT_CHUNK_TOKENS = 2048
 
@@ -58,7 +58,7 @@ def prefill(
 
     Raises:
         UsageError: a prompt longer than the model takes, or a chunk that is not whole pages.
-        EnvironmentProblem: the host pages do not fit the host's memory.
+        HostMemoryShort: the host pages do not fit the host's memory.
     """
     shape = loaded.shape
     if chunk_tokens < 1 or chunk_tokens % shape.page_tokens:
@@ -113,11 +113,20 @@ def check_host_room(shape: ModelShape, n_tokens: int) -> None:
     """Refuse a prompt whose host pages do not fit, before the kernel has to end the process for it.
 
     Raises:
-        EnvironmentProblem: naming the bytes needed and the bytes free.
+        HostMemoryShort: naming the bytes needed and the bytes free.
     """
-    need_bytes, free_bytes = shape.paged_kv_bytes(n_tokens), free_host_bytes()
+    check_host_bytes(shape.paged_kv_bytes(n_tokens), n_tokens)
+
+
+def check_host_bytes(need_bytes: int, n_tokens: int) -> None:
+    """Refuse host pages of ``need_bytes`` for a prompt of ``n_tokens`` where they do not fit.
+
+    Raises:
+        HostMemoryShort: naming the bytes needed and the bytes free.
+    """
+    free_bytes = free_host_bytes()
     if need_bytes > free_bytes:
-        raise EnvironmentProblem(
+        raise HostMemoryShort(
             f"The host pages of a prompt of {n_tokens:,} tokens (the mirror that methods recall from) need "
             f"{format_bytes(need_bytes)} and {format_bytes(free_bytes)} of host memory is free: it would run out of "
             "memory. Take a shorter length, or a machine with more."

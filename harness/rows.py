@@ -3,7 +3,8 @@
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
-from kvscope.results.schema import FootprintRow, ResidencyRecord, SampleRow
+from kvscope.results.errors import DeviceBudgetExceeded
+from kvscope.results.schema import OomOf, ResidencyRecord, SampleRow
 
 if TYPE_CHECKING:
     from kvscope.harness.decode import DecodeResult
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
 
 FailureStatus = Literal["unsupported", "failed", "oom"]
 MAX_REASON_CHARACTERS = 600
+#: How errors that are no OutOfMemoryError say that memory ran out: the CPU's allocator, CUDA and Triton, cuBLAS.
+_OOM_WORDS = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def is_oom(error: BaseException) -> bool:
@@ -21,13 +24,28 @@ def is_oom(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     text = str(error)
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
+    return isinstance(error, RuntimeError) and any(word in text for word in _OOM_WORDS)
 
 
 def failure(error: BaseException, *, phase: str) -> tuple[FailureStatus, str]:
     """Return (status, reason) of a cell that ended in ``error``; the reason is one line."""
     status: FailureStatus = "oom" if is_oom(error) else "failed"
     return status, one_line(f"{phase}: {type(error).__name__}: {error}")
+
+
+def oom_of(error: BaseException, *, budgeted: bool) -> OomOf:
+    """Return which memory an out-of-memory error is about.
+
+    Args:
+        budgeted: whether the process was held to a device budget: then that is what the device ran out of.
+    """
+    import torch
+
+    if isinstance(error, DeviceBudgetExceeded):
+        return "device_budget"
+    if isinstance(error, torch.OutOfMemoryError) or "CUDA" in str(error):
+        return "device_budget" if budgeted else "device"
+    return "host"
 
 
 def one_line(text: str) -> str:
@@ -46,6 +64,7 @@ def cell_columns(
     prompt_tokens: int,
     dtype: str,
     device: str,
+    prefill: Literal["dense", "synthetic"] = "dense",
 ) -> dict[str, Any]:
     """Columns that sample rows and footprint rows of one (method, length) have in common."""
     return {
@@ -56,6 +75,7 @@ def cell_columns(
         "length_tokens": length_tokens,
         "saving_kind": method.saving_kind,
         "noop": method.is_noop(prompt_tokens, shape),
+        "prefill": prefill,
         "method_from": method_from,
         "selection": getattr(method, "selection", "free"),
         "dtype": dtype,
@@ -124,12 +144,3 @@ def sample_row(
 def failed_sample_row(cell: dict[str, Any], sample: "Sample", *, status: FailureStatus, reason: str) -> SampleRow:
     """Return the row of a prompt that could not be answered under a method."""
     return SampleRow(**cell, **prompt_columns(sample), status=status, reason=one_line(reason))
-
-
-def failed_footprint_row(
-    cell: dict[str, Any], *, status: FailureStatus, reason: str, backend: str = "none", **columns: Any
-) -> FootprintRow:
-    """Return the row of a footprint cell that was not measured; ``columns`` holds what was read before it ended."""
-    return FootprintRow(
-        **cell, status=status, reason=one_line(reason), backend=backend, verdict="not_measured", **columns
-    )

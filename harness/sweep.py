@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import kvscope
 from kvscope.harness.accuracy import accuracy_pass, pending_samples, release_memory
 from kvscope.harness.config import RunConfig, format_length, make_config
+from kvscope.harness.deadline import Deadline
 from kvscope.harness.environment import capture_environment
-from kvscope.harness.footprint import footprint_pass
+from kvscope.harness.find_max import find_max_pass
+from kvscope.harness.footprint import footprint_pass, throughput_pass
 from kvscope.harness.plan import Plan, make_plan
 from kvscope.harness.progress import Progress, make_progress
 from kvscope.results.errors import UsageError
@@ -59,10 +61,16 @@ def measure(plan: Plan, store: RunStore, progress: Progress) -> None:
         if cell.forecast == "oom":
             where = f"{cell.method_label} at {format_length(cell.length_tokens)}"
             progress.note(f"note: {where} is not expected to fit: {cell.reason}.")
+    deadline = Deadline(plan.config.time_limit_s)
     begin(plan, store, progress)
-    accuracy_pass(plan, store, progress)
-    release_memory()
-    footprint_pass(plan, store, progress)
+    if plan.config.find_max:
+        find_max_pass(plan, store, progress, deadline)
+    elif plan.config.throughput:
+        throughput_pass(plan, store, progress, deadline)
+    else:
+        accuracy_pass(plan, store, progress, deadline)
+        release_memory()
+        footprint_pass(plan, store, progress, deadline)
 
 
 def as_progress(progress: bool | Progress) -> Progress:
@@ -73,6 +81,9 @@ def as_progress(progress: bool | Progress) -> Progress:
 def begin(plan: Plan, store: RunStore, progress: Progress) -> None:
     """Count what is left to do and tell the progress, and the user when it is a continuation."""
     cells = work_tokens = prompts = 0
+    if plan.config.find_max:
+        progress.begin(cells=len(plan.methods), work_tokens=0)
+        return
     for length_tokens in plan.config.lengths_tokens:
         for task in plan.tasks:
             pending = pending_samples(plan, store, task, length_tokens)
@@ -85,8 +96,11 @@ def begin(plan: Plan, store: RunStore, progress: Progress) -> None:
         for method in plan.methods
         if not store.has_footprint((method.label, length_tokens))
     ]
+    if plan.config.throughput:
+        keys = [(method.label, length) for length in plan.config.lengths_tokens for method in plan.methods]
+        footprints = [length for label, length in keys if not store.has_throughput((label, length))]
     work_tokens += sum(map(plan.footprint_work_tokens, footprints))
-    done = len(store.samples()) + len(store.footprints())
+    done = len(store.samples()) + len(store.footprints()) + len(store.throughputs())
     if done and (prompts or footprints):
         progress.note(
             f"{done} rows are there already: continuing with {prompts} prompts and {len(footprints)} footprint cells."
@@ -116,8 +130,8 @@ def run_info(plan: Plan) -> RunInfo:
         model=facts.name,
         model_revision=facts.revision,
         tasks=tuple(task.name for task in plan.tasks),
-        lengths_tokens=config.lengths_tokens,
-        samples=config.samples,
+        lengths_tokens=config.lengths_tokens if plan.tasks or config.throughput else (),
+        samples=config.samples if plan.tasks else 0,
         footprint_lengths_tokens=config.footprint_cells_tokens,
         methods=tuple(MethodInfo(**method.describe()) for method in plan.methods),
         seed=config.seed,
@@ -132,18 +146,25 @@ def run_info(plan: Plan) -> RunInfo:
 def failures(run: "Run") -> list[str]:
     """Return one line per kind of failed cell: what failed, how often, and the first reason. Empty when all is well.
 
-    ``unsupported`` is no failure: the plan said so. A footprint whose verdict is ``mismatch`` is one.
+    ``unsupported`` is no failure: the plan said so. A footprint whose verdict is ``mismatch`` is one. A try of
+    ``--find-max`` that does not fit is what it looks for; a search that ended for another reason is a failure.
     """
-    lines = []
-    for what, frame in (("accuracy", run.samples), ("footprint", run.footprint)):
+    from kvscope.results.frames import records
+
+    lines = [
+        f"find-max: {row.method_label}: {row.reason}"
+        for row in run.max_context[run.max_context["bound"].isin(["failed", "none_fits"])].itertuples()
+    ]
+    searching = run.info.config.get("find_max") is True
+    parts = [("accuracy", run.samples), ("footprint", run.footprint), ("throughput", run.throughput)]
+    for what, frame in parts[:1] if searching else parts:
         if frame.empty:
             continue
         bad = frame[frame["status"].isin(["failed", "oom"])]
         for (label, status), group in bad.groupby(["method_label", "status"], sort=False):
             lines.append(f"{what}: {label}: {len(group)} {status}: {group['reason'].iloc[0]}")
     if not run.footprint.empty:
-        for row in run.footprint[run.footprint["verdict"] == "mismatch"].itertuples():
-            lines.append(
-                f"footprint: {row.method_label} at {row.length_tokens}: mismatch: NVML does not confirm the saving"
-            )
+        for row in records(run.footprint[run.footprint["verdict"] == "mismatch"]):
+            why = row["verdict_reason"] or "NVML does not confirm the saving"
+            lines.append(f"footprint: {row['method_label']} at {row['length_tokens']}: mismatch: {why}")
     return lines

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from pydantic import BaseModel, ConfigDict
 
+from kvscope.harness.device_budget import DeviceBudget
 from kvscope.harness.memory import (
     NvmlProcessMemory,
     PeakSampler,
@@ -27,17 +28,14 @@ from kvscope.harness.memory import (
     verdict,
     wait_for_quiet,
 )
-from kvscope.harness.rows import (
-    FailureStatus,
-    failed_footprint_row,
-    failure,
-    ledger_columns,
-)
-from kvscope.results.schema import FootprintRow
+from kvscope.harness.progress import format_bytes
+from kvscope.harness.rows import FailureStatus, failure, ledger_columns, one_line, oom_of
+from kvscope.results.schema import FootprintRow, OomOf, ThroughputRow
 
 if TYPE_CHECKING:
     from kvscope.harness.models import LoadedModel
     from kvscope.methods.base import CacheMethod
+    from kvscope.methods.store import PromptKV
 
 WARM_UP_TOKENS = 256
 WARM_UP_STEPS = 4
@@ -49,19 +47,27 @@ class FootprintJob(BaseModel):
     Attributes:
         cell: the columns every row of this cell shares (``rows.cell_columns`` and the predictions), so that a failure
             in any phase still becomes a whole row.
+        kind: ``footprint`` (one sequence: bytes and times) or ``throughput`` (the largest batch that fits).
+        kv: ``prefill`` runs the model over ``context_ids``; ``synthetic`` fills ``context_tokens`` with random values.
         context_ids: tokens to prefill. Every method of a length gets the same ones.
+        context_tokens: tokens of a synthetic prompt.
         forced_ids: tokens fed under the method before it decodes on its own: at least one.
         decode_tokens: decode steps; nothing stops them early.
         decode_graph: whether steps are replays of a CUDA graph. The warm-up captures one too, whose memory is then part
             of the baseline.
+        gpu_budget_bytes: most device bytes the process may take; None for the whole card.
+        max_batch: where the search for the largest batch stops.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     cell: dict[str, Any]
+    kind: Literal["footprint", "throughput"] = "footprint"
     model: str
     method: str | dict[str, Any]
-    context_ids: tuple[int, ...]
+    kv: Literal["prefill", "synthetic"] = "prefill"
+    context_ids: tuple[int, ...] = ()
+    context_tokens: int = 0
     forced_ids: tuple[int, ...]
     decode_tokens: int
     seed: int
@@ -71,6 +77,13 @@ class FootprintJob(BaseModel):
     page_tokens: int
     paper_settings: bool
     decode_graph: Literal["auto", "on", "off"] = "auto"
+    gpu_budget_bytes: int | None = None
+    max_batch: int = 1
+
+    @property
+    def warm_up_ids(self) -> tuple[int, ...]:
+        """Tokens of the warm-up's prompt; a synthetic one has no tokens of its own."""
+        return self.context_ids[:WARM_UP_TOKENS] or self.forced_ids[:1] * min(WARM_UP_TOKENS, self.context_tokens)
 
 
 class _Torch:
@@ -114,38 +127,48 @@ class Measurement:
         self.phase = "start"
         self.columns: dict[str, Any] = {}
         self.backend = "none"
+        self.budget = DeviceBudget(job.gpu_budget_bytes)
         self._say = say
         self._rss_peak_bytes = 0
         self._kernel_keeps_rss_peak = host_rss_peak_bytes() is not None
         self._nvml: NvmlProcessMemory | None = None
         self._nvml_reason = "the run computes on the CPU: there is no GPU memory to read"
         self._torch: _Torch | None = None
+        self._weights_bytes = 0
 
-    def run(self) -> FootprintRow:
+    def run(self) -> FootprintRow | ThroughputRow:
         """Measure the cell; every failure becomes a row."""
         try:
-            return self._measure()
+            return self.measure()
         except Exception as error:  # noqa: BLE001 - one cell's failure is a row, never the end of the sweep
             status, reason = failure(error, phase=self.phase)
-            return self._failed(status, reason)
+            memory = oom_of(error, budgeted=self.budget.limit_bytes is not None) if status == "oom" else None
+            return self.failed(status, reason, oom_of=memory)
 
-    def _failed(self, status: FailureStatus, reason: str) -> FootprintRow:
+    def failed(
+        self, status: FailureStatus, reason: str, *, oom_of: OomOf | None = None
+    ) -> FootprintRow | ThroughputRow:
+        """Return the row of a cell that ended here."""
         held_bytes = self._nvml_bytes()
         if held_bytes is None and self._torch is not None:
             held_bytes = self._torch.allocated_bytes()
-        phase = {"warm-up": "load", "timing": "decode"}.get(self.phase, self.phase)
-        return failed_footprint_row(
-            self.job.cell,
+        others, others_bytes = self.columns.get("other_processes"), self.columns.get("other_processes_nvml_bytes")
+        if status == "oom" and oom_of != "host" and others:
+            held = "an unknown amount" if others_bytes is None else format_bytes(others_bytes)
+            reason += f" (other processes on this GPU: {others}, holding {held})"
+        return failed_row(
+            self.job,
             status=status,
             reason=reason,
+            phase=self.phase,
             backend=self.backend,
-            failure_phase=phase,
             failure_device_bytes=held_bytes,
-            host_rss_peak_bytes=self._host_peak_bytes(),
-            **self.columns,
+            oom_of=oom_of,
+            columns={**self.columns, "host_rss_peak_bytes": self._host_peak_bytes()},
         )
 
-    def _enter(self, phase: str) -> None:
+    def enter(self, phase: str) -> None:
+        """Begin a phase, and tell the parent."""
         self.phase = phase
         self._say.write(json.dumps({"phase": phase}) + "\n")
         self._say.flush()
@@ -162,7 +185,8 @@ class Measurement:
     def _host_peak_bytes(self) -> int:
         return max(host_rss_peak_bytes() or 0, self._rss_peak_bytes, host_rss_bytes())
 
-    def _quiet_bytes(self) -> int | None:
+    def quiet_bytes(self) -> int | None:
+        """Free what is dead and return NVML's reading once it stands still."""
         assert self._torch is not None
         self._torch.free()
         return wait_for_quiet(self._nvml_bytes)
@@ -178,10 +202,17 @@ class Measurement:
             torch.cuda.synchronize(torch.device(device))
             self._nvml.identify()
             self._nvml_reason = self._nvml.reason or ""
+            self.columns["allocator"] = allocator_settings()
         self._torch = _Torch(device)
-        self.columns["context_nvml_bytes"] = self._quiet_bytes()
+        self.columns["context_nvml_bytes"] = self.quiet_bytes()
+        others = self._nvml.others() if self._nvml else None
+        if others is not None:
+            self.columns["other_processes"], self.columns["other_processes_nvml_bytes"] = others
+        if device.startswith("cuda"):
+            self.budget.apply(device, context_bytes=self.columns["context_nvml_bytes"])
 
-    def _measure(self) -> FootprintRow:
+    def prepare(self) -> "tuple[LoadedModel, CacheMethod[Any]] | list[str]":
+        """Pass the phases start, load and warm-up; return model and method, or why the method cannot run here."""
         from kvscope.harness.decode import decode
         from kvscope.harness.prefill import prefill
         from kvscope.methods.base import union_collectors
@@ -189,63 +220,110 @@ class Measurement:
         job = self.job
         self._create_context()
         assert self._torch is not None
-        self._enter("load")
+        self.enter("load")
         loaded, method = self._load()
         reasons = method.unsupported(loaded.shape, loaded.device)
         if reasons:
-            return self._failed("unsupported", "; ".join(reasons))
-        context_ids, forced_ids = job.context_ids, job.forced_ids
-        self.columns["weights_nvml_bytes"] = self._quiet_bytes()
+            return reasons
+        self.columns["weights_nvml_bytes"] = self.quiet_bytes()
         self.columns["weights_torch_bytes"] = self._torch.allocated_bytes()
+        self._weights_bytes = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
+        self.check_budget("The model", self.columns["weights_nvml_bytes"], ledger_bytes=0)
 
-        self._enter("warm-up")
+        self.enter("warm-up")
         warm_kv = prefill(
             loaded,
-            context_ids[:WARM_UP_TOKENS],
+            job.warm_up_ids,
             collectors=union_collectors([method], loaded.shape.layers),
             chunk_tokens=job.prefill_chunk_tokens,
             seed=job.seed,
         )
-        arguments: dict[str, Any] = {"stop_at_eos": False, "decode_graph": job.decode_graph}
-        decode(loaded, method, warm_kv, forced_ids[-1:], max_new_tokens=WARM_UP_STEPS, **arguments)
+        decode(
+            loaded,
+            method,
+            warm_kv,
+            job.forced_ids[-1:],
+            max_new_tokens=WARM_UP_STEPS,
+            stop_at_eos=False,
+            decode_graph=job.decode_graph,
+        )
         del warm_kv
-        self.columns["baseline_nvml_bytes"] = self._quiet_bytes()
+        self.columns["baseline_nvml_bytes"] = self.quiet_bytes()
+        return loaded, method
 
-        self._enter("prefill")
-        self._torch.reset()
-        with PeakSampler(self._read) as sampler:
-            prompt_kv = prefill(
+    def check_budget(self, what: str, nvml_bytes: int | None, *, ledger_bytes: int) -> None:
+        """Hold NVML's reading against the budget; on a CPU the weights and the ledger."""
+        on_gpu = self.job.device.startswith("cuda")
+        self.budget.check(nvml_bytes if on_gpu else self._weights_bytes + ledger_bytes, what)
+
+    def prompt(self, loaded: "LoadedModel", method: "CacheMethod[Any]") -> "PromptKV":
+        """Prefill the prompt, or fill its pages with random values."""
+        from kvscope.harness.prefill import prefill
+        from kvscope.harness.synthetic import synthetic_prompt
+        from kvscope.methods.base import union_collectors
+
+        job = self.job
+        collectors = union_collectors([method], loaded.shape.layers)
+        if job.kv == "synthetic":
+            return synthetic_prompt(
                 loaded,
-                context_ids,
-                collectors=union_collectors([method], loaded.shape.layers),
+                job.context_tokens,
+                mirror=method.saving_kind == "offloaded",
+                collectors=collectors,
                 chunk_tokens=job.prefill_chunk_tokens,
                 seed=job.seed,
             )
+        return prefill(
+            loaded, job.context_ids, collectors=collectors, chunk_tokens=job.prefill_chunk_tokens, seed=job.seed
+        )
+
+    def measure(self) -> FootprintRow | ThroughputRow:
+        """Pass all phases."""
+        from kvscope.harness.decode import decode
+
+        job = self.job
+        ready = self.prepare()
+        if isinstance(ready, list):
+            return self.failed("unsupported", "; ".join(ready))
+        loaded, method = ready
+        assert self._torch is not None
+        self.enter("prefill")
+        self._torch.reset()
+        with PeakSampler(self._read) as sampler:
+            prompt_kv = self.prompt(loaded, method)
         self.columns["prefill_peak_nvml_bytes"] = sampler.peak_bytes
         peaks_bytes = self._torch.peaks_bytes()
         self.columns["prefill_peak_torch_bytes"], self.columns["prefill_peak_torch_reserved_bytes"] = peaks_bytes
+        self.check_budget("The prefill", sampler.peak_bytes, ledger_bytes=prompt_kv.peak_device_kv_bytes)
 
-        self._enter("decode")
+        self.enter("decode")
+        forced_ids = job.forced_ids
         self._torch.free()
         self._torch.reset()
-        arguments["max_new_tokens"] = job.decode_tokens
+        arguments: dict[str, Any] = {
+            "max_new_tokens": job.decode_tokens,
+            "stop_at_eos": False,
+            "decode_graph": job.decode_graph,
+        }
         with PeakSampler(self._read) as sampler:
             result = decode(loaded, method, prompt_kv, forced_ids, **arguments)
         self.columns["decode_peak_nvml_bytes"] = sampler.peak_bytes
         peaks_bytes = self._torch.peaks_bytes()
         self.columns["decode_peak_torch_bytes"], self.columns["decode_peak_torch_reserved_bytes"] = peaks_bytes
         self.columns["decode_tokens"] = len(result.ids)
+        self.check_budget("The decode", sampler.peak_bytes, ledger_bytes=result.footprint_peak.device_bytes)
 
-        self._enter("timing")
+        self.enter("timing")
         self._torch.free()
         timed = decode(loaded, method, prompt_kv, forced_ids, **arguments)
         first_steps, later_s = len(forced_ids), timed.step_s[len(forced_ids) :]
+        prefill_s = 0.0 if job.kv == "synthetic" else prompt_kv.prefill_s
         self.columns["tpot_s"] = statistics.median(later_s)
         self.columns["tpot_steps"] = len(later_s)
         self.columns["step_backend"], self.columns["step_captures"] = timed.step_backend, timed.captures
         self.backend = "; ".join((self.backend, *timed.backends))
-        self.columns["ttft_s"] = prompt_kv.prefill_s + timed.open_s + sum(timed.step_s[:first_steps])
-        return self._row(loaded, method, prompt_kv_tokens=len(context_ids), result=result)
+        self.columns["ttft_s"] = prefill_s + timed.open_s + sum(timed.step_s[:first_steps])
+        return self._row(loaded, method, prompt_kv_tokens=prompt_kv.n_tokens, result=result)
 
     def _load(self) -> "tuple[LoadedModel, CacheMethod[Any]]":
         from kvscope.harness.deepseek_v4.shape import fitted
@@ -264,10 +342,16 @@ class Measurement:
         columns = self.columns
         baseline_bytes, peak_bytes = columns["baseline_nvml_bytes"], columns["decode_peak_nvml_bytes"]
         known = baseline_bytes is not None and peak_bytes is not None
-        steps = len(result.step_s)
-        dense_kv_bytes = loaded.shape.dense_kv_bytes(prompt_kv_tokens, steps)
+        dense_kv_bytes = loaded.shape.dense_kv_bytes(prompt_kv_tokens, len(result.step_s))
         ledger = ledger_columns(result, dense_kv_bytes=dense_kv_bytes)
         peak = result.footprint_peak  # NVML reads a peak, and a set that is chosen anew may have been larger before
+        judged, why = verdict(
+            saving_kind=method.saving_kind,
+            dense_kv_bytes=dense_kv_bytes,
+            ledger_bytes=peak.device_bytes,
+            baseline_nvml_bytes=baseline_bytes,
+            decode_peak_nvml_bytes=peak_bytes,
+        )
         return FootprintRow(
             **self.job.cell,
             **ledger,
@@ -278,14 +362,55 @@ class Measurement:
             nvml_reason=None if known else self._nvml_reason or "NVML stopped listing this process",
             torch_reason=self._torch.reason if self._torch else None,
             host_rss_peak_bytes=self._host_peak_bytes(),
-            verdict=verdict(
-                saving_kind=method.saving_kind,
-                dense_kv_bytes=dense_kv_bytes,
-                ledger_bytes=peak.device_bytes,
-                baseline_nvml_bytes=baseline_bytes,
-                decode_peak_nvml_bytes=peak_bytes,
-            ),
+            gpu_budget_bytes=self.job.gpu_budget_bytes,
+            verdict=judged,
+            verdict_reason=why,
         )
+
+
+def failed_row(
+    job: FootprintJob,
+    *,
+    status: FailureStatus,
+    reason: str,
+    phase: str | None,
+    backend: str = "none",
+    failure_device_bytes: int | None = None,
+    oom_of: OomOf | None = None,
+    columns: dict[str, Any] | None = None,
+) -> FootprintRow | ThroughputRow:
+    """Return the row of a job that gave no measurement.
+
+    Args:
+        phase: where it ended: warm-up counts as load, timing as decode; None when it never began.
+        columns: what a footprint had read before it ended.
+    """
+    ended: dict[str, Any] = {
+        "status": status,
+        "reason": one_line(reason),
+        "backend": backend,
+        "failure_phase": None if phase is None else {"warm-up": "load", "timing": "decode"}.get(phase, phase),
+        "failure_device_bytes": failure_device_bytes,
+        "oom_of": oom_of,
+        "gpu_budget_bytes": job.gpu_budget_bytes,
+    }
+    if job.kind == "throughput":
+        return ThroughputRow(**job.cell, **ended)
+    return FootprintRow(**job.cell, **ended, **(columns or {}), verdict="not_measured")
+
+
+def allocator_settings() -> str | None:
+    """Return the settings asked of torch's CUDA allocator, and whether the one that matters here is in force."""
+    import torch
+
+    asked = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or None
+    if asked is None or "expandable_segments:True" not in asked:
+        return asked
+    try:
+        in_force = torch.cuda.memory._snapshot()["allocator_settings"]["expandable_segments"]
+    except (AttributeError, KeyError, RuntimeError, TypeError):  # not a public call: no cell should fail for it
+        return f"{asked} (not confirmed)"
+    return asked if in_force else f"{asked} (not in force)"
 
 
 def _end_with_parent() -> None:
@@ -300,7 +425,12 @@ def main() -> int:
     os.dup2(2, 1)
     job = FootprintJob.model_validate_json(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, name="kvscope-parent-watch", daemon=True).start()
-    row = Measurement(job, say=answers).run()
+    measurement = Measurement
+    if job.kind == "throughput":
+        from kvscope.harness.throughput import ThroughputMeasurement
+
+        measurement = ThroughputMeasurement
+    row = measurement(job, say=answers).run()
     answers.write(json.dumps({"row": row.model_dump(mode="json")}) + "\n")
     answers.close()
     return 0

@@ -35,7 +35,8 @@ class Query:
 
     Attributes:
         q_HGD: the query, rotation applied.
-        summaries: [N, H, X, D] of the blocks before the current one; None for a method that keeps none.
+        kept: what the method keeps of the blocks before the current one, as its store's ``before`` gives it
+            (summaries: [N, H, X, D]); None for a method that keeps nothing.
         pages: [S, H, 2, P, D], the current token included.
         n_tokens: tokens in the pages.
         plan: the blocks.
@@ -43,7 +44,7 @@ class Query:
     """
 
     q_HGD: torch.Tensor
-    summaries: torch.Tensor | None
+    kept: object
     pages: torch.Tensor
     n_tokens: int
     plan: BlockPlan

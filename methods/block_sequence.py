@@ -14,7 +14,6 @@ from kvscope.methods.gather import Chosen, choose, chosen_store, gather_blocks, 
 from kvscope.methods.kernels.dispatch import unsupported_block_scores
 from kvscope.methods.shape import Footprint
 from kvscope.methods.store import PagePool, PromptKV
-from kvscope.methods.summaries import SummaryStore
 
 if TYPE_CHECKING:
     from kvscope.methods.block_sparse import BlockSparse
@@ -32,22 +31,16 @@ class BlockSparseSequence(SequenceCache):
         self._sparse = method.sparse_layers(self.shape)
         self._pool = PagePool(self.shape, n_tokens=prompt.n_tokens + reserve_tokens, dtype=prompt.dtype, device=device)
         self._pool.load(prompt, [(0, prompt.n_tokens)])
-        summary = method.summary()
-        self._summaries: SummaryStore | None = None
-        if summary is not None:
-            self._summaries = SummaryStore(
-                summary,
-                prompt,
-                layers=self._sparse,
-                block_tokens=self._plan.block_tokens,
-                reserve_tokens=reserve_tokens,
-                device=device,
-            )
+        self._store = method.open_store(prompt, device, reserve_tokens=reserve_tokens)
         self._reads: dict[int, Reads] = {}
 
     @property
     def n_tokens(self) -> int:
         return self._pool.lengths[self.shape.layers[-1]]
+
+    def observe(self, layer: int, hidden_BM: torch.Tensor) -> None:
+        if self._store is not None:
+            self._store.observe(layer, hidden_BM)
 
     def attend(
         self,
@@ -62,10 +55,10 @@ class BlockSparseSequence(SequenceCache):
         self._pool.append(layer, k_BH1D, v_BH1D)
         pages, n_tokens = self._pool.pages[layer], self._pool.lengths[layer]
         H, D = self.shape.n_kv_heads, self.shape.head_dim
-        before = None
-        if self._summaries is not None and layer in self._sparse:
-            self._summaries.appended(layer, pages, n_tokens)
-            before = self._summaries.summaries[layer][: self._plan.count(n_tokens) - 1]
+        kept: object = None
+        if self._store is not None and layer in self._sparse:
+            self._store.appended(layer, pages, n_tokens)
+            kept = self._store.before(layer, self._plan.count(n_tokens) - 1)
         if layer not in self._sparse or self._plan.reads_all(n_tokens):
             self._reads[layer] = Reads(H * n_tokens)
             return paged_attention(
@@ -78,7 +71,7 @@ class BlockSparseSequence(SequenceCache):
             )
         query = Query(
             q_HGD=q_BQ1D.view(H, -1, D),
-            summaries=before,
+            kept=kept,
             pages=pages,
             n_tokens=n_tokens,
             plan=self._plan,
@@ -119,7 +112,7 @@ class BlockSparseSequence(SequenceCache):
     def backends(self) -> tuple[str, ...]:
         method, shape = self._method, self.shape
         if not method.score_kernel:
-            return ("torch: scores of tokens, by the model's attention",)
+            return ("torch: token scores",)
         reasons = unsupported_block_scores(
             self.device,
             dtype=self._pool.dtype,
@@ -131,7 +124,7 @@ class BlockSparseSequence(SequenceCache):
 
     def managed_footprint(self) -> Footprint:
         reads = [self._reads[layer] for layer in self.shape.layers if layer in self._reads]
-        metadata_bytes = 0 if self._summaries is None else self._summaries.n_bytes
+        metadata_bytes = 0 if self._store is None else self._store.n_bytes
         found = read_footprint(self.shape, reads, kv_bytes=self._pool.n_bytes, metadata_bytes=metadata_bytes)
         if reads:
             return found
@@ -148,8 +141,8 @@ class BlockSparseSequence(SequenceCache):
     def close(self) -> None:
         self._pool.clear()
         self._reads.clear()
-        if self._summaries is not None:
-            self._summaries.clear()
+        if self._store is not None:
+            self._store.clear()
         super().close()
 
 

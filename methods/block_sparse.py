@@ -16,7 +16,7 @@ from kvscope.methods.block_query import Query, Reads, Scored, read_footprint
 from kvscope.methods.block_sequence import BlockSparseSequence, MaskedBlockSparse
 from kvscope.methods.shape import Footprint, ModelShape
 from kvscope.methods.store import PromptKV
-from kvscope.methods.summaries import Summary, SummaryCollector, summary_bytes
+from kvscope.methods.summaries import MetadataStore, Summary, SummaryCollector, SummaryStore, summary_bytes
 
 
 class BlockConfig(Protocol):
@@ -45,8 +45,27 @@ class BlockSparse(CacheMethod[ConfigT]):
     per_query_head: ClassVar[bool] = False
 
     def summary(self) -> Summary | None:
-        """Return what is kept of each block, or None."""
+        """Return what is kept of each block's keys, or None."""
         return None
+
+    def open_store(self, prompt: PromptKV, device: torch.device, *, reserve_tokens: int) -> MetadataStore | None:
+        """Return a fresh store of what the method keeps beside K and V, or None."""
+        summary = self.summary()
+        if summary is None:
+            return None
+        return SummaryStore(
+            summary,
+            prompt,
+            layers=self.sparse_layers(prompt.shape),
+            block_tokens=self.blocks(prompt.n_tokens).block_tokens,
+            reserve_tokens=reserve_tokens,
+            device=device,
+        )
+
+    def metadata_bytes(self, shape: ModelShape, n_tokens: int, plan: BlockPlan) -> int:
+        """Return the bytes of that store in one layer that chooses, of ``n_tokens`` in all."""
+        summary = self.summary()
+        return 0 if summary is None else summary_bytes(shape, summary.n_vectors, n_tokens // plan.block_tokens)
 
     @abstractmethod
     def score(self, query: Query) -> Scored:
@@ -106,8 +125,7 @@ class BlockSparse(CacheMethod[ConfigT]):
 
     def predict(self, shape: ModelShape, n_tokens: int, n_new_tokens: int = 0) -> Footprint:
         plan, n_total = self.blocks(n_tokens), n_tokens + n_new_tokens
-        sparse, summary = self.sparse_layers(shape), self.summary()
-        n_vectors = 0 if summary is None else summary.n_vectors
+        sparse = self.sparse_layers(shape)
         reads = [self.layer_reads(shape, n_total, plan)] * len(sparse)
         reads += [Reads(shape.n_kv_heads * n_total)] * (len(shape.layers) - len(sparse))
         stock = Footprint(
@@ -119,7 +137,7 @@ class BlockSparse(CacheMethod[ConfigT]):
             shape,
             reads,
             kv_bytes=shape.paged_kv_bytes(n_total),
-            metadata_bytes=len(sparse) * summary_bytes(shape, n_vectors, n_total // plan.block_tokens),
+            metadata_bytes=len(sparse) * self.metadata_bytes(shape, n_total, plan),
         )
 
     def open(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from kvscope.methods.base import tensor_bytes
+from kvscope.methods.pinned import empty_pinned
 from kvscope.methods.shape import ModelShape
 
 TokenRange = tuple[int, int]
@@ -24,7 +25,7 @@ class PromptKV:
         shape: of the model that made it.
         n_tokens: prompt tokens prefilled (0 is legal: a prompt of one token, which is decode step 0).
         pages: managed layer -> [pages, H, 2, P, D] in host memory, pinned when the model is on a GPU. The unused end
-            of the last page is zero.
+            of the last page is zero. The layers of a synthetic prompt may share memory.
         stock: sliding-window layer -> its stock cache layer, on the model's device.
         last_hidden: decoder layer -> [B, M], hidden state of the last prefilled token entering it.
         metadata: collector name -> managed layer -> tensor.
@@ -54,9 +55,14 @@ class PromptKV:
 
 
 def empty_host_pages(shape: ModelShape, n_tokens: int, *, dtype: torch.dtype, pinned: bool) -> torch.Tensor:
-    """Return one layer's uninitialised host pages for ``n_tokens``, the end of the last page zeroed."""
+    """Return one layer's uninitialised host pages for ``n_tokens``, the end of the last page zeroed.
+
+    Raises:
+        MemoryError: they cannot be mapped or, ``pinned``, locked.
+    """
     n_pages = shape.pages(n_tokens)
-    pages = torch.empty(_page_shape(shape, n_pages), dtype=dtype, pin_memory=pinned)
+    size = page_shape(shape, n_pages)
+    pages = empty_pinned(size, dtype=dtype) if pinned else torch.empty(size, dtype=dtype)
     if n_pages * shape.page_tokens > n_tokens:
         pages[-1].zero_()
     return pages
@@ -77,7 +83,7 @@ class PagePool:
         self.shape = shape
         self.dtype = dtype
         self.pages = {
-            layer: torch.zeros(_page_shape(shape, shape.pages(n_tokens)), dtype=dtype, device=device)
+            layer: torch.zeros(page_shape(shape, shape.pages(n_tokens)), dtype=dtype, device=device)
             for layer in shape.layers
         }
         self.lengths = dict.fromkeys(shape.layers, 0)
@@ -145,7 +151,8 @@ class PagePool:
         self.pages[layer] = torch.cat([old, old.new_zeros((1, *old.shape[1:]))])
 
 
-def _page_shape(shape: ModelShape, n_pages: int) -> tuple[int, int, int, int, int]:
+def page_shape(shape: ModelShape, n_pages: int) -> tuple[int, int, int, int, int]:
+    """Return the size of one layer's pages, [n_pages, H, 2, P, D]."""
     return (n_pages, shape.n_kv_heads, 2, shape.page_tokens, shape.head_dim)
 
 
@@ -153,7 +160,7 @@ def _pack(host: torch.Tensor, ranges: list[TokenRange], n_tokens: int, shape: Mo
     """Gather tokens of host pages into new, packed host pages; the end of the last one is zero."""
     P = shape.page_tokens
     token = torch.cat([torch.arange(start, end) for start, end in ranges])
-    packed = host.new_zeros(_page_shape(shape, shape.pages(n_tokens)))
+    packed = host.new_zeros(page_shape(shape, shape.pages(n_tokens)))
     # Advanced indices on both sides of slices come first: [n, H, 2, D] either way, so the two sides line up.
     to = torch.arange(n_tokens)
     packed[to // P, :, :, to % P] = host[token // P, :, :, token % P]

@@ -3,6 +3,7 @@
 Shapes: H KV heads, S tokens of a chunk, N blocks, T tokens of a block, X vectors a summary, D head size.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -66,8 +67,31 @@ class SummaryCollector(Collector):
         return torch.cat(self._found) if self._found else torch.zeros(0)
 
 
-class SummaryStore:
-    """Summaries of the whole blocks of one sequence, on the device: a private copy, so that forks do not meet."""
+class MetadataStore(ABC):
+    """What a method keeps beside K and V to choose with, of one sequence: a private copy, so that forks do not meet."""
+
+    def observe(self, layer: int, hidden_BM: torch.Tensor) -> None:  # noqa: B027 - most are made of keys
+        """Take the current token's hidden state entering a layer, before its K and V are appended."""
+
+    def appended(self, layer: int, pages: torch.Tensor, n_tokens: int) -> None:  # noqa: B027 - most: of keys alone
+        """Take note that the layer's pages hold ``n_tokens`` now."""
+
+    @abstractmethod
+    def before(self, layer: int, n_blocks: int) -> object:
+        """Return what is kept of the first ``n_blocks`` blocks, and whatever else a score needs."""
+
+    @property
+    @abstractmethod
+    def n_bytes(self) -> int:
+        """Bytes of the live metadata."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Free it."""
+
+
+class SummaryStore(MetadataStore):
+    """Summaries of the whole blocks of one sequence, on the device."""
 
     def __init__(
         self,
@@ -106,7 +130,7 @@ class SummaryStore:
         self._lengths = dict.fromkeys(layers, n_found)
 
     def appended(self, layer: int, pages: torch.Tensor, n_tokens: int) -> None:
-        """Take note that the layer's pages hold ``n_tokens`` now: a block they just filled gets its summary."""
+        """The same; a block that was just filled gets its summary."""
         if n_tokens % self._block:
             return
         index = self._lengths[layer]
@@ -117,13 +141,14 @@ class SummaryStore:
         self.summaries[layer][index] = self._summary.of_blocks(k_HTD[:, None])[0]
         self._lengths[layer] += 1
 
+    def before(self, layer: int, n_blocks: int) -> torch.Tensor:
+        return self.summaries[layer][:n_blocks]
+
     @property
     def n_bytes(self) -> int:
-        """Bytes of the live summaries."""
         return tensor_bytes(self.summaries.values())
 
     def clear(self) -> None:
-        """Free the summaries."""
         self.summaries.clear()
 
 

@@ -58,8 +58,10 @@ def panels(
     total_w = max(columns * cell_w, 5.6)
     under = textwrap.wrap(subtitle, int(total_w * 13.5), break_on_hyphens=False)
     notes = textwrap.wrap(note, int(total_w * 16.5), break_on_hyphens=False)
-    key_columns = max(1, int(total_w / (text_width_in([str(entry.get_label()) for entry in key], fontsize=8.5) + 0.6)))
-    key_rows = math.ceil(len(key) / key_columns)
+    widest = max((text_width_in([str(entry.get_label())], fontsize=8.5) for entry in key), default=0.0) + 0.65
+    everything = sum(text_width_in([str(entry.get_label())], fontsize=8.5) + 0.65 for entry in key)
+    key_columns = len(key) if everything < total_w else max(1, int(total_w / widest))
+    key_rows = math.ceil(len(key) / key_columns) if key else 0
     head = TITLE_IN + LINE_IN * len(under) + (0.11 + LINE_IN * key_rows if key else 0.0) + 0.08
     foot = LINE_IN * len(notes) + (0.12 if notes else 0.0)
     total_h = head + rows * cell_h + foot
@@ -74,7 +76,7 @@ def panels(
             handles=list(key),
             loc="upper left",
             bbox_to_anchor=(0.06 / total_w, 1 - (TITLE_IN + LINE_IN * len(under)) / total_h),
-            ncols=min(key_columns, len(key)),
+            ncols=key_columns,
             frameon=False,
             fontsize=8.5,
             handletextpad=0.5,

@@ -52,11 +52,12 @@ def accuracy_cells(run: Run) -> pd.DataFrame:
         paired = baseline is not None and method.label != baseline
         both = _by_cell(pairs(samples, method=method.label, baseline=str(baseline))) if paired else {}
         for task in tasks:
-            expected = info.samples * (len(info.tasks) if task == ALL_TASKS else 1)
             for length in info.lengths_tokens:
+                asked = info.tasks if task == ALL_TASKS else (task,)
+                expected = sum(info.expected_samples(each, length) for each in asked)
                 rows, common = mine.get((task, length), []), both.get((task, length), [])
                 n_excluded = len(left_out.get((task, length), []))
-                cells[task, method.label, length] = _accuracy(rows, expected=expected - n_excluded) | _difference(
+                cells[task, method.label, length] = _accuracy(rows, expected, n_excluded=n_excluded) | _difference(
                     common, is_baseline=method.label == baseline, comparable=baseline is not None
                 )
                 cells[task, method.label, length]["n_excluded"] = n_excluded
@@ -69,6 +70,12 @@ def accuracy_cells(run: Run) -> pd.DataFrame:
     return pd.DataFrame(ordered, columns=ACCURACY_COLUMNS).astype({"n_pairs": "Int64"})
 
 
+def pooled_cells(run: Run, cells: pd.DataFrame) -> pd.DataFrame:
+    """The cells of all tasks together, of the one task where there is one; none where nothing was scored."""
+    tasks = run.info.tasks
+    return cells[cells["task"] == (tasks[0] if len(tasks) == 1 else ALL_TASKS)]
+
+
 def _by_cell(frame: pd.DataFrame) -> dict[tuple[str, int], list[dict[str, Any]]]:
     """Rows by (task, length) and by (all tasks, length)."""
     found: dict[tuple[str, int], list[dict[str, Any]]] = {}
@@ -78,12 +85,15 @@ def _by_cell(frame: pd.DataFrame) -> dict[tuple[str, int], list[dict[str, Any]]]
     return found
 
 
-def _accuracy(rows: list[dict[str, Any]], *, expected: int) -> dict[str, object]:
+def _accuracy(rows: list[dict[str, Any]], asked: int, *, n_excluded: int) -> dict[str, object]:
+    expected = asked - n_excluded
     ok = [row for row in rows if row["status"] == "ok"]
     failed = {row["status"]: row["reason"] for row in reversed(rows) if row["status"] != "ok"}
     reasons = [f"{status}: {reason}" for status, reason in failed.items()]
     if len(rows) < expected:
         reasons.append("not run yet")
+    elif not asked:
+        reasons.append("not asked for")
     elif not rows:
         reasons.append("every question type is excluded from pooled scores")
     counts = {"n": len(ok), "n_not_measured": len(rows) - len(ok), "n_missing": max(0, expected - len(rows))}

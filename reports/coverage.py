@@ -25,6 +25,8 @@ class Coverage:
     """One sentence per kind of failure: where, and why."""
     mismatches: tuple[str, ...]
     """Footprint cells whose claimed saving NVML does not confirm."""
+    disturbed: tuple[str, ...] = ()
+    """Footprint cells during which other processes were on the GPU."""
 
     @property
     def complete(self) -> bool:
@@ -41,35 +43,50 @@ class Coverage:
             lines.append(f"Unfinished run: {rows} are there. Missing: {_listed(self.missing)}.")
         lines += [f"Not measured: {text}." for text in self.not_measured]
         lines += [f"Mismatch: {text}." for text in self.mismatches]
+        if self.disturbed:
+            lines.append(
+                f"Other processes were on the GPU, so that times are not to be trusted: {_listed(self.disturbed)}."
+            )
         return lines
 
 
 def coverage(run: Run) -> Coverage:
     """Compare the run with what its run.json asks for."""
     info = run.info
-    per_cell = len(info.tasks) * info.samples
+    asked = {length: sum(info.expected_samples(task, length) for task in info.tasks) for length in info.lengths_tokens}
     present = run.samples.groupby(["method_label", "length_tokens"]).size().to_dict()
     measured = set(zip(run.footprint["method_label"], run.footprint["length_tokens"], strict=True))
     missing = []
     for method in info.methods:
         for length in info.lengths_tokens:
-            lacking = per_cell - present.get((method.label, length), 0)
+            lacking = asked[length] - present.get((method.label, length), 0)
             if lacking > 0:
-                missing.append(f"{lacking} of {per_cell} samples of {method.label} at {length_text(length)}")
+                missing.append(f"{lacking} of {asked[length]} samples of {method.label} at {length_text(length)}")
         for length in info.footprint_lengths_tokens:
             if (method.label, length) not in measured:
                 missing.append(f"the footprint of {method.label} at {length_text(length)}")
     mismatched = run.footprint[run.footprint["verdict"] == "mismatch"]
     return Coverage(
-        samples_expected=per_cell * len(info.lengths_tokens) * len(info.methods),
+        samples_expected=sum(asked.values()) * len(info.methods),
         samples_present=len(run.samples),
         footprint_expected=len(info.footprint_lengths_tokens) * len(info.methods),
         footprint_present=len(run.footprint),
         missing=tuple(missing),
-        not_measured=(*_failures(run.samples, "accuracy"), *_failures(run.footprint, "footprint")),
+        not_measured=(
+            *_failures(run.samples, "accuracy"),
+            # A search for the longest context looks for lengths that do not fit.
+            *(() if info.config.get("find_max") is True else _failures(run.footprint, "footprint")),
+            *_failures(run.throughput, "throughput"),
+        ),
         mismatches=tuple(
             f"NVML does not confirm the saving of {row['method_label']} at {length_text(row['length_tokens'])}"
+            + (f" ({row['verdict_reason']})" if row["verdict_reason"] else "")
             for row in records(mismatched)
+        ),
+        disturbed=tuple(
+            f"{row['method_label']} at {length_text(row['length_tokens'])}"
+            for row in records(run.footprint)
+            if row["other_processes"]
         ),
     )
 

@@ -96,8 +96,9 @@ def byte_axis(axes: Axes, low_bytes: float, high_bytes: float, *, which: str, mo
 
 
 def shift(place: int, count: int) -> float:
-    """Factor on a log2 x axis that sets `count` methods side by side, 0.075 octaves apart."""
-    return float(2 ** (0.075 * (place - (count - 1) / 2)))
+    """Factor on a log2 x axis that sets `count` methods side by side, 0.075 octaves apart or, if many, closer."""
+    step = min(0.075, 0.7 / max(1, count - 1))
+    return float(2 ** (step * (place - (count - 1) / 2)))
 
 
 def key_entry(text: str, *, marker: str = "None", line: Line = "None", color: str = FAINT) -> Line2D:

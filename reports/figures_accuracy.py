@@ -15,7 +15,7 @@ from kvscope.reports.canvas import (
     text_width_in,
     title_band_in,
 )
-from kvscope.reports.cells import ALL_TASKS
+from kvscope.reports.cells import ALL_TASKS, pooled_cells
 from kvscope.reports.figure_parts import (
     ReportFigure,
     SkippedFigure,
@@ -35,7 +35,7 @@ HEAT = "cividis"
 def accuracy_by_length(run: Run, cells: pd.DataFrame) -> ReportFigure | SkippedFigure:
     """Accuracy pooled over tasks against length, one line a method, 95 % intervals."""
     name, title = "accuracy_by_length", "Accuracy by length"
-    pooled = cells[cells["task"] == (ALL_TASKS if len(run.info.tasks) > 1 else run.info.tasks[0])]
+    pooled = pooled_cells(run, cells)
     data = pooled.dropna(subset=["accuracy"])
     if not len(data):
         return SkippedFigure(name, title, "no prompt has been scored yet")

@@ -9,6 +9,7 @@ from matplotlib.ticker import FixedLocator
 
 from kvscope.reports.canvas import Label, Margins, end_labels, end_labels_height_in, panels, text_width_in
 from kvscope.reports.cells import footprint_cells, memory_source, predicted_cells
+from kvscope.reports.families import families, family_note, family_styles
 from kvscope.reports.figure_parts import (
     ReportFigure,
     SkippedFigure,
@@ -19,7 +20,7 @@ from kvscope.reports.figure_parts import (
     shift,
     subtitle_of,
 )
-from kvscope.reports.theme import MethodStyle, method_styles, theme
+from kvscope.reports.theme import MethodStyle, theme
 from kvscope.reports.units import number
 from kvscope.results.frames import Run, records
 
@@ -47,13 +48,14 @@ def memory_by_length(run: Run) -> ReportFigure | SkippedFigure:
     if not len(values):
         return SkippedFigure(name, title, "no bytes have been measured or predicted yet")
     labels = [method.label for method in run.info.methods if method.label in set(data["method_label"])]
-    styles = method_styles([method.label for method in run.info.methods])
-    lengths = sorted(set(run.info.lengths_tokens) | set(run.info.footprint_lengths_tokens))
+    styles, about = _styles(run)
+    lengths = sorted({*run.info.lengths_tokens, *run.info.footprint_lengths_tokens, *data["length_tokens"]})
     chosen_by_text = any(
         isinstance(config, dict) and config.get("mode") == "threshold"
         for config in (*run.footprint["config"], *run.samples["config"])
     )
     remarks = [SIDE_BY_SIDE] if len(labels) > 1 else []
+    remarks += [about] if about else []
     note = " ".join([*remarks, *([ESTIMATED] if chosen_by_text else []), source.caption])
     with theme(name):
         figure, (axes,) = panels(
@@ -112,7 +114,7 @@ def tpot_by_length(run: Run) -> ReportFigure | SkippedFigure:
     if not len(timed):
         return SkippedFigure(name, title, "no footprint cell has been timed yet")
     labels = [method.label for method in run.info.methods if method.label in set(data["method_label"])]
-    styles = method_styles([method.label for method in run.info.methods])
+    styles, about = _styles(run)
     lengths = sorted(set(run.info.footprint_lengths_tokens) | set(timed["length_tokens"]))
     steps = sorted(set(timed["tpot_steps"]))
     step_text = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]}-{steps[-1]}"
@@ -126,7 +128,7 @@ def tpot_by_length(run: Run) -> ReportFigure | SkippedFigure:
             margins=Margins(left=0.8, right=_label_margin_in(styles), top=0.15),
             title=title,
             subtitle=f"{subtitle_of(run)}; median of {step_text} decode steps, batch 1",
-            note=SIDE_BY_SIDE if len(labels) > 1 else "",
+            note=f"{SIDE_BY_SIDE} {about}".strip() if len(labels) > 1 else "",
             key=[key_entry("out of memory (no time)", marker="x")] if len(failed) else [],
         )
         length_axis(axes, lengths)
@@ -179,6 +181,14 @@ def _memory_line(axes: Axes, rows: pd.DataFrame, style: MethodStyle, *, factor: 
         return None
     x, y = max(ends)
     return Label(style.text, x, y, style.color)
+
+
+def _styles(run: Run) -> tuple[dict[str, MethodStyle], str]:
+    """Return a style a label, and what has to be said of the texts, empty if nothing."""
+    labels = [method.label for method in run.info.methods]
+    swept = families(labels)
+    note = family_note(swept)
+    return family_styles(labels, swept, with_method=True), note
 
 
 def _label_margin_in(styles: dict[str, MethodStyle]) -> float:

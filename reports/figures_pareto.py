@@ -2,19 +2,20 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator
 
 from kvscope.reports.canvas import Label, Margins, free_labels, panels
-from kvscope.reports.cells import ALL_TASKS, MemorySource, memory_source
+from kvscope.reports.cells import MemorySource, memory_source, pooled_cells
+from kvscope.reports.families import Family, families, family_styles
 from kvscope.reports.figure_parts import ReportFigure, SkippedFigure, byte_axis, key_entry, points, subtitle_of
-from kvscope.reports.theme import MethodStyle, figure_names, method_styles, theme
+from kvscope.reports.theme import MethodStyle, theme
 from kvscope.reports.units import length_text
 from kvscope.results.frames import Run, records
 
-_MOST_LINES = 10
 READS_AXIS = "KV cache read a decode step (counted)"
 READS_CAPTION = (
     "Bytes read are counted, not timed: keys and values that the step attends to and what it reads to choose them, "
@@ -77,16 +78,15 @@ def _pareto_figure(
     data = pd.concat([_with_front(rows) for _, rows in data.groupby("length_tokens")], ignore_index=True)
     lengths = sorted(set(data["length_tokens"]))
     labels = [method.label for method in run.info.methods]
-    styles = method_styles(labels)
+    swept = families(labels)
+    styles = family_styles(labels, swept)
     crowded = len(labels) > 5
-    # So many lines of labels find no room between the points: the key names the methods then.
-    listed = sum(1 + styles[label].text.count("\n") for label in labels) > _MOST_LINES
-    names = figure_names(labels)
-    methods = [
-        key_entry(names[label], line="None", marker=styles[label].marker, color=styles[label].color) for label in labels
-    ]
-    drawn = bool((data.groupby("length_tokens")["pareto"].sum() > 1).any())
-    front = "Pareto front" if listed else f"Pareto front: nothing else {less} and is more accurate"
+    key = [key_entry(f"Pareto front: nothing else {less} and is more accurate", line="-")]
+    if not (data.groupby("length_tokens")["pareto"].sum() > 1).any():
+        key = []
+    for family in swept:
+        style = styles[next(iter(family.values))]
+        key.append(key_entry(family.text, marker=style.marker, color=style.color, line=style.dash))
     with theme(name):
         figure, all_axes = panels(
             len(lengths),
@@ -97,10 +97,10 @@ def _pareto_figure(
             title=title,
             subtitle=f"{subtitle_of(run)}; up and left is better; bars: 95 % intervals",
             note=note,
-            key=[*(methods if listed else []), *([key_entry(front, line="-")] if drawn else [])],
+            key=key,
         )
         for length, axes in zip(lengths, all_axes, strict=True):
-            _pareto_panel(axes, data[data["length_tokens"] == length], styles, axis, named=not listed)
+            _pareto_panel(axes, data[data["length_tokens"] == length], styles, axis, swept)
             axes.set_title(f"{length_text(length)} tokens", fontweight="bold")
     return ReportFigure(name, title, caption, figure, data)
 
@@ -124,7 +124,7 @@ def _mean_bytes(rows: pd.DataFrame, values: "pd.Series[float]") -> pd.DataFrame:
 
 def _accuracy_with(run: Run, cells: pd.DataFrame, bytes_of: pd.DataFrame) -> pd.DataFrame:
     """Pooled accuracy joined with the bytes of the same method and length."""
-    pooled = cells[cells["task"] == (ALL_TASKS if len(run.info.tasks) > 1 else run.info.tasks[0])]
+    pooled = pooled_cells(run, cells)
     key = ["method_label", "length_tokens"]
     columns = [*key, "n", "accuracy", "ci_low", "ci_high"]
     data = pooled[columns].dropna(subset=["accuracy"]).merge(bytes_of, on=key, how="inner")
@@ -139,7 +139,9 @@ def _with_front(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(pareto=ordered["accuracy"] > best_before)
 
 
-def _pareto_panel(axes: Axes, rows: pd.DataFrame, styles: dict[str, MethodStyle], axis: str, *, named: bool) -> None:
+def _pareto_panel(
+    axes: Axes, rows: pd.DataFrame, styles: dict[str, MethodStyle], axis: str, swept: Sequence[Family]
+) -> None:
     low, high = float(rows["bytes"].min()), float(rows["bytes"].max())
     pad = max(2.0, (high / low) ** 0.15)
     byte_axis(axes, low / pad, high * pad, which="x", most=5)
@@ -152,6 +154,12 @@ def _pareto_panel(axes: Axes, rows: pd.DataFrame, styles: dict[str, MethodStyle]
     for (_, before), (x, y) in itertools.pairwise(front):
         steps += [(x, before), (x, y)]
     axes.plot(*zip(*steps, strict=True), color="#999999", linewidth=1.2, zorder=1)
+    place = {row["method_label"]: (row["bytes"], 100 * row["accuracy"]) for row in records(rows)}
+    paths = [[place[label] for label in family.values if label in place] for family in swept]
+    for family, path in zip(swept, paths, strict=True):
+        style = styles[next(iter(family.values))]
+        if path:
+            axes.plot(*zip(*path, strict=True), color=style.color, linestyle=style.dash, linewidth=1.1, zorder=2)
     labels, bars = [], []
     for row in records(rows):
         style = styles[row["method_label"]]
@@ -161,5 +169,4 @@ def _pareto_panel(axes: Axes, rows: pd.DataFrame, styles: dict[str, MethodStyle]
             axes.plot(*zip(*bars[-1], strict=True), color=style.color, linewidth=1, alpha=0.35)
         points(axes, [x], [y], style, line=False)
         labels.append(Label(style.text, x, y, style.color))
-    if named:
-        free_labels(axes, labels, lines=[steps, *bars])
+    free_labels(axes, labels, lines=[steps, *bars, *(path for path in paths if path)])

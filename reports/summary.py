@@ -3,10 +3,11 @@
 import pandas as pd
 from tabulate import tabulate
 
-from kvscope.reports.cells import ALL_TASKS, accuracy_cells, footprint_cells, memory_source
+from kvscope.reports.cells import accuracy_cells, footprint_cells, memory_source, pooled_cells
 from kvscope.reports.coverage import coverage
 from kvscope.reports.figure_parts import subtitle_of
-from kvscope.reports.table_parts import excluded_notes
+from kvscope.reports.table_parts import Table, excluded_notes
+from kvscope.reports.tables_limits import limit_tables
 from kvscope.reports.units import byte_unit, length_text, measured, number
 from kvscope.results.comparisons import baseline_label
 from kvscope.results.frames import Run, records
@@ -18,19 +19,31 @@ _INTERVALS_UP_TO = 5
 def summary_text(run: Run) -> str:
     """Accuracy, memory and time by method and length as plain text, and what is missing."""
     parts = [subtitle_of(run)]
-    parts.append(_accuracy(run))
-    if len(run.footprint) or run.info.footprint_lengths_tokens:
+    if run.info.tasks:
+        parts.append(_accuracy(run))
+    searched = run.info.config.get("find_max") is True
+    if not searched and (len(run.footprint) or run.info.footprint_lengths_tokens):
         parts.append(_memory(run))
         parts.append(_time(run))
+    parts += [f"{table.title}\n{text_of(table)}" for table in limit_tables(run)]
     parts += excluded_notes(run.info)
     parts += coverage(run).sentences()
     parts += run.messages
     return "\n\n".join(parts) + "\n"
 
 
+def text_of(table: Table) -> str:
+    """A table as plain text, with its caption and notes."""
+    columns = list(table.text.columns)
+    grid = tabulate(
+        table.text.values.tolist(), headers=columns, tablefmt="simple", disable_numparse=True, colalign=["left"]
+    )
+    return "\n".join([grid, table.caption, *table.notes])
+
+
 def _accuracy(run: Run) -> str:
     cells = accuracy_cells(run)
-    pooled = cells[cells["task"] == (ALL_TASKS if len(run.info.tasks) > 1 else run.info.tasks[0])]
+    pooled = pooled_cells(run, cells)
     intervals = len(run.info.lengths_tokens) <= _INTERVALS_UP_TO
     texts = {}
     for cell in records(pooled):

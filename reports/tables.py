@@ -9,6 +9,7 @@ import pandas as pd
 from kvscope.reports.depth import depth_table
 from kvscope.reports.table_parts import Table
 from kvscope.reports.tables_accuracy import accuracy_table, statistics_table
+from kvscope.reports.tables_limits import limit_tables
 from kvscope.reports.tables_memory import footprint_table, stays_table
 from kvscope.reports.tables_types import type_tables
 from kvscope.results.frames import Run
@@ -23,4 +24,5 @@ def all_tables(run: Run, cells: pd.DataFrame) -> list[Table]:
         depth_table(run),
         footprint_table(run),
         statistics_table(run),
+        *limit_tables(run),
     ]

@@ -17,7 +17,9 @@ def footprint_table(run: Run) -> Table:
     unit = byte_unit(cells["dense_kv_bytes"].dropna().tolist() + cells["predicted_bytes"].dropna().tolist())
     nvml = bool(cells[list(NVML_COLUMNS)].notna().any(axis=None))
     notes = Notes()
-    rows = [_footprint_text(row, unit, nvml=nvml, notes=notes) for row in records(cells)]
+    # Rows of real prefills and trained or free choices say so by having no label.
+    labels = bool((cells["prefill"] == "synthetic").any() or (cells["selection"] == "synthetic").any())
+    rows = [_footprint_text(row, unit, nvml=nvml, labels=labels, notes=notes) for row in records(cells)]
     extra = []
     if len(cells) and not nvml:
         reasons = list(dict.fromkeys(cells["nvml_reason"].dropna())) or ["no cell has run to its end"]
@@ -26,13 +28,14 @@ def footprint_table(run: Run) -> Table:
         "One fresh process per row. Resident KV, metadata and host bytes are the ledger's (exact sizes of live "
         "tensors, mean over decode steps); read a step: the bytes of keys, values and metadata that one decode step "
         "reads, counted. NVML is the driver's reading of the process. TTFT: time to first token; TPOT: median time per "
-        "output token, batch 1. Torch peaks, host memory and FLOPs are in the CSV."
+        "output token, batch 1; after a synthetic prefill TTFT holds no prefill. Torch peaks, host memory and FLOPs "
+        "are in the CSV."
     )
     text = pd.DataFrame(rows) if rows else pd.DataFrame(columns=["method", "length (tokens)", "status"])
     return Table("footprint", "Footprint by method and length", caption, cells, text, (*notes.lines(), *extra))
 
 
-def _footprint_text(row: dict[str, Any], unit: ByteUnit, *, nvml: bool, notes: Notes) -> dict[str, str]:
+def _footprint_text(row: dict[str, Any], unit: ByteUnit, *, nvml: bool, labels: bool, notes: Notes) -> dict[str, str]:
     why = None if row["status"] == "ok" else f"{row['status']}: {row['reason']}"
 
     def amount(column: str, reason: str | None) -> str:
@@ -66,6 +69,8 @@ def _footprint_text(row: dict[str, Any], unit: ByteUnit, *, nvml: bool, notes: N
         "TPOT (ms)": notes.mark(why or "no time") if row["tpot_s"] is None else measured(1000 * row["tpot_s"]),
         "verdict": row["verdict"] or "not run yet",
     }
+    if labels:
+        text |= {"prefill": row["prefill"] or "not run yet", "selection": row["selection"] or "not run yet"}
     return text
 
 

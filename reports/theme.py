@@ -7,14 +7,15 @@ eighth and ninth method. No figure relies on colour alone: each method has a mar
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 
 DENSE_COLOR = "#000000"
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#882255")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "*", "<", ">", "h")
-DASHES = ("-", "--", ":")
+Dash = Literal["-", "--", ":"]
+DASHES: tuple[Dash, ...] = ("-", "--", ":")
 GRID, FAINT, TEXT = "#DDDDDD", "#666666", "#222222"
 PNG_DPI = 160
 
@@ -25,7 +26,7 @@ class MethodStyle:
 
     color: str
     marker: str
-    dash: str
+    dash: Dash
     text: str
     """The label, broken into short lines."""
 

@@ -22,6 +22,14 @@ class EnvironmentProblem(KvscopeError, RuntimeError):  # noqa: N818 - Environmen
     exit_code = 3
 
 
+class HostMemoryShort(EnvironmentProblem, MemoryError):  # noqa: N818 - it says what is wrong
+    """The host has not enough memory for a prompt's pages: the mirror that methods recall from."""
+
+
+class DeviceBudgetExceeded(KvscopeError, MemoryError):  # noqa: N818 - it says what happened
+    """A cell took more device bytes than it was allowed (``--gpu-budget``)."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` for the nearest known name, else a sentence listing all of them."""
     names = sorted(known)

@@ -1,16 +1,16 @@
 """A run as two pandas frames: `samples` (accuracy pass) and `footprint` (memory and time)."""
 
 import math
-import types
-import typing
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from pydantic import BaseModel
 
-from kvscope.results.schema import FootprintRow, RunInfo, SampleRow
+from kvscope.results.columns import plain_kinds
+from kvscope.results.schema import FootprintRow, MaxContextRow, RunInfo, SampleRow, ThroughputRow
 from kvscope.results.store import RunStore
 
 
@@ -19,7 +19,8 @@ class Run:
     """A loaded run folder, finished or not.
 
     `samples` and `footprint` hold one row per row on disk and one column per schema field, in schema order; a null is
-    NaN in float columns and <NA> in integer, boolean and string columns. `messages` says what was left out on reading.
+    NaN in float columns and <NA> in integer, boolean and string columns. `max_context` and `throughput` hold the rows
+    of the two searches (`--find-max`, `--throughput`). `messages` says what was left out on reading.
     """
 
     samples: pd.DataFrame
@@ -27,6 +28,8 @@ class Run:
     info: RunInfo
     folder: Path
     messages: tuple[str, ...] = ()
+    max_context: pd.DataFrame = field(default_factory=lambda: _frame([], MaxContextRow))
+    throughput: pd.DataFrame = field(default_factory=lambda: _frame([], ThroughputRow))
 
 
 def load_run(folder: str | Path) -> Run:
@@ -36,7 +39,13 @@ def load_run(folder: str | Path) -> Run:
     """
     store = RunStore.open(folder)
     return make_run(
-        store.samples(), store.footprints(), info=store.info, folder=store.folder, messages=tuple(store.messages)
+        store.samples(),
+        store.footprints(),
+        info=store.info,
+        folder=store.folder,
+        messages=tuple(store.messages),
+        max_contexts=store.max_contexts(),
+        throughputs=store.throughputs(),
     )
 
 
@@ -47,6 +56,8 @@ def make_run(
     info: RunInfo,
     folder: str | Path,
     messages: tuple[str, ...] = (),
+    max_contexts: Sequence[MaxContextRow] = (),
+    throughputs: Sequence[ThroughputRow] = (),
 ) -> Run:
     """Build a Run from rows already in memory."""
     return Run(
@@ -55,6 +66,8 @@ def make_run(
         info=info,
         folder=Path(folder),
         messages=messages,
+        max_context=_frame(max_contexts, MaxContextRow),
+        throughput=_frame(throughputs, ThroughputRow),
     )
 
 
@@ -69,7 +82,7 @@ def _is_null(value: Any) -> bool:
     return value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value))
 
 
-def _frame(rows: typing.Sequence[BaseModel], kind: type[BaseModel]) -> pd.DataFrame:
+def _frame(rows: Sequence[BaseModel], kind: type[BaseModel]) -> pd.DataFrame:
     columns = list(kind.model_fields)
     frame = pd.DataFrame([row.model_dump() for row in rows], columns=columns)
     return frame.astype({name: _dtype(field.annotation) for name, field in kind.model_fields.items()})
@@ -77,7 +90,7 @@ def _frame(rows: typing.Sequence[BaseModel], kind: type[BaseModel]) -> pd.DataFr
 
 def _dtype(annotation: Any) -> str:
     """The column type that keeps integers exact and nulls apart from numbers."""
-    kinds = _kinds(annotation)
+    kinds = plain_kinds(annotation)
     if kinds == {bool}:
         return "boolean"
     if kinds == {int}:
@@ -87,14 +100,3 @@ def _dtype(annotation: Any) -> str:
     if kinds == {str}:
         return "string"
     return "object"
-
-
-def _kinds(annotation: Any) -> set[Any]:
-    origin = typing.get_origin(annotation)
-    if origin in (typing.Union, types.UnionType):
-        return {kind for part in typing.get_args(annotation) if part is not type(None) for kind in _kinds(part)}
-    if origin is typing.Annotated:
-        return _kinds(typing.get_args(annotation)[0])
-    if origin is typing.Literal:
-        return {type(value) for value in typing.get_args(annotation)}
-    return {origin or annotation}

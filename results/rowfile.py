@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from kvscope.results.errors import EnvironmentProblem, UsageError
-from kvscope.results.schema import SCHEMA_VERSION, FootprintRow, SampleRow
+from kvscope.results.schema import SCHEMA_VERSION, FootprintRow, MaxContextRow, SampleRow, ThroughputRow
 
-RowT = TypeVar("RowT", SampleRow, FootprintRow)
+RowT = TypeVar("RowT", SampleRow, FootprintRow, MaxContextRow, ThroughputRow)
 
 
 def open_for_append(path: Path) -> int:

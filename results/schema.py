@@ -20,6 +20,8 @@ MethodFrom = Literal["last_token", "question"]
 StopReason = Literal["eos", "stop", "length"]
 Selection = Literal["trained", "synthetic", "free"]
 FailurePhase = Literal["start", "load", "prefill", "decode"]
+OomOf = Literal["device", "device_budget", "host"]
+Bound = Literal["device", "device_budget", "host", "model_maximum", "limit", "none_fits", "failed"]
 Forecast = Literal["fits", "oom", "unsupported", "unknown"]
 
 Count = Annotated[int, Field(ge=0)]
@@ -83,8 +85,9 @@ class _CellRow(_Record):
     """What the method claims: everything stays `resident`, the rest is `freed`, or `offloaded` to host memory."""
     noop: bool
     """True when at this length everything stays resident and is read, so that the method is dense by another name."""
-    prefill: Literal["dense"] = "dense"
-    """How the prompt was prefilled. Every method starts from the same dense prefill."""
+    prefill: Literal["dense", "synthetic"] = "dense"
+    """How the prompt was prefilled. `dense`: every method starts from the same dense prefill. `synthetic`: pages of
+    random numbers without a prefill (footprint rows only; then `ttft_s` holds no prefill)."""
     method_from: MethodFrom = "last_token"
     """First token processed under the method: the prompt's last one, or the question's first one."""
     selection: Selection = "free"
@@ -257,6 +260,18 @@ class FootprintRow(_CellRow):
     """Where an oom or failed cell stopped."""
     failure_device_bytes: Count | None = None
     """Device bytes this process held when it stopped (NVML, else the torch allocator), where that could be read."""
+    oom_of: OomOf | None = None
+    """What ran out in an oom cell: the `device`, the `device_budget` it was held to, or the `host`'s memory."""
+    gpu_budget_bytes: Annotated[int, Field(ge=1)] | None = None
+    """Most device bytes the process was allowed (context and weights included); null without a budget."""
+    other_processes: Count | None = None
+    """Other processes on the GPU when the cell began: their work spoils times, their bytes can cause an oom."""
+    other_processes_nvml_bytes: Count | None = None
+    """What NVML says those held, where the driver tells it."""
+    allocator: Text | None = None
+    """Settings of torch's allocator in that process; null where none were set, or on a CPU."""
+    verdict_reason: Text | None = None
+    """Which reading does not confirm what, where the verdict is `mismatch`."""
 
     @property
     def key(self) -> tuple[str, int]:
@@ -276,6 +291,88 @@ class FootprintRow(_CellRow):
                 raise ValueError(f"verdict is {self.verdict}, but kv_nvml_bytes was not measured")
         elif self.verdict != "not_measured":
             raise ValueError(f"status is {self.status}, so the verdict cannot be {self.verdict}")
+        return self
+
+
+class MaxContextRow(_Record):
+    """The longest context of one method (`--find-max`), found by bisection with synthetic KV. Key: method_label."""
+
+    schema_version: Literal[1] = 1
+    """Version of this schema."""
+    model: Text
+    """The model as asked for."""
+    method_label: Text
+    """The method with its options. The row's key."""
+    longest_tokens: Count
+    """Longest length that was measured to fit; 0 when not even the shortest did."""
+    shortest_failing_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Shortest length that was measured not to fit; null when the model's maximum fits."""
+    bound: Bound
+    """What bounds it: the `device`, the `device_budget`, the `host` mirror, the `model_maximum`; `limit`: nothing, up
+    to the length where the search was told to stop; `none_fits`: not even the shortest length fits; `failed`: a try
+    failed for another reason."""
+    reason: Text | None = None
+    """The reason of the try that did not fit."""
+    tries: tuple[Annotated[int, Field(ge=1)], ...]
+    """Lengths tried, in order; each is a footprint row of the run."""
+    gpu_budget_bytes: Annotated[int, Field(ge=1)] | None = None
+    """Device bytes each try was allowed; null: the whole card."""
+    resolution: Annotated[float, Field(gt=0.0)]
+    """The search ended when the two lengths lay this close: (failing - longest) / longest."""
+
+    @property
+    def key(self) -> str:
+        """method_label: unique within a run folder."""
+        return self.method_label
+
+
+class ThroughputRow(_CellRow):
+    """Largest batch that fits and its decode throughput, one fresh process. Key: method_label, length_tokens.
+
+    The ledger's columns are those of the whole batch, where not null.
+    """
+
+    prompt_tokens: Count
+    """Tokens of each sequence's prompt."""
+    backend: Text
+    """Attention implementation that really ran."""
+    batching: Literal["batched_step"] = "batched_step"
+    """How the batch decodes: one forward of the model for all sequences, attention sequence by sequence."""
+    mirror: Literal["shared", "none"]
+    """The sequences share one prompt: methods that recall have one host mirror between them, and each recalls its own
+    chunks from it. `none`: nothing is recalled."""
+    largest_batch: Count | None = None
+    """Most sequences that were open and decoding at once."""
+    batch_bound: Literal["device", "device_budget", "max_batch"] | None = None
+    """What the next sequence would have exceeded; `max_batch`: nothing, the search stopped there."""
+    tokens_per_s: Annotated[float, Field(gt=0.0)] | None = None
+    """Decode tokens a second of the largest batch: batch / mean step."""
+    step_s: Seconds | None = None
+    """Mean seconds of a step of the largest batch, refreshes of the resident set included."""
+    tokens_per_s_at_1: Annotated[float, Field(gt=0.0)] | None = None
+    """The same with one sequence."""
+    steps: Count | None = None
+    """Steps behind the mean."""
+    gpu_budget_bytes: Annotated[int, Field(ge=1)] | None = None
+    """Device bytes the process was allowed; null: the whole card."""
+    batch_peak_nvml_bytes: Count | None = None
+    """NVML, this process: highest reading while the largest batch decoded."""
+    failure_phase: FailurePhase | None = None
+    """Where an oom or failed cell stopped."""
+    failure_device_bytes: Count | None = None
+    """Device bytes this process held when it stopped, where that could be read."""
+    oom_of: OomOf | None = None
+    """What ran out in an oom cell."""
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """(method_label, length_tokens): unique within a run folder."""
+        return (self.method_label, self.length_tokens)
+
+    @model_validator(mode="after")
+    def _measured_when_ok(self) -> Self:
+        if self.status == "ok":
+            self._demand(("largest_batch", "batch_bound", "tokens_per_s", "step_s", "steps"), "in an ok row")
         return self
 
 
@@ -355,6 +452,17 @@ class ExcludedType(_Record):
         )
 
 
+class RunPart(_Record):
+    """What one part of a merged run was asked for (see `results/packed.py`)."""
+
+    tasks: tuple[Text, ...]
+    """Task names."""
+    lengths_tokens: tuple[Annotated[int, Field(ge=1)], ...]
+    """Lengths."""
+    samples: Count
+    """Prompts per (task, length), over all seeds."""
+
+
 class RunInfo(_Record):
     """`run.json`: what was asked, and where it ran. Written once, before the first row."""
 
@@ -397,6 +505,16 @@ class RunInfo(_Record):
     are measured and written all the same."""
     resumptions: tuple[Resumption, ...] = ()
     """Later starts whose surroundings differed."""
+    parts: tuple[RunPart, ...] = ()
+    """Of a run merged from runs that asked for different tasks, lengths or counts: each. Empty for any other, where
+    every (task, length) has `samples` prompts."""
+
+    def expected_samples(self, task: str, length_tokens: int) -> int:
+        """Return how many prompts of a (task, length) were asked for."""
+        parts = self.parts or (RunPart(tasks=self.tasks, lengths_tokens=self.lengths_tokens, samples=self.samples),)
+        return max(
+            (part.samples for part in parts if task in part.tasks and length_tokens in part.lengths_tokens), default=0
+        )
 
     @model_validator(mode="after")
     def _labels_are_unique(self) -> Self:

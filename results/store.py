@@ -1,4 +1,5 @@
-"""Append-only store of one run: a folder with `run.json`, `samples.jsonl` and `footprint.jsonl`.
+"""Append-only store of one run: a folder with `run.json` and a file of rows a kind: `samples.jsonl`,
+`footprint.jsonl`, `max_context.jsonl`, `throughput.jsonl`.
 
 A row is on disk, whole, before `append_*` returns: one `os.write` on an `O_APPEND` descriptor, then `fsync`. A process
 killed in the middle of that write leaves a last line that is cut short; the next opening drops that line (and says so)
@@ -18,12 +19,16 @@ from typing import Any, Self
 from pydantic import ValidationError
 
 from kvscope.results.errors import EnvironmentProblem, UsageError
+from kvscope.results.packed import Rows, is_packed, read_packed
 from kvscope.results.rowfile import append_line, check_version, first_problem, open_for_append, read_rows, sync_folder
-from kvscope.results.schema import FootprintRow, Resumption, RunInfo, SampleRow
+from kvscope.results.schema import FootprintRow, MaxContextRow, Resumption, RunInfo, SampleRow, ThroughputRow
 
 RUN_FILE = "run.json"
 SAMPLES_FILE = "samples.jsonl"
 FOOTPRINT_FILE = "footprint.jsonl"
+MAX_CONTEXT_FILE = "max_context.jsonl"
+THROUGHPUT_FILE = "throughput.jsonl"
+ROW_FILES = (SAMPLES_FILE, FOOTPRINT_FILE, MAX_CONTEXT_FILE, THROUGHPUT_FILE)
 LOCK_FILE = ".lock"
 
 SampleKey = tuple[str, int, int, str]
@@ -46,10 +51,24 @@ class RunStore:
         self._lock_fd = lock_fd
         self._fds: dict[str, int] = {}
         writable = lock_fd is not None
+        if is_packed(folder):
+            self._take_packed(writable=writable)
+            return
         self._samples = read_rows(folder / SAMPLES_FILE, SampleRow, messages=self.messages, mend=writable)
         self._footprints = read_rows(folder / FOOTPRINT_FILE, FootprintRow, messages=self.messages, mend=writable)
+        self._max_contexts = read_rows(folder / MAX_CONTEXT_FILE, MaxContextRow, messages=self.messages, mend=writable)
+        self._throughputs = read_rows(folder / THROUGHPUT_FILE, ThroughputRow, messages=self.messages, mend=writable)
         for message in self.messages:
             _log.warning(message)
+
+    def _take_packed(self, *, writable: bool) -> None:
+        if writable:
+            raise UsageError(f"{self.folder} holds a packed run, which is only read. Give --out another folder.")
+        rows = read_packed(self.folder)
+        self._samples = {row.key: row for row in rows.samples}
+        self._footprints = {row.key: row for row in rows.footprints}
+        self._max_contexts = {row.key: row for row in rows.max_contexts}
+        self._throughputs = {row.key: row for row in rows.throughputs}
 
     @classmethod
     def create(cls, folder: str | Path, info: RunInfo) -> "RunStore":
@@ -91,6 +110,32 @@ class RunStore:
         self._append(FOOTPRINT_FILE, row.key, row.model_dump_json(), self._footprints)
         self._footprints[row.key] = row
 
+    def append_max_context(self, row: MaxContextRow) -> None:
+        """Put the longest context of a method on disk. Raises ValueError for a method that has one."""
+        self._append(MAX_CONTEXT_FILE, row.key, row.model_dump_json(), self._max_contexts)
+        self._max_contexts[row.key] = row
+
+    def append_throughput(self, row: ThroughputRow) -> None:
+        """Put one throughput row on disk. Raises ValueError for a key that is already there."""
+        self._append(THROUGHPUT_FILE, row.key, row.model_dump_json(), self._throughputs)
+        self._throughputs[row.key] = row
+
+    def max_contexts(self) -> list[MaxContextRow]:
+        """The longest contexts found, in the order written."""
+        return list(self._max_contexts.values())
+
+    def throughputs(self) -> list[ThroughputRow]:
+        """All throughput rows, in the order written."""
+        return list(self._throughputs.values())
+
+    def has_max_context(self, method_label: str) -> bool:
+        """Whether a method's longest context is found."""
+        return method_label in self._max_contexts
+
+    def has_throughput(self, key: FootprintKey) -> bool:
+        """Whether (method_label, length_tokens) is done, with whatever status."""
+        return key in self._throughputs
+
     def samples(self) -> list[SampleRow]:
         """All sample rows, in the order written."""
         return list(self._samples.values())
@@ -115,6 +160,15 @@ class RunStore:
         """Keys of all footprint rows."""
         return set(self._footprints)
 
+    def rows(self) -> Rows:
+        """Every row of the run."""
+        return Rows(
+            samples=self.samples(),
+            footprints=self.footprints(),
+            max_contexts=self.max_contexts(),
+            throughputs=self.throughputs(),
+        )
+
     def close(self) -> None:
         """Release the lock and the descriptors. Safe to call twice."""
         for fd in self._fds.values():
@@ -132,7 +186,7 @@ class RunStore:
     ) -> None:
         self.close()
 
-    def _append(self, name: str, key: tuple[Any, ...], text: str, known: Mapping[Any, Any]) -> None:
+    def _append(self, name: str, key: tuple[Any, ...] | str, text: str, known: Mapping[Any, Any]) -> None:
         if self._lock_fd is None:
             raise ValueError(f"{self.folder} was opened for reading (or closed): no row can be written")
         if key in known:
@@ -165,6 +219,21 @@ def read_info(folder: str | Path) -> RunInfo:
         return RunInfo.model_validate_json(text)
     except ValidationError as error:
         raise UsageError(f"{path} is not a valid run file: {first_problem(error)}. Restore it from a copy.") from error
+
+
+def run_folders(folder: str | Path) -> list[Path]:
+    """Return the runs a folder stands for: itself, or those of its subfolders that hold one, by name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    folder = Path(folder)
+    if not (folder / RUN_FILE).exists() and folder.is_dir():
+        found = sorted(path.parent for path in folder.glob(f"*/{RUN_FILE}"))
+        if found:
+            return found
+    read_info(folder)
+    return [folder]
 
 
 def identity_differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
@@ -255,7 +324,7 @@ def _resumed(folder: Path, info: RunInfo) -> RunInfo:
 
 
 def _refuse_orphan_rows(folder: Path) -> None:
-    for name in (SAMPLES_FILE, FOOTPRINT_FILE):
+    for name in ROW_FILES:
         if (folder / name).exists():
             raise UsageError(
                 f"{folder} holds {name} but no {RUN_FILE}, so nobody can tell what these rows are. Restore {RUN_FILE}, "

@@ -326,7 +326,7 @@ def make_rows(
     samples: int,
     footprint_lengths: tuple[int, ...],
 ) -> Rows:
-    kinds = [KINDS[label] for label in labels]
+    kinds = [KINDS.get(label) or SWEPT[label] for label in labels]
     rows = [
         sample_row(
             kind, machine=machine, model=model, task=task, length=length, sample=sample, oom=oom(kind, machine, length)
@@ -374,6 +374,31 @@ def wide_rows(*, tasks: int = 3, samples: int = 20) -> Rows:
         lengths=tuple(4 * K * 2**i for i in range(8)),
         samples=samples,
         footprint_lengths=tuple(4 * K * 2**i for i in range(8)),
+    )
+
+
+def swept_kinds() -> list[Kind]:
+    """The block-sparse family at five budgets each."""
+    found = []
+    for name, metadata, finds in (("quest", 1 / 8, 0.9), ("moba", 1 / 256, 0.6), ("msa", 0, 0.8), ("dsa", 1 / 14, 1)):
+        for budget in (256, 512, 1024, 2048, 4096):
+            right = min(0.99, finds * (budget / 4096) ** 0.12)
+            options = (("budget_tokens", budget),)
+            found.append(Kind(name, "-", "-", "-", "resident", 1, metadata, budget / 65_536, right, options))
+    return found
+
+
+SWEPT = {kind.label: kind for kind in swept_kinds()}
+
+
+def sweep_rows() -> Rows:
+    """Dense, lsa and four methods at five budgets each: 22 settings at three lengths."""
+    return make_rows(
+        ["dense", *SWEPT, "lsa:threshold=0.5,tau=64"],
+        tasks=("niah_single_1", "niah_multikey_2"),
+        lengths=(4 * K, 16 * K, 64 * K),
+        samples=20,
+        footprint_lengths=(64 * K,),
     )
 
 

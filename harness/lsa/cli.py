@@ -88,6 +88,9 @@ def collect(
     least_mass: Annotated[float, typer.Option("--least-mass", help="Least attention a vote needs.")] = 0.0,
     states: Annotated[int, typer.Option("--states", help="Hidden states kept before step 0.")] = 16,
     shard_documents: Annotated[int, typer.Option("--shard-documents", help="Documents a shard.")] = 16,
+    token_samples: Annotated[
+        int, typer.Option("--token-samples", help="Random tokens a prompt to store for kvscope dsa train, as 2048.")
+    ] = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
     quiet: Quiet = False,
@@ -102,7 +105,8 @@ def collect(
         model=model, tasks=tuple(task), lengths_tokens=tuple(sorted({parse_length(item) for item in length})),
         samples=samples, seed=seed, chunk_tokens=chunk_tokens, layers=parse_layers(layers),
         features=features, top_p=top_p, votes=votes, voters=voters,  # type: ignore[arg-type]
-        least_mass=least_mass, state_tokens=states, shard_documents=shard_documents, device=device, dtype=dtype,
+        least_mass=least_mass, state_tokens=states, shard_documents=shard_documents,
+        token_samples=token_samples, device=device, dtype=dtype,
     )  # fmt: skip
     with make_progress(not quiet) as progress:
         folder = run_collect(config, out, progress=progress)

@@ -30,8 +30,10 @@ from kvscope.harness.lsa.shards import (
     write_manifest,
     write_shard,
 )
+from kvscope.harness.lsa.token_records import token_tensors
 from kvscope.harness.models import LoadedModel, load_model
 from kvscope.harness.prefill import DEFAULT_CHUNK_TOKENS, prefill
+from kvscope.harness.presets import refuse_preset
 from kvscope.harness.progress import Progress, format_bytes
 from kvscope.methods.base import union_collectors
 from kvscope.methods.lsa.indexer import Features
@@ -62,6 +64,8 @@ class CollectConfig:
             below ``least_mass`` are not stored.
         state_tokens: hidden states kept before step 0, the most an indexer can look back.
         shard_documents: documents a shard.
+        token_samples: random tokens of each prompt of which state, keys and attention are stored for training a
+            lightning indexer (``dsa``), beside those that steps attend to most; 0: none.
         device, dtype: as ``kvscope run``.
     """
 
@@ -79,6 +83,7 @@ class CollectConfig:
     least_mass: float = 0.0
     state_tokens: int = 16
     shard_documents: int = 16
+    token_samples: int = 0
     device: str = "auto"
     dtype: str = "auto"
 
@@ -87,6 +92,8 @@ class CollectConfig:
         for name in ("samples", "chunk_tokens", "state_tokens", "shard_documents"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be 1 or more, got {getattr(self, name)}.")
+        if self.token_samples < 0:
+            raise UsageError(f"token_samples must be 0 or more, got {self.token_samples}.")
         if self.features not in ("stats", "tokens"):
             raise UsageError(f"features must be stats or tokens, got {self.features!r}.")
         if not self.tasks or not self.lengths_tokens:
@@ -111,6 +118,7 @@ def collect(config: CollectConfig, out: str | Path, *, progress: Progress) -> Pa
     """
     folder = Path(out)
     tasks = make_tasks(config.tasks)
+    refuse_preset(config.model, "collect")
     loaded = load_model(config.model, device=config.device, dtype=config.dtype)
     info = describe(config, loaded)
     jobs = [
@@ -195,6 +203,7 @@ def describe(config: CollectConfig, loaded: LoadedModel) -> CollectionInfo:
         lengths_tokens=tuple(sorted(config.lengths_tokens)),
         samples=config.samples,
         seed=config.seed,
+        token_samples=config.token_samples,
     )
 
 
@@ -328,6 +337,7 @@ def record(
         rest=torch.stack([each.rest_V for _, each in kept]).half().cpu(),
         mass=torch.stack([each.mass_M for _, each in kept]).half().cpu(),
         queries=torch.stack([each.queries_LF for each in records]).to(STORED_DTYPE).cpu(),
+        **token_tensors(prompt, [each.token_mass_LN for _, each in kept], info, n_steps=len(fed_ids), sample=sample),
     )
 
 

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 
 from kvscope.harness.lsa.label_rule import LabelRule
 from kvscope.harness.lsa.shards import Collection, CollectionInfo, Document
-from kvscope.methods.lsa.indexer import ENCODER_FEATURES, EncoderKind, Indexer, dequantize, logit, quantize
+from kvscope.methods.fp8_keys import rounded
+from kvscope.methods.lsa.indexer import ENCODER_FEATURES, EncoderKind, Indexer, logit
 from kvscope.methods.lsa.labels import Voters
 from kvscope.results.errors import EnvironmentProblem, UsageError
 
@@ -213,9 +214,7 @@ def row_logits(
     keys = []
     for layer, place in zip(indexer.config.layers, found.places, strict=True):
         key = indexer.layer(layer).memory(found.document.features[place][chunks].to(device))
-        stored = dequantize(*quantize(key.detach()))
-        # The rounding of fp8 is seen by the loss and passed over by the gradient.
-        keys.append(key + (stored - key).detach())
+        keys.append(rounded(key))
     logits = indexer.logits(states.flatten(0, 1), keys)
     return logits.view(len(rows), lookback, -1).amax(1)
 

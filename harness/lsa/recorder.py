@@ -9,6 +9,7 @@ import torch
 
 from kvscope.harness.lsa.label_rule import voter_masses
 from kvscope.harness.lsa.shards import STORED_DTYPE, CollectionInfo
+from kvscope.harness.lsa.token_records import TokenStates, head_mean
 from kvscope.methods.base import AttentionExtras, Collector, SequenceCache
 from kvscope.methods.dense.method import Dense
 from kvscope.methods.lsa.collectors import ChunkKeys, LastStates
@@ -30,6 +31,8 @@ class StepRecord:
             not listened to.
         rest_V: each voter's mass outside the prompt; empty likewise.
         mass_M: the strongest layer's head-summed mass of each chunk, [n']; empty likewise.
+        token_mass_LN: attention to every token so far in the indexed layers, mean over query heads, [L, N] in fp16;
+            empty likewise, and where tokens are not asked for.
     """
 
     hidden_LM: torch.Tensor
@@ -39,6 +42,7 @@ class StepRecord:
     values: torch.Tensor
     rest_V: torch.Tensor
     mass_M: torch.Tensor
+    token_mass_LN: torch.Tensor
 
 
 class Recorder(Dense):
@@ -67,7 +71,8 @@ class Recorder(Dense):
             return chunk_features(k_nCF, self.info.features).to(STORED_DTYPE)
 
         keys = ChunkKeys(self.features_name, layer, chunk_tokens=self.info.chunk_tokens, encode=encode)
-        return [keys, LastStates(layer, n_states=self.info.state_tokens)]
+        found: list[Collector] = [keys, LastStates(layer, n_states=self.info.state_tokens)]
+        return [*found, TokenStates(layer)] if self.info.token_samples else found
 
     def open(
         self, prompt: PromptKV, device: torch.device | str, *, physical: bool = True, reserve_tokens: int = 0
@@ -90,6 +95,7 @@ class RecordingSequence(ResidentSequence):
         self._hidden: dict[int, torch.Tensor] = {}
         self._queries: dict[int, torch.Tensor] = {}
         self._mass: list[torch.Tensor] = []
+        self._token_mass: list[torch.Tensor] = []
 
     def observe(self, layer: int, hidden_BM: torch.Tensor) -> None:
         self._hidden[layer] = hidden_BM[0].clone()
@@ -117,6 +123,8 @@ class RecordingSequence(ResidentSequence):
                 scale=scale,
                 softcap=extras.softcap,
             )
+            if self._info.token_samples and layer in self._info.layers:
+                self._token_mass.append(head_mean(logits_QT, extras.sink_logits))
             prompt_QT, other_QT = logits_QT[:, : self._n_prompt], logits_QT[:, self._n_prompt :]
             self._mass.append(
                 chunk_mass(prompt_QT, other_QT, chunk_tokens=self._info.chunk_tokens, sink_logits=extras.sink_logits)
@@ -128,17 +136,20 @@ class RecordingSequence(ResidentSequence):
         hidden_LM = torch.stack([self._hidden[layer] for layer in self._info.layers])
         queries_LF = torch.stack([self._queries[layer] for layer in self._info.layers])
         mass, self._mass, self._hidden, self._queries = self._mass, [], {}, {}
+        tokens, self._token_mass = self._token_mass, []
         if not mass:
             nothing = torch.empty(0)
-            return StepRecord(hidden_LM, queries_LF, nothing, nothing, nothing, nothing, nothing)
+            return StepRecord(hidden_LM, queries_LF, nothing, nothing, nothing, nothing, nothing, nothing)
         mass_LQM = torch.stack(mass)
         mass_VM = voter_masses(mass_LQM)
         # A mass of zero can never be voted for; it is not worth a place.
         kept = mass_VM[:, :-1] >= max(self._info.least_mass, torch.finfo(torch.float16).tiny)
         voters, chunks = kept.nonzero(as_tuple=True)
         strongest = mass_LQM.mean(1).amax(0)[:-1]
-        return StepRecord(hidden_LM, queries_LF, chunks, voters, mass_VM[:, :-1][kept], mass_VM[:, -1], strongest)
+        token_mass_LN = torch.stack(tokens) if tokens else torch.empty(0)
+        masses = mass_VM[:, :-1][kept], mass_VM[:, -1], strongest
+        return StepRecord(hidden_LM, queries_LF, chunks, voters, *masses, token_mass_LN)
 
     def close(self) -> None:
-        self._mass, self._hidden, self._queries = [], {}, {}
+        self._mass, self._token_mass, self._hidden, self._queries = [], [], {}, {}
         super().close()

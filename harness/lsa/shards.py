@@ -1,7 +1,8 @@
 """What ``lsa collect`` stores and everything behind it reads: safetensors shards with a manifest. No model is loaded.
 
 Shapes: n whole chunks of a prompt, n' with the incomplete last one, L indexed layers, M hidden size, F features a key,
-C tokens a chunk, W states before step 0, T decode steps, R recorded steps (those that predict an answer token).
+C tokens a chunk, W states before step 0, T decode steps, R recorded steps (those that predict an answer token), K
+stored tokens of the prompt.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ from kvscope.methods.lsa.labels import Voters
 from kvscope.methods.lsa.layout import ChunkLayout
 from kvscope.results.errors import UsageError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 STORED_DTYPE = torch.bfloat16
 MASS_BYTES = 8  # chunk, voter, mass
@@ -40,6 +41,8 @@ _TENSORS = (
     "mass",
     "queries",
 )
+_TOKEN_TENSORS = ("tokens", "token_weights", "token_states", "token_keys", "token_mass", "step_mass")
+TOP_TOKENS = 32  # of each step and layer: stored whatever the draw
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +63,8 @@ class CollectionInfo:
             not stored, so no other rule may ask for less.
         state_tokens: W.
         tasks, lengths_tokens, samples, seed: the documents.
+        token_samples: random prompt tokens of which state, keys and attention are stored, beside those that a step
+            attends to most; 0: none of it is stored.
     """
 
     model: str
@@ -83,6 +88,7 @@ class CollectionInfo:
     lengths_tokens: tuple[int, ...]
     samples: int
     seed: int
+    token_samples: int = 0
 
     def rule(self, **values: Any) -> LabelRule:
         """Return how labels are told, with values that are not None in place of the collection's.
@@ -137,6 +143,12 @@ class Document:
         rest: [R, V], what each voter's attention gave to no chunk of the prompt.
         mass: [R, n'], the strongest layer's head-summed attention.
         queries: [T, L, Q * head size], the model's own queries before rotation: training starts from them.
+        tokens: [K], sampled tokens of the prompt, ascending; this and what follows only with ``token_samples``.
+        token_weights: [K] in fp32, how many tokens of the prompt each stands for; they add up to the prompt.
+        token_states: [L, K, M], states of those tokens entering the indexed layers.
+        token_keys: [L, K, F], their keys before rotation.
+        token_mass: [R, L, K], attention of the recorded steps to each of them, mean over query heads.
+        step_mass: [R, L, T], the same to the tokens of the decode steps; 0 behind the step itself.
     """
 
     info: DocumentInfo
@@ -151,6 +163,12 @@ class Document:
     rest: torch.Tensor
     mass: torch.Tensor
     queries: torch.Tensor
+    tokens: torch.Tensor | None = None
+    token_weights: torch.Tensor | None = None
+    token_states: torch.Tensor | None = None
+    token_keys: torch.Tensor | None = None
+    token_mass: torch.Tensor | None = None
+    step_mass: torch.Tensor | None = None
 
     @property
     def n_states(self) -> int:
@@ -241,7 +259,8 @@ class Collection:
         path, number = self._where[index]
         try:
             with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(f"{number}/{name}") for name in _TENSORS}
+                names = _tensor_names(self.info)
+                tensors = {name: file.get_tensor(f"{number}/{name}") for name in names}
         except (OSError, SafetensorError) as error:
             raise UsageError(f"Shard '{path}' cannot be read ({error}); delete it and run collect again.") from error
         return Document(info=self.documents[index], **tensors)
@@ -340,12 +359,16 @@ def write_shard(path: Path, documents: Sequence[Document], info: CollectionInfo)
     tensors = {
         f"{number}/{name}": getattr(document, name).contiguous()
         for number, document in enumerate(documents)
-        for name in _TENSORS
+        for name in _tensor_names(info)
     }
     temporary = path.with_suffix(".tmp")
     save_file(tensors, temporary, metadata={"collection": info.id})
     os.replace(temporary, path)
     return path.stat().st_size
+
+
+def _tensor_names(info: CollectionInfo) -> tuple[str, ...]:
+    return (*_TENSORS, *(_TOKEN_TENSORS if info.token_samples else ()))
 
 
 def write_manifest(folder: Path, info: CollectionInfo, shards: Sequence[Mapping[str, Any]], *, complete: bool) -> None:
@@ -368,4 +391,10 @@ def document_bytes(info: CollectionInfo, *, prompt_tokens: int, n_steps: int) ->
     voters = len(info.label_layers) * (1 + info.query_heads)
     most = n_chunks if info.least_mass == 0 else min(n_chunks, int(1 / info.least_mass))
     masses = n_steps * (n_chunks + voters * (1 + most * MASS_BYTES // element_bytes))
-    return element_bytes * (keys + states + queries + masses)
+    tokens = 0
+    if info.token_samples:
+        L, steps = len(info.layers), n_steps * len(info.layers)
+        # Which tokens the steps attend to most differs little from step to step.
+        n_kept = min(prompt_tokens, info.token_samples + 2 * TOP_TOKENS * L)
+        tokens = n_kept * (L * (info.hidden_size + info.key_features) + steps + 4) + steps * n_steps
+    return element_bytes * (keys + states + queries + masses + tokens)

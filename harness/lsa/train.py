@@ -5,9 +5,6 @@ the memory side trained along with the query side, because an ordinary model bri
 """
 
 import json
-import math
-import random
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,6 +12,7 @@ from typing import Any
 
 import torch
 
+from kvscope.harness.lsa.fit import fit
 from kvscope.harness.lsa.objective import (
     Place,
     TrainConfig,
@@ -32,7 +30,6 @@ from kvscope.methods.lsa.indexer_files import save_indexer
 from kvscope.results.errors import UsageError
 
 LOG_FILE = "train_log.jsonl"
-WARMUP_SHARE = 0.05
 MOST_KEY_DIM = 128
 
 
@@ -63,16 +60,14 @@ def train(
         fits = warm_start(indexer, training, config)
         note("warm start: " + ", ".join(f"layer {layer} queries {fit['query_fit']:.1%} explained"
                                         for layer, fit in zip(indexer.config.layers, fits, strict=True)))  # fmt: skip
-    optimizer = torch.optim.AdamW(indexer.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    steps_an_epoch = math.ceil(len(training) / config.batch_documents)
-    total = config.epochs * steps_an_epoch
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, total))
-    draws, torch_draws = random.Random(config.seed), torch.Generator().manual_seed(config.seed)
+    draws = torch.Generator().manual_seed(config.seed)
+
+    def loss_of(place: Place) -> torch.Tensor | None:
+        found = example(place, config)
+        return None if found is None else document_loss(indexer, found, config, draws)
+
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    best: dict[str, Any] | None = None
-    since_best = 0
-    started_s = time.perf_counter()
     with (folder / LOG_FILE).open("w", encoding="utf-8") as log:
 
         def say(**fields: Any) -> None:
@@ -83,33 +78,25 @@ def train(
             say(warm_start=fits, held_out=measure(indexer, held_out, config))
         say(collections=[str(c.info.id) for c in collections], documents=len(training), held_out=len(held_out),
             weights=sum(p.numel() for p in indexer.parameters()), config=asdict(config))  # fmt: skip
-        for epoch in range(1, config.epochs + 1):
-            loss = run_epoch(
-                indexer, training, config, optimizer=optimizer, schedule=schedule, draws=draws, torch_draws=torch_draws
-            )
-            measures = measure(indexer, held_out, config)
-            fields = {"epoch": epoch, "loss": round(loss, 5), **measures}
-            say(**fields, elapsed_s=round(time.perf_counter() - started_s, 2))
-            note(epoch_text(epoch, config.epochs, fields, since_s=time.perf_counter() - started_s))
-            save_indexer(indexer, folder / "checkpoints" / f"epoch-{epoch:02d}")
-            if best is None or measures["held_out_loss"] < best["held_out_loss"]:
-                best, since_best = fields, 0
-                weights = {name: value.clone() for name, value in indexer.state_dict().items()}
-            else:
-                since_best += 1
-            if since_best >= config.patience:
-                note(f"stopped: the held-out loss has not fallen for {since_best} epochs")
-                break
-        assert best is not None
-        indexer.load_state_dict(weights)
+        best = fit(
+            indexer,
+            training,
+            config,
+            loss_of=loss_of,
+            measure=lambda: measure(indexer, held_out, config),
+            save=lambda target: save_indexer(indexer, target),
+            text=lambda epoch, fields, since_s: epoch_text(epoch, config.epochs, fields, since_s=since_s),
+            folder=folder,
+            say=say,
+            note=note,
+        )
         if config.target_recall is not None:
             shift = calibrate(indexer, held_out, config, target_recall=config.target_recall)
             note(f"bias shifted by {shift:+.3f}: threshold 0.5 keeps {config.target_recall:.0%} of held-out golden")
             best = {**best, "bias_shift": round(shift, 4), **measure(indexer, held_out, config)}
         say(kept=best)
     trained = {
-        "data": [{"id": c.info.id, "tasks": list(c.info.tasks), "lengths_tokens": list(c.info.lengths_tokens),
-                  "samples": c.info.samples, "seed": c.info.seed} for c in collections],
+        "data": data_record(collections),
         "labels": config.rule(info).text(),
         "documents": len(training), "held_out": best, "options": asdict(config),
     }  # fmt: skip
@@ -140,9 +127,28 @@ def check_fit(config: TrainConfig, collections: Sequence[Collection], note: Call
     states = min(collection.info.state_tokens for collection in collections)
     if config.lookback > states:
         raise UsageError(f"lookback is {config.lookback}, and the collection keeps {states} states before an answer.")
+    note_unfinished(collections, note)
+
+
+def note_unfinished(collections: Sequence[Collection], note: Callable[[str], None]) -> None:
+    """Say which collections are not whole."""
     for collection in collections:
         if not collection.complete:
             note(f"note: collection '{collection.folder}' is unfinished; its {len(collection)} documents are used.")
+
+
+def data_record(collections: Sequence[Collection]) -> list[dict[str, Any]]:
+    """Return what an indexer's configuration says of the data it was trained on."""
+    return [
+        {
+            "id": collection.info.id,
+            "tasks": list(collection.info.tasks),
+            "lengths_tokens": list(collection.info.lengths_tokens),
+            "samples": collection.info.samples,
+            "seed": collection.info.seed,
+        }
+        for collection in collections
+    ]
 
 
 def indexer_config(info: CollectionInfo, config: TrainConfig) -> IndexerConfig:
@@ -163,47 +169,6 @@ def indexer_config(info: CollectionInfo, config: TrainConfig) -> IndexerConfig:
         encoder_width=config.encoder_width,
         lookback_tokens=config.lookback,
     )
-
-
-def rate(step: int, total: int) -> float:
-    """Return the share of the learning rate at a step: a short warm-up, then a cosine to zero."""
-    warmup = max(1, round(WARMUP_SHARE * total))
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-
-def run_epoch(
-    indexer: Indexer,
-    training: Sequence[Place],
-    config: TrainConfig,
-    *,
-    optimizer: torch.optim.Optimizer,
-    schedule: Any,
-    draws: random.Random,
-    torch_draws: torch.Generator,
-) -> float:
-    """Train one epoch; return the mean loss."""
-    indexer.train()
-    order = list(training)
-    draws.shuffle(order)
-    losses = []
-    for at in range(0, len(order), config.batch_documents):
-        batch = order[at : at + config.batch_documents]
-        optimizer.zero_grad(set_to_none=True)
-        total = 0.0
-        for place in batch:
-            found = example(place, config)
-            if found is None:
-                continue
-            loss = document_loss(indexer, found, config, torch_draws)
-            (loss / len(batch)).backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
-        torch.nn.utils.clip_grad_norm_(indexer.parameters(), config.clip)
-        optimizer.step()
-        schedule.step()
-        losses.append(total / len(batch))
-    return sum(losses) / max(1, len(losses))
 
 
 def epoch_text(epoch: int, epochs: int, fields: dict[str, Any], *, since_s: float) -> str:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from kvscope.harness.lsa.objective import Place, TrainConfig, example, row_logits
+from kvscope.harness.lsa.shards import CollectionInfo, Document
 from kvscope.methods.lsa.indexer import Indexer, LayerIndexer
 
 MOST_DOCUMENTS = 512
@@ -47,6 +48,58 @@ class Moments:
     n_states: int = 0
     n_keys: int = 0
 
+    @classmethod
+    def empty(cls, info: CollectionInfo, device: torch.device) -> "Moments":
+        """Return sums of nothing, sized for a collection."""
+        width, heads, features = info.hidden_size, info.query_heads * info.head_dim, info.key_features
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        return cls(
+            xx=zeros(width, width),
+            xq=zeros(width, heads),
+            qq=zeros(heads, heads),
+            kk=zeros(features, features),
+            k=zeros(features),
+        )
+
+    def add_queries(self, document: Document, place: int) -> None:
+        """Add a document's steps: states and queries of the layer at ``place``."""
+        device = self.xx.device
+        x = unit_rms(document.hidden[-document.info.n_steps :, place].to(device).double())
+        q = document.queries[:, place].to(device).double()
+        self.xx += x.T @ x
+        self.xq += x.T @ q
+        self.qq += q.T @ q
+        self.n_states += len(x)
+
+    def add_keys(self, k_XF: torch.Tensor) -> None:
+        """Add keys."""
+        k = k_XF.to(self.kk.device).double()
+        self.kk += k.T @ k
+        self.k += k.sum(0)
+        self.n_keys += len(k)
+
+
+@dataclass(frozen=True)
+class Match:
+    """The model's own match of queries and keys, cut to a smaller key.
+
+    Attributes:
+        queries_QEM: of each query head, from unit-RMS states; logits over keys have unit variance.
+        to_k_EF, mean_F: small keys are ``to_k (k - mean)``.
+        xx_MM: second moment of the states.
+        query_fit, kept_energy: share of the queries that states explain, and of the match that the cut keeps.
+    """
+
+    queries_QEM: torch.Tensor
+    to_k_EF: torch.Tensor
+    mean_F: torch.Tensor
+    xx_MM: torch.Tensor
+    query_fit: float
+    kept_energy: float
+
 
 def warm_start(indexer: Indexer, training: Sequence[Place], config: TrainConfig) -> list[dict[str, float]]:
     """Set an indexer's weights from shards; return per layer how well queries were fitted (R squared).
@@ -68,46 +121,22 @@ def warm_start(indexer: Indexer, training: Sequence[Place], config: TrainConfig)
 @torch.no_grad()
 def gather(training: Sequence[Place], place: int, device: torch.device) -> Moments:
     """Sum the moments of the indexed layer at ``place`` over documents."""
-    info = training[0][0].info
-    width, heads, features = info.hidden_size, info.query_heads * info.head_dim, info.key_features
-
-    def zeros(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=torch.float64, device=device)
-
-    sums = Moments(
-        xx=zeros(width, width),
-        xq=zeros(width, heads),
-        qq=zeros(heads, heads),
-        kk=zeros(features, features),
-        k=zeros(features),
-    )
+    sums = Moments.empty(training[0][0].info, device)
     for collection, index in training:
         document = collection.load(index)
-        x = unit_rms(document.hidden[-document.info.n_steps :, place].to(device).double())
-        q = document.queries[:, place].to(device).double()
+        sums.add_queries(document, place)
         keys = document.features[place]
         k = keys[:, 0] if collection.info.features == "stats" else keys.flatten(0, 1)
-        k = k[:: max(1, len(k) // KEYS_A_DOCUMENT)].to(device).double()
-        sums.xx += x.T @ x
-        sums.xq += x.T @ q
-        sums.qq += q.T @ q
-        sums.kk += k.T @ k
-        sums.k += k.sum(0)
-        sums.n_states += len(x)
-        sums.n_keys += len(k)
+        sums.add_keys(k[:: max(1, len(k) // KEYS_A_DOCUMENT)])
     return sums
 
 
-@torch.no_grad()
-def start_layer(layer: LayerIndexer, sums: Moments, *, query_heads: int, head_dim: int) -> dict[str, float]:
-    """Set both sides of one layer's indexer."""
-    query, memory = layer.query, layer.memory
+def match(sums: Moments, *, query_heads: int, head_dim: int, key_dim: int) -> Match:
+    """Return the model's match in keys of at most ``key_dim`` entries."""
     n_features = len(sums.k)
     group = query_heads // (n_features // head_dim)
-    ridge = RIDGE * sums.xx.diagonal().mean() * torch.eye(len(sums.xx), dtype=torch.float64, device=sums.xx.device)
-    w_QDM = torch.linalg.solve(sums.xx + ridge, sums.xq).T  # queries from states
+    w_QDM = ridge(sums.xx, sums.xq).T  # queries from states
     residual = sums.qq.trace() - 2 * (w_QDM @ sums.xq).trace() + (w_QDM @ sums.xx @ w_QDM.T).trace()
-    fit = 1.0 - float(residual / sums.qq.trace())
 
     mean_F = sums.k / sums.n_keys
     c_k = sums.kk / sums.n_keys - torch.outer(mean_F, mean_F)
@@ -121,25 +150,48 @@ def start_layer(layer: LayerIndexer, sums: Moments, *, query_heads: int, head_di
     root_q, unroot_q = roots(c_q)
     root_k, unroot_k = roots(c_k)
     u, s, vh = torch.linalg.svd(root_q @ root_k)
-    n_kept = min(query.key_dim, n_features)
+    n_kept = min(key_dim, n_features)
     to_q = s[:n_kept, None].sqrt() * u.T[:n_kept] @ unroot_q  # [E, F]
     to_k = s[:n_kept, None].sqrt() * vh[:n_kept] @ unroot_k
 
-    n_heads = min(query.heads, query_heads)
-    full = w_QDM.new_zeros((query.heads, query.key_dim, len(sums.xx)))
-    for head, (own, slot) in enumerate(slots[:n_heads]):
-        mapped = to_q[:, slot] @ w_QDM[own]
+    queries = []
+    for own, slot in slots:
         # Logits of unit variance over keys and states: idle heads must not drown a retrieving one.
         c_head = to_q[:, slot] @ (sums.qq[own, own] / sums.n_states) @ to_q[:, slot].T
         variance = (c_head * (to_k @ c_k @ to_k.T)).sum().clamp_min(1e-12)
-        full[head, :n_kept] = mapped / variance.sqrt()
+        queries.append(to_q[:, slot] @ w_QDM[own] / variance.sqrt())
+    return Match(
+        queries_QEM=torch.stack(queries),
+        to_k_EF=to_k,
+        mean_F=mean_F,
+        xx_MM=sums.xx / sums.n_states,
+        query_fit=1.0 - float(residual / sums.qq.trace()),
+        kept_energy=float(s[:n_kept].sum() / s.sum()),
+    )
+
+
+def ridge(xx_MM: torch.Tensor, xy_MY: torch.Tensor) -> torch.Tensor:
+    """Return the map [M, Y] that predicts y from x best, from their second moments."""
+    weight = RIDGE * xx_MM.diagonal().mean() * torch.eye(len(xx_MM), dtype=xx_MM.dtype, device=xx_MM.device)
+    solved: torch.Tensor = torch.linalg.solve(xx_MM + weight, xy_MY)
+    return solved
+
+
+@torch.no_grad()
+def start_layer(layer: LayerIndexer, sums: Moments, *, query_heads: int, head_dim: int) -> dict[str, float]:
+    """Set both sides of one layer's indexer."""
+    query, memory = layer.query, layer.memory
+    found = match(sums, query_heads=query_heads, head_dim=head_dim, key_dim=query.key_dim)
+    n_kept, n_heads = len(found.to_k_EF), min(query.heads, query_heads)
+    full = found.xx_MM.new_zeros((query.heads, query.key_dim, len(found.xx_MM)))
+    full[:n_heads, :n_kept] = found.queries_QEM[:n_heads]
     rank = query.down.weight.shape[0]
     flat = full.flatten(0, 1)
     # The directions in which queries of the states seen really vary: the largest of the covariance of what `up` gives.
-    _, directions = torch.linalg.eigh(flat @ (sums.xx / sums.n_states) @ flat.T)
+    _, directions = torch.linalg.eigh(flat @ found.xx_MM @ flat.T)
     basis = directions[:, -min(rank, directions.shape[1]) :]
     down = basis.T @ flat
-    spread = ((down @ (sums.xx / sums.n_states)) * down).sum().div(rank).sqrt()
+    spread = ((down @ found.xx_MM) * down).sum().div(rank).sqrt()
     query.norm_in.weight.fill_(1.0)
     query.down.weight.zero_()
     query.down.weight[: len(down)] = (down / spread).float()
@@ -151,10 +203,10 @@ def start_layer(layer: LayerIndexer, sums: Moments, *, query_heads: int, head_di
     query.weights.weight.mul_(0.1)
     query.weights.bias.fill_((query.heads * query.key_dim) ** 0.5 / query.heads)
     memory.out.weight.zero_()
-    memory.out.weight[:n_kept] = to_k.float()
+    memory.out.weight[:n_kept] = found.to_k_EF.float()
     memory.out.bias.zero_()
-    memory.out.bias[:n_kept] = -(to_k @ mean_F).float()
-    return {"query_fit": round(fit, 4), "kept_energy": round(float(s[:n_kept].sum() / s.sum()), 4)}
+    memory.out.bias[:n_kept] = -(found.to_k_EF @ found.mean_F).float()
+    return {"query_fit": round(found.query_fit, 4), "kept_energy": round(found.kept_energy, 4)}
 
 
 @torch.no_grad()

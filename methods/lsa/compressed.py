@@ -22,7 +22,7 @@ from typing import ClassVar
 
 import torch
 
-from kvscope.methods.lsa.indexer import dequantize, quantize
+from kvscope.methods.fp8_keys import dequantize, quantize
 from kvscope.methods.lsa.selection import Rule, Selector
 from kvscope.results.errors import UsageError
 

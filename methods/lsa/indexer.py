@@ -9,7 +9,6 @@ Shapes: X queries, L indexed layers, M hidden size, R rank, I indexer heads, E k
 features a token (KV heads x head size: one layer's keys).
 """
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,13 +17,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from kvscope.methods.fp8_keys import SCALE_BYTES
+
 Features = Literal["stats", "tokens"]
 EncoderKind = Literal["mean", "stats", "pooled"]
 ENCODER_FEATURES: dict[str, Features] = {"mean": "stats", "stats": "stats", "pooled": "tokens"}
 _POOLS = 4
-KEY_DTYPE = torch.float8_e4m3fn
-FP8_MAX = 448.0
-SCALE_BYTES = 4
 _BLOCK_PRODUCTS = 2**25
 
 
@@ -225,37 +223,6 @@ def weight_bytes(config: IndexerConfig) -> int:
         return Indexer(config).weight_bytes
 
 
-def quantize(k_nE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return keys as fp8 [n, E] and their scales [n] in fp32."""
-    k = k_nE.float()
-    scale = (k.abs().amax(1) / FP8_MAX).clamp_min(torch.finfo(torch.float32).tiny)
-    return (k / scale[:, None]).to(KEY_DTYPE), scale
-
-
-def dequantize(keys_nE: torch.Tensor, scale_n: torch.Tensor) -> torch.Tensor:
-    """Return fp32 keys [n, E]."""
-    return keys_nE.float() * scale_n[:, None]
-
-
-def pack(keys_nE: torch.Tensor, scale_n: torch.Tensor) -> torch.Tensor:
-    """Return fp8 keys and scales as one tensor of bytes, [n, E + 4]: what a collector hands over."""
-    return torch.cat([keys_nE.view(torch.uint8), scale_n[:, None].contiguous().view(torch.uint8)], 1)
-
-
-def unpack(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Undo ``pack``: separate arrays of fp8 keys [n, E] and fp32 scales [n]."""
-    keys = packed[:, :-SCALE_BYTES].contiguous().view(KEY_DTYPE)
-    scale = packed[:, -SCALE_BYTES:].contiguous().view(torch.float32)[:, 0]
-    return keys, scale
-
-
 def logit(probability: float) -> float:
     """Return the logit of a probability in (0, 1)."""
     return math.log(probability / (1 - probability))
-
-
-def config_dict(config: IndexerConfig) -> dict[str, Any]:
-    """Return a config as plain values for JSON."""
-    values = dataclasses.asdict(config)
-    values["layers"] = list(config.layers)
-    return values

@@ -1,34 +1,24 @@
 """Lookahead Sparse Attention (FlashMemory, arXiv 2606.09079) on models with an ordinary KV cache."""
 
-import functools
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from kvscope.methods.base import CacheMethod, Collector, SequenceCache
 from kvscope.methods.budget import check_budget, default_recency_tokens
+from kvscope.methods.fp8_keys import pack, quantize
+from kvscope.methods.indexer_source import IndexerSource
 from kvscope.methods.lsa.collectors import ChunkKeys, LastStates
 from kvscope.methods.lsa.indexer import (
     ENCODER_FEATURES,
-    Indexer,
     IndexerConfig,
     chunk_features,
     default_sizes,
-    pack,
-    quantize,
     weight_bytes,
 )
-from kvscope.methods.lsa.indexer_files import (
-    HOW_TO_TRAIN,
-    find_shipped,
-    indexer_folder,
-    indexer_hash,
-    load_indexer,
-    mismatch,
-    read_indexer_config,
-)
+from kvscope.methods.lsa.indexer_files import FILES, HOW_TO_TRAIN, mismatch
 from kvscope.methods.lsa.layout import ChunkLayout
 from kvscope.methods.lsa.selection import (
     IndexerSelector,
@@ -43,9 +33,6 @@ from kvscope.methods.lsa.sequence import LsaSequence, MaskedLsaSequence, Recalli
 from kvscope.methods.shape import Footprint, ModelShape
 from kvscope.methods.store import PromptKV
 from kvscope.results.errors import UsageError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 DEFAULT_CHUNK_TOKENS = 64
 ORACLE = "oracle"
@@ -153,8 +140,17 @@ class Lsa(CacheMethod[LsaConfig]):
 
     def __init__(self, config: LsaConfig | None = None, *, label: str | None = None) -> None:
         super().__init__(config, label=label)
-        self._placed: dict[torch.device, Indexer] = {}
-        self._shape: ModelShape | None = None
+        chunk_tokens = self.config.chunk_tokens or DEFAULT_CHUNK_TOKENS
+        self._source = IndexerSource(
+            FILES,
+            spec=None if self.config.indexer == ORACLE else self.config.indexer,
+            synthetic=self.config.selection == "synthetic",
+            seed=self.config.seed,
+            untrained=self._untrained,
+            misfit=self._misfit,
+            missing=f"No trained indexer for chunks of {chunk_tokens} tokens comes with kvscope for this model: "
+            f"{HOW_TO_TRAIN}; or use selection=synthetic with a budget (bytes and times only), or indexer=oracle.",
+        )
 
     @property
     def selection(self) -> str:
@@ -185,11 +181,14 @@ class Lsa(CacheMethod[LsaConfig]):
         if self.config.indexer == ORACLE:
             return []
         if self.config.selection == "trained":
-            config = self._trained_config()
+            config = FILES.read_config(self._source.folder())
             if layer not in config.layers:
                 return []
             width = config.lookback_tokens
         else:
+            shape = self._source.shape
+            if shape is not None and layer not in synthetic_layers(shape):
+                return []
             width = 1
         chunk_tokens = self.chunk_tokens()
         collectors: list[Collector] = [
@@ -197,27 +196,25 @@ class Lsa(CacheMethod[LsaConfig]):
         ]
         return collectors if width == 1 else [*collectors, LastStates(layer, n_states=width)]
 
-    @functools.cached_property
-    def _folder(self) -> "Path | None":
-        """The folder of the indexer, where the options or a model seen so far tell."""
-        if self.config.indexer is not None:
-            return indexer_folder(self.config.indexer)
-        return None
+    def _misfit(self, config: IndexerConfig, shape: ModelShape) -> str | None:
+        # Of shipped indexers the one for the default chunk is taken; one given by name brings its own chunk.
+        default = DEFAULT_CHUNK_TOKENS if self.config.indexer is None else None
+        return mismatch(config, shape, chunk_tokens=self.config.chunk_tokens or default)
 
-    def _trained_folder(self) -> "Path":
-        if self._folder is not None:
-            return self._folder
-        chunk_tokens = self.config.chunk_tokens or DEFAULT_CHUNK_TOKENS
-        found = None if self._shape is None else find_shipped(self._shape, chunk_tokens=chunk_tokens)
-        if found is None:
-            raise UsageError(
-                f"No trained indexer for chunks of {chunk_tokens} tokens comes with kvscope for this model: "
-                f"{HOW_TO_TRAIN}; or use selection=synthetic with a budget (bytes and times only), or indexer=oracle."
-            )
-        return found
-
-    def _trained_config(self) -> IndexerConfig:
-        return read_indexer_config(self._trained_folder())
+    def _untrained(self, shape: ModelShape) -> IndexerConfig:
+        heads, key_dim, rank = default_sizes(shape.hidden_size)
+        return IndexerConfig(
+            model="synthetic",
+            model_revision=shape.revision,
+            layers=synthetic_layers(shape),
+            chunk_tokens=self.chunk_tokens(),
+            tau=self.config.tau,
+            hidden_size=shape.hidden_size,
+            key_features=shape.n_kv_heads * shape.head_dim,
+            heads=heads,
+            key_dim=key_dim,
+            rank=rank,
+        )
 
     def _indexer_config(self, shape: ModelShape) -> IndexerConfig | None:
         """Return the configuration of the indexer that chooses on this model; None for the oracle.
@@ -225,55 +222,18 @@ class Lsa(CacheMethod[LsaConfig]):
         Raises:
             UsageError: there is none, or it belongs to another model, layer or chunk size.
         """
-        if self.config.indexer == ORACLE:
-            return None
-        self._shape = shape
-        if self.config.selection == "synthetic":
-            heads, key_dim, rank = default_sizes(shape.hidden_size)
-            return IndexerConfig(
-                model="synthetic",
-                model_revision=shape.revision,
-                layers=shape.layers,
-                chunk_tokens=self.chunk_tokens(),
-                tau=self.config.tau,
-                hidden_size=shape.hidden_size,
-                key_features=shape.n_kv_heads * shape.head_dim,
-                heads=heads,
-                key_dim=key_dim,
-                rank=rank,
-            )
-        folder = self._trained_folder()
-        config = read_indexer_config(folder)
-        why = mismatch(config, shape, chunk_tokens=self.config.chunk_tokens)
-        if why is not None:
-            raise UsageError(f"Indexer '{folder.name}' cannot be used here: {why}; {HOW_TO_TRAIN}.")
-        return config
-
-    def _indexer(self, shape: ModelShape, device: torch.device) -> Indexer:
-        """Return the indexer on a device; made or loaded once."""
-        if device not in self._placed:
-            config = self._indexer_config(shape)
-            assert config is not None
-            if self.config.selection == "synthetic":
-                indexer = Indexer.untrained(config, seed=self.config.seed)
-            else:
-                indexer = load_indexer(self._trained_folder())
-            self._placed[device] = indexer.to(device).requires_grad_(False)
-        return self._placed[device]
+        return None if self.config.indexer == ORACLE else self._source.config(shape)
 
     @torch.inference_mode()
     def _encode(self, layer: int, k_nCF: torch.Tensor) -> torch.Tensor:
         """Encode chunks of keys as packed fp8, for the collectors."""
-        if self._shape is None:
-            raise ValueError("ask unsupported() about the model before its prompts are prefilled")
-        indexer = self._indexer(self._shape, k_nCF.device)
+        indexer = self._source.module(k_nCF.device)
         features = chunk_features(k_nCF, ENCODER_FEATURES[indexer.config.encoder])
         return pack(*quantize(indexer.layer(layer).memory(features)))
 
     def _keys_name(self) -> str:
-        if self.config.selection == "synthetic":
-            return f"lsa_keys_synthetic_{self.config.seed}_{self.chunk_tokens()}"
-        return f"lsa_keys_{indexer_hash(self._trained_folder())}"
+        chunk = f"_{self.chunk_tokens()}" if self.config.selection == "synthetic" else ""
+        return f"lsa_keys_{self._source.keys_id}{chunk}"
 
     # -- counts
 
@@ -281,8 +241,8 @@ class Lsa(CacheMethod[LsaConfig]):
         """Return C."""
         if self.config.chunk_tokens is not None:
             return self.config.chunk_tokens
-        if self.config.selection == "trained" and self.config.indexer != ORACLE and self._folder is not None:
-            return read_indexer_config(self._folder).chunk_tokens
+        if self.config.selection == "trained" and self._source.given_folder is not None:
+            return FILES.read_config(self._source.given_folder).chunk_tokens
         return DEFAULT_CHUNK_TOKENS
 
     def layout(self, n_tokens: int) -> ChunkLayout:
@@ -391,7 +351,7 @@ class Lsa(CacheMethod[LsaConfig]):
             tau=self.config.tau,
             stale=self.config.refresh == "stale1",
             fallback_ratio=self.config.fallback_ratio,
-            indexer=self._indexer_name() if trained else None,
+            indexer=self._source.name if trained else None,
             indexer_tau=config.tau if config is not None and trained else None,
             indexer_bytes=0 if config is None else weight_bytes(config),
         )
@@ -405,17 +365,14 @@ class Lsa(CacheMethod[LsaConfig]):
             reserve_tokens=reserve_tokens,
         )
 
-    def _indexer_name(self) -> str:
-        folder = self._trained_folder()
-        return f"{folder.name}@{indexer_hash(folder)}"
-
     def _selector(self, prompt: PromptKV, device: torch.device, layout: ChunkLayout) -> Selector:
         if not layout.n_candidates:
             return NothingToChoose()
         rule = self._rule(layout)
         if self.config.indexer == ORACLE:
             return MassSelector(rule)
-        indexer = self._indexer(prompt.shape, device)
+        self._source.config(prompt.shape)
+        indexer = self._source.module(device)
         width = indexer.config.lookback_tokens
         return IndexerSelector(
             indexer,
@@ -426,3 +383,9 @@ class Lsa(CacheMethod[LsaConfig]):
             keys_name=self._keys_name(),
             states_name=None if width == 1 else f"last_states_{width}",
         )
+
+
+def synthetic_layers(shape: ModelShape) -> tuple[int, ...]:
+    """Return the layers a synthetic indexer reads: up to three, about as deep as the paper's 10, 12 and 20 of 43."""
+    n = len(shape.layers)
+    return tuple(shape.layers[i] for i in sorted({n // 4, n * 3 // 10, n // 2}) if i < n)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kvscope.methods.fp8_keys import dequantize, unpack
 from kvscope.methods.kernels.dispatch import unsupported_scores
 from kvscope.methods.kernels.select.reference import fill_selection
-from kvscope.methods.lsa.indexer import Indexer, IndexerConfig, dequantize, logit, unpack
+from kvscope.methods.lsa.indexer import Indexer, IndexerConfig, logit
 from kvscope.methods.lsa.layout import ChunkLayout
 from kvscope.methods.store import PromptKV
 

@@ -65,14 +65,14 @@ class MoBA(BlockSparse[MoBAConfig]):
         )
 
     def score(self, query: Query) -> Scored:
-        assert query.summaries is not None
-        means_NHD = query.summaries[:, :, 0]
+        assert isinstance(query.kept, torch.Tensor)
+        means_NHD = query.kept[:, :, 0]
         n_bytes = means_NHD.numel() * means_NHD.element_size()
         n_flops = 2 * query.q_HGD.numel() * query.n_before
         if query.scored_by_kernel():
             from kvscope.methods.kernels.block_scores.kernel import moba_scores  # Triton may be missing elsewhere
 
-            return Scored(moba_scores(query.q_HGD, query.summaries), n_bytes, n_flops)
+            return Scored(moba_scores(query.q_HGD, query.kept), n_bytes, n_flops)
         gate_HGN = torch.bmm(query.q_HGD.float(), means_NHD.float().permute(1, 2, 0))
         return Scored(gate_HGN, n_bytes, n_flops)
 

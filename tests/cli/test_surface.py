@@ -14,9 +14,10 @@ from kvscope import cli
 from kvscope.harness.footprint import worker_environment
 
 SHARED = [
-    "--answer-nll", "--device", "--dtype", "--footprint", "--footprint-length", "--length", "--max-new-tokens",
-    "--method", "--method-from", "--model", "--no-answer-nll", "--no-footprint", "--no-paper-settings", "--out",
-    "--paper-settings", "--samples", "--seed", "--set", "--sweep", "--task", "-l", "-m", "-n", "-o", "-t", "config",
+    "--answer-nll", "--device", "--dtype", "--find-max", "--footprint", "--footprint-length", "--gpu-budget", "--kv",
+    "--length", "--max-new-tokens", "--method", "--method-from", "--model", "--no-answer-nll", "--no-footprint",
+    "--no-paper-settings", "--out", "--paper-settings", "--samples", "--seed", "--set", "--sweep", "--task",
+    "--throughput", "--time-limit", "-l", "-m", "-n", "-o", "-t", "config",
 ]  # fmt: skip
 SURFACE = {
     "run": sorted([*SHARED, "--quiet", "-q"]),
@@ -27,8 +28,8 @@ SURFACE = {
     "doctor": ["--out", "-o"],
     "lsa collect": [
         "--chunk-tokens", "--device", "--dtype", "--features", "--layers", "--least-mass", "--length", "--model",
-        "--out", "--quiet", "--samples", "--seed", "--shard-documents", "--states", "--task", "--top-p",
-        "--voters", "--votes", "-l", "-n", "-o", "-q", "-t",
+        "--out", "--quiet", "--samples", "--seed", "--shard-documents", "--states", "--task", "--token-samples",
+        "--top-p", "--voters", "--votes", "-l", "-n", "-o", "-q", "-t",
     ],
     "lsa train": [
         "--batch-documents", "--batch-rows", "--cold-start", "--data", "--device", "--encoder", "--encoder-width",
@@ -42,6 +43,11 @@ SURFACE = {
         "--quiet", "--recency-tokens", "--samples", "--seed", "--sink-tokens", "--tau", "--top-p", "--voters",
         "--votes", "-n", "-o", "-q",
     ],
+    "dsa train": [
+        "--batch-documents", "--batch-rows", "--cold-start", "--data", "--device", "--epochs", "--heads", "--held-out",
+        "--key-dim", "--lr", "--out", "--patience", "--quiet", "--seed", "--warm-start", "--weight-decay", "-o", "-q",
+    ],
+    "dsa eval": ["--data", "--device", "--indexer", "--out", "--quiet", "--seed", "-o", "-q"],
 }  # fmt: skip
 
 

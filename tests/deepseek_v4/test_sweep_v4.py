@@ -131,6 +131,11 @@ def test_lsa_without_an_indexer_is_refused_before_anything_runs(folder):
         make_plan(config(folder, ["lsa"]))
 
 
+def test_its_entries_are_not_filled_with_synthetic_values(folder):
+    with pytest.raises(UsageError, match="has compressed entries, which are not filled with synthetic values"):
+        make_plan(config(folder, ["dense"], footprint=True, kv="synthetic"))
+
+
 @pytest.mark.parametrize(
     ("layers", "key_dim", "words"),
     [

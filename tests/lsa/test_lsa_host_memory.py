@@ -36,7 +36,7 @@ def test_a_run_says_so_first_and_its_rows_are_oom(tiny_model, tmp_path, capsys, 
     err = capsys.readouterr().err
     first = err.index("is not expected to fit: needs about")
     assert "1000 B is free" in err
-    assert first < err.index("prefill: EnvironmentProblem")
+    assert first < err.index("prefill: HostMemoryShort")
     (row,) = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     assert row["status"] == "oom"
     assert "host pages" in row["reason"]

@@ -10,6 +10,7 @@ from lsa_tools import prefilled, random_indexer
 
 from kvscope.harness.models import wrap_model
 from kvscope.harness.prefill import prefill
+from kvscope.methods.fp8_keys import dequantize, pack, quantize, unpack
 from kvscope.methods.kernels.select.kernel import empty_selection
 from kvscope.methods.lsa.collectors import ChunkKeys
 from kvscope.methods.lsa.indexer import (
@@ -17,11 +18,7 @@ from kvscope.methods.lsa.indexer import (
     IndexerConfig,
     chunk_features,
     default_sizes,
-    dequantize,
     logit,
-    pack,
-    quantize,
-    unpack,
 )
 from kvscope.methods.lsa.indexer_files import indexer_hash, load_indexer, read_indexer_config
 from kvscope.methods.lsa.selection import Rule
@@ -228,7 +225,7 @@ def test_damaged_folders_get_one_clear_sentence(tmp_path, damage, message):
 def use(method, shape):
     """What a run does with an indexer before its first prompt, and at that."""
     method.require(shape)
-    method._indexer(shape, torch.device("cpu"))
+    method._source.module(torch.device("cpu"))
 
 
 def _edit(folder, **values):

@@ -9,10 +9,11 @@ import torch
 from planted import planted_collection
 
 from kvscope.harness.footprint import worker_environment
+from kvscope.harness.lsa.fit import rate
 from kvscope.harness.lsa.objective import TrainConfig, draw_negatives, focal_loss, measure, row_logits, split
 from kvscope.harness.lsa.objective import example as load_example
 from kvscope.harness.lsa.shards import Collection, open_collections
-from kvscope.harness.lsa.train import LOG_FILE, rate, train
+from kvscope.harness.lsa.train import LOG_FILE, train
 from kvscope.methods.lsa.indexer_files import load_indexer, read_indexer_config
 from kvscope.results.errors import EnvironmentProblem, UsageError
 
@@ -242,7 +243,7 @@ def test_lookback_takes_the_best_of_the_last_states(data):
         ("foreign", "shards of two collections were mixed"),
         ("noise", "is not a safetensors file"),
         ("manifest", "manifest.json is missing"),
-        ("format", "has format 7, this kvscope knows 1"),
+        ("format", "has format 7, this kvscope knows 2"),
         ("keys", "is damaged (top_p)"),
         ("empty", "holds no document yet"),
     ],

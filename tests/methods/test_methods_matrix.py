@@ -23,7 +23,7 @@ from kvscope.methods.shape import Footprint
 
 DEMO_LENGTHS_TOKENS = [1024, 2048, 4096, 8192]
 # What runs on a model of random weights where a method's defaults need a part trained for the model.
-UNTRAINED = {"lsa": "lsa:budget_fraction=0.3,chunk_tokens=16,selection=synthetic"}
+UNTRAINED = {"lsa": "lsa:budget_fraction=0.3,chunk_tokens=16,selection=synthetic", "dsa": "dsa:selection=synthetic"}
 # Every method with its defaults, and settings that reach its corners: rings that wrap, pages that do not line up.
 SPECS = [
     *(UNTRAINED.get(name, name) for name in method_names()),
@@ -39,12 +39,13 @@ SPECS = [
     "quest:block_tokens=7,budget_tokens=50",
     "moba:block_tokens=24,budget_tokens=72",
     "msa:block_tokens=64",
-    "dsa:budget_tokens=9",
+    "dsa:budget_tokens=9,selection=synthetic,seed=3",
+    "dsa:budget_tokens=9,indexer=oracle",
     "lsa:tau=4,budget_fraction=0.6,chunk_tokens=12,recency_tokens=33,sink_tokens=0,selection=synthetic",
     "lsa:tau=1,threshold=0.4,chunk_tokens=16,recency_tokens=20,indexer=oracle",
 ]
 # A threshold keeps as much as the prompt demands, so its bytes cannot be told beforehand.
-PREDICTABLE = [spec for spec in SPECS if "oracle" not in spec]
+PREDICTABLE = [spec for spec in SPECS if "lsa" not in spec or "oracle" not in spec]
 # RoPE; RoPE and NoPE; sliding layers with sink logits; soft caps; the reference model's shape.
 MODELS = ["llama", "smollm3", "gpt_oss", "gemma2", "afmoe"]
 N_TOKENS = 300

@@ -18,7 +18,7 @@ from kvscope.methods.quest.method import min_max, upper_bounds
 from kvscope.methods.registry import create_method
 from kvscope.results.errors import UsageError
 
-NAMES = ["quest", "moba", "msa", "dsa"]
+NAMES = ["quest", "moba", "msa", "dsa:indexer=oracle"]
 # Small enough to leave most out at 150 tokens, with blocks that fit pages of 16, straddle them and are smaller.
 SPECS = [
     "quest:budget_tokens=48,dense_layers=0",
@@ -27,7 +27,7 @@ SPECS = [
     "moba:budget_tokens=72,block_tokens=24",
     "msa:budget_tokens=32,block_tokens=8",
     "msa:budget_tokens=64,block_tokens=32",
-    "dsa:budget_tokens=20",
+    "dsa:budget_tokens=20,indexer=oracle",
 ]
 N_TOKENS, N_STEPS, SCALE = 150, 20, 0.25
 
@@ -142,7 +142,7 @@ def test_gathering_every_block_in_any_order_is_dense_attention(block_tokens):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_full_budget_is_dense(name):
-    method, dense = create_method(f"{name}:budget_tokens=192"), create_method("dense")
+    method, dense = create_method(f"{name}{',' if ':' in name else ':'}budget_tokens=192"), create_method("dense")
     prompt = prefilled([method.label])
     assert method.is_noop(N_TOKENS, prompt.shape)
     ours, theirs = (m.open(prompt, "cpu", reserve_tokens=1) for m in (method, dense))
@@ -175,7 +175,7 @@ def test_metadata_is_charged_to_whoever_asked_for_it():
     charged = {name: create_method(name).open(prompt, "cpu").footprint().metadata_bytes for name in ["dense", *NAMES]}
     shape = prompt.shape
     key_bytes = shape.n_kv_heads * shape.head_dim * shape.element_bytes
-    assert charged["dense"] == charged["msa"] == charged["dsa"] == 0
+    assert charged["dense"] == charged["msa"] == charged["dsa:indexer=oracle"] == 0
     assert charged["quest"] == (len(shape.layers) - 2) * 2 * (N_TOKENS // 16) * key_bytes
     assert charged["moba"] == len(shape.layers) * (N_TOKENS // 32) * key_bytes
 
@@ -278,8 +278,10 @@ def test_layers_of_quest_count_from_the_models_input():
         ("moba:budget_tokens=512,block_tokens=512", "set block_tokens lower"),
         ("msa:block_tokens=0", "block_tokens must be 1 or more, got 0"),
         ("quest:dense_layers=-1", "dense_layers must be 0 or more"),
-        ("dsa:indexer=here.safetensors", "use indexer=oracle"),
-        ("dsa:block_tokens=4", "Its options are: budget_tokens, indexer."),
+        ("dsa:selection=random", "selection must be trained or synthetic, got 'random'"),
+        ("dsa:selection=synthetic,indexer=oracle", "draws its own indexer, so indexer cannot be given"),
+        ("dsa:selection=synthetic,seed=x", "seed"),
+        ("dsa:block_tokens=4", "Its options are: budget_tokens, indexer, selection, seed."),
     ],
 )
 def test_bad_options_get_one_clear_sentence(spec, text):

@@ -4,6 +4,7 @@ Two halves. The stock indexer's queries and keys, put through our scores and our
 our gather, fed with the indices the stock indexer chose, gives the stock model's outputs.
 """
 
+from contextlib import contextmanager
 from itertools import pairwise
 
 import pytest
@@ -106,12 +107,37 @@ def watch(module, log):
     return module.register_forward_hook(lambda _, args, kwargs, out: log.append((args, kwargs, out)), with_kwargs=True)
 
 
+@contextmanager
+def ranked_scores(module):
+    """Collect what a stock indexer ranks: the scores it hands to ``topk``, masks included."""
+    found, inside = [], []
+    topk = torch.Tensor.topk
+
+    def noting(scores, *args, **options):
+        if inside:
+            found.append(scores.detach().clone())
+        return topk(scores, *args, **options)
+
+    handles = [
+        module.register_forward_pre_hook(lambda *_: inside.append(True)),
+        module.register_forward_hook(lambda *_: inside.clear()),
+    ]
+    torch.Tensor.topk = noting
+    try:
+        yield found
+    finally:
+        torch.Tensor.topk = topk
+        for handle in handles:
+            handle.remove()
+
+
 @torch.no_grad()
 def test_blocks_of_minimax_m3_are_ours():
     model, log = minimax_m3(), []
     indexer = model.layers[1].self_attn.indexer
-    with watch(indexer, log):
+    with watch(indexer, log), ranked_scores(indexer) as ranked:
         model(ids())
+    (stock_scores,) = ranked
     (hidden, (cos, sin), _, _), _, stock = log[0]
     apply = transformers.models.minimax_m3_vl.modeling_minimax_m3_vl.apply_rotary_pos_emb
     q, k = (
@@ -131,6 +157,10 @@ def test_blocks_of_minimax_m3_are_ours():
         pages = as_pages(k_HTD[:, : position + 1], torch.zeros_like(k_HTD[:, : position + 1]))
         logits = page_logits(q_HTD[:, position : position + 1], pages, n_tokens=current * BLOCK_TOKENS)
         scores_HGN = block_maxima(logits, BLOCK_TOKENS)
+        # The stock's own score of the current block is made infinite, which is our forcing of it.
+        theirs = stock_scores[0, :, position]
+        torch.testing.assert_close(scores_HGN[:, 0], theirs[:, :current], atol=1e-5, rtol=1e-6)
+        assert (theirs.argmax(-1) == current).all()
         chosen = choose(scores_HGN, n_chosen=TOP_BLOCKS - 1, current=current, n_kv_heads=2)
         assert [set(row.tolist()) for row in chosen.blocks_HB] == stock_sets
         n_chosen_freely += scores_HGN.shape[-1] > TOP_BLOCKS - 1
@@ -141,8 +171,9 @@ def test_blocks_of_minimax_m3_are_ours():
 def test_tokens_of_deepseek_v32_are_ours():
     model, log = deepseek_v32(), []
     indexer = model.layers[1].self_attn.indexer
-    with watch(indexer, log):
+    with watch(indexer, log), ranked_scores(indexer) as ranked:
         model(ids())
+    (stock_scores,) = ranked
     args, _, stock = log[0]
     hidden, q_residual, (cos, sin) = args[:3]
     apply = transformers.models.deepseek_v32.modeling_deepseek_v32.apply_rotary_pos_emb
@@ -156,6 +187,7 @@ def test_tokens_of_deepseek_v32_are_ours():
     n_same_sets = 0
     for position in range(TOP_TOKENS, N_TOKENS):
         scores_T = lightning_scores(q_TID[position], k_TD[: position + 1], weight_TI[position])
+        torch.testing.assert_close(scores_T, stock_scores[0, position, : position + 1], atol=1e-6, rtol=1e-6)
         # DeepSeek does not force the current token, so here it is one of those to choose from.
         ours = choose(scores_T[None, None], n_chosen=TOP_TOKENS, current=-1, n_kv_heads=1).blocks_HB[0, :-1]
         theirs = stock[0, position].long()

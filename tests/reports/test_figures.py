@@ -11,11 +11,12 @@ import pytest
 from matplotlib.axis import Tick
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
-from synthetic_rows import H100, Rows, demo_rows, make_rows, single_rows, wide_rows
+from synthetic_rows import H100, Rows, demo_rows, make_rows, single_rows, sweep_rows, wide_rows
 
 from kvscope.reports.build import all_figures
 from kvscope.reports.canvas import spread
 from kvscope.reports.cells import accuracy_cells
+from kvscope.reports.families import families, family_note, family_styles
 from kvscope.reports.figure_parts import ReportFigure, SkippedFigure
 from kvscope.reports.theme import COLORS, DENSE_COLOR, figure_names, method_styles, short_lines
 from kvscope.results.frames import make_run
@@ -134,6 +135,7 @@ def pictures() -> Pictures:
         "long": drawn(long_labels()),
         "depths": drawn(dense_depths()),
         "swept": drawn(swept()),
+        "sweep": drawn(sweep_rows()),
     }
     return {
         which: {name: Picture(figure, placed_texts(figure)) for name, figure in figures.items()}
@@ -179,6 +181,49 @@ def test_no_text_covers_another_or_leaves_the_picture(pictures: Pictures, which:
     assert covered == []
 
 
+@pytest.mark.parametrize("name", ["accuracy_against_memory", "accuracy_against_reads"])
+def test_a_sweep_of_many_settings_stays_readable(pictures: Pictures, name: str) -> None:
+    """22 settings: one colour and one entry of the key a method, every point named by its budget alone."""
+    picture = pictures["sweep"][name]
+    assert picture.figure.data["method_label"].nunique() == 22
+    for method in ("quest", "moba", "msa", "dsa"):
+        assert f"{method}: by budget_tokens" in picture.words
+    texts = [text for text, _ in picture.texts]
+    for axes in picture.figure.figure.axes:
+        inside = [text.get_text() for text in axes.texts]
+        for budget in ("256", "512", "1K", "2K", "4K"):
+            assert inside.count(budget) == 4, (axes.get_title(loc="left"), budget)
+    assert texts.count("dense") == 3
+    boxes = [box for _, box in picture.texts]
+    covered = sum(
+        min(a.x1, b.x1) - max(a.x0, b.x0) > 3 and min(a.y1, b.y1) - max(a.y0, b.y0) > 4
+        for a, b in itertools.combinations(boxes, 2)
+    )
+    assert covered <= 3, "texts that lie over each other, of more than seventy"
+
+
+def test_families_are_settings_of_one_method_that_differ_in_one_option() -> None:
+    labels = ["dense", "quest", "quest:budget_tokens=256", "quest:budget_tokens=4096", "lsa:tau=4,threshold=0.3",
+              "lsa:tau=4,threshold=0.5", "lsa:tau=4,threshold=0.7", "lsa:tau=8,threshold=0.7", "moba:budget_tokens=256",
+              "moba:budget_tokens=512"]  # fmt: skip
+    lsa, quest = sorted(families(labels), key=lambda family: family.method)
+    assert lsa.text == "lsa (tau=4): by threshold"
+    assert list(lsa.values.values()) == ["0.3", "0.5", "0.7"]
+    assert quest.values == {
+        "quest": "default", "quest:budget_tokens=256": "256", "quest:budget_tokens=4096": "4K"
+    }  # fmt: skip
+    styles = family_styles(labels, [lsa, quest], with_method=True)
+    assert styles["quest:budget_tokens=4096"].text == "quest 4K"
+    assert len({styles[label].color for label in quest.values}) == 1
+    assert len({(style.color, style.marker) for style in styles.values()}) == 6
+    assert family_note([lsa, quest]) == (
+        "What stands behind lsa (tau=4) is threshold. What stands behind quest is budget_tokens."
+    )
+    assert families(["dense", "recency", "random:fraction=0.2"]) == []
+    dsa, _ = families([f"dsa:budget_tokens={n},indexer=/some/{where}" for n in (1, 2, 4) for where in ("a", "b")])
+    assert dsa.text == "dsa (indexer=a): by budget_tokens"
+
+
 def test_every_method_is_named_in_the_figures_that_compare_methods(
     pictures: Pictures,
 ) -> None:
@@ -195,7 +240,8 @@ def test_labels_leave_out_what_tells_no_method_apart_and_the_subtitle_says_it(pi
         assert "every lsa: chunk_tokens=16, indexer=oracle" in picture.words
         assert picture.words.count("indexer=oracle") == 1
     for name in ("resident_over_steps", "memory_by_length", "accuracy_against_memory"):
-        assert "lsa:tau=4,threshold=0.7" in pictures["swept"][name].words.replace(": ", ":")
+        words = pictures["swept"][name].words.replace(": ", ":")
+        assert "lsa:tau=4,threshold=0.7" in words or "lsa (tau=4):by threshold" in words or "lsa (tau=4) 0.7" in words
     assert figure_names(["lsa:tau=4", "lsa", "random:seed=1"]) == {
         "lsa:tau=4": "lsa:tau=4", "lsa": "lsa", "random:seed=1": "random:seed=1",
     }  # fmt: skip

@@ -61,6 +61,19 @@ def test_footprint_lengths_default_to_lengths_and_are_empty_when_off() -> None:
     assert make_config({"lengths_tokens": ["1k"], "footprint": False}).footprint_cells_tokens == ()
 
 
+@pytest.mark.parametrize(
+    ("text", "size_bytes"), [("24GiB", 24 * 1024**3), ("1.5 GB", 1_500_000_000), (4096, 4096), ("512 KiB", 512 * 1024)]
+)
+def test_sizes_take_binary_and_decimal_units(text: object, size_bytes: int) -> None:
+    assert make_config({"gpu_budget_bytes": text}).gpu_budget_bytes == size_bytes
+
+
+@pytest.mark.parametrize("text", ["24 gigs", "0GiB", "-1", True, ""])
+def test_other_sizes_are_refused(text: object) -> None:
+    with pytest.raises(UsageError, match="is not a size"):
+        make_config({"gpu_budget_bytes": text})
+
+
 def test_text_and_mapping_are_the_same_spec() -> None:
     assert split_spec("random:seed=3,fraction=0.5", kind="method") == ("random", {"seed": 3, "fraction": 0.5})
     mapping = {"name": "random", "fraction": 0.5, "seed": 3}
@@ -69,7 +82,7 @@ def test_text_and_mapping_are_the_same_spec() -> None:
 
 def test_identity_ignores_where_the_rows_go_but_nothing_that_changes_them() -> None:
     base = make_config({"out": "a"})
-    assert base.identity() == make_config({"out": "b", "footprint_timeout_s": 5.0}).identity()
+    assert base.identity() == make_config({"out": "b", "footprint_timeout_s": 5.0, "time_limit_s": 9.0}).identity()
     changed = {
         "model": "other",
         "methods": ["dense"],
@@ -83,6 +96,13 @@ def test_identity_ignores_where_the_rows_go_but_nothing_that_changes_them() -> N
         "paper_settings": True,
         "footprint": False,
         "footprint_lengths_tokens": [512],
+        "kv": "synthetic",
+        "gpu_budget_bytes": "24GiB",
+        "find_max": True,
+        "find_max_resolution": 0.1,
+        "find_max_limit_tokens": "64k",
+        "throughput": True,
+        "max_batch": 8,
         "footprint_decode_tokens": 5,
         "device": "cpu",
         "dtype": "float16",
@@ -90,7 +110,7 @@ def test_identity_ignores_where_the_rows_go_but_nothing_that_changes_them() -> N
         "page_tokens": 16,
         "decode_graph": "off",
     }
-    assert set(changed) == set(RunConfig.model_fields) - {"out", "footprint_timeout_s"}
+    assert set(changed) == set(RunConfig.model_fields) - {"out", "footprint_timeout_s", "time_limit_s"}
     for key, value in changed.items():
         assert make_config({key: value}).identity() != base.identity(), key
 

@@ -6,6 +6,7 @@ import socket
 import subprocess
 from pathlib import Path
 
+import pytest
 import torch
 
 from kvscope.harness.environment import capture_environment, git_state
@@ -50,3 +51,8 @@ def test_somebody_elses_checkout_is_not_ours(tmp_path: Path) -> None:
 
 def test_no_checkout_is_unknown(tmp_path: Path) -> None:
     assert git_state(tmp_path) == {"commit": None, "dirty": None}
+
+
+def test_a_copy_can_be_told_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVSCOPE_COMMIT", "a" * 40)
+    assert git_state(tmp_path) == {"commit": "a" * 40, "dirty": None}

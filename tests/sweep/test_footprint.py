@@ -26,8 +26,7 @@ def plan(small: MakeConfig) -> Plan:
 
 @pytest.fixture
 def job(plan: Plan) -> FootprintJob:
-    context_ids, forced_ids = footprint_prompt(plan, 512)
-    return make_job(plan, plan.methods[0], 512, context_ids=context_ids, forced_ids=forced_ids)
+    return make_job(plan, plan.methods[0], 512)
 
 
 def script(text: str) -> tuple[str, ...]:
@@ -102,7 +101,7 @@ def test_the_kernels_oom_kill_is_told_from_another_kill(job: FootprintJob, monke
     counts = iter([3, 4])
     monkeypatch.setattr(module, "kernel_oom_kills", lambda: next(counts))
     row = run_worker(job, timeout_s=60, command=kill)
-    assert row.status == "oom"
+    assert (row.status, row.oom_of) == ("oom", "host")
     assert row.reason == "decode: the kernel killed the worker for want of host memory (SIGKILL)"
 
 
@@ -176,6 +175,16 @@ def test_the_worker_finds_this_kvscope_and_leaves_the_rest_of_the_environment(mo
     assert (Path(first) / "kvscope" / "harness").is_dir()
     assert rest == ["/elsewhere", "/more"]
     assert environment["HF_HOME"] == "/models"
+
+
+def test_the_worker_gives_freed_memory_back_unless_the_user_has_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    assert worker_environment()["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:cudaMallocAsync")
+    environment = worker_environment()
+    assert environment["PYTORCH_CUDA_ALLOC_CONF"] == "backend:cudaMallocAsync"
+    assert "PYTORCH_ALLOC_CONF" not in environment
 
 
 def test_the_summary_says_the_outcome(job: FootprintJob) -> None:

@@ -22,7 +22,7 @@ MIB = 1024 * 1024
 DENSE = 4096 * MIB
 
 
-def judge(kind: Any, *, ledger_mib: int, seen_mib: int | None, dense_bytes: int = DENSE) -> str:
+def judged(kind: Any, *, ledger_mib: int, seen_mib: int | None, dense_bytes: int = DENSE) -> tuple[str, str | None]:
     base = 1000 * MIB
     return verdict(
         saving_kind=kind,
@@ -33,12 +33,33 @@ def judge(kind: Any, *, ledger_mib: int, seen_mib: int | None, dense_bytes: int 
     )
 
 
-@pytest.mark.parametrize("kind", ["freed", "offloaded"])
-def test_a_saving_is_confirmed_from_ninety_percent_on(kind: str) -> None:
-    # Claim: 4096 - 96 = 4000 MiB. 90 % of it is 3600 MiB, that is 496 MiB seen.
-    assert judge(kind, ledger_mib=96, seen_mib=96) == kind
-    assert judge(kind, ledger_mib=96, seen_mib=496) == kind
-    assert judge(kind, ledger_mib=96, seen_mib=497) == "mismatch"
+def judge(kind: Any, **readings: Any) -> str:
+    found, why = judged(kind, **readings)
+    assert (why is not None) == (found == "mismatch")
+    return found
+
+
+@pytest.mark.parametrize("kind", ["freed", "offloaded", "resident"])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_driver_and_ledger_agree_within_three_percent_and_64_mib(kind: str, sign: int) -> None:
+    # 3 % of 2,000 MiB is 60 MiB.
+    assert judge(kind, ledger_mib=2000, seen_mib=2000 + sign * 124) == kind
+    assert judge(kind, ledger_mib=2000, seen_mib=2000 + sign * 125) == "mismatch"
+
+
+def test_a_mismatch_says_which_readings_disagree() -> None:
+    _, why = judged("freed", ledger_mib=100, seen_mib=300)
+    assert why == (
+        "NVML reads 314,572,800 bytes where the ledger counts 104,857,600: 209,715,200 apart, "
+        "70,254,592 allowed (3 % and 64 MiB)"
+    )
+
+
+def test_a_saving_of_a_large_cache_must_be_confirmed_to_ninety_percent() -> None:
+    # Claim: 300 of 4,000 MiB. Reading 80 MiB too much is agreement, and yet leaves 220 MiB, less than 270.
+    found, why = judged("freed", ledger_mib=3700, seen_mib=3780, dense_bytes=4000 * MIB)
+    assert (found, why) == ("mismatch", "NVML confirms 230,686,720 of 314,572,800 bytes claimed, less than 90 %")
+    assert judge("freed", ledger_mib=3700, seen_mib=3730, dense_bytes=4000 * MIB) == "freed"
 
 
 def test_masking_that_frees_nothing_is_a_mismatch() -> None:
@@ -46,10 +67,15 @@ def test_masking_that_frees_nothing_is_a_mismatch() -> None:
 
 
 def test_small_claims_are_below_resolution() -> None:
-    assert judge("freed", ledger_mib=4096 - 255, seen_mib=4096) == "below_resolution"
+    assert judge("freed", ledger_mib=4096 - 255, seen_mib=4000) == "below_resolution"
     assert judge("freed", ledger_mib=4096 - 256, seen_mib=4096 - 256) == "freed"
-    assert judge("resident", ledger_mib=200, seen_mib=0, dense_bytes=200 * MIB) == "below_resolution"
+    assert judge("resident", ledger_mib=60, seen_mib=0, dense_bytes=60 * MIB) == "below_resolution"
     assert RESOLUTION_BYTES == 256 * MIB
+
+
+def test_a_small_claim_that_the_driver_contradicts_is_a_mismatch() -> None:
+    """50 MiB claimed and 600 MiB there is no matter of resolution."""
+    assert judge("freed", ledger_mib=50, seen_mib=600, dense_bytes=100 * MIB) == "mismatch"
 
 
 def test_a_resident_method_must_be_there() -> None:
@@ -102,6 +128,19 @@ def test_our_own_process_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     driver.processes[os.getpid()] = 620 * MIB
     memory.identify()
     assert (memory.reason, memory.read_bytes()) == (None, 620 * MIB)
+
+
+def test_other_processes_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = with_driver(monkeypatch, Driver({7: 5 * MIB, 9: 3 * MIB}))
+    memory = NvmlProcessMemory()
+    driver.processes[os.getpid()] = 620 * MIB
+    assert memory.others() is None
+    memory.identify()
+    assert memory.others() == (2, 8 * MIB)
+    driver.processes[9] = None
+    assert memory.others() == (2, None)
+    driver.processes = {os.getpid(): 620 * MIB}
+    assert memory.others() == (0, 0)
 
 
 def test_in_a_container_the_process_that_appeared_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """The plan: predictions, forecasts, counts and refusals, before any weight is loaded."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -90,6 +91,35 @@ def test_the_text_says_what_will_happen(small: MakeConfig) -> None:
     assert "footprint  4 cells, each a fresh process" in text
 
 
+def test_searches_are_planned_without_tasks(small: MakeConfig) -> None:
+    common = {"model": "preset:tiny", "tasks": [], "footprint": True, "lengths_tokens": [1024, 2048]}
+    text = make_plan(small(**common, find_max=True, gpu_budget_bytes="2MiB")).text()
+    assert "budget   2.0 MiB of device memory a process, weights included" in text
+    assert "search   the longest context of dense, recency:recency_tokens=128" in text
+    plan = make_plan(small(**common, throughput=True))
+    assert "throughput 4 cells, each a fresh process, at 1K, 2K tokens: the largest batch up to 64" in plan.text()
+    plan = make_plan(small(**common, kv="synthetic"))
+    assert "footprint  4 cells, each a fresh process, at 1K, 2K tokens: synthetic KV" in plan.text()
+    assert plan.footprint_prefill_tokens == 0
+
+
+def test_a_budget_is_what_a_gpu_has_free(small: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense at 128K of an 8B shape does not fit 24 GiB, and on a host of 8 GiB a synthetic prompt still fits."""
+    facts = describe_model("preset:llama-3.1-8b", device="cpu", dtype="bfloat16")
+    monkeypatch.setattr(module, "describe_model", lambda *a, **k: dataclasses.replace(facts, device="cuda:0"))
+    free = {"cuda:0": (79 * 1024**3, "GPU"), "cpu": (8 * 1024**3, "host memory")}
+    monkeypatch.setattr(module, "free_device_bytes", lambda device: free[device])
+    common = {"model": "preset:llama-3.1-8b", "tasks": [], "footprint": True, "kv": "synthetic"}
+    values = {**common, "methods": ["dense", "lsa:budget_tokens=16384,selection=synthetic"]}
+    plan = make_plan(small(**values, lengths_tokens=["32k", "128k"], gpu_budget_bytes="24GiB"))
+    found = {(cell.method_label.partition(":")[0], cell.length_tokens // 1024): cell for cell in plan.cells}
+    assert {key: cell.forecast for key, cell in found.items()} == {
+        ("dense", 32): "fits", ("dense", 128): "oom", ("lsa", 32): "fits", ("lsa", 128): "oom",
+    }  # fmt: skip
+    assert "of the device budget, 24.0 GiB is free" in str(found["dense", 128].reason)
+    assert "of host memory, 8.0 GiB is free" in str(found["lsa", 128].reason)
+
+
 def test_what_will_surprise_is_said_before(small: MakeConfig) -> None:
     plan = make_plan(small(methods=["recency:recency_tokens=600"], lengths_tokens=[512, 1024]))
     missing, noop = plan.warnings
@@ -115,6 +145,7 @@ def test_what_will_surprise_is_said_before(small: MakeConfig) -> None:
         ({"tasks": ["niah_single_1:date=x"]}, "has no option 'date'"),
         ({"tasks": ["niah_single_2:data=/no/essays.txt"]}, "/no/essays.txt"),
         ({"tasks": ["niah_single_2"]}, "data=PATH"),
+        ({"model": "reference", "kv": "synthetic", "footprint": True}, "has sliding-window layers, whose stock cache"),
         ({"model": "referense"}, "Did you mean 'reference'?"),
         ({"model": "/no/model"}, "There is no model folder '/no/model'"),
     ],

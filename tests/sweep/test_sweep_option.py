@@ -22,6 +22,21 @@ def test_sweeps_combine_and_win_over_the_spec() -> None:
     assert labels(config) == [f"lsa:tau={tau},threshold={threshold}" for threshold in (0.3, 0.7) for tau in (16, 256)]
 
 
+def test_sweeps_of_several_methods_run_side_by_side() -> None:
+    names = ["quest", "moba", "msa", "dsa:indexer=oracle"]
+    sweeps = [f"{name.partition(':')[0]}.budget_tokens=256,512,1k,2k,4k" for name in names]
+    found = labels(load_config(flags={"methods": ["dense", *names]}, sweeps=sweeps))
+    assert len(found) == 21
+    for name in names:
+        separator = "," if ":" in name else ":"
+        own = [label for label in found if label.startswith(name.partition(":")[0])]
+        bare, _, option = name.partition(":")
+        assert own == [
+            f"{bare}:budget_tokens={budget}{',' + option if separator == ',' else ''}"
+            for budget in (256, 512, 1024, 2048, 4096)
+        ]
+
+
 def test_units_are_read_as_in_a_spec() -> None:
     (first, second) = sweep_methods(["recency"], ["recency.recency_tokens=256,4k"])
     assert [create_method(spec).config.recency_tokens for spec in (first, second)] == [256, 4096]

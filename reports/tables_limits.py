@@ -1,0 +1,99 @@
+"""Tables of limits: the longest context of each method, and the largest batch with its tokens a second."""
+
+from typing import Any
+
+import pandas as pd
+
+from kvscope.reports.table_parts import Notes, Table
+from kvscope.reports.units import bytes_text, length_text, measured
+from kvscope.results.comparisons import baseline_label
+from kvscope.results.frames import Run, records
+
+BOUNDS = {
+    "device": "the GPU's memory",
+    "device_budget": "the device budget",
+    "host": "host memory (the mirror)",
+    "model_maximum": "the model's maximum",
+    "limit": "nothing: the search stopped here",
+    "none_fits": "not even the shortest length fits",
+    "failed": "a try failed",
+    "max_batch": "where the search stopped",
+}
+
+
+def limit_tables(run: Run) -> list[Table]:
+    """The tables of the searches that the run made; none in an ordinary run."""
+    tables = []
+    if len(run.max_context):
+        tables.append(max_context_table(run))
+    if len(run.throughput):
+        tables.append(throughput_table(run))
+    return tables
+
+
+def max_context_table(run: Run) -> Table:
+    """Longest context by method, what bounds it, and its ratio to dense."""
+    dense = run.max_context[run.max_context["method_label"] == baseline_label(run.info)]["longest_tokens"]
+    whole = int(dense.iloc[0]) if len(dense) and dense.iloc[0] else None
+    data = run.max_context.copy()
+    data["times_dense"] = data["longest_tokens"].astype("float64") / whole if whole else None
+    notes = Notes()
+    rows = [
+        {
+            "method": row["method_label"],
+            "longest context (tokens)": f"{row['longest_tokens']:,}",
+            "of dense": notes.mark("dense has no longest context in this run")
+            if row["times_dense"] is None
+            else f"{row['times_dense']:.2f}x",
+            "next length tried that does not fit": "none"
+            if row["shortest_failing_tokens"] is None
+            else f"{row['shortest_failing_tokens']:,}",
+            "bound by": BOUNDS[row["bound"]],
+            "device bytes allowed": "the whole card"
+            if row["gpu_budget_bytes"] is None
+            else bytes_text(row["gpu_budget_bytes"]),
+        }
+        for row in records(data)
+    ]
+    caption = (
+        "Longest context that was measured to fit, prompt and decode steps, by bisection: a fresh process a try, pages "
+        "of random values instead of a prefill (prefill = synthetic). The device bytes allowed hold CUDA context and "
+        "weights, too."
+    )
+    return Table("max_context", "Longest context by method", caption, data, pd.DataFrame(rows), notes.lines())
+
+
+def throughput_table(run: Run) -> Table:
+    """Largest batch and decode tokens a second by method and length."""
+    data = run.throughput.copy()
+    baseline = baseline_label(run.info)
+    whole = {
+        row["length_tokens"]: row["tokens_per_s"]
+        for row in records(data)
+        if row["method_label"] == baseline and row["tokens_per_s"] is not None
+    }
+    notes = Notes()
+    rows = [_throughput_text(row, whole.get(row["length_tokens"]), notes) for row in records(data)]
+    caption = (
+        "Decode throughput of the largest batch that fits: one forward of the model a step for the whole batch, "
+        "attention sequence by sequence, refreshes of the resident set included. Pages of random values instead of a "
+        "prefill (prefill = synthetic); the sequences of a method that recalls share one host mirror."
+    )
+    return Table("throughput", "Largest batch and tokens per second", caption, data, pd.DataFrame(rows), notes.lines())
+
+
+def _throughput_text(row: dict[str, Any], dense_tokens_per_s: float | None, notes: Notes) -> dict[str, str]:
+    why = f"{row['status']}: {row['reason']}"
+    known = row["tokens_per_s"] is not None
+    return {
+        "method": row["method_label"],
+        "length (tokens)": length_text(row["length_tokens"]),
+        "largest batch": str(row["largest_batch"]) if known else notes.mark(why),
+        "bound by": BOUNDS[row["batch_bound"]] if known else notes.mark(why),
+        "tokens/s": measured(row["tokens_per_s"]) if known else notes.mark(why),
+        "of dense": f"{row['tokens_per_s'] / dense_tokens_per_s:.2f}x"
+        if known and dense_tokens_per_s
+        else notes.mark(why if not known else "dense has no throughput at this length"),
+        "tokens/s at batch 1": measured(row["tokens_per_s_at_1"]) if known else notes.mark(why),
+        "selection": row["selection"],
+    }

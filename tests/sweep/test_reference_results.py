@@ -1,0 +1,321 @@
+"""The committed reference results: run in pieces, packed small, reported from the pack."""
+
+import importlib.util
+import json
+import subprocess
+import threading
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+from in_process import run_here
+from synthetic_rows import demo_rows
+
+from kvscope import cli
+from kvscope.reports.coverage import coverage
+from kvscope.results.errors import UsageError
+from kvscope.results.frames import load_run, make_run
+from kvscope.results.packed import Rows, merge_pieces, read_packed, write_packed
+from kvscope.results.schema import RunInfo
+from kvscope.results.store import RunStore, run_folders
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "reference_results.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("reference_results", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    import sys
+
+    sys.modules["reference_results"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
+    samples, footprints, info = demo_rows()
+    write_packed(tmp_path, info, Rows(samples=samples, footprints=footprints))
+    found = read_packed(tmp_path)
+    assert found.samples == samples
+    assert found.footprints == footprints
+    store = RunStore.open(tmp_path)
+    assert store.samples() == samples
+    assert store.info == info
+    frame = load_run(tmp_path).samples
+    assert len(frame) == len(samples)
+
+
+def test_what_prompts_share_is_stored_once(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    samples, _, info = demo_rows()
+    write_packed(tmp_path, info, Rows(samples=samples))
+    prompts = {(row.task, row.length_tokens, row.sample) for row in samples}
+    assert pq.read_table(tmp_path / "prompts.parquet").num_rows == len(prompts) < len(samples)
+    names = pq.read_schema(tmp_path / "samples.parquet").names
+    assert "targets" not in names
+    assert "prompt_sha256" not in names
+    meta = pq.ParquetFile(tmp_path / "samples.parquet").metadata.row_group(0).column(0)
+    assert meta.compression == "ZSTD"
+    jsonl_bytes = sum(len(row.model_dump_json()) + 1 for row in samples)
+    packed_bytes = sum(path.stat().st_size for path in tmp_path.glob("*.parquet"))
+    assert packed_bytes < jsonl_bytes / 8
+
+
+def test_a_packed_run_is_only_read(tmp_path: Path) -> None:
+    samples, _, info = demo_rows()
+    write_packed(tmp_path, info, Rows(samples=samples))
+    with pytest.raises(UsageError, match="packed run, which is only read"):
+        RunStore.create(tmp_path, info)
+
+
+def test_damage_is_told(tmp_path: Path) -> None:
+    samples, _, info = demo_rows()
+    write_packed(tmp_path, info, Rows(samples=samples))
+    (tmp_path / "samples.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(UsageError, match=r"samples\.parquet cannot be read"):
+        RunStore.open(tmp_path)
+    write_packed(tmp_path, info, Rows(samples=samples))
+    other = tmp_path / "other"
+    write_packed(other, info, Rows(samples=samples[-1:]))
+    (tmp_path / "prompts.parquet").write_bytes((other / "prompts.parquet").read_bytes())
+    with pytest.raises(UsageError, match="lacks prompt"):
+        RunStore.open(tmp_path)
+
+
+def test_pieces_of_other_seeds_are_numbered_on_and_anything_else_is_refused() -> None:
+    samples, footprints, info = demo_rows()
+    second = info.model_copy(update={"seed": 1, "identity": {**info.identity, "seed": 1}})
+    merged_info, merged = merge_pieces(
+        [(info, Rows(samples=samples, footprints=footprints)), (second, Rows(samples=samples))]
+    )
+    assert merged_info.samples == 2 * info.samples
+    assert len({row.key for row in merged.samples}) == 2 * len(samples)
+    assert merged.footprints == footprints
+    with pytest.raises(UsageError, match="same seed"):
+        merge_pieces([(info, Rows()), (info, Rows())])
+    longer = second.model_copy(update={"identity": {**second.identity, "max_new_tokens": 99}})
+    with pytest.raises(UsageError, match="differ in max_new_tokens"):
+        merge_pieces([(info, Rows()), (longer, Rows())])
+    with pytest.raises(UsageError, match="no run to pack"):
+        merge_pieces([])
+
+
+def test_parts_of_other_tasks_lengths_and_counts_make_one_run() -> None:
+    samples, _, info = demo_rows()
+    one, other = info.lengths_tokens[0], info.lengths_tokens[-1]
+
+    def part(length: int, seed: int, **values: Any) -> tuple[RunInfo, Rows]:
+        asked = info.model_copy(update={"lengths_tokens": (length,), "seed": seed, **values})
+        return asked, Rows(samples=[row for row in samples if row.length_tokens == length])
+
+    merged_info, merged = merge_pieces([part(one, 0), part(one, 1), part(other, 0)])
+    assert merged_info.lengths_tokens == (one, other)
+    assert [each.samples for each in merged_info.parts] == [2 * info.samples, info.samples]
+    assert merged_info.samples == 2 * info.samples
+    task = info.tasks[0]
+    assert merged_info.expected_samples(task, one) == 2 * merged_info.expected_samples(task, other)
+    assert merged_info.expected_samples(task, 1 << 20) == 0
+    assert len({row.key for row in merged.samples}) == len(merged.samples)
+    merged_info = merged_info.model_copy(update={"footprint_lengths_tokens": ()})
+    assert coverage(make_run(merged.samples, [], info=merged_info, folder="")).complete
+    lacking = coverage(make_run(merged.samples[:-1], [], info=merged_info, folder=""))
+    assert lacking.missing
+    with pytest.raises(UsageError, match="Two parts of the runs to pack hold"):
+        merge_pieces([part(one, 0), (info, Rows())])
+
+
+def test_a_cell_deals_out_its_parts(script: ModuleType) -> None:
+    run = {"model": "reference", "methods": ["dense"], "tasks": ["vt"], "footprint": False, "samples": 3}
+    parts = [{"lengths_tokens": ["1k"], "seeds": 2}, {"lengths_tokens": ["2k"], "samples": 1}]
+    cell = script.Cell("a", 1, 1, run, parts)
+    pieces = {name: (config.lengths_tokens, config.samples, config.seed) for name, config in cell.pieces()}
+    assert pieces == {
+        "part-0-seed-0": ((1024,), 3, 0),
+        "part-0-seed-1": ((1024,), 3, 1),
+        "part-1-seed-0": ((2048,), 1, 0),
+    }
+
+
+def test_a_folder_without_a_run_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="holds no run"):
+        run_folders(tmp_path)
+
+
+def test_the_committed_cell_list_holds_up(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every configuration is valid, and accuracy has the samples a cell that were promised."""
+    assert script.main(["plan"]) == 0
+    assert "GPU-minutes planned in all" in capsys.readouterr().out
+    for cell in script.read_cells(script.CELLS_FILE):
+        for _, config in cell.pieces():
+            assert config.unscored or config.seed < 1000, cell.name
+            assert not config.unscored or config.footprint_timeout_s < 240
+        if cell.name.startswith("accuracy"):
+            least = 200 if max(cell.pieces()[0][1].lengths_tokens) <= 131_072 else 50
+            assert cell.seeds * cell.pieces()[0][1].samples >= least, cell.name
+
+
+def test_pieces_run_pack_and_report(
+    script: ModuleType,
+    tiny_model: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first piece runs in a process of its own, the others here: they differ in nothing but time."""
+    run_here(monkeypatch)
+    real, commands = subprocess.run, []
+
+    def run_piece(command: list[str], **options: Any) -> Any:
+        commands.append(command)
+        if len(commands) == 1:
+            return real(command, **options)
+        return subprocess.CompletedProcess(command, cli.run_cli(command[3:]), "", "")
+
+    monkeypatch.setattr(script.subprocess, "run", run_piece)
+    cells = {
+        "cells": [
+            {
+                "name": "accuracy",
+                "planned_gpu_minutes": 1,
+                "seeds": 2,
+                "run": {
+                    "model": tiny_model,
+                    "methods": ["dense", "recency:recency_tokens=128"],
+                    "tasks": ["niah_single_1"],
+                    "lengths_tokens": [512],
+                    "samples": 2,
+                    "max_new_tokens": 2,
+                    "footprint": False,
+                    "device": "cpu",
+                },
+            },
+            {
+                "name": "longest",
+                "planned_gpu_minutes": 1,
+                "seeds": 1,
+                "run": {
+                    "model": "preset:tiny",
+                    "methods": ["dense"],
+                    "find_max": True,
+                    "find_max_limit_tokens": "1k",
+                    "footprint_decode_tokens": 4,
+                    "device": "cpu",
+                },
+            },
+        ]
+    }
+    path, work, out = tmp_path / "cells.yaml", tmp_path / "work", tmp_path / "h100"
+    path.write_text(yaml.safe_dump(cells))
+    common = ["--cells", str(path), "--work", str(work)]
+
+    assert script.main(["run", *common, "--limit-s", "1"]) == 1
+    assert "stopped before accuracy seed-0" in capsys.readouterr().out
+    assert script.main(["pack", *common, "--out", str(out)]) == 1
+    assert "still to be measured: accuracy, longest" in capsys.readouterr().out
+    assert script.main(["run", *common, "--jobs", "1"]) == 0
+    used = [json.loads(line) for line in (work / "accuracy" / "used.jsonl").read_text().splitlines()]
+    assert [note["piece"] for note in used] == ["seed-0", "seed-1"]
+    assert script.main(["run", *common]) == 0
+    assert len((work / "accuracy" / "used.jsonl").read_text().splitlines()) == 2
+
+    assert script.main(["pack", *common, "--out", str(out)]) == 0
+    summary: list[dict[str, Any]] = json.loads((out / "cells.json").read_text())
+    assert [(cell["name"], cell["pieces"], cell["rows"]) for cell in summary] == [("accuracy", 2, 8), ("longest", 1, 2)]
+    assert all(cell["used_gpu_minutes"] > 0 and cell["planned_gpu_minutes"] == 1 for cell in summary)
+    samples = load_run(out / "accuracy").samples
+    assert sorted(set(samples["sample"])) == [0, 1, 2, 3]
+    assert sorted(set(samples["seed"])) == [0, 1]
+    assert samples["prompt_sha256"].nunique() == 4
+
+    capsys.readouterr()
+    assert cli.run_cli(["report", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "accuracy\n========" in text
+    assert "n = 4 prompts a cell" in text
+    assert "Longest context by method" in text
+    assert (out / "accuracy" / "report" / "report.html").is_file()
+    assert (out / "longest" / "report" / "report.html").is_file()
+
+
+def test_accuracy_shares_the_gpu_and_memory_never_does(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accuracy = {"model": "reference", "methods": ["dense"], "lengths_tokens": ["1k"], "footprint": False}
+    memory = {"model": "preset:tiny", "methods": ["dense"], "lengths_tokens": ["1k"]}
+    cells = [script.Cell("a", 1, 3, accuracy), script.Cell("m", 1, 2, memory)]
+    lock, together, most = threading.Lock(), [], {"a": 0, "m": 0}
+
+    def run_piece(folder: Path, config: Any, *, limit_s: Any, jobs: float, gpu: Any) -> None:
+        name = folder.parent.name
+        with lock:
+            together.append(name)
+            most[name] = max(most[name], len(together))
+        assert jobs == (2 if name == "a" else 1)
+        time.sleep(0.2)
+        with lock:
+            together.remove(name)
+
+    monkeypatch.setattr(script, "run_piece", run_piece)
+    monkeypatch.setattr(script, "is_done", lambda folder, config: False)
+    assert script.run_cells(cells, tmp_path, limit_s=None, jobs=2) is False
+    assert most == {"a": 2, "m": 1}
+
+
+def test_pieces_are_dealt_out_over_gpus(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accuracy = {"model": "reference", "methods": ["dense"], "lengths_tokens": ["1k"], "footprint": False}
+    seen: list[tuple[float, int | None]] = []
+
+    def run_piece(folder: Path, config: Any, *, limit_s: Any, jobs: float, gpu: int | None) -> None:
+        seen.append((jobs, gpu))
+        time.sleep(0.05)
+
+    monkeypatch.setattr(script, "run_piece", run_piece)
+    monkeypatch.setattr(script, "is_done", lambda folder, config: False)
+    script.run_cells([script.Cell("a", 1, 8, accuracy)], tmp_path, limit_s=None, jobs=4, gpus=2)
+    assert {jobs for jobs, _ in seen} == {2}
+    assert {gpu for _, gpu in seen} == {0, 1}
+
+
+def test_what_a_piece_took_counts_for_its_part_of_the_gpu(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+    clock = iter([100.0, 220.0])
+
+    def finished(command: list[str], *, env: dict[str, str], **options: Any) -> Any:
+        seen["threads"] = env["OMP_NUM_THREADS"]
+        return subprocess.CompletedProcess(command, 1, "", "")
+
+    monkeypatch.setattr(script.subprocess, "run", finished)
+    monkeypatch.setattr(script.os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(script.time, "monotonic", lambda: next(clock))
+    cell = script.Cell("a", 1, 1, {"model": "preset:tiny"})
+    script.run_piece(tmp_path / "a" / "seed-0", cell.pieces()[0][1], limit_s=None, jobs=4)
+    assert seen == {"threads": "4"}
+    assert script.used_minutes(tmp_path, cell) == 0.5
+
+    def broken(command: list[str], **options: Any) -> Any:
+        return subprocess.CompletedProcess(command, 3, "", "kvscope: torch sees no CUDA GPU")
+
+    clock = iter([0.0, 1.0])
+    monkeypatch.setattr(script.subprocess, "run", broken)
+    with pytest.raises(UsageError, match="a/seed-0 ended with 3: kvscope: torch sees no CUDA GPU"):
+        script.run_piece(tmp_path / "a" / "seed-0", cell.pieces()[0][1], limit_s=None)
+
+
+def test_bad_lists_and_names_are_told(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "cells.yaml"
+    path.write_text("cells: [{name: x}]")
+    assert script.main(["plan", "--cells", str(path)]) == 2
+    assert script.main(["plan", "--cells", str(tmp_path / "none.yaml")]) == 2
+    assert script.main(["plan", "--cell", "accuracy-9k"]) == 2
+    assert "There is no cell 'accuracy-9k'" in capsys.readouterr().err
+    assert script.main(["run"]) == 2
+    assert "--work DIR" in capsys.readouterr().err
