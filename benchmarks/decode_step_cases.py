@@ -17,6 +17,7 @@ from kvscope.harness.decode import DecodeSession
 from kvscope.harness.models import LoadedModel, wrap_model
 from kvscope.harness.prefill import prefill
 from kvscope.harness.prefill_attention import chunk_attention
+from kvscope.harness.presets import WEIGHTS_SEED, preset_config
 from kvscope.methods.attention import stored_attention
 from kvscope.methods.fp8_keys import pack, quantize
 from kvscope.methods.kernels.paged_decode.inputs import PagedKV
@@ -29,7 +30,6 @@ from kvscope.methods.store import PromptKV
 Row = dict[str, Any]
 KEYS = "benchmark_keys"
 TAU = 64
-MODEL = "the shape of Llama-3.1-8B"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Scale:
     """How large everything is.
 
     Attributes:
-        values: of LlamaConfig, layers aside.
+        preset: the shape, layers aside.
         n_layers: of the whole model; ``n_prefill_layers`` of the one that is prefilled.
         lengths_tokens: of TPOT; ``dense_most_tokens`` is the longest that full residency fits.
         long_tokens: where attention and refreshes are compared; ``prefill_tokens`` where prefill is.
@@ -47,7 +47,7 @@ class Scale:
         eager_steps, n_steps: steps timed eagerly and as a graph.
     """
 
-    values: dict[str, Any]
+    preset: str
     n_layers: int
     n_prefill_layers: int
     lengths_tokens: tuple[int, ...]
@@ -64,21 +64,7 @@ class Scale:
 
 
 FULL = Scale(
-    values={
-        "vocab_size": 128_256,
-        "hidden_size": 4096,
-        "intermediate_size": 14_336,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "rope_parameters": {
-            "rope_type": "llama3",
-            "rope_theta": 500_000.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-    },
+    preset="preset:llama-3.1-8b",
     n_layers=32,
     n_prefill_layers=4,
     lengths_tokens=tuple(k * 1024 for k in (8, 32, 128, 256, 384, 512)),
@@ -92,13 +78,7 @@ FULL = Scale(
     graph="on",
 )
 SMOKE = Scale(
-    values={
-        "vocab_size": 257,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    },
+    preset="preset:tiny",
     n_layers=4,
     n_prefill_layers=3,
     lengths_tokens=(1024, 2048),
@@ -117,19 +97,20 @@ SMOKE = Scale(
 
 def build(scale: Scale, n_layers: int) -> LoadedModel:
     """Return a model of the shape with random weights, drawn on its device."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoModelForCausalLM
 
-    config = LlamaConfig(
-        **scale.values,
-        num_hidden_layers=n_layers,
-        max_position_embeddings=4 * 1024 * 1024,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    torch.manual_seed(0)
+    config = preset_config(scale.preset)
+    config.num_hidden_layers = n_layers
+    torch.manual_seed(WEIGHTS_SEED)
     with torch.device(scale.device):
         model = AutoModelForCausalLM.from_config(config, dtype=scale.dtype, attn_implementation="eager")
-    return wrap_model(model, None, name="llama-3.1-8b")
+    return wrap_model(model, None, spec=scale.preset, name=scale.preset)
+
+
+def heads_of(scale: Scale) -> tuple[int, int, int]:
+    """Return query heads, KV heads and head size."""
+    config = preset_config(scale.preset)
+    return config.num_attention_heads, config.num_key_value_heads, config.head_dim
 
 
 class Prompts:
@@ -344,8 +325,7 @@ def median_s(calls: list[Callable[[], Any]], device: str) -> float:
 
 def attention_rows(scale: Scale) -> Iterator[Row]:
     """Attention of one query over one layer: everything, against what lsa holds at its budget."""
-    n_heads = scale.values["num_attention_heads"]
-    H, D = scale.values["num_key_value_heads"], scale.values["hidden_size"] // n_heads
+    n_heads, H, D = heads_of(scale)
     P, n = 64, scale.long_tokens
     window_tokens = min(8192, max(128, n // 64)) + 64  # with the sinks' chunk
     kinds = {"dense": ([n], 2), f"lsa {scale.budget_tokens} tokens": (
@@ -375,8 +355,8 @@ def attention_rows(scale: Scale) -> Iterator[Row]:
 
 def prefill_attention_rows(scale: Scale) -> Iterator[Row]:
     """Attention of a whole prefill of one layer, chunk by chunk as the engine calls it."""
-    n_heads, N = scale.values["num_attention_heads"], scale.prefill_tokens
-    H, D = scale.values["num_key_value_heads"], scale.values["hidden_size"] // n_heads
+    n_heads, H, D = heads_of(scale)
+    N = scale.prefill_tokens
     cuda = scale.device == "cuda"
     k, v = (torch.randn((1, H, N, D), dtype=scale.dtype, device=scale.device) for _ in range(2))
     for S in scale.prefill_chunks:
@@ -405,14 +385,15 @@ def prefill_attention_rows(scale: Scale) -> Iterator[Row]:
 def prefill_rows(scale: Scale, *, peak_flop_per_s: float | None) -> Iterator[Row]:
     """Prefill of a model of a few layers through the engine: tokens/s, and model FLOP utilisation."""
     loaded = build(scale, scale.n_prefill_layers)
-    shape, values = loaded.shape, scale.values
-    N, M, F = scale.prefill_tokens, values["hidden_size"], values["intermediate_size"]
+    shape, config = loaded.shape, loaded.model.config
+    N, M, F = scale.prefill_tokens, config.hidden_size, config.intermediate_size
     kv = 2 * M * shape.n_kv_heads * shape.head_dim
-    full, last = 2 * M * M + kv + 3 * M * F, M * M + kv  # weights; the last layer stores K and V and ends
+    q = M * shape.n_q_heads * shape.head_dim
+    full, last = 2 * q + kv + 3 * M * F, q + kv  # weights; the last layer stores K and V and ends
     attention_flops = 4 * shape.n_q_heads * shape.head_dim * (N * (N + 1) // 2)
     n_full = scale.n_prefill_layers - 1
     flops = 2 * N * (n_full * full + last) + n_full * attention_flops
-    ids = torch.randint(0, values["vocab_size"], (N,), generator=torch.Generator().manual_seed(0)).tolist()
+    ids = torch.randint(0, config.vocab_size, (N,), generator=torch.Generator().manual_seed(0)).tolist()
     for S in scale.prefill_chunks:
         prefill(loaded, ids, chunk_tokens=S)  # page-locks the host memory that the next one finds locked
         time_s = prefill(loaded, ids, chunk_tokens=S).prefill_s

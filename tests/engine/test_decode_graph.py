@@ -5,11 +5,17 @@ import copy
 import pytest
 import torch
 from sequences import prefilled
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.tiny_models import build_stock, loaded_model, prompt_ids
-from kvscope.harness import decode_graph
+from kvscope.harness import decode_graph, static_stock
 from kvscope.harness.decode import DecodeSession, decode
 from kvscope.harness.models import wrap_model
+from kvscope.methods import attention, resident
+from kvscope.methods.kernels.host_gather import kernel as gather_kernel
+from kvscope.methods.kernels.select import kernel as select_kernel
+from kvscope.methods.lsa import sequence as lsa_sequence
+from kvscope.methods.lsa import slots
 from kvscope.methods.registry import create_method
 from kvscope.results.errors import UsageError
 
@@ -114,6 +120,75 @@ def test_positions_computed_from_the_host_are_a_reason():
     assert decode_graph.static_reasons(loaded, sequence) == [
         "rotary positions of type longrope are computed from the host"
     ]
+
+
+class _ReadsBack(TorchDispatchMode):
+    """Notes every operation that a capture would refuse: what waits for the device, and shapes made from data."""
+
+    REFUSED = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique", "is_nonzero", "item")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func).removeprefix("aten.")
+        if name.startswith(self.REFUSED):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("spec", ["dense", LSA[0]])
+@pytest.mark.parametrize("family", [*FAMILIES, "mistral", "qwen2", "phi3", "olmo2"])
+def test_nothing_in_a_fixed_step_reads_back(family, spec, monkeypatch):
+    """Attention aside, whose kernel reads counts on the device: the models' own forwards, hooks and caches."""
+    for module in (resident, lsa_sequence, static_stock):
+        monkeypatch.setattr(module, "stored_attention", lambda q_BQ1D, stores, **options: torch.zeros_like(q_BQ1D))
+    loaded = loaded_model(family)
+    prompt = prefilled(loaded, prompt_ids(160), [spec])
+    with DecodeSession(
+        loaded, create_method(spec), prompt, reserve_tokens=2, decode_graph="uncaptured"
+    ) as session, _ReadsBack() as seen, torch.inference_mode():  # fmt: skip
+        session._static._forward()
+    assert seen.found == []
+
+
+def test_what_reads_back_is_seen():
+    with _ReadsBack() as seen:
+        float(torch.ones(1))
+        torch.ones(3).nonzero()
+    assert len(seen.found) == 2
+
+
+def kernels_in_the_interpreter(monkeypatch):
+    """Let the fixed step and its refresh run the kernels on the CPU, as they do on a GPU."""
+    monkeypatch.setattr(attention, "kernel_runs", lambda q_BQ1D, pages: True)
+    for name in ("select", "diff", "apply", "write_table"):
+        monkeypatch.setattr(slots.ops, name, getattr(select_kernel, name))
+
+    def gather(self, chunks, chunk_slots, n):
+        options = {"units_per_chunk": self._per_chunk, "n_programs": 3}
+        gather_kernel.gather(self._mirror, self._slots, chunks, chunk_slots, n, **options)
+
+    monkeypatch.setattr(slots.HostGather, "__call__", gather)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here: the tests of replays run them")
+@pytest.mark.parametrize("spec", [
+    "dense",
+    f"{SYNTHETIC},budget_fraction=0.5,tau=2,chunk_tokens=16,recency_tokens=20",
+    f"{SYNTHETIC},budget_fraction=0.6,tau=2,chunk_tokens=12,recency_tokens=7,refresh=stale1",
+])  # fmt: skip
+def test_the_kernels_run_a_fixed_step(spec, monkeypatch):
+    """Counts, tables, lists and slots as the kernels take them, in Triton's interpreter."""
+    loaded = loaded_model("afmoe")
+    prompt = prefilled(loaded, prompt_ids(120), [spec], chunk_tokens=64)
+    tokens = prompt_ids(7, seed=8)
+    eager, record, *_ = run(loaded, spec, prompt, tokens)
+    kernels_in_the_interpreter(monkeypatch)
+    fixed, fixed_record, *_ = run(loaded, spec, prompt, tokens, decode_graph="uncaptured")
+    torch.testing.assert_close(fixed, eager, atol=2e-4, rtol=0)
+    assert fixed_record == record
 
 
 # -- on a GPU
