@@ -103,21 +103,18 @@ def stored_attention(
     """
     if all(kernel_runs(q_BQ1D, store.pages) for store in stores):
         return _kernel(q_BQ1D, stores, scale=scale, softcap=softcap, sink_logits=sink_logits)[0]
-    parts = []
-    for store in stores:
+    parts = [stored_partial(q_BQ1D, store, scale=scale, softcap=softcap) for store in stores]
+    return merge_partials(parts, q_BQ1D, sink_logits=sink_logits)
+
+
+def stored_partial(q_BQ1D: torch.Tensor, store: PagedKV, *, scale: float, softcap: float | None = None) -> Partial:
+    """Attend one query to one such store and return the unmerged result. As ``stored_attention``."""
+    if not kernel_runs(q_BQ1D, store.pages):
         n_tokens, P = int(store.n_tokens), store.pages.shape[3]
         table = None if store.page_table is None else store.page_table[0, :, : -(-n_tokens // P)].long()
         if table is not None and table.shape[0] == 1:
             table = table[0]
-        if n_tokens:
-            parts.append(
-                paged_partial(q_BQ1D, store.pages, n_tokens=n_tokens, scale=scale, softcap=softcap, page_table=table)
-            )
-    return merge_partials(parts, q_BQ1D, sink_logits=sink_logits)
-
-
-def store_partial(q_BQ1D: torch.Tensor, store: PagedKV, *, scale: float, softcap: float | None = None) -> Partial:
-    """Attend one query to what a table or a list of tokens names, in place. Only where ``kernel_runs``."""
+        return paged_partial(q_BQ1D, store.pages, n_tokens=n_tokens, scale=scale, softcap=softcap, page_table=table)
     out, lse = _kernel(q_BQ1D, [store], scale=scale, softcap=softcap, out_dtype=torch.float32)
     H, D = store.pages.shape[1], q_BQ1D.shape[3]
     return Partial(out.view(H, -1, D), lse.view(H, -1))
@@ -163,9 +160,7 @@ def merge_partials(
         if sink_logits is not None:
             total_HG = torch.logaddexp(total_HG, sink_logits.to(total_HG.dtype).view_as(total_HG))
         weight_XHG = torch.exp(lse_XHG - total_HG)
-        out_HGD = sum(
-            (w[..., None] * p.out for w, p in zip(weight_XHG, parts, strict=True)), torch.zeros(()).to(q_BQ1D)
-        )
+        out_HGD = (weight_XHG[..., None] * torch.stack([part.out for part in parts])).sum(0)
     return out_HGD.to(q_BQ1D.dtype).view(q_BQ1D.shape)
 
 

@@ -44,6 +44,14 @@ class Rotation(Protocol):
         """Return the query as it would be ``n_tokens`` positions earlier."""
         ...
 
+    def angles(self, n_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cosine and sine of a turn by ``n_tokens`` positions, new tensors of the same shapes every time."""
+        ...
+
+    def back_by(self, q_BQ1D: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """``back``, by angles that are on the device already."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionExtras:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvscope.methods.attention import Partial, kernel_runs, merge_partials, paged_attention, store_partial
+from kvscope.methods.attention import Partial, kernel_runs, merge_partials, paged_attention, stored_partial
 from kvscope.methods.base import AttentionExtras, SequenceCache
 from kvscope.methods.block_query import Query, Reads, read_footprint
 from kvscope.methods.gather import Chosen, choose, chosen_store, gather_blocks, token_partial
@@ -90,7 +90,7 @@ class BlockSparseSequence(SequenceCache):
         q_BQ1D = query.q_HGD.reshape(1, -1, 1, query.q_HGD.shape[2])
         if kernel_runs(q_BQ1D, query.pages):
             store = chosen_store(query.pages, chosen, block_tokens=block, tail_tokens=tail_tokens)
-            in_place = store_partial(q_BQ1D, store, scale=query.scale, softcap=query.extras.softcap)
+            in_place = stored_partial(q_BQ1D, store, scale=query.scale, softcap=query.extras.softcap)
             counts = store.n_tokens
             return in_place, counts.sum() if isinstance(counts, torch.Tensor) else counts * query.q_HGD.shape[0]
         k_HTD, v_HTD = gather_blocks(

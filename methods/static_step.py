@@ -42,16 +42,22 @@ class StepPages:
         self._slot_1 = torch.zeros(1, dtype=torch.long, device=device)
         self._offset_1 = torch.zeros(1, dtype=torch.long, device=device)
 
-    def place(self) -> None:
-        """Before a step: make room for its token and tell the device where that is."""
-        index = self._pool.lengths[self._layers[-1]]
-        if self._pool.reserve(index + 1):
+    def place(self, index: int | None = None) -> None:
+        """Before a step: make room for its token and tell the device where that is.
+
+        Args:
+            index: a stored token to write over; None: behind the last.
+        """
+        n_stored = self._pool.lengths[self._layers[-1]]
+        if index is None:
+            index, n_stored = n_stored, n_stored + 1
+        if self._pool.reserve(n_stored):
             self.version += 1
         slot, offset = divmod(index, self._page_tokens)
         # A scalar travels as an argument of the kernel: no transfer, and nothing waits.
         self._slot_1.fill_(slot)
         self._offset_1.fill_(offset)
-        self._count_11.fill_(index + 1)
+        self._count_11.fill_(n_stored)
 
     def placed(self) -> None:
         """After a step: its token is stored in every layer."""
