@@ -187,6 +187,10 @@ class RunConfig(BaseModel):
     )
     prefill_chunk_tokens: int = Field(default=2048, ge=1, description="tokens per prefill chunk")
     page_tokens: int = Field(default=64, ge=1, description="tokens per page of the KV store")
+    decode_graph: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="footprint pass: decode steps as a CUDA graph where that can be done, always (or fail), or never",
+    )
     out: str | None = Field(default=None, description="folder of the run")
 
     @field_validator("lengths_tokens", "footprint_lengths_tokens", mode="before")

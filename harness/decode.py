@@ -7,19 +7,31 @@ positions from the logical length.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
 
+from kvscope.harness.decode_graph import (
+    EAGER,
+    GRAPH,
+    DecodeGraph,
+    StaticStep,
+    capture_failed,
+    graph_demanded,
+    graph_reasons,
+    static_reasons,
+)
 from kvscope.harness.deepseek_v4.shape import fitted
 from kvscope.harness.glue import DecodeLayer, EngineCache, observing, observing_attention
 from kvscope.harness.models import LoadedModel
-from kvscope.methods.base import CacheMethod, Footprint, Residency
+from kvscope.harness.static_stock import Rings
+from kvscope.methods.base import CacheMethod, Footprint, Residency, SequenceCache
 from kvscope.methods.store import PromptKV
 from kvscope.results.errors import UsageError
 
@@ -43,6 +55,10 @@ class DecodeResult:
         bytes_recalled: bytes copied from the host while decoding.
         residency: how the resident set changed; None where it is fixed at opening.
         stop_reason: ``eos``, ``stop`` (a stop string) or ``length``.
+        step_backend: how a step ran: ``cuda graph``, ``eager``, or ``eager: `` and why it was no graph.
+        captures: how often the step was captured: once, and again each time the resident set outgrew its slots.
+        capture_s: seconds of the first capture, in none of the times above.
+        backends: what computed the rest of the method beside attention.
     """
 
     ids: list[int]
@@ -57,6 +73,10 @@ class DecodeResult:
     bytes_recalled: int
     residency: Residency | None
     stop_reason: StopReason
+    step_backend: str = EAGER
+    captures: int = 0
+    capture_s: float = 0.0
+    backends: tuple[str, ...] = ()
 
 
 class DecodeSession:
@@ -70,15 +90,19 @@ class DecodeSession:
         *,
         reserve_tokens: int,
         physical: bool = True,
+        decode_graph: DecodeGraph | Literal["uncaptured"] = "off",
     ) -> None:
         """Open the method.
 
         Args:
             reserve_tokens: steps to preallocate for.
             physical: False masks instead of evicting (tests).
+            decode_graph: ``auto`` captures the step in a CUDA graph where that can be done, ``on`` demands it. The
+                capture is made on entering. ``uncaptured`` runs the step of the graph as it is (tests).
 
         Raises:
-            UsageError: the method cannot run on this model and device; the message gives every reason.
+            UsageError: the method cannot run on this model and device, or not as a graph; the message gives every
+                reason.
         """
         method = fitted(method, loaded.shape)
         reasons = method.unsupported(loaded.shape, loaded.device)
@@ -88,25 +112,77 @@ class DecodeSession:
             raise ValueError("this prompt was prefilled by a model of another shape")
         started_s = time.perf_counter()
         self._loaded = loaded
-        self.sequence = method.open(prompt, loaded.device, physical=physical, reserve_tokens=reserve_tokens)
+        self._method, self._decode_graph = method, decode_graph
+        self._open: Callable[[], SequenceCache] = partial(
+            method.open, prompt, loaded.device, physical=physical, reserve_tokens=reserve_tokens
+        )
+        self.sequence = self._open()
         self._cache = self.sequence.model_cache or self._engine_cache()
         self._observed = method.observed_layers(loaded.shape)
         self._stack = ExitStack()
+        self._static: StaticStep | None = None
+        self.step_backend = EAGER
         self.open_s = time.perf_counter() - started_s
+        self.capture_s = 0.0
 
-    def _engine_cache(self) -> EngineCache:
+    @property
+    def captures(self) -> int:
+        """How often the step was captured."""
+        return 0 if self._static is None else self._static.captures
+
+    def _engine_cache(self, rings: Rings | None = None) -> EngineCache:
         loaded = self._loaded
         states: dict[int, Any] = dict(self.sequence.stock)
+        if rings is not None:
+            states.update(rings.layers)
         for layer in loaded.shape.layers:
             states[layer] = DecodeLayer(layer, self.sequence, loaded.rotations[layer])
         return EngineCache([states[layer] for layer in range(loaded.shape.n_layers)])
 
     def __enter__(self) -> Self:
-        self._stack.callback(self.sequence.close)
-        if self._observed:
-            hooks = observing if self.sequence.model_cache is None else observing_attention
-            self._stack.enter_context(hooks(self._loaded.model, self._observed, self.sequence.observe))
+        self._stack.callback(lambda: self.sequence.close())
+        try:
+            if self._observed:
+                hooks = observing if self.sequence.model_cache is None else observing_attention
+                observe = lambda layer, hidden_BM: self.sequence.observe(layer, hidden_BM)  # noqa: E731
+                self._stack.enter_context(hooks(self._loaded.model, self._observed, observe))
+            if self._decode_graph != "off":
+                self._make_static()
+        except BaseException:
+            self._stack.close()
+            raise
         return self
+
+    def _make_static(self) -> None:
+        """Fix the step's addresses and capture it, or note why not."""
+        loaded, asked = self._loaded, self._decode_graph
+        captured = asked != "uncaptured"
+        reasons = (graph_reasons if captured else static_reasons)(loaded, self.sequence)
+        if not reasons:
+            self.sequence.make_static()
+            rings = Rings(self.sequence, loaded.dtype)
+            self._stack.callback(rings.clear)
+            cache = self._engine_cache(rings)
+            step = StaticStep(loaded, self.sequence, cache, before=rings.place, captured=captured)
+            try:
+                step.prepare()
+            except RuntimeError as error:
+                if asked != "auto":
+                    raise
+                step.release()
+                reasons = [capture_failed(error)]
+                self.sequence.close()
+                self.sequence = self._open()
+                self._cache = self._engine_cache()
+            else:
+                self._static, self._cache = step, cache
+                self._stack.callback(step.release)
+                self.capture_s = step.capture_s
+                self.step_backend = GRAPH if captured else EAGER
+                return
+        if asked != "auto":
+            raise graph_demanded(reasons, self._method.label)
+        self.step_backend = f"{EAGER}: {'; '.join(reasons)}"
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -115,7 +191,12 @@ class DecodeSession:
 
     @torch.inference_mode()
     def step(self, token: int) -> torch.Tensor:
-        """Feed one token under the method and return the logits after it, [vocabulary]."""
+        """Feed one token under the method and return the logits after it, [vocabulary].
+
+        A captured step writes them where the step before did.
+        """
+        if self._static is not None:
+            return self._static(token)
         device = self._loaded.device
         self.sequence.begin_step()
         out = self._loaded.model(
@@ -141,6 +222,7 @@ def decode(
     stop_strings: Sequence[str] = (),
     stop_at_eos: bool = True,
     device: str | torch.device | None = None,
+    decode_graph: DecodeGraph = "off",
 ) -> DecodeResult:
     """Feed ``forced_ids`` under the method, then decode greedily.
 
@@ -154,9 +236,11 @@ def decode(
         stop_strings: end the answer where one of them begins.
         stop_at_eos: end the answer at the model's end-of-sequence tokens.
         device: must be the model's; None means it.
+        decode_graph: whether steps are replays of a CUDA graph; as ``DecodeSession``.
 
     Raises:
-        UsageError: no forced token, no new token, stop strings without a tokenizer, or an unsupported method.
+        UsageError: no forced token, no new token, stop strings without a tokenizer, an unsupported method, or a graph
+            demanded where there can be none.
     """
     _check(loaded, prompt_kv, forced_ids, max_new_tokens, device)
     if stop_strings and loaded.tokenizer is None:
@@ -167,7 +251,7 @@ def decode(
     stop_reason: StopReason = "length"
     # The last generated token is never fed.
     reserve_tokens = len(forced_ids) + max_new_tokens - 1
-    with DecodeSession(loaded, method, prompt_kv, reserve_tokens=reserve_tokens) as session:
+    with DecodeSession(loaded, method, prompt_kv, reserve_tokens=reserve_tokens, decode_graph=decode_graph) as session:
         pending = list(forced_ids)
         while True:
             token = pending.pop(0)
@@ -190,6 +274,7 @@ def decode(
                 break
             pending.append(chosen)
         text = _text(loaded, ids)
+        residency = session.sequence.residency()  # first: it enters what the device has counted
         return DecodeResult(
             ids=ids,
             text=text[: _stop_index(text, stop_strings)],
@@ -201,8 +286,12 @@ def decode(
             footprint_peak=peak,
             bytes_by_kind=session.sequence.bytes_by_kind(),
             bytes_recalled=session.sequence.bytes_recalled,
-            residency=session.sequence.residency(),
+            residency=residency,
             stop_reason=stop_reason,
+            step_backend=session.step_backend,
+            captures=session.captures,
+            capture_s=session.capture_s,
+            backends=session.sequence.backends(),
         )
 
 

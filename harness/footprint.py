@@ -152,6 +152,7 @@ def make_job(
         prefill_chunk_tokens=config.prefill_chunk_tokens,
         page_tokens=config.page_tokens,
         paper_settings=config.paper_settings,
+        decode_graph=config.decode_graph,
         gpu_budget_bytes=config.gpu_budget_bytes,
         max_batch=config.max_batch if kind == "throughput" else 1,
     )

@@ -36,8 +36,16 @@ class RopeRotation:
         """Return the query as it would be ``n_tokens`` positions earlier; the product is taken in fp32."""
         # Layers of one step ask for the same angle one after another, so the last one is worth keeping.
         if self._last is None or self._last[0] != n_tokens:
-            self._last = (n_tokens, *self._table(n_tokens))
+            self._last = (n_tokens, *self.angles(n_tokens))
         _, cos, sin = self._last
+        return self.back_by(q_BQ1D, cos, sin)
+
+    def angles(self, n_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cosine and sine of a turn by ``n_tokens`` positions, fp32."""
+        return self._tables(torch.tensor([[n_tokens]], device=self._device))
+
+    def back_by(self, q_BQ1D: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Return the query turned back by ``angles``; the product is taken in fp32."""
         q = q_BQ1D.float()
         turned: torch.Tensor = self._apply(q, q, cos, -sin)[0]
         return turned.to(q_BQ1D.dtype)
@@ -49,9 +57,6 @@ class RopeRotation:
         k = k_BHSD.float()
         turned: torch.Tensor = self._apply(k, k, cos, -sin)[1]
         return turned.to(k_BHSD.dtype)
-
-    def _table(self, n_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._tables(torch.tensor([[n_tokens]], device=self._device))
 
     def _tables(self, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         like = torch.empty(1, dtype=torch.float32, device=self._device)
@@ -69,6 +74,12 @@ class UnknownRotation:
         self._layer = layer
 
     def back(self, q_BQ1D: torch.Tensor, n_tokens: int) -> torch.Tensor:
+        raise KvscopeError(f"The position encoding of layer {self._layer} cannot be undone.")
+
+    def angles(self, n_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        raise KvscopeError(f"The position encoding of layer {self._layer} cannot be undone.")
+
+    def back_by(self, q_BQ1D: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         raise KvscopeError(f"The position encoding of layer {self._layer} cannot be undone.")
 
     def undo(self, k_BHSD: torch.Tensor, *, start_tokens: int) -> torch.Tensor:

@@ -53,6 +53,8 @@ class FootprintJob(BaseModel):
         context_tokens: tokens of a synthetic prompt.
         forced_ids: tokens fed under the method before it decodes on its own: at least one.
         decode_tokens: decode steps; nothing stops them early.
+        decode_graph: whether steps are replays of a CUDA graph. The warm-up captures one too, whose memory is then part
+            of the baseline.
         gpu_budget_bytes: most device bytes the process may take; None for the whole card.
         max_batch: where the search for the largest batch stops.
     """
@@ -74,6 +76,7 @@ class FootprintJob(BaseModel):
     prefill_chunk_tokens: int
     page_tokens: int
     paper_settings: bool
+    decode_graph: Literal["auto", "on", "off"] = "auto"
     gpu_budget_bytes: int | None = None
     max_batch: int = 1
 
@@ -235,7 +238,15 @@ class Measurement:
             chunk_tokens=job.prefill_chunk_tokens,
             seed=job.seed,
         )
-        decode(loaded, method, warm_kv, job.forced_ids[-1:], max_new_tokens=WARM_UP_STEPS, stop_at_eos=False)
+        decode(
+            loaded,
+            method,
+            warm_kv,
+            job.forced_ids[-1:],
+            max_new_tokens=WARM_UP_STEPS,
+            stop_at_eos=False,
+            decode_graph=job.decode_graph,
+        )
         del warm_kv
         self.columns["baseline_nvml_bytes"] = self.quiet_bytes()
         return loaded, method
@@ -289,7 +300,11 @@ class Measurement:
         forced_ids = job.forced_ids
         self._torch.free()
         self._torch.reset()
-        arguments: dict[str, Any] = {"max_new_tokens": job.decode_tokens, "stop_at_eos": False}
+        arguments: dict[str, Any] = {
+            "max_new_tokens": job.decode_tokens,
+            "stop_at_eos": False,
+            "decode_graph": job.decode_graph,
+        }
         with PeakSampler(self._read) as sampler:
             result = decode(loaded, method, prompt_kv, forced_ids, **arguments)
         self.columns["decode_peak_nvml_bytes"] = sampler.peak_bytes
@@ -305,6 +320,8 @@ class Measurement:
         prefill_s = 0.0 if job.kv == "synthetic" else prompt_kv.prefill_s
         self.columns["tpot_s"] = statistics.median(later_s)
         self.columns["tpot_steps"] = len(later_s)
+        self.columns["step_backend"], self.columns["step_captures"] = timed.step_backend, timed.captures
+        self.backend = "; ".join((self.backend, *timed.backends))
         self.columns["ttft_s"] = prefill_s + timed.open_s + sum(timed.step_s[:first_steps])
         return self._row(loaded, method, prompt_kv_tokens=prompt_kv.n_tokens, result=result)
 

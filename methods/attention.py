@@ -53,7 +53,7 @@ def paged_attention(
         [B, Q, 1, D] in the dtype of the query.
     """
     _check(q_BQ1D, pages, n_tokens, page_table)
-    if n_tokens and keep_SP is None and _kernel_runs(q_BQ1D, pages):
+    if n_tokens and keep_SP is None and kernel_runs(q_BQ1D, pages):
         store = _kernel_store(pages, n_tokens, page_table)
         return _kernel(q_BQ1D, [store], scale=scale, softcap=softcap, sink_logits=sink_logits)[0]
     part = paged_partial(
@@ -78,13 +78,46 @@ def joint_attention(
     stores = [(pages, n_tokens) for pages, n_tokens in stores if n_tokens]
     for pages, n_tokens in stores:
         _check(q_BQ1D, pages, n_tokens, None)
-    if stores and all(_kernel_runs(q_BQ1D, pages) for pages, _ in stores):
+    if stores and all(kernel_runs(q_BQ1D, pages) for pages, _ in stores):
         inputs = [_kernel_store(pages, n_tokens, None) for pages, n_tokens in stores]
         return _kernel(q_BQ1D, inputs, scale=scale, softcap=softcap, sink_logits=sink_logits)[0]
     parts = [
         paged_partial(q_BQ1D, pages, n_tokens=n_tokens, scale=scale, softcap=softcap) for pages, n_tokens in stores
     ]
     return merge_partials(parts, q_BQ1D, sink_logits=sink_logits)
+
+
+def stored_attention(
+    q_BQ1D: torch.Tensor,
+    stores: Sequence[PagedKV],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sink_logits: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attend one query to the union of one store or two whose counts and tables are on the device.
+
+    This is what a captured step calls: the kernel reads counts and tables when it runs. Where the kernel does not run,
+    counts are read back, so the call cannot be captured. Token lists need the kernel. The other arguments and the
+    result are ``paged_attention``'s.
+    """
+    if all(kernel_runs(q_BQ1D, store.pages) for store in stores):
+        return _kernel(q_BQ1D, stores, scale=scale, softcap=softcap, sink_logits=sink_logits)[0]
+    parts = [stored_partial(q_BQ1D, store, scale=scale, softcap=softcap) for store in stores]
+    return merge_partials(parts, q_BQ1D, sink_logits=sink_logits)
+
+
+def stored_partial(q_BQ1D: torch.Tensor, store: PagedKV, *, scale: float, softcap: float | None = None) -> Partial:
+    """Attend one query to one such store and return the unmerged result. As ``stored_attention``."""
+    if not kernel_runs(q_BQ1D, store.pages):
+        n_tokens, P = int(store.n_tokens), store.pages.shape[3]
+        table = None if store.page_table is None else store.page_table[0, :, : -(-n_tokens // P)].long()
+        if table is not None and table.shape[0] == 1:
+            table = table[0]
+        return paged_partial(q_BQ1D, store.pages, n_tokens=n_tokens, scale=scale, softcap=softcap, page_table=table)
+    out, lse = _kernel(q_BQ1D, [store], scale=scale, softcap=softcap, out_dtype=torch.float32)
+    H, D = store.pages.shape[1], q_BQ1D.shape[3]
+    return Partial(out.view(H, -1, D), lse.view(H, -1))
 
 
 def paged_partial(
@@ -103,7 +136,7 @@ def paged_partial(
     q_HGD = q_BQ1D.view(H, -1, D)
     if n_tokens == 0:
         return Partial(q_HGD.new_zeros(q_HGD.shape), q_HGD.new_full(q_HGD.shape[:2], -torch.inf))
-    if keep_SP is None and _kernel_runs(q_BQ1D, pages):
+    if keep_SP is None and kernel_runs(q_BQ1D, pages):
         store = _kernel_store(pages, n_tokens, page_table)
         out, lse = _kernel(q_BQ1D, [store], scale=scale, softcap=softcap, out_dtype=torch.float32)
         return Partial(out.view(q_HGD.shape), lse.view(q_HGD.shape[:2]))
@@ -127,9 +160,7 @@ def merge_partials(
         if sink_logits is not None:
             total_HG = torch.logaddexp(total_HG, sink_logits.to(total_HG.dtype).view_as(total_HG))
         weight_XHG = torch.exp(lse_XHG - total_HG)
-        out_HGD = sum(
-            (w[..., None] * p.out for w, p in zip(weight_XHG, parts, strict=True)), torch.zeros(()).to(q_BQ1D)
-        )
+        out_HGD = (weight_XHG[..., None] * torch.stack([part.out for part in parts])).sum(0)
     return out_HGD.to(q_BQ1D.dtype).view(q_BQ1D.shape)
 
 
@@ -141,7 +172,8 @@ def _check(q_BQ1D: torch.Tensor, pages: torch.Tensor, n_tokens: int, page_table:
         raise ValueError(f"{n_tokens} tokens do not fit {n_slots} pages of {P}")
 
 
-def _kernel_runs(q_BQ1D: torch.Tensor, pages: torch.Tensor) -> bool:
+def kernel_runs(q_BQ1D: torch.Tensor, pages: torch.Tensor) -> bool:
+    """Whether the ``paged_decode`` kernel attends this query [B, Q, 1, D] to these pages [S, H, 2, P, D]."""
     return pages.is_cuda and not unsupported_decode(
         pages.device,
         dtype=pages.dtype,

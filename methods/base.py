@@ -44,6 +44,14 @@ class Rotation(Protocol):
         """Return the query as it would be ``n_tokens`` positions earlier."""
         ...
 
+    def angles(self, n_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cosine and sine of a turn by ``n_tokens`` positions, new tensors of the same shapes every time."""
+        ...
+
+    def back_by(self, q_BQ1D: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """``back``, by angles that are on the device already."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionExtras:
@@ -144,6 +152,25 @@ class SequenceCache(ABC):
     def model_cache(self) -> Any:
         """The transformers cache the model is called with, where the sequence brings its own; else None."""
         return None
+
+    @property
+    def static_version(self) -> int:
+        """Changes when tensors of a fixed step moved, so that what was captured must be captured again."""
+        return 0
+
+    def backends(self) -> tuple[str, ...]:
+        """Return what computes the method's own parts beside attention, one text each, for the row."""
+        return ()
+
+    def static_reasons(self) -> list[str]:
+        """Return every reason why steps cannot run at fixed addresses, as a CUDA graph needs; empty when they can."""
+        return ["the method's step depends on counts that only the host knows"]
+
+    def make_static(self) -> None:
+        """From here on, run steps at fixed addresses: ``begin_step`` writes what changes, ``attend`` changes nothing
+        that Python knows, ``end_step`` counts. Call it before the first step, and not with ``static_reasons``.
+        """
+        raise NotImplementedError
 
     def begin_step(self) -> None:  # noqa: B027 - most methods choose at opening, or when attending
         """A token is about to be fed."""

@@ -10,6 +10,7 @@ import torch
 
 from kvscope.methods.base import AttentionExtras
 from kvscope.methods.block_budget import BlockPlan, layer_token_bytes, layer_token_flops
+from kvscope.methods.kernels.dispatch import unsupported_block_scores
 from kvscope.methods.shape import Footprint, ModelShape
 
 
@@ -49,6 +50,13 @@ class Query:
     plan: BlockPlan
     scale: float
     extras: AttentionExtras
+
+    def scored_by_kernel(self, *, block_tokens: int | None = None) -> bool:
+        """Whether the ``block_scores`` kernels take this query; ``block_tokens`` where they read the blocks' keys."""
+        _, G, D = self.q_HGD.shape
+        return not unsupported_block_scores(
+            self.pages.device, dtype=self.pages.dtype, head_dim=D, group=G, block_tokens=block_tokens
+        )
 
     @property
     def n_before(self) -> int:

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvscope.methods.attention import Partial, merge_partials, paged_attention
+from kvscope.methods.attention import Partial, kernel_runs, merge_partials, paged_attention, stored_partial
 from kvscope.methods.base import AttentionExtras, SequenceCache
 from kvscope.methods.block_query import Query, Reads, read_footprint
-from kvscope.methods.gather import Chosen, choose, gather_blocks, token_partial
+from kvscope.methods.gather import Chosen, choose, chosen_store, gather_blocks, token_partial
+from kvscope.methods.kernels.dispatch import unsupported_block_scores
 from kvscope.methods.shape import Footprint
 from kvscope.methods.store import PagePool, PromptKV
 
@@ -85,12 +86,18 @@ class BlockSparseSequence(SequenceCache):
 
     def _attend_chosen(self, query: Query, chosen: Chosen) -> tuple[Partial, "int | torch.Tensor"]:
         """Return attention over the chosen blocks, and how many tokens were read over all KV heads."""
-        block = query.plan.block_tokens
+        block, tail_tokens = query.plan.block_tokens, query.plan.tail_tokens(query.n_tokens)
+        q_BQ1D = query.q_HGD.reshape(1, -1, 1, query.q_HGD.shape[2])
+        if kernel_runs(q_BQ1D, query.pages):
+            store = chosen_store(query.pages, chosen, block_tokens=block, tail_tokens=tail_tokens)
+            in_place = stored_partial(q_BQ1D, store, scale=query.scale, softcap=query.extras.softcap)
+            counts = store.n_tokens
+            return in_place, counts.sum() if isinstance(counts, torch.Tensor) else counts * query.q_HGD.shape[0]
         k_HTD, v_HTD = gather_blocks(
             query.pages,
             chosen.blocks_HB,
             block_tokens=block,
-            tail_tokens=query.plan.tail_tokens(query.n_tokens),
+            tail_tokens=tail_tokens,
         )
         keep_HT = None
         n_read: int | torch.Tensor = k_HTD.shape[0] * k_HTD.shape[1]
@@ -101,6 +108,19 @@ class BlockSparseSequence(SequenceCache):
             query.q_HGD, k_HTD, v_HTD, scale=query.scale, softcap=query.extras.softcap, keep_HT=keep_HT
         )
         return part, n_read
+
+    def backends(self) -> tuple[str, ...]:
+        method, shape = self._method, self.shape
+        if not method.score_kernel:
+            return ("torch: token scores",)
+        reasons = unsupported_block_scores(
+            self.device,
+            dtype=self._pool.dtype,
+            head_dim=shape.head_dim,
+            group=shape.n_q_heads // shape.n_kv_heads,
+            block_tokens=None if method.summary() is not None else self._plan.block_tokens,
+        )
+        return (f"torch: block scores ({'; '.join(reasons)})",) if reasons else ("triton: block_scores",)
 
     def managed_footprint(self) -> Footprint:
         reads = [self._reads[layer] for layer in self.shape.layers if layer in self._reads]

@@ -34,12 +34,14 @@ class BlockSparse(CacheMethod[ConfigT]):
 
     Class attributes:
         paper_block_tokens, paper_budget_tokens: the defaults of the paper, used from 32K tokens on.
+        score_kernel: whether the ``block_scores`` kernels know its scores.
         per_query_head: whether query heads choose alone, so that a KV head reads the union of its group's choices.
     """
 
     saving_kind = "resident"
     paper_block_tokens: ClassVar[int]
     paper_budget_tokens: ClassVar[int] = 2048
+    score_kernel: ClassVar[bool] = True
     per_query_head: ClassVar[bool] = False
 
     def summary(self) -> Summary | None:

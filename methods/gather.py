@@ -10,6 +10,7 @@ import torch
 
 from kvscope.methods.attention import Partial
 from kvscope.methods.flash import attention_with_lse, flash_runs_on
+from kvscope.methods.kernels.paged_decode.inputs import PagedKV
 
 
 class Chosen(NamedTuple):
@@ -41,6 +42,33 @@ def choose(scores_HGN: torch.Tensor, *, n_chosen: int, current: int, n_kv_heads:
     keep_HB = torch.cat([keep_HB.bool(), chosen_HN.new_ones((n_kv_heads, 1))], 1)
     blocks_HB = torch.cat([blocks_HB, blocks_HB.new_full((n_kv_heads, 1), current)], 1)
     return Chosen(torch.where(keep_HB, blocks_HB, blocks_HB[:, :1]), keep_HB)
+
+
+def chosen_store(pages: torch.Tensor, chosen: Chosen, *, block_tokens: int, tail_tokens: int) -> PagedKV:
+    """Return each head's blocks as the kernel reads them in place: by a page table, or token by token.
+
+    Args:
+        pages: [S, H, 2, P, D].
+        chosen: the last entry is the current block, partly filled; what does not count in ``keep_HB`` is not listed.
+        tail_tokens: tokens of the current block.
+    """
+    H, P = pages.shape[1], pages.shape[3]
+    blocks_HB, n_tokens = chosen.blocks_HB, (chosen.blocks_HB.shape[1] - 1) * block_tokens + tail_tokens
+    counts_1H: int | torch.Tensor = n_tokens
+    if chosen.keep_HB is not None:
+        # What counts comes first, in order, so that the current block ends it.
+        order_HB = torch.argsort((~chosen.keep_HB).to(torch.uint8), dim=1, stable=True)
+        blocks_HB = blocks_HB.gather(1, order_HB)
+        counts_1H = ((chosen.keep_HB.sum(1) - 1) * block_tokens + tail_tokens).int()[None]
+    if block_tokens % P == 0:
+        per_block = torch.arange(block_tokens // P, device=pages.device)
+        table_HT = (blocks_HB[:, :, None] * (block_tokens // P) + per_block).view(1, H, -1)
+        # The current block may begin no more pages than its tokens need: the rest are not in the pool.
+        table_HT = table_HT.clamp_max(pages.shape[0] - 1)
+        return PagedKV(pages=pages, n_tokens=counts_1H, page_table=table_HT)
+    token = torch.arange(block_tokens, device=pages.device)
+    tokens_HT = (blocks_HB[:, :, None] * block_tokens + token).view(1, H, -1)
+    return PagedKV(pages=pages, n_tokens=counts_1H, tokens=tokens_HT)
 
 
 def gather_blocks(

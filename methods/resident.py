@@ -8,9 +8,10 @@ from typing import TypeVar
 
 import torch
 
-from kvscope.methods.attention import paged_attention
+from kvscope.methods.attention import paged_attention, stored_attention
 from kvscope.methods.base import AttentionExtras, CacheMethod, SequenceCache
 from kvscope.methods.shape import Footprint, ModelShape
+from kvscope.methods.static_step import StepPages, unsupported_step
 from kvscope.methods.store import PagePool, PromptKV, TokenRange
 
 ConfigT = TypeVar("ConfigT")
@@ -58,6 +59,7 @@ class ResidentSequence(SequenceCache):
         self.pool = PagePool(prompt.shape, n_tokens=n_kept + reserve_tokens, dtype=prompt.dtype, device=device)
         self.pool.load(prompt, ranges)
         self._n_dropped = prompt.n_tokens - n_kept
+        self._step: StepPages | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -77,6 +79,10 @@ class ResidentSequence(SequenceCache):
         scale: float,
         extras: AttentionExtras,
     ) -> torch.Tensor:
+        if self._step is not None:
+            self._step.append(layer, k_BH1D, v_BH1D)
+            stores = [self._step.store(layer)]
+            return stored_attention(q_BQ1D, stores, scale=scale, softcap=extras.softcap, sink_logits=extras.sink_logits)
         self.pool.append(layer, k_BH1D, v_BH1D)
         return paged_attention(
             q_BQ1D,
@@ -91,6 +97,24 @@ class ResidentSequence(SequenceCache):
     def _keep(self, layer: int) -> torch.Tensor | None:
         del layer
         return None
+
+    def static_reasons(self) -> list[str]:
+        return unsupported_step(self.shape, self.device, self.pool.dtype)
+
+    def make_static(self) -> None:
+        self._step = StepPages(self.pool, self.device)
+
+    @property
+    def static_version(self) -> int:
+        return 0 if self._step is None else self._step.version
+
+    def begin_step(self) -> None:
+        if self._step is not None:
+            self._step.place()
+
+    def end_step(self) -> None:
+        if self._step is not None:
+            self._step.placed()
 
     def managed_footprint(self) -> Footprint:
         return Footprint(
@@ -114,6 +138,9 @@ class MaskedSequence(ResidentSequence):
         self._kept = torch.zeros(prompt.n_tokens, dtype=torch.bool, device=device)
         for start, end in ranges:
             self._kept[start:end] = True
+
+    def static_reasons(self) -> list[str]:
+        return ["a masked step is made anew each time"]
 
     def _keep(self, layer: int) -> torch.Tensor:
         n_slots, P = self.pool.pages[layer].shape[0], self.shape.page_tokens

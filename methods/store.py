@@ -81,6 +81,7 @@ class PagePool:
         Memory is zeroed: a weight of zero on stale memory that happens to hold NaN would still be NaN.
         """
         self.shape = shape
+        self.dtype = dtype
         self.pages = {
             layer: torch.zeros(page_shape(shape, shape.pages(n_tokens)), dtype=dtype, device=device)
             for layer in shape.layers
@@ -91,15 +92,20 @@ class PagePool:
         """Copy the prompt's tokens in ``ranges`` (ascending, disjoint) into the pool, packed."""
         ranges = [(start, end) for start, end in ranges if end > start]
         n_tokens = sum(end - start for start, end in ranges)
+        P = self.shape.page_tokens
+        whole_pages = all(start % P == 0 for start, _ in ranges)
+        whole_pages &= all((end - start) % P == 0 for start, end in ranges[:-1])
         for layer, pool in self.pages.items():
             host = prompt.pages[layer]
-            if len(ranges) == 1 and ranges[0][0] % self.shape.page_tokens == 0:
-                # Whole pages in place: one contiguous copy, which on a GPU is one DMA.
-                first = ranges[0][0] // self.shape.page_tokens
-                n_pages = self.shape.pages(n_tokens)
-                pool[:n_pages].copy_(host[first : first + n_pages], non_blocking=True)
+            if n_tokens and whole_pages:
+                # Whole pages in place: one contiguous copy a range, which on a GPU is one DMA.
+                at = 0
+                for start, end in ranges:
+                    n_pages = self.shape.pages(end - start)
+                    pool[at : at + n_pages].copy_(host[start // P : start // P + n_pages], non_blocking=True)
+                    at += n_pages
                 # The last page may bring tokens beyond the range along: what is dropped is not kept out of sight.
-                pool[n_pages - 1, :, :, (n_tokens - 1) % self.shape.page_tokens + 1 :] = 0
+                pool[at - 1, :, :, (n_tokens - 1) % P + 1 :] = 0
             elif n_tokens:
                 packed = _pack(host, ranges, n_tokens, self.shape)
                 pool[: packed.shape[0]].copy_(packed)
@@ -114,6 +120,15 @@ class PagePool:
             self._grow(layer)
         self.write(layer, self.lengths[layer], k_BH1D, v_BH1D)
         self.lengths[layer] += 1
+
+    def reserve(self, n_tokens: int) -> bool:
+        """Make room for ``n_tokens`` in every layer; return whether pages moved for it."""
+        moved = False
+        for layer, pages in self.pages.items():
+            while self.pages[layer].shape[0] * self.shape.page_tokens < n_tokens:
+                self._grow(layer)
+            moved |= self.pages[layer] is not pages
+        return moved
 
     def write(self, layer: int, index: int, k_BH1D: torch.Tensor, v_BH1D: torch.Tensor) -> None:
         """Overwrite the token at packed position ``index``."""

@@ -158,6 +158,19 @@ def memory_source(run: Run) -> MemorySource:
     )
 
 
+def step_note(run: Run) -> str:
+    """Say whose decode steps were no CUDA graph where others' were; empty where all ran alike, or it is not known."""
+    timed = run.footprint[(run.footprint["status"] == "ok") & run.footprint["step_backend"].notna()]
+    graph = timed["step_backend"] == "cuda graph"
+    if not graph.any() or graph.all():
+        return ""
+    labels = ", ".join(dict.fromkeys(timed[~graph]["method_label"]))
+    return (
+        f"Steps were replays of a CUDA graph, but eager for {labels}: there the launch of every kernel counts, too, so "
+        "times of the two kinds do not compare methods."
+    )
+
+
 def footprint_cells(run: Run) -> pd.DataFrame:
     """Every footprint cell asked for or present: the row's columns, plus `held_bytes` and `predicted_bytes`.
 

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator
 
 from kvscope.reports.canvas import Label, Margins, end_labels, end_labels_height_in, panels, text_width_in
-from kvscope.reports.cells import footprint_cells, memory_source, predicted_cells
+from kvscope.reports.cells import footprint_cells, memory_source, predicted_cells, step_note
 from kvscope.reports.families import families, family_note, family_styles
 from kvscope.reports.figure_parts import (
     ReportFigure,
@@ -108,6 +108,7 @@ def tpot_by_length(run: Run) -> ReportFigure | SkippedFigure:
         "device",
         "dtype",
         "backend",
+        "step_backend",
     ]
     data = cells[columns]
     timed = data[data["status"] == "ok"]
@@ -147,7 +148,7 @@ def tpot_by_length(run: Run) -> ReportFigure | SkippedFigure:
         end_labels(axes, ends)
     caption = (
         "Time per output token: the median decode step of a run without the memory sampler, batch 1. A measurement of "
-        f"this machine and build, not of the method as such. {SIDE_BY_SIDE}"
+        f"this machine and build, not of the method as such. {step_note(run)} {SIDE_BY_SIDE}"
     )
     return ReportFigure(name, title, caption, figure, data.reset_index(drop=True))
 

@@ -3,7 +3,7 @@
 import pandas as pd
 from tabulate import tabulate
 
-from kvscope.reports.cells import accuracy_cells, footprint_cells, memory_source, pooled_cells
+from kvscope.reports.cells import accuracy_cells, footprint_cells, memory_source, pooled_cells, step_note
 from kvscope.reports.coverage import coverage
 from kvscope.reports.figure_parts import subtitle_of
 from kvscope.reports.table_parts import Table, excluded_notes
@@ -90,7 +90,8 @@ def _time(run: Run) -> str:
         )
         for cell in records(cells)
     }
-    return f"Time per output token (ms, median) by length in tokens\n{_grid(run, texts, _footprint_lengths(cells))}"
+    grid = f"Time per output token (ms, median) by length in tokens\n{_grid(run, texts, _footprint_lengths(cells))}"
+    return f"{grid}\n{step_note(run)}".rstrip()
 
 
 def _status(status: str) -> str:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pandas as pd
 
-from kvscope.reports.cells import footprint_cells
+from kvscope.reports.cells import footprint_cells, step_note
 from kvscope.reports.table_parts import Notes, Table, excluded_notes
 from kvscope.reports.units import ByteUnit, byte_unit, length_text, measured, percent
 from kvscope.results.frames import Run, records
@@ -24,6 +24,8 @@ def footprint_table(run: Run) -> Table:
     if len(cells) and not nvml:
         reasons = list(dict.fromkeys(cells["nvml_reason"].dropna())) or ["no cell has run to its end"]
         extra.append(f"No NVML columns: not measured ({'; '.join(reasons)}). All bytes are the ledger's.")
+    if step_note(run):
+        extra.append(step_note(run))
     caption = (
         "One fresh process per row. Resident KV, metadata and host bytes are the ledger's (exact sizes of live "
         "tensors, mean over decode steps); read a step: the bytes of keys, values and metadata that one decode step "

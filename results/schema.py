@@ -250,6 +250,10 @@ class FootprintRow(_CellRow):
     """Time per output token: median over decode steps of a run without the NVML sampler, seconds."""
     tpot_steps: Count | None = None
     """Decode steps behind tpot_s."""
+    step_backend: Text | None = None
+    """How the decode steps of tpot_s ran: `cuda graph`, `eager`, or `eager: ` and why they were no graph."""
+    step_captures: Count | None = None
+    """How often the step was captured while timing: once, and again each time the resident set outgrew its slots."""
     decode_tokens: Count | None = None
     """Tokens decoded during the memory measurement."""
     failure_phase: FailurePhase | None = None

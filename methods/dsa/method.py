@@ -76,6 +76,7 @@ class DSA(BlockSparse[DSAConfig]):
         "index keys and the indexer's weights (oracle: resident = N tokens; read + the keys, half the bytes, of all N)"
     )
     paper_block_tokens = 1
+    score_kernel = False
     paper_options: ClassVar[dict[str, Any]] = {"budget_tokens": 2048}
     Config = DSAConfig
 

@@ -13,8 +13,10 @@ import torch
 
 MAX_HEAD_DIM = 256
 MAX_GROUP = 64
+MAX_INDEXER_HEADS = 256
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LEAST_CAPABILITY = (8, 0)
+_FP8_CAPABILITY = (8, 9)
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,32 @@ def _unsupported_decode(device: torch.device, dtype: torch.dtype, head_dim: int,
     if group > MAX_GROUP:
         reasons.append(f"{group} query heads share a KV head, the kernel takes {MAX_GROUP}")
     return tuple(reasons)
+
+
+def unsupported_block_scores(
+    device: torch.device | str, *, dtype: torch.dtype, head_dim: int, group: int, block_tokens: int | None = None
+) -> list[str]:
+    """Return every reason why the ``block_scores`` kernels do not run; empty when they do.
+
+    Args:
+        block_tokens: of a block whose own keys are read (MSA); None for scores by summaries.
+    """
+    reasons = list(_unsupported_decode(torch.device(device), dtype, head_dim, group))
+    if block_tokens is not None and block_tokens & (block_tokens - 1):
+        reasons.append(f"blocks have {block_tokens} tokens, the kernel takes powers of two")
+    return reasons
+
+
+def unsupported_scores(device: torch.device | str, *, key_dim: int, n_heads: int) -> list[str]:
+    """Return every reason why the kernels ``indexer_score`` and ``select`` do not run; empty when they do."""
+    reasons = unsupported_machine(device)
+    if torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device) < _FP8_CAPABILITY:
+        reasons.append("the GPU has no fp8, which the indexer's keys are stored in")
+    if key_dim % 16 or key_dim > MAX_HEAD_DIM:
+        reasons.append(f"the indexer's key size is {key_dim}, the kernel takes multiples of 16 up to {MAX_HEAD_DIM}")
+    if n_heads > MAX_INDEXER_HEADS:
+        reasons.append(f"the indexer has {n_heads} heads, the kernel takes {MAX_INDEXER_HEADS}")
+    return reasons
 
 
 def decode_backend(

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kvscope.methods.kernels.host_gather.gather import HostGather, gather_backend
+
 
 @dataclass(frozen=True)
 class Move:
@@ -42,9 +44,16 @@ class ChunkPool:
         self.chunk_tokens = chunk_tokens
         self.slot_tokens = math.gcd(chunk_tokens, P)
         self._mirror = host_pages
-        self._per_chunk = chunk_tokens // self.slot_tokens
+        self.slots_per_chunk = chunk_tokens // self.slot_tokens
         self.ids = torch.empty(0, dtype=torch.long)
         self.slots = torch.empty((0, H, 2, self.slot_tokens, D), dtype=host_pages.dtype, device=device)
+        # A kernel that reads the mirror itself is as fast as the bus at any size; see kernels/host_gather.
+        self._gather_by = gather_backend(host_pages, self.slots)
+
+    @property
+    def backend(self) -> str:
+        """What brings chunks here, for the row."""
+        return self._gather_by if self.slots.device.type == "cuda" else "host copy"
 
     @property
     def n_tokens(self) -> int:
@@ -54,29 +63,26 @@ class ChunkPool:
     @property
     def chunk_bytes(self) -> int:
         """Bytes of K and V of one chunk in this layer."""
-        return self._per_chunk * self.slots[:0].element_size() * math.prod(self.slots.shape[1:])
+        return self.slots_per_chunk * self.slots[:0].element_size() * math.prod(self.slots.shape[1:])
 
     def plan(self, wanted: torch.Tensor) -> Move:
         """Return what is missing for ``wanted`` (chunk ids on the CPU, ascending) with room for it on the device."""
         missing = wanted[~torch.isin(wanted, self.ids)]
-        shape = (len(missing) * self._per_chunk, *self.slots.shape[1:])
+        shape = (len(missing) * self.slots_per_chunk, *self.slots.shape[1:])
         return Move(missing, torch.empty(shape, dtype=self.slots.dtype, device=self.slots.device))
 
     def fetch(self, move: Move) -> None:
         """Copy the missing chunks from the mirror. On a GPU the copy runs on the current stream."""
         if not len(move.missing):
             return
-        slot = (move.missing[:, None] * self._per_chunk + torch.arange(self._per_chunk)).flatten()
-        n_pages, H, _, P, D = self._mirror.shape
-        mirror = self._mirror.view(n_pages, H, 2, P // self.slot_tokens, self.slot_tokens, D)
-        page, part = slot * self.slot_tokens // P, slot % (P // self.slot_tokens)
-        if move.staged.device.type == "cuda":
-            # Gathered on the host into pinned memory first: one transfer instead of one a chunk.
-            pinned = torch.empty(move.staged.shape, dtype=move.staged.dtype, pin_memory=True)
-            pinned.copy_(mirror[page, :, :, part])
-            move.staged.copy_(pinned, non_blocking=True)
-        else:
-            move.staged.copy_(mirror[page, :, :, part])
+        gather = HostGather(self._mirror, move.staged, backend=self._gather_by, units_per_chunk=self.slots_per_chunk)
+        device = move.staged.device if gather.backend == "uva" else torch.device("cpu")
+        n = len(move.missing)
+        gather(
+            move.missing.int().to(device),
+            torch.arange(n, dtype=torch.int32, device=device),
+            torch.full((1,), n, dtype=torch.int32, device=device),
+        )
 
     def apply(self, wanted: torch.Tensor, move: Move) -> None:
         """Make ``wanted`` the resident set: its new chunks are in ``move``, the others were resident before."""
@@ -93,7 +99,7 @@ class ChunkPool:
 
     def _slot_index(self, chunk_mask: torch.Tensor) -> torch.Tensor:
         chunk = chunk_mask.nonzero()[:, 0]
-        slot = (chunk[:, None] * self._per_chunk + torch.arange(self._per_chunk)).flatten()
+        slot = (chunk[:, None] * self.slots_per_chunk + torch.arange(self.slots_per_chunk)).flatten()
         return slot.to(self.slots.device)
 
     def clear(self) -> None:

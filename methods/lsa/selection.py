@@ -5,13 +5,19 @@ Shapes: L indexed layers, M hidden size, W hidden states scored at once, n candi
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from kvscope.methods.fp8_keys import dequantize, unpack
+from kvscope.methods.kernels.dispatch import unsupported_scores
+from kvscope.methods.kernels.select.reference import fill_selection
 from kvscope.methods.lsa.indexer import Indexer, IndexerConfig, logit
 from kvscope.methods.lsa.layout import ChunkLayout
 from kvscope.methods.store import PromptKV
+
+if TYPE_CHECKING:
+    from kvscope.methods.kernels.select.kernel import Selection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,14 +35,14 @@ class Rule:
     def of_logits(self, logits_n: torch.Tensor) -> torch.Tensor:
         """Return the candidates to keep, ascending, on the CPU. Equal scores are taken in order."""
         if self.n_chunks is not None:
-            return _top(logits_n, self.n_chunks)
+            return top_chunks(logits_n, self.n_chunks).cpu()
         assert self.threshold is not None
         return (logits_n >= logit(self.threshold)).nonzero()[:, 0].cpu()
 
     def of_mass(self, mass_n: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
         """The same for attention mass: a threshold keeps the fewest candidates that reach it together with ``rest``."""
         if self.n_chunks is not None:
-            return _top(mass_n, self.n_chunks)
+            return top_chunks(mass_n, self.n_chunks).cpu()
         assert self.threshold is not None
         # The rest counts first, whatever it weighs: it stays anyway.
         order = torch.argsort(mass_n, dim=0, descending=True, stable=True)
@@ -44,9 +50,9 @@ class Rule:
         return order[before < self.threshold * (rest + mass_n.sum())].sort().values.cpu()
 
 
-def _top(score_n: torch.Tensor, n_chunks: int) -> torch.Tensor:
-    best = torch.argsort(score_n, dim=0, descending=True, stable=True)[:n_chunks]
-    return best.sort().values.cpu()
+def top_chunks(score_n: torch.Tensor, n_chunks: int) -> torch.Tensor:
+    """Return the ``n_chunks`` best, ascending, on the device of the scores. Equal scores are taken in order."""
+    return torch.argsort(score_n, dim=0, descending=True, stable=True)[:n_chunks].sort().values
 
 
 class Selector:
@@ -56,12 +62,18 @@ class Selector:
     Attributes:
         metadata_bytes: device bytes of what it keeps.
         refresh_bytes, refresh_flops: what one choice reads and computes.
+        n_chosen: size of every choice, where it is fixed.
     """
 
     reads_mass = False
+    n_chosen: int | None = None
     metadata_bytes = 0
     refresh_bytes = 0
     refresh_flops = 0
+
+    def backends(self) -> tuple[str, ...]:
+        """Return what computes the scores and the choice, for the row."""
+        return ()
 
     def observe(self, layer: int, hidden_BM: torch.Tensor) -> None:
         """Take a hidden state of the current step; ``choose`` sees it from the next step on."""
@@ -72,6 +84,15 @@ class Selector:
     def choose(self) -> torch.Tensor:
         """Return the candidates to keep, counted from the first candidate, ascending, on the CPU."""
         raise NotImplementedError
+
+    def choose_into(self, out: "Selection") -> int:
+        """``choose`` into tensors on the device; return how many were chosen, also if ``out`` has room for fewer.
+
+        Waits for the device only where no other than the device knows the number.
+        """
+        chosen = self.choose()
+        fill_selection(out, chosen.to(out.n.device))
+        return len(chosen)
 
     def choose_by_mass(self, mass_n: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
         """The same from one layer's attention mass over the candidates, and the mass of everything else."""
@@ -116,28 +137,85 @@ class IndexerSelector(Selector):
         width = config.lookback_tokens
         first = torch.stack([_first_states(prompt, layer, width, states_name) for layer in config.layers], 1)
         self._states_WLM = first.to(device, copy=True)
-        self._incoming: dict[int, torch.Tensor] = {}
+        # Written by each step in place: a captured one has fixed addresses.
+        self._incoming_LM = torch.zeros_like(self._states_WLM[-1])
+        self._row = {layer: row for row, layer in enumerate(config.layers)}
+        self.kernel_reasons = unsupported_scores(device, key_dim=config.key_dim, n_heads=config.heads)
+        self._threshold: torch.Tensor | None = None
+        self.n_chosen = rule.n_chunks
         self.metadata_bytes = metadata_bytes(config, len(self._keys_LnE[0]), element_bytes=first.element_size())
         self.refresh_bytes = refresh_bytes(config, layout.n_candidates)
         self.refresh_flops = config.scoring_flops(layout.n_candidates)
 
+    def backends(self) -> tuple[str, ...]:
+        if self.kernel_reasons:
+            return (f"torch: chunk scores ({'; '.join(self.kernel_reasons)})",)
+        return (f"triton: {'indexer_score' if self.n_chosen is not None else 'indexer_score, select'}",)
+
     def observe(self, layer: int, hidden_BM: torch.Tensor) -> None:
-        self._incoming[layer] = hidden_BM[0]
+        self._incoming_LM[self._row[layer]].copy_(hidden_BM[0])
 
     def end_step(self) -> None:
-        newest_LM = torch.stack([self._incoming[layer] for layer in self._layers])
-        self._states_WLM[:-1] = self._states_WLM[1:].clone()
-        self._states_WLM[-1] = newest_LM
-        self._incoming.clear()
+        if len(self._states_WLM) > 1:
+            self._states_WLM[:-1] = self._states_WLM[1:].clone()
+        self._states_WLM[-1].copy_(self._incoming_LM)
+
+    def logits(self) -> torch.Tensor:
+        """Return the scores of all candidates: a row for each layer and state [R, n] or their maximum [1, n], fp32."""
+        if not self.kernel_reasons:
+            return self._kernel_logits()
+        keys = [dequantize(keys, scale) for keys, scale in zip(self._keys_LnE, self._scale_Ln, strict=True)]
+        return self._indexer.logits(self._states_WLM, keys).amax(0, keepdim=True)
+
+    def _kernel_logits(self) -> torch.Tensor:
+        from kvscope.methods.kernels.indexer_score.kernel import indexer_score
+
+        layers = [self._indexer.layer(layer) for layer in self._layers]
+        encoded = [layer.query(self._states_WLM[:, row]) for row, layer in enumerate(layers)]
+        # Queries in fp16 and keys widened, exactly: rounding queries to fp8 would choose other chunks than the torch
+        # path does, and reading the keys takes as long either way.
+        logits_LWn = indexer_score(
+            torch.stack([q for q, _ in encoded]),
+            torch.stack([weight for _, weight in encoded]),
+            torch.stack([layer.bias for layer in layers]),
+            self._keys_LnE,
+            self._scale_Ln,
+            query_precision="fp16",
+        )
+        return logits_LWn.flatten(0, 1)
 
     def choose(self) -> torch.Tensor:
-        keys = [dequantize(keys, scale) for keys, scale in zip(self._keys_LnE, self._scale_Ln, strict=True)]
-        logits_n = self._indexer.logits(self._states_WLM, keys).amax(0)
-        return self._rule.of_logits(logits_n)
+        logits_Rn = self.logits()
+        if self.kernel_reasons or self._rule.n_chunks is not None:
+            return self._rule.of_logits(logits_Rn.amax(0))
+        from kvscope.methods.kernels.select.kernel import empty_selection
+
+        n = logits_Rn.shape[1]
+        found = empty_selection(n, n, logits_Rn.device)
+        self._select(logits_Rn, found)
+        return found.chunks_K[: int(found.n)].long().cpu()
+
+    def choose_into(self, out: "Selection") -> int:
+        logits_Rn = self.logits()
+        if self._rule.n_chunks is None:
+            self._select(logits_Rn, out)
+            return int(out.n)
+        # A stable order, not the k-th best score as a threshold: equal scores at the edge would be one too many.
+        chosen = top_chunks(logits_Rn.amax(0), self._rule.n_chunks)
+        fill_selection(out, chosen)
+        return len(chosen)
+
+    def _select(self, logits_Rn: torch.Tensor, out: "Selection") -> None:
+        from kvscope.methods.kernels.select.ops import select
+
+        assert self._rule.threshold is not None
+        if self._threshold is None:
+            self._threshold = torch.full((1,), logit(self._rule.threshold), device=logits_Rn.device)
+        select(logits_Rn, self._threshold, out)
 
     def close(self) -> None:
-        self._keys_LnE = self._scale_Ln = self._states_WLM = torch.empty(0)
-        self._incoming.clear()
+        self._keys_LnE = self._scale_Ln = self._states_WLM = self._incoming_LM = torch.empty(0)
+        self._threshold = None
 
 
 class MassSelector(Selector):
@@ -173,8 +251,9 @@ class NothingToChoose(Selector):
 
 
 def metadata_bytes(config: IndexerConfig, n_candidates: int, *, element_bytes: int) -> int:
-    """Return the device bytes an indexer keeps of one sequence: keys and scales, and the states it will score with."""
-    states = config.lookback_tokens * len(config.layers) * config.hidden_size * element_bytes
+    """Return the device bytes an indexer keeps of one sequence: keys and scales, the states it will score with, and
+    those of the step that runs."""
+    states = (config.lookback_tokens + 1) * len(config.layers) * config.hidden_size * element_bytes
     return n_candidates * config.chunk_key_bytes + states
 
 

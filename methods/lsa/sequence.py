@@ -5,18 +5,24 @@ or, for the attention oracle, inside the step from each layer's own query. Betwe
 """
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
-from kvscope.methods.attention import joint_attention, paged_attention
+from kvscope.methods.attention import joint_attention, paged_attention, stored_attention
 from kvscope.methods.base import AttentionExtras, Residency, SequenceCache, tensor_bytes
+from kvscope.methods.kernels.dispatch import triton_version
 from kvscope.methods.lsa.labels import chunk_mass, token_logits
 from kvscope.methods.lsa.layout import ChunkLayout
 from kvscope.methods.lsa.pool import ChunkPool, Copier, Copy, Move
 from kvscope.methods.lsa.selection import Selector
 from kvscope.methods.shape import Footprint
+from kvscope.methods.static_step import StepPages, unsupported_step
 from kvscope.methods.store import PagePool, PromptKV
+
+if TYPE_CHECKING:
+    from kvscope.methods.lsa.slots import ChunkSlots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +221,117 @@ class RecallingSequence(LsaSequence):
         }
         self._arriving: dict[int, _Arrival] = {}
         self._copier = Copier(device) if schedule.stale else None
+        self._recall = next(iter(self._pools.values())).backend
+        self._step: StepPages | None = None
+        self._slots: ChunkSlots | None = None
+        self._n_unread_refreshes = self._first_chosen = 0
         self._first_refresh()
+
+    # -- steps at fixed addresses
+
+    def static_reasons(self) -> list[str]:
+        if self._selector.reads_mass:
+            return ["the attention oracle chooses inside the step"]
+        version, problem = triton_version()
+        if version is None:
+            return [problem]
+        from kvscope.methods.lsa.slots import unsupported_slots
+
+        reasons = unsupported_step(self.shape, self.device, self._static.dtype)
+        return reasons + unsupported_slots(self._mirror, self._pools)
+
+    def make_static(self) -> None:
+        from kvscope.methods.lsa.slots import ChunkSlots
+
+        self._step = StepPages(self._static, self.device)
+        self._first_chosen = len(next(iter(self._pools.values())).ids)
+        budgeted = self._selector.n_chosen is not None
+        if self._layout.n_candidates and not (budgeted and not self._first_chosen):
+            self._slots = ChunkSlots(
+                self._pools,
+                self._mirror,
+                layout=self._layout,
+                budgeted=budgeted,
+                stale=self._schedule.stale,
+                fallback_ratio=self._schedule.fallback_ratio,
+            )
+
+    @property
+    def static_version(self) -> int:
+        pages = 0 if self._step is None else self._step.version
+        return pages + (0 if self._slots is None else self._slots.version)
+
+    def attend(
+        self,
+        layer: int,
+        q_BQ1D: torch.Tensor,
+        k_BH1D: torch.Tensor,
+        v_BH1D: torch.Tensor,
+        *,
+        scale: float,
+        extras: AttentionExtras,
+    ) -> torch.Tensor:
+        if self._step is None:
+            return super().attend(layer, q_BQ1D, k_BH1D, v_BH1D, scale=scale, extras=extras)
+        self._step.append(layer, k_BH1D, v_BH1D)
+        stores = [self._step.store(layer)]
+        if self._slots is not None:
+            stores.append(self._slots.store(layer))
+        return stored_attention(q_BQ1D, stores, scale=scale, softcap=extras.softcap, sink_logits=extras.sink_logits)
+
+    def begin_step(self) -> None:
+        if self._step is None:
+            return
+        step = self._n_fed[self.shape.layers[-1]]
+        if step and step % self._schedule.tau == 0 and self._layout.n_candidates:
+            if self._slots is not None:
+                self._slots.refresh(self._selector)
+            self._n_unread_refreshes += 1
+        self._step.place()
+
+    def end_step(self) -> None:
+        if self._step is None:
+            return
+        self._step.placed()
+        self._selector.end_step()
+        for layer in self.shape.layers:
+            self._n_fed[layer] += 1
+
+    def settle(self) -> None:
+        """Enter into the record what refreshes did that were left to the device."""
+        n_new, self._n_unread_refreshes = self._n_unread_refreshes, 0
+        if not n_new:
+            return
+        if self._slots is None:  # a budget that leaves no room for any chunk
+            self._moved_bytes += [0] * n_new
+            self._resident_tokens += [self._layout.static_tokens] * n_new
+            return
+        counts, n_layers = self._slots.counts(), len(self.shape.layers)
+        for index in range(len(counts.chosen) - n_new, len(counts.chosen)):
+            chosen, missing = counts.chosen[index], counts.missing[index]
+            self._moved_bytes.append(missing * self._slots.chunk_bytes * n_layers)
+            self.bytes_recalled += self._moved_bytes[-1]
+            self._kept += (chosen - missing) * n_layers
+            self._chosen += chosen * n_layers
+            held = chosen
+            if self._schedule.stale:
+                before = counts.chosen[index - 1] if index else self._first_chosen
+                held = before + missing
+            self._resident_tokens.append(self._layout.static_tokens + held * self._layout.chunk_tokens)
+
+    def backends(self) -> tuple[str, ...]:
+        if not self._layout.n_candidates:
+            return ()
+        return (*self._selector.backends(), f"recall: {self._recall}")
+
+    def residency(self) -> Residency:
+        self.settle()
+        found = super().residency()
+        if self._slots is None or not self._slots.fallbacks:
+            return found
+        return replace(found, fallbacks=found.fallbacks + self._slots.fallbacks)
+
+    # -- steps as they come
 
     def _append(self, layer: int, k_BH1D: torch.Tensor, v_BH1D: torch.Tensor) -> None:
         self._static.append(layer, k_BH1D, v_BH1D)
@@ -253,18 +369,23 @@ class RecallingSequence(LsaSequence):
         return prompt_QT, static_QT[:, n_static:]
 
     def _chosen_tokens(self, *, arriving: bool = True) -> int:
+        if self._slots is not None:
+            return self._slots.n_tokens
         total = sum(pool.n_tokens for pool in self._pools.values())
         if arriving:
             total += sum(len(a.move.missing) for a in self._arriving.values()) * self._layout.chunk_tokens
         return round(total / len(self._pools))
 
     def managed_footprint(self) -> Footprint:
+        static_tokens = self._static.lengths[self.shape.layers[-1]]
+        if self._slots is not None:
+            kv_bytes = self._static.n_bytes + self._slots.kv_bytes
+            tables = Footprint(metadata_bytes=self._slots.table_bytes)
+            return self._reads(kv_bytes=kv_bytes, static_tokens=static_tokens) + tables
         slots = [pool.slots for pool in self._pools.values()]
         staged = [arrival.move.staged for arrival in self._arriving.values()]
-        return self._reads(
-            kv_bytes=self._static.n_bytes + tensor_bytes([*slots, *staged]),
-            static_tokens=self._static.lengths[self.shape.layers[-1]],
-        )
+        kv_bytes = self._static.n_bytes + tensor_bytes([*slots, *staged])
+        return self._reads(kv_bytes=kv_bytes, static_tokens=static_tokens)
 
     def close(self) -> None:
         for arrival in self._arriving.values():
@@ -272,6 +393,9 @@ class RecallingSequence(LsaSequence):
         self._arriving.clear()
         if self._copier is not None:
             self._copier.close()
+        if self._slots is not None:
+            self.settle()  # the record outlives the tensors
+            self._slots.close()
         self._static.clear()
         for pool in self._pools.values():
             pool.clear()

@@ -67,9 +67,14 @@ class MoBA(BlockSparse[MoBAConfig]):
     def score(self, query: Query) -> Scored:
         assert isinstance(query.kept, torch.Tensor)
         means_NHD = query.kept[:, :, 0]
-        gate_HGN = torch.bmm(query.q_HGD.float(), means_NHD.float().permute(1, 2, 0))
         n_bytes = means_NHD.numel() * means_NHD.element_size()
-        return Scored(gate_HGN, n_bytes, 2 * gate_HGN.numel() * query.q_HGD.shape[-1])
+        n_flops = 2 * query.q_HGD.numel() * query.n_before
+        if query.scored_by_kernel():
+            from kvscope.methods.kernels.block_scores.kernel import moba_scores  # Triton may be missing elsewhere
+
+            return Scored(moba_scores(query.q_HGD, query.kept), n_bytes, n_flops)
+        gate_HGN = torch.bmm(query.q_HGD.float(), means_NHD.float().permute(1, 2, 0))
+        return Scored(gate_HGN, n_bytes, n_flops)
 
     def scan_reads(self, shape: ModelShape, n_tokens: int, plan: BlockPlan) -> tuple[int, int]:
         n_scored = plan.count(n_tokens) - 1

@@ -54,11 +54,17 @@ class MSA(BlockSparse[MSAConfig]):
 
     def score(self, query: Query) -> Scored:
         block, n_before = query.plan.block_tokens, query.n_before
+        H, _, D = query.q_HGD.shape
+        n_products = H * D * n_before * block
+        n_bytes, n_flops = n_products * query.pages.element_size(), 2 * n_products
+        if query.scored_by_kernel(block_tokens=block):
+            from kvscope.methods.kernels.block_scores.kernel import msa_scores  # Triton may be missing elsewhere
+
+            scores_H1N = msa_scores(query.q_HGD, query.pages, n_blocks=n_before, block_tokens=block)
+            return Scored(scores_H1N, n_bytes, n_flops)
         q_H1D = query.q_HGD.float().mean(1, keepdim=True)
         best_HN = block_maxima(page_logits(q_H1D, query.pages, n_tokens=n_before * block), block)
-        H, D = q_H1D.shape[0], q_H1D.shape[2]
-        n_products = H * D * n_before * block
-        return Scored(best_HN, n_products * query.pages.element_size(), 2 * n_products)
+        return Scored(best_HN, n_bytes, n_flops)
 
     def scan_reads(self, shape: ModelShape, n_tokens: int, plan: BlockPlan) -> tuple[int, int]:
         n_products = (plan.count(n_tokens) - 1) * plan.block_tokens * shape.n_kv_heads * shape.head_dim

@@ -64,9 +64,13 @@ class Quest(BlockSparse[QuestConfig]):
 
     def score(self, query: Query) -> Scored:
         assert isinstance(query.kept, torch.Tensor)
-        bounds_HGN = upper_bounds(query.q_HGD, query.kept)
         n_bytes = query.kept.numel() * query.kept.element_size()
-        n_flops = 4 * bounds_HGN.numel() * query.q_HGD.shape[-1]
+        n_flops = 4 * query.q_HGD.numel() * query.n_before
+        if query.scored_by_kernel():
+            from kvscope.methods.kernels.block_scores.kernel import quest_scores  # Triton may be missing elsewhere
+
+            return Scored(quest_scores(query.q_HGD, query.kept), n_bytes, n_flops)
+        bounds_HGN = upper_bounds(query.q_HGD, query.kept)
         return Scored(bounds_HGN.amax(1, keepdim=True), n_bytes, n_flops)
 
     def scan_reads(self, shape: ModelShape, n_tokens: int, plan: BlockPlan) -> tuple[int, int]:

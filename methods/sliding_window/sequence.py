@@ -8,9 +8,11 @@ on (p - e) - i only, which is the distance in the cache.
 
 import torch
 
-from kvscope.methods.attention import merge_partials, paged_partial
-from kvscope.methods.base import AttentionExtras, SequenceCache
+from kvscope.methods.attention import merge_partials, paged_partial, stored_partial
+from kvscope.methods.base import AttentionExtras, Rotation, SequenceCache
+from kvscope.methods.kernels.paged_decode.inputs import PagedKV
 from kvscope.methods.shape import Footprint
+from kvscope.methods.static_step import StepPages, unsupported_step
 from kvscope.methods.store import PagePool, PromptKV
 
 
@@ -32,6 +34,8 @@ class StreamingSequence(SequenceCache):
         self._ring = PagePool(self.shape, n_tokens=max(n_kept, capacity), dtype=prompt.dtype, device=device)
         self._ring.load(prompt, [(prompt.n_tokens - n_kept, prompt.n_tokens)])
         self._oldest = dict.fromkeys(self.shape.layers, 0)
+        self._step: StepPages | None = None
+        self._angles: dict[Rotation, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
     def n_tokens(self) -> int:
@@ -47,6 +51,8 @@ class StreamingSequence(SequenceCache):
         scale: float,
         extras: AttentionExtras,
     ) -> torch.Tensor:
+        if self._step is not None:
+            return self._attend_static(self._step, layer, q_BQ1D, k_BH1D, v_BH1D, scale, extras)
         ring, oldest = self._ring, self._oldest[layer]
         if ring.lengths[layer] < self._window:
             ring.append(layer, k_BH1D, v_BH1D)
@@ -64,6 +70,68 @@ class StreamingSequence(SequenceCache):
             parts.append(paged_partial(q_sink, sink_pages, n_tokens=self._sinks, scale=scale, softcap=extras.softcap))
         return merge_partials(parts, q_BQ1D, sink_logits=extras.sink_logits)
 
+    # -- steps at fixed addresses
+
+    def static_reasons(self) -> list[str]:
+        return unsupported_step(self.shape, self.device, self._ring.dtype)
+
+    def make_static(self) -> None:
+        self._step = StepPages(self._ring, self.device)
+
+    @property
+    def static_version(self) -> int:
+        return 0 if self._step is None else self._step.version
+
+    @property
+    def _full(self) -> bool:
+        return self._ring.lengths[self.shape.layers[-1]] == self._window
+
+    def _n_evicted(self) -> int:
+        """Tokens evicted once the step's own is stored."""
+        n_ring = min(self._ring.lengths[self.shape.layers[-1]] + 1, self._window)
+        return self.n_tokens + 1 - self._sinks - n_ring
+
+    def begin_step(self) -> None:
+        if self._step is None:
+            return
+        self._step.place(self._oldest[self.shape.layers[-1]] if self._full else None)
+        for rotation, held in self._angles.items():
+            for tensor, new in zip(held, rotation.angles(self._n_evicted()), strict=True):
+                tensor.copy_(new)
+
+    def end_step(self) -> None:
+        if self._step is None:
+            return
+        if self._full:
+            for layer in self.shape.layers:
+                self._oldest[layer] = (self._oldest[layer] + 1) % self._window
+        else:
+            self._step.placed()
+        for layer in self.shape.layers:
+            self._lengths[layer] += 1
+
+    def _attend_static(
+        self,
+        step: StepPages,
+        layer: int,
+        q_BQ1D: torch.Tensor,
+        k_BH1D: torch.Tensor,
+        v_BH1D: torch.Tensor,
+        scale: float,
+        extras: AttentionExtras,
+    ) -> torch.Tensor:
+        step.append(layer, k_BH1D, v_BH1D)
+        parts = [stored_partial(q_BQ1D, step.store(layer), scale=scale, softcap=extras.softcap)]
+        if self._sinks:
+            rotation = extras.rotation
+            if rotation is not None and rotation not in self._angles:
+                # Met in the trial before the capture; written anew before each step from then on.
+                self._angles[rotation] = rotation.angles(self._n_evicted())
+            q_sink = q_BQ1D if rotation is None else rotation.back_by(q_BQ1D, *self._angles[rotation])
+            store = PagedKV(pages=self._sink_pool.pages[layer], n_tokens=self._sinks)
+            parts.append(stored_partial(q_sink, store, scale=scale, softcap=extras.softcap))
+        return merge_partials(parts, q_BQ1D, sink_logits=extras.sink_logits)
+
     def managed_footprint(self) -> Footprint:
         n_resident = self._sinks + self._ring.lengths[self.shape.layers[-1]]
         return Footprint(
@@ -73,6 +141,7 @@ class StreamingSequence(SequenceCache):
         )
 
     def close(self) -> None:
+        self._angles.clear()
         self._sink_pool.clear()
         self._ring.clear()
         super().close()

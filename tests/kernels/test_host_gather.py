@@ -4,7 +4,8 @@ import pytest
 import torch
 from kernel_tools import DEVICE, generator, randn
 
-from kvscope.methods.kernels.host_gather.gather import HostGather, unsupported_gather
+from kvscope.methods.kernels.host_gather import gather as gather_module
+from kvscope.methods.kernels.host_gather.gather import HostGather, gather_backend, unsupported_gather
 from kvscope.methods.kernels.host_gather.kernel import gather
 from kvscope.methods.kernels.host_gather.reference import host_gather_reference
 
@@ -135,3 +136,16 @@ def test_a_captured_graph_recalls_other_chunks():
     torch.cuda.synchronize()
     assert torch.equal(slots[[5, 4]].cpu(), mirror[[7, 8]])
     assert slots[:4].isnan().all()
+
+
+@pytest.mark.parametrize(("P", "U", "H", "expected"), [
+    (64, 64, 8, "copies"),  # 256 KiB: the transfer hides what a copy costs
+    (64, 64, 2, "contiguous"),
+    (64, 32, 16, "contiguous"),  # part of a page is many runs
+])  # fmt: skip
+def test_without_the_kernel_the_size_of_a_unit_decides(P, U, H, expected, monkeypatch):
+    mirror, slots = (torch.empty(2, H, 2, tokens, 128, dtype=torch.float16) for tokens in (P, U))
+    assert gather_backend(mirror, slots) == "uva"  # on a CPU the reference takes its place, and says so
+    monkeypatch.setattr(gather_module, "unsupported_gather", lambda *args: ["no kernel"])
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: True)
+    assert gather_backend(mirror, slots) == expected

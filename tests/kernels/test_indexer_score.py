@@ -7,9 +7,10 @@ import pytest
 import torch
 from kernel_tools import DEVICE, randn
 
+from kvscope.methods.fp8_keys import dequantize, quantize
 from kvscope.methods.kernels.indexer_score.kernel import Tuning, indexer_score
 from kvscope.methods.kernels.indexer_score.reference import indexer_score_reference
-from kvscope.methods.lsa.indexer import Indexer, IndexerConfig, dequantize, quantize
+from kvscope.methods.lsa.indexer import Indexer, IndexerConfig
 
 TINY = Tuning(tile_chunks=16)
 PRECISIONS = ["fp8", "fp16"]

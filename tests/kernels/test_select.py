@@ -7,7 +7,7 @@ import pytest
 import torch
 from kernel_tools import DEVICE, generator, randn
 
-from kvscope.methods.kernels.select import kernel
+from kvscope.methods.kernels.select import kernel, reference
 from kvscope.methods.kernels.select.kernel import (
     apply,
     diff,
@@ -140,3 +140,32 @@ def test_wrong_calls_are_refused():
         write_table(found, empty_slots(10, 12, DEVICE), found.n, found.n, chunk_tokens=4)
     with pytest.raises(ValueError, match="at most"):
         empty_selection(64 * 4096 + 1, 10, DEVICE)
+
+
+def test_the_reference_keeps_the_same_tables():
+    """What runs on a CPU writes what the kernels write, list for list, over sets that grow, churn and empty."""
+    n, S, per_chunk = 150, 40, 3
+    theirs, ours = (empty_slots(n, S, DEVICE) for _ in range(2))
+    deltas = [empty_delta(S, S, DEVICE) for _ in range(2)]
+    tables = [torch.zeros(S * per_chunk, dtype=torch.int32, device=DEVICE) for _ in range(2)]
+    counts = [torch.zeros(1, dtype=torch.int32, device=DEVICE) for _ in range(2)]
+    for step, size in enumerate([5, 40, 40, 0, 17, 40]):
+        chosen = torch.randperm(n, generator=generator(step))[:size].sort().values.to(DEVICE)
+        found = empty_selection(n, S, DEVICE)
+        reference.fill_selection(found, chosen)
+        diff(found, theirs, deltas[0])
+        reference.fill_delta(found, ours, deltas[1])
+        for name in ("missing_K", "free_S"):
+            count = "n_" + name.split("_")[0]
+            assert listed(getattr(deltas[0], name), getattr(deltas[0], count)) == listed(
+                getattr(deltas[1], name), getattr(deltas[1], count)
+            )
+        apply(found, theirs, deltas[0])
+        reference.apply_reference(found, ours, deltas[1])
+        assert torch.equal(theirs.slot_of_chunk_n, ours.slot_of_chunk_n)
+        assert torch.equal(theirs.chunk_of_slot_S, ours.chunk_of_slot_S)
+        options = {"chunk_tokens": 7, "slots_per_chunk": per_chunk}
+        write_table(found, theirs, tables[0], counts[0], **options)
+        reference.write_table_reference(found, ours, tables[1], counts[1], **options)
+        assert counts[0].tolist() == counts[1].tolist() == [7 * size]
+        assert torch.equal(tables[0][: size * per_chunk], tables[1][: size * per_chunk])

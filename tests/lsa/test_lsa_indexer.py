@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 from engine.tiny_models import build_stock, loaded_model, prompt_ids
-from lsa_tools import random_indexer
+from lsa_tools import prefilled, random_indexer
 
 from kvscope.harness.models import wrap_model
 from kvscope.harness.prefill import prefill
 from kvscope.methods.fp8_keys import dequantize, pack, quantize, unpack
+from kvscope.methods.kernels.select.kernel import empty_selection
 from kvscope.methods.lsa.collectors import ChunkKeys
 from kvscope.methods.lsa.indexer import (
     Indexer,
@@ -194,7 +195,7 @@ def test_another_tau_is_allowed_and_on_the_record(tmp_path):
     assert record.indexer_bytes == load_indexer(folder).weight_bytes
     n_candidates = method.layout(200).n_candidates
     n_layers, states_bytes = len(loaded.shape.layers), len(loaded.shape.layers) * 64 * 4
-    assert footprint.metadata_bytes == n_candidates * n_layers * (8 + 4) + states_bytes
+    assert footprint.metadata_bytes == n_candidates * n_layers * (8 + 4) + 2 * states_bytes
 
 
 @pytest.mark.parametrize(
@@ -277,3 +278,28 @@ def test_bad_options_get_one_clear_sentence(options, message):
         create_method(f"lsa:{options}")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("rule", [{"budget_fraction": 0.5}, {"threshold": 0.51}])
+def test_the_kernels_choose_what_torch_chooses(tmp_path, rule):
+    """The kernel in Triton's interpreter here, on a GPU as it is."""
+    loaded = loaded_model("smollm3")
+    folder = random_indexer(tmp_path / "indexer", loaded.shape, chunk_tokens=4, key_dim=16, lookback_tokens=3)
+    method = create_method({"name": "lsa", "indexer": str(folder), "recency_tokens": 20, **rule})
+    prompt = prefilled(loaded, prompt_ids(400), method, chunk_tokens=64)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    selector = method.open(prompt, device)._selector
+    selector.kernel_reasons = ["not here"]
+    logits_n, chosen = selector.logits().amax(0), selector.choose()
+    selector.kernel_reasons = []
+    kernel_logits_Rn = selector.logits()
+    assert kernel_logits_Rn.shape == (3 * len(loaded.shape.layers), len(logits_n))
+    spread = float(logits_n.std())
+    torch.testing.assert_close(kernel_logits_Rn.amax(0), logits_n, atol=2e-3 * spread, rtol=1e-3)
+    by_kernel = selector.choose()
+    assert 0 < len(chosen) < len(logits_n)
+    assert len(set(by_kernel.tolist()) ^ set(chosen.tolist())) <= 2, "rounding may move a chunk at the very edge"
+    out = empty_selection(len(logits_n), len(logits_n), device)
+    assert selector.choose_into(out) == len(by_kernel)
+    assert out.chunks_K[: int(out.n)].tolist() == by_kernel.tolist()
+    assert out.wanted_n.nonzero()[:, 0].tolist() == by_kernel.tolist()

@@ -283,3 +283,63 @@ def test_decode_reports_the_step_that_held_most():
     chunk_bytes = 16 * loaded.shape.kv_bytes_per_token
     assert result.footprint_peak.kv_bytes - result.footprint_last.kv_bytes == 4 * chunk_bytes
     assert result.footprint_last.kv_bytes < result.footprint_mean.kv_bytes < result.footprint_peak.kv_bytes
+
+
+# -- slots at fixed addresses
+
+
+@pytest.mark.parametrize("refresh", ["sync", "stale1"])
+@pytest.mark.parametrize("fallback_ratio", [None, 0.8])
+def test_slots_at_fixed_addresses_play_any_script(refresh, fallback_ratio):
+    """Sets that grow past the room, shrink, empty, repeat and churn: logits and record as without fixed addresses."""
+    loaded = loaded_model("llama")
+    sets = [[1, 4], [1, 2, 4], [0, 2, 3, 5, 6], [], [7], list(range(8)), list(range(8)), [3], [4, 5, 6], [0, 1, 2]]
+    method = scripted({"tau": 2, "refresh": refresh, "fallback_ratio": fallback_ratio}, sets)
+    prompt = prefilled(loaded, prompt_ids(160), method)
+    tokens = prompt_ids(20, seed=8)
+    moving, record, _ = run_steps(loaded, method, prompt, tokens)
+    fixed, fixed_record, footprint = run_steps(loaded, method, prompt, tokens, decode_graph="uncaptured")
+    torch.testing.assert_close(fixed, moving, atol=1e-5, rtol=0)
+    assert fixed_record == record
+    assert fixed_record.fallbacks == (0 if fallback_ratio is None else 2)
+    # Room only ever grows: for all eight candidates in the end.
+    assert footprint.kv_bytes == loaded.shape.paged_kv_bytes(32 + 20) + 8 * 16 * loaded.shape.kv_bytes_per_token
+
+
+@pytest.mark.parametrize("refresh", ["sync", "stale1"])
+def test_slots_hold_the_mirror_at_every_step_and_spare_ones_wait(refresh):
+    loaded = loaded_model("llama")
+    sets = [[k % 8] if k % 3 else sorted({k % 8, (k + 3) % 8}) for k in range(12)]
+    method = scripted({"tau": 1, "refresh": refresh}, sets)
+    prompt = prefilled(loaded, prompt_ids(160), method)
+    late = 1 if refresh == "stale1" else 0
+    with DecodeSession(loaded, method, prompt, reserve_tokens=12, decode_graph="uncaptured") as session:
+        slots, versions = session.sequence._slots, set()
+        for step, token in enumerate(prompt_ids(12, seed=8)):
+            session.step(token)
+            read = sets[max(0, step - late)] if step else sets[0]
+            store = slots.store(loaded.shape.layers[0])
+            assert int(store.n_tokens) == 16 * len(read) == slots.n_tokens
+            for layer in loaded.shape.layers:
+                for place, chunk in enumerate(read):
+                    slot = int(store.page_table[0, 0, place])
+                    assert torch.equal(slots.slots[layer][slot], prompt.pages[layer][chunk + 1])
+            versions.add(slots.version)
+        n_slots = len(slots.slots[loaded.shape.layers[0]])
+        assert n_slots == (4 if late else 2)
+        assert versions == {0}  # the first set has two chunks: no later one outgrows it
+
+
+def test_a_threshold_that_lets_more_pass_makes_room_and_says_so(tmp_path):
+    loaded = loaded_model("llama")
+    folder = random_indexer(tmp_path / "indexer", loaded.shape, chunk_tokens=16, tau=2, key_dim=16)
+    method = create_method(
+        {"name": "lsa", "indexer": str(folder), "threshold": 0.5, "tau": 2, "recency_tokens": 16, "sink_tokens": 16}
+    )
+    prompt = prefilled(loaded, prompt_ids(400), method)
+    tokens = prompt_ids(16, seed=8)
+    moving, record, _ = run_steps(loaded, method, prompt, tokens)
+    assert len(set(record.resident_tokens)) > 1, "sets of equal size show nothing"
+    fixed, fixed_record, _ = run_steps(loaded, method, prompt, tokens, decode_graph="uncaptured")
+    torch.testing.assert_close(fixed, moving, atol=1e-5, rtol=0)
+    assert fixed_record == record

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from sparse_plain import attention, tokens_read
 
 from kvscope.harness.prefill import prefill
+from kvscope.methods import attention as attention_module
+from kvscope.methods import block_query, block_sequence
 from kvscope.methods.attention import paged_attention
 from kvscope.methods.base import AttentionExtras, union_collectors
 from kvscope.methods.dsa.method import head_sum
@@ -287,3 +289,32 @@ def test_bad_options_get_one_clear_sentence(spec, text):
         create_method(spec)
     assert text in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("n_tokens", [150, 160])
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_kernels_score_and_read_as_torch_does(spec, n_tokens, monkeypatch):
+    """Block scores, and chosen blocks read in place: as the torch path. In the interpreter, or on a GPU."""
+    method, prompt = create_method(spec), prefilled([spec], n_tokens, chunk_tokens=48)
+    shape, layer = prompt.shape, prompt.shape.layers[0]
+    generator = torch.Generator().manual_seed(3)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    steps = [tuple(x.to(device) for x in random_step(shape, generator)) for _ in range(4)]
+    found = {}
+    for kernels in (False, True):
+        for module in (attention_module, block_sequence):
+            monkeypatch.setattr(module, "kernel_runs", lambda q_BQ1D, pages, kernels=kernels: kernels)
+        scored_by = only_block_size if kernels else lambda *args, **options: ["not here"]
+        monkeypatch.setattr(block_query, "unsupported_block_scores", scored_by)
+        if kernels:
+            monkeypatch.setattr(block_sequence, "gather_blocks", None)  # nothing is gathered where the kernel runs
+        sequence = method.open(prompt, device, reserve_tokens=len(steps))
+        outs = [sequence.attend(layer, *step, scale=SCALE, extras=AttentionExtras()) for step in steps]
+        found[kernels] = torch.cat(outs), sequence.footprint()
+    torch.testing.assert_close(found[True][0], found[False][0], atol=2e-5, rtol=0)
+    assert found[True][1] == found[False][1]
+
+
+def only_block_size(device, *, dtype, head_dim, group, block_tokens=None):
+    """What the dispatch says of these shapes on a GPU; for the interpreter."""
+    return ["not a power of two"] if block_tokens is not None and block_tokens & (block_tokens - 1) else []

@@ -9,6 +9,7 @@ from synthetic_rows import KINDS, K, Rows, demo_rows, footprint_row, single_rows
 
 from kvscope.reports.cells import accuracy_cells
 from kvscope.reports.export import latex, markdown, write_table
+from kvscope.reports.summary import summary_text
 from kvscope.reports.table_parts import Table
 from kvscope.reports.tables import all_tables
 from kvscope.reports.units import byte_unit, bytes_text, length_text, measured, number, p_text, points
@@ -148,3 +149,21 @@ def test_numbers_read_well() -> None:
     assert [points(v) for v in (0.0, -0.00001, 0.0125, -0.7)] == ["0.0", "0.0", "+1.2", "-70.0"]
     assert [p_text(v) for v in (1.0, 0.03125, 1e-9)] == ["1", "0.0312", "< 0.0001"]
     assert (byte_unit([1 << 40]).name, byte_unit([2048]).name, byte_unit([]).name) == ("MiB", "KiB", "MiB")
+
+
+def test_times_of_eager_and_captured_steps_are_told_apart() -> None:
+    samples, footprints, info = demo_rows()
+    timed = [row for row in footprints if row.status == "ok"]
+    assert not any("CUDA graph" in note for note in tables_of((samples, footprints, info))["footprint"].notes)
+    graph = [row.model_copy(update={"step_backend": "cuda graph"}) for row in timed]
+    assert not any("CUDA graph" in note for note in tables_of((samples, graph, info))["footprint"].notes)
+    mixed = [
+        row.model_copy(update={"step_backend": "eager: it chooses inside the step"}) if row.method == "random" else row
+        for row in graph
+    ]
+    notes = [note for note in tables_of((samples, mixed, info))["footprint"].notes if "CUDA graph" in note]
+    label = next(row.method_label for row in timed if row.method == "random")
+    assert len(notes) == 1
+    assert f"but eager for {label}:" in notes[0]
+    run = make_run(samples, mixed, info=info, folder=".")
+    assert f"but eager for {label}:" in summary_text(run)

@@ -108,6 +108,7 @@ def test_identity_ignores_where_the_rows_go_but_nothing_that_changes_them() -> N
         "dtype": "float16",
         "prefill_chunk_tokens": 512,
         "page_tokens": 16,
+        "decode_graph": "off",
     }
     assert set(changed) == set(RunConfig.model_fields) - {"out", "footprint_timeout_s", "time_limit_s"}
     for key, value in changed.items():

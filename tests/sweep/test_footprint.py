@@ -63,6 +63,7 @@ def test_a_pass_measures_every_cell_once_and_resumes(small: MakeConfig, monkeypa
         assert "CPU" in row["torch_reason"]
         assert row["tpot_steps"] == 7
         assert 0 < row["tpot_s"] < row["ttft_s"]
+        assert (row["step_backend"], row["step_captures"]) == ("eager: the device is cpu", 0)
         assert row["host_rss_peak_bytes"] > 10 * 2**20
         assert row["prompt_tokens"] == 631
     # The plan said the same before anything ran.

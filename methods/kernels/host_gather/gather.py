@@ -4,6 +4,7 @@ Shapes: N host pages of P tokens, S slots of U tokens (U divides P), H KV heads,
 ``units_per_chunk`` neighbouring units of U tokens, in the mirror and in the slots.
 """
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -13,6 +14,7 @@ from kvscope.methods.kernels.host_gather.reference import host_gather_reference
 
 GatherBackend = Literal["uva", "copies", "contiguous"]
 N_PROGRAMS = 48
+LEAST_COPY_BYTES = 256 * 1024  # below, the cost of an asynchronous copy shows beside the transfer itself
 
 
 def unsupported_gather(backend: str, mirror: torch.Tensor, slots: torch.Tensor) -> list[str]:
@@ -27,7 +29,7 @@ def unsupported_gather(backend: str, mirror: torch.Tensor, slots: torch.Tensor) 
     if mirror.device.type != "cpu" or not mirror.is_contiguous() or not slots.is_contiguous():
         reasons.append("pages must be in host memory, pages and slots contiguous")
     if slots.device.type == "cuda":
-        if not mirror.is_pinned():
+        if backend != "contiguous" and not mirror.is_pinned():
             reasons.append("pages are not in pinned memory")
         if backend == "uva":
             reasons += unsupported_machine(slots.device)
@@ -35,6 +37,15 @@ def unsupported_gather(backend: str, mirror: torch.Tensor, slots: torch.Tensor) 
             if piece_bytes % 16:
                 reasons.append(f"a head's part of a unit is {piece_bytes} bytes, the kernel takes multiples of 16")
     return reasons
+
+
+def gather_backend(mirror: torch.Tensor, slots: torch.Tensor) -> GatherBackend:
+    """Return the fastest backend that can bring chunks of ``mirror`` into ``slots``; README.md says why this order."""
+    if not unsupported_gather("uva", mirror, slots):
+        return "uva"
+    unit_bytes = math.prod(slots.shape[1:]) * slots.element_size()
+    whole = mirror.shape[3] == slots.shape[3]
+    return "copies" if whole and unit_bytes >= LEAST_COPY_BYTES and mirror.is_pinned() else "contiguous"
 
 
 class HostGather:

@@ -1,0 +1,411 @@
+"""The parts of ``decode_step.py``: a published shape with random weights, random KV, steps and prefills timed.
+
+Nothing here says anything about accuracy. Layers share one host copy of random K and V; on the device each layer holds
+its own. ``SMOKE`` is the same in a size that a CPU runs in seconds, with the step of the graph uncaptured: it shows
+that the parts run, and its times mean nothing.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvscope.harness.decode import DecodeSession
+from kvscope.harness.models import LoadedModel, wrap_model
+from kvscope.harness.prefill import prefill
+from kvscope.harness.prefill_attention import chunk_attention
+from kvscope.harness.presets import WEIGHTS_SEED, preset_config
+from kvscope.methods.attention import stored_attention
+from kvscope.methods.fp8_keys import pack, quantize
+from kvscope.methods.kernels.paged_decode.inputs import PagedKV
+from kvscope.methods.lsa.indexer import Indexer, IndexerConfig, default_sizes
+from kvscope.methods.lsa.method import Lsa, LsaConfig
+from kvscope.methods.lsa.selection import IndexerSelector, NothingToChoose
+from kvscope.methods.registry import create_method
+from kvscope.methods.store import PromptKV
+
+Row = dict[str, Any]
+KEYS = "benchmark_keys"
+TAU = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How large everything is.
+
+    Attributes:
+        preset: the shape, layers aside.
+        n_layers: of the whole model; ``n_prefill_layers`` of the one that is prefilled.
+        lengths_tokens: of TPOT; ``dense_most_tokens`` is the longest that full residency fits.
+        long_tokens: where attention and refreshes are compared; ``prefill_tokens`` where prefill is.
+        prefill_chunks: chunk sizes of prefill attention.
+        budget_tokens: of lsa.
+        graph: what ``DecodeSession`` is asked for.
+        eager_steps, n_steps: steps timed eagerly and as a graph.
+    """
+
+    preset: str
+    n_layers: int
+    n_prefill_layers: int
+    lengths_tokens: tuple[int, ...]
+    dense_most_tokens: int
+    long_tokens: int
+    prefill_tokens: int
+    prefill_chunks: tuple[int, ...]
+    budget_tokens: int
+    device: str
+    dtype: torch.dtype
+    graph: Any
+    eager_steps: int = 12
+    n_steps: int = 2 * TAU + 16
+
+
+FULL = Scale(
+    preset="preset:llama-3.1-8b",
+    n_layers=32,
+    n_prefill_layers=4,
+    lengths_tokens=tuple(k * 1024 for k in (8, 32, 128, 256, 384, 512)),
+    dense_most_tokens=384 * 1024,
+    long_tokens=512 * 1024,
+    prefill_tokens=128 * 1024,
+    prefill_chunks=(2048, 4096, 8192),
+    budget_tokens=16_384,
+    device="cuda",
+    dtype=torch.bfloat16,
+    graph="on",
+)
+SMOKE = Scale(
+    preset="preset:tiny",
+    n_layers=4,
+    n_prefill_layers=3,
+    lengths_tokens=(1024, 2048),
+    dense_most_tokens=1024,
+    long_tokens=8192,
+    prefill_tokens=512,
+    prefill_chunks=(128,),
+    budget_tokens=512,
+    device="cpu",
+    dtype=torch.float32,
+    graph="uncaptured",
+    eager_steps=3,
+    n_steps=2 * TAU + 2,
+)
+
+
+def build(scale: Scale, n_layers: int) -> LoadedModel:
+    """Return a model of the shape with random weights, drawn on its device."""
+    from transformers import AutoModelForCausalLM
+
+    config = preset_config(scale.preset)
+    config.num_hidden_layers = n_layers
+    torch.manual_seed(WEIGHTS_SEED)
+    with torch.device(scale.device):
+        model = AutoModelForCausalLM.from_config(config, dtype=scale.dtype, attn_implementation="eager")
+    return wrap_model(model, None, spec=scale.preset, name=scale.preset)
+
+
+def heads_of(scale: Scale) -> tuple[int, int, int]:
+    """Return query heads, KV heads and head size."""
+    config = preset_config(scale.preset)
+    return config.num_attention_heads, config.num_key_value_heads, config.head_dim
+
+
+class Prompts:
+    """Random prompts of any length up to a longest: one host copy of K and V, read by every layer."""
+
+    def __init__(self, loaded: LoadedModel, most_tokens: int) -> None:
+        shape = loaded.shape
+        n_pages = shape.pages(most_tokens)
+        size = (n_pages, shape.n_kv_heads, 2, shape.page_tokens, shape.head_dim)
+        self._pages = torch.empty(size, dtype=loaded.dtype, pin_memory=loaded.device.type == "cuda")
+        for start in range(0, n_pages, 1024):
+            part = self._pages[start : start + 1024]
+            part.copy_(torch.randn(part.shape, dtype=loaded.dtype, device=loaded.device))
+        self._loaded = loaded
+        n = len(shape.layers)
+        heads, key_dim, rank = default_sizes(shape.hidden_size)
+        config = IndexerConfig(
+            model="benchmark",
+            model_revision=shape.revision,
+            layers=tuple(shape.layers[i] for i in sorted({n // 4, n * 3 // 10, n // 2})),
+            chunk_tokens=64,
+            tau=TAU,
+            hidden_size=shape.hidden_size,
+            key_features=shape.n_kv_heads * shape.head_dim,
+            heads=heads,
+            key_dim=key_dim,
+            rank=rank,
+        )
+        self.indexer = Indexer.untrained(config, seed=0).to(loaded.device).requires_grad_(False)
+
+    def of(self, n_tokens: int) -> PromptKV:
+        """Return a prompt; keys of the indexer and hidden states are random, too."""
+        shape, device, config = self._loaded.shape, self._loaded.device, self.indexer.config
+        n_chunks = n_tokens // config.chunk_tokens
+        keys = {
+            layer: pack(*quantize(torch.randn((n_chunks, config.key_dim), device=device))) for layer in config.layers
+        }
+        hidden = torch.randn((1, shape.hidden_size), dtype=self._loaded.dtype, device=device)
+        return PromptKV(
+            shape=shape,
+            n_tokens=n_tokens,
+            pages=dict.fromkeys(shape.layers, self._pages[: shape.pages(n_tokens)]),
+            dtype=self._loaded.dtype,
+            last_hidden=dict.fromkeys(range(shape.n_layers), hidden),
+            metadata={KEYS: keys},
+        )
+
+    def lsa(self, **options: Any) -> Lsa:
+        """Return lsa with this indexer of random weights."""
+        indexer = self.indexer
+
+        class Synthetic(Lsa):
+            def observed_layers(self, shape: Any) -> tuple[int, ...]:
+                return indexer.config.layers
+
+            def open(self, prompt: PromptKV, device: Any, *, physical: bool = True, reserve_tokens: int = 0) -> Any:
+                layout = self.layout(prompt.n_tokens)
+                selector: Any = NothingToChoose()
+                if layout.n_candidates:
+                    selector = IndexerSelector(
+                        indexer, prompt, torch.device(device), layout=layout, rule=self._rule(layout), keys_name=KEYS,
+                        states_name=None,
+                    )  # fmt: skip
+                return self.open_with(
+                    prompt, device, selector, layout=layout, physical=physical, reserve_tokens=reserve_tokens
+                )
+
+        return Synthetic(LsaConfig(selection="synthetic", chunk_tokens=64, tau=TAU, **options))
+
+
+def decode_times(
+    loaded: LoadedModel, method: Any, prompt: PromptKV, *, n_steps: int, graph: Any, timed_refresh: bool = False
+) -> Row:
+    """Decode greedily and return each step's seconds.
+
+    With ``timed_refresh`` what stands before each step (a refresh, at a tau boundary) is timed by itself, the device
+    waited for on both sides, its copies included.
+    """
+    cuda = loaded.device.type == "cuda"
+    wait = torch.cuda.synchronize if cuda else (lambda: None)
+    with DecodeSession(loaded, method, prompt, reserve_tokens=n_steps, decode_graph=graph) as session:
+        sequence, before_s = session.sequence, []
+        if timed_refresh:
+            begin_step = sequence.begin_step
+
+            def begin_timed() -> None:
+                wait()
+                started_s = time.perf_counter()
+                begin_step()
+                wait()
+                before_s.append(time.perf_counter() - started_s)
+
+            sequence.begin_step = begin_timed  # type: ignore[method-assign]
+        token, step_s = 1, []
+        for _ in range(n_steps):
+            started_s = time.perf_counter()
+            token = int(session.step(token).argmax())
+            step_s.append(time.perf_counter() - started_s)
+        record = sequence.residency()
+        return {
+            "step_s": step_s,
+            "before_s": before_s,
+            "backend": session.step_backend,
+            "captures": session.captures,
+            "capture_s": session.capture_s,
+            "open_s": session.open_s,
+            "device_bytes": sequence.footprint().device_bytes,
+            "hit_rate": None if record is None else record.hit_rate,
+            "recalled_bytes": None if record is None else record.recalled_bytes[1:],
+            "backends": list(sequence.backends()),
+        }
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that the device is full."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+
+
+def tpot_rows(scale: Scale) -> Iterator[Row]:
+    """TPOT against length: dense, lsa at a budget, and lsa at 13.5 % of the tokens; eager and as a graph."""
+    loaded = build(scale, scale.n_layers)
+    prompts = Prompts(loaded, max(scale.lengths_tokens))
+    methods: dict[str, Any] = {
+        "dense": create_method("dense"),
+        f"lsa {scale.budget_tokens} tokens": prompts.lsa(budget_tokens=scale.budget_tokens),
+        "lsa 13.5 %": prompts.lsa(budget_fraction=0.135),
+    }
+    for length in scale.lengths_tokens:
+        for name, method in methods.items():
+            if name == "dense" and length > scale.dense_most_tokens:
+                needed_bytes = loaded.shape.dense_kv_bytes(length)
+                yield {"part": "tpot", "case": name, "length_tokens": length, "status": "does not fit",
+                       "reason": f"{needed_bytes / 2**30:.0f} GiB of KV beside the weights"}  # fmt: skip
+                continue
+            for step, n_steps, graph in (
+                ("graph", scale.n_steps, scale.graph), ("eager", scale.eager_steps, "off"),
+            ):  # fmt: skip
+                row = {"part": "tpot", "case": name, "length_tokens": length, "step": step}
+                try:
+                    found = decode_times(loaded, method, prompts.of(length - n_steps), n_steps=n_steps, graph=graph)
+                except (torch.OutOfMemoryError, RuntimeError) as error:
+                    if not out_of_memory(error):
+                        raise
+                    yield row | {"status": "oom", "reason": str(error).splitlines()[0][:200]}
+                    continue
+                finally:
+                    if scale.device == "cuda":
+                        torch.cuda.empty_cache()
+                step_s = found.pop("step_s")
+                found.pop("before_s")
+                yield (
+                    row
+                    | found
+                    | {
+                        "tpot_s": statistics.median(step_s[2:]),
+                        "mean_step_s": statistics.mean(step_s[2:]),
+                        "steps": n_steps,
+                    }
+                )
+
+
+def refresh_rows(scale: Scale) -> Iterator[Row]:
+    """What a refresh takes by itself, and how much longer an interval of tau steps is for it."""
+    loaded = build(scale, scale.n_layers)
+    prompts = Prompts(loaded, scale.long_tokens)
+    for length in (scale.long_tokens // 4, scale.long_tokens):
+        for refresh in ("sync", "stale1"):
+            method = prompts.lsa(budget_tokens=scale.budget_tokens, refresh=refresh)
+            n_steps = 4 * TAU + 1
+            prompt = prompts.of(length - n_steps)
+            alone = decode_times(
+                loaded, method, prompt, n_steps=2 * TAU + 1, graph=scale.graph, timed_refresh=True
+            )  # fmt: skip
+            found = decode_times(loaded, method, prompt, n_steps=n_steps, graph=scale.graph)
+            step_s = found["step_s"]
+            quiet_s = statistics.median(step_s)
+            # The first interval follows the opening; a stale copy begins with the second and is read from the third.
+            intervals_s = [sum(step_s[i * TAU : (i + 1) * TAU]) for i in range(1, 4)]
+            stall_s = statistics.median(intervals_s) - TAU * quiet_s
+            refresh_s = statistics.median(alone["before_s"][TAU::TAU])
+            recalled_bytes = statistics.mean(found["recalled_bytes"])
+            yield {
+                "part": "refresh",
+                "case": refresh,
+                "length_tokens": length,
+                "backends": found["backends"],
+                "refresh_s": refresh_s,
+                "recalled_bytes": recalled_bytes,
+                "recalled_gb_per_s": recalled_bytes / refresh_s / 1e9,
+                "hit_rate": found["hit_rate"],
+                "tpot_s": quiet_s,
+                "stall_s": stall_s,
+                "stall_share": stall_s / (TAU * quiet_s),
+                "refresh_share": refresh_s / (TAU * quiet_s),
+                "captures": found["captures"],
+            }
+
+
+def median_s(calls: list[Callable[[], Any]], device: str) -> float:
+    """Return the median seconds of one call: on the GPU in a CUDA graph, on a CPU by the clock."""
+    if device == "cuda":
+        from kernel_cases import median_s as gpu_median_s
+
+        return gpu_median_s(calls)
+    found = []
+    for call in calls * 3:
+        started_s = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - started_s)
+    return statistics.median(found)
+
+
+def attention_rows(scale: Scale) -> Iterator[Row]:
+    """Attention of one query over one layer: everything, against what lsa holds at its budget."""
+    n_heads, H, D = heads_of(scale)
+    P, n = 64, scale.long_tokens
+    window_tokens = min(8192, max(128, n // 64)) + 64  # with the sinks' chunk
+    kinds = {"dense": ([n], 2), f"lsa {scale.budget_tokens} tokens": (
+        [window_tokens, scale.budget_tokens - window_tokens], 8)}  # fmt: skip
+    for name, (tokens, n_sets) in kinds.items():
+        calls = []
+        for _ in range(n_sets):
+            q = torch.randn((1, n_heads, 1, D), device=scale.device).to(scale.dtype)
+            stores = []
+            for index, n_tokens in enumerate(tokens):
+                size = (n_tokens // P, H, 2, P, D)
+                pages = torch.randn(size, device=scale.device, dtype=scale.dtype)
+                count = torch.full((1, 1), n_tokens, dtype=torch.int32, device=scale.device)
+                table = torch.randperm(len(pages), device=scale.device).int().view(1, 1, -1) if index else None
+                stores.append(PagedKV(pages=pages, n_tokens=count, page_table=table))
+            calls.append(lambda q=q, stores=stores: stored_attention(q, stores, scale=D**-0.5))
+        one_s = median_s(calls, scale.device)
+        yield {
+            "part": "attention",
+            "case": name,
+            "length_tokens": n,
+            "one_layer_s": one_s,
+            "all_layers_s": one_s * scale.n_layers,
+            "note": f"one layer's KV, times {scale.n_layers} layers",
+        }
+
+
+def prefill_attention_rows(scale: Scale) -> Iterator[Row]:
+    """Attention of a whole prefill of one layer, chunk by chunk as the engine calls it."""
+    n_heads, H, D = heads_of(scale)
+    N = scale.prefill_tokens
+    cuda = scale.device == "cuda"
+    k, v = (torch.randn((1, H, N, D), dtype=scale.dtype, device=scale.device) for _ in range(2))
+    for S in scale.prefill_chunks:
+        # As the model hands it over: heads behind tokens in memory.
+        q = torch.randn((1, S, n_heads, D), dtype=scale.dtype, device=scale.device).transpose(1, 2)
+
+        def layer(q: torch.Tensor = q, S: int = S) -> None:
+            for end in range(S, N + 1, S):
+                chunk_attention(q, k[:, :, :end], v[:, :, :end], scale=D**-0.5)
+
+        found = []
+        for _ in range(3):
+            if cuda:
+                torch.cuda.synchronize()
+            started_s = time.perf_counter()
+            layer()
+            if cuda:
+                torch.cuda.synchronize()
+            found.append(time.perf_counter() - started_s)
+        flops = 4 * n_heads * D * (N * (N + 1) // 2)
+        time_s = min(found[1:])
+        yield {"part": "prefill_attention", "case": f"chunks of {S}", "length_tokens": N, "time_s": time_s,
+               "tflop_per_s": flops / time_s / 1e12, "note": "one layer, causal FLOPs"}  # fmt: skip
+
+
+def prefill_rows(scale: Scale, *, peak_flop_per_s: float | None) -> Iterator[Row]:
+    """Prefill of a model of a few layers through the engine: tokens/s, and model FLOP utilisation."""
+    loaded = build(scale, scale.n_prefill_layers)
+    shape, config = loaded.shape, loaded.model.config
+    N, M, F = scale.prefill_tokens, config.hidden_size, config.intermediate_size
+    kv = 2 * M * shape.n_kv_heads * shape.head_dim
+    q = M * shape.n_q_heads * shape.head_dim
+    full, last = 2 * q + kv + 3 * M * F, q + kv  # weights; the last layer stores K and V and ends
+    attention_flops = 4 * shape.n_q_heads * shape.head_dim * (N * (N + 1) // 2)
+    n_full = scale.n_prefill_layers - 1
+    flops = 2 * N * (n_full * full + last) + n_full * attention_flops
+    ids = torch.randint(0, config.vocab_size, (N,), generator=torch.Generator().manual_seed(0)).tolist()
+    for S in scale.prefill_chunks:
+        prefill(loaded, ids, chunk_tokens=S)  # page-locks the host memory that the next one finds locked
+        time_s = prefill(loaded, ids, chunk_tokens=S).prefill_s
+        whole_s = time_s * (2 * N * ((scale.n_layers - 1) * full + last) + (scale.n_layers - 1) * attention_flops)
+        whole_s /= flops
+        yield {
+            "part": "prefill",
+            "case": f"{scale.n_prefill_layers} layers, chunks of {S}",
+            "length_tokens": N,
+            "time_s": time_s,
+            "tflop_per_s": flops / time_s / 1e12,
+            "model_flop_utilisation": None if peak_flop_per_s is None else flops / time_s / peak_flop_per_s,
+            "tokens_per_s_of_all_layers": N / whole_s,
+            "note": f"tokens/s at {scale.n_layers} layers by their FLOPs; copies to the host included",
+        }

@@ -1,0 +1,80 @@
+"""What a step of fixed addresses needs of a page pool: the place of the next token and the count, on the device.
+
+A step whose every address and shape is fixed can be captured in a CUDA graph and replayed. What changes from step to
+step is written into small tensors between replays; ``attend`` then changes nothing that Python knows.
+
+Shapes: B batch (1), H KV heads, D head size, S slots (pages), P tokens a page.
+"""
+
+import torch
+
+from kvscope.methods.kernels.dispatch import unsupported_decode
+from kvscope.methods.kernels.paged_decode.inputs import PagedKV
+from kvscope.methods.shape import ModelShape
+from kvscope.methods.store import PagePool
+
+
+def unsupported_step(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Return every reason why attention of a captured step cannot run here.
+
+    On a CPU nothing is captured, but the same step runs as it is: that is how it is tested there.
+    """
+    if device.type == "cpu":
+        return []
+    return unsupported_decode(
+        device, dtype=dtype, head_dim=shape.head_dim, n_q_heads=shape.n_q_heads, n_kv_heads=shape.n_kv_heads
+    )
+
+
+class StepPages:
+    """A page pool appended to at a place that the device knows; all layers hold equally many tokens between steps.
+
+    Attributes:
+        version: changes when pages moved: what was captured before must be captured again.
+    """
+
+    def __init__(self, pool: PagePool, device: torch.device) -> None:
+        self.version = 0
+        self._pool = pool
+        self._layers = pool.shape.layers
+        self._page_tokens = pool.shape.page_tokens
+        self._count_11 = torch.zeros((1, 1), dtype=torch.int32, device=device)
+        self._slot_1 = torch.zeros(1, dtype=torch.long, device=device)
+        self._offset_1 = torch.zeros(1, dtype=torch.long, device=device)
+
+    def place(self, index: int | None = None) -> None:
+        """Before a step: make room for its token and tell the device where that is.
+
+        Args:
+            index: a stored token to write over; None: behind the last.
+        """
+        n_stored = self._pool.lengths[self._layers[-1]]
+        if index is None:
+            index, n_stored = n_stored, n_stored + 1
+        if self._pool.reserve(n_stored):
+            self.version += 1
+        slot, offset = divmod(index, self._page_tokens)
+        # A scalar travels as an argument of the kernel: no transfer, and nothing waits.
+        self._slot_1.fill_(slot)
+        self._offset_1.fill_(offset)
+        self._count_11.fill_(n_stored)
+
+    def placed(self) -> None:
+        """After a step: its token is stored in every layer."""
+        for layer in self._layers:
+            self._pool.lengths[layer] += 1
+
+    def append(self, layer: int, k_BH1D: torch.Tensor, v_BH1D: torch.Tensor) -> None:
+        """Store the step's token."""
+        write_token(self._pool.pages[layer], self._slot_1, self._offset_1, k_BH1D, v_BH1D)
+
+    def store(self, layer: int) -> PagedKV:
+        """Return what attention reads, the step's token included."""
+        return PagedKV(pages=self._pool.pages[layer], n_tokens=self._count_11)
+
+
+def write_token(
+    pages: torch.Tensor, slot_1: torch.Tensor, offset_1: torch.Tensor, k_BH1D: torch.Tensor, v_BH1D: torch.Tensor
+) -> None:
+    """Write one token's K and V into pages [S, H, 2, P, D] at a slot and an offset that the device knows."""
+    pages[slot_1, :, :, offset_1] = torch.stack((k_BH1D[:, :, 0], v_BH1D[:, :, 0]), 2)

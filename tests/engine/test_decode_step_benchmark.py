@@ -1,0 +1,60 @@
+"""The benchmark of the decode step runs end to end in its small size; what it says of targets is arithmetic."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+def test_every_part_runs_in_the_small_size(tmp_path):
+    out = tmp_path / "decode_step.json"
+    command = [sys.executable, str(FOLDER / "decode_step.py"), "--smoke", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(out.read_text())
+    rows = found["rows"]
+    assert {row["part"] for row in rows} == {"tpot", "refresh", "attention", "prefill_attention", "prefill"}
+    assert {row["status"] for row in rows} == {"ok", "does not fit"}
+    assert all(row["tpot_s"] > 0 for row in rows if row["part"] == "tpot" and row["status"] == "ok")
+    refresh = [row for row in rows if row["part"] == "refresh"]
+    assert [row["case"] for row in refresh] == ["sync", "stale1"] * 2
+    assert all(row["recalled_bytes"] > 0 for row in refresh)
+    assert found["smoke"] is True
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    spec = importlib.util.spec_from_file_location("decode_step", FOLDER / "decode_step.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_targets_are_judged_where_their_rows_are_there(script):
+    def tpot(length, seconds, case="lsa 16384 tokens", step="graph"):
+        return {"status": "ok", "part": "tpot", "case": case, "length_tokens": length, "step": step, "tpot_s": seconds}
+
+    rows = [
+        tpot(32 * 1024, 0.008),
+        tpot(512 * 1024, 0.009),
+        tpot(512 * 1024, 0.030, step="eager"),
+        tpot(512 * 1024, 0.020, case="lsa 13.5 %"),
+        {"status": "ok", "part": "refresh", "case": "stale1", "length_tokens": 524288, "stall_share": 0.06},
+        {"status": "ok", "part": "refresh", "case": "sync", "length_tokens": 524288, "stall_share": 0.09},
+        {"status": "ok", "part": "attention", "case": "dense", "one_layer_s": 800e-6},
+        {"status": "ok", "part": "attention", "case": "lsa 16384 tokens", "one_layer_s": 40e-6},
+        {"status": "failed", "part": "prefill_attention", "case": "", "reason": "no"},
+    ]
+    judged = {each["what"]: (each["value"], each["target_met"]) for each in script.judge(rows)}
+    assert judged == {
+        "TPOT of lsa at a budget, 512K over 32K": (pytest.approx(1.125), True),
+        "stall of a refresh over its interval, stale1, 512K": (0.06, False),
+        "attention time of dense over lsa, longest context": (pytest.approx(20.0), True),
+    }
+    assert script.judge([]) == []
