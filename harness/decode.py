@@ -7,8 +7,8 @@ positions from the logical length.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -120,6 +120,7 @@ class DecodeSession:
         self._cache = self.sequence.model_cache or self._engine_cache()
         self._observed = method.observed_layers(loaded.shape)
         self._stack = ExitStack()
+        self._in_turn = False
         self._static: StaticStep | None = None
         self.step_backend = EAGER
         self.open_s = time.perf_counter() - started_s
@@ -144,14 +145,27 @@ class DecodeSession:
         try:
             if self._observed:
                 hooks = observing if self.sequence.model_cache is None else observing_attention
-                observe = lambda layer, hidden_BM: self.sequence.observe(layer, hidden_BM)  # noqa: E731
-                self._stack.enter_context(hooks(self._loaded.model, self._observed, observe))
+                self._stack.enter_context(hooks(self._loaded.model, self._observed, self._observe))
             if self._decode_graph != "off":
-                self._make_static()
+                with self._turn():
+                    self._make_static()
         except BaseException:
             self._stack.close()
             raise
         return self
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Mark the model's forwards as this session's: hooks of other sessions on the same model fire, too."""
+        self._in_turn = True
+        try:
+            yield
+        finally:
+            self._in_turn = False
+
+    def _observe(self, layer: int, hidden_BM: torch.Tensor) -> None:
+        if self._in_turn:
+            self.sequence.observe(layer, hidden_BM)
 
     def _make_static(self) -> None:
         """Fix the step's addresses and capture it, or note why not."""
@@ -195,8 +209,10 @@ class DecodeSession:
 
         A captured step writes them where the step before did.
         """
-        if self._static is not None:
-            return self._static(token)
+        with self._turn():
+            return self._static(token) if self._static is not None else self._eager_step(token)
+
+    def _eager_step(self, token: int) -> torch.Tensor:
         device = self._loaded.device
         self.sequence.begin_step()
         out = self._loaded.model(

@@ -14,7 +14,7 @@ from kvscope.harness.sweep import run
 from kvscope.methods.lsa.compressed import CompressedIndexer
 from kvscope.results.errors import EnvironmentProblem, UsageError
 
-OVER_TOKENS = ["sliding_window", "quest", "moba", "msa", "dsa"]
+OVER_TOKENS = ["sliding_window", "quest", "moba", "msa", "dsa:indexer=oracle"]
 SYNTHETIC = "lsa:selection=synthetic,budget_fraction=0.3,tau=4"
 
 
