@@ -17,7 +17,11 @@ from kvscope.methods.registry import create_method, method_names, parse_method
 from kvscope.results.errors import HostMemoryShort, UsageError
 
 N_TOKENS = 1000
-SPECS = {"lsa": "lsa:budget_tokens=300,recency_tokens=128,selection=synthetic", "random": "random:recency_tokens=128"}
+SPECS = {
+    "lsa": "lsa:budget_tokens=300,recency_tokens=128,selection=synthetic",
+    "dsa": "dsa:selection=synthetic",
+    "random": "random:recency_tokens=128",
+}
 
 
 @pytest.fixture(scope="module")
