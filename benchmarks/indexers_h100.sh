@@ -16,7 +16,7 @@ mkdir -p "$data" "$out"
 started=$SECONDS
 
 # Layers 5 and 7 of the reference model retrieve; docs/log.md has how that and the least mass were found.
-rule=(--voters layer --label-layers 5,7 --top-p 0.9 --least-mass 0.1)
+rule=(--voters layer --label-layers 5,7 --top-p 0.9 --least-mass 0.2)
 collect=(lsa collect --model reference --chunk-tokens "$chunk" --least-mass 0.001 --states 64 --token-samples 1024 --quiet)
 needles=(-t niah_single_1 -t niah_multikey_2 -t niah_multikey_3 -t niah_multivalue -t niah_multiquery -t vt)
 
@@ -42,9 +42,9 @@ train() { # NAME OPTIONS...: one candidate for lsa
         --target-recall 0.97 "$@" > "$out/$name.log" 2>&1
 }
 train both-16 --layers 5,7 --lookback 16 --lr 1e-3 &
-train both-64 --layers 5,7 --lookback 64 --lr 1e-3 &
+train both-32 --layers 5,7 --lookback 32 --lr 1e-3 &
 train three-16 --layers 2,5,7 --lookback 16 --lr 1e-3 &
-train late-16 --layers 7,9 --lookback 16 --lr 1e-3 &
+train seven-16 --layers 7 --lookback 16 --lr 1e-3 &
 train wide-16 --layers 5,7 --lookback 16 --lr 1e-3 --encoder-width 256 --batch-documents 8 &
 train fast-16 --layers 5,7 --lookback 16 --lr 3e-3 &
 timeout "$train_s" "${kvscope[@]}" dsa train "${training[@]}" -o "$out/dsa" > "$out/dsa.log" 2>&1 &
