@@ -156,7 +156,7 @@ class DecodeSession:
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        """Mark the model's forwards as this session's: hooks of other sessions on the same model fire, too."""
+        """Mark the model's forwards as one's own: hooks of other open sequences on the same model fire, too."""
         self._in_turn = True
         try:
             yield
