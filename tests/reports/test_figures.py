@@ -222,6 +222,8 @@ def test_families_are_settings_of_one_method_that_differ_in_one_option() -> None
     assert families(["dense", "recency", "random:fraction=0.2"]) == []
     dsa, _ = families([f"dsa:budget_tokens={n},indexer=/some/{where}" for n in (1, 2, 4) for where in ("a", "b")])
     assert dsa.text == "dsa (indexer=a): by budget_tokens"
+    (dsa,) = families([f"dsa:budget_tokens={n},indexer=/some/where/mine" for n in (256, 512, 1024)])
+    assert dsa.text == "dsa: by budget_tokens"
 
 
 def test_every_method_is_named_in_the_figures_that_compare_methods(
@@ -239,9 +241,13 @@ def test_labels_leave_out_what_tells_no_method_apart_and_the_subtitle_says_it(pi
     for picture in pictures["swept"].values():
         assert "every lsa: chunk_tokens=16, indexer=oracle" in picture.words
         assert picture.words.count("indexer=oracle") == 1
-    for name in ("resident_over_steps", "memory_by_length", "accuracy_against_memory"):
-        words = pictures["swept"][name].words.replace(": ", ":")
-        assert "lsa:tau=4,threshold=0.7" in words or "lsa (tau=4):by threshold" in words or "lsa (tau=4) 0.7" in words
+    named = {
+        "resident_over_steps": "lsa:tau=4,threshold=0.7",
+        "memory_by_length": "lsa (tau=4) 0.7",
+        "accuracy_against_memory": "lsa (tau=4):by threshold",
+    }
+    for name, text in named.items():
+        assert text in pictures["swept"][name].words.replace(": ", ":"), name
     assert figure_names(["lsa:tau=4", "lsa", "random:seed=1"]) == {
         "lsa:tau=4": "lsa:tau=4", "lsa": "lsa", "random:seed=1": "random:seed=1",
     }  # fmt: skip
