@@ -46,7 +46,8 @@ class Cell:
     Attributes:
         seeds: pieces of each part.
         parts: what each part asks for in place of ``run``'s keys, and, under ``seeds``, its own number of pieces: long
-            prompts get fewer than short ones, and one table.
+            prompts get fewer than short ones, and one table. A part with fewer than 200 prompts a cell (50 past 128K)
+            says why under ``fewer``.
     """
 
     name: str
@@ -59,11 +60,16 @@ class Cell:
         """Return the pieces of a part."""
         return int(part.get("seeds", self.seeds))
 
+    def prompts(self) -> list[int]:
+        """Return how many prompts a (task, length) of each part has."""
+        first = [config for name, config in self.pieces() if name.endswith("seed-0")]
+        return [self.n_seeds(part) * config.samples for part, config in zip(self.parts, first, strict=True)]
+
     def pieces(self) -> list[tuple[str, RunConfig]]:
         """Return the name and the checked configuration of every piece."""
         found = []
         for i, part in enumerate(self.parts):
-            values = {**self.run, **{key: value for key, value in part.items() if key != "seeds"}}
+            values = {**self.run, **{key: value for key, value in part.items() if key not in ("seeds", "fewer")}}
             for seed in range(self.n_seeds(part)):
                 name = f"seed-{seed}" if len(self.parts) == 1 else f"part-{i}-seed-{seed}"
                 found.append((name, make_config({**values, "seed": seed}, source=f"cell {self.name}")))
@@ -214,6 +220,7 @@ def pack_cells(cells: Sequence[Cell], work: Path, out: Path) -> list[str]:
                 "planned_gpu_minutes": cell.planned_gpu_minutes,
                 "used_gpu_minutes": used_minutes(work, cell),
                 "pieces": len(pieces),
+                "fewer": [part["fewer"] for part in cell.parts if "fewer" in part],
                 "rows": sum(map(len, (rows.samples, rows.footprints, rows.max_contexts, rows.throughputs))),
                 "device": info.environment.get("gpu") or "CPU",
             }
@@ -235,7 +242,7 @@ def plan_text(cells: Sequence[Cell], work: Path | None) -> str:
     for cell in cells:
         pieces = cell.pieces()
         config = pieces[0][1]
-        counts = sorted({cell.n_seeds(part) * part.get("samples", config.samples) for part in cell.parts})
+        counts = sorted(set(cell.prompts()))
         what = "find-max" if config.find_max else "throughput" if config.throughput else ""
         what = what or ("footprint" if config.unscored else f"accuracy, n = {' and '.join(map(str, counts))}")
         used = "" if work is None else f", {used_minutes(work, cell)} used"

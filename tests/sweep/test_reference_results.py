@@ -135,6 +135,7 @@ def test_a_cell_deals_out_its_parts(script: ModuleType) -> None:
     run = {"model": "reference", "methods": ["dense"], "tasks": ["vt"], "footprint": False, "samples": 3}
     parts = [{"lengths_tokens": ["1k"], "seeds": 2}, {"lengths_tokens": ["2k"], "samples": 1}]
     cell = script.Cell("a", 1, 1, run, parts)
+    assert cell.prompts() == [6, 1]
     pieces = {name: (config.lengths_tokens, config.samples, config.seed) for name, config in cell.pieces()}
     assert pieces == {
         "part-0-seed-0": ((1024,), 3, 0),
@@ -153,12 +154,13 @@ def test_the_committed_cell_list_holds_up(script: ModuleType, capsys: pytest.Cap
     assert script.main(["plan"]) == 0
     assert "GPU-minutes planned in all" in capsys.readouterr().out
     for cell in script.read_cells(script.CELLS_FILE):
-        for _, config in cell.pieces():
-            assert config.unscored or config.seed < 1000, cell.name
-            assert not config.unscored or config.footprint_timeout_s < 240
-        if cell.name.startswith("accuracy"):
-            least = 200 if max(cell.pieces()[0][1].lengths_tokens) <= 131_072 else 50
-            assert cell.seeds * cell.pieces()[0][1].samples >= least, cell.name
+        first = [config for name, config in cell.pieces() if name.endswith("seed-0")]
+        for part, n, config in zip(cell.parts, cell.prompts(), first, strict=True):
+            if config.unscored:
+                assert config.footprint_timeout_s < 240
+                continue
+            least = 200 if max(config.lengths_tokens) <= 131_072 else 50
+            assert n >= least or f"{n} prompts a cell" in part.get("fewer", ""), (cell.name, part)
 
 
 def test_pieces_run_pack_and_report(
