@@ -118,6 +118,9 @@ def train(
     data: DataFolders,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the indexer.")],
     tau: Tau = 64,
+    chunk_tokens: Annotated[
+        int | None, typer.Option("--chunk-tokens", help="A multiple of the collections'.  [default: theirs]")
+    ] = None,
     layers: Layers = None,
     epochs: Annotated[int, typer.Option("--epochs", help="Passes over the documents at most.")] = 5,
     lr: Annotated[float, typer.Option("--lr", help="Learning rate.")] = 1e-4,
@@ -134,6 +137,12 @@ def train(
     ] = None,
     encoder_width: Annotated[int, typer.Option("--encoder-width", help="Hidden width of the encoder.")] = 64,
     lookback: Annotated[int, typer.Option("--lookback", help="Last hidden states scored at a refresh.")] = 8,
+    segment_tokens: Annotated[
+        int | None, typer.Option("--segment-tokens", help="Tokens that share a key.  [default: a chunk]")
+    ] = None,
+    neighbours: Annotated[
+        int, typer.Option("--neighbours", help="Segments on either side that one lends its score to.")
+    ] = 0,
     warm_start: Annotated[
         bool, typer.Option("--warm-start/--cold-start", help="Begin at the model's own queries and keys.")
     ] = True,
@@ -145,6 +154,9 @@ def train(
     sink_tokens: Sinks = 4,
     recency_tokens: Recency = None,
     held_out: Annotated[float, typer.Option("--held-out", help="Share of documents to measure with.")] = 0.1,
+    keep: Annotated[
+        str, typer.Option("--keep", help="Epoch kept: lowest held-out loss, or best recall of a tenth at refreshes.")
+    ] = "loss",
     patience: Annotated[int, typer.Option("--patience", help="Epochs without gain before it stops.")] = 2,
     target_recall: Annotated[
         float | None, typer.Option("--target-recall", help="Set threshold 0.5 to this held-out golden recall.")
@@ -158,13 +170,14 @@ def train(
     from kvscope.harness.lsa.train import train as run_train
 
     config = TrainConfig(
-        tau=tau, layers=parse_layers(layers), epochs=epochs, lr=lr, weight_decay=weight_decay, gamma=gamma,
-        negatives=negatives, warm_start=warm_start, batch_documents=batch_documents, batch_rows=batch_rows,
-        heads=heads, key_dim=key_dim, rank=rank, encoder=encoder, encoder_width=encoder_width, lookback=lookback,  # type: ignore[arg-type]
-        top_p=top_p, voters=voters, votes=votes, least_mass=least_mass,  # type: ignore[arg-type]
-        label_layers=parse_layers(label_layers), sink_tokens=sink_tokens, recency_tokens=recency_tokens,
-        held_out=held_out, patience=patience,
-        target_recall=target_recall, seed=seed, device=device,
+        tau=tau, chunk_tokens=chunk_tokens, layers=parse_layers(layers), epochs=epochs, lr=lr,
+        weight_decay=weight_decay, gamma=gamma, negatives=negatives, warm_start=warm_start,
+        batch_documents=batch_documents, batch_rows=batch_rows, heads=heads, key_dim=key_dim, rank=rank,
+        encoder=encoder, encoder_width=encoder_width, lookback=lookback,  # type: ignore[arg-type]
+        segment_tokens=segment_tokens, neighbours=neighbours, keep=keep, top_p=top_p, voters=voters, votes=votes,  # type: ignore[arg-type]
+        least_mass=least_mass, label_layers=parse_layers(label_layers), sink_tokens=sink_tokens,
+        recency_tokens=recency_tokens, held_out=held_out, patience=patience, target_recall=target_recall, seed=seed,
+        device=device,
     )  # fmt: skip
     best = run_train([str(folder) for folder in data], out, config, note=silence if quiet else say)
     typer.echo(f"indexer  {out}  ({measures_text(best)})")
@@ -172,7 +185,8 @@ def train(
 
 def measures_text(best: dict[str, Any]) -> str:
     """Return the held-out measures in one phrase."""
-    names = ("epoch", "recall", "refresh_recall", "precision", "kept_fraction", "recall_at_tenth")
+    names = ("epoch", "recall", "refresh_recall", "precision", "kept_fraction", "recall_at_tenth",
+             "refresh_recall_at_tenth")  # fmt: skip
     return ", ".join(f"{name} {best[name]}" for name in names if best.get(name) is not None)
 
 
@@ -185,6 +199,10 @@ def evaluate(
     model: Annotated[str | None, typer.Option("--model", help="For --gate.  [default: the collection's]")] = None,
     samples: Annotated[
         int | None, typer.Option("--samples", "-n", help="For --gate: prompts per task and length.  [default: all]")
+    ] = None,
+    chunk_tokens: Annotated[
+        int | None,
+        typer.Option("--chunk-tokens", help="For --gate: a multiple of the collection's.  [default: its own]"),
     ] = None,
     tau: Annotated[
         int | None, typer.Option("--tau", help="Decode steps between refreshes.  [default: the indexer's, 64]")
@@ -216,7 +234,7 @@ def evaluate(
 
         result = run_gate(
             folders, model=model, tau=tau or 64, rule=rule, sink_tokens=sink_tokens, recency_tokens=recency_tokens,
-            samples=samples, device=device, dtype=dtype, note=note,
+            samples=samples, chunk_tokens=chunk_tokens, device=device, dtype=dtype, note=note,
         )  # fmt: skip
         typer.echo(tabulate(result.rows, headers="keys", tablefmt="simple"))
         verdict = "passed" if result.passed else "failed"

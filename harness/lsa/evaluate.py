@@ -100,14 +100,14 @@ def evaluate(
         UsageError: the indexer belongs to another model, layers or chunk size than the collections, or these are
             damaged.
     """
-    collections = open_collections(folders)
-    info = collections[0].info
     folder = indexer_folder(indexer_spec)
     indexer = load_indexer(folder).to(compute_device(device))
+    collections = open_collections(folders, chunk_tokens=indexer.config.chunk_tokens)
+    info = collections[0].info
     check_match(indexer.config, info, folder=str(folder))
     seen = {entry["id"] for entry in indexer.config.trained.get("data", ())}
     for collection in collections:
-        if collection.info.id in seen:
+        if collection.id in seen:
             note(f"note: the indexer was trained on '{collection.folder}': these figures are no test of it.")
     tau = config.tau or indexer.config.tau
     options = TrainConfig(
@@ -137,7 +137,7 @@ def evaluate(
         "layers": list(indexer.config.layers),
         "documents": len(places),
         "labels": options.rule(info).text(),
-        "collections": [collection.info.id for collection in collections],
+        "collections": [collection.id for collection in collections],
     }
     write_tables(target, rows, about)
     draw(target, rows)

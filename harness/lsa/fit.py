@@ -43,6 +43,7 @@ def fit(
     measure: Callable[[], dict[str, Any]],
     save: Callable[[Path], None],
     text: Callable[[int, dict[str, Any], float], str],
+    worth: Callable[[dict[str, Any]], float] = lambda measures: -float(measures["held_out_loss"]),
     folder: Path,
     say: Callable[..., None],
     note: Callable[[str], None],
@@ -51,7 +52,8 @@ def fit(
 
     Args:
         loss_of: of one document; None when it teaches nothing.
-        measure: held-out measures; ``held_out_loss`` decides which epoch is best.
+        measure: held-out measures.
+        worth: of an epoch with these measures; the one worth most is kept.
         save: writes a checkpoint to a folder.
         text: epoch, its fields and the seconds since the start, as one line.
         folder: checkpoints go to ``checkpoints/epoch-NN`` below it.
@@ -76,13 +78,13 @@ def fit(
         say(**fields, elapsed_s=round(elapsed_s, 2))
         note(text(epoch, fields, elapsed_s))
         save(folder / "checkpoints" / f"epoch-{epoch:02d}")
-        if best is None or measures["held_out_loss"] < best["held_out_loss"]:
+        if best is None or worth(measures) > worth(best):
             best, since_best = fields, 0
             weights = {name: value.clone() for name, value in indexer.state_dict().items()}
         else:
             since_best += 1
         if since_best >= options.patience:
-            note(f"stopped: the held-out loss has not fallen for {since_best} epochs")
+            note(f"stopped: nothing gained on held-out documents for {since_best} epochs")
             break
     assert best is not None
     indexer.load_state_dict(weights)

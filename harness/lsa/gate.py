@@ -69,6 +69,7 @@ def gate(
     sink_tokens: int = 4,
     recency_tokens: int | None = None,
     samples: int | None = None,
+    chunk_tokens: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
     note: Callable[[str], None] = lambda text: None,
@@ -80,11 +81,12 @@ def gate(
         tau, sink_tokens, recency_tokens: as in training.
         rule: values of ``LabelRule`` in place of the collections' own.
         samples: most prompts of each task and length.
+        chunk_tokens: of the chunks kept; None: as they were recorded.
 
     Raises:
         UsageError: another model than the collections', or damaged shards.
     """
-    collections = open_collections(folders)
+    collections = open_collections(folders, chunk_tokens=chunk_tokens)
     info = collections[0].info
     labels = info.rule(**(rule or {}))
     loaded = load_model(model or info.model, device=device, dtype=dtype)

@@ -7,7 +7,7 @@ size.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ class TrainConfig:
 
     Attributes:
         tau: decode steps a label looks ahead.
+        chunk_tokens: tokens of a chunk, a multiple of the collections'; None: theirs.
         layers: of the collection's indexed layers, those to train; None: all.
         epochs: passes over the documents at most.
         lr, weight_decay, gamma, negatives, clip: AdamW, focal loss, negatives a positive, gradient norm.
@@ -37,17 +38,23 @@ class TrainConfig:
         warm_start: begin at the model's own match of queries and keys (see ``warm_start``), not at random weights.
         heads, key_dim, rank: sizes; None: the model's heads, at most 128, half the model's width.
         encoder, encoder_width: memory side; None: ``pooled`` if the collection holds every key, else ``stats``.
+        segment_tokens: tokens that share a key; None: a chunk.
+        neighbours: segments on either side that one lends its score to.
         lookback: states scored a refresh: the token before an answer says little of what the question asked.
         top_p, voters, votes, least_mass, label_layers: how positives are told; None: as the collection says.
         sink_tokens, recency_tokens: what always stays, so that it is neither positive nor negative.
         held_out: share of the documents kept for measuring; at least one.
-        patience: epochs without a lower held-out loss before it stops.
+        keep: which epoch is kept: the one of the lowest held-out ``loss``, or of the highest ``recall`` of golden
+            chunks by the best tenth at refreshes. The loss is lowest early, while the ranking goes on improving: that
+            is for those who set the threshold afterwards (``target_recall``) or use a budget.
+        patience: epochs without gain in that before it stops.
         target_recall: held-out golden recall that threshold 0.5 is set to (a shift of the bias); None: left alone.
         seed: of weights, order and negatives.
         device: ``cpu``, ``cuda`` or ``auto``.
     """
 
     tau: int = 64
+    chunk_tokens: int | None = None
     layers: tuple[int, ...] | None = None
     epochs: int = 5
     lr: float = 1e-4
@@ -64,6 +71,8 @@ class TrainConfig:
     warm_start: bool = True
     encoder: EncoderKind | None = None
     encoder_width: int = 64
+    segment_tokens: int | None = None
+    neighbours: int = 0
     lookback: int = 8
     top_p: float | None = None
     voters: Voters | None = None
@@ -73,6 +82,7 @@ class TrainConfig:
     sink_tokens: int = 4
     recency_tokens: int | None = None
     held_out: float = 0.1
+    keep: Literal["loss", "recall"] = "loss"
     patience: int = 2
     target_recall: float | None = None
     seed: int = 0
@@ -86,6 +96,12 @@ class TrainConfig:
         for name in ("heads", "key_dim", "rank"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UsageError(f"{name} must be 1 or more, got {getattr(self, name)}.")
+        if self.segment_tokens is not None and self.segment_tokens < 1:
+            raise UsageError(f"segment_tokens must be 1 or more, got {self.segment_tokens}.")
+        if self.neighbours < 0:
+            raise UsageError(f"neighbours must be 0 or more, got {self.neighbours}.")
+        if self.keep not in ("loss", "recall"):
+            raise UsageError(f"keep must be loss or recall, got {self.keep!r}.")
         if not 0 < self.held_out < 1:
             raise UsageError(f"held_out must lie between 0 and 1, both excluded, got {self.held_out}.")
         if self.target_recall is not None and not 0 < self.target_recall < 1:
@@ -191,9 +207,14 @@ def document_loss(indexer: Indexer, found: Example, config: TrainConfig, draws: 
         rows = torch.arange(n_rows)
     golden = positives[rows]
     chosen = golden | draw_negatives(golden, config, draws)
-    used = chosen.any(0).nonzero()[:, 0]
-    logits = row_logits(indexer, found, rows, config.lookback, chunks=used + found.first)
-    device = logits.device
+    # Scored are the chosen, and the chunks of what may lend them something.
+    reach = -(-indexer.config.neighbours // indexer.config.segments_per_chunk)
+    used = near(chosen.any(0), reach).nonzero()[:, 0]
+    scored = own_logits(indexer, found, rows, config.lookback, chunks=used + found.first)
+    device, per_chunk = scored.device, indexer.config.segments_per_chunk
+    whole = scored.new_full((*golden.shape, per_chunk), -torch.inf)
+    whole = whole.index_copy(1, used.to(device), scored.unflatten(1, (-1, per_chunk)))
+    logits = indexer.chunk_scores(whole.flatten(1))[:, used.to(device)]
     return focal_loss(logits, golden[:, used].to(device), chosen[:, used].to(device), gamma=config.gamma)
 
 
@@ -205,15 +226,31 @@ def draw_negatives(golden: torch.Tensor, config: TrainConfig, draws: torch.Gener
     return (rank < wanted[:, None]) & ~golden
 
 
+def near(mask_n: torch.Tensor, reach: int) -> torch.Tensor:
+    """Return a mask [n] that also has every entry at most ``reach`` from one of ``mask_n``."""
+    window = 2 * reach + 1
+    return F.max_pool1d(mask_n.float()[None], window, stride=1, padding=reach)[0] > 0
+
+
 def row_logits(
     indexer: Indexer, found: Example, rows: torch.Tensor, lookback: int, *, chunks: torch.Tensor
 ) -> torch.Tensor:
-    """Return the indexer's logits of some chunks at some rows, [rows, chunks], through quantised keys."""
+    """Return the indexer's logits of chunks that follow each other at some rows, [rows, chunks]."""
+    return indexer.chunk_scores(own_logits(indexer, found, rows, lookback, chunks=chunks))
+
+
+def own_logits(
+    indexer: Indexer, found: Example, rows: torch.Tensor, lookback: int, *, chunks: torch.Tensor
+) -> torch.Tensor:
+    """Return logits of the segments of any chunks, before neighbours lend theirs, [rows, segments]; keys quantised."""
     device = next(indexer.parameters()).device
     states = found.document.states(rows, lookback)[:, :, list(found.places)].to(device)
     keys = []
     for layer, place in zip(indexer.config.layers, found.places, strict=True):
-        key = indexer.layer(layer).memory(found.document.features[place][chunks].to(device))
+        features = found.document.features[place][chunks]
+        if indexer.config.segment_tokens is not None:
+            features = features.reshape(-1, indexer.config.segment_tokens, features.shape[-1])
+        key = indexer.layer(layer).memory(features.to(device))
         keys.append(rounded(key))
     logits = indexer.logits(states.flatten(0, 1), keys)
     return logits.view(len(rows), lookback, -1).amax(1)
@@ -233,13 +270,14 @@ def measure(indexer: Indexer, held_out: Sequence[Place], config: TrainConfig) ->
 
     ``recall`` is a mean over steps that need a candidate, ``precision`` is over all chosen chunks, ``kept_fraction`` is
     of the candidates, ``recall_at_tenth`` is the recall when the best tenth of the candidates is kept, and
-    ``refresh_recall`` is ``recall`` at the steps where decoding refreshes.
+    ``refresh_recall`` and ``refresh_recall_at_tenth`` are the same at the steps where decoding refreshes.
     """
     indexer.eval()
     sums = dict.fromkeys(("loss", "documents", "hit", "chosen", "candidates", "steps"), 0.0)
     recalls: list[torch.Tensor] = []
     tenths: list[torch.Tensor] = []
     refreshes: list[torch.Tensor] = []
+    refresh_tenths: list[torch.Tensor] = []
     for place in held_out:
         found = example(place, config)
         if found is None:
@@ -260,9 +298,11 @@ def measure(indexer: Indexer, held_out: Sequence[Place], config: TrainConfig) ->
         recall = (chosen & golden).sum(1) / n_golden
         tenth = torch.zeros_like(chosen).scatter(1, logits.topk(max(1, -(-len(chunks) // 10)), 1).indices, True)
         recalls.append(recall[needs])
-        tenths.append(((tenth & golden).sum(1) / n_golden)[needs])
+        in_tenth = (tenth & golden).sum(1) / n_golden
+        tenths.append(in_tenth[needs])
         at = found.document.refresh_rows(config.tau)
         refreshes.append(recall[at][needs[at]])
+        refresh_tenths.append(in_tenth[at][needs[at]])
         sums["hit"] += int((chosen & golden).sum())
         sums["chosen"] += int(chosen.sum())
         sums["candidates"] += chosen.numel()
@@ -279,6 +319,7 @@ def measure(indexer: Indexer, held_out: Sequence[Place], config: TrainConfig) ->
         "recall": mean(recalls),
         "refresh_recall": mean(refreshes),
         "recall_at_tenth": mean(tenths),
+        "refresh_recall_at_tenth": mean(refresh_tenths),
         "precision": round(sums["hit"] / sums["chosen"], 4) if sums["chosen"] else None,
         "kept_fraction": round(sums["chosen"] / sums["candidates"], 4),
         "held_out_steps": int(sums["steps"]),

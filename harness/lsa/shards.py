@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from kvscope.harness.lsa.label_rule import LabelRule, count_votes, wanted_voters
+from kvscope.harness.lsa.rechunk import chunk_factor, rechunked
 from kvscope.methods.budget import default_recency_tokens
 from kvscope.methods.lsa.indexer import Features
 from kvscope.methods.lsa.labels import Voters
@@ -220,24 +221,38 @@ class Document:
 
 
 class Collection:
-    """A folder of shards, opened for reading; documents load one at a time."""
+    """A folder of shards, opened for reading; documents load one at a time.
 
-    def __init__(self, folder: str | Path) -> None:
+    Attributes:
+        id: of what was recorded, whatever chunk size it is seen in.
+        info: its description, with the chunk size it is seen in.
+        complete: whether it was collected to its end.
+        documents: what it holds.
+    """
+
+    def __init__(self, folder: str | Path, *, chunk_tokens: int | None = None) -> None:
         """Check the manifest and every shard it lists.
 
+        Args:
+            chunk_tokens: see it in chunks of this size, a multiple of the recorded one.
+
         Raises:
-            UsageError: no collection there, or a shard that is missing, truncated or from another collection.
+            UsageError: no collection there, a shard that is missing, truncated or from another collection, or a chunk
+                size it cannot be seen in.
         """
         self.folder = Path(folder)
         manifest = read_manifest(self.folder)
-        self.info = collection_info(manifest, self.folder)
+        recorded = collection_info(manifest, self.folder)
+        self.id = recorded.id
+        self._factor = chunk_factor(recorded, chunk_tokens)
+        self.info = replace(recorded, chunk_tokens=recorded.chunk_tokens * self._factor)
         self.complete = bool(manifest["complete"])
         self.documents: list[DocumentInfo] = []
         self._where: list[tuple[Path, int]] = []
         self._positives: dict[tuple[int, LabelRule, int], torch.Tensor] = {}
         for shard in manifest["shards"]:
             path = self.folder / shard["file"]
-            check_shard(path, size_bytes=shard["bytes"], info=self.info)
+            check_shard(path, size_bytes=shard["bytes"], info=recorded)
             for index, values in enumerate(shard["documents"]):
                 self.documents.append(DocumentInfo(**values))
                 self._where.append((path, index))
@@ -263,18 +278,22 @@ class Collection:
                 tensors = {name: file.get_tensor(f"{number}/{name}") for name in names}
         except (OSError, SafetensorError) as error:
             raise UsageError(f"Shard '{path}' cannot be read ({error}); delete it and run collect again.") from error
-        return Document(info=self.documents[index], **tensors)
+        document = Document(info=self.documents[index], **tensors)
+        return document if self._factor == 1 else rechunked(document, self._factor)
 
 
-def open_collections(folders: Sequence[str | Path]) -> list[Collection]:
+def open_collections(folders: Sequence[str | Path], *, chunk_tokens: int | None = None) -> list[Collection]:
     """Open collections that are to be used together.
+
+    Args:
+        chunk_tokens: see them in chunks of this size; None: as they were recorded.
 
     Raises:
         UsageError: as ``Collection``, or two of them were made differently; the message names both.
     """
     if not folders:
         raise UsageError("Give at least one folder that kvscope lsa collect wrote: --data DIR.")
-    opened = [Collection(folder) for folder in folders]
+    opened = [Collection(folder, chunk_tokens=chunk_tokens) for folder in folders]
     same = (
         *("model_revision", "layers", "label_layers", "chunk_tokens", "features", "hidden_size", "key_features"),
         *("query_heads", "head_dim"),

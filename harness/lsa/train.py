@@ -48,7 +48,7 @@ def train(
     Raises:
         UsageError: bad options, or shards that are damaged, do not fit together, or hold no positive chunk.
     """
-    collections = open_collections(folders)
+    collections = open_collections(folders, chunk_tokens=config.chunk_tokens)
     info = collections[0].info
     check_fit(config, collections, note)
     config.rule(info)
@@ -76,7 +76,7 @@ def train(
 
         if config.warm_start:
             say(warm_start=fits, held_out=measure(indexer, held_out, config))
-        say(collections=[str(c.info.id) for c in collections], documents=len(training), held_out=len(held_out),
+        say(collections=[c.id for c in collections], documents=len(training), held_out=len(held_out),
             weights=sum(p.numel() for p in indexer.parameters()), config=asdict(config))  # fmt: skip
         best = fit(
             indexer,
@@ -86,6 +86,7 @@ def train(
             measure=lambda: measure(indexer, held_out, config),
             save=lambda target: save_indexer(indexer, target),
             text=lambda epoch, fields, since_s: epoch_text(epoch, config.epochs, fields, since_s=since_s),
+            worth=worth_of(config),
             folder=folder,
             say=say,
             note=note,
@@ -103,6 +104,13 @@ def train(
     indexer.config = replace(indexer.config, kept_fraction=best["kept_fraction"], trained=trained)
     save_indexer(indexer, folder)
     return best
+
+
+def worth_of(config: TrainConfig) -> Callable[[dict[str, Any]], float]:
+    """Return what an epoch is worth by its held-out measures."""
+    if config.keep == "recall":
+        return lambda measures: float(measures["refresh_recall_at_tenth"] or 0.0)
+    return lambda measures: -float(measures["held_out_loss"])
 
 
 def check_fit(config: TrainConfig, collections: Sequence[Collection], note: Callable[[str], None]) -> None:
@@ -124,6 +132,11 @@ def check_fit(config: TrainConfig, collections: Sequence[Collection], note: Call
             f"Layers {', '.join(map(str, foreign))} are not in the collection, which holds "
             f"{', '.join(map(str, info.layers))}."
         )
+    if config.segment_tokens is not None and (info.features != "tokens" or info.chunk_tokens % config.segment_tokens):
+        raise UsageError(
+            f"segment_tokens is {config.segment_tokens}: it must divide the chunk of {info.chunk_tokens} tokens, and "
+            "the collection must hold every key (--features tokens)."
+        )
     states = min(collection.info.state_tokens for collection in collections)
     if config.lookback > states:
         raise UsageError(f"lookback is {config.lookback}, and the collection keeps {states} states before an answer.")
@@ -141,7 +154,7 @@ def data_record(collections: Sequence[Collection]) -> list[dict[str, Any]]:
     """Return what an indexer's configuration says of the data it was trained on."""
     return [
         {
-            "id": collection.info.id,
+            "id": collection.id,
             "tasks": list(collection.info.tasks),
             "lengths_tokens": list(collection.info.lengths_tokens),
             "samples": collection.info.samples,
@@ -168,6 +181,8 @@ def indexer_config(info: CollectionInfo, config: TrainConfig) -> IndexerConfig:
         encoder=config.encoder or pooled_or_stats,
         encoder_width=config.encoder_width,
         lookback_tokens=config.lookback,
+        segment_tokens=config.segment_tokens,
+        neighbours=config.neighbours,
     )
 
 
@@ -182,5 +197,6 @@ def epoch_text(epoch: int, epochs: int, fields: dict[str, Any], *, since_s: floa
         f"[{epoch}/{epochs}] loss {fields['loss']:.4f}, held-out {fields['held_out_loss']:.4f}: recall "
         f"{text(fields['recall'])} (at refreshes {text(fields['refresh_recall'])}), precision "
         f"{text(fields['precision'])}, kept {text(fields['kept_fraction'])}; best tenth "
-        f"{text(fields['recall_at_tenth'])} ({since_s:.0f} s, about {left_s:.0f} s left)"
+        f"{text(fields['recall_at_tenth'])} (at refreshes {text(fields['refresh_recall_at_tenth'])}); "
+        f"{since_s:.0f} s, about {left_s:.0f} s left"
     )

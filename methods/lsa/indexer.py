@@ -5,8 +5,12 @@ model has no compressed indexer keys of its own, so a small encoder makes one ke
 stored as fp8 (e4m3) with one fp32 scale. The score of a chunk is sigmoid(bias + sum_h w_h relu(q_h . k)); the sigmoid
 is monotonic, so selection works on logits. Over several indexed layers the score is the maximum.
 
-Shapes: X queries, L indexed layers, M hidden size, R rank, I indexer heads, E key size, n chunks, C tokens a chunk, F
-features a token (KV heads x head size: one layer's keys).
+One key does not tell what 64 tokens of prose hold. ``segment_tokens`` cuts a chunk into segments with a key each; a
+chunk's score is that of its best segment. And what an answer copies often runs on from the segment that its question
+matches into the next ones: ``neighbours`` lets a segment lend its score, less a learned amount, to those around it.
+
+Shapes: X queries, L indexed layers, M hidden size, R rank, I indexer heads, E key size, n segments, C tokens a segment,
+F features a token (KV heads x head size: one layer's keys).
 """
 
 import math
@@ -23,6 +27,7 @@ Features = Literal["stats", "tokens"]
 EncoderKind = Literal["mean", "stats", "pooled"]
 ENCODER_FEATURES: dict[str, Features] = {"mean": "stats", "stats": "stats", "pooled": "tokens"}
 _POOLS = 4
+_LENT = -1.0  # added to a score that is lent, before training
 _BLOCK_PRODUCTS = 2**25
 
 
@@ -45,6 +50,9 @@ class IndexerConfig:
         encoder_width: hidden width of those MLPs.
         lookback_tokens: hidden states scored at a refresh, the last ones; a chunk's score is the maximum. The paper
             uses one.
+        segment_tokens: tokens that share a key, a part of ``chunk_tokens``; None: the whole chunk, as in the paper.
+        neighbours: segments on either side that one lends its score to; 0 in the paper, whose chunks are entries that
+            the model itself compressed from overlapping windows.
         kept_fraction: share of the candidate chunks it kept on held-out documents at threshold 0.5; None if unknown.
         trained: how it was trained, for the record.
     """
@@ -62,6 +70,8 @@ class IndexerConfig:
     encoder: EncoderKind = "pooled"
     encoder_width: int = 64
     lookback_tokens: int = 1
+    segment_tokens: int | None = None
+    neighbours: int = 0
     kept_fraction: float | None = None
     trained: Mapping[str, Any] = field(default_factory=dict)
 
@@ -75,16 +85,25 @@ class IndexerConfig:
             raise ValueError(f"encoder must be one of {', '.join(ENCODER_FEATURES)}, got {self.encoder!r}")
         if self.encoder_width < 1 or self.lookback_tokens < 1:
             raise ValueError("encoder_width and lookback_tokens must be positive")
+        if self.segment_tokens is not None and (self.segment_tokens < 1 or self.chunk_tokens % self.segment_tokens):
+            raise ValueError(f"segment_tokens must divide {self.chunk_tokens}, got {self.segment_tokens}")
+        if self.neighbours < 0:
+            raise ValueError(f"neighbours must be 0 or more, got {self.neighbours}")
+
+    @property
+    def segments_per_chunk(self) -> int:
+        """Keys a chunk has in each indexed layer."""
+        return 1 if self.segment_tokens is None else self.chunk_tokens // self.segment_tokens
 
     @property
     def chunk_key_bytes(self) -> int:
         """Bytes of one chunk's keys and scales over all indexed layers."""
-        return len(self.layers) * (self.key_dim + SCALE_BYTES)
+        return len(self.layers) * self.segments_per_chunk * (self.key_dim + SCALE_BYTES)
 
     def scoring_flops(self, n_chunks: int) -> int:
         """FLOPs of one refresh over ``n_chunks`` (a MAC is two)."""
         per_query = self.hidden_size * (self.rank + self.heads) + self.rank * self.heads * self.key_dim
-        per_chunk = self.heads * (self.key_dim + 1)
+        per_chunk = self.segments_per_chunk * self.heads * (self.key_dim + 1)
         return 2 * len(self.layers) * self.lookback_tokens * (per_query + per_chunk * n_chunks)
 
 
@@ -185,6 +204,8 @@ class Indexer(nn.Module):
         super().__init__()
         self.config = config
         self.layers = nn.ModuleDict({str(layer): LayerIndexer(config) for layer in config.layers})
+        if config.neighbours:
+            self.lent = nn.Parameter(torch.full((2 * config.neighbours,), _LENT))
 
     @classmethod
     def untrained(cls, config: IndexerConfig, *, seed: int) -> "Indexer":
@@ -200,16 +221,33 @@ class Indexer(nn.Module):
         return found
 
     def logits(self, hidden_XLM: torch.Tensor, keys_Ln: "list[torch.Tensor]") -> torch.Tensor:
-        """Return the scores of every chunk for every query, maximum over layers, [X, n].
+        """Return the scores of every segment for every query, maximum over layers, [X, n].
 
         Args:
             hidden_XLM: hidden states entering the indexed layers, in the order of ``config.layers``.
-            keys_Ln: per layer the keys of all chunks [n, E], fp32.
+            keys_Ln: per layer the keys of all segments [n, E], fp32.
         """
         per_layer = [
             self.layer(layer).logits(hidden_XLM[:, i], keys_Ln[i]) for i, layer in enumerate(self.config.layers)
         ]
         return torch.stack(per_layer).amax(0)
+
+    def chunk_scores(self, logits_Xn: torch.Tensor) -> torch.Tensor:
+        """Return the scores of chunks from those of their segments, neighbours' included, [X, chunks].
+
+        Args:
+            logits_Xn: of whole chunks that follow each other. Nothing is lent across the ends; a segment that is not to
+                lend has minus infinity.
+        """
+        reach, per_chunk = self.config.neighbours, self.config.segments_per_chunk
+        best = logits_Xn
+        if reach:
+            padded = nn.functional.pad(logits_Xn, (reach, reach), value=-torch.inf)
+            n = logits_Xn.shape[1]
+            offsets = [offset for offset in range(-reach, reach + 1) if offset]
+            for lent, offset in zip(self.lent, offsets, strict=True):
+                best = torch.maximum(best, padded[:, reach + offset : reach + offset + n] + lent)
+        return best if per_chunk == 1 else best.unflatten(1, (-1, per_chunk)).amax(2)
 
     @property
     def weight_bytes(self) -> int:

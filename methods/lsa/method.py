@@ -185,14 +185,15 @@ class Lsa(CacheMethod[LsaConfig]):
             if layer not in config.layers:
                 return []
             width = config.lookback_tokens
+            key_tokens = config.segment_tokens or config.chunk_tokens
         else:
             shape = self._source.shape
             if shape is not None and layer not in synthetic_layers(shape):
                 return []
             width = 1
-        chunk_tokens = self.chunk_tokens()
+            key_tokens = self.chunk_tokens()
         collectors: list[Collector] = [
-            ChunkKeys(self._keys_name(), layer, chunk_tokens=chunk_tokens, encode=self._encode)
+            ChunkKeys(self._keys_name(), layer, chunk_tokens=key_tokens, encode=self._encode)
         ]
         return collectors if width == 1 else [*collectors, LastStates(layer, n_states=width)]
 

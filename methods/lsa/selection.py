@@ -130,20 +130,21 @@ class IndexerSelector(Selector):
                for layer in config.layers):  # fmt: skip
             raise ValueError("the prompt was prefilled without this method's collectors (see union_collectors)")
         self._indexer, self._rule, self._layers = indexer, rule, config.layers
-        packed = [prompt.metadata[keys_name][layer][layout.first : layout.last] for layer in config.layers]
+        first, last = (bound * config.segments_per_chunk for bound in (layout.first, layout.last))
+        packed = [prompt.metadata[keys_name][layer][first:last] for layer in config.layers]
         pairs = [unpack(p) for p in packed]
         self._keys_LnE = torch.stack([keys for keys, _ in pairs]).to(device)
         self._scale_Ln = torch.stack([scale for _, scale in pairs]).to(device)
         width = config.lookback_tokens
-        first = torch.stack([_first_states(prompt, layer, width, states_name) for layer in config.layers], 1)
-        self._states_WLM = first.to(device, copy=True)
+        states = torch.stack([_first_states(prompt, layer, width, states_name) for layer in config.layers], 1)
+        self._states_WLM = states.to(device, copy=True)
         # Written by each step in place: a captured one has fixed addresses.
         self._incoming_LM = torch.zeros_like(self._states_WLM[-1])
         self._row = {layer: row for row, layer in enumerate(config.layers)}
         self.kernel_reasons = unsupported_scores(device, key_dim=config.key_dim, n_heads=config.heads)
         self._threshold: torch.Tensor | None = None
         self.n_chosen = rule.n_chunks
-        self.metadata_bytes = metadata_bytes(config, len(self._keys_LnE[0]), element_bytes=first.element_size())
+        self.metadata_bytes = metadata_bytes(config, layout.n_candidates, element_bytes=states.element_size())
         self.refresh_bytes = refresh_bytes(config, layout.n_candidates)
         self.refresh_flops = config.scoring_flops(layout.n_candidates)
 
@@ -163,9 +164,13 @@ class IndexerSelector(Selector):
     def logits(self) -> torch.Tensor:
         """Return the scores of all candidates: a row for each layer and state [R, n] or their maximum [1, n], fp32."""
         if not self.kernel_reasons:
-            return self._kernel_logits()
+            logits_Rn = self._kernel_logits()
+            config = self._indexer.config
+            if not config.neighbours and config.segments_per_chunk == 1:
+                return logits_Rn
+            return self._indexer.chunk_scores(logits_Rn.amax(0, keepdim=True)).contiguous()
         keys = [dequantize(keys, scale) for keys, scale in zip(self._keys_LnE, self._scale_Ln, strict=True)]
-        return self._indexer.logits(self._states_WLM, keys).amax(0, keepdim=True)
+        return self._indexer.chunk_scores(self._indexer.logits(self._states_WLM, keys).amax(0, keepdim=True))
 
     def _kernel_logits(self) -> torch.Tensor:
         from kvscope.methods.kernels.indexer_score.kernel import indexer_score

@@ -109,7 +109,7 @@ def test_the_same_call_gives_the_same_weights(data, tmp_path):
 def test_it_stops_when_the_held_out_loss_does_not_fall(data, tmp_path):
     lines = []
     train([data], tmp_path / "out", changed(QUICK, lr=1e-12, epochs=9, patience=2), note=lines.append)
-    assert lines[-1] == "stopped: the held-out loss has not fallen for 2 epochs"
+    assert lines[-1] == "stopped: nothing gained on held-out documents for 2 epochs"
     assert len(lines) < 9
 
 
