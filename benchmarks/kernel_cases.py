@@ -66,12 +66,18 @@ def row(op: str, case: str, time_s: float, n_bytes: int, **more: Any) -> Row:
     return {"op": op, "case": case, "time_s": time_s, "bytes": n_bytes, "gb_per_s": n_bytes / time_s / 1e9, **more}
 
 
-def copy_bandwidth() -> Row:
-    """Copy 1 GiB on the device: bytes read and written."""
-    n = 2**30
-    pairs = [tuple(torch.empty(n, dtype=torch.uint8, device=DEVICE) for _ in range(2)) for _ in range(2)]
-    time_s = median_s([lambda s=s, d=d: d.copy_(s) for s, d in pairs])
-    return row("copy", "1 GiB, read and write", time_s, 2 * n)
+def copy_rows() -> Iterator[Row]:
+    """Copies on the device, bytes read and written: as torch makes them, of several sizes and element types.
+
+    The fastest is what kernels are held against; which one that is differs between cards.
+    """
+    for n, dtype in itertools.product((2**28, 2**30, 2**32), (torch.uint8, torch.float32)):
+        size = n // dtype.itemsize
+        pairs = [tuple(torch.empty(size, dtype=dtype, device=DEVICE) for _ in range(2)) for _ in range(2)]
+        time_s = median_s([lambda s=s, d=d: d.copy_(s) for s, d in pairs])
+        del pairs
+        name = str(dtype).removeprefix("torch.")
+        yield row("copy", f"{n / 2**30:g} GiB of {name}, read and write", time_s, 2 * n)
 
 
 class DecodeInputs:
@@ -154,8 +160,12 @@ def sdpa_rows(inputs: DecodeInputs) -> Iterator[Row]:
         yield row("torch sdpa", f"1 x 128K, {name}", median_s(calls), kv_bytes(1, n))
 
 
+#: flashinfer's ways to decode: tensor cores or not, and which kernels (``auto`` takes one without split KV on Hopper).
+FLASHINFER_WAYS = ((True, "fa2"), (False, "fa2"), (True, "auto"))
+
+
 def flashinfer_rows(inputs: DecodeInputs) -> Iterator[Row]:
-    """flashinfer's paged decode on the same pages.
+    """flashinfer's paged decode on the same pages, the fastest of its ways for each case.
 
     Raises:
         ImportError: it is not installed.
@@ -165,25 +175,32 @@ def flashinfer_rows(inputs: DecodeInputs) -> Iterator[Row]:
     # Its layout is [page, K or V, head, token, D]; ours has K and V inside the head, which strides cannot say to it.
     pages = inputs.pages.transpose(1, 2).contiguous()
     for batch, length in DECODE_CASES:
-        calls = []
-        for q, store in inputs.sets(batch, length):
-            assert store.page_table is not None
-            workspace = torch.empty(256 * 2**20, dtype=torch.uint8, device=DEVICE)
-            wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=True)
-            n_table = length // PAGE_TOKENS
-            wrapper.plan(
-                torch.arange(batch + 1, dtype=torch.int32, device=DEVICE) * n_table,
-                store.page_table.flatten(),
-                torch.full((batch,), PAGE_TOKENS, dtype=torch.int32, device=DEVICE),
-                N_QUERY_HEADS,
-                N_KV_HEADS,
-                HEAD_DIM,
-                PAGE_TOKENS,
-                q_data_type=torch.bfloat16,
-                kv_data_type=torch.bfloat16,
-            )
-            calls.append(lambda wrapper=wrapper, q=q: wrapper.run(q[:, :, 0], pages))
-        yield row("flashinfer", case_name(batch, length), median_s(calls), kv_bytes(batch, length))
+        found_s: dict[str, float] = {}
+        for tensor_cores, backend in FLASHINFER_WAYS:
+            calls = []
+            for q, store in inputs.sets(batch, length):
+                assert store.page_table is not None
+                workspace = torch.empty(256 * 2**20, dtype=torch.uint8, device=DEVICE)
+                wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+                    workspace, "HND", use_tensor_cores=tensor_cores, backend=backend
+                )
+                n_table = length // PAGE_TOKENS
+                wrapper.plan(
+                    torch.arange(batch + 1, dtype=torch.int32, device=DEVICE) * n_table,
+                    store.page_table.flatten(),
+                    torch.full((batch,), PAGE_TOKENS, dtype=torch.int32, device=DEVICE),
+                    N_QUERY_HEADS,
+                    N_KV_HEADS,
+                    HEAD_DIM,
+                    PAGE_TOKENS,
+                    q_data_type=torch.bfloat16,
+                    kv_data_type=torch.bfloat16,
+                )
+                calls.append(lambda q=q, wrapper=wrapper: wrapper.run(q[:, :, 0], pages))
+            found_s[f"{'tensor' if tensor_cores else 'CUDA'} cores, {backend}"] = median_s(calls)
+        best = min(found_s, key=lambda way: found_s[way])
+        ways_us = ", ".join(f"{way}: {1e6 * time_s:.0f} us" for way, time_s in found_s.items())
+        yield row("flashinfer", case_name(batch, length), found_s[best], kv_bytes(batch, length), note=ways_us)
 
 
 INDEXER = {"layers": 3, "heads": 128, "key_dim": 128, "chunks": 2**20 // 4}

@@ -5,6 +5,10 @@ Shapes: B batch, H heads (equal for queries and keys here), S queries, T keys, D
 
 import torch
 
+#: Query-key pairs from which cuDNN's attention is asked on Hopper: there it is faster than flash attention 2, but it
+#: plans anew for every shape, which small work does not earn back.
+_CUDNN_PAIRS = 2**31
+
 
 def flash_runs_on(q_BHSD: torch.Tensor) -> bool:
     """Return whether a fused kernel takes this device, dtype and head size."""
@@ -33,6 +37,11 @@ def attention_with_lse(
     aten = torch.ops.aten
     if q_BHSD.device.type == "cpu":
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q_BHSD, k_BHTD, v_BHTD, 0.0, causal, scale=scale)
+    elif _suits_cudnn(q_BHSD, k_BHTD):
+        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
+            q_BHSD, k_BHTD, v_BHTD, None, True, 0.0, causal, False, scale=scale
+        )
+        lse = lse.reshape(q_BHSD.shape[:3])
     elif q_BHSD.device.type == "cuda" and q_BHSD.dtype != torch.float32:
         out, lse, *_ = aten._scaled_dot_product_flash_attention(q_BHSD, k_BHTD, v_BHTD, 0.0, causal, False, scale=scale)
     elif q_BHSD.device.type == "cuda":
@@ -42,3 +51,17 @@ def attention_with_lse(
     else:
         raise RuntimeError(f"no fused attention on {q_BHSD.device.type} in {q_BHSD.dtype}")
     return out, lse[..., : q_BHSD.shape[2]].float()
+
+
+def _suits_cudnn(q_BHSD: torch.Tensor, k_BHTD: torch.Tensor) -> bool:
+    if q_BHSD.device.type != "cuda" or q_BHSD.dtype == torch.float32:
+        return False
+    B, H, S, D = q_BHSD.shape
+    T = k_BHTD.shape[2]
+    return (
+        B * H * S * T >= _CUDNN_PAIRS
+        and D in (64, 128)
+        and S % 128 == 0
+        and T % 128 == 0
+        and torch.cuda.get_device_capability(q_BHSD.device)[0] == 9
+    )

@@ -154,3 +154,22 @@ def test_on_a_gpu(dtype, D):
         out = chunk_attention(chunk.cuda(), k.cuda(), v.cuda(), scale=0.125, window=window)
         expected = oracle(chunk, k, v, scale=0.125, keep_ST=seen)
         torch.testing.assert_close(out.double().cpu(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [False, True])
+def test_large_attention_on_hopper_is_exact(causal: bool):
+    """Past the size from which cuDNN is asked; some rows against fp64."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    H, D = 8, 128
+    S, T = (16384, 16384) if causal else (8192, 32768)
+    draws = torch.Generator(device="cuda").manual_seed(0)
+    q, k, v = (torch.randn((1, H, n, D), generator=draws, device="cuda").bfloat16() for n in (S, T, T))
+    out, lse = attention_with_lse(q, k, v, causal=causal, scale=D**-0.5)
+    rows = torch.tensor([0, 1, 127, 128, 5000, S - 1], device="cuda")
+    logits = q[:, :, rows].double() @ k.double().mT * D**-0.5
+    if causal:
+        logits = logits.masked_fill(torch.arange(T, device="cuda") > rows[:, None], -torch.inf)
+    torch.testing.assert_close(lse[:, :, rows].double(), logits.logsumexp(-1), atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(out[:, :, rows].double(), logits.softmax(-1) @ v.double(), atol=2e-3, rtol=2e-2)
