@@ -39,7 +39,7 @@ class TrainConfig:
         heads, key_dim, rank: sizes; None: the model's heads, at most 128, half the model's width.
         encoder, encoder_width: memory side; None: ``pooled`` if the collection holds every key, else ``stats``.
         segment_tokens: tokens that share a key; None: a chunk.
-        neighbours: segments on either side that one lends its score to.
+        neighbours: segments on either side that one lends its score to, at a learned price.
         lookback: states scored a refresh: the token before an answer says little of what the question asked.
         top_p, voters, votes, least_mass, label_layers: how positives are told; None: as the collection says.
         sink_tokens, recency_tokens: what always stays, so that it is neither positive nor negative.
