@@ -213,7 +213,7 @@ def document_loss(indexer: Indexer, found: Example, config: TrainConfig, draws: 
     scored = own_logits(indexer, found, rows, config.lookback, chunks=used + found.first)
     device, per_chunk = scored.device, indexer.config.segments_per_chunk
     whole = scored.new_full((*golden.shape, per_chunk), -torch.inf)
-    whole = whole.index_copy(1, used.to(device), scored.unflatten(1, (-1, per_chunk)))
+    whole = whole.index_copy(1, used.to(device), scored.view(len(rows), -1, per_chunk))
     logits = indexer.chunk_scores(whole.flatten(1))[:, used.to(device)]
     return focal_loss(logits, golden[:, used].to(device), chosen[:, used].to(device), gamma=config.gamma)
 

@@ -59,7 +59,7 @@ def rechunked(document: "Document", factor: int) -> "Document":
     row = torch.repeat_interleave(torch.arange(rows), document.indptr.long().diff())
     joined = mass.shape[1]
     key = (row * n_voters + document.voters.long()) * joined + document.indices.long() // factor
-    unique, where = key.unique(return_inverse=True)
+    unique, where = torch.unique(key, return_inverse=True)
     values = torch.zeros(len(unique)).index_add_(0, where, document.values.float())
     counts = torch.bincount(unique // (joined * n_voters), minlength=rows)
     return replace(

@@ -245,14 +245,13 @@ class Indexer(nn.Module):
                 lend has minus infinity.
         """
         reach, per_chunk = self.config.neighbours, self.config.segments_per_chunk
-        best = logits_Xn
+        best, n = logits_Xn, logits_Xn.shape[1]
         if reach:
             padded = nn.functional.pad(logits_Xn, (reach, reach), value=-torch.inf)
-            n = logits_Xn.shape[1]
             offsets = [offset for offset in range(-reach, reach + 1) if offset]
             for lent, offset in zip(self.lent, offsets, strict=True):
                 best = torch.maximum(best, padded[:, reach + offset : reach + offset + n] + lent)
-        return best if per_chunk == 1 else best.unflatten(1, (-1, per_chunk)).amax(2)
+        return best if per_chunk == 1 else best.reshape(len(best), n // per_chunk, per_chunk).amax(2)
 
     @property
     def weight_bytes(self) -> int:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from lsa_tools import prefilled, random_indexer, run_steps
 from planted import planted_collection
 
+from kvscope.harness.decode import DecodeSession
 from kvscope.harness.lsa.collect import CollectConfig, collect, make_tasks
 from kvscope.harness.lsa.objective import (
     TrainConfig,
@@ -247,6 +248,24 @@ def test_evicting_equals_masking_and_slots_equal_both(tmp_path, family, shape, r
     fixed, fixed_record, _ = run_steps(loaded, method, prompt, tokens, decode_graph="uncaptured")
     torch.testing.assert_close(fixed, evicted, atol=1e-5, rtol=0)
     assert fixed_record == record
+
+
+@pytest.mark.parametrize("rule", [{"budget_fraction": 0.5}, {"threshold": 0.5}])
+def test_slots_refreshed_by_kernels_hold_what_torch_chooses(tmp_path, monkeypatch, rule):
+    """The kernels in Triton's interpreter; on a GPU the same in ``test_lsa_gpu``."""
+    loaded = loaded_model("llama")
+    folder = random_indexer(tmp_path / "indexer", loaded.shape, key_dim=16, **MANY)
+    method = create_method({"name": "lsa", "indexer": str(folder), "tau": 2, "recency_tokens": 20, **rule})
+    prompt = prefilled(loaded, prompt_ids(203), method)
+    tokens = prompt_ids(8, seed=8)
+    by_torch, record, _ = run_steps(loaded, method, prompt, tokens)
+    monkeypatch.setattr("kvscope.methods.lsa.selection.unsupported_scores", lambda *args, **options: [])
+    with DecodeSession(loaded, method, prompt, reserve_tokens=8, decode_graph="uncaptured") as session:
+        by_kernels = torch.stack([session.step(token) for token in tokens])
+        assert "triton: indexer_score" in session.sequence._selector.backends()[0]
+        assert session.sequence.residency() == record
+    torch.testing.assert_close(by_kernels, by_torch, atol=1e-5, rtol=0)
+    assert any(record.recalled_bytes), "nothing moved: this shows nothing"
 
 
 @pytest.mark.parametrize("shape", SHAPES)
