@@ -64,7 +64,7 @@ def evaluate(
     sums: dict[Key, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
     exact = True
     for collection in collections:
-        if collection.info.id in seen:
+        if collection.id in seen:
             note(f"note: the indexer was trained on '{collection.folder}': these figures are no test of it.")
         for index, document in enumerate(collection.documents):
             found = example((collection, index), next(indexer.parameters()).device)
@@ -77,7 +77,7 @@ def evaluate(
         "layers": list(indexer.config.layers),
         "heads": indexer.config.heads,
         "key_dim": indexer.config.key_dim,
-        "collections": [collection.info.id for collection in collections],
+        "collections": [collection.id for collection in collections],
         "documents": sum(map(len, collections)),
         "tokens": "every one" if exact else "a sample, so estimates",
     }

@@ -64,7 +64,7 @@ def train(
             log.flush()
 
         say(
-            collections=[collection.info.id for collection in collections],
+            collections=[collection.id for collection in collections],
             documents=len(training),
             held_out=len(held_out),
             weights=sum(p.numel() for p in indexer.parameters()),

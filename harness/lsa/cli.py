@@ -138,7 +138,8 @@ def train(
     encoder_width: Annotated[int, typer.Option("--encoder-width", help="Hidden width of the encoder.")] = 64,
     lookback: Annotated[int, typer.Option("--lookback", help="Last hidden states scored at a refresh.")] = 8,
     segment_tokens: Annotated[
-        int | None, typer.Option("--segment-tokens", help="Tokens that share a key.  [default: a chunk]")
+        int | None,
+        typer.Option("--segment-tokens", help="Tokens that share a key, part of a chunk.  [default: all of it]"),
     ] = None,
     neighbours: Annotated[
         int, typer.Option("--neighbours", help="Segments on either side that one lends its score to.")
@@ -155,7 +156,8 @@ def train(
     recency_tokens: Recency = None,
     held_out: Annotated[float, typer.Option("--held-out", help="Share of documents to measure with.")] = 0.1,
     keep: Annotated[
-        str, typer.Option("--keep", help="Epoch kept: lowest held-out loss, or best recall of a tenth at refreshes.")
+        str,
+        typer.Option("--keep", help="Epoch kept: loss (lowest held-out) or recall (best tenth at refreshes, highest)."),
     ] = "loss",
     patience: Annotated[int, typer.Option("--patience", help="Epochs without gain before it stops.")] = 2,
     target_recall: Annotated[
@@ -165,7 +167,7 @@ def train(
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Fit the dual encoder with focal loss; held-out recall and precision every epoch, the best epoch is kept."""
+    """Fit the dual encoder with focal loss; held-out recall and precision every epoch, the best (--keep) stays."""
     from kvscope.harness.lsa.objective import TrainConfig
     from kvscope.harness.lsa.train import train as run_train
 
@@ -242,6 +244,8 @@ def evaluate(
         return 0 if result.passed else 1
     if indexer is None or out is None:
         raise UsageError("lsa eval needs --indexer and --out (or --gate).")
+    if chunk_tokens is not None:
+        raise UsageError("--chunk-tokens belongs to --gate: an indexer brings its own chunk size; leave it out.")
     from kvscope.harness.lsa.evaluate import EvalConfig, summary_text
     from kvscope.harness.lsa.evaluate import evaluate as run_evaluate
 

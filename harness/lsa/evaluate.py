@@ -20,10 +20,12 @@ from tabulate import tabulate
 
 from kvscope.harness.config import format_length
 from kvscope.harness.lsa.objective import Example, Place, TrainConfig, compute_device, example, row_logits
-from kvscope.harness.lsa.shards import CollectionInfo, open_collections
+from kvscope.harness.lsa.rechunk import serves
+from kvscope.harness.lsa.shards import Collection, CollectionInfo, open_collections
 from kvscope.methods.lsa.indexer import Indexer, IndexerConfig, logit
 from kvscope.methods.lsa.indexer_files import indexer_folder, indexer_hash, load_indexer
 from kvscope.methods.lsa.labels import Voters
+from kvscope.methods.lsa.selection import metadata_bytes
 from kvscope.results.errors import UsageError
 
 FRACTIONS = (0.02, 0.03, 0.05, 0.075, 0.1, 0.135, 0.2, 0.3, 0.5, 0.75, 1.0)
@@ -93,6 +95,9 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """Measure an indexer on collections it was not trained on; write CSV, Markdown, JSON and a figure.
 
+    A collection recorded in smaller chunks is seen in the indexer's (see ``rechunk``); the oracle's mass is then an
+    upper bound of the strongest layer's.
+
     Returns:
         The table's rows, lengths ascending, ``task`` "all" first.
 
@@ -102,9 +107,10 @@ def evaluate(
     """
     folder = indexer_folder(indexer_spec)
     indexer = load_indexer(folder).to(compute_device(device))
+    for each in folders:
+        check_match(indexer.config, Collection(each).info, folder=str(folder))
     collections = open_collections(folders, chunk_tokens=indexer.config.chunk_tokens)
     info = collections[0].info
-    check_match(indexer.config, info, folder=str(folder))
     seen = {entry["id"] for entry in indexer.config.trained.get("data", ())}
     for collection in collections:
         if collection.id in seen:
@@ -134,6 +140,8 @@ def evaluate(
         "indexer_tau": indexer.config.tau,
         "tau": tau,
         "chunk_tokens": info.chunk_tokens,
+        "segment_tokens": indexer.config.segment_tokens or info.chunk_tokens,
+        "neighbours": indexer.config.neighbours,
         "layers": list(indexer.config.layers),
         "documents": len(places),
         "labels": options.rule(info).text(),
@@ -145,14 +153,15 @@ def evaluate(
 
 
 def check_match(config: IndexerConfig, info: CollectionInfo, *, folder: str) -> None:
-    """Check that an indexer and a collection belong together.
+    """Check that an indexer and a collection, as it was recorded, belong together.
 
     Raises:
         UsageError: they do not; the message names both.
     """
+    chunk_tokens = config.chunk_tokens if serves(info, config.chunk_tokens) else info.chunk_tokens
     pairs = (
         ("model", f"{config.model} ({config.model_revision})", f"{info.model} ({info.model_revision})"),
-        ("chunk_tokens", config.chunk_tokens, info.chunk_tokens),
+        ("chunk_tokens", config.chunk_tokens, chunk_tokens),
         ("hidden_size", config.hidden_size, info.hidden_size),
         ("key_features", config.key_features, info.key_features),
     )
@@ -188,9 +197,8 @@ def add_document(
     needs, n_golden = golden.any(1), golden.sum(1).clamp_min(1)
     n_tokens = layout.n_tokens
     dense_bytes = n_tokens * info.kv_bytes_per_token
-    states = indexer.config.lookback_tokens * len(indexer.config.layers) * info.hidden_size
     element_bytes = 4 if info.dtype == "float32" else 2
-    extra_bytes = layout.n_candidates * indexer.config.chunk_key_bytes + states * element_bytes
+    extra_bytes = metadata_bytes(indexer.config, layout.n_candidates, element_bytes=element_bytes)
 
     def add(policy: str, setting: str, value: float, chosen: torch.Tensor) -> None:
         kept = (layout.static_tokens + chosen.sum(1) * layout.chunk_tokens) / n_tokens

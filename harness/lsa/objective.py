@@ -39,7 +39,7 @@ class TrainConfig:
         heads, key_dim, rank: sizes; None: the model's heads, at most 128, half the model's width.
         encoder, encoder_width: memory side; None: ``pooled`` if the collection holds every key, else ``stats``.
         segment_tokens: tokens that share a key; None: a chunk.
-        neighbours: segments on either side that one lends its score to.
+        neighbours: segments on either side that one lends its score to, at a learned price.
         lookback: states scored a refresh: the token before an answer says little of what the question asked.
         top_p, voters, votes, least_mass, label_layers: how positives are told; None: as the collection says.
         sink_tokens, recency_tokens: what always stays, so that it is neither positive nor negative.
@@ -213,7 +213,7 @@ def document_loss(indexer: Indexer, found: Example, config: TrainConfig, draws: 
     scored = own_logits(indexer, found, rows, config.lookback, chunks=used + found.first)
     device, per_chunk = scored.device, indexer.config.segments_per_chunk
     whole = scored.new_full((*golden.shape, per_chunk), -torch.inf)
-    whole = whole.index_copy(1, used.to(device), scored.unflatten(1, (-1, per_chunk)))
+    whole = whole.index_copy(1, used.to(device), scored.view(len(rows), -1, per_chunk))
     logits = indexer.chunk_scores(whole.flatten(1))[:, used.to(device)]
     return focal_loss(logits, golden[:, used].to(device), chosen[:, used].to(device), gamma=config.gamma)
 

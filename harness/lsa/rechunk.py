@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     from kvscope.harness.lsa.shards import CollectionInfo, Document
 
 
+def serves(info: "CollectionInfo", chunk_tokens: int) -> bool:
+    """Return whether a collection can be seen in chunks of this size."""
+    return chunk_tokens == info.chunk_tokens or (
+        info.features == "tokens" and chunk_tokens > 0 and chunk_tokens % info.chunk_tokens == 0
+    )
+
+
 def chunk_factor(info: "CollectionInfo", chunk_tokens: int | None) -> int:
     """Return how many recorded chunks make one of ``chunk_tokens``; None: 1.
 
@@ -29,15 +36,18 @@ def chunk_factor(info: "CollectionInfo", chunk_tokens: int | None) -> int:
             "such ones; give a multiple, or collect again with smaller chunks."
         )
     if info.features != "tokens":
-        raise UsageError(f"A collection made with --features {info.features} serves its own chunk size alone.")
+        raise UsageError(
+            f"chunk_tokens is {chunk_tokens}, and a collection made with --features {info.features} serves its own "
+            f"chunks of {info.chunk_tokens} tokens alone; collect again with --features tokens."
+        )
     return chunk_tokens // info.chunk_tokens
 
 
 def rechunked(document: "Document", factor: int) -> "Document":
     """Return a document with ``factor`` chunks joined into one; masses add up.
 
-    Masses that were too small to be stored are missing from the sums, and ``mass``, the strongest layer's, is a sum of
-    maxima: at most what it should be if one layer is strongest throughout.
+    Masses that were too small to be stored are missing from the sums. ``mass``, the strongest layer's, becomes a sum of
+    maxima: what one layer gave to the large chunk if the same layer is strongest throughout it, and else more.
     """
     L, n, C, F = document.features.shape
     whole = n // factor
@@ -49,7 +59,7 @@ def rechunked(document: "Document", factor: int) -> "Document":
     row = torch.repeat_interleave(torch.arange(rows), document.indptr.long().diff())
     joined = mass.shape[1]
     key = (row * n_voters + document.voters.long()) * joined + document.indices.long() // factor
-    unique, where = key.unique(return_inverse=True)
+    unique, where = torch.unique(key, return_inverse=True)
     values = torch.zeros(len(unique)).index_add_(0, where, document.values.float())
     counts = torch.bincount(unique // (joined * n_voters), minlength=rows)
     return replace(

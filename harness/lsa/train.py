@@ -74,8 +74,12 @@ def train(
             log.write(json.dumps(fields) + "\n")
             log.flush()
 
-        if config.warm_start:
-            say(warm_start=fits, held_out=measure(indexer, held_out, config))
+        worth = worth_of(config)
+        if config.warm_start or config.keep == "recall":
+            before = measure(indexer, held_out, config)
+            worth(before)  # what cannot be told is told before an epoch is spent on it
+            if config.warm_start:
+                say(warm_start=fits, held_out=before)
         say(collections=[c.id for c in collections], documents=len(training), held_out=len(held_out),
             weights=sum(p.numel() for p in indexer.parameters()), config=asdict(config))  # fmt: skip
         best = fit(
@@ -86,7 +90,7 @@ def train(
             measure=lambda: measure(indexer, held_out, config),
             save=lambda target: save_indexer(indexer, target),
             text=lambda epoch, fields, since_s: epoch_text(epoch, config.epochs, fields, since_s=since_s),
-            worth=worth_of(config),
+            worth=worth,
             folder=folder,
             say=say,
             note=note,
@@ -108,16 +112,24 @@ def train(
 
 def worth_of(config: TrainConfig) -> Callable[[dict[str, Any]], float]:
     """Return what an epoch is worth by its held-out measures."""
-    if config.keep == "recall":
-        return lambda measures: float(measures["refresh_recall_at_tenth"] or 0.0)
-    return lambda measures: -float(measures["held_out_loss"])
+
+    def recall(measures: dict[str, Any]) -> float:
+        found = measures["refresh_recall_at_tenth"]
+        if found is None:
+            raise UsageError(
+                "No held-out refresh needs a chunk, so keep=recall has nothing to choose an epoch by; use keep=loss, "
+                "or collect longer prompts."
+            )
+        return float(found)
+
+    return recall if config.keep == "recall" else lambda measures: -float(measures["held_out_loss"])
 
 
 def check_fit(config: TrainConfig, collections: Sequence[Collection], note: Callable[[str], None]) -> None:
     """Check options against what was collected.
 
     Raises:
-        UsageError: the encoder or the lookback needs more than is stored.
+        UsageError: the encoder, the segments or the lookback need other than what is stored.
     """
     info = collections[0].info
     needed = None if config.encoder is None else ENCODER_FEATURES[config.encoder]

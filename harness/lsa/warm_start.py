@@ -8,7 +8,7 @@ paper starts from there, too: its keys are the native indexer's, frozen. Here
 - it is cut to the indexer's rank where that costs least on the states seen (their principal directions);
 - keys and queries are projected to the indexer's key size by the best bilinear approximation of their product (a
   truncated SVD of C_q^1/2 C_k^1/2, C the second moments), keys centred: what all keys have in common tells nothing;
-- every head is scaled to unit variance over the keys, and the bias set so that few chunks pass.
+- every head is scaled to unit variance over the keys, and the bias set so that few chunks pass, lending included.
 
 Shapes: M hidden size, Q query heads, D head size, H KV heads, F = H * D, I indexer heads, E key size, R rank.
 """
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvscope.harness.lsa.objective import Place, TrainConfig, example, row_logits
+from kvscope.harness.lsa.objective import Place, TrainConfig, example, own_logits
 from kvscope.harness.lsa.shards import CollectionInfo, Document
 from kvscope.methods.lsa.indexer import Indexer, LayerIndexer
 
@@ -211,19 +211,20 @@ def start_layer(layer: LayerIndexer, sums: Moments, *, query_heads: int, head_di
 
 @torch.no_grad()
 def set_bias(indexer: Indexer, places: Sequence[Place], config: TrainConfig) -> None:
-    """Scale the logits to unit spread and shift them so that one candidate in twenty passes."""
+    """Scale the logits of segments to unit spread and shift them so that one candidate chunk in twenty passes."""
     found = []
     for place in places:
         loaded = example(place, config)
         if loaded is not None:
             chunks = torch.arange(loaded.first, loaded.last)
             rows = loaded.document.refresh_rows(config.tau)
-            found.append(row_logits(indexer, loaded, rows, config.lookback, chunks=chunks).flatten().float().cpu())
+            found.append(own_logits(indexer, loaded, rows, config.lookback, chunks=chunks).float())
     if not found:
         return
-    logits = torch.cat(found)
-    scale = float(logits.std().clamp_min(1e-6))
-    cut = float(torch.quantile(logits[:1_000_000], 1 - PASS_SHARE)) / scale
+    scale = float(torch.cat([logits.flatten() for logits in found]).std().clamp_min(1e-6))
+    # What lending costs is in scaled units from the start, so it is told after scaling how many pass.
+    scores = torch.cat([indexer.chunk_scores(logits / scale).flatten() for logits in found]).cpu()
+    cut = float(torch.quantile(scores[:1_000_000], 1 - PASS_SHARE))
     for name in indexer.config.layers:
         layer = indexer.layer(name)
         layer.query.weights.weight.div_(scale)

@@ -1,6 +1,7 @@
-"""What the shared prefill leaves behind for the indexer: one key a chunk, and the last hidden states.
+"""What the shared prefill leaves behind for the indexer: one key a chunk or segment, and the last hidden states.
 
-Shapes: S tokens of a prefill chunk, C tokens a chunk, n chunks, H KV heads, D head size, F = H * D, M hidden size.
+Shapes: S tokens of a prefill chunk, C tokens that share a key (a chunk, or a segment of one), n of these, H KV
+heads, D head size, F = H * D, M hidden size.
 """
 
 from collections.abc import Callable

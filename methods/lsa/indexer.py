@@ -7,7 +7,8 @@ is monotonic, so selection works on logits. Over several indexed layers the scor
 
 One key does not tell what 64 tokens of prose hold. ``segment_tokens`` cuts a chunk into segments with a key each; a
 chunk's score is that of its best segment. And what an answer copies often runs on from the segment that its question
-matches into the next ones: ``neighbours`` lets a segment lend its score, less a learned amount, to those around it.
+matches into the next ones: ``neighbours`` lets a segment lend its score to those around it, at a learned price for each
+distance. Lending comes last: after the maximum over states and layers, and before that over a chunk's segments.
 
 Shapes: X queries, L indexed layers, M hidden size, R rank, I indexer heads, E key size, n segments, C tokens a segment,
 F features a token (KV heads x head size: one layer's keys).
@@ -27,7 +28,7 @@ Features = Literal["stats", "tokens"]
 EncoderKind = Literal["mean", "stats", "pooled"]
 ENCODER_FEATURES: dict[str, Features] = {"mean": "stats", "stats": "stats", "pooled": "tokens"}
 _POOLS = 4
-_LENT = -1.0  # added to a score that is lent, before training
+_LENT = -1.0  # added to a score that is lent, before training: a logit of warm-started weights has unit spread
 _BLOCK_PRODUCTS = 2**25
 
 
@@ -51,8 +52,8 @@ class IndexerConfig:
         lookback_tokens: hidden states scored at a refresh, the last ones; a chunk's score is the maximum. The paper
             uses one.
         segment_tokens: tokens that share a key, a part of ``chunk_tokens``; None: the whole chunk, as in the paper.
-        neighbours: segments on either side that one lends its score to; 0 in the paper, whose chunks are entries that
-            the model itself compressed from overlapping windows.
+        neighbours: segments on either side that one lends its score to, over the borders of chunks as well; 0 in the
+            paper, whose chunks are entries that the model itself compressed from overlapping windows.
         kept_fraction: share of the candidate chunks it kept on held-out documents at threshold 0.5; None if unknown.
         trained: how it was trained, for the record.
     """
@@ -101,10 +102,12 @@ class IndexerConfig:
         return len(self.layers) * self.segments_per_chunk * (self.key_dim + SCALE_BYTES)
 
     def scoring_flops(self, n_chunks: int) -> int:
-        """FLOPs of one refresh over ``n_chunks`` (a MAC is two)."""
+        """FLOPs of one refresh over ``n_chunks`` (a MAC is two), relu and maxima left out as everywhere."""
         per_query = self.hidden_size * (self.rank + self.heads) + self.rank * self.heads * self.key_dim
-        per_chunk = self.segments_per_chunk * self.heads * (self.key_dim + 1)
-        return 2 * len(self.layers) * self.lookback_tokens * (per_query + per_chunk * n_chunks)
+        per_segment = self.heads * (self.key_dim + 1)
+        n_segments = self.segments_per_chunk * n_chunks
+        lending = 2 * self.neighbours * n_segments  # an addition each, once for all layers and states
+        return 2 * len(self.layers) * self.lookback_tokens * (per_query + per_segment * n_segments) + lending
 
 
 def default_sizes(hidden_size: int) -> tuple[int, int, int]:
@@ -119,7 +122,7 @@ def default_sizes(hidden_size: int) -> tuple[int, int, int]:
 
 
 def chunk_features(k_nCF: torch.Tensor, kind: Features) -> torch.Tensor:
-    """Return what the memory side reads of each chunk: [n, 3, F] (mean, maximum, minimum) or the keys [n, C, F]."""
+    """Return what the memory side reads of each segment: [n, 3, F] (mean, maximum, minimum) or the keys [n, C, F]."""
     if kind == "tokens":
         return k_nCF
     k = k_nCF.float()
@@ -127,7 +130,7 @@ def chunk_features(k_nCF: torch.Tensor, kind: Features) -> torch.Tensor:
 
 
 class MemoryEncoder(nn.Module):
-    """One key a chunk from the features of its keys. Every kind has a part that is linear in the keys (``out``)."""
+    """One key a segment from the features of its keys. Every kind has a part that is linear in the keys (``out``)."""
 
     def __init__(self, kind: EncoderKind, *, features: int, width: int, key_dim: int) -> None:
         super().__init__()
@@ -186,7 +189,7 @@ class LayerIndexer(nn.Module):
         self.bias = nn.Parameter(torch.zeros(()))
 
     def logits(self, hidden_XM: torch.Tensor, k_nE: torch.Tensor) -> torch.Tensor:
-        """Return the score of every chunk for every query before the sigmoid, [X, n] in fp32."""
+        """Return the score of every segment for every query before the sigmoid, [X, n] in fp32."""
         q_XIE, w_XI = self.query(hidden_XM)
         X, n_heads, E = q_XIE.shape
         block = max(1, _BLOCK_PRODUCTS // (X * n_heads))
@@ -233,21 +236,22 @@ class Indexer(nn.Module):
         return torch.stack(per_layer).amax(0)
 
     def chunk_scores(self, logits_Xn: torch.Tensor) -> torch.Tensor:
-        """Return the scores of chunks from those of their segments, neighbours' included, [X, chunks].
+        """Return the scores of chunks from those of their segments, [X, chunks].
+
+        score(chunk) = max over its segments s of max(logit(s), max over 0 < |d| <= neighbours of logit(s + d) + lent_d)
 
         Args:
             logits_Xn: of whole chunks that follow each other. Nothing is lent across the ends; a segment that is not to
                 lend has minus infinity.
         """
         reach, per_chunk = self.config.neighbours, self.config.segments_per_chunk
-        best = logits_Xn
+        best, n = logits_Xn, logits_Xn.shape[1]
         if reach:
             padded = nn.functional.pad(logits_Xn, (reach, reach), value=-torch.inf)
-            n = logits_Xn.shape[1]
             offsets = [offset for offset in range(-reach, reach + 1) if offset]
             for lent, offset in zip(self.lent, offsets, strict=True):
                 best = torch.maximum(best, padded[:, reach + offset : reach + offset + n] + lent)
-        return best if per_chunk == 1 else best.unflatten(1, (-1, per_chunk)).amax(2)
+        return best if per_chunk == 1 else best.reshape(len(best), n // per_chunk, per_chunk).amax(2)
 
     @property
     def weight_bytes(self) -> int:

@@ -131,9 +131,7 @@ class Lsa(CacheMethod[LsaConfig]):
     stays = "chunks an indexer predicts to be needed in the next tau steps, sinks, the last tokens, every decoded token"
     saves = "bytes and reads follow what is needed; the rest waits in host memory and is recalled when predicted"
     source = "Lookahead Sparse Attention (FlashMemory-DeepSeek-V4), arXiv 2606.09079"
-    cost = (
-        "resident = read = S + R + chosen chunks * C + decoded tokens a layer; (E + 4) bytes a chunk and indexed layer"
-    )
+    cost = "resident = read = S + R + chosen chunks * C + decoded tokens a layer; (E + 4) bytes a key and indexed layer"
     saving_kind = "offloaded"
     budget_sets_window = False
     Config = LsaConfig
@@ -227,7 +225,7 @@ class Lsa(CacheMethod[LsaConfig]):
 
     @torch.inference_mode()
     def _encode(self, layer: int, k_nCF: torch.Tensor) -> torch.Tensor:
-        """Encode chunks of keys as packed fp8, for the collectors."""
+        """Encode segments of keys as packed fp8, for the collectors."""
         indexer = self._source.module(k_nCF.device)
         features = chunk_features(k_nCF, ENCODER_FEATURES[indexer.config.encoder])
         return pack(*quantize(indexer.layer(layer).memory(features)))

@@ -1,6 +1,7 @@
 """What chooses the chunks: the rule (threshold or budget), and the sources of scores it is applied to.
 
-Shapes: L indexed layers, M hidden size, W hidden states scored at once, n candidate chunks, E key size, Q query heads.
+Shapes: L indexed layers, M hidden size, W hidden states scored at once, n candidate chunks, s their segments (as many
+unless the indexer cuts chunks), E key size, Q query heads.
 """
 
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kvscope.methods.base import tensor_bytes
 from kvscope.methods.fp8_keys import dequantize, unpack
 from kvscope.methods.kernels.dispatch import unsupported_scores
 from kvscope.methods.kernels.select.reference import fill_selection
@@ -133,8 +135,8 @@ class IndexerSelector(Selector):
         first, last = (bound * config.segments_per_chunk for bound in (layout.first, layout.last))
         packed = [prompt.metadata[keys_name][layer][first:last] for layer in config.layers]
         pairs = [unpack(p) for p in packed]
-        self._keys_LnE = torch.stack([keys for keys, _ in pairs]).to(device)
-        self._scale_Ln = torch.stack([scale for _, scale in pairs]).to(device)
+        self._keys_LsE = torch.stack([keys for keys, _ in pairs]).to(device)
+        self._scale_Ls = torch.stack([scale for _, scale in pairs]).to(device)
         width = config.lookback_tokens
         states = torch.stack([_first_states(prompt, layer, width, states_name) for layer in config.layers], 1)
         self._states_WLM = states.to(device, copy=True)
@@ -144,7 +146,7 @@ class IndexerSelector(Selector):
         self.kernel_reasons = unsupported_scores(device, key_dim=config.key_dim, n_heads=config.heads)
         self._threshold: torch.Tensor | None = None
         self.n_chosen = rule.n_chunks
-        self.metadata_bytes = metadata_bytes(config, layout.n_candidates, element_bytes=states.element_size())
+        self.metadata_bytes = tensor_bytes((self._keys_LsE, self._scale_Ls, self._states_WLM, self._incoming_LM))
         self.refresh_bytes = refresh_bytes(config, layout.n_candidates)
         self.refresh_flops = config.scoring_flops(layout.n_candidates)
 
@@ -164,12 +166,12 @@ class IndexerSelector(Selector):
     def logits(self) -> torch.Tensor:
         """Return the scores of all candidates: a row for each layer and state [R, n] or their maximum [1, n], fp32."""
         if not self.kernel_reasons:
-            logits_Rn = self._kernel_logits()
+            logits_Rs = self._kernel_logits()
             config = self._indexer.config
             if not config.neighbours and config.segments_per_chunk == 1:
-                return logits_Rn
-            return self._indexer.chunk_scores(logits_Rn.amax(0, keepdim=True)).contiguous()
-        keys = [dequantize(keys, scale) for keys, scale in zip(self._keys_LnE, self._scale_Ln, strict=True)]
+                return logits_Rs
+            return self._indexer.chunk_scores(logits_Rs.amax(0, keepdim=True)).contiguous()
+        keys = [dequantize(keys, scale) for keys, scale in zip(self._keys_LsE, self._scale_Ls, strict=True)]
         return self._indexer.chunk_scores(self._indexer.logits(self._states_WLM, keys).amax(0, keepdim=True))
 
     def _kernel_logits(self) -> torch.Tensor:
@@ -179,15 +181,15 @@ class IndexerSelector(Selector):
         encoded = [layer.query(self._states_WLM[:, row]) for row, layer in enumerate(layers)]
         # Queries in fp16 and keys widened, exactly: rounding queries to fp8 would choose other chunks than the torch
         # path does, and reading the keys takes as long either way.
-        logits_LWn = indexer_score(
+        logits_LWs = indexer_score(
             torch.stack([q for q, _ in encoded]),
             torch.stack([weight for _, weight in encoded]),
             torch.stack([layer.bias for layer in layers]),
-            self._keys_LnE,
-            self._scale_Ln,
+            self._keys_LsE,
+            self._scale_Ls,
             query_precision="fp16",
         )
-        return logits_LWn.flatten(0, 1)
+        return logits_LWs.flatten(0, 1)
 
     def choose(self) -> torch.Tensor:
         logits_Rn = self.logits()
@@ -219,7 +221,7 @@ class IndexerSelector(Selector):
         select(logits_Rn, self._threshold, out)
 
     def close(self) -> None:
-        self._keys_LnE = self._scale_Ln = self._states_WLM = self._incoming_LM = torch.empty(0)
+        self._keys_LsE = self._scale_Ls = self._states_WLM = self._incoming_LM = torch.empty(0)
         self._threshold = None
 
 
@@ -263,10 +265,12 @@ def metadata_bytes(config: IndexerConfig, n_candidates: int, *, element_bytes: i
 
 
 def refresh_bytes(config: IndexerConfig, n_candidates: int) -> int:
-    """Return the bytes one refresh reads: every key with its scale, and the weights of the query side."""
+    """Return the bytes one refresh reads: every key with its scale, the weights of the query side, and what lending
+    costs."""
     heads, rank, width = config.heads, config.rank, config.hidden_size
     query_weights = width + width * rank + rank + rank * heads * config.key_dim + (width + 1) * heads + 1
-    return n_candidates * config.chunk_key_bytes + len(config.layers) * 4 * query_weights
+    weights = len(config.layers) * query_weights + 2 * config.neighbours
+    return n_candidates * config.chunk_key_bytes + 4 * weights
 
 
 def _first_states(prompt: PromptKV, layer: int, width: int, states_name: str | None) -> torch.Tensor:

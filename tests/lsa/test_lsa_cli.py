@@ -119,3 +119,76 @@ def test_layers_are_numbers(capsys):
     command = ["lsa", "train", "--data", "x", "--out", "y", "--layers", "3,b"]
     assert cli.run_cli(command) == 2
     assert "--layers '3,b' is not a list of layers" in capsys.readouterr().err
+
+
+def test_one_collection_serves_an_indexer_of_larger_chunks(indexer, tiny_model, tmp_path, capsys):
+    """Collected in chunks of 16; trained, evaluated, run and gated in chunks of 64 of four keys."""
+    larger = tmp_path / "larger"
+    command = ["lsa", "train", "--data", str(indexer / "train"), "--out", str(larger), "--epochs", "2", "--tau", "8",
+               "--chunk-tokens", "64", "--segment-tokens", "16", "--neighbours", "2", "--keep", "recall",
+               "--recency-tokens", "64", "--device", "cpu", "-q"]  # fmt: skip
+    assert cli.run_cli(command) == 0
+    assert "refresh_recall_at_tenth" in capsys.readouterr().out
+    values = json.loads((larger / "config.json").read_text())
+    assert (values["chunk_tokens"], values["segment_tokens"], values["neighbours"]) == (64, 16, 2)
+    assert (values["trained"]["options"]["keep"], values["trained"]["options"]["chunk_tokens"]) == ("recall", 64)
+    evaluated = ["lsa", "eval", "--data", str(indexer / "test"), "--indexer", str(larger), "--device", "cpu"]
+    assert cli.run_cli([*evaluated, "--out", str(tmp_path / "tables"), "-q"]) == 0
+    assert json.loads((tmp_path / "tables" / "recall.json").read_text())["about"]["chunk_tokens"] == 64
+    command = ["run", "--model", tiny_model, "-m", "dense", "-m",
+               f"lsa:indexer={larger},tau=2,recency_tokens=64,budget_fraction=0.7", "--task", "niah_single_1", "-l",
+               "512", "-n", "1", "--max-new-tokens", "5", "--no-footprint", "--device", "cpu", "--out",
+               str(tmp_path / "run"), "-q"]  # fmt: skip
+    assert cli.run_cli(command) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    (row,) = [row for row in rows if row["method"] == "lsa"]
+    assert row["config"]["chunk_tokens"] == 64
+    assert row["residency"]["indexer"].startswith("larger@")
+    assert len(set(row["residency"]["resident_tokens"])) == 1
+    gated = ["lsa", "eval", "--data", str(indexer / "test"), "--gate", "--model", tiny_model, "--chunk-tokens"]
+    assert cli.run_cli([*gated, "64", "-n", "1", "-q"]) in (0, 1)
+    assert "kept_fraction" in capsys.readouterr().out
+    assert cli.run_cli([*gated, "24", "-q"]) == 2
+    assert "chunk_tokens is 24, and the collection's chunks of 16 tokens do not make such ones" in _said(capsys)
+    assert cli.run_cli([*evaluated, "--out", str(tmp_path / "tables"), "--chunk-tokens", "64"]) == 2
+    assert "--chunk-tokens belongs to --gate" in _said(capsys)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--segment-tokens", "5"], "segment_tokens is 5: it must divide the chunk of 16 tokens"),
+        (["--segment-tokens", "0"], "segment_tokens must be 1 or more, got 0"),
+        (["--neighbours", "-1"], "neighbours must be 0 or more, got -1"),
+        (["--keep", "best"], "keep must be loss or recall, got 'best'"),
+        (["--chunk-tokens", "40"], "chunks of 16 tokens do not make such ones"),
+    ],
+)
+def test_training_options_are_refused_in_one_sentence(indexer, tmp_path, capsys, options, message):
+    command = [
+        "lsa",
+        "train",
+        "--data",
+        str(indexer / "train"),
+        "--out",
+        str(tmp_path / "out"),
+        "--device",
+        "cpu",
+        "-q",
+    ]
+    assert cli.run_cli([*command, *options]) == 2
+    assert message in _said(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_names_the_options(capsys):
+    assert cli.run_cli(["lsa", "train", "--help"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for word in ("--segment-tokens", "--neighbours", "--keep", "--chunk-tokens", "loss (lowest held-out)"):
+        assert word in said
+    assert cli.run_cli(["lsa", "eval", "--help"]) == 0
+    assert "--chunk-tokens" in capsys.readouterr().out
+
+
+def _said(capsys):
+    return " ".join(capsys.readouterr().err.split())

@@ -61,7 +61,7 @@ def test_the_table_is_what_counting_by_hand_gives(trained, tmp_path):
     row = find(rows, "indexer", "fraction", 0.3)
     assert row["recall"] == pytest.approx(recall / n, abs=1e-4)
     assert row["kept_fraction"] == pytest.approx(kept / n, abs=1e-4)
-    key_bytes, state_bytes = 31 * 2 * (12 + 4), 2 * 24 * 4
+    key_bytes, state_bytes = 31 * 2 * (12 + 4), 2 * 2 * 24 * 4  # states scored with, and the running step's
     assert row["kept_bytes_fraction"] == pytest.approx(kept / n + (key_bytes + state_bytes) / (640 * 96), abs=1e-4)
     assert row["refreshes"] == row["refreshes_needing"] == n == 120
     assert find(rows, "indexer", "threshold", 0.5)["recall"] == pytest.approx(by_threshold / n, abs=1e-4)

@@ -38,10 +38,14 @@ def test_evicting_equals_masking_on_the_gpu(family, chunk_tokens, refresh):
     assert (evicted - dense).abs().max() > 1e-3
 
 
-def test_the_gpu_chooses_what_the_cpu_chooses(tmp_path):
+CUT = {"chunk_tokens": 12, "segment_tokens": 4, "neighbours": 2, "key_dim": 16}
+
+
+@pytest.mark.parametrize("shape", [{}, CUT])
+def test_the_gpu_chooses_what_the_cpu_chooses(tmp_path, shape):
     cpu = wrap_model(build_stock("smollm3"), None, name="smollm3", page_tokens=16)
     gpu = gpu_model("smollm3")
-    folder = random_indexer(tmp_path / "indexer", cpu.shape, lookback_tokens=4)
+    folder = random_indexer(tmp_path / "indexer", cpu.shape, lookback_tokens=4, **shape)
     chosen = []
     for loaded in (cpu, gpu):
         method = create_method({"name": "lsa", "indexer": str(folder), "budget_fraction": 0.5, "recency_tokens": 20})
@@ -50,6 +54,30 @@ def test_the_gpu_chooses_what_the_cpu_chooses(tmp_path):
         chosen.append(sorted(next(iter(sequence._pools.values())).ids.tolist()))
         sequence.close()
     assert len(set(chosen[0]) ^ set(chosen[1])) <= 2, "rounding may swap a pair at the edge of the budget"
+
+
+@pytest.mark.parametrize("rule", [{"budget_fraction": 0.5}, {"threshold": 0.5}])
+@pytest.mark.parametrize("refresh", ["sync", "stale1"])
+def test_captured_steps_with_segments_and_neighbours(tmp_path, refresh, rule):
+    """Evicting and masking as it is launched, and replayed with the resident set changing between replays."""
+    loaded = gpu_model("llama")
+    folder = random_indexer(tmp_path / "indexer", loaded.shape, lookback_tokens=3, **CUT)
+    method = create_method(
+        {"name": "lsa", "indexer": str(folder), "tau": 3, "recency_tokens": 20, "refresh": refresh, **rule}
+    )
+    prompt = prefilled(loaded, prompt_ids(303), method, chunk_tokens=64)
+    tokens = prompt_ids(20, seed=8)
+    eager, record, footprint = run_steps(loaded, method, prompt, tokens)
+    masked, masked_record, _ = run_steps(loaded, method, prompt, tokens, physical=False)
+    torch.testing.assert_close(eager, masked, atol=1e-5, rtol=0)
+    assert record == masked_record
+    with DecodeSession(loaded, method, prompt, reserve_tokens=len(tokens), decode_graph="on") as session:
+        replayed = torch.stack([session.step(token) for token in tokens])
+        assert session.step_backend == "cuda graph"
+        assert "indexer_score" in " ".join(session.sequence._selector.backends())
+        assert session.sequence.residency() == record
+        assert session.sequence.footprint().bytes_read_per_step == footprint.bytes_read_per_step
+    torch.testing.assert_close(replayed, eager, atol=1e-3, rtol=0)
 
 
 def test_copies_behind_the_decode_arrive_whole():

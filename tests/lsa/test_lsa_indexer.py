@@ -207,6 +207,9 @@ def test_another_tau_is_allowed_and_on_the_record(tmp_path):
         (lambda folder: _edit(folder, novel=1), "unknown keys novel"),
         (lambda folder: _edit(folder, tau=0), "tau must be positive"),
         (lambda folder: _edit(folder, rank=9), "does not fit its config.json"),
+        (lambda folder: _edit(folder, segment_tokens=5), "segment_tokens must divide 16, got 5"),
+        (lambda folder: _edit(folder, neighbours=-1), "neighbours must be 0 or more, got -1"),
+        (lambda folder: _edit(folder, neighbours=2), "does not fit its config.json"),
         (lambda folder: (folder / "indexer.safetensors").unlink(), "cannot be read"),
         (lambda folder: _truncate(folder / "indexer.safetensors"), "cannot be read"),
     ],
@@ -280,20 +283,27 @@ def test_bad_options_get_one_clear_sentence(options, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("rule", [{"budget_fraction": 0.5}, {"threshold": 0.51}])
-def test_the_kernels_choose_what_torch_chooses(tmp_path, rule):
+CUT = {"segment_tokens": 2, "neighbours": 3}
+
+
+@pytest.mark.parametrize("cut", [{}, {"segment_tokens": 1}, {"neighbours": 2}, CUT])
+@pytest.mark.parametrize("rule", [{"budget_fraction": 0.5}, {"threshold": 0.5}])
+def test_the_kernels_choose_what_torch_chooses(tmp_path, rule, cut):
     """The kernel in Triton's interpreter here, on a GPU as it is."""
     loaded = loaded_model("smollm3")
-    folder = random_indexer(tmp_path / "indexer", loaded.shape, chunk_tokens=4, key_dim=16, lookback_tokens=3)
+    folder = random_indexer(tmp_path / "indexer", loaded.shape, chunk_tokens=4, key_dim=16, lookback_tokens=3, **cut)
     method = create_method({"name": "lsa", "indexer": str(folder), "recency_tokens": 20, **rule})
-    prompt = prefilled(loaded, prompt_ids(400), method, chunk_tokens=64)
+    prompt = prefilled(loaded, prompt_ids(402), method, chunk_tokens=64)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     selector = method.open(prompt, device)._selector
     selector.kernel_reasons = ["not here"]
+    if "threshold" in rule:  # scores of random weights have no middle of their own
+        _shift_to_the_median(selector)
     logits_n, chosen = selector.logits().amax(0), selector.choose()
     selector.kernel_reasons = []
     kernel_logits_Rn = selector.logits()
-    assert kernel_logits_Rn.shape == (3 * len(loaded.shape.layers), len(logits_n))
+    assert kernel_logits_Rn.is_contiguous()
+    assert kernel_logits_Rn.shape == (1 if cut else 3 * len(loaded.shape.layers), method.layout(402).n_candidates)
     spread = float(logits_n.std())
     torch.testing.assert_close(kernel_logits_Rn.amax(0), logits_n, atol=2e-3 * spread, rtol=1e-3)
     by_kernel = selector.choose()
@@ -303,3 +313,10 @@ def test_the_kernels_choose_what_torch_chooses(tmp_path, rule):
     assert selector.choose_into(out) == len(by_kernel)
     assert out.chunks_K[: int(out.n)].tolist() == by_kernel.tolist()
     assert out.wanted_n.nonzero()[:, 0].tolist() == by_kernel.tolist()
+
+
+def _shift_to_the_median(selector):
+    with torch.inference_mode():
+        shift = selector.logits().amax(0).median()
+        for layer in selector._layers:
+            selector._indexer.layer(layer).bias.sub_(shift)
