@@ -137,7 +137,8 @@ def _segments(piece: Piece) -> list[_Segment]:
     parts = info.parts or (RunPart(tasks=info.tasks, lengths_tokens=info.lengths_tokens, samples=info.samples),)
     segments, left = [], list(piece.rows.samples)
     for part in parts:
-        mine, others = [], []
+        mine: list[SampleRow] = []
+        others: list[SampleRow] = []
         for row in left:
             (mine if part.holds(row.task, row.length_tokens, row.seed) else others).append(row)
         left = others

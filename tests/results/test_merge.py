@@ -112,7 +112,7 @@ def test_the_same_prompts_are_refused() -> None:
         merge_pieces([piece(0, name="a", lengths=(ONE,)), piece(0, name="b")])
     other_seed = with_info(piece(0, name="renamed"), seed=5)
     relabelled = [row.model_copy(update={"seed": 5}) for row in other_seed.rows.samples]
-    with pytest.raises(UsageError, match="renamed holds a prompt of .* twice"):
+    with pytest.raises(UsageError, match=r"renamed holds a prompt of .* twice"):
         merge_pieces([piece(0), Piece(name="renamed", info=other_seed.info, rows=Rows(samples=relabelled))])
 
 

@@ -178,7 +178,7 @@ def test_the_committed_cells_hold_what_their_record_says() -> None:
         }
         assert counts == {cell: n for cell, n in asked.items() if n}
         for part in info.parts:
-            assert part.commit and part.environment and part.command and part.seeds
+            assert all((part.commit, part.environment, part.command, part.seeds))
             for length in part.lengths_tokens:
                 least = 200 if length <= 131_072 else 50
                 assert part.samples >= least or f"{part.samples} prompts a cell" in (part.fewer or "")
