@@ -8,6 +8,9 @@
 A piece is one ``kvscope run`` of a cell under one seed, in a folder of its own: it resumes by itself, so a limit or a
 kill loses at most the row that was being measured. What each took is noted as it ends. Pieces of accuracy may share the
 GPU (``--jobs``: a small model alone leaves most of it idle); those of memory and time run alone.
+
+Parts that the cell list marks ``carried`` are not measured: ``pack`` takes their rows, and the record of what measured
+them, from what was packed before.
 """
 
 import argparse
@@ -20,91 +23,18 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
+from reference_cells import CELLS_FILE, USED_FILE, Cell, is_done, read_cells, used_minutes
+from reference_pack import pack_cells
 
-from kvscope.harness.config import RunConfig, make_config
+from kvscope.harness.config import RunConfig
 from kvscope.harness.footprint import worker_environment
 from kvscope.results.errors import KvscopeError, UsageError
-from kvscope.results.packed import merge_pieces, write_packed
-from kvscope.results.store import RUN_FILE, RunStore
 
-CELLS_FILE = Path(__file__).parent / "reference_cells.yaml"
-MAX_PACKED_BYTES = 5_000_000
-USED_FILE = "used.jsonl"
 #: A piece is not begun with less time than this left: its process would hardly come to measure anything.
 LEAST_PIECE_S = 30.0
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run folder of the result, and the pieces it is measured in.
-
-    Attributes:
-        seeds: pieces of each part.
-        parts: what each part asks for in place of ``run``'s keys, and, under ``seeds``, its own number of pieces: long
-            prompts get fewer than short ones, and one table. A part with fewer than 200 prompts a cell (50 past 128K)
-            says why under ``fewer``.
-    """
-
-    name: str
-    planned_gpu_minutes: float
-    seeds: int
-    run: dict[str, Any]
-    parts: Sequence[dict[str, Any]] = ({},)
-
-    def n_seeds(self, part: dict[str, Any]) -> int:
-        """Return the pieces of a part."""
-        return int(part.get("seeds", self.seeds))
-
-    def prompts(self) -> list[int]:
-        """Return how many prompts a (task, length) of each part has."""
-        first = [config for name, config in self.pieces() if name.endswith("seed-0")]
-        return [self.n_seeds(part) * config.samples for part, config in zip(self.parts, first, strict=True)]
-
-    def pieces(self) -> list[tuple[str, RunConfig]]:
-        """Return the name and the checked configuration of every piece."""
-        found = []
-        for i, part in enumerate(self.parts):
-            values = {**self.run, **{key: value for key, value in part.items() if key not in ("seeds", "fewer")}}
-            for seed in range(self.n_seeds(part)):
-                name = f"seed-{seed}" if len(self.parts) == 1 else f"part-{i}-seed-{seed}"
-                found.append((name, make_config({**values, "seed": seed}, source=f"cell {self.name}")))
-        return found
-
-
-def read_cells(path: Path, only: Sequence[str] = ()) -> list[Cell]:
-    """Read the cell list.
-
-    Raises:
-        UsageError: it is missing or malformed, or a name in ``only`` is not in it.
-    """
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))["cells"]
-        cells = [Cell(**item) for item in found]
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} is not a list of cells: {error}.") from error
-    unknown = sorted(set(only) - {cell.name for cell in cells})
-    if unknown:
-        raise UsageError(f"There is no cell {unknown[0]!r} in {path.name}: {', '.join(cell.name for cell in cells)}.")
-    return [cell for cell in cells if not only or cell.name in only]
-
-
-def is_done(folder: Path, config: RunConfig) -> bool:
-    """Whether a piece has every row it asks for, measured or not."""
-    if not (folder / RUN_FILE).exists():
-        return False
-    store = RunStore.open(folder)
-    if config.find_max:
-        return len(store.max_contexts()) == len(config.methods)
-    if config.throughput:
-        return len(store.throughputs()) == len(config.methods) * len(config.lengths_tokens)
-    samples = len(config.tasks) * len(config.lengths_tokens) * config.samples * len(config.methods)
-    footprints = len(config.footprint_cells_tokens) * len(config.methods)
-    return len(store.samples()) == samples and len(store.footprints()) == footprints
 
 
 def is_shared(config: RunConfig) -> bool:
@@ -143,13 +73,6 @@ def run_piece(
         raise UsageError(
             f"{folder.parent.name}/{folder.name} ended with {done.returncode}: {done.stderr.strip()[-600:]}"
         )
-
-
-def used_minutes(work: Path, cell: Cell) -> float:
-    """Return the minutes of the GPU that a cell took so far; processes that shared it count for their part."""
-    path = work / cell.name / USED_FILE
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return round(sum(json.loads(line)["seconds"] for line in lines) / 60, 2)
 
 
 def run_cells(cells: Sequence[Cell], work: Path, *, limit_s: float | None, jobs: int, gpus: int = 1) -> bool:
@@ -199,53 +122,18 @@ def run_cells(cells: Sequence[Cell], work: Path, *, limit_s: float | None, jobs:
     return all(states)
 
 
-def pack_cells(cells: Sequence[Cell], work: Path, out: Path) -> list[str]:
-    """Pack every cell whose pieces are all done; return the names of those that are not.
-
-    Raises:
-        UsageError: the packed files are larger than may be committed.
-    """
-    missing, summary = [], []
-    for cell in cells:
-        pieces = [(work / cell.name / name, config) for name, config in cell.pieces()]
-        if not all(is_done(folder, config) for folder, config in pieces):
-            missing.append(cell.name)
-            continue
-        stores = [RunStore.open(folder) for folder, _ in pieces]
-        info, rows = merge_pieces([(store.info, store.rows()) for store in stores])
-        write_packed(out / cell.name, info, rows)
-        summary.append(
-            {
-                "name": cell.name,
-                "planned_gpu_minutes": cell.planned_gpu_minutes,
-                "used_gpu_minutes": used_minutes(work, cell),
-                "pieces": len(pieces),
-                "fewer": [part["fewer"] for part in cell.parts if "fewer" in part],
-                "rows": sum(map(len, (rows.samples, rows.footprints, rows.max_contexts, rows.throughputs))),
-                "device": info.environment.get("gpu") or "CPU",
-            }
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "cells.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    size_bytes = sum(
-        path.stat().st_size for path in out.rglob("*") if path.is_file() and "report" not in path.relative_to(out).parts
-    )
-    print(f"{len(summary)} cells in {out}, {size_bytes:,} bytes")
-    if size_bytes > MAX_PACKED_BYTES:
-        raise UsageError(f"{out} takes {size_bytes:,} bytes, more than the {MAX_PACKED_BYTES:,} that are committed.")
-    return missing
-
-
 def plan_text(cells: Sequence[Cell], work: Path | None) -> str:
     """Return the cells with their pieces and minutes; every configuration is checked."""
     lines = []
     for cell in cells:
         pieces = cell.pieces()
-        config = pieces[0][1]
+        config = cell.config(cell.parts[0], cell.seeds_of(cell.parts[0])[0])
         counts = sorted(set(cell.prompts()))
         what = "find-max" if config.find_max else "throughput" if config.throughput else ""
         what = what or ("footprint" if config.unscored else f"accuracy, n = {' and '.join(map(str, counts))}")
-        used = "" if work is None else f", {used_minutes(work, cell)} used"
+        carried = sum("carried" in part for part in cell.parts)
+        used = f", {carried} of {len(cell.parts)} parts carried over" if carried else ""
+        used += "" if work is None else f", {used_minutes(work, cell)} used"
         lines.append(
             f"{cell.name:<34} {what:<18} {len(pieces)} piece(s), {len(config.methods)} methods, "
             f"{cell.planned_gpu_minutes} min planned{used}"
@@ -265,6 +153,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="pieces of accuracy that share the GPU")
     parser.add_argument("--gpus", type=int, default=1, help="GPUs that these pieces are dealt out over")
     parser.add_argument("--limit-s", type=float, default=None, help="stop after this time")
+    parser.add_argument(
+        "--unfinished",
+        default=None,
+        metavar="REASON",
+        help="pack pieces that are not done, too: prompts with a row of every method, and why the others lack",
+    )
     options = parser.parse_args(arguments)
     try:
         cells = read_cells(options.cells, options.cell)
@@ -281,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         if options.out is None:
             raise UsageError("Say where the packed results go: --out DIR.")
-        missing = pack_cells(cells, options.work, options.out)
+        missing = pack_cells(cells, options.work, options.out, unfinished=options.unfinished)
     except KvscopeError as error:
         print(error, file=sys.stderr)
         return error.exit_code

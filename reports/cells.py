@@ -7,6 +7,7 @@ import pandas as pd
 
 from kvscope.results.comparisons import SCORE_COLUMNS, baseline_label, cluster_names, pairs, pooled
 from kvscope.results.frames import Run, records
+from kvscope.results.schema import RunInfo
 from kvscope.results.statistics import mean_interval, paired_difference
 
 ALL_TASKS = "all tasks"
@@ -34,7 +35,7 @@ ACCURACY_COLUMNS = [
 
 
 def accuracy_cells(run: Run) -> pd.DataFrame:
-    """Accuracy per task (and pooled over tasks, `all tasks`), method and length, with 95 % intervals.
+    """Accuracy per task (and pooled over those of every length, `all tasks`), method and length, with 95 % intervals.
 
     Fractions in [0, 1]; differences are paired, method minus dense. Prompts without a score (out of memory, failed) are
     counted in `n_not_measured`, never scored as wrong; those of excluded question types in
@@ -42,18 +43,19 @@ def accuracy_cells(run: Run) -> pd.DataFrame:
     """
     info = run.info
     tasks = [ALL_TASKS, *info.tasks] if len(info.tasks) > 1 else list(info.tasks)
+    pool = pooled_tasks(info)
     baseline = baseline_label(info)
     samples = pooled(run.samples, info)[SCORE_COLUMNS]
     excluded = run.samples.loc[run.samples.index.difference(samples.index), SCORE_COLUMNS]
     cells: dict[tuple[str, str, int], dict[str, object]] = {}
     for method in info.methods:
-        mine = _by_cell(samples[samples["method_label"] == method.label])
-        left_out = _by_cell(excluded[excluded["method_label"] == method.label])
+        mine = _by_cell(pool, samples[samples["method_label"] == method.label])
+        left_out = _by_cell(pool, excluded[excluded["method_label"] == method.label])
         paired = baseline is not None and method.label != baseline
-        both = _by_cell(pairs(samples, method=method.label, baseline=str(baseline))) if paired else {}
+        both = _by_cell(pool, pairs(samples, method=method.label, baseline=str(baseline))) if paired else {}
         for task in tasks:
             for length in info.lengths_tokens:
-                asked = info.tasks if task == ALL_TASKS else (task,)
+                asked = pool if task == ALL_TASKS else (task,)
                 expected = sum(info.expected_samples(each, length) for each in asked)
                 rows, common = mine.get((task, length), []), both.get((task, length), [])
                 n_excluded = len(left_out.get((task, length), []))
@@ -76,11 +78,34 @@ def pooled_cells(run: Run, cells: pd.DataFrame) -> pd.DataFrame:
     return cells[cells["task"] == (tasks[0] if len(tasks) == 1 else ALL_TASKS)]
 
 
-def _by_cell(frame: pd.DataFrame) -> dict[tuple[str, int], list[dict[str, Any]]]:
-    """Rows by (task, length) and by (all tasks, length)."""
+def pooled_tasks(info: RunInfo) -> tuple[str, ...]:
+    """Return the tasks that are pooled: those asked for at every length, so that lengths differ in length alone.
+
+    In a run put together from parts a task may be at some lengths only. Where none is at every length, all are pooled.
+    """
+    pool = tuple(task for task in info.tasks if all(info.expected_samples(task, n) for n in info.lengths_tokens))
+    return pool or info.tasks
+
+
+def pool_notes(info: RunInfo) -> tuple[str, ...]:
+    """Return the sentence that says which tasks are not pooled, where there are such."""
+    pool = pooled_tasks(info)
+    if any(not info.expected_samples(task, length) for task in pool for length in info.lengths_tokens):
+        return ("No task was asked for at every length: pooled accuracies of two lengths are over different tasks.",)
+    left = [task for task in info.tasks if task not in pool]
+    if not left:
+        return ()
+    return (
+        f"Pooled over the tasks of every length ({', '.join(pool)}); asked for at some lengths only, and in no pooled "
+        f"accuracy: {', '.join(left)}.",
+    )
+
+
+def _by_cell(pool: tuple[str, ...], frame: pd.DataFrame) -> dict[tuple[str, int], list[dict[str, Any]]]:
+    """Rows by (task, length) and by (all tasks of the pool, length)."""
     found: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in records(frame):
-        for task in (row["task"], ALL_TASKS):
+        for task in (row["task"], *((ALL_TASKS,) if row["task"] in pool else ())):
             found.setdefault((task, row["length_tokens"]), []).append(row)
     return found
 

@@ -12,6 +12,8 @@ from kvscope.results.comparisons import baseline_label, cluster_names, pooled
 from kvscope.results.frames import Run, records
 from kvscope.results.statistics import mean_interval
 
+# By fewer prompts nobody can tell that a task has one depth only; by more, a task whose depths lie in such a range has.
+_PROMPTS_TO_JUDGE, _DEPTH_RANGE = 10, 0.2
 NIAH = "niah_"
 NIAH_POOL = "niah_* pooled"
 ALL_DEPTHS = "all"
@@ -54,10 +56,12 @@ def depth_rows(run: Run) -> pd.DataFrame:
 def depth_scopes(run: Run) -> list[Scope]:
     """The needle tasks pooled (where the run has several), then every task by itself.
 
-    Other tasks are not pooled with them: the depth of an answer spread over the whole text is near its middle.
+    Other tasks are not pooled with them: the depth of an answer spread over the whole text is near its middle. Tasks
+    all of whose prompts have it there (see `depthless_tasks`) are left out.
     """
     rows = depth_rows(run)
-    there = [task for task in run.info.tasks if task in set(rows["task"])]
+    flat = depthless_tasks(run)
+    there = [task for task in run.info.tasks if task in set(rows["task"]) and task not in flat]
     needles = tuple(task for task in there if task.startswith(NIAH))
     groups = [(NIAH_POOL, needles)] if len(needles) > 1 else []
     groups += [(task, (task,)) for task in there]
@@ -67,6 +71,24 @@ def depth_scopes(run: Run) -> list[Scope]:
         cells = mine["method_label"].nunique() * mine["length_tokens"].nunique()
         scopes.append(Scope(name, tasks, _bins(len(mine) / cells)))
     return scopes
+
+
+def depthless_tasks(run: Run) -> list[str]:
+    """Return the tasks whose evidence is at about one depth in every prompt, as where the whole text is asked for."""
+    found = []
+    for task, rows in depth_rows(run).groupby("task", sort=False):
+        prompts = rows.drop_duplicates(["length_tokens", "sample"])
+        if len(prompts) >= _PROMPTS_TO_JUDGE and prompts["depth"].max() - prompts["depth"].min() < _DEPTH_RANGE:
+            found.append(str(task))
+    return found
+
+
+def depthless_note(run: Run) -> str:
+    """Return the sentence that names them; empty where there are none."""
+    flat = depthless_tasks(run)
+    return (
+        f"Not by depth: {', '.join(flat)}, of which every prompt has its evidence at about one depth." if flat else ""
+    )
 
 
 def depth_baseline(run: Run) -> str | None:
@@ -143,7 +165,7 @@ def depth_table(run: Run) -> Table:
         "of the haystack; the mean place where there are several pieces) and length. The CSV holds every method, and "
         "95 % intervals."
     )
-    lines = (*lines, *excluded_notes(run.info))
+    lines = (*lines, *filter(None, [depthless_note(run)]), *excluded_notes(run.info))
     return Table("accuracy_by_depth", "Accuracy by depth and length", caption, data, text, lines)
 
 

@@ -15,7 +15,7 @@ from kvscope.reports.canvas import (
     text_width_in,
     title_band_in,
 )
-from kvscope.reports.cells import ALL_TASKS, pooled_cells
+from kvscope.reports.cells import ALL_TASKS, pool_notes, pooled_cells, pooled_tasks
 from kvscope.reports.figure_parts import (
     ReportFigure,
     SkippedFigure,
@@ -35,6 +35,8 @@ HEAT = "cividis"
 def accuracy_by_length(run: Run, cells: pd.DataFrame) -> ReportFigure | SkippedFigure:
     """Accuracy pooled over tasks against length, one line a method, 95 % intervals."""
     name, title = "accuracy_by_length", "Accuracy by length"
+    if len(run.info.methods) == 1 and len(run.info.tasks) > 1:
+        return _by_length_and_task(run, cells, name=name, title=title)
     pooled = pooled_cells(run, cells)
     data = pooled.dropna(subset=["accuracy"])
     if not len(data):
@@ -42,9 +44,10 @@ def accuracy_by_length(run: Run, cells: pd.DataFrame) -> ReportFigure | SkippedF
     labels = [method.label for method in run.info.methods if method.label in set(data["method_label"])]
     styles = method_styles([method.label for method in run.info.methods])
     lengths = list(run.info.lengths_tokens)
-    counts = sorted(set(data["n"]))
-    n_text = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]}-{counts[-1]}"
-    subtitle = f"{subtitle_of(run)}; {', '.join(run.info.tasks)}; {n_text} prompts a point; bars: 95 % intervals"
+    subtitle = (
+        f"{subtitle_of(run)}; {', '.join(pooled_tasks(run.info))}; {_counts_text(data)} prompts a point; "
+        "bars: 95 % intervals"
+    )
     with theme(name):
         if len(labels) <= _ONE_PANEL:
             right = 0.4 + text_width_in([styles[label].text for label in labels], fontsize=8.5)
@@ -94,7 +97,44 @@ def accuracy_by_length(run: Run, cells: pd.DataFrame) -> ReportFigure | SkippedF
         "of one length stand side by side so that equal values stay visible. Prompts without a score (out of memory, "
         "failed) are left out, never counted as wrong."
     )
+    caption = " ".join([caption, *pool_notes(run.info)])
     return ReportFigure(name, title, caption, figure, data.reset_index(drop=True))
+
+
+def _by_length_and_task(run: Run, cells: pd.DataFrame, *, name: str, title: str) -> ReportFigure | SkippedFigure:
+    """The one method's accuracy against length, one panel a task: pooled, its tasks would hide each other."""
+    data = cells[cells["task"] != ALL_TASKS].dropna(subset=["accuracy"])
+    tasks = [task for task in run.info.tasks if task in set(data["task"])]
+    if not tasks:
+        return SkippedFigure(name, title, "no prompt has been scored yet")
+    label = run.info.methods[0].label
+    style = method_styles([label])[label]
+    with theme(name):
+        figure, all_axes = panels(
+            len(tasks),
+            columns=3,
+            width_in=3.1,
+            height_in=1.9,
+            margins=Margins(left=0.7, right=0.25, top=0.43, bottom=0.62),
+            title=f"{title}: {label}",
+            subtitle=f"{subtitle_of(run)}; {_counts_text(data)} prompts a point; bars: 95 % intervals",
+        )
+        for task, axes in zip(tasks, all_axes, strict=True):
+            _line(axes, data[data["task"] == task], style, factor=1.0, width=1.4)
+            axes.set_title(task, fontweight="bold")
+            _percent_axis(axes)
+            length_axis(axes, list(run.info.lengths_tokens))
+    caption = (
+        f"Accuracy of {label} by task, with 95 % intervals (Wilson for 0/1 scores, bootstrap for graded ones). Prompts "
+        "without a score (out of memory, failed) are left out, never counted as wrong; n of each point is in the "
+        "accuracy table."
+    )
+    return ReportFigure(name, title, caption, figure, data.reset_index(drop=True))
+
+
+def _counts_text(data: pd.DataFrame) -> str:
+    counts = sorted(set(data["n"]))
+    return f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]}-{counts[-1]}"
 
 
 def accuracy_by_task(run: Run, cells: pd.DataFrame) -> ReportFigure | SkippedFigure:
@@ -110,26 +150,33 @@ def accuracy_by_task(run: Run, cells: pd.DataFrame) -> ReportFigure | SkippedFig
     names = figure_names(labels)
     texts = [short_lines(names[label]) for label in labels]
     lengths = list(run.info.lengths_tokens)
+    # Of one method the tasks are the rows of one panel.
+    alone = labels[0] if len(labels) == 1 else None
+    rows = tasks if alone else labels
+    texts = tasks if alone else texts
+    groups = [tasks] if alone else [[task] for task in tasks]
     with theme(name):
         figure, all_axes = panels(
-            len(tasks),
+            len(groups),
             columns=2,
             width_in=max(1.3, 0.52 * len(lengths)),
-            height_in=max(0.4, 0.1 + 0.14 * max(1 + text.count("\n") for text in texts)) * len(labels),
+            height_in=max(0.4, 0.1 + 0.14 * max(1 + text.count("\n") for text in texts)) * len(rows),
             margins=Margins(left=0.25 + text_width_in(texts, fontsize=8.5), right=0.2, top=0.42, bottom=0.6),
             title=title,
             subtitle=f"{subtitle_of(run)}; accuracy in %, n prompts a cell; hatched: nothing scored",
         )
-        for task, axes in zip(tasks, all_axes, strict=True):
-            places = {label: row for row, label in enumerate(labels)}
+        for group, axes in zip(groups, all_axes, strict=True):
             filled = {
-                (lengths.index(cell["length_tokens"]), places[cell["method_label"]]): (cell["accuracy"], cell["n"])
-                for cell in records(data[data["task"] == task])
+                (lengths.index(cell["length_tokens"]), rows.index(cell["task" if alone else "method_label"])): (
+                    cell["accuracy"],
+                    cell["n"],
+                )
+                for cell in records(data[data["task"].isin(group)])
             }
-            heat_panel(axes, filled, lengths=lengths, rows=len(labels))
-            axes.yaxis.set_major_locator(FixedLocator([row + 0.5 for row in range(len(labels))]))
+            heat_panel(axes, filled, lengths=lengths, rows=len(rows))
+            axes.yaxis.set_major_locator(FixedLocator([row + 0.5 for row in range(len(rows))]))
             axes.set_yticklabels(texts)
-            axes.set_title(task, fontweight="bold")
+            axes.set_title(alone or group[0], fontweight="bold")
     caption = "Accuracy (%) and number of scored prompts n of each task. Intervals are in the accuracy table."
     return ReportFigure(name, title, caption, figure, data.reset_index(drop=True))
 

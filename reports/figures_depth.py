@@ -6,7 +6,15 @@ import pandas as pd
 from matplotlib.ticker import FixedLocator
 
 from kvscope.reports.canvas import Margins, panels, text_width_in, title_band_in
-from kvscope.reports.depth import ALL_DEPTHS, NIAH_POOL, Scope, depth_baseline, depth_cells, depth_scopes
+from kvscope.reports.depth import (
+    ALL_DEPTHS,
+    NIAH_POOL,
+    Scope,
+    depth_baseline,
+    depth_cells,
+    depth_scopes,
+    depthless_note,
+)
 from kvscope.reports.figure_parts import ReportFigure, SkippedFigure, subtitle_of
 from kvscope.reports.figures_accuracy import heat_panel
 from kvscope.reports.theme import figure_names, short_lines, theme
@@ -94,6 +102,6 @@ def _heatmaps(
     )
     caption = (
         f"Accuracy (%) and number of scored prompts n, by depth of the evidence (0 % = start of the prompt) and "
-        f"length; {about}{pooled}. Cells of few prompts say little."
+        f"length; {about}{pooled}. Cells of few prompts say little. {depthless_note(run)}".rstrip()
     )
     return ReportFigure(name, title, caption, figure, data.reset_index(drop=True))

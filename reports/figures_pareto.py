@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator
 
 from kvscope.reports.canvas import Label, Margins, free_labels, panels
-from kvscope.reports.cells import MemorySource, memory_source, pooled_cells
+from kvscope.reports.cells import MemorySource, memory_source, pool_notes, pooled_cells
 from kvscope.reports.families import Family, families, family_styles
 from kvscope.reports.figure_parts import ReportFigure, SkippedFigure, byte_axis, key_entry, points, subtitle_of
 from kvscope.reports.theme import MethodStyle, theme
@@ -102,6 +102,7 @@ def _pareto_figure(
         for length, axes in zip(lengths, all_axes, strict=True):
             _pareto_panel(axes, data[data["length_tokens"] == length], styles, axis, swept)
             axes.set_title(f"{length_text(length)} tokens", fontweight="bold")
+    caption = " ".join([caption, *pool_notes(run.info)])
     return ReportFigure(name, title, caption, figure, data)
 
 

@@ -12,7 +12,9 @@ from markupsafe import Markup, escape
 from kvscope.reports.coverage import Coverage
 from kvscope.reports.figure_parts import ReportFigure, SkippedFigure
 from kvscope.reports.table_parts import Table
+from kvscope.reports.units import length_text
 from kvscope.results.frames import Run
+from kvscope.results.schema import RunPart
 
 _NUMBER = re.compile(r"^[+\-]?[\d,.]+( |$|%)|^n/m |^< |^\d+ / \d+")
 
@@ -46,6 +48,7 @@ def page(
         skipped=[figure for figure in figures if isinstance(figure, SkippedFigure)],
         environment=_lines(info.environment),
         config=json.dumps(info.config, indent=2, sort_keys=True),
+        parts=[_part_context(part) for part in info.parts],
         resumptions=[(note.started_utc, note.commit, _lines(note.environment)) for note in info.resumptions],
     )
 
@@ -71,6 +74,23 @@ def _table_context(table: Table) -> dict[str, Any]:
         "notes": table.notes,
         "columns": list(zip(columns, kinds, strict=True)),
         "rows": [list(zip(row, kinds, strict=True)) for row in rows],
+    }
+
+
+def _part_context(part: RunPart) -> dict[str, Any]:
+    counts = [f"{cell.samples} of {cell.task} at {length_text(cell.length_tokens)}: {cell.reason}" for cell in part.cut]
+    return {
+        "what": f"{', '.join(part.tasks)} at {', '.join(map(length_text, part.lengths_tokens))}",
+        "n": part.samples,
+        "notes": [*([part.fewer] if part.fewer else []), *counts],
+        "commit": part.commit,
+        "lines": [
+            ("started", part.started_utc or "not known"),
+            ("seeds", ", ".join(map(str, part.seeds)) or "not known"),
+            ("command", part.command or "not known"),
+            *_lines(part.environment),
+        ],
+        "resumptions": [(note.started_utc, note.commit, _lines(note.environment)) for note in part.resumptions],
     }
 
 

@@ -3,7 +3,16 @@
 import pandas as pd
 from tabulate import tabulate
 
-from kvscope.reports.cells import accuracy_cells, footprint_cells, memory_source, pooled_cells, step_note
+from kvscope.reports.cells import (
+    ALL_TASKS,
+    accuracy_cells,
+    footprint_cells,
+    memory_source,
+    pool_notes,
+    pooled_cells,
+    pooled_tasks,
+    step_note,
+)
 from kvscope.reports.coverage import coverage
 from kvscope.reports.figure_parts import subtitle_of
 from kvscope.reports.table_parts import Table, excluded_notes
@@ -42,22 +51,30 @@ def text_of(table: Table) -> str:
 
 
 def _accuracy(run: Run) -> str:
+    """Accuracy by method, pooled over tasks; of a single method by task."""
     cells = accuracy_cells(run)
     pooled = pooled_cells(run, cells)
+    by_task = len(run.info.methods) == 1 and len(run.info.tasks) > 1
+    shown = cells[cells["task"] != ALL_TASKS] if by_task else pooled
     intervals = len(run.info.lengths_tokens) <= _INTERVALS_UP_TO
     texts = {}
-    for cell in records(pooled):
+    for cell in records(shown):
         if cell["accuracy"] is None:
-            text = _status(cell["reason"].split(":")[0])
+            text = "-" if cell["reason"] == "not asked for" else _status(cell["reason"].split(":")[0])
         else:
             text = f"{100 * cell['accuracy']:.1f}"
             if intervals and cell["ci_low"] is not None:
                 text += f" [{100 * cell['ci_low']:.0f}-{100 * cell['ci_high']:.0f}]"
-        texts[cell["method_label"], cell["length_tokens"]] = text
-    counts = sorted(set(pooled["n"]) - {0}) or [0]
+        texts[cell["task" if by_task else "method_label"], cell["length_tokens"]] = text
+    counts = sorted(set(shown["n"]) - {0}) or [0]
     n_text = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
     title = f"Accuracy (%{', 95 % interval' if intervals else ''}) by length in tokens, {n_text} prompts a cell"
-    return f"{title}: {', '.join(run.info.tasks)}\n{_grid(run, texts, list(run.info.lengths_tokens))}"
+    lengths = list(run.info.lengths_tokens)
+    if by_task:
+        grid = _grid(list(run.info.tasks), "task", texts, lengths)
+        return f"{title}: {run.info.methods[0].label} by task; -: not asked for\n{grid}"
+    text = f"{title}: {', '.join(pooled_tasks(run.info))}\n{_methods_grid(run, texts, lengths)}"
+    return "\n".join([text, *pool_notes(run.info)])
 
 
 def _memory(run: Run) -> str:
@@ -79,7 +96,7 @@ def _memory(run: Run) -> str:
             text = f"{number(cell[column] / unit.size_bytes)}{share}"
         texts[cell["method_label"], cell["length_tokens"]] = text
     title = f"{source.axis}, {unit.name} (share of dense where it was measured), by length in tokens"
-    return f"{title}\n{_grid(run, texts, _footprint_lengths(cells))}\n{source.caption}"
+    return f"{title}\n{_methods_grid(run, texts, _footprint_lengths(cells))}\n{source.caption}"
 
 
 def _time(run: Run) -> str:
@@ -90,8 +107,8 @@ def _time(run: Run) -> str:
         )
         for cell in records(cells)
     }
-    grid = f"Time per output token (ms, median) by length in tokens\n{_grid(run, texts, _footprint_lengths(cells))}"
-    return f"{grid}\n{step_note(run)}".rstrip()
+    grid = _methods_grid(run, texts, _footprint_lengths(cells))
+    return f"Time per output token (ms, median) by length in tokens\n{grid}\n{step_note(run)}".rstrip()
 
 
 def _status(status: str) -> str:
@@ -102,11 +119,12 @@ def _footprint_lengths(cells: pd.DataFrame) -> list[int]:
     return sorted(set(cells["length_tokens"]))
 
 
-def _grid(run: Run, texts: dict[tuple[str, int], str], lengths: list[int]) -> str:
-    rows = [
-        [method.label, *(texts.get((method.label, length), "not asked") for length in lengths)]
-        for method in run.info.methods
-    ]
-    headers = ["method", *map(length_text, lengths)]
+def _methods_grid(run: Run, texts: dict[tuple[str, int], str], lengths: list[int]) -> str:
+    return _grid([method.label for method in run.info.methods], "method", texts, lengths)
+
+
+def _grid(names: list[str], what: str, texts: dict[tuple[str, int], str], lengths: list[int]) -> str:
+    rows = [[name, *(texts.get((name, length), "not asked") for length in lengths)] for name in names]
+    headers = [what, *map(length_text, lengths)]
     aligned = ("left", *("right" for _ in lengths))
     return tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True, colalign=aligned)

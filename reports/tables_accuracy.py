@@ -4,6 +4,7 @@ from typing import Any
 
 import pandas as pd
 
+from kvscope.reports.cells import ALL_TASKS, pool_notes
 from kvscope.reports.table_parts import Notes, Table, excluded_notes
 from kvscope.reports.units import length_text, number, p_text, percent, points
 from kvscope.results.comparisons import baseline_label, compare_methods
@@ -18,7 +19,8 @@ def accuracy_table(run: Run, cells: pd.DataFrame) -> Table:
     rows: list[dict[str, str]] = []
     for (task, label), group in cells.groupby(["task", "method_label"], sort=False):
         by_length = {cell["length_tokens"]: cell for cell in records(group)}
-        head = {"task": str(task), "method": str(label)}
+        name = "tasks of every length" if task == ALL_TASKS and pool_notes(run.info) else str(task)
+        head = {"task": name, "method": str(label)}
         rows.append(
             head
             | {"value": "accuracy (%)"}
@@ -42,7 +44,7 @@ def accuracy_table(run: Run, cells: pd.DataFrame) -> Table:
         caption,
         cells,
         pd.DataFrame(rows, columns=columns),
-        (*notes.lines(), *excluded_notes(run.info)),
+        (*notes.lines(), *pool_notes(run.info), *excluded_notes(run.info)),
     )
 
 

@@ -1,8 +1,8 @@
 """A finished run in a few compressed files, for keeping in a repository: `run.json` and zstd Parquet, read only.
 
 What a prompt's rows of several methods have in common is stored once, in `prompts.parquet`; `samples.parquet` refers to
-it by (task, length_tokens, sample). Unpacked rows equal the rows packed. Several runs of one configuration under
-different seeds (the pieces of a long run) pack as one: their samples are numbered on.
+it by (task, length_tokens, sample). Unpacked rows equal the rows packed. Several runs of one configuration pack as one:
+see `results/merge.py`.
 """
 
 import json
@@ -15,14 +15,12 @@ from pydantic import BaseModel
 
 from kvscope.results.columns import plain_kinds
 from kvscope.results.errors import UsageError
-from kvscope.results.schema import FootprintRow, MaxContextRow, Resumption, RunInfo, RunPart, SampleRow, ThroughputRow
+from kvscope.results.schema import FootprintRow, MaxContextRow, RunInfo, SampleRow, ThroughputRow
 
 PROMPTS_FILE = "prompts.parquet"
 SAMPLES_FILE = "samples.parquet"
 PROMPT_KEY = ("task", "length_tokens", "sample")
 PROMPT_COLUMNS = ("question_type", "seed", "depth", "context_id", "prompt_sha256", "prompt_tokens", "targets")
-#: Identity keys that pieces of one run may differ in.
-PIECE_KEYS = {"seed", "tasks", "lengths_tokens", "samples"}
 _ARROW = {bool: "bool", int: "int64", float: "float64", str: "string"}
 
 
@@ -46,75 +44,6 @@ _OTHER_FILES: dict[str, tuple[str, type[BaseModel]]] = {
 def is_packed(folder: Path) -> bool:
     """Whether a folder holds a packed run."""
     return any((folder / name).is_file() for name in (SAMPLES_FILE, *_OTHER_FILES))
-
-
-def merge_pieces(pieces: Sequence[tuple[RunInfo, Rows]]) -> tuple[RunInfo, Rows]:
-    """Join runs of one configuration into one: under different seeds, or of other tasks, lengths and counts.
-
-    Runs of the same tasks and lengths are a part, their samples numbered on; parts have no (task, length) in common.
-
-    Raises:
-        UsageError: none given, two of one seed in a part, parts that overlap, or configurations that differ in more.
-    """
-    if not pieces:
-        raise UsageError("There is no run to pack.")
-    first = pieces[0][0]
-    merged, later = Rows(), []
-    asked: dict[tuple[tuple[str, ...], tuple[int, ...]], int] = {}
-    seeds: dict[tuple[tuple[str, ...], tuple[int, ...]], list[int]] = {}
-    for info, rows in pieces:
-        part = (info.tasks, info.lengths_tokens)
-        n_samples = asked.get(part, 0)
-        if info.seed in seeds.setdefault(part, []):
-            raise UsageError(f"Two of the runs to pack have the same seed ({info.seed}): their prompts are the same.")
-        seeds[part].append(info.seed)
-        differing = sorted(
-            key
-            for key in first.identity.keys() | info.identity.keys()
-            if key not in PIECE_KEYS and first.identity.get(key) != info.identity.get(key)
-        )
-        if differing:
-            raise UsageError(
-                f"The runs to pack differ in {', '.join(differing)}, not in seed, tasks, lengths and samples alone."
-            )
-        merged.samples += [row.model_copy(update={"sample": row.sample + n_samples}) for row in rows.samples]
-        for kind, _ in _OTHER_FILES.values():
-            getattr(merged, kind).extend(getattr(rows, kind))
-        asked[part] = n_samples + info.samples
-        later += [
-            *([] if info is first else [_as_resumption(info)]),
-            *info.resumptions,
-        ]
-    known = (first.commit, first.dirty, first.environment)
-    changed = tuple(note for note in later if (note.commit, note.dirty, note.environment) != known)
-    parts = [
-        RunPart(tasks=tasks, lengths_tokens=lengths, samples=n_samples) for (tasks, lengths), n_samples in asked.items()
-    ]
-    cells = [(task, length) for part in parts for task in part.tasks for length in part.lengths_tokens]
-    if len(set(cells)) < len(cells):
-        twice = next(cell for cell in cells if cells.count(cell) > 1)
-        raise UsageError(f"Two parts of the runs to pack hold {twice[0]} at {twice[1]} tokens; give each cell to one.")
-    planned = {(cell.method_label, cell.length_tokens): cell for info, _ in pieces for cell in info.plan}
-    return first.model_copy(
-        update={
-            "tasks": tuple(dict.fromkeys(task for part in parts for task in part.tasks)),
-            "lengths_tokens": tuple(sorted({length for part in parts for length in part.lengths_tokens})),
-            "samples": max(asked.values()),
-            "parts": tuple(parts) if len(parts) > 1 else (),
-            "plan": tuple(planned.values()),
-            "resumptions": changed,
-        }
-    ), merged
-
-
-def _as_resumption(info: RunInfo) -> Resumption:
-    return Resumption(
-        started_utc=info.started_utc,
-        kvscope_version=info.kvscope_version,
-        commit=info.commit,
-        dirty=info.dirty,
-        environment=info.environment,
-    )
 
 
 def write_packed(folder: Path, info: RunInfo, rows: Rows) -> None:

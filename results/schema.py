@@ -452,15 +452,63 @@ class ExcludedType(_Record):
         )
 
 
+class CutCell(_Record):
+    """A (task, length) of a part that has fewer prompts than the part was asked for."""
+
+    task: Text
+    """Task name."""
+    length_tokens: Annotated[int, Field(ge=1)]
+    """Length."""
+    samples: Count
+    """Prompts that are there, each with a row of every method."""
+    reason: Text
+    """Why the others are not."""
+
+
 class RunPart(_Record):
-    """What one part of a merged run was asked for (see `results/packed.py`)."""
+    """One part of a merged run: what was asked for, and what measured it (see `results/merge.py`).
+
+    Parts packed by a kvscope that did not yet keep a record a part have none: that of the whole run is theirs.
+    """
 
     tasks: tuple[Text, ...]
     """Task names."""
     lengths_tokens: tuple[Annotated[int, Field(ge=1)], ...]
     """Lengths."""
     samples: Count
-    """Prompts per (task, length), over all seeds."""
+    """Prompts per (task, length) asked for, over all seeds. As many are there, but for the cells in `cut`."""
+    seeds: tuple[int, ...] = ()
+    """Seeds whose prompts these are."""
+    fewer: Text | None = None
+    """Why it was asked for fewer prompts than usual."""
+    cut: tuple[CutCell, ...] = ()
+    """Cells with fewer prompts than asked for. What was kept was decided by what was complete, never by its score."""
+    command: Text | None = None
+    """What measures it, once for each of `seeds`."""
+    started_utc: Text | None = None
+    """ISO 8601 time of the first start."""
+    kvscope_version: Text | None = None
+    """Version of kvscope then."""
+    commit: str | None = None
+    """Commit of the checkout that measured it; null outside a checkout."""
+    dirty: bool | None = None
+    """Whether that checkout had uncommitted changes."""
+    environment: dict[str, JsonValue] = Field(default_factory=dict)
+    """Environment then."""
+    resumptions: tuple[Resumption, ...] = ()
+    """Starts of its other seeds, and later ones, whose surroundings differed."""
+
+    def expected_samples(self, task: str, length_tokens: int) -> int:
+        """Return how many prompts of a (task, length) this part has; 0 where it is not of this part."""
+        if task not in self.tasks or length_tokens not in self.lengths_tokens:
+            return 0
+        cut = (cell.samples for cell in self.cut if (cell.task, cell.length_tokens) == (task, length_tokens))
+        return next(cut, self.samples)
+
+    def holds(self, task: str, length_tokens: int, seed: int) -> bool:
+        """Whether a row of this (task, length, seed) is of this part."""
+        inside = task in self.tasks and length_tokens in self.lengths_tokens
+        return inside and (not self.seeds or seed in self.seeds)
 
 
 class RunInfo(_Record):
@@ -506,15 +554,13 @@ class RunInfo(_Record):
     resumptions: tuple[Resumption, ...] = ()
     """Later starts whose surroundings differed."""
     parts: tuple[RunPart, ...] = ()
-    """Of a run merged from runs that asked for different tasks, lengths or counts: each. Empty for any other, where
-    every (task, length) has `samples` prompts."""
+    """Of a run merged from several: what each part was asked for and what measured it. Empty for any other, where every
+    (task, length) has `samples` prompts."""
 
     def expected_samples(self, task: str, length_tokens: int) -> int:
         """Return how many prompts of a (task, length) were asked for."""
         parts = self.parts or (RunPart(tasks=self.tasks, lengths_tokens=self.lengths_tokens, samples=self.samples),)
-        return max(
-            (part.samples for part in parts if task in part.tasks and length_tokens in part.lengths_tokens), default=0
-        )
+        return sum(part.expected_samples(task, length_tokens) for part in parts)
 
     @model_validator(mode="after")
     def _labels_are_unique(self) -> Self:
