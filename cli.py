@@ -208,19 +208,26 @@ def run(
     dtype: Dtype = None,
     sweep: Sweeps = None,
     set_: Sets = None,
+    report: Annotated[
+        bool,
+        typer.Option("--report/--no-report", help="Tables and figures at the end; kvscope report makes them, too."),
+    ] = True,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; tables and paths only.")] = False,
 ) -> int:
     """Measure accuracy, memory and time of every method at every length, then write tables and figures.
 
     Each row is on disk as soon as it exists. The same command again continues where it stopped.
     """
-    parameters = {name: value for name, value in locals().items() if name != "quiet"}
+    parameters = {name: value for name, value in locals().items() if name not in ("quiet", "report")}
     run_config = build_config(parameters)
     from kvscope.harness.sweep import failures
     from kvscope.harness.sweep import run as run_sweep
 
     measured = run_sweep(run_config, progress=not quiet)
-    print_report(measured.folder)
+    if report:
+        print_report(measured.folder)
+    else:
+        typer.echo(f"rows     {measured.folder}")
     failed = failures(measured)
     for line in failed:
         typer.echo(line, err=True)

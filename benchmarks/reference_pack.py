@@ -100,11 +100,14 @@ def _carried(cell: Cell, part: dict[str, Any], out: Path, *, asked: int) -> Piec
         if not is_packed(folder):
             continue
         store = RunStore.open(folder)
+        info = _with_methods(store.info, config.methods)
+        wanted = {method.label for method in info.methods}
         rows = [
-            row for row in store.samples() if row.task in tasks and row.length_tokens in lengths and row.seed in seeds
+            row
+            for row in store.samples()
+            if row.task in tasks and row.length_tokens in lengths and row.seed in seeds and row.method_label in wanted
         ]
         if rows:
-            info = store.info
             held = info.parts or (RunPart(tasks=info.tasks, lengths_tokens=info.lengths_tokens, samples=info.samples),)
             parts = tuple(
                 _narrowed(each, tasks, lengths).model_copy(
@@ -125,6 +128,17 @@ def _carried(cell: Cell, part: dict[str, Any], out: Path, *, asked: int) -> Piec
         f"{part['carried']}, but neither {out / cell.name} nor {out / part['carried']} holds such rows: restore that "
         "folder, or take `carried` away to measure them."
     )
+
+
+def _with_methods(info: RunInfo, methods: Sequence[str]) -> RunInfo:
+    """Return a run as if it had been asked for some of its methods: rows of one method do not depend on the others."""
+    kept = tuple(method for method in info.methods if method.label in methods)
+    if not kept or len(kept) == len(info.methods):
+        return info
+    asked = info.identity["methods"]
+    assert isinstance(asked, list)
+    identity = {**info.identity, "methods": [method for method in asked if method in methods]}
+    return info.model_copy(update={"methods": kept, "identity": identity})
 
 
 def _narrowed(part: RunPart, tasks: Sequence[str], lengths: Sequence[int]) -> RunPart:

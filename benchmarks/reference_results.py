@@ -63,7 +63,18 @@ def run_piece(
         yaml.safe_dump(values, file)
         file.flush()
         limit = [] if limit_s is None else ["--time-limit", f"{limit_s:.0f}"]
-        command = [sys.executable, "-m", "kvscope.cli", "run", file.name, "--quiet", "--out", str(folder), *limit]
+        command = [
+            sys.executable,
+            "-m",
+            "kvscope.cli",
+            "run",
+            file.name,
+            "--quiet",
+            "--no-report",
+            "--out",
+            str(folder),
+        ]
+        command += limit
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
     seconds = time.monotonic() - started_s
     note = {"piece": folder.name, "seconds": round(seconds / jobs, 1), "jobs": jobs, "exit_code": done.returncode}

@@ -11,7 +11,7 @@ one causal call, and the two are joined by their log-sum-exp.
 import torch
 import torch.nn.functional as F
 
-from kvscope.methods.flash import attention_with_lse, flash_runs_on
+from kvscope.methods.flash import attention_with_lse, flash_runs_on, flash_window_runs_on, windowed_attention
 
 _EXPLICIT_ELEMENTS = 2**26
 _QUERY_BLOCK = 512
@@ -38,6 +38,13 @@ def chunk_attention(
     S, T = q_BQSD.shape[2], k_BHTD.shape[2]
     if window is not None and window >= T:
         window = None
+    if window is not None and S == 1 and softcap is None and flash_runs_on(q_BQSD):
+        # One query sees the last keys and nothing else: no mask is needed.
+        k_BHTD, v_BHTD, window = k_BHTD[:, :, T - window :], v_BHTD[:, :, T - window :], None
+    if window is not None and softcap is None and sink_logits is None and flash_window_runs_on(q_BQSD):
+        past = min(T - S, window - 1)
+        k, v = k_BHTD[:, :, T - S - past :], v_BHTD[:, :, T - S - past :]
+        return windowed_attention(q_BQSD, k, v, scale=scale, window=window)
     if window is not None:
         return _windowed(q_BQSD, k_BHTD, v_BHTD, scale=scale, window=window, softcap=softcap, sink_logits=sink_logits)
     if softcap is not None or not flash_runs_on(q_BQSD):
@@ -80,7 +87,9 @@ def _windowed(
     softcap: float | None,
     sink_logits: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Sliding-window attention in fp32: a block of queries against the keys its queries see, many blocks at once.
+    """Sliding-window attention in fp32, where no fused kernel takes it.
+
+    A block of queries meets the keys its queries see, many blocks at once.
 
     A block of b queries meets b + window keys whatever the length (the first of them is nobody's: it keeps strides
     whole). Missing keys before the first and behind the last are zeros that no query that counts can see.

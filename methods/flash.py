@@ -53,6 +53,30 @@ def attention_with_lse(
     return out, lse[..., : q_BHSD.shape[2]].float()
 
 
+def flash_window_runs_on(q_BHSD: torch.Tensor) -> bool:
+    """Return whether ``windowed_attention`` takes this device, dtype and head size."""
+    half = q_BHSD.dtype in (torch.bfloat16, torch.float16)
+    return q_BHSD.device.type == "cuda" and half and flash_runs_on(q_BHSD)
+
+
+def windowed_attention(
+    q_BQSD: torch.Tensor, k_BHTD: torch.Tensor, v_BHTD: torch.Tensor, *, scale: float, window: int
+) -> torch.Tensor:
+    """Return causal sliding-window attention of the last S of T positions, [B, Q, S, D]; K and V are not repeated.
+
+    Args:
+        window: tokens a query sees, itself included.
+
+    Raises:
+        RuntimeError: no such kernel for this input (``flash_window_runs_on`` says so beforehand).
+    """
+    out, *_ = torch.ops.aten._flash_attention_forward(
+        q_BQSD.transpose(1, 2), k_BHTD.transpose(1, 2), v_BHTD.transpose(1, 2), None, None, q_BQSD.shape[2],
+        k_BHTD.shape[2], 0.0, True, False, scale=scale, window_size_left=window - 1, window_size_right=0,
+    )  # fmt: skip
+    return out.transpose(1, 2)  # type: ignore[no-any-return]
+
+
 def _suits_cudnn(q_BHSD: torch.Tensor, k_BHTD: torch.Tensor) -> bool:
     if q_BHSD.device.type != "cuda" or q_BHSD.dtype == torch.float32:
         return False

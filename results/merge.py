@@ -15,7 +15,7 @@ from kvscope.results.schema import CutCell, Resumption, RunInfo, RunPart, Sample
 
 #: Identity keys that pieces of one run may differ in.
 PIECE_KEYS = {"seed", "tasks", "lengths_tokens", "samples"}
-#: Identity keys that decide memory and time alone: no answer depends on them.
+#: Identity keys that decide memory and time alone: no answer depends on them (on a prefill's chunks up to rounding).
 MEMORY_KEYS = {
     "kv",
     "gpu_budget_bytes",
@@ -27,6 +27,7 @@ MEMORY_KEYS = {
     "footprint_lengths_tokens",
     "footprint_decode_tokens",
     "decode_graph",
+    "prefill_chunk_tokens",
 }
 
 

@@ -22,7 +22,7 @@ from kvscope.methods.lsa.compressed import (
     compressed_indexer_hash,
     load_compressed_indexer,
 )
-from kvscope.methods.lsa.method import ORACLE, Lsa
+from kvscope.methods.lsa.method import DEFAULT_TAU, ORACLE, Lsa
 from kvscope.methods.lsa.sequence import Schedule
 from kvscope.methods.random.method import RandomChunks
 from kvscope.methods.recency.method import Recency
@@ -184,6 +184,9 @@ class LsaEntries(OverEntries, Lsa):
         self._loaded: CompressedIndexer | None = None
         self._on: dict[torch.device, CompressedIndexer] = {}
 
+    def tau(self) -> int:
+        return DEFAULT_TAU if self.config.tau is None else int(self.config.tau)
+
     def require(self, shape: ModelShape) -> None:
         self.compressed_indexer()
 
@@ -255,7 +258,7 @@ class LsaEntries(OverEntries, Lsa):
         )
         if indexer is None or not n_candidates:
             return held
-        tau = self.config.tau
+        tau = self.tau()
         return held + Footprint(
             metadata_bytes=indexer.metadata_bytes(n_candidates, element_bytes=self.entry_shape.element_bytes),
             bytes_read_per_step=math.ceil(indexer.refresh_bytes(n_candidates) / tau),
@@ -274,7 +277,7 @@ class LsaEntries(OverEntries, Lsa):
         fixed = self._entries(layout.static_ranges, prompt)
         trained = self.config.selection == "trained"
         schedule = Schedule(
-            tau=self.config.tau,
+            tau=self.tau(),
             fallback_ratio=self.config.fallback_ratio,
             indexer=compressed_indexer_hash(self.config.indexer) if trained else None,
             indexer_bytes=indexer.weight_bytes,

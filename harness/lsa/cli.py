@@ -144,6 +144,9 @@ def train(
     neighbours: Annotated[
         int, typer.Option("--neighbours", help="Segments on either side that one lends its score to.")
     ] = 0,
+    start: Annotated[
+        str | None, typer.Option("--start", metavar="INDEXER", help="Train this one further; same sizes and layers.")
+    ] = None,
     warm_start: Annotated[
         bool, typer.Option("--warm-start/--cold-start", help="Begin at the model's own queries and keys.")
     ] = True,
@@ -173,7 +176,7 @@ def train(
 
     config = TrainConfig(
         tau=tau, chunk_tokens=chunk_tokens, layers=parse_layers(layers), epochs=epochs, lr=lr,
-        weight_decay=weight_decay, gamma=gamma, negatives=negatives, warm_start=warm_start,
+        weight_decay=weight_decay, gamma=gamma, negatives=negatives, start=start, warm_start=warm_start,
         batch_documents=batch_documents, batch_rows=batch_rows, heads=heads, key_dim=key_dim, rank=rank,
         encoder=encoder, encoder_width=encoder_width, lookback=lookback,  # type: ignore[arg-type]
         segment_tokens=segment_tokens, neighbours=neighbours, keep=keep, top_p=top_p, voters=voters, votes=votes,  # type: ignore[arg-type]

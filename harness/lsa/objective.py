@@ -35,7 +35,10 @@ class TrainConfig:
         lr, weight_decay, gamma, negatives, clip: AdamW, focal loss, negatives a positive, gradient norm.
         least_negatives: negatives of a row however few positives it has: rows that need nothing teach, too.
         batch_documents, batch_rows: documents a step, and rows of each.
-        warm_start: begin at the model's own match of queries and keys (see ``warm_start``), not at random weights.
+        start: begin at this indexer (a folder or a shipped name) of the same shape; a larger chunk may be put together
+            from its segments.
+        warm_start: without it, begin at the model's own match of queries and keys (see ``warm_start``), not at random
+            weights.
         heads, key_dim, rank: sizes; None: the model's heads, at most 128, half the model's width.
         encoder, encoder_width: memory side; None: ``pooled`` if the collection holds every key, else ``stats``.
         segment_tokens: tokens that share a key; None: a chunk.
@@ -68,6 +71,7 @@ class TrainConfig:
     heads: int | None = None
     key_dim: int | None = None
     rank: int | None = None
+    start: str | None = None
     warm_start: bool = True
     encoder: EncoderKind | None = None
     encoder_width: int = 64

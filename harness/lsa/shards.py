@@ -282,11 +282,14 @@ class Collection:
         return document if self._factor == 1 else rechunked(document, self._factor)
 
 
-def open_collections(folders: Sequence[str | Path], *, chunk_tokens: int | None = None) -> list[Collection]:
+def open_collections(
+    folders: Sequence[str | Path], *, chunk_tokens: int | None = None, layers: tuple[int, ...] | None = None
+) -> list[Collection]:
     """Open collections that are to be used together.
 
     Args:
         chunk_tokens: see them in chunks of this size; None: as they were recorded.
+        layers: the indexed layers that are wanted: all hold these, and may hold others; None: all hold the same.
 
     Raises:
         UsageError: as ``Collection``, or two of them were made differently; the message names both.
@@ -295,10 +298,25 @@ def open_collections(folders: Sequence[str | Path], *, chunk_tokens: int | None 
         raise UsageError("Give at least one folder that kvscope lsa collect wrote: --data DIR.")
     opened = [Collection(folder, chunk_tokens=chunk_tokens) for folder in folders]
     same = (
-        *("model_revision", "layers", "label_layers", "chunk_tokens", "features", "hidden_size", "key_features"),
+        *(
+            "model_revision",
+            *(() if layers else ("layers",)),
+            "label_layers",
+            "chunk_tokens",
+            "features",
+            "hidden_size",
+            "key_features",
+        ),
         *("query_heads", "head_dim"),
         *("top_p", "voters", "votes", "least_mass"),
     )
+    for each in opened:
+        foreign = sorted(set(layers or ()) - set(each.info.layers))
+        if foreign:
+            raise UsageError(
+                f"Layers {', '.join(map(str, foreign))} are not in collection '{each.folder}', which holds "
+                f"{', '.join(map(str, each.info.layers))}."
+            )
     first = opened[0]
     for other in opened[1:]:
         for key in same:

@@ -6,7 +6,7 @@ the memory side trained along with the query side, because an ordinary model bri
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,13 @@ from kvscope.harness.lsa.objective import (
 from kvscope.harness.lsa.shards import Collection, CollectionInfo, open_collections
 from kvscope.harness.lsa.warm_start import warm_start
 from kvscope.methods.lsa.indexer import ENCODER_FEATURES, EncoderKind, Indexer, IndexerConfig
-from kvscope.methods.lsa.indexer_files import save_indexer
+from kvscope.methods.lsa.indexer_files import (
+    indexer_folder,
+    indexer_hash,
+    load_indexer,
+    read_indexer_config,
+    save_indexer,
+)
 from kvscope.results.errors import UsageError
 
 LOG_FILE = "train_log.jsonl"
@@ -48,15 +54,15 @@ def train(
     Raises:
         UsageError: bad options, or shards that are damaged, do not fit together, or hold no positive chunk.
     """
-    collections = open_collections(folders, chunk_tokens=config.chunk_tokens)
+    collections = open_collections(folders, chunk_tokens=config.chunk_tokens, layers=config.layers)
     info = collections[0].info
     check_fit(config, collections, note)
     config.rule(info)
     device = compute_device(config.device)
     where = [(collection, index) for collection in collections for index in range(len(collection))]
     training, held_out = split(where, share=config.held_out)
-    indexer = Indexer.untrained(indexer_config(info, config), seed=config.seed).to(device).train()
-    if config.warm_start:
+    indexer = starting_point(indexer_config(info, config), config).to(device).train()
+    if config.start is None and config.warm_start:
         fits = warm_start(indexer, training, config)
         note("warm start: " + ", ".join(f"layer {layer} queries {fit['query_fit']:.1%} explained"
                                         for layer, fit in zip(indexer.config.layers, fits, strict=True)))  # fmt: skip
@@ -75,10 +81,12 @@ def train(
             log.flush()
 
         worth = worth_of(config)
-        if config.warm_start or config.keep == "recall":
+        if config.start is not None or config.warm_start or config.keep == "recall":
             before = measure(indexer, held_out, config)
             worth(before)  # what cannot be told is told before an epoch is spent on it
-            if config.warm_start:
+            if config.start is not None:
+                say(start=config.start, held_out=before)
+            elif config.warm_start:
                 say(warm_start=fits, held_out=before)
         say(collections=[c.id for c in collections], documents=len(training), held_out=len(held_out),
             weights=sum(p.numel() for p in indexer.parameters()), config=asdict(config))  # fmt: skip
@@ -105,9 +113,42 @@ def train(
         "labels": config.rule(info).text(),
         "documents": len(training), "held_out": best, "options": asdict(config),
     }  # fmt: skip
+    if config.start is not None:
+        begun = indexer_folder(config.start)
+        trained["start"] = {
+            "indexer": f"{begun.name}@{indexer_hash(begun)}", "trained": dict(read_indexer_config(begun).trained)
+        }  # fmt: skip
     indexer.config = replace(indexer.config, kept_fraction=best["kept_fraction"], trained=trained)
     save_indexer(indexer, folder)
     return best
+
+
+def starting_point(wanted: IndexerConfig, config: TrainConfig) -> Indexer:
+    """Return the indexer to begin with: random weights, or those of ``config.start``.
+
+    Raises:
+        UsageError: that indexer has another shape or belongs to another model; the message names both sides.
+    """
+    if config.start is None:
+        return Indexer.untrained(wanted, seed=config.seed)
+    folder = indexer_folder(config.start)
+    found = load_indexer(folder)
+    free = {"tau", "kept_fraction", "trained", "chunk_tokens", "segment_tokens", "lookback_tokens"}
+    for field in fields(IndexerConfig):
+        mine, theirs = getattr(wanted, field.name), getattr(found.config, field.name)
+        if field.name not in free and mine != theirs:
+            raise UsageError(
+                f"Indexer '{config.start}' cannot be trained further here: {field.name} is {theirs} there and {mine} "
+                "here."
+            )
+    key_tokens = [each.segment_tokens or each.chunk_tokens for each in (wanted, found.config)]
+    if key_tokens[0] != key_tokens[1]:
+        raise UsageError(
+            f"Indexer '{config.start}' has a key for every {key_tokens[1]} tokens, {key_tokens[0]} were asked for; "
+            "give --segment-tokens."
+        )
+    found.config = wanted
+    return found
 
 
 def worth_of(config: TrainConfig) -> Callable[[dict[str, Any]], float]:
@@ -137,12 +178,6 @@ def check_fit(config: TrainConfig, collections: Sequence[Collection], note: Call
         raise UsageError(
             f"Encoder '{config.encoder}' needs a collection made with --features {needed}, this one holds "
             f"'{info.features}'."
-        )
-    foreign = sorted(set(config.layers or ()) - set(info.layers))
-    if foreign:
-        raise UsageError(
-            f"Layers {', '.join(map(str, foreign))} are not in the collection, which holds "
-            f"{', '.join(map(str, info.layers))}."
         )
     if config.segment_tokens is not None and (info.features != "tokens" or info.chunk_tokens % config.segment_tokens):
         raise UsageError(

@@ -112,18 +112,19 @@ def warm_start(indexer: Indexer, training: Sequence[Place], config: TrainConfig)
     report = []
     for layer in indexer.config.layers:
         # One layer at a time: the moments of a wide model are hundreds of megabytes.
-        sums = gather(sampled, info.layers.index(layer), device)
+        sums = gather(sampled, layer, device)
         report.append(start_layer(indexer.layer(layer), sums, query_heads=info.query_heads, head_dim=info.head_dim))
     set_bias(indexer, training[:: max(1, len(training) // 16)], config)
     return report
 
 
 @torch.no_grad()
-def gather(training: Sequence[Place], place: int, device: torch.device) -> Moments:
-    """Sum the moments of the indexed layer at ``place`` over documents."""
+def gather(training: Sequence[Place], layer: int, device: torch.device) -> Moments:
+    """Sum the moments of an indexed layer over documents."""
     sums = Moments.empty(training[0][0].info, device)
     for collection, index in training:
         document = collection.load(index)
+        place = collection.info.layers.index(layer)
         sums.add_queries(document, place)
         keys = document.features[place]
         k = keys[:, 0] if collection.info.features == "stats" else keys.flatten(0, 1)

@@ -35,6 +35,7 @@ from kvscope.methods.store import PromptKV
 from kvscope.results.errors import UsageError
 
 DEFAULT_CHUNK_TOKENS = 64
+DEFAULT_TAU = 64
 ORACLE = "oracle"
 
 
@@ -43,7 +44,8 @@ class LsaConfig:
     """Options of ``lsa``.
 
     Attributes:
-        tau: decode steps between refreshes of the resident set.
+        tau: decode steps between refreshes of the resident set; none: those the indexer was trained for, 64 without a
+            trained one.
         mode: how chunks are kept, by threshold (all that score enough) or by budget (a fixed number, those that score
             most); none: by budget when one is given.
         threshold: in threshold mode, least score of a kept chunk, between 0 and 1; with indexer=oracle the share of a
@@ -51,7 +53,8 @@ class LsaConfig:
         budget_tokens: in budget mode, prompt tokens that stay, sinks and window included (both stay even if they alone
             are more).
         budget_fraction: the same as a fraction of the prompt's tokens.
-        chunk_tokens: tokens of a chunk; none: the indexer's own, 64 without a trained one.
+        chunk_tokens: tokens of a chunk; none: the indexer's own (of several shipped the first by name), 64 without a
+            trained one.
         sink_tokens: first prompt tokens that always stay, widened to whole chunks.
         recency_tokens: last prompt tokens that always stay, widened to whole chunks; none: min(8192, max(128,
             length / 64)).
@@ -65,7 +68,7 @@ class LsaConfig:
         seed: of the synthetic indexer.
     """
 
-    tau: int = 64
+    tau: int | None = None
     mode: str | None = None
     threshold: float = 0.5
     budget_tokens: int | None = None
@@ -101,7 +104,7 @@ class LsaConfig:
         check_budget(None, self.budget_fraction)
         if not 0 < self.threshold < 1:
             raise ValueError(f"threshold must lie between 0 and 1, both excluded, got {self.threshold}")
-        if self.tau < 1:
+        if self.tau is not None and self.tau < 1:
             raise ValueError(f"tau must be 1 or more, got {self.tau}")
         if self.chunk_tokens is not None and self.chunk_tokens < 1:
             raise ValueError(f"chunk_tokens must be 1 or more, got {self.chunk_tokens}")
@@ -138,7 +141,7 @@ class Lsa(CacheMethod[LsaConfig]):
 
     def __init__(self, config: LsaConfig | None = None, *, label: str | None = None) -> None:
         super().__init__(config, label=label)
-        chunk_tokens = self.config.chunk_tokens or DEFAULT_CHUNK_TOKENS
+        chunk = f" for chunks of {self.config.chunk_tokens} tokens" if self.config.chunk_tokens else ""
         self._source = IndexerSource(
             FILES,
             spec=None if self.config.indexer == ORACLE else self.config.indexer,
@@ -146,7 +149,7 @@ class Lsa(CacheMethod[LsaConfig]):
             seed=self.config.seed,
             untrained=self._untrained,
             misfit=self._misfit,
-            missing=f"No trained indexer for chunks of {chunk_tokens} tokens comes with kvscope for this model: "
+            missing=f"No trained indexer{chunk} comes with kvscope for this model: "
             f"{HOW_TO_TRAIN}; or use selection=synthetic with a budget (bytes and times only), or indexer=oracle.",
         )
 
@@ -196,9 +199,7 @@ class Lsa(CacheMethod[LsaConfig]):
         return collectors if width == 1 else [*collectors, LastStates(layer, n_states=width)]
 
     def _misfit(self, config: IndexerConfig, shape: ModelShape) -> str | None:
-        # Of shipped indexers the one for the default chunk is taken; one given by name brings its own chunk.
-        default = DEFAULT_CHUNK_TOKENS if self.config.indexer is None else None
-        return mismatch(config, shape, chunk_tokens=self.config.chunk_tokens or default)
+        return mismatch(config, shape, chunk_tokens=self.config.chunk_tokens)
 
     def _untrained(self, shape: ModelShape) -> IndexerConfig:
         heads, key_dim, rank = default_sizes(shape.hidden_size)
@@ -207,7 +208,7 @@ class Lsa(CacheMethod[LsaConfig]):
             model_revision=shape.revision,
             layers=synthetic_layers(shape),
             chunk_tokens=self.chunk_tokens(),
-            tau=self.config.tau,
+            tau=self.tau(),
             hidden_size=shape.hidden_size,
             key_features=shape.n_kv_heads * shape.head_dim,
             heads=heads,
@@ -240,9 +241,23 @@ class Lsa(CacheMethod[LsaConfig]):
         """Return C."""
         if self.config.chunk_tokens is not None:
             return self.config.chunk_tokens
-        if self.config.selection == "trained" and self._source.given_folder is not None:
-            return FILES.read_config(self._source.given_folder).chunk_tokens
-        return DEFAULT_CHUNK_TOKENS
+        trained = self._trained()
+        return DEFAULT_CHUNK_TOKENS if trained is None else trained.chunk_tokens
+
+    def _trained(self) -> IndexerConfig | None:
+        """Return the trained indexer's configuration; None where none chooses, or no model was seen yet."""
+        if self.config.selection == "synthetic" or self.config.indexer == ORACLE:
+            return None
+        if self._source.given_folder is None and self._source.shape is None:
+            return None
+        return FILES.read_config(self._source.folder())
+
+    def tau(self) -> int:
+        """Return the decode steps between refreshes."""
+        if self.config.tau is not None:
+            return self.config.tau
+        trained = self._trained()
+        return DEFAULT_TAU if trained is None else trained.tau
 
     def layout(self, n_tokens: int) -> ChunkLayout:
         """Return how a prompt of ``n_tokens`` is cut."""
@@ -280,7 +295,7 @@ class Lsa(CacheMethod[LsaConfig]):
         if n_chosen is None:
             share = 1.0 if config is None or config.kept_fraction is None else config.kept_fraction
             n_chosen = math.ceil(share * layout.n_candidates)
-        C, tau = layout.chunk_tokens, self.config.tau
+        C, tau = layout.chunk_tokens, self.tau()
         n_held = min(layout.n_candidates, 2 * n_chosen) if self.config.refresh == "stale1" else n_chosen
         static_tokens, n_total = layout.static_tokens + n_new_tokens, n_tokens + n_new_tokens
         n_read = static_tokens + n_chosen * C
@@ -304,7 +319,7 @@ class Lsa(CacheMethod[LsaConfig]):
         layout, config = self.layout(n_tokens), self.config
         rule = self._rule(layout)
         values: dict[str, Any] = {
-            "tau": config.tau,
+            "tau": self.tau(),
             "mode": "budget" if config.budgeted else "threshold",
             "threshold": rule.threshold,
             "budget_tokens": config.budget_tokens,
@@ -347,7 +362,7 @@ class Lsa(CacheMethod[LsaConfig]):
         config = self._indexer_config(prompt.shape) if isinstance(selector, IndexerSelector) else None
         trained = config is not None and self.config.selection == "trained"
         schedule = Schedule(
-            tau=self.config.tau,
+            tau=self.tau(),
             stale=self.config.refresh == "stale1",
             fallback_ratio=self.config.fallback_ratio,
             indexer=self._source.name if trained else None,

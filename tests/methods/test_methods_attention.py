@@ -173,3 +173,17 @@ def test_large_attention_on_hopper_is_exact(causal: bool):
         logits = logits.masked_fill(torch.arange(T, device="cuda") > rows[:, None], -torch.inf)
     torch.testing.assert_close(lse[:, :, rows].double(), logits.logsumexp(-1), atol=1e-3, rtol=1e-4)
     torch.testing.assert_close(out[:, :, rows].double(), logits.softmax(-1) @ v.double(), atol=2e-3, rtol=2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("S", "T"), [(1, 40), (1, 400), (33, 33), (700, 900), (2048, 6000)])
+@pytest.mark.parametrize("window", [1, 20, 128])
+def test_fused_window_equals_the_oracle(S: int, T: int, window: int):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    draws = torch.Generator(device="cuda").manual_seed(0)
+    q = torch.randn((1, S, 6, 64), generator=draws, device="cuda").bfloat16().transpose(1, 2)
+    k, v = (torch.randn((1, 2, T, 64), generator=draws, device="cuda").bfloat16() for _ in range(2))
+    out = chunk_attention(q, k, v, scale=0.125, window=window)
+    expected = chunk_attention(q.float().cpu(), k.float().cpu(), v.float().cpu(), scale=0.125, window=window)
+    torch.testing.assert_close(out.float().cpu(), expected, atol=2e-2, rtol=2e-2)
