@@ -100,8 +100,8 @@ def _carried(cell: Cell, part: dict[str, Any], out: Path, *, asked: int) -> Piec
         if not is_packed(folder):
             continue
         store = RunStore.open(folder)
-        info = _with_methods(store.info, config.methods)
-        wanted = {method.label for method in info.methods}
+        wanted = config.method_labels
+        info = _with_methods(store.info, wanted)
         rows = [
             row
             for row in store.samples()
@@ -117,6 +117,12 @@ def _carried(cell: Cell, part: dict[str, Any], out: Path, *, asked: int) -> Piec
                 if any(each.holds(row.task, row.length_tokens, row.seed) for row in rows)
             )
             name = f"{folder.name} (packed): {', '.join(tasks)} at {', '.join(map(str, lengths))} tokens"
+            lacking = sorted(set(wanted) - {row.method_label for row in rows})
+            if lacking:
+                raise UsageError(
+                    f"{name}: it holds no rows of {', '.join(lacking)}, which cell {cell.name} asks for. Take `carried` "
+                    "away to measure the part."
+                )
             if sum(each.samples for each in parts) != asked:
                 raise UsageError(
                     f"{name}: the cell list says {asked} prompts a cell, which it was not asked for. Mend it."
@@ -130,15 +136,20 @@ def _carried(cell: Cell, part: dict[str, Any], out: Path, *, asked: int) -> Piec
     )
 
 
-def _with_methods(info: RunInfo, methods: Sequence[str]) -> RunInfo:
+def _with_methods(info: RunInfo, labels: Sequence[str]) -> RunInfo:
     """Return a run as if it had been asked for some of its methods: rows of one method do not depend on the others."""
-    kept = tuple(method for method in info.methods if method.label in methods)
+    kept = tuple(method for method in info.methods if method.label in labels)
     if not kept or len(kept) == len(info.methods):
         return info
     asked = info.identity["methods"]
     assert isinstance(asked, list)
-    identity = {**info.identity, "methods": [method for method in asked if method in methods]}
-    return info.model_copy(update={"methods": kept, "identity": identity})
+    return info.model_copy(
+        update={
+            "methods": kept,
+            "identity": {**info.identity, "methods": [label for label in asked if label in labels]},
+            "plan": tuple(cell for cell in info.plan if cell.method_label in labels),
+        }
+    )
 
 
 def _narrowed(part: RunPart, tasks: Sequence[str], lengths: Sequence[int]) -> RunPart:

@@ -75,6 +75,7 @@ def method_entry(name: str) -> dict[str, Any]:
         "saving_kind": cls.saving_kind,
         "cost": cls.cost,
         "source": cls.source,
+        "trained_indexers": cls.shipped_indexers(),
         "options": method_options(cls),
         "automatic": automatic_values(cls),
     }
@@ -151,6 +152,8 @@ def _method_text(entry: dict[str, Any]) -> str:
         *_clause("bytes kept and read", entry["cost"]),
         *_clause("source", entry["source"]),
     ]
+    if entry["trained_indexers"]:
+        lines += _clause("trained indexers", ", ".join(entry["trained_indexers"]))
     options = entry["options"]
     lines.append("  options" if options else "  options               none")
     for option in options:

@@ -260,6 +260,11 @@ class CacheMethod(ABC, Generic[ConfigT]):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.label})"
 
+    @classmethod
+    def shipped_indexers(cls) -> list[str]:
+        """Return what comes with kvscope for the method to choose by: name, model and settings of each, in one phrase."""
+        return []
+
     def require(self, shape: ModelShape) -> None:
         """Check that what the user asked for exists for this model; asked once, before anything runs.
 

@@ -69,6 +69,10 @@ class IndexerSource(Generic[ConfigT, ModuleT]):
         """The model that was asked about last; None before."""
         return self._shape
 
+    def see(self, shape: ModelShape | None) -> None:
+        """Take note of the model, where one is named."""
+        self._shape = self._shape if shape is None else shape
+
     def config(self, shape: ModelShape) -> ConfigT:
         """Return the configuration of the indexer that chooses on this model.
 

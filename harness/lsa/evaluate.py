@@ -109,7 +109,7 @@ def evaluate(
     indexer = load_indexer(folder).to(compute_device(device))
     for each in folders:
         check_match(indexer.config, Collection(each).info, folder=str(folder))
-    collections = open_collections(folders, chunk_tokens=indexer.config.chunk_tokens)
+    collections = open_collections(folders, chunk_tokens=indexer.config.chunk_tokens, layers=indexer.config.layers)
     info = collections[0].info
     seen = {entry["id"] for entry in indexer.config.trained.get("data", ())}
     for collection in collections:

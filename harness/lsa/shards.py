@@ -298,17 +298,10 @@ def open_collections(
         raise UsageError("Give at least one folder that kvscope lsa collect wrote: --data DIR.")
     opened = [Collection(folder, chunk_tokens=chunk_tokens) for folder in folders]
     same = (
-        *(
-            "model_revision",
-            *(() if layers else ("layers",)),
-            "label_layers",
-            "chunk_tokens",
-            "features",
-            "hidden_size",
-            "key_features",
-        ),
+        *("model_revision", "label_layers", "chunk_tokens", "features", "hidden_size", "key_features"),
         *("query_heads", "head_dim"),
         *("top_p", "voters", "votes", "least_mass"),
+        *(() if layers else ("layers",)),
     )
     for each in opened:
         foreign = sorted(set(layers or ()) - set(each.info.layers))

@@ -36,6 +36,16 @@ from kvscope.methods.lsa.indexer_files import (
 from kvscope.results.errors import UsageError
 
 LOG_FILE = "train_log.jsonl"
+#: What sets a size that an indexer to begin with has to share.
+SIZE_OPTIONS = {
+    "layers": "--layers",
+    "heads": "--heads",
+    "key_dim": "--key-dim",
+    "rank": "--rank",
+    "encoder": "--encoder",
+    "encoder_width": "--encoder-width",
+    "neighbours": "--neighbours",
+}
 MOST_KEY_DIM = 128
 
 
@@ -134,21 +144,30 @@ def starting_point(wanted: IndexerConfig, config: TrainConfig) -> Indexer:
     folder = indexer_folder(config.start)
     found = load_indexer(folder)
     free = {"tau", "kept_fraction", "trained", "chunk_tokens", "segment_tokens", "lookback_tokens"}
+    if wanted.model_revision is not None:
+        free.add("model")  # a name or the folder of the same weights
     for field in fields(IndexerConfig):
-        mine, theirs = getattr(wanted, field.name), getattr(found.config, field.name)
+        mine, theirs = (_shown(getattr(each, field.name)) for each in (wanted, found.config))
         if field.name not in free and mine != theirs:
+            option = SIZE_OPTIONS.get(field.name)
+            mend = f"give {option} {theirs}" if option else "it belongs to another model, start from one of this model"
             raise UsageError(
                 f"Indexer '{config.start}' cannot be trained further here: {field.name} is {theirs} there and {mine} "
-                "here."
+                f"here; {mend}."
             )
     key_tokens = [each.segment_tokens or each.chunk_tokens for each in (wanted, found.config)]
     if key_tokens[0] != key_tokens[1]:
         raise UsageError(
             f"Indexer '{config.start}' has a key for every {key_tokens[1]} tokens, {key_tokens[0]} were asked for; "
-            "give --segment-tokens."
+            f"give --segment-tokens {key_tokens[1]}."
         )
     found.config = wanted
     return found
+
+
+def _shown(value: object) -> str:
+    """Return a value of a configuration as its option takes it."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def worth_of(config: TrainConfig) -> Callable[[dict[str, Any]], float]:

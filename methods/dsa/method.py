@@ -105,6 +105,10 @@ class DSA(BlockSparse[DSAConfig]):
 
     # -- the indexer and the model it belongs to
 
+    @classmethod
+    def shipped_indexers(cls) -> list[str]:
+        return [f"{name} (model {FILES.read_config(FILES.folder(name)).model})" for name in FILES.shipped_names()]
+
     def _indexer_config(self, shape: ModelShape) -> LightningConfig | None:
         """Return the configuration of the indexer that chooses; None for the oracle.
 

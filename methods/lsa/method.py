@@ -160,6 +160,11 @@ class Lsa(CacheMethod[LsaConfig]):
 
     # -- the indexer and the model it belongs to
 
+    @classmethod
+    def shipped_indexers(cls) -> list[str]:
+        found = ((name, FILES.read_config(FILES.folder(name))) for name in FILES.shipped_names())
+        return [f"{name} (model {each.model}: chunks of {each.chunk_tokens}, tau {each.tau})" for name, each in found]
+
     def require(self, shape: ModelShape) -> None:
         self._indexer_config(shape)
 
@@ -280,6 +285,7 @@ class Lsa(CacheMethod[LsaConfig]):
         return Rule(n_chunks=layout.budgeted_chunks(budget_tokens))
 
     def is_noop(self, n_tokens: int, shape: ModelShape | None = None) -> bool:
+        self._source.see(shape)
         layout = self.layout(n_tokens)
         chosen = self._rule(layout).n_chunks
         return layout.n_candidates == (0 if chosen is None else chosen)
@@ -316,6 +322,7 @@ class Lsa(CacheMethod[LsaConfig]):
         )
 
     def effective_config(self, n_tokens: int, shape: ModelShape | None = None) -> dict[str, Any]:
+        self._source.see(shape)
         layout, config = self.layout(n_tokens), self.config
         rule = self._rule(layout)
         values: dict[str, Any] = {
@@ -335,6 +342,10 @@ class Lsa(CacheMethod[LsaConfig]):
             "selection": self.selection,
             "seed": config.seed,
         }
+        if self._source.shape is None and config.selection == "trained" and config.indexer is None:
+            # Asked without a model, and the model decides which indexer there is: counts are those of 64 tokens.
+            left = {name for name in ("tau", "chunk_tokens") if getattr(config, name) is None}
+            values.update({name: f"the indexer's or {values[name]}" for name in left})
         return values
 
     # -- opening

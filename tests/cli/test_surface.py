@@ -20,7 +20,7 @@ SHARED = [
     "--throughput", "--time-limit", "-l", "-m", "-n", "-o", "-t", "config",
 ]  # fmt: skip
 SURFACE = {
-    "run": sorted([*SHARED, "--quiet", "-q"]),
+    "run": sorted([*SHARED, "--no-report", "--quiet", "--report", "-q"]),
     "plan": SHARED,
     "report": ["folder"],
     "list": ["--json", "kind"],
@@ -32,16 +32,16 @@ SURFACE = {
         "--top-p", "--voters", "--votes", "-l", "-n", "-o", "-q", "-t",
     ],
     "lsa train": [
-        "--batch-documents", "--batch-rows", "--cold-start", "--data", "--device", "--encoder", "--encoder-width",
-        "--epochs", "--gamma", "--heads", "--held-out", "--key-dim", "--label-layers", "--layers", "--least-mass",
-        "--lookback", "--lr", "--negatives", "--out", "--patience", "--quiet", "--rank", "--recency-tokens", "--seed",
-        "--sink-tokens", "--target-recall", "--tau", "--top-p", "--voters", "--votes", "--warm-start", "--weight-decay",
-        "-o", "-q",
+        "--batch-documents", "--batch-rows", "--chunk-tokens", "--cold-start", "--data", "--device", "--encoder",
+        "--encoder-width", "--epochs", "--gamma", "--heads", "--held-out", "--keep", "--key-dim", "--label-layers",
+        "--layers", "--least-mass", "--lookback", "--lr", "--negatives", "--neighbours", "--out", "--patience",
+        "--quiet", "--rank", "--recency-tokens", "--seed", "--segment-tokens", "--sink-tokens", "--start",
+        "--target-recall", "--tau", "--top-p", "--voters", "--votes", "--warm-start", "--weight-decay", "-o", "-q",
     ],
     "lsa eval": [
-        "--data", "--device", "--dtype", "--gate", "--indexer", "--label-layers", "--least-mass", "--model", "--out",
-        "--quiet", "--recency-tokens", "--samples", "--seed", "--sink-tokens", "--tau", "--top-p", "--voters",
-        "--votes", "-n", "-o", "-q",
+        "--chunk-tokens", "--data", "--device", "--dtype", "--gate", "--indexer", "--label-layers", "--least-mass",
+        "--model", "--out", "--quiet", "--recency-tokens", "--samples", "--seed", "--sink-tokens", "--tau", "--top-p",
+        "--voters", "--votes", "-n", "-o", "-q",
     ],
     "dsa train": [
         "--batch-documents", "--batch-rows", "--cold-start", "--data", "--device", "--epochs", "--heads", "--held-out",

@@ -77,7 +77,8 @@ def test_run_shows_all_of_it(indexer, tiny_model, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("lsa", "No trained indexer for chunks of 64 tokens comes with kvscope for this model"),
+        ("lsa", "No trained indexer comes with kvscope for this model: train one with kvscope lsa collect"),
+        ("lsa:chunk_tokens=64", "No trained indexer for chunks of 64 tokens comes with kvscope for this model"),
         ("lsa:indexer={indexer},chunk_tokens=32", "trained for chunks of 16 tokens, chunk_tokens=32 was asked for"),
         ("lsa:indexer=nowhere", "There is no indexer 'nowhere'"),
         ("lsa:threshold=1.2", "threshold must lie between 0 and 1"),

@@ -244,9 +244,11 @@ def _truncate(path):
 def test_no_indexer_names_the_way_to_one():
     shape = loaded_model("llama").shape
     with pytest.raises(UsageError) as caught:
-        create_method("lsa").require(shape)
-    for word in ("kvscope lsa collect", "kvscope lsa train", "selection=synthetic", "indexer=oracle", "64 tokens"):
+        create_method("lsa:chunk_tokens=48").require(shape)
+    for word in ("kvscope lsa collect", "kvscope lsa train", "selection=synthetic", "indexer=oracle", "48 tokens"):
         assert word in str(caught.value)
+    with pytest.raises(UsageError, match="No trained indexer comes with kvscope for this model"):
+        create_method("lsa").require(shape)
     with pytest.raises(UsageError, match="There is no indexer 'nowhere'"):
         create_method("lsa:indexer=nowhere").require(shape)
 

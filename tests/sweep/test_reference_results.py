@@ -118,7 +118,8 @@ def test_the_committed_cell_list_holds_up(script: ModuleType, capsys: pytest.Cap
             least = 200 if max(config.lengths_tokens) <= 131_072 else 50
             assert n >= least or f"{n} prompts a cell" in part.get("fewer", ""), (cell.name, part)
             if "long_qa" in config.task_labels and "carried" not in part:
-                assert config.samples % len(POOLED) == 0, (cell.name, part)
+                balanced = config.samples % len(POOLED) == 0
+                assert balanced or "types are not balanced" in part.get("fewer", ""), (cell.name, part)
 
 
 def test_pieces_run_pack_and_report(

@@ -44,7 +44,7 @@ def test_units_are_read_as_in_a_spec() -> None:
 
 def test_the_command_line_reaches_it() -> None:
     config = cli.build_config({"method": ["lsa"], "sweep": ["lsa.tau=16,64"], "config": None, "set_": None})
-    assert labels(config) == ["lsa:tau=16", "lsa"]
+    assert labels(config) == ["lsa:tau=16", "lsa:tau=64"], "without a value tau is the indexer's"
 
 
 @pytest.mark.parametrize(
