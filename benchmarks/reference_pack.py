@@ -120,8 +120,8 @@ def _carried(cell: Cell, part: dict[str, Any], out: Path, *, asked: int) -> Piec
             lacking = sorted(set(wanted) - {row.method_label for row in rows})
             if lacking:
                 raise UsageError(
-                    f"{name}: it holds no rows of {', '.join(lacking)}, which cell {cell.name} asks for. Take `carried` "
-                    "away to measure the part."
+                    f"{name}: it holds no rows of {', '.join(lacking)}, which cell {cell.name} asks for. Take "
+                    "`carried` away to measure the part."
                 )
             if sum(each.samples for each in parts) != asked:
                 raise UsageError(

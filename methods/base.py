@@ -262,7 +262,7 @@ class CacheMethod(ABC, Generic[ConfigT]):
 
     @classmethod
     def shipped_indexers(cls) -> list[str]:
-        """Return what comes with kvscope for the method to choose by: name, model and settings of each, in one phrase."""
+        """Return the trained indexers that come with kvscope: name, model and settings of each in one phrase."""
         return []
 
     def require(self, shape: ModelShape) -> None:

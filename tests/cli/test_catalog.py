@@ -8,6 +8,8 @@ import pytest
 from kvscope import cli
 from kvscope.harness import catalog, models
 from kvscope.harness.catalog import documented, show_text
+from kvscope.methods.dsa import indexer_files as dsa_files
+from kvscope.methods.lsa import indexer_files as lsa_files
 from kvscope.methods.registry import create_method, method_class, method_names
 from kvscope.tasks.registry import task_names
 
@@ -51,6 +53,28 @@ def test_automatic_values_are_shown_by_length() -> None:
     assert lines[at + 1].split() == ["1K", "block_tokens=32,", "blocks_read=4,", "budget_tokens=128"]
     assert lines[at + 3].split() == ["32K", "block_tokens=512,", "blocks_read=4,", "budget_tokens=2048"]
     assert "by prompt length" not in show_text("dense")
+
+
+def test_trained_indexers_that_come_along_are_named() -> None:
+    for name, files in (("lsa", lsa_files.FILES), ("dsa", dsa_files.FILES)):
+        text = " ".join(show_text(name).split())
+        for shipped in files.shipped_names():
+            config = files.read_config(files.folder(shipped))
+            assert f"{shipped} (model {config.model}" in text
+    for shipped in lsa_files.FILES.shipped_names():
+        values = lsa_files.FILES.read_config(lsa_files.FILES.folder(shipped))
+        chosen = f"{shipped} (model {values.model}: chunks of {values.chunk_tokens}, tau {values.tau})"
+        assert chosen in " ".join(show_text("lsa").split())
+    assert "trained indexers" not in show_text("quest")
+
+
+def test_what_the_indexer_decides_is_not_told_as_a_number() -> None:
+    shown = catalog.method_entry("lsa")["automatic"]["8K"]
+    assert (shown["tau"], shown["chunk_tokens"]) == ("the indexer's or 64", "the indexer's or 64")
+    given = create_method("lsa:tau=8,chunk_tokens=16").effective_config(8192)
+    assert (given["tau"], given["chunk_tokens"]) == (8, 16)
+    drawn = create_method("lsa:selection=synthetic,budget_tokens=512").effective_config(8192)
+    assert (drawn["tau"], drawn["chunk_tokens"]) == (64, 64)
 
 
 @pytest.mark.parametrize("name", method_names())

@@ -1,5 +1,6 @@
 """The whole way through the command line: run, resume, report, on a tiny model."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,45 @@ def test_failed_cells_end_with_one_and_a_line_each(
     monkeypatch.setitem(registry.METHODS, "failing", stand_ins.METHODS["failing"])
     assert cli.run_cli(["run", *arguments, "-m", "failing", "--no-footprint", "--quiet"]) == 1
     assert capsys.readouterr().err == "accuracy: failing: 4 failed: decode: RuntimeError: the page table is torn\n"
+
+
+TIMES = ("_s", "_utc", "peak_bytes", "attempt")
+
+
+def measured(folder: Path) -> list[dict[str, object]]:
+    """Rows without what differs from one time to the next."""
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.endswith(TIMES)} for row in rows]
+
+
+def test_no_report_leaves_rows_alone_and_the_report_can_follow(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["run", *arguments, "--no-footprint", "-q"]
+    assert cli.run_cli([*command, "--no-report"]) == 0
+    assert capsys.readouterr().out == f"rows     {tmp_path / 'run'}\n"
+    assert not (tmp_path / "run" / "report").exists()
+    before = (tmp_path / "run" / "samples.jsonl").read_bytes()
+
+    # It is no part of what a folder belongs to: the same command with a report finds every row.
+    assert cli.run_cli(command) == 0
+    assert (tmp_path / "run" / "report" / "report.html").is_file()
+    assert (tmp_path / "run" / "samples.jsonl").read_bytes() == before
+
+    other = [*arguments[:-1], str(tmp_path / "other")]
+    assert cli.run_cli(["run", *other, "--no-footprint", "-q", "--report"]) == 0
+    assert measured(tmp_path / "other") == measured(tmp_path / "run")
+    assert len(measured(tmp_path / "run")) == 8
+
+
+def test_no_report_ends_with_one_for_failed_cells_and_two_for_bad_input(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(registry.METHODS, "failing", stand_ins.METHODS["failing"])
+    command = ["run", *arguments, "--no-footprint", "--no-report", "--quiet"]
+    assert cli.run_cli([*command, "-m", "failing"]) == 1
+    out, err = capsys.readouterr()
+    assert out == f"rows     {tmp_path / 'run'}\n"
+    assert err == "accuracy: failing: 4 failed: decode: RuntimeError: the page table is torn\n"
+    assert cli.run_cli([*command, "-m", "nowhere"]) == 2
+    assert cli.run_cli(["plan", *arguments, "--no-report"]) == 2, "a plan has no report to leave out"

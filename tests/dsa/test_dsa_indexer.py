@@ -10,6 +10,7 @@ from engine.tiny_models import loaded_model, prompt_ids
 from sequences import prefilled
 
 from kvscope.harness.decode import DecodeSession, decode
+from kvscope.harness.dsa.train import CARD_FILE, card_text
 from kvscope.harness.facts import describe_model
 from kvscope.methods.base import AttentionExtras
 from kvscope.methods.dsa import indexer_files
@@ -214,7 +215,8 @@ def test_damaged_folders_get_one_clear_sentence(tmp_path, damage, message):
 @pytest.mark.parametrize("name", indexer_files.FILES.shipped_names())
 def test_a_shipped_indexer_loads_and_fits_its_model(name):
     """Retraining the reference model makes its indexer another model's: this is where that shows."""
-    config = indexer_files.FILES.load(indexer_files.FILES.folder(name)).config
-    assert "DSA-style" in (indexer_files.FILES.folder(name) / "README.md").read_text()
+    folder = indexer_files.FILES.folder(name)
+    config = indexer_files.FILES.load(folder).config
+    assert (folder / CARD_FILE).read_text(encoding="utf-8") == card_text(config), "the card is of another training"
     if config.model == "reference":
         assert indexer_files.mismatch(config, describe_model("reference").shape) is None

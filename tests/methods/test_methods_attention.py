@@ -6,9 +6,10 @@ Shapes: Q query heads, H KV heads, D head size, S slots, P tokens a page, T toke
 import pytest
 import torch
 
+from kvscope.harness import prefill_attention
 from kvscope.harness.prefill_attention import chunk_attention
 from kvscope.methods.attention import merge_partials, paged_attention, paged_partial
-from kvscope.methods.flash import attention_with_lse
+from kvscope.methods.flash import attention_with_lse, flash_window_runs_on
 
 
 def oracle(q_BQSD, k_BHTD, v_BHTD, *, scale, keep_ST=None, softcap=None, sink_logits=None):
@@ -135,6 +136,87 @@ def test_chunk_attention_equals_the_oracle(S, T, window, options):
     keep = (j <= i) & (j > i - (window or T))
     out = chunk_attention(q, k, v, scale=0.25, window=window, **options)
     torch.testing.assert_close(out.double(), oracle(q, k, v, scale=0.25, keep_ST=keep, **options), atol=4e-6, rtol=1e-5)
+
+
+def masked_window(q_BQSD, k_BHTD, v_BHTD, *, scale, window):
+    """What ``windowed_attention`` does, written out: it runs on CUDA alone."""
+    S, T = q_BQSD.shape[2], k_BHTD.shape[2]
+    i, j = torch.arange(T - S, T)[:, None], torch.arange(T)[None]
+    return oracle(q_BQSD, k_BHTD, v_BHTD, scale=scale, keep_ST=(j <= i) & (j > i - window)).to(q_BQSD.dtype)
+
+
+@pytest.mark.parametrize("window", [1, 20, 64, 99])
+@pytest.mark.parametrize(("S", "T"), [(2, 100), (33, 100), (100, 100), (70, 300)])
+def test_a_fused_window_is_given_the_keys_its_queries_see_and_no_others(monkeypatch, S, T, window):
+    """Where a fused window runs, chunk_attention hands it a part of the keys: the answer is that of all."""
+    lengths = []
+
+    def fused(q, k, v, **options):
+        lengths.append((k.shape[2], v.shape[2]))
+        return masked_window(q, k, v, **options)
+
+    monkeypatch.setattr(prefill_attention, "flash_window_runs_on", lambda q: True)
+    monkeypatch.setattr(prefill_attention, "windowed_attention", fused)
+    draws = torch.Generator().manual_seed(S + T)
+    q = torch.randn(1, 4, S, 16, generator=draws)
+    k, v = (torch.randn(1, 2, T, 16, generator=draws) for _ in range(2))
+    out = chunk_attention(q, k, v, scale=0.25, window=window)
+    torch.testing.assert_close(out, masked_window(q, k, v, scale=0.25, window=window), atol=1e-6, rtol=1e-5)
+    assert lengths == [(min(T, S + window - 1),) * 2]
+
+
+@pytest.mark.parametrize("options", [{"softcap": 3.0}, {"sink_logits": SINKS}])
+def test_what_no_fused_window_knows_does_not_go_there(monkeypatch, options):
+    def refuse(*arguments, **given):
+        raise AssertionError("it takes neither a soft cap nor sinks")
+
+    monkeypatch.setattr(prefill_attention, "flash_window_runs_on", lambda q: True)
+    monkeypatch.setattr(prefill_attention, "windowed_attention", refuse)
+    q, k, v = (torch.randn(1, heads, 40, 16) for heads in (4, 2, 2))
+    i, j = torch.arange(40)[:, None], torch.arange(40)[None]
+    expected = oracle(q, k, v, scale=0.25, keep_ST=(j <= i) & (j > i - 8), **options)
+    out = chunk_attention(q, k, v, scale=0.25, window=8, **options)
+    torch.testing.assert_close(out.double(), expected, atol=4e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"sink_logits": SINKS}])
+@pytest.mark.parametrize(("window", "T"), [(1, 40), (39, 40), (40, 40), (41, 40), (128, 3000)])
+def test_one_query_takes_its_last_keys_without_a_mask(monkeypatch, window, T, options):
+    """Keys before the window are not even read: here they are NaN."""
+
+    def refuse(*arguments, **given):
+        raise AssertionError("no masked path for one query")
+
+    monkeypatch.setattr(prefill_attention, "_windowed", refuse)
+    q, k, v = torch.randn(1, 4, 1, 16), torch.randn(1, 2, T, 16), torch.randn(1, 2, T, 16)
+    seen = slice(max(0, T - window), T)
+    expected = oracle(q, k[:, :, seen], v[:, :, seen], scale=0.25, **options)
+    k[:, :, : seen.start], v[:, :, : seen.start] = torch.nan, torch.nan
+    out = chunk_attention(q, k, v, scale=0.25, window=window, **options)
+    torch.testing.assert_close(out.double(), expected, atol=4e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_no_fused_window_on_a_cpu(dtype):
+    assert not flash_window_runs_on(torch.zeros(1, 1, 1, 64, dtype=dtype))
+
+
+class OnCuda:
+    """As much of a CUDA tensor as the question needs."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, dtype, D):
+        self.dtype, self.shape = dtype, (1, 6, 100, D)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "D", "runs"),
+    [(torch.bfloat16, 64, True), (torch.float16, 256, True), (torch.float32, 64, False), (torch.bfloat16, 36, False),
+     (torch.bfloat16, 264, False)],
+)  # fmt: skip
+def test_a_fused_window_is_for_half_precision_and_sizes_that_flash_takes(dtype, D, runs):
+    assert flash_window_runs_on(OnCuda(dtype, D)) is runs
 
 
 @pytest.mark.gpu

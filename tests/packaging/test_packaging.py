@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 import venv
 import zipfile
@@ -45,6 +46,23 @@ def test_wheel_holds_one_top_level_package_with_the_reference_model(wheel: Path)
     assert wheel.stat().st_size < 45 * 1024**2
 
 
+def test_wheel_and_sdist_hold_the_trained_indexers_as_they_are(wheel: Path) -> None:
+    """Without them a plain ``-m lsa`` or ``-m dsa`` on the reference model is refused."""
+    folders = [path.parent.relative_to(ROOT) for path in ROOT.glob("methods/*/indexers/*/config.json")]
+    assert len(folders) >= 4
+    (sdist,) = wheel.parent.glob("kvscope-*.tar.gz")
+    with zipfile.ZipFile(wheel) as packed, tarfile.open(sdist) as source:
+        top = source.getnames()[0].split("/")[0]
+        for folder in folders:
+            assert (ROOT / folder / "indexer.safetensors").is_file(), folder
+            for path in sorted((ROOT / folder).iterdir()):
+                name = path.relative_to(ROOT).as_posix()
+                assert packed.read(f"kvscope/{name}") == path.read_bytes(), name
+                held = source.extractfile(f"{top}/{name}")
+                assert held is not None, name
+                assert held.read() == path.read_bytes(), name
+
+
 @pytest.fixture(scope="module")
 def script(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fresh environment with the wheel alone; its dependencies are this environment's."""
@@ -75,6 +93,8 @@ def test_script_runs_outside_the_checkout(script: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert (tmp_path / "out" / "report" / "report.html").stat().st_size > 10_000
     shutil.rmtree(tmp_path / "out")
+    planned = call(script, "plan", "-m", "lsa", "-m", "dsa", "-l", "1k", "--no-footprint", cwd=tmp_path, env=env)
+    assert "for 2 methods" in planned, "both have their trained indexers"
 
 
 def test_help_is_fast(script: Path, tmp_path: Path) -> None:

@@ -126,10 +126,12 @@ def test_another_model_or_configuration_is_refused() -> None:
 
 def test_keys_of_memory_do_not_part_runs_of_accuracy_alone() -> None:
     second = piece(1)
-    later = with_info(second, identity={**second.info.identity, "decode_graph": "auto"})
-    assert merge_pieces([piece(0), later])[0].samples == 2 * INFO.samples
-    measured = with_info(later, identity={**later.info.identity, "footprint": True})
-    with pytest.raises(UsageError, match="decode_graph, footprint"):
+    changes = {"decode_graph": "auto", "prefill_chunk_tokens": 16384}
+    for key, value in changes.items():
+        later = with_info(second, identity={**second.info.identity, key: value})
+        assert merge_pieces([piece(0), later])[0].samples == 2 * INFO.samples
+    measured = with_info(second, identity={**second.info.identity, **changes, "footprint": True})
+    with pytest.raises(UsageError, match="decode_graph, footprint, prefill_chunk_tokens"):
         merge_pieces([piece(0), measured])
 
 

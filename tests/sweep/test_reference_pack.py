@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +20,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 RESULTS = FOLDER.parent / "results" / "reference" / "h100"
 SAMPLES, _, INFO = demo_rows()
 ONE, OTHER = INFO.lengths_tokens[0], INFO.lengths_tokens[-1]
+LABELS = [method.label for method in INFO.methods]
 
 
 @pytest.fixture
@@ -30,8 +32,10 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return reference_results
 
 
-def cell_list(path: Path, *parts: dict[str, Any], carried: str = "", name: str = "all") -> Path:
-    run = {"model": INFO.model, "methods": [method.label for method in INFO.methods], "footprint": False}
+def cell_list(
+    path: Path, *parts: dict[str, Any], carried: str = "", name: str = "all", labels: Sequence[str] = LABELS
+) -> Path:
+    run = {"model": INFO.model, "methods": list(labels), "footprint": False}
     common = {"tasks": list(INFO.tasks), "samples": INFO.samples}
     cell: dict[str, Any] = {"name": name, "planned_gpu_minutes": 1, "seeds": 2, "run": run}
     cell["parts"] = [{**common, **part} for part in parts]
@@ -41,11 +45,26 @@ def cell_list(path: Path, *parts: dict[str, Any], carried: str = "", name: str =
     return path
 
 
-def measure(folder: Path, seed: int, length: int, *, commit: str = "a" * 40, rows: int | None = None) -> None:
-    """Write a piece as a run would have: the demo's rows under another seed."""
-    identity = {**INFO.identity, "seed": seed, "footprint": False}
-    values = {"seed": seed, "lengths_tokens": (length,), "footprint_lengths_tokens": (), "commit": commit}
-    found = [row for row in SAMPLES if row.length_tokens == length][:rows]
+def measure(
+    folder: Path,
+    seed: int,
+    length: int,
+    *,
+    commit: str = "a" * 40,
+    rows: int | None = None,
+    labels: Sequence[str] = LABELS,
+) -> None:
+    """Write a piece as a run would have: the demo's rows of some methods under another seed."""
+    identity = {**INFO.identity, "seed": seed, "footprint": False, "methods": list(labels)}
+    values = {
+        "seed": seed,
+        "lengths_tokens": (length,),
+        "footprint_lengths_tokens": (),
+        "commit": commit,
+        "methods": tuple(method for method in INFO.methods if method.label in labels),
+        "plan": tuple(cell for cell in INFO.plan if cell.method_label in labels),
+    }
+    found = [row for row in SAMPLES if row.length_tokens == length and row.method_label in labels][:rows]
     with RunStore.create(folder, INFO.model_copy(update={**values, "identity": identity})) as store:
         for row in found:
             sha = f"{seed:04x}" + row.prompt_sha256[4:]
@@ -97,6 +116,70 @@ def test_an_old_pack_goes_over_into_a_larger_cell(
     assert script.main([*arguments, str(both)]) == 0
     check()
     assert [entry["name"] for entry in json.loads((out / "cells.json").read_text())] == ["all"]
+
+
+def test_some_of_the_methods_of_a_packed_cell_go_over(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A cell of one method takes its rows from a cell of several, and adds its own."""
+    work, out, some = tmp_path / "work", tmp_path / "out", LABELS[:1]
+    assert len(LABELS) > 2
+    for seed in (0, 1):
+        measure(work / "several" / f"seed-{seed}", seed, ONE)
+        measure(work / "all" / f"part-0-seed-{seed}", seed, OTHER, labels=some)
+    several = cell_list(tmp_path / "several.yaml", {"lengths_tokens": [ONE]}, name="several")
+    arguments = ["pack", "--work", str(work), "--out", str(out), "--cells"]
+    assert script.main([*arguments, str(several)]) == 0
+    before = (out / "several" / "samples.parquet").read_bytes()
+    parts = ({"lengths_tokens": [OTHER]}, {"lengths_tokens": [ONE], "carried": "several"})
+    mixed = cell_list(tmp_path / "mixed.yaml", *parts, carried="several", labels=some)
+    # Twice: the second time the cell itself holds the rows.
+    for _ in range(2):
+        assert script.main([*arguments, str(mixed)]) == 0
+        info, samples = read_info(out / "all"), load_run(out / "all").samples
+        assert [method.label for method in info.methods] == info.identity["methods"] == some
+        assert {cell.method_label for cell in info.plan} == set(some)
+        assert set(samples["method_label"]) == set(some)
+        theirs = load_run(out / "several").samples
+        mine = samples[samples["length_tokens"] == ONE].reset_index(drop=True)
+        theirs = theirs[theirs["method_label"].isin(some)].reset_index(drop=True)
+        assert mine.astype(str).equals(theirs.astype(str))
+        assert len(samples) == 2 * len(mine) == 2 * 2 * INFO.samples * len(INFO.tasks)
+    assert (out / "several" / "samples.parquet").read_bytes() == before
+    (entry,) = (each for each in json.loads((out / "cells.json").read_text()) if each["name"] == "all")
+    assert entry["rows"] == len(samples)
+
+
+def test_methods_that_go_over_are_known_by_what_they_are(script: ModuleType, tmp_path: Path) -> None:
+    """A cell may write a method otherwise than its label, and in another order."""
+    work, out = tmp_path / "work", tmp_path / "out"
+    for seed in (0, 1):
+        measure(work / "several" / f"seed-{seed}", seed, ONE)
+    several = cell_list(tmp_path / "several.yaml", {"lengths_tokens": [ONE]}, name="several")
+    arguments = ["pack", "--work", str(work), "--out", str(out), "--cells"]
+    assert script.main([*arguments, str(several)]) == 0
+    specs = ["sliding_window:sinks=4", "dense"]
+    part = {"lengths_tokens": [ONE], "carried": "several"}
+    cells = cell_list(tmp_path / "specs.yaml", part, carried="several", labels=specs)
+    assert script.main([*arguments, str(cells)]) == 0
+    assert set(load_run(out / "all").samples["method_label"]) == {"dense", "sliding_window"}
+
+
+def test_a_method_that_the_packed_cell_lacks_is_told(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work, out = tmp_path / "work", tmp_path / "out"
+    for seed in (0, 1):
+        measure(work / "first" / f"seed-{seed}", seed, ONE, labels=LABELS[:2])
+    first = cell_list(tmp_path / "first.yaml", {"lengths_tokens": [ONE]}, name="first", labels=LABELS[:2])
+    arguments = ["pack", "--work", str(work), "--out", str(out), "--cells"]
+    assert script.main([*arguments, str(first)]) == 0
+    part = {"lengths_tokens": [ONE], "carried": "first"}
+    more = cell_list(tmp_path / "more.yaml", part, carried="first", labels=[*LABELS[:2], "quest"])
+    assert script.main([*arguments, str(more)]) == 2
+    said = capsys.readouterr().err
+    assert "holds no rows of quest, which cell all asks for" in said
+    assert not (out / "all").exists()
 
 
 def test_a_carried_part_that_is_not_there_or_of_another_size_is_told(
