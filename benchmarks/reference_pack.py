@@ -7,6 +7,7 @@ from typing import Any
 
 from reference_cells import Cell, is_done, used_minutes
 
+from kvscope.methods.registry import create_method
 from kvscope.results.errors import UsageError
 from kvscope.results.merge import Piece, merge_pieces
 from kvscope.results.packed import Rows, is_packed, write_packed
@@ -100,8 +101,8 @@ def _carried(cell: Cell, part: dict[str, Any], out: Path, *, asked: int) -> Piec
         if not is_packed(folder):
             continue
         store = RunStore.open(folder)
-        wanted = config.method_labels
-        info = _with_methods(store.info, wanted)
+        wanted = [create_method(spec).label for spec in config.methods]
+        info = _with_methods(store.info, wanted, asked=config.method_labels)
         rows = [
             row
             for row in store.samples()
@@ -136,17 +137,20 @@ def _carried(cell: Cell, part: dict[str, Any], out: Path, *, asked: int) -> Piec
     )
 
 
-def _with_methods(info: RunInfo, labels: Sequence[str]) -> RunInfo:
-    """Return a run as if it had been asked for some of its methods: rows of one method do not depend on the others."""
-    kept = tuple(method for method in info.methods if method.label in labels)
-    if not kept or len(kept) == len(info.methods):
+def _with_methods(info: RunInfo, labels: Sequence[str], *, asked: Sequence[str]) -> RunInfo:
+    """Return a run as if it had been asked for some of its methods: rows of one method do not depend on the others.
+
+    Args:
+        labels: the methods' own labels, as rows have them.
+        asked: the same as a configuration writes them.
+    """
+    held = {method.label: method for method in info.methods}
+    if not set(labels) < set(held):
         return info
-    asked = info.identity["methods"]
-    assert isinstance(asked, list)
     return info.model_copy(
         update={
-            "methods": kept,
-            "identity": {**info.identity, "methods": [label for label in asked if label in labels]},
+            "methods": tuple(held[label] for label in labels),
+            "identity": {**info.identity, "methods": list(asked)},
             "plan": tuple(cell for cell in info.plan if cell.method_label in labels),
         }
     )
