@@ -42,7 +42,8 @@ def pack_cells(cells: Sequence[Cell], work: Path, out: Path, *, unfinished: str 
         _refuse_loss(out / cell.name, rows)
         write_packed(out / cell.name, info, rows)
         summary[cell.name] = _entry(cell, work, info, rows, n_pieces=_measured(pieces), not_measured=not_measured)
-        for name in {part["carried"] for part in cell.parts if "carried" in part} - {cell.name}:
+        gone = {part["carried"] for part in cell.parts if "carried" in part} - {each.name for each in cells}
+        for name in gone:
             if is_packed(out / name):
                 print(f"{cell.name} holds the carried parts of {name} now: remove {out / name} after a look at both.")
     out.mkdir(parents=True, exist_ok=True)
@@ -56,6 +57,11 @@ def pack_cells(cells: Sequence[Cell], work: Path, out: Path, *, unfinished: str 
     return missing
 
 
+def _n_rows(piece: Piece) -> int:
+    rows = piece.rows
+    return sum(map(len, (rows.samples, rows.footprints, rows.max_contexts, rows.throughputs)))
+
+
 def _measured(pieces: Sequence[Piece]) -> int:
     return sum(not piece.info.parts for piece in pieces)
 
@@ -66,7 +72,20 @@ def _pieces(cell: Cell, work: Path, out: Path, unfinished: str | None) -> tuple[
     not_measured: list[dict[str, Any]] = []
     for index, (part, asked) in enumerate(zip(cell.parts, cell.prompts(), strict=True)):
         if "carried" in part:
-            there.append(_carried(cell, part, out, asked=asked))
+            carried = _carried(cell, part, out, asked=asked)
+            if carried is not None:
+                there.append(carried)
+                continue
+            config = cell.config(part, cell.seeds_of(part)[0])
+            tasks, lengths = config.task_labels, config.lengths_tokens
+            if unfinished is None:
+                raise UsageError(
+                    f"Cell {cell.name} carries {', '.join(tasks)} at {', '.join(map(str, lengths))} tokens over from "
+                    f"{part['carried']}, but neither {out / cell.name} nor {out / part['carried']} holds such rows: "
+                    "restore that folder, or take `carried` away to measure them."
+                )
+            left = {"tasks": list(tasks), "lengths_tokens": list(lengths), "carried": part["carried"]}
+            not_measured.append({**left, "reason": unfinished})
             continue
         found = cell.part_pieces(index)
         undone = [name for name, config in found if not is_done(work / cell.name / name, config)]
@@ -86,14 +105,14 @@ def _pieces(cell: Cell, work: Path, out: Path, unfinished: str | None) -> tuple[
                 asked_samples=asked,
                 unfinished=unfinished if undone else None,
             )
-            # A search or a footprint has no prompts to keep a part of: it is whole or not there.
-            if store.info.tasks or name not in undone:
+            # Without prompts every row stands for itself; one that was not measured is missing, and said to be.
+            if store.info.tasks or name not in undone or _n_rows(piece):
                 there.append(piece)
     return there, not_measured
 
 
-def _carried(cell: Cell, part: dict[str, Any], out: Path, *, asked: int) -> Piece:
-    """Return a part that was packed before, from this cell's own pack or from the one named."""
+def _carried(cell: Cell, part: dict[str, Any], out: Path, *, asked: int) -> Piece | None:
+    """Return a part that was packed before, from this cell's own pack or from the one named; None: neither has it."""
     config = cell.config(part, cell.seeds_of(part)[0])
     seeds = set(cell.seeds_of(part))
     tasks, lengths = config.task_labels, config.lengths_tokens
@@ -130,11 +149,7 @@ def _carried(cell: Cell, part: dict[str, Any], out: Path, *, asked: int) -> Piec
                 )
             info = info.model_copy(update={"tasks": tasks, "lengths_tokens": lengths, "parts": parts})
             return Piece(name=name, info=info, rows=Rows(samples=rows))
-    raise UsageError(
-        f"Cell {cell.name} carries {', '.join(tasks)} at {', '.join(map(str, lengths))} tokens over from "
-        f"{part['carried']}, but neither {out / cell.name} nor {out / part['carried']} holds such rows: restore that "
-        "folder, or take `carried` away to measure them."
-    )
+    return None
 
 
 def _with_methods(info: RunInfo, labels: Sequence[str], *, asked: Sequence[str]) -> RunInfo:
