@@ -87,11 +87,13 @@ class NvmlProcessMemory:
     def others(self) -> tuple[int, int | None] | None:
         """Return (other processes on the GPU, bytes they hold or None where the driver does not tell).
 
-        None when NVML could not be asked, or does not say which process is this one.
+        The sweep that started this process is none of them: it waits. None when NVML could not be asked, or does not
+        say which process is this one.
         """
         if self._nvml is None or self._pid is None:
             return None
-        used = [used_bytes for pid, used_bytes in self._processes().items() if pid != self._pid]
+        own = (self._pid, os.getppid())
+        used = [used_bytes for pid, used_bytes in self._processes().items() if pid not in own]
         known = [used_bytes for used_bytes in used if used_bytes is not None]
         return len(used), sum(known) if len(known) == len(used) else None
 
@@ -225,14 +227,35 @@ def host_rss_peak_bytes() -> int | None:
 
 
 def free_device_bytes(device: str) -> tuple[int | None, str]:
-    """Return (free bytes of the memory that ``device`` computes in, its name); None bytes when it cannot be read."""
-    if device.startswith("cuda"):
-        import torch
+    """Return (free bytes of the memory that ``device`` computes in, its name); None bytes when it cannot be read.
 
-        if not torch.cuda.is_available():
-            return None, "GPU"
-        return int(torch.cuda.mem_get_info(torch.device(device))[0]), torch.cuda.get_device_name(torch.device(device))
-    return free_host_bytes(), "host memory"
+    NVML is asked first: torch's answer creates a CUDA context, half a GiB that the cells to be measured then lack.
+    """
+    if not device.startswith("cuda"):
+        return free_host_bytes(), "host memory"
+    import torch
+
+    if not torch.cuda.is_available():
+        return None, "GPU"
+    target = torch.device(device)
+    name = torch.cuda.get_device_name(target)
+    free_bytes = _nvml_free_bytes(torch.cuda.current_device() if target.index is None else target.index)
+    return int(torch.cuda.mem_get_info(target)[0]) if free_bytes is None else free_bytes, name
+
+
+def _nvml_free_bytes(device_index: int) -> int | None:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except (ImportError, OSError):
+        return None
+    except pynvml.NVMLError:
+        return None
+    try:
+        return int(pynvml.nvmlDeviceGetMemoryInfo(nvml_handle(pynvml, device_index)).free)
+    except pynvml.NVMLError:
+        return None
 
 
 def free_host_bytes() -> int:

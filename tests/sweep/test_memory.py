@@ -13,6 +13,7 @@ from kvscope.harness.memory import (
     RESOLUTION_BYTES,
     NvmlProcessMemory,
     PeakSampler,
+    free_device_bytes,
     host_rss_bytes,
     host_rss_peak_bytes,
     verdict,
@@ -141,6 +142,34 @@ def test_other_processes_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory.others() == (2, None)
     driver.processes = {os.getpid(): 620 * MIB}
     assert memory.others() == (0, 0)
+    driver.processes = {os.getpid(): 620 * MIB, os.getppid(): 518 * MIB}
+    assert memory.others() == (0, 0)  # the sweep that started this process waits
+
+
+def test_free_device_memory_is_asked_of_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's answer would create a context, half a GiB of the GPU whose cells are yet to be measured."""
+    import torch
+
+    driver = with_driver(monkeypatch, Driver({}))
+    driver.nvmlDeviceGetMemoryInfo = lambda handle: types.SimpleNamespace(free=(40 + handle) * MIB)  # type: ignore[attr-defined]
+    asked: list[object] = []
+
+    def torch_answers(device: object) -> tuple[int, int]:
+        asked.append(device)
+        return 7 * MIB, 80 * MIB
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU X")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", torch_answers)
+    assert free_device_bytes("cuda:1") == (41 * MIB, "GPU X")
+    assert free_device_bytes("cuda") == (40 * MIB, "GPU X")
+    assert not asked
+    driver.broken = True
+    assert free_device_bytes("cuda:1") == (7 * MIB, "GPU X")
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert free_device_bytes("cuda:1") == (7 * MIB, "GPU X")
+    assert len(asked) == 2
 
 
 def test_in_a_container_the_process_that_appeared_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
