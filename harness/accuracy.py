@@ -17,6 +17,7 @@ from kvscope.harness.rows import (
 )
 
 if TYPE_CHECKING:
+    from kvscope.harness.decode_graph import DecodeGraph
     from kvscope.harness.models import LoadedModel
     from kvscope.methods.base import CacheMethod
     from kvscope.methods.store import PromptKV
@@ -155,8 +156,12 @@ class Prompt:
 
     def _decode(self, method: "CacheMethod[Any]", prompt_kv: "PromptKV") -> "SampleRow":
         from kvscope.harness.decode import answer_nll, decode
+        from kvscope.harness.decode_graph import EAGER
 
         config, sample = self.plan.config, self.sample
+        target = " " + ", ".join(sample.targets)
+        answer_ids = tuple(self.loaded.tokenizer(target, add_special_tokens=False)["input_ids"])
+        graph, why_eager = self._graph(len(answer_ids))
         result = decode(
             self.loaded,
             method,
@@ -164,13 +169,13 @@ class Prompt:
             self.forced_ids,
             max_new_tokens=sample.max_new_tokens,
             stop_strings=sample.stop,
+            decode_graph=graph,
         )
         nll: float | None = None
         nll_reason: str | None = "not requested"
         if config.answer_nll:
-            target = " " + ", ".join(sample.targets)
-            answer_ids = tuple(self.loaded.tokenizer(target, add_special_tokens=False)["input_ids"])
-            nll, nll_reason = answer_nll(self.loaded, method, prompt_kv, self.forced_ids, answer_ids), None
+            nll_reason = None
+            nll = answer_nll(self.loaded, method, prompt_kv, self.forced_ids, answer_ids, decode_graph=graph)
         return sample_row(
             self._cell(method),
             sample,
@@ -181,9 +186,25 @@ class Prompt:
             dense_kv_bytes=self.loaded.shape.dense_kv_bytes(
                 len(self.context_ids), len(self.forced_ids) + sample.max_new_tokens - 1
             ),
+            step_backend=f"{EAGER}: {why_eager}" if why_eager else result.step_backend,
             answer_nll=nll,
             answer_nll_reason=nll_reason,
         )
+
+    def _graph(self, n_answer_tokens: int) -> "tuple[DecodeGraph, str | None]":
+        """Return whether to capture the step, and why not where that was asked for.
+
+        Every prompt and method has addresses of its own, so each captures anew: an answer as short as the reference one
+        may be done before that has paid.
+        """
+        from kvscope.harness.decode_graph import PAYS_FROM_STEPS
+
+        if not self.plan.config.accuracy_graph:
+            return "off", None
+        n_steps = len(self.forced_ids) + min(n_answer_tokens, self.sample.max_new_tokens - 1)
+        if n_steps < PAYS_FROM_STEPS:
+            return "off", f"about {n_steps} steps, and a capture pays from {PAYS_FROM_STEPS}"
+        return "auto", None
 
     def _cell(self, method: "CacheMethod[Any]") -> dict[str, Any]:
         cell = cell_columns(
