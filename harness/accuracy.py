@@ -159,9 +159,9 @@ class Prompt:
         from kvscope.harness.decode_graph import EAGER
 
         config, sample = self.plan.config, self.sample
-        target = " " + ", ".join(sample.targets)
-        answer_ids = tuple(self.loaded.tokenizer(target, add_special_tokens=False)["input_ids"])
-        graph, why_eager = self._graph(len(answer_ids))
+        n_forced = len(self.forced_ids)
+        # By the longest answer, not by the likely one: rows of a task hold and time the same kind of step.
+        graph, why_eager = self._graph(n_forced + sample.max_new_tokens - 1)
         result = decode(
             self.loaded,
             method,
@@ -174,8 +174,11 @@ class Prompt:
         nll: float | None = None
         nll_reason: str | None = "not requested"
         if config.answer_nll:
-            nll_reason = None
+            target = " " + ", ".join(sample.targets)
+            answer_ids = tuple(self.loaded.tokenizer(target, add_special_tokens=False)["input_ids"])
+            graph, _ = self._graph(n_forced + len(answer_ids) - 1)
             nll = answer_nll(self.loaded, method, prompt_kv, self.forced_ids, answer_ids, decode_graph=graph)
+            nll_reason = None
         return sample_row(
             self._cell(method),
             sample,
@@ -191,19 +194,20 @@ class Prompt:
             answer_nll_reason=nll_reason,
         )
 
-    def _graph(self, n_answer_tokens: int) -> "tuple[DecodeGraph, str | None]":
+    def _graph(self, n_steps: int) -> "tuple[DecodeGraph, str | None]":
         """Return whether to capture the step, and why not where that was asked for.
 
-        Every prompt and method has addresses of its own, so each captures anew: an answer as short as the reference one
-        may be done before that has paid.
+        Every prompt and method has addresses of its own, so each captures anew.
+
+        Args:
+            n_steps: steps there may be.
         """
         from kvscope.harness.decode_graph import PAYS_FROM_STEPS
 
         if not self.plan.config.accuracy_graph:
             return "off", None
-        n_steps = len(self.forced_ids) + min(n_answer_tokens, self.sample.max_new_tokens - 1)
         if n_steps < PAYS_FROM_STEPS:
-            return "off", f"about {n_steps} steps, and a capture pays from {PAYS_FROM_STEPS}"
+            return "off", f"{n_steps} steps at most, and a capture pays from {PAYS_FROM_STEPS}"
         return "auto", None
 
     def _cell(self, method: "CacheMethod[Any]") -> dict[str, Any]:
