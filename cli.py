@@ -92,6 +92,13 @@ AnswerNll = Annotated[
 MaxNewTokens = Annotated[
     int | None, typer.Option("--max-new-tokens", help="New tokens per sample.  [default: the task's own]")
 ]
+AccuracyGraph = Annotated[
+    bool | None,
+    typer.Option(
+        "--accuracy-graph/--no-accuracy-graph",
+        help="Answer with decode steps as a CUDA graph, where that can be done and pays.",
+    ),
+]
 PaperSettings = Annotated[
     bool | None,
     typer.Option("--paper-settings/--no-paper-settings", help="Fix recency at 8192 tokens, blocks as in their papers."),
@@ -196,6 +203,7 @@ def run(
     method_from: From = None,
     answer_nll: AnswerNll = None,
     max_new_tokens: MaxNewTokens = None,
+    accuracy_graph: AccuracyGraph = None,
     paper_settings: PaperSettings = None,
     footprint: Footprint = None,
     footprint_length: FootprintLengths = None,
@@ -247,6 +255,7 @@ def plan(
     method_from: From = None,
     answer_nll: AnswerNll = None,
     max_new_tokens: MaxNewTokens = None,
+    accuracy_graph: AccuracyGraph = None,
     paper_settings: PaperSettings = None,
     footprint: Footprint = None,
     footprint_length: FootprintLengths = None,

@@ -17,6 +17,7 @@ from kvscope.harness.rows import (
 )
 
 if TYPE_CHECKING:
+    from kvscope.harness.decode_graph import DecodeGraph
     from kvscope.harness.models import LoadedModel
     from kvscope.methods.base import CacheMethod
     from kvscope.methods.store import PromptKV
@@ -155,8 +156,12 @@ class Prompt:
 
     def _decode(self, method: "CacheMethod[Any]", prompt_kv: "PromptKV") -> "SampleRow":
         from kvscope.harness.decode import answer_nll, decode
+        from kvscope.harness.decode_graph import EAGER
 
         config, sample = self.plan.config, self.sample
+        n_forced = len(self.forced_ids)
+        # By the longest answer, not by the likely one: rows of a task hold and time the same kind of step.
+        graph, why_eager = self._graph(n_forced + sample.max_new_tokens - 1)
         result = decode(
             self.loaded,
             method,
@@ -164,13 +169,16 @@ class Prompt:
             self.forced_ids,
             max_new_tokens=sample.max_new_tokens,
             stop_strings=sample.stop,
+            decode_graph=graph,
         )
         nll: float | None = None
         nll_reason: str | None = "not requested"
         if config.answer_nll:
             target = " " + ", ".join(sample.targets)
             answer_ids = tuple(self.loaded.tokenizer(target, add_special_tokens=False)["input_ids"])
-            nll, nll_reason = answer_nll(self.loaded, method, prompt_kv, self.forced_ids, answer_ids), None
+            graph, _ = self._graph(n_forced + len(answer_ids) - 1)
+            nll = answer_nll(self.loaded, method, prompt_kv, self.forced_ids, answer_ids, decode_graph=graph)
+            nll_reason = None
         return sample_row(
             self._cell(method),
             sample,
@@ -181,9 +189,26 @@ class Prompt:
             dense_kv_bytes=self.loaded.shape.dense_kv_bytes(
                 len(self.context_ids), len(self.forced_ids) + sample.max_new_tokens - 1
             ),
+            step_backend=f"{EAGER}: {why_eager}" if why_eager else result.step_backend,
             answer_nll=nll,
             answer_nll_reason=nll_reason,
         )
+
+    def _graph(self, n_steps: int) -> "tuple[DecodeGraph, str | None]":
+        """Return whether to capture the step, and why not where that was asked for.
+
+        Every prompt and method has addresses of its own, so each captures anew.
+
+        Args:
+            n_steps: steps there may be.
+        """
+        from kvscope.harness.decode_graph import PAYS_FROM_STEPS
+
+        if not self.plan.config.accuracy_graph:
+            return "off", None
+        if n_steps < PAYS_FROM_STEPS:
+            return "off", f"{n_steps} steps at most, and a capture pays from {PAYS_FROM_STEPS}"
+        return "auto", None
 
     def _cell(self, method: "CacheMethod[Any]") -> dict[str, Any]:
         cell = cell_columns(

@@ -191,6 +191,10 @@ class RunConfig(BaseModel):
         default="auto",
         description="footprint pass: decode steps as a CUDA graph where that can be done, always (or fail), or never",
     )
+    accuracy_graph: bool = Field(
+        default=False,
+        description="accuracy pass: decode steps as a CUDA graph where that can be done and pays; rows say which",
+    )
     out: str | None = Field(default=None, description="folder of the run")
 
     @field_validator("lengths_tokens", "footprint_lengths_tokens", mode="before")
@@ -302,6 +306,8 @@ class RunConfig(BaseModel):
             mode="json", exclude={"out", "footprint_timeout_s", "time_limit_s", "methods", "tasks"}
         )
         values["footprint_lengths_tokens"] = list(self.footprint_cells_tokens)
+        if not self.accuracy_graph:
+            del values["accuracy_graph"]  # absent from folders begun before there was a choice: they go on
         return {"methods": list(self.method_labels), "tasks": list(self.task_labels), **values}
 
 

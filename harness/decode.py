@@ -320,6 +320,7 @@ def answer_nll(
     answer_ids: Sequence[int],
     *,
     device: str | torch.device | None = None,
+    decode_graph: DecodeGraph = "off",
 ) -> float:
     """Return the mean negative log-likelihood of ``answer_ids`` under the method, in nats a token, teacher forced.
 
@@ -331,7 +332,7 @@ def answer_nll(
     _check(loaded, prompt_kv, forced_ids, len(answer_ids), device)
     fed = [*forced_ids, *answer_ids[:-1]]
     total = 0.0
-    with DecodeSession(loaded, method, prompt_kv, reserve_tokens=len(fed)) as session:
+    with DecodeSession(loaded, method, prompt_kv, reserve_tokens=len(fed), decode_graph=decode_graph) as session:
         for index, token in enumerate(fed):
             logits = session.step(token)
             answered = index - (len(forced_ids) - 1)

@@ -121,6 +121,7 @@ def sample_row(
     score: float,
     prefill_s: float,
     dense_kv_bytes: int,
+    step_backend: str,
     answer_nll: float | None,
     answer_nll_reason: str | None,
 ) -> SampleRow:
@@ -138,6 +139,7 @@ def sample_row(
         prefill_s=prefill_s,
         decode_s=result.decode_s,
         decode_tokens=len(result.ids),
+        step_backend=step_backend,
     )
 
 

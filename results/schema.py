@@ -162,9 +162,13 @@ class SampleRow(_CellRow):
     prefill_s: Seconds | None = None
     """Seconds of the prompt's one prefill, shared by all methods of the run: never add it up over methods."""
     decode_s: Seconds | None = None
-    """Seconds of this method's decode, step 0 included."""
+    """Seconds of this method's decode, step 0 included; the first capture of a captured step is not."""
     decode_tokens: Count | None = None
     """Tokens generated."""
+    step_backend: Text | None = None
+    """How the decode steps ran: `cuda graph`, `eager`, or `eager: ` and why they were no graph although one was asked
+    for. A captured step keeps spare room in places, which the ledger's bytes count. Null in rows of earlier versions,
+    where every step was eager, and when status is not ok."""
 
     @property
     def key(self) -> tuple[str, int, int, str]:

@@ -14,10 +14,11 @@ from kvscope import cli
 from kvscope.harness.footprint import worker_environment
 
 SHARED = [
-    "--answer-nll", "--device", "--dtype", "--find-max", "--footprint", "--footprint-length", "--gpu-budget", "--kv",
-    "--length", "--max-new-tokens", "--method", "--method-from", "--model", "--no-answer-nll", "--no-footprint",
-    "--no-paper-settings", "--out", "--paper-settings", "--samples", "--seed", "--set", "--sweep", "--task",
-    "--throughput", "--time-limit", "-l", "-m", "-n", "-o", "-t", "config",
+    "--accuracy-graph", "--answer-nll", "--device", "--dtype", "--find-max", "--footprint", "--footprint-length",
+    "--gpu-budget", "--kv", "--length", "--max-new-tokens", "--method", "--method-from", "--model",
+    "--no-accuracy-graph", "--no-answer-nll", "--no-footprint", "--no-paper-settings", "--out", "--paper-settings",
+    "--samples", "--seed", "--set", "--sweep", "--task", "--throughput", "--time-limit", "-l", "-m", "-n", "-o",
+    "-t", "config",
 ]  # fmt: skip
 SURFACE = {
     "run": sorted([*SHARED, "--no-report", "--quiet", "--report", "-q"]),
@@ -100,13 +101,14 @@ def test_every_shared_option_reaches_the_configuration() -> None:
     values = {
         "model": "m", "method": ["dense"], "task": ["niah_single_1"], "length": ["2k"], "samples": 3, "seed": 4,
         "out": "o", "method_from": "question", "answer_nll": True, "max_new_tokens": 5, "paper_settings": True,
-        "footprint": True, "footprint_length": ["4k"], "device": "cpu", "dtype": "float16",
+        "footprint": True, "footprint_length": ["4k"], "device": "cpu", "dtype": "float16", "accuracy_graph": True,
     }  # fmt: skip
     config = cli.build_config({**values, "config": None, "set_": ["page_tokens=32"]})
     assert config.lengths_tokens == (2048,)
     assert config.footprint_lengths_tokens == (4096,)
     assert (config.model, config.samples, config.seed, config.out) == ("m", 3, 4, "o")
     assert (config.method_from, config.answer_nll, config.max_new_tokens) == ("question", True, 5)
+    assert config.accuracy_graph is True
     assert (config.paper_settings, config.device, config.dtype, config.page_tokens) == (True, "cpu", "float16", 32)
 
 

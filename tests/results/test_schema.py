@@ -54,6 +54,12 @@ def test_round_trip_through_json(row: SampleRow | FootprintRow) -> None:
     assert type(row).model_validate(json.loads(text)) == row
 
 
+def test_sample_rows_from_before_steps_were_recorded_load() -> None:
+    values = SAMPLE.model_dump(mode="json")
+    del values["step_backend"]
+    assert SampleRow.model_validate(values).step_backend is None
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_no_row_holds_nan_or_infinity(value: float) -> None:
     with pytest.raises(ValidationError, match="finite"):

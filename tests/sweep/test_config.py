@@ -109,10 +109,16 @@ def test_identity_ignores_where_the_rows_go_but_nothing_that_changes_them() -> N
         "prefill_chunk_tokens": 512,
         "page_tokens": 16,
         "decode_graph": "off",
+        "accuracy_graph": True,
     }
     assert set(changed) == set(RunConfig.model_fields) - {"out", "footprint_timeout_s", "time_limit_s"}
     for key, value in changed.items():
         assert make_config({key: value}).identity() != base.identity(), key
+
+
+def test_folders_begun_before_steps_could_be_captured_go_on() -> None:
+    assert "accuracy_graph" not in make_config({"accuracy_graph": False}).identity()
+    assert make_config({"accuracy_graph": True}).identity()["accuracy_graph"] is True
 
 
 @pytest.mark.parametrize(
