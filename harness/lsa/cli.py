@@ -9,7 +9,7 @@ from kvscope.results.errors import UsageError
 
 app = typer.Typer(
     name="lsa",
-    help="The Neural Memory Indexer: collect training data once, train without the model, evaluate.",
+    help="The Neural Memory Indexer: collect training data once, train without the model, evaluate, calibrate.",
     no_args_is_help=True,
 )
 
@@ -260,3 +260,56 @@ def evaluate(
     typer.echo(summary_text(rows))
     typer.echo(f"\ntables and figure  {out}")
     return 0
+
+
+@app.command(short_help="Set what threshold 0.5 keeps, for the same or larger chunks; nothing is trained.")
+def calibrate(
+    data: DataFolders,
+    indexer: Annotated[str, typer.Option("--indexer", metavar="IN", help="Folder or shipped name.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the indexer to write.")],
+    chunk_tokens: Annotated[
+        int | None, typer.Option("--chunk-tokens", help="A multiple of the tokens a key.  [default: the indexer's]")
+    ] = None,
+    threshold: Annotated[float | None, typer.Option("--threshold", help="What is this becomes 0.5.")] = None,
+    target_recall: Annotated[
+        float | None, typer.Option("--target-recall", help="Least golden recall at refreshes of these documents.")
+    ] = None,
+    target_kept: Annotated[
+        float | None, typer.Option("--target-kept", help="Largest mean share of the prompt's bytes at refreshes.")
+    ] = None,
+    weight_dtype: Annotated[
+        str, typer.Option("--dtype", help="Of the stored weights: float32 or bfloat16 (biases stay float32).")
+    ] = "float32",
+    tau: Annotated[
+        int | None, typer.Option("--tau", help="Decode steps between refreshes.  [default: the indexer's]")
+    ] = None,
+    top_p: TopP = None,
+    voters: Voters = None,
+    votes: Votes = None,
+    least_mass: LeastMass = None,
+    label_layers: LabelLayers = None,
+    sink_tokens: Sinks = 4,
+    recency_tokens: Recency = None,
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Shift the bias of a trained indexer so that threshold 0.5 keeps what is asked for, on documents new to it.
+
+    Give one of --threshold, --target-recall and --target-kept. A chunk of several keys has the score of its best one.
+    """
+    from kvscope.harness.lsa.calibrate import CalibrateConfig, summary_text
+    from kvscope.harness.lsa.calibrate import calibrate as run_calibrate
+    from kvscope.harness.lsa.evaluate import EvalConfig
+
+    config = CalibrateConfig(
+        chunk_tokens=chunk_tokens, threshold=threshold, target_recall=target_recall, target_kept=target_kept,
+        dtype=weight_dtype,  # type: ignore[arg-type]
+        measure=EvalConfig(
+            tau=tau, top_p=top_p, voters=voters, votes=votes, least_mass=least_mass,  # type: ignore[arg-type]
+            label_layers=parse_layers(label_layers), sink_tokens=sink_tokens, recency_tokens=recency_tokens,
+        ),
+    )  # fmt: skip
+    found = run_calibrate([str(folder) for folder in data], indexer, out, config, device=device,
+                          note=silence if quiet else say)  # fmt: skip
+    typer.echo(summary_text(found))
+    typer.echo(f"\nindexer  {out}")

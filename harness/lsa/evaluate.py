@@ -19,10 +19,11 @@ import torch
 from tabulate import tabulate
 
 from kvscope.harness.config import format_length
-from kvscope.harness.lsa.objective import Example, Place, TrainConfig, compute_device, example, row_logits
+from kvscope.harness.lsa.lineage import calibration_ids, data_ids
+from kvscope.harness.lsa.objective import Example, Place, TrainConfig, compute_device, example, refresh_logits
 from kvscope.harness.lsa.rechunk import serves
 from kvscope.harness.lsa.shards import Collection, CollectionInfo, open_collections
-from kvscope.methods.lsa.indexer import Indexer, IndexerConfig, logit
+from kvscope.methods.lsa.indexer import ENCODER_FEATURES, Indexer, IndexerConfig, logit
 from kvscope.methods.lsa.indexer_files import indexer_folder, indexer_hash, load_indexer
 from kvscope.methods.lsa.labels import Voters
 from kvscope.methods.lsa.selection import metadata_bytes
@@ -111,23 +112,14 @@ def evaluate(
         check_match(indexer.config, Collection(each).info, folder=str(folder))
     collections = open_collections(folders, chunk_tokens=indexer.config.chunk_tokens, layers=indexer.config.layers)
     info = collections[0].info
-    seen = {entry["id"] for entry in indexer.config.trained.get("data", ())}
+    trained_on = data_ids(indexer.config.trained)
+    set_on = calibration_ids(indexer.config.trained)
     for collection in collections:
-        if collection.id in seen:
-            note(f"note: the indexer was trained on '{collection.folder}': these figures are no test of it.")
-    tau = config.tau or indexer.config.tau
-    options = TrainConfig(
-        tau=tau,
-        layers=indexer.config.layers,
-        top_p=config.top_p,
-        voters=config.voters,
-        votes=config.votes,
-        least_mass=config.least_mass,
-        label_layers=config.label_layers,
-        sink_tokens=config.sink_tokens,
-        recency_tokens=config.recency_tokens,
-        lookback=indexer.config.lookback_tokens,
-    )
+        if collection.id in trained_on | set_on:
+            done = "trained" if collection.id in trained_on else "calibrated"
+            note(f"note: the indexer was {done} on '{collection.folder}': these figures are no test of it.")
+    options = measuring_options(indexer.config, config)
+    tau = options.tau
     tallies: dict[tuple[int, str, str, str, float], Tally] = defaultdict(Tally)
     places = [(collection, index) for collection in collections for index in range(len(collection))]
     for place in places:
@@ -152,6 +144,54 @@ def evaluate(
     return rows
 
 
+def measuring_options(indexer: IndexerConfig, config: EvalConfig) -> TrainConfig:
+    """Return how documents are read and labelled to measure an indexer.
+
+    Raises:
+        UsageError: a value out of range.
+    """
+    return TrainConfig(
+        tau=indexer.tau if config.tau is None else config.tau,
+        layers=indexer.layers,
+        top_p=config.top_p,
+        voters=config.voters,
+        votes=config.votes,
+        least_mass=config.least_mass,
+        label_layers=config.label_layers,
+        sink_tokens=config.sink_tokens,
+        recency_tokens=config.recency_tokens,
+        lookback=indexer.lookback_tokens,
+    )
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What an indexer keeps of one prompt, as shares of its KV bytes.
+
+    Attributes:
+        static: sinks and window.
+        chunk: one chosen chunk.
+        metadata: the indexer's keys and states.
+    """
+
+    static: float
+    chunk: float
+    metadata: float
+
+
+def shares_of(found: Example, info: CollectionInfo, config: IndexerConfig, options: TrainConfig) -> Shares:
+    """Return what keeping a document's prompt costs."""
+    document = found.document
+    layout = document.layout(info.chunk_tokens, sink_tokens=options.sink_tokens, recency_tokens=options.recency_tokens)
+    element_bytes = 4 if info.dtype == "float32" else 2
+    extra_bytes = metadata_bytes(config, layout.n_candidates, element_bytes=element_bytes)
+    return Shares(
+        static=layout.static_tokens / layout.n_tokens,
+        chunk=layout.chunk_tokens / layout.n_tokens,
+        metadata=extra_bytes / (layout.n_tokens * info.kv_bytes_per_token),
+    )
+
+
 def check_match(config: IndexerConfig, info: CollectionInfo, *, folder: str) -> None:
     """Check that an indexer and a collection, as it was recorded, belong together.
 
@@ -164,6 +204,7 @@ def check_match(config: IndexerConfig, info: CollectionInfo, *, folder: str) -> 
         ("chunk_tokens", config.chunk_tokens, chunk_tokens),
         ("hidden_size", config.hidden_size, info.hidden_size),
         ("key_features", config.key_features, info.key_features),
+        ("features", ENCODER_FEATURES[config.encoder], info.features),
     )
     for key, mine, theirs in pairs:
         if mine != theirs:
@@ -173,6 +214,11 @@ def check_match(config: IndexerConfig, info: CollectionInfo, *, folder: str) -> 
         raise UsageError(
             f"Indexer '{folder}' reads layers {', '.join(map(str, config.layers))}, the collection holds "
             f"{', '.join(map(str, info.layers))}."
+        )
+    if config.lookback_tokens > info.state_tokens:
+        raise UsageError(
+            f"Indexer '{folder}' scores the last {config.lookback_tokens} states, and the collection keeps "
+            f"{info.state_tokens} before an answer; collect again with --states {config.lookback_tokens}."
         )
 
 
@@ -195,17 +241,13 @@ def add_document(
     golden = found.positives[rows]
     scores = policy_scores(found, rows, indexer, options, seed=seed, index=index)
     needs, n_golden = golden.any(1), golden.sum(1).clamp_min(1)
-    n_tokens = layout.n_tokens
-    dense_bytes = n_tokens * info.kv_bytes_per_token
-    element_bytes = 4 if info.dtype == "float32" else 2
-    extra_bytes = metadata_bytes(indexer.config, layout.n_candidates, element_bytes=element_bytes)
+    n_tokens, shares = layout.n_tokens, shares_of(found, info, indexer.config, options)
 
     def add(policy: str, setting: str, value: float, chosen: torch.Tensor) -> None:
-        kept = (layout.static_tokens + chosen.sum(1) * layout.chunk_tokens) / n_tokens
-        own_bytes = extra_bytes if policy == "indexer" else 0
+        kept = shares.static + chosen.sum(1) * shares.chunk
         measured = {
             "kept": kept,
-            "kept_bytes": kept + own_bytes / dense_bytes,
+            "kept_bytes": kept + (shares.metadata if policy == "indexer" else 0.0),
             "recall": (chosen & golden).sum(1) / n_golden,
             "needs": needs,
         }
@@ -228,7 +270,6 @@ def policy_scores(
     """Return the score of every candidate under each policy, [rows, n]."""
     document = found.document
     chunks = torch.arange(found.first, found.last)
-    parts = [row_logits(indexer, found, part, options.lookback, chunks=chunks) for part in torch.split(rows, 64)]
     steps, segments = document.steps.long(), document.segments.long()
     ends = torch.minimum(
         torch.searchsorted(steps, steps + options.tau), torch.searchsorted(segments, segments, right=True)
@@ -236,7 +277,7 @@ def policy_scores(
     mass = torch.stack([document.mass[row : ends[row]].float().amax(0) for row in rows.tolist()])
     draws = torch.Generator().manual_seed(seed * 1_000_003 + index)
     return {
-        "indexer": torch.cat(parts).float().cpu(),
+        "indexer": refresh_logits(indexer, found, rows, options.lookback),
         "oracle": mass[:, found.first : found.last],
         "recency": chunks.float().expand(len(rows), -1),
         "random": torch.rand((len(rows), len(chunks)), generator=draws),

@@ -330,9 +330,25 @@ def measure(indexer: Indexer, held_out: Sequence[Place], config: TrainConfig) ->
     }
 
 
+def refresh_logits(indexer: Indexer, found: Example, rows: torch.Tensor, lookback: int) -> torch.Tensor:
+    """Return the logits of every candidate at some refreshes, [rows, n] in fp32 on the CPU."""
+    chunks = torch.arange(found.first, found.last)
+    parts = [row_logits(indexer, found, part, lookback, chunks=chunks) for part in torch.split(rows, 64)]
+    return torch.cat(parts).float().cpu()
+
+
+@torch.inference_mode()
+def shift_bias(indexer: Indexer, shift: float) -> None:
+    """Add ``shift`` to the logit of every chunk: lending and maxima come behind the bias, so it passes through them."""
+    for layer in indexer.config.layers:
+        indexer.layer(layer).bias.add_(shift)
+
+
 @torch.inference_mode()
 def calibrate(indexer: Indexer, held_out: Sequence[Place], config: TrainConfig, *, target_recall: float) -> float:
     """Shift the bias so that threshold 0.5 keeps ``target_recall`` of the golden chunks at refreshes; return the shift.
+
+    Every golden chunk counts alike; ``lsa calibrate`` counts every refresh alike, as ``lsa eval`` does.
 
     Raises:
         UsageError: no held-out refresh needs a candidate.
@@ -343,13 +359,10 @@ def calibrate(indexer: Indexer, held_out: Sequence[Place], config: TrainConfig, 
         if found is None:
             continue
         rows = found.document.refresh_rows(config.tau)
-        chunks = torch.arange(found.first, found.last)
-        logits = row_logits(indexer, found, rows, config.lookback, chunks=chunks).float().cpu()
-        golden_logits.append(logits[found.positives[rows]])
+        golden_logits.append(refresh_logits(indexer, found, rows, config.lookback)[found.positives[rows]])
     joined = torch.cat(golden_logits) if golden_logits else torch.empty(0)
     if not len(joined):
         raise UsageError("No held-out refresh needs a chunk, so there is nothing to set the threshold by.")
     shift = logit(0.5) - float(torch.quantile(joined, 1 - target_recall))
-    for layer in indexer.config.layers:
-        indexer.layer(layer).bias.add_(shift)
+    shift_bias(indexer, shift)
     return shift

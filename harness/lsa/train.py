@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from kvscope.harness.lsa.fit import fit
+from kvscope.harness.lsa.lineage import origin
 from kvscope.harness.lsa.objective import (
     Place,
     TrainConfig,
@@ -26,13 +27,7 @@ from kvscope.harness.lsa.objective import (
 from kvscope.harness.lsa.shards import Collection, CollectionInfo, open_collections
 from kvscope.harness.lsa.warm_start import warm_start
 from kvscope.methods.lsa.indexer import ENCODER_FEATURES, EncoderKind, Indexer, IndexerConfig
-from kvscope.methods.lsa.indexer_files import (
-    indexer_folder,
-    indexer_hash,
-    load_indexer,
-    read_indexer_config,
-    save_indexer,
-)
+from kvscope.methods.lsa.indexer_files import indexer_folder, load_indexer, save_indexer
 from kvscope.results.errors import UsageError
 
 LOG_FILE = "train_log.jsonl"
@@ -76,6 +71,14 @@ def train(
         fits = warm_start(indexer, training, config)
         note("warm start: " + ", ".join(f"layer {layer} queries {fit['query_fit']:.1%} explained"
                                         for layer, fit in zip(indexer.config.layers, fits, strict=True)))  # fmt: skip
+    trained: dict[str, Any] = {
+        "data": data_record(collections), "labels": config.rule(info).text(), "documents": len(training),
+        "options": asdict(config),
+    }  # fmt: skip
+    if config.start is not None:
+        trained["start"] = origin(indexer_folder(config.start))
+    # A run that ends at a time limit leaves checkpoints alone: they say what they were trained on, too.
+    indexer.config = replace(indexer.config, trained=trained)
     draws = torch.Generator().manual_seed(config.seed)
 
     def loss_of(place: Place) -> torch.Tensor | None:
@@ -118,16 +121,7 @@ def train(
             note(f"bias shifted by {shift:+.3f}: threshold 0.5 keeps {config.target_recall:.0%} of held-out golden")
             best = {**best, "bias_shift": round(shift, 4), **measure(indexer, held_out, config)}
         say(kept=best)
-    trained = {
-        "data": data_record(collections),
-        "labels": config.rule(info).text(),
-        "documents": len(training), "held_out": best, "options": asdict(config),
-    }  # fmt: skip
-    if config.start is not None:
-        begun = indexer_folder(config.start)
-        trained["start"] = {
-            "indexer": f"{begun.name}@{indexer_hash(begun)}", "trained": dict(read_indexer_config(begun).trained)
-        }  # fmt: skip
+    trained["held_out"] = best
     indexer.config = replace(indexer.config, kept_fraction=best["kept_fraction"], trained=trained)
     save_indexer(indexer, folder)
     return best

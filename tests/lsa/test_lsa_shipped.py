@@ -68,7 +68,7 @@ def test_it_loads_and_is_one_of_the_reference_model_as_it_is(kind, name):
     assert config.trained["documents"] > 0
     assert config.trained["data"]
     assert '"/' not in (folder / CONFIG_FILE).read_text(), "a path of the machine that trained it"
-    assert {path.name for path in folder.iterdir()} <= {CONFIG_FILE, WEIGHTS_FILE, "README.md"}
+    assert {path.name for path in folder.iterdir()} <= {CONFIG_FILE, WEIGHTS_FILE, "README.md", "recall.md"}
 
 
 @pytest.mark.parametrize(("kind", "name"), SHIPPED)

@@ -236,3 +236,15 @@ def test_an_indexer_of_random_weights_is_a_start_too(data, tmp_path):
     folder = random_indexer(tmp_path / "random", Shape, encoder="pooled")
     train([data], tmp_path / "out", replace(STILL, start=str(folder)), note=quiet)
     assert read_indexer_config(tmp_path / "out").trained["start"]["trained"] == {}
+
+
+def test_a_checkpoint_says_what_it_was_trained_on(data, begun, tmp_path):
+    """What a run leaves that ends at a time limit."""
+    checkpoint = begun / "checkpoints" / "epoch-02"
+    left, whole = (read_indexer_config(folder).trained for folder in (checkpoint, begun))
+    assert left == {name: value for name, value in whole.items() if name != "held_out"}
+    train([data], tmp_path / "out", replace(QUICK, epochs=1, start=str(checkpoint)), note=quiet)
+    start = read_indexer_config(tmp_path / "out").trained["start"]
+    assert start == {"indexer": f"epoch-02@{indexer_hash(checkpoint)}", "trained": left}
+    last = read_indexer_config(tmp_path / "out" / "checkpoints" / "epoch-01").trained
+    assert last["start"] == start
