@@ -39,6 +39,11 @@ SURFACE = {
         "--quiet", "--rank", "--recency-tokens", "--seed", "--segment-tokens", "--sink-tokens", "--start",
         "--target-recall", "--tau", "--top-p", "--voters", "--votes", "--warm-start", "--weight-decay", "-o", "-q",
     ],
+    "lsa calibrate": [
+        "--chunk-tokens", "--data", "--device", "--dtype", "--indexer", "--label-layers", "--least-mass", "--out",
+        "--quiet", "--recency-tokens", "--sink-tokens", "--target-kept", "--target-recall", "--tau", "--threshold",
+        "--top-p", "--voters", "--votes", "-o", "-q",
+    ],
     "lsa eval": [
         "--chunk-tokens", "--data", "--device", "--dtype", "--gate", "--indexer", "--label-layers", "--least-mass",
         "--model", "--out", "--quiet", "--recency-tokens", "--samples", "--seed", "--sink-tokens", "--tau", "--top-p",
