@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # The indexers of lsa for the reference model, as those in methods/lsa/indexers were made: collect, train for tau 64,
-# train further for tau 4, calibrate for chunks of 16, 64 and 256, evaluate.
+# train further for tau 4, calibrate for chunks of 16, 64 and 256, evaluate; and that of dsa (step dsa).
 #
 #     benchmarks/indexers_h100.sh DATA OUT            every step in order; what is done already is skipped
-#     benchmarks/indexers_h100.sh DATA OUT STEP ...   of these steps: collect train further calibrate eval
+#     benchmarks/indexers_h100.sh DATA OUT STEP ...   of these steps: collect train further calibrate eval dsa
 #     GPUS="0 1" benchmarks/indexers_h100.sh DATA OUT        collections and evaluations spread over two GPUs
 #     SMOKE=1 benchmarks/indexers_h100.sh DATA OUT           everything tiny on a CPU: does it run, not is it good
 #
@@ -12,7 +12,7 @@
 # a training the last checkpoint is. Both are said; delete NAME.done or the training's folder (and those behind it) to do
 # it again. Whatever ends the script from outside, the same command goes on.
 set -uo pipefail
-usage="usage: benchmarks/indexers_h100.sh DATA OUT [collect] [train] [further] [calibrate] [eval]"
+usage="usage: benchmarks/indexers_h100.sh DATA OUT [collect] [train] [further] [calibrate] [eval] [dsa]"
 data=${1:?$usage}
 out=${2:?$usage}
 shift 2
@@ -24,7 +24,7 @@ collect_s=${COLLECT_S:-300} train_s=${TRAIN_S:-400} further_s=${FURTHER_S:-400}
 calibrate_s=${CALIBRATE_S:-300} eval_s=${EVAL_S:-500}
 if [ "$smoke" = 1 ]; then gpus=(cpu) jobs=${JOBS:-1}; else read -ra gpus <<< "${GPUS:-0}"; jobs=${JOBS:-11}; fi
 [ ${#gpus[@]} -gt 0 ] || { echo "GPUS names no GPU: give for example GPUS=\"0 1\"" >&2; exit 2; }
-mkdir -p "$data"/{training,further,calibration,evaluation} "$out" || exit 2
+mkdir -p "$data"/{training,further,calibration,evaluation,dsa,dsa-evaluation} "$out" || exit 2
 
 needles=(niah_multikey_2 niah_multikey_3 niah_multivalue niah_multiquery vt niah_single_1)
 hops=long_qa:types=hops_2+hops_3
@@ -96,16 +96,22 @@ plan() { # fill the queue
         want evaluation/qa64k 50 64k 36 long_qa
         want evaluation/needles64k 50 64k 6 "${five[@]}"
     fi
+    want dsa/qa16k 1070 16k 900 long_qa
+    want dsa/needles16k 1071 16k 12 "${needles[@]}"
+    want dsa/all4k 1072 4k 20 long_qa "${needles[@]}"
+    want dsa-evaluation/all16k 2002 16k 4 long_qa "${needles[@]}"
 }
 
 collect_one() { # GPU NAME SEED LENGTHS SAMPLES TASK...
     local gpu=$1 name=$2 seed=$3 lengths=$4 samples=$5 code n each
     shift 5
     [ -f "$data/$name.done" ] && return
-    local arguments=()
+    # dsa's indexer reads every layer, and sampled tokens of each prompt.
+    local arguments=(--layers 5,7)
+    [[ $name == dsa* ]] && arguments=(--token-samples 1024)
     for each in ${lengths//,/ }; do arguments+=(-l "$each"); done
     for each in "$@"; do arguments+=(-t "$each"); done
-    on "$gpu" timeout -k 20 "$collect_s" "${kvscope[@]}" lsa collect --model reference --layers 5,7 --chunk-tokens 16 \
+    on "$gpu" timeout -k 20 "$collect_s" "${kvscope[@]}" lsa collect --model reference --chunk-tokens 16 \
         --least-mass 0.001 --states 64 "${arguments[@]}" -n "$samples" --seed "$seed" -o "$data/$name" --quiet \
         > "$data/$name.log" 2>&1
     code=$?
@@ -242,7 +248,20 @@ evaluate() {
     return $code
 }
 
-steps=(collect train further calibrate eval)
+dsa() {
+    sources dsa || return 1
+    if [ ! -f "$out/dsa/config.json" ]; then
+        on "${gpus[0]}" timeout -k 20 "$train_s" "${kvscope[@]}" dsa train "${found[@]}" -o "$out/dsa" > "$out/dsa.log" 2>&1
+    fi
+    tail -1 "$out/dsa.log"
+    [ -f "$out/dsa/config.json" ] || return 1
+    sources dsa-evaluation || return 1
+    on "${gpus[0]}" timeout -k 20 "$eval_s" "${kvscope[@]}" dsa eval "${found[@]}" --indexer "$out/dsa" -o "$out/dsa.eval" \
+        > "$out/dsa.eval.log" 2>&1 || { tail -2 "$out/dsa.eval.log"; return 1; }
+    grep -E '^(indexer|oracle|recency) +all' "$out/dsa.eval.log"
+}
+
+steps=(collect train further calibrate eval dsa)
 chosen=("$@")
 [ ${#chosen[@]} -gt 0 ] || chosen=("${steps[@]}")
 for step in "${chosen[@]}"; do
