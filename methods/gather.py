@@ -117,11 +117,12 @@ def token_partial(
     if q_HGD.dtype != torch.float32 and softcap is None and keep_HT is None and flash_runs_on(q_BHGD):
         out, lse = attention_with_lse(q_BHGD, k_HTD[None], v_HTD[None], causal=False, scale=scale)
         return Partial(out[0], lse[0])
-    logits_HGT = cap(torch.bmm(q_HGD.float() * scale, k_HTD.float().transpose(1, 2)), softcap)
+    logits_HGT = cap(torch.bmm(q_HGD.float(), k_HTD.float().transpose(1, 2)) * scale, softcap)
     if keep_HT is not None:
         logits_HGT = logits_HGT.masked_fill(~keep_HT[:, None], -torch.inf)
     lse_HG = torch.logsumexp(logits_HGT, -1)
-    return Partial(torch.bmm(torch.exp(logits_HGT - lse_HG[..., None]), v_HTD.float()), lse_HG)
+    # Not exp(logits - lse): the rounding of lse would stay in every weight.
+    return Partial(torch.bmm(torch.softmax(logits_HGT, -1), v_HTD.float()), lse_HG)
 
 
 def cap(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
