@@ -280,13 +280,11 @@ def decode(
             if pending:
                 continue
             ids.append(chosen)
-            if stop_at_eos and chosen in loaded.eos_ids:
-                stop_reason = "eos"
-                break
-            if stop_strings and _stop_index(_text(loaded, ids), stop_strings) is not None:
-                stop_reason = "stop"
-                break
-            if len(ids) == max_new_tokens:
+            ended = answer_end(
+                loaded, ids, max_new_tokens=max_new_tokens, stop_strings=stop_strings, stop_at_eos=stop_at_eos
+            )
+            if ended is not None:
+                stop_reason = ended
                 break
             pending.append(chosen)
         text = _text(loaded, ids)
@@ -309,6 +307,22 @@ def decode(
             capture_s=session.capture_s,
             backends=session.sequence.backends(),
         )
+
+
+def answer_end(
+    loaded: LoadedModel,
+    ids: list[int],
+    *,
+    max_new_tokens: int,
+    stop_strings: Sequence[str] = (),
+    stop_at_eos: bool = True,
+) -> StopReason | None:
+    """Return why an answer of these tokens ends with the last of them; None when it goes on. Arguments as ``decode``."""
+    if stop_at_eos and ids[-1] in loaded.eos_ids:
+        return "eos"
+    if stop_strings and _stop_index(_text(loaded, ids), stop_strings) is not None:
+        return "stop"
+    return "length" if len(ids) == max_new_tokens else None
 
 
 @torch.inference_mode()

@@ -1,8 +1,8 @@
 """``--gpu-budget``: a process is held to fewer device bytes than the card has.
 
-On a GPU torch's allocator is given what the budget leaves beside the CUDA context, and NVML's readings of the whole
-process are held against the budget besides: kernels that load later take memory torch does not see. On a CPU the
-weights and the ledger are held against it.
+On a GPU torch's allocator is given what the budget leaves beside the CUDA context, and again beside the kernels that
+have loaded with the first steps; NVML's readings of the whole process are held against the budget besides, for what
+loads later. On a CPU the weights and the ledger are held against it.
 """
 
 from dataclasses import dataclass
@@ -25,11 +25,12 @@ class DeviceBudget:
 
     limit_bytes: int | None = None
 
-    def apply(self, device: Any, *, context_bytes: int | None) -> None:
-        """Limit torch's allocator on a CUDA device; once, before the weights.
+    def apply(self, device: Any, *, outside_bytes: int | None) -> None:
+        """Limit torch's allocator on a CUDA device: before the weights, and when more is held outside it.
 
         Args:
-            context_bytes: what the process holds already (NVML); None where that could not be read.
+            outside_bytes: what the process holds beside torch's allocator, by NVML: the context and loaded kernels.
+                None where that could not be read.
 
         Raises:
             DeviceBudgetExceeded: the context alone takes the budget.
@@ -38,7 +39,7 @@ class DeviceBudget:
             return
         import torch
 
-        left_bytes = self.limit_bytes - (CONTEXT_BYTES if context_bytes is None else context_bytes)
+        left_bytes = self.limit_bytes - (CONTEXT_BYTES if outside_bytes is None else outside_bytes)
         if left_bytes <= 0:
             raise DeviceBudgetExceeded(
                 f"The CUDA context alone takes the device budget of {format_bytes(self.limit_bytes)}: raise gpu_budget."

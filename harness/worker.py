@@ -112,6 +112,10 @@ class _Torch:
     def allocated_bytes(self) -> int | None:
         return int(self._cuda.memory_allocated(self._device)) if self._cuda else None
 
+    def reserved_bytes(self) -> int:
+        """Return what the allocator holds, blocks it has free included."""
+        return int(self._cuda.memory_reserved(self._device)) if self._cuda else 0
+
     def peaks_bytes(self) -> tuple[int | None, int | None]:
         """Return (peak allocated, peak reserved) since the last reset."""
         if not self._cuda:
@@ -209,7 +213,7 @@ class Measurement:
         if others is not None:
             self.columns["other_processes"], self.columns["other_processes_nvml_bytes"] = others
         if device.startswith("cuda"):
-            self.budget.apply(device, context_bytes=self.columns["context_nvml_bytes"])
+            self.budget.apply(device, outside_bytes=self.columns["context_nvml_bytes"])
 
     def prepare(self) -> "tuple[LoadedModel, CacheMethod[Any]] | list[str]":
         """Pass the phases start, load and warm-up; return model and method, or why the method cannot run here."""
@@ -248,7 +252,10 @@ class Measurement:
             decode_graph=job.decode_graph,
         )
         del warm_kv
-        self.columns["baseline_nvml_bytes"] = self.quiet_bytes()
+        baseline_bytes = self.columns["baseline_nvml_bytes"] = self.quiet_bytes()
+        if baseline_bytes is not None and job.device.startswith("cuda"):
+            # Kernels that loaded with the first steps are memory torch does not see: it may have that much less.
+            self.budget.apply(job.device, outside_bytes=baseline_bytes - self._torch.reserved_bytes())
         return loaded, method
 
     def check_budget(self, what: str, nvml_bytes: int | None, *, ledger_bytes: int) -> None:

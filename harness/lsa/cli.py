@@ -91,6 +91,9 @@ def collect(
     token_samples: Annotated[
         int, typer.Option("--token-samples", help="Random tokens a prompt to store for kvscope dsa train, as 2048.")
     ] = 0,
+    answers: Annotated[
+        str, typer.Option("--answers", help="own (the model's, greedily decoded) or reference (the task's).")
+    ] = "own",
     device: Device = "auto",
     dtype: Dtype = "auto",
     quiet: Quiet = False,
@@ -106,7 +109,8 @@ def collect(
         samples=samples, seed=seed, chunk_tokens=chunk_tokens, layers=parse_layers(layers),
         features=features, top_p=top_p, votes=votes, voters=voters,  # type: ignore[arg-type]
         least_mass=least_mass, state_tokens=states, shard_documents=shard_documents,
-        token_samples=token_samples, device=device, dtype=dtype,
+        token_samples=token_samples, answers=answers,  # type: ignore[arg-type]
+        device=device, dtype=dtype,
     )  # fmt: skip
     with make_progress(not quiet) as progress:
         folder = run_collect(config, out, progress=progress)

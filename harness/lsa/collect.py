@@ -3,23 +3,27 @@
 Every document is a task's prompt with its answer. The prompt is prefilled as for any method; its last token and the
 answer are then fed one by one, as decode would, and every such step leaves the hidden states entering the indexed
 layers and the attention of the managed layers, reduced to masses of chunks.
+
+The answer is the model's own, greedily decoded, unless the task's reference answer is asked for: which chunks the next
+steps need depends on what they say, and a model may say the same in other words and another order.
 """
 
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
 from kvscope.harness.config import format_length, parse_length, split_spec
-from kvscope.harness.decode import DecodeSession
+from kvscope.harness.decode import DecodeSession, answer_end
 from kvscope.harness.deepseek_v4.shape import refuse_compressed
 from kvscope.harness.lsa.label_rule import LabelRule
 from kvscope.harness.lsa.recorder import Recorder, RecordingSequence, StepRecord
 from kvscope.harness.lsa.shards import (
     STORED_DTYPE,
+    Answers,
     CollectionInfo,
     Document,
     DocumentInfo,
@@ -66,6 +70,7 @@ class CollectConfig:
         shard_documents: documents a shard.
         token_samples: random tokens of each prompt of which state, keys and attention are stored for training a
             lightning indexer (``dsa``), beside those that steps attend to most; 0: none.
+        answers: ``own``: the model's, greedily decoded; ``reference``: the task's, fed whatever the model would say.
         device, dtype: as ``kvscope run``.
     """
 
@@ -84,6 +89,7 @@ class CollectConfig:
     state_tokens: int = 16
     shard_documents: int = 16
     token_samples: int = 0
+    answers: Answers = "own"
     device: str = "auto"
     dtype: str = "auto"
 
@@ -96,6 +102,8 @@ class CollectConfig:
             raise UsageError(f"token_samples must be 0 or more, got {self.token_samples}.")
         if self.features not in ("stats", "tokens"):
             raise UsageError(f"features must be stats or tokens, got {self.features!r}.")
+        if self.answers not in get_args(Answers):
+            raise UsageError(f"answers must be {' or '.join(get_args(Answers))}, got {self.answers!r}.")
         if not self.tasks or not self.lengths_tokens:
             raise UsageError("At least one task and one length are needed: --task NAME --length TOKENS.")
 
@@ -204,6 +212,7 @@ def describe(config: CollectConfig, loaded: LoadedModel) -> CollectionInfo:
         samples=config.samples,
         seed=config.seed,
         token_samples=config.token_samples,
+        answers=config.answers,
     )
 
 
@@ -265,12 +274,15 @@ def answer_ids(loaded: LoadedModel, sample: "Sample") -> list[int]:
 
 
 def make_document(loaded: LoadedModel, recorder: Recorder, info: CollectionInfo, job: Job, *, seed: int) -> Document:
-    """Prefill a prompt, feed its last token and its answer, and return what was recorded."""
+    """Prefill a prompt, feed its last token and an answer, and return what was recorded."""
     sample = job.task.build(loaded.tokenizer, length_tokens=job.length_tokens, sample=job.sample, seed=seed)
-    context_ids, fed_ids = sample.ids[:-1], [sample.ids[-1], *answer_ids(loaded, sample)]
+    context_ids, fed_ids = sample.ids[:-1], [sample.ids[-1]]
+    if info.answers == "reference":
+        fed_ids += answer_ids(loaded, sample)
     return record(
         loaded, recorder, info, context_ids, fed_ids, task=sample.task, question_type=sample.question_type,
         length_tokens=job.length_tokens, sample=job.sample,
+        own_answer=sample if info.answers == "own" else None,
     )  # fmt: skip
 
 
@@ -287,6 +299,7 @@ def record(
     length_tokens: int,
     sample: int,
     answers: Sequence[range] | None = None,
+    own_answer: "Sample | None" = None,
 ) -> Document:
     """Record one document.
 
@@ -294,6 +307,7 @@ def record(
         context_ids: tokens to prefill.
         fed_ids: tokens fed as decode steps.
         answers: the steps of each answer; None: one answer, every step.
+        own_answer: the sample whose answer the model goes on to decode behind ``fed_ids``; None: it ends with them.
     """
     chunk_tokens = min(
         DEFAULT_CHUNK_TOKENS, -(-len(context_ids) // loaded.shape.page_tokens) * loaded.shape.page_tokens
@@ -302,16 +316,26 @@ def record(
         loaded, context_ids, collectors=union_collectors([recorder], loaded.shape.layers),
         chunk_tokens=max(chunk_tokens, loaded.shape.page_tokens),
     )  # fmt: skip
-    spans = [range(len(fed_ids))] if answers is None else list(answers)
-    segment_of = {step: segment for segment, span in enumerate(spans) for step in span}
+    spans = None if answers is None else list(answers)
+    wanted = None if spans is None else {step for span in spans for step in span}
     records: list[StepRecord] = []
-    with DecodeSession(loaded, recorder, prompt, reserve_tokens=len(fed_ids)) as session:
+    own: list[int] = []
+    pending = list(fed_ids)
+    reserve_tokens = len(fed_ids) + (0 if own_answer is None else own_answer.max_new_tokens - 1)
+    with DecodeSession(loaded, recorder, prompt, reserve_tokens=reserve_tokens) as session:
         sequence = session.sequence
         assert isinstance(sequence, RecordingSequence)
-        for step, token in enumerate(fed_ids):
-            sequence.listening = step in segment_of
-            session.step(token)
+        while pending:
+            sequence.listening = wanted is None or len(records) in wanted
+            logits = session.step(pending.pop(0))
             records.append(sequence.take())
+            if own_answer is None or pending:
+                continue
+            own.append(int(logits.argmax()))
+            if not answer_end(loaded, own, max_new_tokens=own_answer.max_new_tokens, stop_strings=own_answer.stop):
+                pending.append(own[-1])
+    spans = [range(len(records))] if spans is None else spans
+    segment_of = {step: segment for segment, span in enumerate(spans) for step in span}
     kept = [(step, records[step]) for step in sorted(segment_of)]
     before = torch.stack([_padded(prompt, layer, info.state_tokens) for layer in info.layers], 1)
     during = torch.stack([each.hidden_LM for each in records])
@@ -324,7 +348,7 @@ def record(
             length_tokens=length_tokens,
             sample=sample,
             prompt_tokens=prompt.n_tokens,
-            n_steps=len(fed_ids),
+            n_steps=len(records),
         ),
         features=torch.stack([prompt.metadata[name][layer] for layer in info.layers]).to(STORED_DTYPE),
         hidden=torch.cat([before, during]).to(STORED_DTYPE).cpu(),
@@ -337,7 +361,7 @@ def record(
         rest=torch.stack([each.rest_V for _, each in kept]).half().cpu(),
         mass=torch.stack([each.mass_M for _, each in kept]).half().cpu(),
         queries=torch.stack([each.queries_LF for each in records]).to(STORED_DTYPE).cpu(),
-        **token_tensors(prompt, [each.token_mass_LN for _, each in kept], info, n_steps=len(fed_ids), sample=sample),
+        **token_tensors(prompt, [each.token_mass_LN for _, each in kept], info, n_steps=len(records), sample=sample),
     )
 
 

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +24,8 @@ from kvscope.methods.lsa.indexer import Features
 from kvscope.methods.lsa.labels import Voters
 from kvscope.methods.lsa.layout import ChunkLayout
 from kvscope.results.errors import UsageError
+
+Answers = Literal["own", "reference"]
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -66,6 +68,7 @@ class CollectionInfo:
         tasks, lengths_tokens, samples, seed: the documents.
         token_samples: random prompt tokens of which state, keys and attention are stored, beside those that a step
             attends to most; 0: none of it is stored.
+        answers: whose answers were fed: the model's ``own``, or the task's ``reference`` (all there was once).
     """
 
     model: str
@@ -90,6 +93,7 @@ class CollectionInfo:
     samples: int
     seed: int
     token_samples: int = 0
+    answers: Answers = "reference"
 
     def rule(self, **values: Any) -> LabelRule:
         """Return how labels are told, with values that are not None in place of the collection's.
@@ -110,7 +114,10 @@ class CollectionInfo:
     @property
     def id(self) -> str:
         """Hash of all of it; every shard carries it."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        values = asdict(self)
+        if self.answers == "reference":
+            del values["answers"]  # older than the choice: shards written then keep their name
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -347,7 +354,7 @@ def collection_info(manifest: Mapping[str, Any], folder: Path) -> CollectionInfo
     Raises:
         UsageError: keys are missing or unknown.
     """
-    values = dict(manifest.get("collection", {}))
+    values = {"answers": "reference", **manifest.get("collection", {})}
     names = {field.name for field in fields(CollectionInfo)}
     if set(values) != names:
         odd = ", ".join(sorted(names ^ set(values)))

@@ -28,7 +28,7 @@ SURFACE = {
     "show": ["name"],
     "doctor": ["--out", "-o"],
     "lsa collect": [
-        "--chunk-tokens", "--device", "--dtype", "--features", "--layers", "--least-mass", "--length", "--model",
+        "--answers", "--chunk-tokens", "--device", "--dtype", "--features", "--layers", "--least-mass", "--length", "--model",
         "--out", "--quiet", "--samples", "--seed", "--shard-documents", "--states", "--task", "--token-samples",
         "--top-p", "--voters", "--votes", "-l", "-n", "-o", "-q", "-t",
     ],

@@ -4,12 +4,19 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
+from kvscope.harness.decode import DecodeSession, decode
+from kvscope.harness.glue import observing
 from kvscope.harness.lsa import collect as module
 from kvscope.harness.lsa.collect import CollectConfig, collect
 from kvscope.harness.lsa.shards import Collection, document_bytes
+from kvscope.harness.models import load_model
+from kvscope.harness.prefill import prefill
 from kvscope.harness.progress import Progress
+from kvscope.methods.registry import create_method
 from kvscope.results.errors import EnvironmentProblem, UsageError
+from kvscope.tasks.registry import create_task
 
 
 class Notes(Progress):
@@ -148,6 +155,7 @@ def test_layers_can_be_chosen_and_must_be_managed(config, tmp_path):
     ("options", "message"),
     [
         ({"samples": 0}, "samples must be 1 or more, got 0"),
+        ({"answers": "mine"}, "answers must be own or reference, got 'mine'"),
         ({"chunk_tokens": 0}, "chunk_tokens must be 1 or more"),
         ({"votes": 0}, "votes must be 1 or more"),
         ({"top_p": 0.0}, "top_p must be above 0"),
@@ -173,3 +181,49 @@ def test_the_manifest_says_how_labels_were_made(config, tmp_path):
         [320, 512],
         77,
     )
+
+
+def test_the_answer_fed_is_what_dense_decodes(config, tmp_path):
+    """Step by step the states of the own answer are those of dense decode, and no step is beyond its end."""
+    collection = Collection(collect(config, tmp_path / "data", progress=Progress()))
+    assert collection.info.answers == "own"
+    loaded = load_model(config.model, device="cpu")
+    for index, info in enumerate(collection.documents[:3]):
+        sample = create_task(info.task).build(loaded.tokenizer, length_tokens=info.length_tokens, sample=info.sample,
+                                              seed=config.seed)  # fmt: skip
+        prompt = prefill(loaded, sample.ids[:-1])
+        answer = decode(loaded, create_method("dense"), prompt, sample.ids[-1:],
+                        max_new_tokens=sample.max_new_tokens, stop_strings=sample.stop)  # fmt: skip
+        assert info.n_steps == len(answer.ids)
+        seen = []
+        with (
+            observing(loaded.model, (1,), lambda layer, hidden_BM, seen=seen: seen.append(hidden_BM[0].clone())),
+            DecodeSession(loaded, create_method("dense"), prompt, reserve_tokens=info.n_steps) as session,
+        ):
+            for token in (sample.ids[-1], *answer.ids[:-1]):
+                session.step(token)
+        states = collection.load(index).hidden[-info.n_steps :, 1]
+        torch.testing.assert_close(states, torch.stack(seen).bfloat16(), atol=1e-2, rtol=1e-2)
+
+
+def test_the_reference_answer_is_fed_on_request_and_is_another_collection(config, tmp_path):
+    config = replace(config, samples=1, lengths_tokens=(320,))
+    own = Collection(collect(config, tmp_path / "own", progress=Progress()))
+    config = replace(config, answers="reference")
+    reference = Collection(collect(config, tmp_path / "reference", progress=Progress()))
+    assert reference.id != own.id
+    loaded = load_model(config.model, device="cpu")
+    for info in reference.documents:
+        sample = create_task(info.task).build(loaded.tokenizer, length_tokens=320, sample=0, seed=config.seed)
+        assert info.n_steps == 1 + len(module.answer_ids(loaded, sample))
+    with pytest.raises(UsageError, match="holds another collection: answers is own there and reference here"):
+        collect(config, tmp_path / "own", progress=Progress())
+
+
+def test_collections_older_than_the_choice_are_of_reference_answers(config, tmp_path):
+    folder = collect(replace(config, samples=1, answers="reference"), tmp_path / "data", progress=Progress())
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["collection"]["answers"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    old = Collection(folder)
+    assert (len(old), old.info.answers) == (4, "reference")

@@ -72,7 +72,7 @@ def test_captured_steps_with_segments_and_neighbours(tmp_path, refresh, rule):
     torch.testing.assert_close(eager, masked, atol=1e-5, rtol=0)
     assert record == masked_record
     with DecodeSession(loaded, method, prompt, reserve_tokens=len(tokens), decode_graph="on") as session:
-        replayed = torch.stack([session.step(token) for token in tokens])
+        replayed = torch.stack([session.step(token).clone() for token in tokens])  # one tensor, written anew
         assert session.step_backend == "cuda graph"
         assert "indexer_score" in " ".join(session.sequence._selector.backends())
         assert session.sequence.residency() == record

@@ -148,13 +148,13 @@ def test_the_budget_limits_torchs_allocator(monkeypatch: Any) -> None:
     monkeypatch.setattr(
         torch.cuda, "set_per_process_memory_fraction", lambda fraction, device: fractions.append(fraction)
     )
-    DeviceBudget(24 * 1024 * MIB).apply("cuda:0", context_bytes=1024 * MIB)
-    DeviceBudget(24 * 1024 * MIB).apply("cuda:0", context_bytes=None)
-    DeviceBudget(200 * 1024 * MIB).apply("cuda:0", context_bytes=0)
-    DeviceBudget(None).apply("cuda:0", context_bytes=0)
+    DeviceBudget(24 * 1024 * MIB).apply("cuda:0", outside_bytes=1024 * MIB)
+    DeviceBudget(24 * 1024 * MIB).apply("cuda:0", outside_bytes=None)
+    DeviceBudget(200 * 1024 * MIB).apply("cuda:0", outside_bytes=0)
+    DeviceBudget(None).apply("cuda:0", outside_bytes=0)
     assert fractions == [23 / 80, (24 * 1024 * MIB - CONTEXT_BYTES) / (80 * 1024 * MIB), 1.0]
     with pytest.raises(DeviceBudgetExceeded, match="context alone"):
-        DeviceBudget(100).apply("cuda:0", context_bytes=1024)
+        DeviceBudget(100).apply("cuda:0", outside_bytes=1024)
 
 
 def test_allocator_settings_that_are_not_in_force_say_so(monkeypatch: Any) -> None:
