@@ -1,13 +1,14 @@
 """The committed reference results: run them in pieces, then pack them into ``results/reference/h100``.
 
     python benchmarks/reference_results.py plan                                # cells, pieces, planned minutes
-    python benchmarks/reference_results.py run --work runs/reference --jobs 8  # to the end; the same command goes on
+    python benchmarks/reference_results.py run --work runs/reference --jobs 15 --mps  # the same command goes on
     python benchmarks/reference_results.py pack --work runs/reference --out results/reference/h100
     kvscope report results/reference/h100
 
 A piece is one ``kvscope run`` of a cell under one seed, in a folder of its own: it resumes by itself, so a limit or a
 kill loses at most the row that was being measured. What each took is noted as it ends. Pieces of accuracy may share the
-GPU (``--jobs``: a small model alone leaves most of it idle); those of memory and time run alone.
+GPU (``--jobs``: a small model alone leaves most of it idle; ``--mps`` lets their kernels run side by side); those of
+memory and time run alone.
 
 Parts that the cell list marks ``carried`` are not measured: ``pack`` takes their rows, and the record of what measured
 them, from what was packed before.
@@ -21,11 +22,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import yaml
+from mps import multi_process_service
 from reference_cells import CELLS_FILE, USED_FILE, Cell, is_done, read_cells, used_minutes
 from reference_pack import pack_cells
 
@@ -43,17 +46,24 @@ def is_shared(config: RunConfig) -> bool:
 
 
 def run_piece(
-    folder: Path, config: RunConfig, *, limit_s: float | None, jobs: float = 1, gpu: int | None = None
+    folder: Path,
+    config: RunConfig,
+    *,
+    limit_s: float | None,
+    jobs: float = 1,
+    gpu: int | None = None,
+    clients: Mapping[str, str] | None = None,
 ) -> None:
     """Run or continue one piece in a process of its own, and note what it took.
 
     Args:
         jobs: how many such processes share a GPU; each counts for its part of the time.
         gpu: the one to run on; None: as this process sees them.
+        clients: what makes it a client of the Multi-Process Service; None: it is none.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     values = config.model_dump(mode="json", exclude_unset=True)
-    environment = worker_environment()
+    environment = {**worker_environment(), **(clients or {})}
     if jobs > 1:
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // round(jobs)))
     if gpu is not None:
@@ -78,6 +88,8 @@ def run_piece(
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
     seconds = time.monotonic() - started_s
     note = {"piece": folder.name, "seconds": round(seconds / jobs, 1), "jobs": jobs, "exit_code": done.returncode}
+    if clients:
+        note["mps"] = True
     with (folder.parent / USED_FILE).open("a", encoding="utf-8") as file:
         file.write(json.dumps(note) + "\n")
     if done.returncode not in (0, 1):
@@ -86,12 +98,18 @@ def run_piece(
         )
 
 
-def run_cells(cells: Sequence[Cell], work: Path, *, limit_s: float | None, jobs: int, gpus: int = 1) -> bool:
+def run_cells(
+    cells: Sequence[Cell], work: Path, *, limit_s: float | None, jobs: int, gpus: int = 1, mps: bool = False
+) -> bool:
     """Run pieces in order until all are done or the time is over; return whether all are.
 
     Args:
         jobs: pieces of accuracy that run at once; those that measure memory or time always run alone.
         gpus: how many GPUs the pieces of accuracy are dealt out over.
+        mps: whether pieces of accuracy share them through the Multi-Process Service, which ends before the others run.
+
+    Raises:
+        UsageError: a piece failed, or the service cannot be had.
     """
     started_s = time.monotonic()
     pending = [
@@ -103,13 +121,20 @@ def run_cells(cells: Sequence[Cell], work: Path, *, limit_s: float | None, jobs:
 
     free_gpus: queue.SimpleQueue[int] = queue.SimpleQueue()
 
-    def run_one(cell: Cell, name: str, config: RunConfig, n_jobs: float, gpu: int | None = None) -> bool:
+    def run_one(
+        cell: Cell,
+        name: str,
+        config: RunConfig,
+        n_jobs: float,
+        gpu: int | None = None,
+        clients: Mapping[str, str] | None = None,
+    ) -> bool:
         folder = work / cell.name / name
         left_s = None if limit_s is None else limit_s - (time.monotonic() - started_s)
         if left_s is not None and left_s < LEAST_PIECE_S:
             print(f"stopped before {cell.name} {name}: the same command continues", flush=True)
             return False
-        run_piece(folder, config, limit_s=left_s, jobs=n_jobs, gpu=gpu)
+        run_piece(folder, config, limit_s=left_s, jobs=n_jobs, gpu=gpu, clients=clients)
         done = is_done(folder, config)
         used = f"{used_minutes(work, cell)} of {cell.planned_gpu_minutes} min used"
         print(f"{cell.name} {name}: {'done' if done else 'unfinished'}, {used}", flush=True)
@@ -120,15 +145,17 @@ def run_cells(cells: Sequence[Cell], work: Path, *, limit_s: float | None, jobs:
     for slot in range(n_jobs):
         free_gpus.put(slot % gpus)
 
-    def run_shared(piece: tuple[Cell, str, RunConfig]) -> bool:
-        gpu = free_gpus.get()
-        try:
-            return run_one(*piece, max(1, n_jobs / gpus), gpu if gpus > 1 else None)
-        finally:
-            free_gpus.put(gpu)
+    with multi_process_service() if mps and shared else nullcontext(None) as clients:
 
-    with ThreadPoolExecutor(n_jobs) as pool:
-        states = list(pool.map(run_shared, shared))
+        def run_shared(piece: tuple[Cell, str, RunConfig]) -> bool:
+            gpu = free_gpus.get()
+            try:
+                return run_one(*piece, max(1, n_jobs / gpus), gpu if gpus > 1 else None, clients)
+            finally:
+                free_gpus.put(gpu)
+
+        with ThreadPoolExecutor(n_jobs) as pool:
+            states = list(pool.map(run_shared, shared))
     states += [run_one(*piece, 1) for piece in pending if not is_shared(piece[2])]
     return all(states)
 
@@ -163,6 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=None, help="where packed results go")
     parser.add_argument("--jobs", type=int, default=1, help="pieces of accuracy that share the GPU")
     parser.add_argument("--gpus", type=int, default=1, help="GPUs that these pieces are dealt out over")
+    parser.add_argument("--mps", action="store_true", help="let these share a GPU through CUDA's Multi-Process Service")
     parser.add_argument("--limit-s", type=float, default=None, help="stop after this time")
     parser.add_argument(
         "--unfinished",
@@ -179,11 +207,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.work is None:
             raise UsageError("Say where the pieces are: --work DIR.")
         if options.action == "run":
-            return (
-                0
-                if run_cells(cells, options.work, limit_s=options.limit_s, jobs=options.jobs, gpus=options.gpus)
-                else 1
-            )
+            limits = {"limit_s": options.limit_s, "jobs": options.jobs, "gpus": options.gpus, "mps": options.mps}
+            return 0 if run_cells(cells, options.work, **limits) else 1
         if options.out is None:
             raise UsageError("Say where the packed results go: --out DIR.")
         missing = pack_cells(cells, options.work, options.out, unfinished=options.unfinished)

@@ -244,8 +244,9 @@ class LsaEntries(OverEntries, Lsa):
 
     def n_kept(self, n_tokens: int) -> int:
         layout = self.layout(n_tokens)
-        n_chosen = self._rule(layout).n_chunks
-        return self.n_fixed(n_tokens) + (layout.n_candidates if n_chosen is None else n_chosen)
+        rule = self._rule(layout)
+        most = layout.n_candidates if rule.n_most is None else rule.n_most
+        return self.n_fixed(n_tokens) + (most if rule.n_chunks is None else rule.n_chunks)
 
     def is_noop(self, n_tokens: int, shape: ModelShape | None = None) -> bool:
         return Lsa.is_noop(self, n_tokens, shape)  # a threshold leaves out what it leaves out

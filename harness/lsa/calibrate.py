@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from kvscope.harness.lsa.evaluate import EvalConfig, Shares, check_match, measuring_options, shares_of
+from kvscope.harness.lsa.evaluate import EvalConfig, Shares, check_match, measuring_options, shares_of, within_cap
 from kvscope.harness.lsa.lineage import data_ids, origin
 from kvscope.harness.lsa.objective import TrainConfig, compute_device, example, refresh_logits, shift_bias
 from kvscope.harness.lsa.shards import Collection, open_collections
@@ -35,6 +35,8 @@ class CalibrateConfig:
         target_recall: least golden recall at refreshes, the mean over those that need a chunk, as ``lsa eval`` has it.
         target_kept: largest mean share of the prompt's KV bytes kept at refreshes: chosen chunks, sinks, window,
             indexer keys and states.
+        cap_tokens: most tokens of a prompt that stay, stored with the indexer; all measures are taken under it. None: the
+            indexer's.
         dtype: of the stored weights. Biases stay in float32: they hold the threshold.
         measure: refresh interval and labels.
     """
@@ -43,6 +45,7 @@ class CalibrateConfig:
     threshold: float | None = None
     target_recall: float | None = None
     target_kept: float | None = None
+    cap_tokens: int | None = None
     dtype: WeightDtype = "float32"
     measure: EvalConfig = field(default_factory=EvalConfig)
 
@@ -55,6 +58,8 @@ class CalibrateConfig:
             raise UsageError(f"{name} must lie between 0 and 1, both excluded, got {value}.")
         if self.chunk_tokens is not None and self.chunk_tokens < 1:
             raise UsageError(f"chunk_tokens must be 1 or more, got {self.chunk_tokens}.")
+        if self.cap_tokens is not None and self.cap_tokens < 1:
+            raise UsageError(f"cap_tokens must be 1 or more, got {self.cap_tokens}.")
         if self.dtype not in get_args(WeightDtype):
             raise UsageError(f"dtype must be {' or '.join(get_args(WeightDtype))}, got {self.dtype!r}.")
 
@@ -72,11 +77,13 @@ class Refreshes:
     Attributes:
         logits: fp32 [r, n].
         golden: bool [r, n].
+        within: bool [r, n], the best that a cap leaves; all without one.
         shares: what the document's parts weigh.
     """
 
     logits: torch.Tensor
     golden: torch.Tensor
+    within: torch.Tensor
     shares: Shares
 
 
@@ -104,6 +111,8 @@ def calibrate(
         raise UsageError(f"--out '{out}' is the indexer itself; give another folder, it is not overwritten.")
     indexer = load_indexer(folder).to(compute_device(device))
     indexer.config = in_chunks(indexer.config, config.chunk_tokens, folder=str(folder))
+    if config.cap_tokens is not None:
+        indexer.config = replace(indexer.config, cap_tokens=config.cap_tokens)
     for each in folders:
         check_match(indexer.config, Collection(each).info, folder=str(folder))
     collections = open_collections(folders, chunk_tokens=indexer.config.chunk_tokens, layers=indexer.config.layers)
@@ -128,7 +137,7 @@ def calibrate(
     }  # fmt: skip
     record = {
         "target": config.target, **found,
-        "chunk_tokens": indexer.config.chunk_tokens, "dtype": config.dtype, "tau": options.tau,
+        "cap_tokens": indexer.config.cap_tokens, "chunk_tokens": indexer.config.chunk_tokens, "dtype": config.dtype, "tau": options.tau,
         "labels": options.rule(collections[0].info).text(), "sink_tokens": options.sink_tokens,
         "recency_tokens": options.recency_tokens, "documents": len(scored), "data": data_record(collections),
     }  # fmt: skip
@@ -176,7 +185,8 @@ def score(indexer: Indexer, collections: Sequence[Collection], options: TrainCon
                     "that are no finite numbers, so no threshold separates them; train it again."
                 )
             shares = shares_of(loaded, collection.info, indexer.config, options)
-            found.append(Refreshes(logits, loaded.positives[rows], shares))
+            within = within_cap(logits, loaded, indexer.config, options)
+            found.append(Refreshes(logits, loaded.positives[rows], within, shares))
     if not found:
         raise UsageError("No document is long enough for a candidate chunk; collect longer prompts.")
     return found
@@ -191,7 +201,7 @@ def measures(scored: Sequence[Refreshes]) -> dict[str, Any]:
     recalls, kept = [], []
     chosen_total = candidates = 0
     for each in scored:
-        chosen = each.logits >= logit(0.5)
+        chosen = (each.logits >= logit(0.5)) & each.within
         needs = each.golden.any(1)
         recalls.append(((chosen & each.golden).sum(1) / each.golden.sum(1).clamp_min(1))[needs])
         kept.append(each.shares.static + chosen.sum(1) * each.shares.chunk + each.shares.metadata)
@@ -233,9 +243,16 @@ def cut_for_recall(scored: Sequence[Refreshes], target: float) -> float:
             "No refresh of these documents needs a chunk, so there is no recall to reach; give --threshold or "
             "--target-kept, or other documents."
         )
-    # A golden chunk weighs its share of its refresh, and every refresh the same.
-    weights = [each.golden / each.golden.sum(1, keepdim=True).clamp_min(1) / n_needing for each in scored]
+    # A golden chunk weighs its share of its refresh, and every refresh the same; what a cap cuts off weighs nothing.
+    weights = [
+        (each.golden & each.within) / each.golden.sum(1, keepdim=True).clamp_min(1) / n_needing for each in scored
+    ]
     values, gained = ranked(scored, weights)
+    if float(gained[-1]) < target - 1e-9:
+        raise UsageError(
+            f"target_recall is {target:g}, and within the cap no threshold has more than {float(gained[-1]):.4f} of the "
+            "golden chunks; raise --cap-tokens."
+        )
     reached = int((gained < target - 1e-9).sum())  # groups before the one that reaches it
     return between(values, min(reached + 1, len(values)))
 
@@ -253,7 +270,7 @@ def cut_for_kept(scored: Sequence[Refreshes], target: float) -> float:
             f"target_kept is {target:g}, and sinks, window, keys and states alone are {always:.4f} of these prompts; "
             "give more, or longer documents."
         )
-    weights = [torch.full_like(each.logits, each.shares.chunk, dtype=torch.float64) / n_refreshes for each in scored]
+    weights = [each.within.double() * each.shares.chunk / n_refreshes for each in scored]
     values, gained = ranked(scored, weights)
     return between(values, int((always + gained <= target + 1e-9).sum()))
 

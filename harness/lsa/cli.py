@@ -281,6 +281,10 @@ def calibrate(
     target_kept: Annotated[
         float | None, typer.Option("--target-kept", help="Largest mean share of the prompt's bytes at refreshes.")
     ] = None,
+    cap_tokens: Annotated[
+        int | None,
+        typer.Option("--cap-tokens", help="Most tokens of a prompt that stay, stored along.  [default: the indexer's]"),
+    ] = None,
     weight_dtype: Annotated[
         str, typer.Option("--dtype", help="Of the stored weights: float32 or bfloat16 (biases stay float32).")
     ] = "float32",
@@ -307,7 +311,7 @@ def calibrate(
 
     config = CalibrateConfig(
         chunk_tokens=chunk_tokens, threshold=threshold, target_recall=target_recall, target_kept=target_kept,
-        dtype=weight_dtype,  # type: ignore[arg-type]
+        cap_tokens=cap_tokens, dtype=weight_dtype,  # type: ignore[arg-type]
         measure=EvalConfig(
             tau=tau, top_p=top_p, voters=voters, votes=votes, least_mass=least_mass,  # type: ignore[arg-type]
             label_layers=parse_layers(label_layers), sink_tokens=sink_tokens, recency_tokens=recency_tokens,

@@ -255,12 +255,28 @@ def add_document(
             tallies[document.info.length_tokens, task, policy, setting, value].add(**measured)
 
     for policy, score in scores.items():
-        order = score.argsort(dim=1, descending=True, stable=True)
-        rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1]).expand_as(order))
+        rank = ranks(score)
         for fraction in FRACTIONS:
             add(policy, "fraction", fraction, rank < layout.budgeted_chunks(int(fraction * n_tokens)))
+    within = within_cap(scores["indexer"], found, indexer.config, options)
     for threshold in THRESHOLDS:
-        add("indexer", "threshold", threshold, scores["indexer"] >= logit(threshold))
+        add("indexer", "threshold", threshold, (scores["indexer"] >= logit(threshold)) & within)
+
+
+def ranks(score: torch.Tensor) -> torch.Tensor:
+    """Return the place of every candidate by its score, from 0, [rows, n]; equal scores in order."""
+    order = score.argsort(dim=1, descending=True, stable=True)
+    return torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1]).expand_as(order))
+
+
+def within_cap(score: torch.Tensor, found: Example, config: IndexerConfig, options: TrainConfig) -> torch.Tensor:
+    """Return which candidates an indexer's cap leaves to a threshold, bool [rows, n]."""
+    if config.cap_tokens is None:
+        return torch.ones_like(score, dtype=torch.bool)
+    layout = found.document.layout(
+        config.chunk_tokens, sink_tokens=options.sink_tokens, recency_tokens=options.recency_tokens
+    )
+    return ranks(score) < layout.budgeted_chunks(config.cap_tokens)
 
 
 @torch.inference_mode()

@@ -54,6 +54,7 @@ class IndexerConfig:
         segment_tokens: tokens that share a key, a part of ``chunk_tokens``; None: the whole chunk, as in the paper.
         neighbours: segments on either side that one lends its score to, over the borders of chunks as well; 0 in the
             paper, whose chunks are entries that the model itself compressed from overlapping windows.
+        cap_tokens: most prompt tokens that a threshold is to keep, sinks and window included; None: whatever reaches it.
         kept_fraction: share of the candidate chunks it kept on held-out documents at threshold 0.5; None if unknown.
         trained: how it was trained, for the record.
     """
@@ -73,6 +74,7 @@ class IndexerConfig:
     lookback_tokens: int = 1
     segment_tokens: int | None = None
     neighbours: int = 0
+    cap_tokens: int | None = None
     kept_fraction: float | None = None
     trained: Mapping[str, Any] = field(default_factory=dict)
 
@@ -90,6 +92,8 @@ class IndexerConfig:
             raise ValueError(f"segment_tokens must divide {self.chunk_tokens}, got {self.segment_tokens}")
         if self.neighbours < 0:
             raise ValueError(f"neighbours must be 0 or more, got {self.neighbours}")
+        if self.cap_tokens is not None and self.cap_tokens < 1:
+            raise ValueError(f"cap_tokens must be 1 or more, got {self.cap_tokens}")
 
     @property
     def segments_per_chunk(self) -> int:

@@ -53,6 +53,8 @@ class LsaConfig:
         budget_tokens: in budget mode, prompt tokens that stay, sinks and window included (both stay even if they alone
             are more).
         budget_fraction: the same as a fraction of the prompt's tokens.
+        cap_tokens: in threshold mode, the most prompt tokens that stay, sinks and window included: of a larger choice the
+            best chunks are kept; none: the indexer's cap, without one any number.
         chunk_tokens: tokens of a chunk; none: the indexer's own (of several shipped the first by name), 64 without a
             trained one.
         sink_tokens: first prompt tokens that always stay, widened to whole chunks.
@@ -73,6 +75,7 @@ class LsaConfig:
     threshold: float = 0.5
     budget_tokens: int | None = None
     budget_fraction: float | None = None
+    cap_tokens: int | None = None
     chunk_tokens: int | None = None
     sink_tokens: int = 4
     recency_tokens: int | None = None
@@ -102,6 +105,13 @@ class LsaConfig:
         if self.budget_tokens is not None and self.budget_tokens < 0:
             raise ValueError(f"budget_tokens must be 0 or more, got {self.budget_tokens}")
         check_budget(None, self.budget_fraction)
+        if self.cap_tokens is not None:
+            if self.cap_tokens < 1:
+                raise ValueError(f"cap_tokens must be 1 or more, got {self.cap_tokens}")
+            if budgeted:
+                raise ValueError("cap_tokens bounds what a threshold keeps; a budget is its own bound")
+            if self.fallback_ratio is not None:
+                raise ValueError("give cap_tokens or fallback_ratio: what one cuts, the other makes whole")
         if not 0 < self.threshold < 1:
             raise ValueError(f"threshold must lie between 0 and 1, both excluded, got {self.threshold}")
         if self.tau is not None and self.tau < 1:
@@ -253,6 +263,8 @@ class Lsa(CacheMethod[LsaConfig]):
         """Return the trained indexer's configuration; None where none chooses, or no model was seen yet."""
         if self.config.selection == "synthetic" or self.config.indexer == ORACLE:
             return None
+        if self.config.indexer is not None and self.config.indexer.endswith(".safetensors"):
+            return None  # weights of a deepseek_v4 model, which say nothing of themselves
         if self._source.given_folder is None and self._source.shape is None:
             return None
         return FILES.read_config(self._source.folder())
@@ -277,12 +289,20 @@ class Lsa(CacheMethod[LsaConfig]):
     def _rule(self, layout: ChunkLayout) -> Rule:
         config = self.config
         if not config.budgeted:
-            return Rule(threshold=config.threshold)
+            cap_tokens = self._cap_tokens()
+            n_most = None if cap_tokens is None else layout.budgeted_chunks(cap_tokens)
+            return Rule(threshold=config.threshold, n_most=n_most)
         if config.budget_tokens is not None:
             budget_tokens = config.budget_tokens
         else:
             budget_tokens = int((config.budget_fraction or 0.0) * layout.n_tokens)
         return Rule(n_chunks=layout.budgeted_chunks(budget_tokens))
+
+    def _cap_tokens(self) -> int | None:
+        if self.config.cap_tokens is not None or self.config.fallback_ratio is not None:
+            return self.config.cap_tokens
+        trained = self._trained()
+        return None if trained is None else trained.cap_tokens
 
     def is_noop(self, n_tokens: int, shape: ModelShape | None = None) -> bool:
         self._source.see(shape)
@@ -297,10 +317,12 @@ class Lsa(CacheMethod[LsaConfig]):
         if that is not known. With ``stale1`` it is an upper bound: every chunk chosen may be new.
         """
         config, layout = self._indexer_config(shape), self.layout(n_tokens)
-        n_chosen = self._rule(layout).n_chunks
+        rule = self._rule(layout)
+        n_chosen = rule.n_chunks
         if n_chosen is None:
             share = 1.0 if config is None or config.kept_fraction is None else config.kept_fraction
             n_chosen = math.ceil(share * layout.n_candidates)
+            n_chosen = n_chosen if rule.n_most is None else min(n_chosen, rule.n_most)
         C, tau = layout.chunk_tokens, self.tau()
         n_held = min(layout.n_candidates, 2 * n_chosen) if self.config.refresh == "stale1" else n_chosen
         static_tokens, n_total = layout.static_tokens + n_new_tokens, n_tokens + n_new_tokens
@@ -331,6 +353,7 @@ class Lsa(CacheMethod[LsaConfig]):
             "threshold": rule.threshold,
             "budget_tokens": config.budget_tokens,
             "budget_fraction": config.budget_fraction,
+            "cap_tokens": None if rule.n_most is None else self._cap_tokens(),
             "chunks_chosen": rule.n_chunks,
             "chunks_to_choose_from": layout.n_candidates,
             "chunk_tokens": layout.chunk_tokens,

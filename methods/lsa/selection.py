@@ -24,22 +24,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """Which candidates are kept, by their scores. Exactly one is set.
+    """Which candidates are kept, by their scores. Exactly one of ``threshold`` and ``n_chunks`` is set.
 
     Attributes:
         threshold: probability in (0, 1).
         n_chunks: candidates kept, those of the highest scores.
+        n_most: with a threshold the most that are kept, those of the highest scores; None: however many reach it.
     """
 
     threshold: float | None = None
     n_chunks: int | None = None
+    n_most: int | None = None
+
+    def is_over(self, n_chosen: int) -> bool:
+        """Whether so many candidates reached the threshold that it takes the best of them."""
+        return self.n_most is not None and n_chosen > self.n_most
 
     def of_logits(self, logits_n: torch.Tensor) -> torch.Tensor:
         """Return the candidates to keep, ascending, on the CPU. Equal scores are taken in order."""
         if self.n_chunks is not None:
             return top_chunks(logits_n, self.n_chunks).cpu()
         assert self.threshold is not None
-        return (logits_n >= logit(self.threshold)).nonzero()[:, 0].cpu()
+        chosen = (logits_n >= logit(self.threshold)).nonzero()[:, 0]
+        if self.n_most is not None and self.is_over(len(chosen)):
+            chosen = top_chunks(logits_n, self.n_most)
+        return chosen.cpu()
 
     def of_mass(self, mass_n: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
         """The same for attention mass: a threshold keeps the fewest candidates that reach it together with ``rest``."""
@@ -49,7 +58,8 @@ class Rule:
         # The rest counts first, whatever it weighs: it stays anyway.
         order = torch.argsort(mass_n, dim=0, descending=True, stable=True)
         before = rest + mass_n[order].cumsum(0) - mass_n[order]
-        return order[before < self.threshold * (rest + mass_n.sum())].sort().values.cpu()
+        taken = order[before < self.threshold * (rest + mass_n.sum())]
+        return taken[: self.n_most].sort().values.cpu()
 
 
 def top_chunks(score_n: torch.Tensor, n_chunks: int) -> torch.Tensor:
@@ -200,13 +210,20 @@ class IndexerSelector(Selector):
         n = logits_Rn.shape[1]
         found = empty_selection(n, n, logits_Rn.device)
         self._select(logits_Rn, found)
-        return found.chunks_K[: int(found.n)].long().cpu()
+        n_chosen = int(found.n)
+        if self._rule.is_over(n_chosen):
+            return self._rule.of_logits(logits_Rn.amax(0))
+        return found.chunks_K[:n_chosen].long().cpu()
 
     def choose_into(self, out: "Selection") -> int:
         logits_Rn = self.logits()
         if self._rule.n_chunks is None:
             self._select(logits_Rn, out)
-            return int(out.n)
+            n_chosen = int(out.n)
+            if self._rule.n_most is None or not self._rule.is_over(n_chosen):
+                return n_chosen
+            fill_selection(out, top_chunks(logits_Rn.amax(0), self._rule.n_most))
+            return self._rule.n_most
         # A stable order, not the k-th best score as a threshold: equal scores at the edge would be one too many.
         chosen = top_chunks(logits_Rn.amax(0), self._rule.n_chunks)
         fill_selection(out, chosen)

@@ -40,7 +40,7 @@ SURFACE = {
         "--target-recall", "--tau", "--top-p", "--voters", "--votes", "--warm-start", "--weight-decay", "-o", "-q",
     ],
     "lsa calibrate": [
-        "--chunk-tokens", "--data", "--device", "--dtype", "--indexer", "--label-layers", "--least-mass", "--out",
+        "--cap-tokens", "--chunk-tokens", "--data", "--device", "--dtype", "--indexer", "--label-layers", "--least-mass", "--out",
         "--quiet", "--recency-tokens", "--sink-tokens", "--target-kept", "--target-recall", "--tau", "--threshold",
         "--top-p", "--voters", "--votes", "-o", "-q",
     ],

@@ -123,7 +123,8 @@ def test_equal_scores_are_kept_together_or_not_at_all():
     """A cut goes between scores, never into equal ones, and never where rounding could move one over it."""
     logits = torch.tensor([[1.0, 1.0, 1.0, -2.0, -3.0]])
     golden = torch.tensor([[False, True, False, True, False]])
-    scored = [module.Refreshes(logits, golden, module.Shares(static=0.2, chunk=0.15, metadata=0.05))]
+    everything = torch.ones_like(golden)
+    scored = [module.Refreshes(logits, golden, everything, module.Shares(static=0.2, chunk=0.15, metadata=0.05))]
     assert module.cut_for_recall(scored, 0.4) == module.cut_for_recall(scored, 0.5) == -0.5
     assert module.cut_for_recall(scored, 0.6) == -2.5
     assert module.cut_for_kept(scored, 0.69) == 2.0, "the three do not fit: none is kept"
@@ -131,6 +132,31 @@ def test_equal_scores_are_kept_together_or_not_at_all():
     assert module.cut_for_kept(scored, 0.99) == -2.5
     with pytest.raises(UsageError, match=r"target_kept is 0.2, and sinks, window, keys and states alone are 0.2500 of"):
         module.cut_for_kept(scored, 0.2)
+
+
+@pytest.mark.parametrize("target", [{"target_recall": 0.2}, {"target_kept": 0.36}, {"threshold": 0.4}])
+def test_a_cap_is_stored_and_every_measure_is_under_it(data, begun, tmp_path, target):
+    """Of 256 tokens sinks (16) and window (128) leave seven chunks of 16."""
+    found = run(data, begun, tmp_path / "out", cap_tokens=256, **target)
+    config = read_indexer_config(tmp_path / "out")
+    assert config.cap_tokens == config.trained["calibration"]["cap_tokens"] == 256
+    row = evaluated(tmp_path / "out", data, tmp_path)
+    assert (found["after"]["recall"], found["after"]["kept"]) == (row["recall"], row["kept_bytes_fraction"])
+    logits = logits_of(tmp_path / "out", data)
+    n_chosen = (logits >= logit(0.5)).sum(1)
+    assert (n_chosen > 7).any(), "or the cap does nothing"
+    assert found["after"]["kept_candidates"] == round(float(n_chosen.clamp_max(7).sum()) / logits.numel(), 4)
+    if "target_recall" in target:
+        assert row["recall"] >= 0.2
+    if "target_kept" in target:
+        assert row["kept_bytes_fraction"] <= 0.36
+
+
+def test_a_recall_beyond_the_cap_is_refused(data, begun, tmp_path):
+    with pytest.raises(UsageError, match="within the cap no threshold has more than .*; raise --cap-tokens"):
+        run(data, begun, tmp_path / "out", cap_tokens=160, target_recall=0.999)
+    with pytest.raises(UsageError, match="cap_tokens must be 1 or more, got 0"):
+        run(data, begun, tmp_path / "out", cap_tokens=0, target_recall=0.5)
 
 
 # -- chunks, dtype

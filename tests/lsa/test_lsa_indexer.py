@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from engine.tiny_models import build_stock, loaded_model, prompt_ids
-from lsa_tools import prefilled, random_indexer
+from lsa_tools import prefilled, random_indexer, run_steps
 
 from kvscope.harness.models import wrap_model
 from kvscope.harness.prefill import prefill
@@ -96,11 +96,16 @@ def test_a_threshold_needs_no_sigmoid_and_a_budget_breaks_ties_in_order():
     assert Rule(threshold=0.5).of_logits(scores).tolist() == [0, 1, 3, 4]
     assert Rule(threshold=0.7).of_logits(scores).tolist() == [1, 4]
     assert float(torch.sigmoid(torch.tensor(logit(0.7)))) == pytest.approx(0.7)
+    assert Rule(threshold=0.5, n_most=4).of_logits(scores).tolist() == [0, 1, 3, 4], "no more than are allowed"
+    assert Rule(threshold=0.5, n_most=3).of_logits(scores).tolist() == [0, 1, 4]
+    assert Rule(threshold=0.7, n_most=3).of_logits(scores).tolist() == [1, 4], "a cap adds nothing"
+    assert Rule(threshold=0.5, n_most=0).of_logits(scores).tolist() == []
     assert Rule(n_chunks=3).of_logits(scores).tolist() == [0, 1, 4]
     assert Rule(n_chunks=0).of_logits(scores).tolist() == []
     assert Rule(n_chunks=6).of_logits(scores).tolist() == list(range(6))
     mass = torch.tensor([0.1, 0.4, 0.05, 0.25])
     assert Rule(threshold=0.8).of_mass(mass, torch.tensor(0.2)).tolist() == [1, 3]
+    assert Rule(threshold=0.8, n_most=1).of_mass(mass, torch.tensor(0.2)).tolist() == [1]
     assert Rule(threshold=0.1).of_mass(mass, torch.tensor(0.2)).tolist() == [], "what stays is enough"
     assert Rule(n_chunks=2).of_mass(mass, torch.tensor(0.2)).tolist() == [1, 3]
 
@@ -272,6 +277,9 @@ def test_no_indexer_names_the_way_to_one():
         ("sink_tokens=-1", "sink_tokens must be 0 or more"),
         ("recency_tokens=-1", "recency_tokens must be 0 or more"),
         ("fallback_ratio=1", "fallback_ratio must lie between 0 and 1"),
+        ("cap_tokens=0", "cap_tokens must be 1 or more, got 0"),
+        ("cap_tokens=9,budget_tokens=5", "a budget is its own bound"),
+        ("cap_tokens=9,fallback_ratio=0.5", "give cap_tokens or fallback_ratio"),
         ("refresh=late", "refresh must be sync or stale1, got 'late'"),
         ("selection=lucky", "selection must be trained or synthetic"),
         ("selection=synthetic", "selection=synthetic needs a budget"),
@@ -289,7 +297,7 @@ CUT = {"segment_tokens": 2, "neighbours": 3}
 
 
 @pytest.mark.parametrize("cut", [{}, {"segment_tokens": 1}, {"neighbours": 2}, CUT])
-@pytest.mark.parametrize("rule", [{"budget_fraction": 0.5}, {"threshold": 0.5}])
+@pytest.mark.parametrize("rule", [{"budget_fraction": 0.5}, {"threshold": 0.5}, {"threshold": 0.4, "cap_tokens": 120}])
 def test_the_kernels_choose_what_torch_chooses(tmp_path, rule, cut):
     """The kernel in Triton's interpreter here, on a GPU as it is."""
     loaded = loaded_model("smollm3")
@@ -315,6 +323,36 @@ def test_the_kernels_choose_what_torch_chooses(tmp_path, rule, cut):
     assert selector.choose_into(out) == len(by_kernel)
     assert out.chunks_K[: int(out.n)].tolist() == by_kernel.tolist()
     assert out.wanted_n.nonzero()[:, 0].tolist() == by_kernel.tolist()
+
+
+@pytest.mark.parametrize("decode_graph", ["off", "uncaptured"])
+def test_a_cap_keeps_the_best_of_what_a_threshold_asks_for(tmp_path, decode_graph):
+    """From the option or from the indexer; never more tokens, at every refresh."""
+    loaded = loaded_model("smollm3")
+    plain = random_indexer(tmp_path / "plain", loaded.shape, chunk_tokens=4, lookback_tokens=3)
+    capped = random_indexer(tmp_path / "capped", loaded.shape, chunk_tokens=4, lookback_tokens=3, cap_tokens=160)
+    options = {"name": "lsa", "recency_tokens": 20, "tau": 2, "threshold": 0.001}
+    tokens = prompt_ids(8, seed=8)
+
+    def resident(indexer, **more):
+        method = create_method({**options, "indexer": str(indexer), **more})
+        prompt = prefilled(loaded, prompt_ids(402), method, chunk_tokens=64)
+        logits, record, _ = run_steps(loaded, method, prompt, tokens, decode_graph=decode_graph)
+        return method, logits, record.resident_tokens
+
+    method, by_indexer, kept = resident(capped)
+    assert method.effective_config(402, loaded.shape)["cap_tokens"] == 160
+    most_tokens = 160
+    assert most_tokens - 4 < max(kept) <= most_tokens
+    _, by_option, same = resident(plain, cap_tokens=160)
+    assert same == kept
+    torch.testing.assert_close(by_option, by_indexer, atol=1e-6, rtol=0)
+    method, _, more = resident(plain)
+    assert method.effective_config(402, loaded.shape)["cap_tokens"] is None
+    assert max(more) > most_tokens
+    assert resident(capped, cap_tokens=402)[2] == more, "a cap beyond the prompt takes the indexer's cap away"
+    assert resident(capped, fallback_ratio=0.9)[2] >= more, "what makes an interval whole is not cut"
+    assert method.predict(loaded.shape, 402).kv_bytes > resident(capped)[0].predict(loaded.shape, 402).kv_bytes
 
 
 def _shift_to_the_median(selector):

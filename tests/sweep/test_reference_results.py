@@ -216,7 +216,7 @@ def test_accuracy_shares_the_gpu_and_memory_never_does(
     cells = [script.Cell("a", 1, 3, accuracy), script.Cell("m", 1, 2, memory)]
     lock, together, most = threading.Lock(), [], {"a": 0, "m": 0}
 
-    def run_piece(folder: Path, config: Any, *, limit_s: Any, jobs: float, gpu: Any) -> None:
+    def run_piece(folder: Path, config: Any, *, limit_s: Any, jobs: float, gpu: Any, clients: Any) -> None:
         name = folder.parent.name
         with lock:
             together.append(name)
@@ -236,7 +236,7 @@ def test_pieces_are_dealt_out_over_gpus(script: ModuleType, tmp_path: Path, monk
     accuracy = {"model": "reference", "methods": ["dense"], "lengths_tokens": ["1k"], "footprint": False}
     seen: list[tuple[float, int | None]] = []
 
-    def run_piece(folder: Path, config: Any, *, limit_s: Any, jobs: float, gpu: int | None) -> None:
+    def run_piece(folder: Path, config: Any, *, limit_s: Any, jobs: float, gpu: int | None, clients: Any) -> None:
         seen.append((jobs, gpu))
         time.sleep(0.05)
 
