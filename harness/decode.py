@@ -317,7 +317,7 @@ def answer_end(
     stop_strings: Sequence[str] = (),
     stop_at_eos: bool = True,
 ) -> StopReason | None:
-    """Return why an answer of these tokens ends with the last of them; None when it goes on. Arguments as ``decode``."""
+    """Return why an answer ends with the last of these tokens; None when it goes on. Arguments as ``decode``."""
     if stop_at_eos and ids[-1] in loaded.eos_ids:
         return "eos"
     if stop_strings and _stop_index(_text(loaded, ids), stop_strings) is not None:

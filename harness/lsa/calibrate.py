@@ -35,8 +35,8 @@ class CalibrateConfig:
         target_recall: least golden recall at refreshes, the mean over those that need a chunk, as ``lsa eval`` has it.
         target_kept: largest mean share of the prompt's KV bytes kept at refreshes: chosen chunks, sinks, window,
             indexer keys and states.
-        cap_tokens: most tokens of a prompt that stay, stored with the indexer; all measures are taken under it. None: the
-            indexer's.
+        cap_tokens: most tokens of a prompt that stay, stored with the indexer; all measures are taken under it. None:
+            the indexer's.
         dtype: of the stored weights. Biases stay in float32: they hold the threshold.
         measure: refresh interval and labels.
     """
@@ -137,7 +137,8 @@ def calibrate(
     }  # fmt: skip
     record = {
         "target": config.target, **found,
-        "cap_tokens": indexer.config.cap_tokens, "chunk_tokens": indexer.config.chunk_tokens, "dtype": config.dtype, "tau": options.tau,
+        "cap_tokens": indexer.config.cap_tokens,
+        "chunk_tokens": indexer.config.chunk_tokens, "dtype": config.dtype, "tau": options.tau,
         "labels": options.rule(collections[0].info).text(), "sink_tokens": options.sink_tokens,
         "recency_tokens": options.recency_tokens, "documents": len(scored), "data": data_record(collections),
     }  # fmt: skip
@@ -250,8 +251,8 @@ def cut_for_recall(scored: Sequence[Refreshes], target: float) -> float:
     values, gained = ranked(scored, weights)
     if float(gained[-1]) < target - 1e-9:
         raise UsageError(
-            f"target_recall is {target:g}, and within the cap no threshold has more than {float(gained[-1]):.4f} of the "
-            "golden chunks; raise --cap-tokens."
+            f"target_recall is {target:g}, and within the cap no threshold has more than {float(gained[-1]):.4f} of "
+            "the golden chunks; raise --cap-tokens."
         )
     reached = int((gained < target - 1e-9).sum())  # groups before the one that reaches it
     return between(values, min(reached + 1, len(values)))

@@ -54,7 +54,8 @@ class IndexerConfig:
         segment_tokens: tokens that share a key, a part of ``chunk_tokens``; None: the whole chunk, as in the paper.
         neighbours: segments on either side that one lends its score to, over the borders of chunks as well; 0 in the
             paper, whose chunks are entries that the model itself compressed from overlapping windows.
-        cap_tokens: most prompt tokens that a threshold is to keep, sinks and window included; None: whatever reaches it.
+        cap_tokens: most prompt tokens that a threshold is to keep, sinks and window included; None: whatever reaches
+            it.
         kept_fraction: share of the candidate chunks it kept on held-out documents at threshold 0.5; None if unknown.
         trained: how it was trained, for the record.
     """

@@ -53,8 +53,8 @@ class LsaConfig:
         budget_tokens: in budget mode, prompt tokens that stay, sinks and window included (both stay even if they alone
             are more).
         budget_fraction: the same as a fraction of the prompt's tokens.
-        cap_tokens: in threshold mode, the most prompt tokens that stay, sinks and window included: of a larger choice the
-            best chunks are kept; none: the indexer's cap, without one any number.
+        cap_tokens: in threshold mode, the most prompt tokens that stay, sinks and window included: of a larger choice
+            the best chunks are kept; none: the indexer's cap, without one any number.
         chunk_tokens: tokens of a chunk; none: the indexer's own (of several shipped the first by name), 64 without a
             trained one.
         sink_tokens: first prompt tokens that always stay, widened to whole chunks.

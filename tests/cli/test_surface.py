@@ -28,8 +28,8 @@ SURFACE = {
     "show": ["name"],
     "doctor": ["--out", "-o"],
     "lsa collect": [
-        "--answers", "--chunk-tokens", "--device", "--dtype", "--features", "--layers", "--least-mass", "--length", "--model",
-        "--out", "--quiet", "--samples", "--seed", "--shard-documents", "--states", "--task", "--token-samples",
+        "--answers", "--chunk-tokens", "--device", "--dtype", "--features", "--layers", "--least-mass", "--length",
+        "--model", "--out", "--quiet", "--samples", "--seed", "--shard-documents", "--states", "--task", "--token-samples",
         "--top-p", "--voters", "--votes", "-l", "-n", "-o", "-q", "-t",
     ],
     "lsa train": [
@@ -40,8 +40,8 @@ SURFACE = {
         "--target-recall", "--tau", "--top-p", "--voters", "--votes", "--warm-start", "--weight-decay", "-o", "-q",
     ],
     "lsa calibrate": [
-        "--cap-tokens", "--chunk-tokens", "--data", "--device", "--dtype", "--indexer", "--label-layers", "--least-mass", "--out",
-        "--quiet", "--recency-tokens", "--sink-tokens", "--target-kept", "--target-recall", "--tau", "--threshold",
+        "--cap-tokens", "--chunk-tokens", "--data", "--device", "--dtype", "--indexer", "--label-layers",
+        "--least-mass", "--out", "--quiet", "--recency-tokens", "--sink-tokens", "--target-kept", "--target-recall", "--tau", "--threshold",
         "--top-p", "--voters", "--votes", "-o", "-q",
     ],
     "lsa eval": [

@@ -153,7 +153,7 @@ def test_a_cap_is_stored_and_every_measure_is_under_it(data, begun, tmp_path, ta
 
 
 def test_a_recall_beyond_the_cap_is_refused(data, begun, tmp_path):
-    with pytest.raises(UsageError, match="within the cap no threshold has more than .*; raise --cap-tokens"):
+    with pytest.raises(UsageError, match=r"within the cap no threshold has more than .*; raise --cap-tokens"):
         run(data, begun, tmp_path / "out", cap_tokens=160, target_recall=0.999)
     with pytest.raises(UsageError, match="cap_tokens must be 1 or more, got 0"):
         run(data, begun, tmp_path / "out", cap_tokens=0, target_recall=0.5)

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -245,6 +247,38 @@ def test_pieces_are_dealt_out_over_gpus(script: ModuleType, tmp_path: Path, monk
     script.run_cells([script.Cell("a", 1, 8, accuracy)], tmp_path, limit_s=None, jobs=4, gpus=2)
     assert {jobs for jobs, _ in seen} == {2}
     assert {gpu for _, gpu in seen} == {0, 1}
+
+
+def test_shared_pieces_alone_are_clients_of_the_service(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has ended before memory or time is measured; a piece of accuracy notes that it was one."""
+    accuracy = {"model": "reference", "methods": ["dense"], "lengths_tokens": ["1k"], "footprint": False}
+    memory = {"model": "preset:tiny", "methods": ["dense"], "lengths_tokens": ["1k"]}
+    cells = [script.Cell("m", 1, 1, memory), script.Cell("a", 1, 2, accuracy)]
+    happened: list[str] = []
+
+    @contextmanager
+    def service() -> Iterator[dict[str, str]]:
+        happened.append("begins")
+        yield {"CUDA_MPS_PIPE_DIRECTORY": "/there"}
+        happened.append("ends")
+
+    def run(command: list[str], *, env: dict[str, str], **options: Any) -> Any:
+        happened.append(env.get("CUDA_MPS_PIPE_DIRECTORY", "alone"))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(script, "multi_process_service", service)
+    monkeypatch.setattr(script.subprocess, "run", run)
+    monkeypatch.setattr(script, "is_done", lambda folder, config: False)
+    script.run_cells(cells, tmp_path, limit_s=None, jobs=2, mps=True)
+    assert happened == ["begins", "/there", "/there", "ends", "alone"]
+    notes = [json.loads(line) for line in (tmp_path / "a" / "used.jsonl").read_text().splitlines()]
+    assert [note["mps"] for note in notes] == [True, True]
+    assert "mps" not in json.loads((tmp_path / "m" / "used.jsonl").read_text())
+    happened.clear()
+    script.run_cells(cells[1:], tmp_path, limit_s=None, jobs=2)
+    assert happened == ["alone", "alone"]
 
 
 def test_what_a_piece_took_counts_for_its_part_of_the_gpu(
