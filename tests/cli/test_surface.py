@@ -29,8 +29,8 @@ SURFACE = {
     "doctor": ["--out", "-o"],
     "lsa collect": [
         "--answers", "--chunk-tokens", "--device", "--dtype", "--features", "--layers", "--least-mass", "--length",
-        "--model", "--out", "--quiet", "--samples", "--seed", "--shard-documents", "--states", "--task", "--token-samples",
-        "--top-p", "--voters", "--votes", "-l", "-n", "-o", "-q", "-t",
+        "--model", "--out", "--quiet", "--samples", "--seed", "--shard-documents", "--states", "--task",
+        "--token-samples", "--top-p", "--voters", "--votes", "-l", "-n", "-o", "-q", "-t",
     ],
     "lsa train": [
         "--batch-documents", "--batch-rows", "--chunk-tokens", "--cold-start", "--data", "--device", "--encoder",
@@ -41,8 +41,8 @@ SURFACE = {
     ],
     "lsa calibrate": [
         "--cap-tokens", "--chunk-tokens", "--data", "--device", "--dtype", "--indexer", "--label-layers",
-        "--least-mass", "--out", "--quiet", "--recency-tokens", "--sink-tokens", "--target-kept", "--target-recall", "--tau", "--threshold",
-        "--top-p", "--voters", "--votes", "-o", "-q",
+        "--least-mass", "--out", "--quiet", "--recency-tokens", "--sink-tokens", "--target-kept", "--target-recall",
+        "--tau", "--threshold", "--top-p", "--voters", "--votes", "-o", "-q",
     ],
     "lsa eval": [
         "--chunk-tokens", "--data", "--device", "--dtype", "--gate", "--indexer", "--label-layers", "--least-mass",
