@@ -11,6 +11,7 @@ from lsa_tools import run_steps
 
 from kvscope import cli
 from kvscope.harness.config import load_config
+from kvscope.harness.lsa.lineage import calibration_ids, data_ids, records
 from kvscope.harness.models import REFERENCE_MODEL_FOLDER, load_model, model_revision
 from kvscope.harness.prefill import prefill
 from kvscope.methods.base import union_collectors
@@ -24,6 +25,13 @@ KINDS = {"lsa": lsa_files.FILES, "dsa": dsa_files.FILES}
 SHIPPED = [(kind, name) for kind, files in KINDS.items() for name in files.shipped_names()]
 CHUNKS = {16: "reference", 64: "reference-chunk64", 256: "reference-chunk256"}
 N_TOKENS, N_STEPS = 1100, 5
+EVALUATION_SEEDS = 1000  # theirs are below
+
+
+def seeds_of(trained):
+    """Seeds of all documents that an indexer was trained or calibrated on, back to the first training."""
+    return {entry["seed"] for record in records(trained) for entry in
+            [*record.get("data", ()), *record.get("calibration", {}).get("data", ())]}  # fmt: skip
 
 
 def test_the_reference_model_has_them():
@@ -65,8 +73,12 @@ def test_it_loads_and_is_one_of_the_reference_model_as_it_is(kind, name):
     folder = KINDS[kind].folder(name)
     config = KINDS[kind].load(folder).config
     assert (config.model, config.model_revision) == ("reference", model_revision(str(REFERENCE_MODEL_FOLDER), None))
-    assert config.trained["documents"] > 0
-    assert config.trained["data"]
+    # A calibrated indexer was trained where it came from: a record that breaks off before names no training.
+    trainings = [record for record in records(config.trained) if "calibration" not in record]
+    assert trainings
+    assert all(record["documents"] > 0 and record["data"] for record in trainings)
+    assert data_ids(config.trained).isdisjoint(calibration_ids(config.trained)), "its threshold is of what it knows"
+    assert all(seed >= EVALUATION_SEEDS for seed in seeds_of(config.trained)), "evaluation's documents are known to it"
     assert '"/' not in (folder / CONFIG_FILE).read_text(), "a path of the machine that trained it"
     assert {path.name for path in folder.iterdir()} <= {CONFIG_FILE, WEIGHTS_FILE, "README.md", "recall.md"}
 
