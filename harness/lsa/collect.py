@@ -298,7 +298,6 @@ def record(
     question_type: str,
     length_tokens: int,
     sample: int,
-    answers: Sequence[range] | None = None,
     own_answer: "Sample | None" = None,
 ) -> Document:
     """Record one document.
@@ -306,7 +305,6 @@ def record(
     Args:
         context_ids: tokens to prefill.
         fed_ids: tokens fed as decode steps.
-        answers: the steps of each answer; None: one answer, every step.
         own_answer: the sample whose answer the model goes on to decode behind ``fed_ids``; None: it ends with them.
     """
     chunk_tokens = min(
@@ -316,8 +314,6 @@ def record(
         loaded, context_ids, collectors=union_collectors([recorder], loaded.shape.layers),
         chunk_tokens=max(chunk_tokens, loaded.shape.page_tokens),
     )  # fmt: skip
-    spans = None if answers is None else list(answers)
-    wanted = None if spans is None else {step for span in spans for step in span}
     records: list[StepRecord] = []
     own: list[int] = []
     pending = list(fed_ids)
@@ -326,7 +322,6 @@ def record(
         sequence = session.sequence
         assert isinstance(sequence, RecordingSequence)
         while pending:
-            sequence.listening = wanted is None or len(records) in wanted
             logits = session.step(pending.pop(0))
             records.append(sequence.take())
             if own_answer is None or pending:
@@ -334,12 +329,9 @@ def record(
             own.append(int(logits.argmax()))
             if not answer_end(loaded, own, max_new_tokens=own_answer.max_new_tokens, stop_strings=own_answer.stop):
                 pending.append(own[-1])
-    spans = [range(len(records))] if spans is None else spans
-    segment_of = {step: segment for segment, span in enumerate(spans) for step in span}
-    kept = [(step, records[step]) for step in sorted(segment_of)]
     before = torch.stack([_padded(prompt, layer, info.state_tokens) for layer in info.layers], 1)
     during = torch.stack([each.hidden_LM for each in records])
-    counts = torch.tensor([len(each.values) for _, each in kept])
+    counts = torch.tensor([len(each.values) for each in records])
     name = recorder.features_name
     return Document(
         info=DocumentInfo(
@@ -352,16 +344,16 @@ def record(
         ),
         features=torch.stack([prompt.metadata[name][layer] for layer in info.layers]).to(STORED_DTYPE),
         hidden=torch.cat([before, during]).to(STORED_DTYPE).cpu(),
-        steps=torch.tensor([step for step, _ in kept], dtype=torch.int32),
-        segments=torch.tensor([segment_of[step] for step, _ in kept], dtype=torch.int32),
+        steps=torch.arange(len(records), dtype=torch.int32),
+        segments=torch.zeros(len(records), dtype=torch.int32),  # one answer
         indptr=torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int().cpu(),
-        indices=torch.cat([each.chunks for _, each in kept]).int().cpu(),
-        voters=torch.cat([each.voters for _, each in kept]).to(torch.int16).cpu(),
-        values=torch.cat([each.values for _, each in kept]).half().cpu(),
-        rest=torch.stack([each.rest_V for _, each in kept]).half().cpu(),
-        mass=torch.stack([each.mass_M for _, each in kept]).half().cpu(),
+        indices=torch.cat([each.chunks for each in records]).int().cpu(),
+        voters=torch.cat([each.voters for each in records]).to(torch.int16).cpu(),
+        values=torch.cat([each.values for each in records]).half().cpu(),
+        rest=torch.stack([each.rest_V for each in records]).half().cpu(),
+        mass=torch.stack([each.mass_M for each in records]).half().cpu(),
         queries=torch.stack([each.queries_LF for each in records]).to(STORED_DTYPE).cpu(),
-        **token_tensors(prompt, [each.token_mass_LN for _, each in kept], info, n_steps=len(records), sample=sample),
+        **token_tensors(prompt, [each.token_mass_LN for each in records], info, n_steps=len(records), sample=sample),
     )
 
 

@@ -27,12 +27,11 @@ class StepRecord:
     Attributes:
         hidden_LM: states that entered the indexed layers, [L, M].
         queries_LF: these layers' queries before rotation, heads side by side, [L, Q * head size].
-        chunks, voters, values: masses of at least the collection's least, see ``label_rule``; empty when the step was
-            not listened to.
-        rest_V: each voter's mass outside the prompt; empty likewise.
-        mass_M: the strongest layer's head-summed mass of each chunk, [n']; empty likewise.
+        chunks, voters, values: masses of at least the collection's least, see ``label_rule``.
+        rest_V: each voter's mass outside the prompt.
+        mass_M: the strongest layer's head-summed mass of each chunk, [n'].
         token_mass_LN: attention to every token so far in the indexed layers, mean over query heads, [L, N] in fp16;
-            empty likewise, and where tokens are not asked for.
+            empty where tokens are not asked for.
     """
 
     hidden_LM: torch.Tensor
@@ -82,16 +81,11 @@ class Recorder(Dense):
 
 
 class RecordingSequence(ResidentSequence):
-    """Every token resident; each managed layer's attention is reduced to chunks.
-
-    Attributes:
-        listening: whether attention of the next step is wanted (reducing it costs more than the step itself).
-    """
+    """Every token resident; each managed layer's attention is reduced to chunks."""
 
     def __init__(self, prompt: PromptKV, device: torch.device, *, info: CollectionInfo, reserve_tokens: int) -> None:
         super().__init__(prompt, device, ranges=[(0, prompt.n_tokens)], reserve_tokens=reserve_tokens)
         self._info, self._n_prompt = info, prompt.n_tokens
-        self.listening = True
         self._hidden: dict[int, torch.Tensor] = {}
         self._queries: dict[int, torch.Tensor] = {}
         self._mass: list[torch.Tensor] = []
@@ -115,7 +109,7 @@ class RecordingSequence(ResidentSequence):
             plain = q_BQ1D if extras.rotation is None else extras.rotation.back(q_BQ1D, position)
             self._queries[layer] = plain[0, :, 0].flatten().clone()
         out = super().attend(layer, q_BQ1D, k_BH1D, v_BH1D, scale=scale, extras=extras)
-        if self.listening and layer in self._info.label_layers:
+        if layer in self._info.label_layers:
             logits_QT = token_logits(
                 q_BQ1D,
                 self.pool.pages[layer],
@@ -137,9 +131,6 @@ class RecordingSequence(ResidentSequence):
         queries_LF = torch.stack([self._queries[layer] for layer in self._info.layers])
         mass, self._mass, self._hidden, self._queries = self._mass, [], {}, {}
         tokens, self._token_mass = self._token_mass, []
-        if not mass:
-            nothing = torch.empty(0)
-            return StepRecord(hidden_LM, queries_LF, nothing, nothing, nothing, nothing, nothing, nothing)
         mass_LQM = torch.stack(mass)
         mass_VM = voter_masses(mass_LQM)
         # A mass of zero can never be voted for; it is not worth a place.

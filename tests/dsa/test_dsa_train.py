@@ -168,7 +168,7 @@ def test_free_of_mean_is_an_orthonormal_basis():
 def collected(tiny_model, tmp_path_factory):
     config = CollectConfig(
         model=tiny_model, tasks=("niah_single_1",), lengths_tokens=(320, 512), samples=3, seed=77, chunk_tokens=16,
-        features="stats", token_samples=10_000, device="cpu",
+        features="stats", token_samples=10_000, answers="reference", device="cpu",
     )  # fmt: skip
     return collect(config, tmp_path_factory.mktemp("collected") / "data", progress=Progress())
 
