@@ -26,7 +26,7 @@ class DeviceBudget:
     limit_bytes: int | None = None
 
     def apply(self, device: Any, *, outside_bytes: int | None) -> None:
-        """Limit torch's allocator on a CUDA device: before the weights, and when more is held outside it.
+        """Limit torch's allocator, before the weights and when more is held outside it; nothing on a CPU.
 
         Args:
             outside_bytes: what the process holds beside torch's allocator, by NVML: the context and loaded kernels.
@@ -35,7 +35,7 @@ class DeviceBudget:
         Raises:
             DeviceBudgetExceeded: the context alone takes the budget.
         """
-        if self.limit_bytes is None:
+        if self.limit_bytes is None or not str(device).startswith("cuda"):
             return
         import torch
 

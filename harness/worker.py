@@ -212,8 +212,7 @@ class Measurement:
         others = self._nvml.others() if self._nvml else None
         if others is not None:
             self.columns["other_processes"], self.columns["other_processes_nvml_bytes"] = others
-        if device.startswith("cuda"):
-            self.budget.apply(device, outside_bytes=self.columns["context_nvml_bytes"])
+        self.budget.apply(device, outside_bytes=self.columns["context_nvml_bytes"])
 
     def prepare(self) -> "tuple[LoadedModel, CacheMethod[Any]] | list[str]":
         """Pass the phases start, load and warm-up; return model and method, or why the method cannot run here."""
@@ -253,7 +252,7 @@ class Measurement:
         )
         del warm_kv
         baseline_bytes = self.columns["baseline_nvml_bytes"] = self.quiet_bytes()
-        if baseline_bytes is not None and job.device.startswith("cuda"):
+        if baseline_bytes is not None:
             # Kernels that loaded with the first steps are memory torch does not see: it may have that much less.
             self.budget.apply(job.device, outside_bytes=baseline_bytes - self._torch.reserved_bytes())
         return loaded, method

@@ -36,9 +36,9 @@ class Rule:
     n_chunks: int | None = None
     n_most: int | None = None
 
-    def is_over(self, n_chosen: int) -> bool:
-        """Whether so many candidates reached the threshold that it takes the best of them."""
-        return self.n_most is not None and n_chosen > self.n_most
+    def n_kept(self, n_chosen: int) -> int:
+        """Return how many stay of candidates that reached the threshold."""
+        return n_chosen if self.n_most is None else min(n_chosen, self.n_most)
 
     def of_logits(self, logits_n: torch.Tensor) -> torch.Tensor:
         """Return the candidates to keep, ascending, on the CPU. Equal scores are taken in order."""
@@ -46,9 +46,8 @@ class Rule:
             return top_chunks(logits_n, self.n_chunks).cpu()
         assert self.threshold is not None
         chosen = (logits_n >= logit(self.threshold)).nonzero()[:, 0]
-        if self.n_most is not None and self.is_over(len(chosen)):
-            chosen = top_chunks(logits_n, self.n_most)
-        return chosen.cpu()
+        n_kept = self.n_kept(len(chosen))
+        return (chosen if n_kept == len(chosen) else top_chunks(logits_n, n_kept)).cpu()
 
     def of_mass(self, mass_n: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
         """The same for attention mass: a threshold keeps the fewest candidates that reach it together with ``rest``."""
@@ -211,7 +210,7 @@ class IndexerSelector(Selector):
         found = empty_selection(n, n, logits_Rn.device)
         self._select(logits_Rn, found)
         n_chosen = int(found.n)
-        if self._rule.is_over(n_chosen):
+        if self._rule.n_kept(n_chosen) < n_chosen:
             return self._rule.of_logits(logits_Rn.amax(0))
         return found.chunks_K[:n_chosen].long().cpu()
 
@@ -220,10 +219,10 @@ class IndexerSelector(Selector):
         if self._rule.n_chunks is None:
             self._select(logits_Rn, out)
             n_chosen = int(out.n)
-            if self._rule.n_most is None or not self._rule.is_over(n_chosen):
-                return n_chosen
-            fill_selection(out, top_chunks(logits_Rn.amax(0), self._rule.n_most))
-            return self._rule.n_most
+            n_kept = self._rule.n_kept(n_chosen)
+            if n_kept < n_chosen:
+                fill_selection(out, top_chunks(logits_Rn.amax(0), n_kept))
+            return n_kept
         # A stable order, not the k-th best score as a threshold: equal scores at the edge would be one too many.
         chosen = top_chunks(logits_Rn.amax(0), self._rule.n_chunks)
         fill_selection(out, chosen)

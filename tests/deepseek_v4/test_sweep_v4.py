@@ -159,6 +159,11 @@ def test_an_indexer_of_another_model_is_refused(folder, tmp_path, layers, key_di
         make_plan(config(folder, [f"lsa:indexer={path}"]))
 
 
+def test_weights_say_nothing_of_tau_so_that_it_is_the_papers(folder, weights):
+    plan = make_plan(config(folder, [f"lsa:indexer={weights}"]))
+    assert plan.methods[0].effective_config(512, plan.facts.shape)["tau"] == 64
+
+
 def test_such_a_file_is_refused_by_an_ordinary_model(weights):
     with pytest.raises(UsageError, match="a file of weights, as deepseek_v4 models take it"):
         make_plan(config("reference", [f"lsa:indexer={weights}"]))

@@ -157,6 +157,19 @@ def test_the_budget_limits_torchs_allocator(monkeypatch: Any) -> None:
         DeviceBudget(100).apply("cuda:0", outside_bytes=1024)
 
 
+def test_kernels_that_load_with_the_first_steps_are_taken_off_the_budget(monkeypatch: Any) -> None:
+    """Torch is limited anew by what the warm-up left outside its own allocator."""
+    from kvscope.harness.device_budget import DeviceBudget
+
+    taken: list[int | None] = []
+    with_nvml(monkeypatch, Nvml(lambda: 1900 * MIB))
+    monkeypatch.setattr(worker._Torch, "reserved_bytes", lambda self: 1200 * MIB)
+    monkeypatch.setattr(DeviceBudget, "apply", lambda self, device, *, outside_bytes: taken.append(outside_bytes))
+    row = dense_row(gpu_budget_bytes="2GiB")
+    assert row.status == "ok"
+    assert taken == [1900 * MIB, 700 * MIB], "the context's reading, then what is not torch's"
+
+
 def test_allocator_settings_that_are_not_in_force_say_so(monkeypatch: Any) -> None:
     settings: dict[str, Any] = {"expandable_segments": True}
     monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: {"allocator_settings": settings})
