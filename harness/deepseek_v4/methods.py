@@ -245,7 +245,7 @@ class LsaEntries(OverEntries, Lsa):
     def n_kept(self, n_tokens: int) -> int:
         layout = self.layout(n_tokens)
         rule = self._rule(layout)
-        most = layout.n_candidates if rule.n_most is None else rule.n_most
+        most = rule.n_kept(layout.n_candidates)
         return self.n_fixed(n_tokens) + (most if rule.n_chunks is None else rule.n_chunks)
 
     def is_noop(self, n_tokens: int, shape: ModelShape | None = None) -> bool:

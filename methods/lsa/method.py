@@ -321,8 +321,7 @@ class Lsa(CacheMethod[LsaConfig]):
         n_chosen = rule.n_chunks
         if n_chosen is None:
             share = 1.0 if config is None or config.kept_fraction is None else config.kept_fraction
-            n_chosen = math.ceil(share * layout.n_candidates)
-            n_chosen = n_chosen if rule.n_most is None else min(n_chosen, rule.n_most)
+            n_chosen = rule.n_kept(math.ceil(share * layout.n_candidates))
         C, tau = layout.chunk_tokens, self.tau()
         n_held = min(layout.n_candidates, 2 * n_chosen) if self.config.refresh == "stale1" else n_chosen
         static_tokens, n_total = layout.static_tokens + n_new_tokens, n_tokens + n_new_tokens
