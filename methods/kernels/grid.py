@@ -13,3 +13,10 @@ def n_sms(device: torch.device) -> int:
     if device.type != "cuda":
         return _INTERPRETER_SMS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@lru_cache(maxsize=16)
+def launches_dependents(device: torch.device) -> bool:
+    """Whether a kernel may be launched before the one it follows has ended, and wait inside (programmatic dependent
+    launch: CUDA, compute capability 9.0 on)."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -35,14 +35,19 @@ def compile_kernel(name, function, constants, *, pointers, num_warps=4, num_stag
 
 
 def _counts(ptx):
-    return {"async_copies": ptx.count("cp.async.cg.shared.global"), "wgmma": ptx.count("wgmma.mma_async")}
+    return {
+        "async_copies": ptx.count("cp.async.cg.shared.global"),
+        "wgmma": ptx.count("wgmma.mma_async"),
+        "dependent_waits": ptx.count("griddepcontrol.wait"),
+    }
 
 
 def decode(dtype="bf16", **changes):
     """paged_decode's first kernel, as for Llama-3.1-8B unless changed."""
     constants = {
-        "G": 4, "G_PAD": 16, "D": 128, "D_PAD": 128, "P": 64, "N": 64, "ROWS": 8, "MIN_TILES": 4, "HAS_TABLE": True,
-        "HAS_TOKENS": False, "HAS_SOFTCAP": False, "DEVICE_LENGTHS": True, "PRECISION": "ieee", **changes,
+        "G": 4, "G_PAD": 16, "D": 128, "D_PAD": 128, "P": 64, "N": 64, "COUNTS": 2, "MIN_TILES": 4, "HAS_TABLE": True,
+        "HAS_TOKENS": False, "HAS_SOFTCAP": False, "DEVICE_LENGTHS": True, "PRECISION": "ieee", "DEPENDENT": True,
+        **changes,
     }  # fmt: skip
     pointers = {"q_ptr": dtype, "pages_ptr": dtype, "table_ptr": "i32", "tokens_ptr": "i32", "lengths_ptr": "i32"}
     compile_kernel(
@@ -58,8 +63,9 @@ def decode(dtype="bf16", **changes):
 def merge():
     """paged_decode's second kernel."""
     constants = {
-        "G": 4, "D": 128, "D_PAD": 128, "N_A": 64, "N_B": 64, "ROWS": 8, "MIN_TILES": 4, "DEVICE_LENGTHS_A": True,
-        "DEVICE_LENGTHS_B": False, "TWO_STORES": True, "HAS_SINK": True, "MERGE_ROWS": 64,
+        "G": 4, "D": 128, "D_PAD": 128, "N_A": 64, "N_B": 64, "COUNTS_A": 2, "COUNTS_B": 2, "MIN_TILES": 4,
+        "DEVICE_LENGTHS_A": True, "DEVICE_LENGTHS_B": False, "TWO_STORES": True, "HAS_SINK": True, "MERGE_ROWS": 64,
+        "DEPENDENT": True,
     }  # fmt: skip
     pointers = dict.fromkeys(("result_lse_ptr", "out_a", "lse_a", "out_b", "lse_b"), "fp32")
     pointers |= {"result_ptr": "bf16", "sink_ptr": "bf16", "lengths_a": "i32", "lengths_b": "i32"}
@@ -118,9 +124,9 @@ def others():
 
 if __name__ == "__main__":
     decode()
-    decode(P=16, ROWS=256, HAS_SOFTCAP=True)
+    decode(P=16, COUNTS=256, HAS_SOFTCAP=True)
     decode(HAS_TOKENS=True)
-    decode(dtype="fp32", N=32, HAS_TABLE=False, DEVICE_LENGTHS=False)
+    decode(dtype="fp32", N=32, HAS_TABLE=False, DEVICE_LENGTHS=False, DEPENDENT=False)
     merge()
     indexer(fp8_query=True)
     indexer(fp8_query=False)

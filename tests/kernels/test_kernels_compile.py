@@ -42,3 +42,11 @@ def test_all_buffers_of_paged_decode_hold_keys_and_values(compiled):
 
 def test_the_indexer_multiplies_on_the_warpgroup_tensor_core(compiled):
     assert all(found["ptx"]["wgmma"] > 0 for found in compiled if found["name"].startswith("indexer"))
+
+
+def test_dependent_launches_wait_once_and_nothing_else_does(compiled):
+    waits = {found["name"]: found["ptx"]["dependent_waits"] for found in compiled}
+    # In the merge one wait stands for both stores; a kernel launched in the plain way needs none.
+    waiting = [name for name in waits if name == "merge" or (name.startswith("decode") and "'DEPENDENT'" not in name)]
+    assert len(waiting) == 4
+    assert waits == {name: int(name in waiting) for name in waits}

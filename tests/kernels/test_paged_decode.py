@@ -9,6 +9,7 @@ import pytest
 import torch
 from kernel_tools import DEVICE, DTYPES, FP32_ERROR, generator, randn
 
+from kvscope.methods.kernels.paged_decode import kernel
 from kvscope.methods.kernels.paged_decode.inputs import PagedKV
 from kvscope.methods.kernels.paged_decode.kernel import Tuning, paged_decode, tile_size
 from kvscope.methods.kernels.paged_decode.reference import paged_decode_reference
@@ -103,6 +104,34 @@ def test_ragged_batch_with_empty_sequences_and_a_count_for_each_head():
     assert not out[[0, 2]].any()
     by_head = torch.tensor([[3, 190], [0, 16], [17, 0], [64, 64], [1, 2]], dtype=torch.int32, device=DEVICE)
     check(q, [PagedKV(pages=pages, n_tokens=by_head, page_table=slots)])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 2), (3, 2)])
+@pytest.mark.parametrize("programs_per_sm", [1, 4])
+def test_counts_of_all_a_sequence_a_head_or_each(shape, programs_per_sm):
+    n = torch.tensor([170, 33, 0, 96, 1, 192], dtype=torch.int32, device=DEVICE)[: shape[0] * shape[1]].view(shape)
+    store = PagedKV(pages=randn(14, 2, 2, 16, 64, seed=50), n_tokens=n, page_table=table(3, 1, 12, 14, seed=51))
+    tuning = dataclasses.replace(SMALL_TILES, programs_per_sm=programs_per_sm)
+    check(randn(3, 4, 1, 64, seed=52), [store], tuning=tuning)
+
+
+@pytest.mark.parametrize(("n_rows", "whole"), [(14, False), (15, True), (16, True)])
+def test_about_as_many_equal_rows_as_programs_are_not_split(n_rows, whole, monkeypatch):
+    """On four multiprocessors, as the interpreter has them: 16 programs."""
+    monkeypatch.setattr(kernel, "n_sms", lambda device: 4)
+    tuning = dataclasses.replace(SMALL_TILES, programs_per_sm=4)
+    pages = randn(20, 1, 2, 16, 64, seed=53)
+    n, slots = counts(*[6 * tile_size(PagedKV(pages=pages, n_tokens=0), tuning)] * n_rows), table(n_rows, 1, 12, 20)
+    q = randn(n_rows, 2, 1, 64, seed=54)
+    found, _ = check(q, [PagedKV(pages=pages, n_tokens=n, page_table=slots)], tuning=tuning)
+    # One program reads a row in the order of its tokens, whatever the others do.
+    monkeypatch.setattr(kernel, "_MIN_TILES", 8)
+    alone = []
+    for i in range(n_rows):
+        store = PagedKV(pages=pages, n_tokens=n[i : i + 1], page_table=slots[i : i + 1])
+        alone.append(check(q[i : i + 1], [store], tuning=tuning)[0])
+    assert torch.equal(found, torch.cat(alone)) == whole
+    assert (found[0] - alone[0]).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("programs_per_sm", [1, 3, 50])
@@ -242,6 +271,47 @@ def test_a_captured_graph_replays_with_another_resident_set():
         graph.replay()
         exact, _ = paged_decode_reference(q, stores, scale=0.1)
         torch.testing.assert_close(out.double(), exact, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.gpu
+def test_calls_in_a_row_wait_for_what_comes_before_them():
+    """Kernels are launched before the ones they follow have ended: each call must see what was written just before."""
+    pages = randn(64, 2, 2, 64, 128, seed=43, dtype=torch.bfloat16)
+    q, n, slots = randn(4, 8, 1, 128, seed=44, dtype=torch.bfloat16), counts(1, 1, 1, 1), table(4, 1, 30, 64)
+    wanted = [
+        (counts(*(1 + (i * 577 + b * 311) % 1900 for b in range(4))), table(4, 1, 30, 64, seed=10 * i), q * (1 + i % 3))
+        for i in range(24)
+    ]
+    store, second = PagedKV(pages=pages, n_tokens=n, page_table=slots), PagedKV(pages=pages, n_tokens=n % 64)
+
+    def run():
+        found = []
+        for n_next, slots_next, q_next in wanted:
+            n.copy_(n_next)
+            slots.copy_(slots_next)
+            for stores in ([store], [store, dataclasses.replace(second, n_tokens=n % 64)]):
+                # Twice, the second fed by the first: a call that comes directly behind another.
+                out, _ = paged_decode(q_next, stores, scale=0.1)
+                found.append((out, paged_decode(out, stores, scale=0.1)[0]))
+        return found
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for _ in range(5):
+        graph.replay()
+        torch.cuda.synchronize()
+        at = iter(captured)
+        for n_next, slots_next, q_next in wanted:
+            first = PagedKV(pages=pages, n_tokens=n_next, page_table=slots_next)
+            for stores in ([first], [first, PagedKV(pages=pages, n_tokens=n_next % 64)]):
+                out, again = next(at)
+                exact, _ = paged_decode_reference(q_next, stores, scale=0.1)
+                torch.testing.assert_close(out.double(), exact, atol=2e-2, rtol=2e-2)
+                exact, _ = paged_decode_reference(out, stores, scale=0.1)
+                torch.testing.assert_close(again.double(), exact, atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.gpu
