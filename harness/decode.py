@@ -177,7 +177,7 @@ class DecodeSession:
             rings = Rings(self.sequence, loaded.dtype)
             self._stack.callback(rings.clear)
             cache = self._engine_cache(rings)
-            step = StaticStep(loaded, self.sequence, cache, before=rings.place, captured=captured)
+            step = StaticStep(loaded, [self.sequence], cache, before=rings.place, captured=captured)
             try:
                 step.prepare()
             except RuntimeError as error:
@@ -210,7 +210,7 @@ class DecodeSession:
         A captured step writes them where the step before did.
         """
         with self._turn():
-            return self._static(token) if self._static is not None else self._eager_step(token)
+            return self._static(token)[0] if self._static is not None else self._eager_step(token)
 
     def _eager_step(self, token: int) -> torch.Tensor:
         device = self._loaded.device

@@ -1,4 +1,4 @@
-"""One decode step as a CUDA graph: captured once for a sequence, replayed for every token.
+"""One decode step as a CUDA graph: captured once for a sequence, or for a batch of them, replayed for every token.
 
 Fixed are addresses, shapes and grids; what changes (token, position, counts, page tables) is written into small tensors
 between replays. The model's own forward is captured as it is, with kvscope's attention inside. Where a sequence moves
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -61,7 +61,7 @@ def static_reasons(loaded: LoadedModel, sequence: SequenceCache) -> list[str]:
 
 
 class StaticStep:
-    """The model's forward of one token at fixed addresses.
+    """The model's forward of one token a sequence at fixed addresses. Shapes: B sequences, V vocabulary.
 
     Attributes:
         captures: how often the step was captured.
@@ -71,7 +71,7 @@ class StaticStep:
     def __init__(
         self,
         loaded: LoadedModel,
-        sequence: SequenceCache,
+        sequences: Sequence[SequenceCache],
         cache: Any,
         *,
         before: Callable[[int], None],
@@ -80,24 +80,25 @@ class StaticStep:
         """Prepare; nothing runs yet.
 
         Args:
-            sequence: static already.
+            sequences: static already, all at the same position.
             cache: what the model is called with.
-            before: called before each step with its position: writes what stands outside the sequence.
+            before: called before each step with its position: writes what stands outside the sequences.
             captured: whether steps are replayed; False runs the same step as it is.
         """
         self.captures, self.capture_s = 0, 0.0
-        self._model, self._sequence, self._cache = loaded.model, sequence, cache
+        self._model, self._sequences, self._cache = loaded.model, tuple(sequences), cache
         self._before, self._captured = before, captured
-        self._token_11 = torch.zeros((1, 1), dtype=torch.long, device=loaded.device)
-        self._position_11 = torch.zeros((1, 1), dtype=torch.long, device=loaded.device)
+        size = (len(self._sequences), 1)
+        self._tokens_B1 = torch.zeros(size, dtype=torch.long, device=loaded.device)
+        self._positions_B1 = torch.zeros(size, dtype=torch.long, device=loaded.device)
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._logits_V: torch.Tensor | None = None
-        self._version = -1
+        self._logits_BV: torch.Tensor | None = None
+        self._versions: list[int] | None = None
 
     @torch.inference_mode()
     def prepare(self) -> None:
-        """Capture the step, so that the first token does not wait for it. The sequence is as before afterwards."""
-        self._sequence.begin_step()
+        """Capture the step, so that the first token does not wait for it. The sequences are as before afterwards."""
+        self._begin()
         self._write(0)
         if self._captured:
             self._capture()
@@ -105,36 +106,55 @@ class StaticStep:
             self._forward()
 
     @torch.inference_mode()
-    def __call__(self, token: int) -> torch.Tensor:
-        """Feed one token; return its logits [vocabulary], which the next step overwrites."""
-        self._sequence.begin_step()
-        self._write(token)
+    def __call__(self, tokens: int | torch.Tensor) -> torch.Tensor:
+        """Feed a token to every sequence, the same or its own of [B]; return the logits [B, V], which the next step
+        overwrites.
+
+        Raises:
+            ValueError: the sequences are not at one position.
+        """
+        self._begin()
+        self._write(tokens)
         if not self._captured:
-            self._logits_V = self._forward()
+            self._logits_BV = self._forward()
         else:
-            if self._version != self._sequence.static_version:
+            if self._versions != self._static_versions():
                 self._capture()
             assert self._graph is not None
             self._graph.replay()
-        self._sequence.end_step()
-        assert self._logits_V is not None
-        return self._logits_V
+        for sequence in self._sequences:
+            sequence.end_step()
+        assert self._logits_BV is not None
+        return self._logits_BV
 
-    def _write(self, token: int) -> None:
-        position = self._sequence.n_tokens
-        self._token_11.fill_(token)
-        self._position_11.fill_(position)
+    def _begin(self) -> None:
+        for sequence in self._sequences:
+            sequence.begin_step()
+
+    def _static_versions(self) -> list[int]:
+        return [sequence.static_version for sequence in self._sequences]
+
+    def _write(self, tokens: int | torch.Tensor) -> None:
+        positions = {sequence.n_tokens for sequence in self._sequences}
+        if len(positions) != 1:
+            raise ValueError(f"sequences of one step must be at one position, got {sorted(positions)}")
+        (position,) = positions
+        if isinstance(tokens, int):
+            self._tokens_B1.fill_(tokens)
+        else:
+            self._tokens_B1.copy_(tokens[:, None])
+        self._positions_B1.fill_(position)
         self._before(position)
 
     def _forward(self) -> torch.Tensor:
         out = self._model(
-            input_ids=self._token_11,
-            position_ids=self._position_11,
+            input_ids=self._tokens_B1,
+            position_ids=self._positions_B1,
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
         )
-        logits: torch.Tensor = out.logits[0, -1]
+        logits: torch.Tensor = out.logits[:, -1]
         return logits
 
     def _capture(self) -> None:
@@ -143,7 +163,7 @@ class StaticStep:
         What the trial writes, the step itself writes again: it has the same token, place and position.
         """
         started_s = time.perf_counter()
-        device = self._token_11.device
+        device = self._tokens_B1.device
         self.release()
         memory = _memory_of(self._model)
         side = memory.stream
@@ -157,18 +177,18 @@ class StaticStep:
         try:
             # Other threads (the memory sampler) may call CUDA meanwhile.
             with torch.cuda.graph(graph, pool=memory.pool, stream=side, capture_error_mode="thread_local"):
-                self._logits_V = self._forward()
+                self._logits_BV = self._forward()
         finally:
             torch.cuda.set_stream(current)  # a capture that fails leaves its own stream behind
         memory.keep(graph)
-        self._graph, self._version = graph, self._sequence.static_version
+        self._graph, self._versions = graph, self._static_versions()
         torch.cuda.synchronize(device)
         self.captures += 1
         self.capture_s += time.perf_counter() - started_s
 
     def release(self) -> None:
         """Let go of the captured step."""
-        self._graph = self._logits_V = None
+        self._graph = self._logits_BV = None
 
 
 class _GraphMemory:

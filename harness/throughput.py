@@ -8,6 +8,7 @@ every sequence.
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -39,20 +40,23 @@ class ThroughputMeasurement(Measurement):
         self.enter("prefill")
         prompt_kv = self.prompt(loaded, method)
         self.enter("decode")
-        with BatchSession(loaded, method, prompt_kv, reserve_tokens=job.decode_tokens) as session:
+        open_batch = partial(
+            BatchSession, loaded, method, prompt_kv, reserve_tokens=job.decode_tokens, decode_graph=job.decode_graph
+        )
+        with open_batch() as session:
             session.add()
             alone_s, _ = self._decode(session)
         batch = job.max_batch
         bound: Bound = "max_batch"
         while True:
-            with BatchSession(loaded, method, prompt_kv, reserve_tokens=job.decode_tokens) as session:
+            with open_batch() as session:
                 opened = self._open(session, batch, method=method, prompt_kv=prompt_kv)
                 if opened < batch:
                     batch, bound = opened, self._device_bound()
                 try:
                     step_s, peak_nvml_bytes = self._decode(session)
                     footprint = session.footprint()
-                    recalled_bytes = sum(sequence.bytes_recalled for sequence in session.sequences)
+                    recalled_bytes, step_backend = session.bytes_recalled(), session.step_backend
                 except Exception as error:
                     if not is_oom(error) or batch <= 1:
                         raise
@@ -70,6 +74,7 @@ class ThroughputMeasurement(Measurement):
             alone_s=alone_s,
             footprint=footprint,
             recalled_bytes=recalled_bytes,
+            step_backend=step_backend,
             peak_nvml_bytes=peak_nvml_bytes,
         )
 
@@ -117,6 +122,7 @@ class ThroughputMeasurement(Measurement):
         alone_s: float,
         footprint: Footprint,
         recalled_bytes: int,
+        step_backend: str,
         peak_nvml_bytes: int | None,
     ) -> ThroughputRow:
         job = self.job
@@ -130,6 +136,7 @@ class ThroughputMeasurement(Measurement):
             step_s=step_s,
             tokens_per_s_at_1=1.0 / alone_s,
             steps=job.decode_tokens - 1,
+            step_backend=step_backend,
             gpu_budget_bytes=job.gpu_budget_bytes,
             batch_peak_nvml_bytes=peak_nvml_bytes,
             resident_kv_bytes=footprint.kv_bytes,

@@ -79,7 +79,25 @@ def throughput_table(run: Run) -> Table:
         "attention sequence by sequence, refreshes of the resident set included. Pages of random values instead of a "
         "prefill (prefill = synthetic); the sequences of a method that recalls share one host mirror."
     )
-    return Table("throughput", "Largest batch and tokens per second", caption, data, pd.DataFrame(rows), notes.lines())
+    remarks = (*notes.lines(), *_eager_notes(data))
+    return Table("throughput", "Largest batch and tokens per second", caption, data, pd.DataFrame(rows), remarks)
+
+
+def _eager_notes(data: pd.DataFrame) -> tuple[str, ...]:
+    """Why steps were eager, one remark a reason; and that both kinds do not compare, where there are both."""
+    ok = data[data["status"] == "ok"]
+    backends = ok["step_backend"].fillna("eager")
+    reasons: dict[str, list[str]] = {}
+    for label, backend in zip(ok["method_label"], backends, strict=True):
+        kind, _, reason = backend.partition(": ")
+        if kind == "eager" and reason:
+            reasons.setdefault(reason, []).append(label)
+    found = [f"Eager steps of {', '.join(dict.fromkeys(labels))}: {reason}." for reason, labels in reasons.items()]
+    if (backends == "cuda graph").any() and not (backends == "cuda graph").all():
+        found.append(
+            "The launch of every kernel counts in an eager step: speeds of the two kinds do not compare methods."
+        )
+    return tuple(found)
 
 
 def _throughput_text(row: dict[str, Any], dense_tokens_per_s: float | None, notes: Notes) -> dict[str, str]:
@@ -95,5 +113,6 @@ def _throughput_text(row: dict[str, Any], dense_tokens_per_s: float | None, note
         if known and dense_tokens_per_s
         else notes.mark(why if not known else "dense has no throughput at this length"),
         "tokens/s at batch 1": measured(row["tokens_per_s_at_1"]) if known else notes.mark(why),
+        "steps": (row["step_backend"] or "eager").partition(":")[0] if known else notes.mark(why),
         "selection": row["selection"],
     }

@@ -357,6 +357,9 @@ class ThroughputRow(_CellRow):
     """The same with one sequence."""
     steps: Count | None = None
     """Steps behind the mean."""
+    step_backend: Text | None = None
+    """How the steps of the largest batch ran: `cuda graph`, `eager`, or `eager: ` and why they were no graph. Null in
+    rows of earlier versions, where every step was eager."""
     gpu_budget_bytes: Annotated[int, Field(ge=1)] | None = None
     """Device bytes the process was allowed; null: the whole card."""
     batch_peak_nvml_bytes: Count | None = None

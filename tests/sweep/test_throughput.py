@@ -7,6 +7,7 @@ import torch
 from in_process import MIB, run_here
 
 from kvscope import cli
+from kvscope.harness import batch, decode_graph
 from kvscope.harness.batch import BatchSession
 from kvscope.harness.decode import decode
 from kvscope.harness.models import LoadedModel, load_model
@@ -16,6 +17,7 @@ from kvscope.methods.base import union_collectors
 from kvscope.methods.dense.method import Dense
 from kvscope.methods.registry import create_method, parse_method
 from kvscope.methods.resident import ResidentSequence
+from kvscope.results.errors import UsageError
 
 LSA = "lsa:tau=2,budget_tokens=512,recency_tokens=128,selection=synthetic"
 VALUES = {
@@ -34,26 +36,109 @@ def tiny() -> LoadedModel:
     return load_model("preset:tiny", device="cpu")
 
 
+@pytest.mark.parametrize("graph", ["off", "auto", "uncaptured"])
 @pytest.mark.parametrize("spec", ["dense", "recency", "sliding_window", "quest:budget_tokens=256", LSA])
-def test_a_batch_decodes_what_each_sequence_decodes_alone(tiny: LoadedModel, spec: str) -> None:
+def test_a_batch_decodes_what_each_sequence_decodes_alone(tiny: LoadedModel, spec: str, graph: Any) -> None:
+    fixed = graph == "uncaptured"  # the step of a CUDA graph, run as it is
+    if fixed and spec.startswith("quest"):
+        pytest.skip("quest has no step of fixed addresses")
     method = create_method(parse_method(spec))
     assert method.unsupported(tiny.shape, tiny.device) == []
     prompt = synthetic_prompt(tiny, 1500, mirror=True, collectors=union_collectors([method], tiny.shape.layers), seed=1)
     firsts, n_steps = [5, 77, 200], 5
     alone = [decode(tiny, method, prompt, [first], max_new_tokens=n_steps) for first in firsts]
-    with BatchSession(tiny, method, prompt, reserve_tokens=n_steps) as session:
+    with BatchSession(tiny, method, prompt, reserve_tokens=n_steps, decode_graph=graph) as session:
         for _ in firsts:
             session.add()
         tokens_B, rows = torch.tensor(firsts), []
         for _ in range(n_steps):
             tokens_B = session.step(tokens_B)
             rows.append(tokens_B.tolist())
-        total = session.footprint()
+        total, recalled_bytes = session.footprint(), session.bytes_recalled()
+        backend = session.step_backend
+    assert backend.partition(";")[0] == ("eager: the device is cpu" if graph == "auto" else "eager")
     assert [list(column) for column in zip(*rows, strict=True)] == [result.ids for result in alone]
     assert len({tuple(result.ids) for result in alone}) > 1
-    assert total.kv_bytes == sum(result.footprint_last.kv_bytes for result in alone)
+    # A step of fixed addresses holds spare slots beside what it reads.
+    held_bytes = sum(result.footprint_last.kv_bytes for result in alone)
+    assert total.kv_bytes == held_bytes or (fixed and spec == LSA and total.kv_bytes > held_bytes)
+    assert recalled_bytes == sum(result.bytes_recalled for result in alone)
+    assert (recalled_bytes > 0) == (spec == LSA)
     assert total.host_bytes == alone[0].footprint_last.host_bytes
     assert session.sequences == []
+
+
+def test_a_graph_that_is_demanded_and_cannot_be_had_is_refused(tiny: LoadedModel) -> None:
+    prompt = synthetic_prompt(tiny, 100, mirror=False, seed=1)
+    with (
+        BatchSession(tiny, Dense(), prompt, reserve_tokens=2, decode_graph="on") as session,
+        pytest.raises(UsageError, match="the device is cpu"),
+    ):
+        session.add()
+    assert session.sequences == []
+
+
+def test_a_forward_that_cannot_be_captured_opens_the_batch_anew(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ``auto`` on a GPU meets a model that reads back inside its forward."""
+    monkeypatch.setattr(batch, "graph_reasons", batch.static_reasons)
+    monkeypatch.setattr(decode_graph.StaticStep, "_capture", _refuse)
+    prompt = synthetic_prompt(tiny, 700, mirror=False, seed=1)
+    alone = decode(tiny, Dense(), prompt, [9], max_new_tokens=4)
+    with BatchSession(tiny, Dense(), prompt, reserve_tokens=4, decode_graph="auto") as session:
+        for _ in range(3):
+            session.add()
+        tokens_B, rows = torch.tensor([9, 9, 9]), []
+        for _ in range(4):
+            tokens_B = session.step(tokens_B)
+            rows.append(tokens_B.tolist())
+        assert len(session.sequences) == 3
+        assert session.step_backend == "eager: the model's step cannot be captured (it reads back)"
+    assert rows == [[token] * 3 for token in alone.ids]
+    with BatchSession(tiny, Dense(), prompt, reserve_tokens=4, decode_graph="on") as session:
+        session.add()
+        with pytest.raises(RuntimeError, match="reads back"):
+            session.step(torch.tensor([9]))
+
+
+def _refuse(self: Any) -> None:
+    raise RuntimeError("it reads back")
+
+
+def test_sequences_of_one_step_have_to_be_at_one_position(tiny: LoadedModel) -> None:
+    prompt = synthetic_prompt(tiny, 100, mirror=False, seed=1)
+    with BatchSession(tiny, Dense(), prompt, reserve_tokens=4, decode_graph="uncaptured") as session:
+        session.add()
+        session.step(torch.tensor([1]))
+        other = Dense().open(synthetic_prompt(tiny, 50, mirror=False, seed=1), tiny.device, reserve_tokens=4)
+        other.make_static()
+        step = decode_graph.StaticStep(
+            tiny, [*session.sequences, other], None, before=lambda position: None, captured=False
+        )
+        with pytest.raises(ValueError, match="one position"):
+            step(torch.tensor([1, 2]))
+        other.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("spec", ["dense", "recency", LSA])
+def test_a_captured_batch_decodes_what_an_eager_one_does(spec: str) -> None:
+    loaded = load_model("preset:tiny", device="cuda")
+    method = create_method(parse_method(spec))
+    prompt = synthetic_prompt(loaded, 1500, mirror=True, collectors=union_collectors([method], loaded.shape.layers))
+    found = {}
+    for graph in ("off", "on"):
+        with BatchSession(loaded, method, prompt, reserve_tokens=8, decode_graph=graph) as session:
+            for _ in range(3):
+                session.add()
+            tokens_B, rows = torch.tensor([5, 77, 200], device="cuda"), []
+            for _ in range(8):
+                tokens_B = session.step(tokens_B)
+                rows.append(tokens_B.tolist())
+            found[graph] = rows, session.bytes_recalled()
+            assert session.step_backend == ("cuda graph" if graph == "on" else "eager")
+    assert found["on"] == found["off"]
 
 
 def test_rows_say_how_large_how_fast_and_why_not_more(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,6 +158,7 @@ def test_rows_say_how_large_how_fast_and_why_not_more(tmp_path: Any, monkeypatch
         assert row["tokens_per_s"] == pytest.approx(row["largest_batch"] / row["step_s"])
         assert row["tokens_per_s_at_1"] > 0
         assert (row["steps"], row["prefill"], row["batching"]) == (5, "synthetic", "batched_step")
+        assert row["step_backend"] == "eager: the device is cpu"
     assert dense["resident_kv_bytes"] == 3 * 32 * 64 * 256
     assert lsa["host_kv_bytes"] == 32 * 64 * 256
     assert lsa["bytes_recalled"] > 0
@@ -125,4 +211,7 @@ def test_a_length_where_not_one_fits_is_an_oom_row_and_the_run_goes_on(
     assert rows.loc[("dense", 2048), "oom_of"] == "device_budget"
     assert failures(result)[0].startswith("throughput: dense: 1 oom: decode: DeviceBudgetExceeded")
     assert cli.run_cli(["report", str(tmp_path / "run")]) == 0
-    assert "n/m (a)" in capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "n/m (a)" in printed
+    assert f"Eager steps of dense, {LSA}: the device is cpu." in printed
+    assert "do not compare methods" not in printed  # all of one kind

@@ -627,7 +627,9 @@ class _Lengths:
 
     @property
     def padded(self) -> int:
-        return max(2, triton.next_power_of_2(self.n_counts))
+        """A power of two: what is past ``n_counts`` has no tokens."""
+        size: int = max(2, triton.next_power_of_2(self.n_counts))
+        return size
 
 
 def _lengths_of(store: PagedKV, q_BQ1D: torch.Tensor) -> _Lengths:
