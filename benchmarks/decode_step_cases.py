@@ -39,7 +39,8 @@ class Scale:
     Attributes:
         preset: the shape, layers aside.
         n_layers: of the whole model; ``n_prefill_layers`` of the one that is prefilled.
-        lengths_tokens: of TPOT; ``dense_most_tokens`` is the longest that full residency fits.
+        lengths_tokens: of TPOT; ``dense_most_tokens`` is the longest that full residency is tried at, None: as the
+            card's memory allows.
         long_tokens: where attention and refreshes are compared; ``prefill_tokens`` where prefill is.
         prefill_chunks: chunk sizes of prefill attention.
         budget_tokens: of lsa.
@@ -51,7 +52,7 @@ class Scale:
     n_layers: int
     n_prefill_layers: int
     lengths_tokens: tuple[int, ...]
-    dense_most_tokens: int
+    dense_most_tokens: int | None
     long_tokens: int
     prefill_tokens: int
     prefill_chunks: tuple[int, ...]
@@ -68,7 +69,7 @@ FULL = Scale(
     n_layers=32,
     n_prefill_layers=4,
     lengths_tokens=tuple(k * 1024 for k in (8, 32, 128, 256, 384, 512)),
-    dense_most_tokens=384 * 1024,
+    dense_most_tokens=None,
     long_tokens=512 * 1024,
     prefill_tokens=128 * 1024,
     prefill_chunks=(2048, 4096, 8192),
@@ -229,6 +230,15 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
 
 
+def _holds(loaded: LoadedModel, kv_bytes: int, length_tokens: int, most_tokens: int | None) -> bool:
+    """Whether full residency is tried: by length where one is given, else with 3 GiB left beside weights and KV."""
+    if most_tokens is not None:
+        return length_tokens <= most_tokens
+    weights_bytes = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
+    card_bytes = torch.cuda.get_device_properties(loaded.device).total_memory
+    return kv_bytes + weights_bytes + 3 * 2**30 <= card_bytes
+
+
 def tpot_rows(scale: Scale) -> Iterator[Row]:
     """TPOT against length: dense, lsa at a budget, and lsa at 13.5 % of the tokens; eager and as a graph."""
     loaded = build(scale, scale.n_layers)
@@ -240,8 +250,8 @@ def tpot_rows(scale: Scale) -> Iterator[Row]:
     }
     for length in scale.lengths_tokens:
         for name, method in methods.items():
-            if name == "dense" and length > scale.dense_most_tokens:
-                needed_bytes = loaded.shape.dense_kv_bytes(length)
+            needed_bytes = loaded.shape.dense_kv_bytes(length)
+            if name == "dense" and not _holds(loaded, needed_bytes, length, scale.dense_most_tokens):
                 yield {"part": "tpot", "case": name, "length_tokens": length, "status": "does not fit",
                        "reason": f"{needed_bytes / 2**30:.0f} GiB of KV beside the weights"}  # fmt: skip
                 continue

@@ -126,6 +126,7 @@ def test_sequences_of_one_step_have_to_be_at_one_position(tiny: LoadedModel) -> 
 def test_a_captured_batch_decodes_what_an_eager_one_does(spec: str) -> None:
     loaded = load_model("preset:tiny", device="cuda")
     method = create_method(parse_method(spec))
+    assert method.unsupported(loaded.shape, loaded.device) == []
     prompt = synthetic_prompt(loaded, 1500, mirror=True, collectors=union_collectors([method], loaded.shape.layers))
     found = {}
     for graph in ("off", "on"):
