@@ -2,7 +2,7 @@
 
 The weights are read once a step for the whole batch, as a server reads them; each sequence keeps and reads its own
 cache, as under batch 1. All sequences open the same prompt. The step of a batch can be a CUDA graph as that of one
-sequence can: launched one by one, the kernels of 64 sequences take ten times as long as they run.
+sequence can: launched one by one, the kernels of many sequences take several times as long as they run.
 
 Shapes: B batch, Q query heads, H KV heads, D head size, M hidden size.
 """

@@ -26,8 +26,8 @@ from kvscope.results.errors import UsageError
 DecodeGraph = Literal["auto", "on", "off"]
 #: How a step ran, as rows say it; an eager one may give its reasons behind a colon.
 GRAPH, EAGER = "cuda graph", "eager"
-#: Steps from which a capture pays. What it takes, over what a replay saves, is 2.5 to 4.6 steps at 8K to 128K tokens on
-#: an H100 (Llama-3.1-8B's shape, the process's first capture aside: benchmarks/results/decode_step.json). Steps of
+#: Steps from which a capture pays. What it takes, over what a replay saves, is 2.9 to 5.2 steps at 8K to 128K tokens on
+#: an H100 (Llama-3.1-8B's shape, captures that compile aside: benchmarks/results/decode_step.json). Steps of
 #: smaller models are launches alone: a replay saves more of them.
 PAYS_FROM_STEPS = 5
 #: Position tables that are made anew from the largest position the host reads back.
