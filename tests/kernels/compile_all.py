@@ -13,7 +13,9 @@ from triton.compiler import ASTSource
 from kvscope.methods.kernels.block_scores import kernel as block_scores
 from kvscope.methods.kernels.host_gather import kernel as host_gather
 from kvscope.methods.kernels.indexer_score import kernel as indexer_score
-from kvscope.methods.kernels.paged_decode import kernel as paged_decode
+from kvscope.methods.kernels.paged_decode.kernel import DEFAULT as PAGED_DECODE
+from kvscope.methods.kernels.paged_decode.merge import merge_kernel
+from kvscope.methods.kernels.paged_decode.split import split_kernel
 from kvscope.methods.kernels.select import kernel as select
 
 
@@ -52,10 +54,10 @@ def decode(dtype="bf16", **changes):
     pointers = {"q_ptr": dtype, "pages_ptr": dtype, "table_ptr": "i32", "tokens_ptr": "i32", "lengths_ptr": "i32"}
     compile_kernel(
         f"decode {dtype} {changes}",
-        paged_decode._split_kernel,
+        split_kernel,
         constants,
         pointers={**pointers, "out_ptr": "fp32", "lse_ptr": "fp32"},
-        num_stages=paged_decode.DEFAULT.num_stages,
+        num_stages=PAGED_DECODE.num_stages,
         aligned=("stride_qb", "stride_qh"),
     )
 
@@ -69,7 +71,7 @@ def merge():
     }  # fmt: skip
     pointers = dict.fromkeys(("result_lse_ptr", "out_a", "lse_a", "out_b", "lse_b"), "fp32")
     pointers |= {"result_ptr": "bf16", "sink_ptr": "bf16", "lengths_a": "i32", "lengths_b": "i32"}
-    compile_kernel("merge", paged_decode._merge_kernel, constants, pointers=pointers)
+    compile_kernel("merge", merge_kernel, constants, pointers=pointers)
 
 
 def indexer(*, fp8_query):
