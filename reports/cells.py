@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from kvscope.results.comparisons import SCORE_COLUMNS, baseline_label, cluster_names, pairs, pooled
+from kvscope.results.comparisons import SCORE_COLUMNS, answered, baseline_label, cluster_names, pairs, pooled
 from kvscope.results.frames import Run, records
 from kvscope.results.schema import RunInfo
 from kvscope.results.statistics import mean_interval, paired_difference
@@ -85,6 +85,12 @@ def pooled_tasks(info: RunInfo) -> tuple[str, ...]:
     """
     pool = tuple(task for task in info.tasks if all(info.expected_samples(task, n) for n in info.lengths_tokens))
     return pool or info.tasks
+
+
+def pooled_answers(run: Run) -> pd.DataFrame:
+    """Return the answered prompts behind pooled accuracies: bytes shown beside those are means over the same ones."""
+    rows = answered(pooled(run.samples, run.info))
+    return rows[rows["task"].isin(pooled_tasks(run.info))]
 
 
 def pool_notes(info: RunInfo) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator
 
 from kvscope.reports.canvas import Label, Margins, free_labels, panels
-from kvscope.reports.cells import MemorySource, memory_source, pool_notes, pooled_cells
+from kvscope.reports.cells import MemorySource, memory_source, pool_notes, pooled_answers, pooled_cells
 from kvscope.reports.families import Family, families, family_styles
 from kvscope.reports.figure_parts import ReportFigure, SkippedFigure, byte_axis, key_entry, points, subtitle_of
 from kvscope.reports.theme import MethodStyle, theme
@@ -48,7 +48,7 @@ def accuracy_against_reads(run: Run, cells: pd.DataFrame) -> ReportFigure | Skip
 
     Methods that keep everything and read little are apart from dense here and on top of it in the figure of memory.
     """
-    ok = run.samples[run.samples["status"] == "ok"]
+    ok = pooled_answers(run)
     caption = (
         "Accuracy (pooled over tasks) against the bytes one decode step reads, on the same prompts. A method may read "
         f"little and hold everything: see accuracy against memory beside it. {READS_CAPTION}"
@@ -112,7 +112,7 @@ def _held_bytes(run: Run, source: MemorySource) -> pd.DataFrame:
     if source.kind == "nvml":
         measured = run.footprint[run.footprint["status"] == "ok"][[*key, "kv_nvml_bytes"]]
         return measured.rename(columns={"kv_nvml_bytes": "bytes"})
-    ok = run.samples[run.samples["status"] == "ok"]
+    ok = pooled_answers(run)
     return _mean_bytes(ok, ok["resident_kv_bytes"] + ok["metadata_bytes"])
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pandas as pd
 
-from kvscope.reports.cells import footprint_cells, step_note
+from kvscope.reports.cells import footprint_cells, pooled_answers, step_note
 from kvscope.reports.table_parts import Notes, Table, excluded_notes
 from kvscope.reports.units import ByteUnit, byte_unit, length_text, measured, percent
 from kvscope.results.frames import Run, records
@@ -145,8 +145,8 @@ def _stays_cell(run: Run, label: str, length: int | None, pooled: pd.DataFrame) 
     reasons: list[str] = []
     rows = run.footprint[(run.footprint["method_label"] == label) & (run.footprint["length_tokens"] == length)]
     found = records(rows)
-    samples = run.samples[(run.samples["method_label"] == label) & (run.samples["length_tokens"] == length)]
-    ok = samples[samples["status"] == "ok"]
+    answers = pooled_answers(run)
+    ok = answers[(answers["method_label"] == label) & (answers["length_tokens"] == length)]
     if found and found[0]["status"] == "ok":
         held = found[0]["resident_kv_bytes"] + found[0]["metadata_bytes"]
         cell |= {
@@ -168,7 +168,7 @@ def _stays_cell(run: Run, label: str, length: int | None, pooled: pd.DataFrame) 
             cell |= {"held_bytes": held, "held_of_dense": _share(held, float(ok["dense_kv_bytes"].mean()))}
             cell |= {"bytes_from": "samples", "host_kv_bytes": round(float(ok["host_kv_bytes"].mean()))}
             cell |= {key: float(ok[key].mean()) for key in READ_COLUMNS}
-            cell |= {"read_of_dense": _share(cell["bytes_read_per_step"], _dense_reads(run.samples, length))}
+            cell |= {"read_of_dense": _share(cell["bytes_read_per_step"], _dense_reads(answers, length))}
     for scores in records(pooled[(pooled["method_label"] == label) & (pooled["length_tokens"] == length)]):
         cell |= {key: scores[key] for key in ("accuracy", "ci_low", "ci_high", "n")}
         if scores["accuracy"] is None:

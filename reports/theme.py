@@ -1,7 +1,8 @@
 """One look for all figures: colour-blind safe colours, a marker a method, fonts and sizes in points.
 
-Colours are Okabe and Ito's (2008) without their yellow, which is too faint on white, plus grey and Tol's wine for the
-eighth and ninth method. No figure relies on colour alone: each method has a marker of its own and a written label.
+Colours are Okabe and Ito's (2008) without their yellow, which is too faint on white, plus Tol's olive and wine for the
+eighth and ninth method; grey is left to what stands behind methods. No figure relies on colour alone: each method has a
+marker of its own and a written label.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ from typing import Any, Literal
 import matplotlib as mpl
 
 DENSE_COLOR = "#000000"
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#882255")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999933", "#882255")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "*", "<", ">", "h")
 Dash = Literal["-", "--", ":"]
 DASHES: tuple[Dash, ...] = ("-", "--", ":")

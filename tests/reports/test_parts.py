@@ -1,6 +1,7 @@
 """Reports of a run put together from parts: lengths with other tasks, and where each part was measured."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from synthetic_rows import H100, K, make_rows
@@ -13,24 +14,56 @@ from kvscope.reports.summary import summary_text
 from kvscope.reports.tables import all_tables
 from kvscope.results.frames import Run, make_run
 from kvscope.results.packed import Rows, write_packed
-from kvscope.results.schema import CutCell, RunPart
+from kvscope.results.schema import CutCell, RunPart, SampleRow
 
 TASKS = ("niah_single_1", "niah_multikey_2", "cwe")
 LENGTHS = (1 * K, 4 * K, 16 * K)
 
 
-def parted(methods: list[str], *, needle_lengths: tuple[int, ...] = LENGTHS) -> Run:
-    """Needles at some lengths, cwe at 4K alone and always in the middle of the text."""
-    samples, _, info = make_rows(methods, machine=H100, tasks=TASKS, lengths=LENGTHS, samples=12, footprint_lengths=())
-    lengths = {"niah_single_1": needle_lengths, "niah_multikey_2": needle_lengths, "cwe": (4 * K,)}
-    rows = [row for row in samples if row.length_tokens in lengths[row.task]]
-    rows = [row.model_copy(update={"depth": 0.5, "score": 0.0}) if row.task == "cwe" else row for row in rows]
+def parted(
+    methods: list[str], *, needle_lengths: tuple[int, ...] | None = None, lengths: tuple[int, ...] = LENGTHS
+) -> Run:
+    """Needles at some lengths, cwe at 4K alone, always in the middle of the text and with more bytes."""
+    needle_lengths = needle_lengths or lengths
+    samples, _, info = make_rows(methods, machine=H100, tasks=TASKS, lengths=lengths, samples=12, footprint_lengths=())
+    lengths_of = {"niah_single_1": needle_lengths, "niah_multikey_2": needle_lengths, "cwe": (4 * K,)}
+    rows = [row for row in samples if row.length_tokens in lengths_of[row.task]]
+    rows = [row if row.task != "cwe" else row.model_copy(update=_cwe(row)) for row in rows]
     cut = CutCell(task="cwe", length_tokens=4 * K, samples=12, reason="the time was over")
     parts = (
         RunPart(tasks=TASKS[:2], lengths_tokens=needle_lengths, samples=12, seeds=(0, 1), commit="a" * 40),
         RunPart(tasks=TASKS[2:], lengths_tokens=(4 * K,), samples=20, cut=(cut,), commit="b" * 40, fewer="costly"),
     )
     return make_run(rows, [], info=info.model_copy(update={"parts": parts}), folder="")
+
+
+def _cwe(row: SampleRow) -> dict[str, Any]:
+    assert row.resident_kv_bytes is not None
+    assert row.bytes_read_per_step is not None
+    held_bytes, read_bytes = 3 * row.resident_kv_bytes, 5 * row.bytes_read_per_step
+    return {"depth": 0.5, "score": 0.0, "resident_kv_bytes": held_bytes, "bytes_read_per_step": read_bytes}
+
+
+def test_bytes_beside_a_pooled_accuracy_are_those_of_its_prompts() -> None:
+    run = parted(["dense", "recency"])
+    needles = run.samples[run.samples["task"] != "cwe"].groupby(["method_label", "length_tokens"])
+    held_bytes = needles["resident_kv_bytes"].mean() + needles["metadata_bytes"].mean()
+    read_bytes = needles["bytes_read_per_step"].mean()
+    cells = accuracy_cells(run)
+    figures = {figure.name: figure for figure in all_figures(run, cells)}
+    for name, expected in (("accuracy_against_memory", held_bytes), ("accuracy_against_reads", read_bytes)):
+        figure = figures[name]
+        assert isinstance(figure, ReportFigure)
+        found = figure.data.set_index(["method_label", "length_tokens"])["bytes"]
+        assert found.to_dict() == pytest.approx(expected.to_dict())
+    short = parted(["dense", "recency"], lengths=LENGTHS[:2])  # this table is about the longest, which has cwe then
+    stays = {table.name: table for table in all_tables(short, accuracy_cells(short))}["stays_and_saves"].data
+    found = stays.set_index("method_label")
+    for label in ("dense", "recency"):
+        assert found.loc[label, "held_bytes"] == pytest.approx(held_bytes[label, 4 * K])
+        assert found.loc[label, "bytes_read_per_step"] == pytest.approx(read_bytes[label, 4 * K])
+    shares = read_bytes["recency", 4 * K] / read_bytes["dense", 4 * K]
+    assert found.loc["recency", "read_of_dense"] == pytest.approx(shares)
 
 
 def test_lengths_are_pooled_over_the_same_tasks() -> None:
