@@ -49,7 +49,7 @@ class _Replays:
         self.step = step
 
     def replay(self) -> None:
-        self.step._logits_V = self.step._forward()
+        self.step._logits_BV = self.step._forward()
 
 
 def captured_here(monkeypatch: pytest.MonkeyPatch) -> list[decode_graph.StaticStep]:
@@ -60,7 +60,7 @@ def captured_here(monkeypatch: pytest.MonkeyPatch) -> list[decode_graph.StaticSt
         self.release()
         self._forward()  # the trial
         self._graph = _Replays(self)  # type: ignore[assignment]
-        self._version = self._sequence.static_version
+        self._versions = self._static_versions()
         self.captures += 1
         captures.append(self)
 

@@ -102,6 +102,39 @@ def test_a_forward_that_cannot_be_captured_opens_the_batch_anew(
             session.step(torch.tensor([9]))
 
 
+def test_a_batch_whose_pages_grow_is_captured_again(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: what stands in for the graph runs the forward again, at the addresses of its capture."""
+    captures = []
+
+    class Replays:
+        def __init__(self, step: Any) -> None:
+            self.step = step
+
+        def replay(self) -> None:
+            self.step._logits_BV = self.step._forward()
+
+    def capture(self: Any) -> None:
+        self.release()
+        self._forward()
+        self._graph, self._versions = Replays(self), self._static_versions()
+        captures.append(len(self._sequences))
+
+    monkeypatch.setattr(batch, "graph_reasons", batch.static_reasons)
+    monkeypatch.setattr(decode_graph.StaticStep, "_capture", capture)
+    prompt, n_steps = synthetic_prompt(tiny, 6 * 64 - 3, mirror=False, seed=1), 8
+    alone = [decode(tiny, Dense(), prompt, [first], max_new_tokens=n_steps) for first in (5, 77)]
+    with BatchSession(tiny, Dense(), prompt, reserve_tokens=0, decode_graph="on") as session:
+        session.add()
+        session.add()
+        tokens_B, rows = torch.tensor([5, 77]), []
+        for _ in range(n_steps):
+            tokens_B = session.step(tokens_B)
+            rows.append(tokens_B.tolist())
+        assert session.step_backend == "cuda graph"
+    assert [list(column) for column in zip(*rows, strict=True)] == [result.ids for result in alone]
+    assert captures == [2, 2]  # before the first step, and where the fourth token found no room
+
+
 def _refuse(self: Any) -> None:
     raise RuntimeError("it reads back")
 
