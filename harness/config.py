@@ -210,6 +210,12 @@ class RunConfig(BaseModel):
     def _limit(cls, value: object) -> object:
         return None if value is None else parse_length(value)
 
+    @field_validator("decode_graph", mode="before")
+    @classmethod
+    def _on_or_off(cls, value: object) -> object:
+        """Take YAML's word for it: to its parser a bare on or off is a boolean."""
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
     @field_validator("methods", "tasks", mode="before")
     @classmethod
     def _specs(cls, value: object) -> object:

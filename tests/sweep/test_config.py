@@ -23,6 +23,23 @@ def test_lengths_are_read_with_binary_units(given: object, tokens: int) -> None:
     assert parse_length(given) == tokens
 
 
+@pytest.mark.parametrize(
+    ("text", "asked"), [("on", "on"), ("off", "off"), ("auto", "auto"), ('"on"', "on"), ("true", "on"), ("No", "off")]
+)
+def test_a_bare_on_or_off_is_meant_as_written(tmp_path: Path, text: str, asked: str) -> None:
+    """YAML reads them as booleans."""
+    file = tmp_path / "sweep.yaml"
+    file.write_text(f"model: preset:tiny\nmethods: [dense]\ndecode_graph: {text}\n")
+    assert load_config(file).decode_graph == asked
+    assert make_config({"model": "preset:tiny", "methods": ["dense"], "decode_graph": asked}).decode_graph == asked
+
+
+@pytest.mark.parametrize("given", ["sometimes", 1, None, "On"])
+def test_another_word_for_decode_graph_is_refused(given: object) -> None:
+    with pytest.raises(UsageError, match="'auto', 'on' or 'off'"):
+        make_config({"model": "preset:tiny", "methods": ["dense"], "decode_graph": given})
+
+
 @pytest.mark.parametrize("given", ["", "k", "4q", "-1", "0", 0, -5, 1.5, "1.0001k", True, None, [], "1e3"])
 def test_what_is_no_length_is_refused(given: object) -> None:
     with pytest.raises(UsageError, match="not a length"):
