@@ -122,17 +122,27 @@ class BatchSession:
             sequence.observe(layer, hidden_BM[b : b + 1])
 
     def add(self) -> None:
-        """Open one more sequence. All have to be at the same step; add before the first."""
+        """Open one more sequence. All have to be at the same step; add before the first.
+
+        Where that fails (memory ends, a graph is demanded and cannot be had) the batch is as it was.
+        """
         sequence = self._method.open(self._prompt, self._loaded.device, reserve_tokens=self._reserve_tokens)
+        try:
+            if self._static:
+                self._make_static(sequence)
+        except BaseException:
+            sequence.close()
+            raise
         self.sequences.append(sequence)
-        if not self._static:
-            return
+
+    def _make_static(self, sequence: SequenceCache) -> None:
+        """Fix a new sequence's addresses, here so that what it takes counts in how many fit; or note why not."""
         captured = self._decode_graph != "uncaptured"
         reasons = (graph_reasons if captured else static_reasons)(self._loaded, sequence)
         if reasons:
             self._go_eager(reasons)
         else:
-            sequence.make_static()  # here, so that what it takes counts in how many fit
+            sequence.make_static()
 
     def clear(self) -> None:
         """Close every sequence."""

@@ -78,6 +78,33 @@ def test_a_graph_that_is_demanded_and_cannot_be_had_is_refused(tiny: LoadedModel
     assert session.sequences == []
 
 
+def test_a_sequence_that_does_not_fit_leaves_the_batch_as_it_was(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory may end after a sequence was opened, where its addresses are fixed: it must not decode with the others."""
+    make_static = ResidentSequence.make_static
+    asked: list[ResidentSequence] = []
+
+    def third_fails(self: ResidentSequence) -> None:
+        asked.append(self)
+        if len(asked) == 3:
+            raise torch.OutOfMemoryError("no room for it")
+        make_static(self)
+
+    monkeypatch.setattr(ResidentSequence, "make_static", third_fails)
+    prompt = synthetic_prompt(tiny, 700, mirror=False, seed=1)
+    with BatchSession(tiny, Dense(), prompt, reserve_tokens=2, decode_graph="uncaptured") as session:
+        session.add()
+        session.add()
+        held_bytes = session.footprint().kv_bytes
+        with pytest.raises(torch.OutOfMemoryError, match="no room"):
+            session.add()
+        assert session.sequences == asked[:2]
+        assert asked[2].pool.n_bytes == 0
+        assert session.step(torch.tensor([5, 77])).shape == (2,)
+        assert session.footprint().kv_bytes == held_bytes > 0
+
+
 def test_a_forward_that_cannot_be_captured_opens_the_batch_anew(
     tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
