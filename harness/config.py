@@ -189,7 +189,8 @@ class RunConfig(BaseModel):
     page_tokens: int = Field(default=64, ge=1, description="tokens per page of the KV store")
     decode_graph: Literal["auto", "on", "off"] = Field(
         default="auto",
-        description="footprint, throughput: decode steps as a CUDA graph where that can be done, always or never",
+        description="footprint, throughput: decode steps as a CUDA graph where that can be done, always (or fail), or "
+        "never",
     )
     accuracy_graph: bool = Field(
         default=False,
