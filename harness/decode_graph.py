@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 
 from kvscope.harness.models import LoadedModel
+from kvscope.harness.rows import is_oom
 from kvscope.harness.shapes import text_config
 from kvscope.harness.static_stock import unsupported_stock
 from kvscope.methods.base import SequenceCache
@@ -219,10 +220,14 @@ def capture_failed(error: Exception) -> str:
     """Return, in one line, why a step could not be captured.
 
     Raises:
-        Exception: the error itself where memory ran out: that is no property of the model.
+        Exception: the error that says memory ran out, where one does: that is no property of the model. Ending a
+            capture in which memory ran out raises an error of its own, which has that one as its context.
     """
-    if isinstance(error, torch.OutOfMemoryError):
-        raise error
+    found: BaseException | None = error
+    while found is not None:
+        if is_oom(found):
+            raise found
+        found = found.__context__
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return f"the model's step cannot be captured ({lines[0][:200]})"
 

@@ -162,6 +162,32 @@ def test_a_batch_whose_pages_grow_is_captured_again(tiny: LoadedModel, monkeypat
     assert captures == [2, 2]  # before the first step, and where the fourth token found no room
 
 
+def _full_while_capturing(self: Any) -> None:
+    try:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+    finally:
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+
+def _full_in_other_words(self: Any) -> None:
+    raise RuntimeError("CUDA error: out of memory")
+
+
+@pytest.mark.parametrize("capture", [_full_while_capturing, _full_in_other_words])
+def test_memory_that_ends_in_a_capture_is_no_reason_to_go_eager(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch, capture: Any
+) -> None:
+    """A smaller batch is tried then; an eager one of this size would be another measurement."""
+    monkeypatch.setattr(batch, "graph_reasons", batch.static_reasons)
+    monkeypatch.setattr(decode_graph.StaticStep, "_capture", capture)
+    prompt = synthetic_prompt(tiny, 100, mirror=False, seed=1)
+    with BatchSession(tiny, Dense(), prompt, reserve_tokens=2, decode_graph="auto") as session:
+        session.add()
+        with pytest.raises(RuntimeError, match="out of memory"):
+            session.step(torch.tensor([1]))
+    assert session.sequences == []
+
+
 def _refuse(self: Any) -> None:
     raise RuntimeError("it reads back")
 
