@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvscope.harness.dsa.cli import app as dsa_app
-from kvscope.harness.lsa.cli import app as lsa_app
-from kvscope.results.errors import KvscopeError, UsageError, did_you_mean
+from kvscope.errors import KvscopeError, UsageError, did_you_mean
+from kvscope.harness.indexers.dsa.cli import app as dsa_app
+from kvscope.harness.indexers.lsa.cli import app as lsa_app
 
 if TYPE_CHECKING:
-    from kvscope.harness.config import RunConfig
+    from kvscope.harness.passes.config import RunConfig
 
 EXIT_DONE, EXIT_CELLS_FAILED, EXIT_USAGE, EXIT_ENVIRONMENT, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -165,7 +165,7 @@ Sets = Annotated[
 
 def build_config(parameters: Mapping[str, Any]) -> "RunConfig":
     """Merge file, flags, ``--set`` and ``--sweep`` of a command; what was not given leaves the file's value."""
-    from kvscope.harness.config import load_config
+    from kvscope.harness.passes.config import load_config
 
     given = {KEYS.get(name, name): value for name, value in parameters.items() if value is not None and value != []}
     config, sets, sweeps = given.pop("config", None), given.pop("set_", ()), given.pop("sweep", ())
@@ -228,8 +228,8 @@ def run(
     """
     parameters = {name: value for name, value in locals().items() if name not in ("quiet", "report")}
     run_config = build_config(parameters)
-    from kvscope.harness.sweep import failures
-    from kvscope.harness.sweep import run as run_sweep
+    from kvscope.harness.passes.sweep import failures
+    from kvscope.harness.passes.sweep import run as run_sweep
 
     measured = run_sweep(run_config, progress=not quiet)
     if report:
@@ -272,7 +272,7 @@ def plan(
     """Print what `run` with the same options would do: cells, predicted bytes, forecasts. Runs nothing."""
     parameters = dict(locals())
     run_config = build_config(parameters)
-    from kvscope.harness.plan import make_plan
+    from kvscope.harness.passes.plan import make_plan
 
     typer.echo(make_plan(run_config).text())
 
@@ -318,7 +318,7 @@ def list_(
     json: Annotated[bool, typer.Option("--json", help="Print JSON, options included.")] = False,
 ) -> None:
     """List methods, tasks or models, each with one clause."""
-    from kvscope.harness.catalog import entries, list_text
+    from kvscope.harness.info.catalog import entries, list_text
 
     if json:
         from json import dumps
@@ -333,7 +333,7 @@ def show(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A method, task or model.")],
 ) -> None:
     """Print what stays, what is read, options with types and defaults, cost and source of a method, task or model."""
-    from kvscope.harness.catalog import show_text
+    from kvscope.harness.info.catalog import show_text
 
     typer.echo(show_text(name))
 
@@ -343,7 +343,7 @@ def doctor(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where results would go.")] = Path(),
 ) -> int:
     """Check this machine: Python, packages, GPU, NVML, reference model, memory, disk. Exit 3 when a need is missing."""
-    from kvscope.harness.doctor import failed, run_checks
+    from kvscope.harness.info.doctor import failed, run_checks
 
     checks = run_checks(out)
     width = max(len(check.name) for check in checks)

@@ -21,8 +21,8 @@ from kvpress_report import markdown
 from measure import RESULTS, load_1min, machine, ratio_summary, say, wait_for_calm, write_result
 
 import kvscope
-from kvscope.harness.config import format_length, parse_length
-from kvscope.harness.sweep import failures
+from kvscope.harness.passes.sweep import failures
+from kvscope.units import format_length, parse_length
 
 KVPRESS_VERSION = "0.5.5"
 METHODS = ("dense", "sliding_window", "recency", "random")
@@ -62,7 +62,7 @@ def make_model(folder: Path) -> None:
     import torch
     from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-    from kvscope.harness.models import load_model
+    from kvscope.harness.engine.models import load_model
 
     tokenizer = AutoTokenizer.from_pretrained(load_model("reference", device="cpu").model.config.name_or_path)
     torch.manual_seed(0)
@@ -82,7 +82,7 @@ def specs(keep: float) -> list[str]:
 
 def make_job(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return kvpress's job: model folder, prompts as ids, split where kvscope splits them, and the stop rule as ids."""
-    from kvscope.harness.models import load_model
+    from kvscope.harness.engine.models import load_model
     from kvscope.tasks.registry import create_task
 
     loaded = load_model(str(arguments.model), device="cpu")

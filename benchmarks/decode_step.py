@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from measure import RESULTS, say
 
-from kvscope.harness.environment import capture_environment
+from kvscope.harness.passes.environment import capture_environment
 from kvscope.methods.kernels.dispatch import unsupported_machine
 
 PARTS = ("attention", "prefill_attention", "prefill", "tpot", "refresh")

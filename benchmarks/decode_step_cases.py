@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from kvscope.harness.decode import DecodeSession
-from kvscope.harness.models import LoadedModel, wrap_model
-from kvscope.harness.prefill import prefill
-from kvscope.harness.prefill_attention import chunk_attention
-from kvscope.harness.presets import WEIGHTS_SEED, preset_config
+from kvscope.harness.engine.decode import DecodeSession
+from kvscope.harness.engine.loaded import LoadedModel
+from kvscope.harness.engine.models import wrap_model
+from kvscope.harness.engine.prefill import prefill
+from kvscope.harness.engine.prefill_attention import chunk_attention
+from kvscope.harness.engine.presets import WEIGHTS_SEED, preset_config
 from kvscope.methods.attention import stored_attention
 from kvscope.methods.fp8_keys import pack, quantize
 from kvscope.methods.kernels.paged_decode.inputs import PagedKV

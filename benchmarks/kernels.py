@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from measure import RESULTS, say
 
-from kvscope.harness.environment import capture_environment
+from kvscope.harness.passes.environment import capture_environment
 from kvscope.methods.kernels.dispatch import unsupported_machine
 
 OPS = ("paged_decode", "indexer_score", "select", "host_gather", "block_scores")

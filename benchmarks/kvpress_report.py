@@ -4,7 +4,7 @@ from typing import Any
 
 from measure import machine_lines
 
-from kvscope.harness.config import format_length
+from kvscope.units import format_length
 
 
 def prefill_and_decode_s(sides: dict[str, Any], length_tokens: int) -> tuple[float, float]:

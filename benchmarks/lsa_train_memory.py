@@ -21,8 +21,14 @@ from typing import Any
 import torch
 from measure import RESULTS, machine, machine_lines, say
 
-from kvscope.harness.footprint import worker_environment
-from kvscope.harness.lsa.shards import CollectionInfo, Document, DocumentInfo, write_manifest, write_shard
+from kvscope.harness.indexers.collection.shards import (
+    CollectionInfo,
+    Document,
+    DocumentInfo,
+    write_manifest,
+    write_shard,
+)
+from kvscope.harness.passes.footprint import worker_environment
 
 GIB = 1024**3
 SHAPE: dict[str, Any] = {
@@ -127,7 +133,7 @@ def main() -> int:
             peak_bytes, took_s = peak_of(code)
         result[features] = {"disk_bytes": disk_bytes, "train_rss_peak_bytes": peak_bytes, "train_s": took_s}
         say(f"{features}: peak {peak_bytes / GIB:.2f} GiB in {took_s} s, {disk_bytes / GIB:.2f} GiB of shards")
-    result["import_rss_peak_bytes"], _ = peak_of("import kvscope.harness.lsa.train")
+    result["import_rss_peak_bytes"], _ = peak_of("import kvscope.harness.indexers.lsa.train")
     result["backbone_weights_bytes"] = backbone_bytes()
     if args.backbone:
         code = (

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from kvscope.harness.environment import capture_environment
+from kvscope.harness.passes.environment import capture_environment
 
 RESULTS = Path(__file__).resolve().parent / "results"
 CALM_LOAD = 0.5

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from kvscope.results.errors import UsageError
+from kvscope.errors import UsageError
 
 CONTROL = "nvidia-cuda-mps-control"
 #: Where drivers mounted into a container have their programs, which the PATH need not name.

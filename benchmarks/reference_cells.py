@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from kvscope.harness.config import RunConfig, make_config
-from kvscope.results.errors import UsageError
+from kvscope.errors import UsageError
+from kvscope.harness.passes.config import RunConfig, make_config
 from kvscope.results.store import RUN_FILE, RunStore
 
 CELLS_FILE = Path(__file__).parent / "reference_cells.yaml"

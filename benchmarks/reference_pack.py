@@ -7,8 +7,8 @@ from typing import Any
 
 from reference_cells import Cell, is_done, used_minutes
 
+from kvscope.errors import UsageError
 from kvscope.methods.registry import create_method
-from kvscope.results.errors import UsageError
 from kvscope.results.merge import Piece, merge_pieces
 from kvscope.results.packed import Rows, is_packed, write_packed
 from kvscope.results.schema import RunInfo, RunPart

@@ -32,9 +32,9 @@ from mps import multi_process_service
 from reference_cells import CELLS_FILE, USED_FILE, Cell, is_done, read_cells, used_minutes
 from reference_pack import pack_cells
 
-from kvscope.harness.config import RunConfig
-from kvscope.harness.footprint import worker_environment
-from kvscope.results.errors import KvscopeError, UsageError
+from kvscope.errors import KvscopeError, UsageError
+from kvscope.harness.passes.config import RunConfig
+from kvscope.harness.passes.footprint import worker_environment
 
 #: A piece is not begun with less time than this left: its process would hardly come to measure anything.
 LEAST_PIECE_S = 30.0

@@ -17,8 +17,8 @@ from typing import Any
 from measure import RESULTS, load_1min, machine, machine_lines, ratio_summary, say, wait_for_calm, write_result
 
 import kvscope
-from kvscope.harness.config import format_length, parse_length
-from kvscope.harness.sweep import failures
+from kvscope.harness.passes.sweep import failures
+from kvscope.units import format_length, parse_length
 
 ONE = ("dense",)
 FOUR = ("dense", "sliding_window", "recency", "random")

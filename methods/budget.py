@@ -1,7 +1,7 @@
 """How many tokens stay: the shared recency rule, and budgets given in bytes or as a fraction of dense. No torch."""
 
+from kvscope.errors import UsageError
 from kvscope.methods.shape import ModelShape
-from kvscope.results.errors import UsageError
 
 
 def default_recency_tokens(n_tokens: int) -> int:

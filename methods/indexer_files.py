@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
+from kvscope.errors import UsageError, did_you_mean
 from kvscope.methods.shape import ModelShape
-from kvscope.results.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import nn

@@ -7,9 +7,9 @@ from typing import Generic
 
 import torch
 
+from kvscope.errors import UsageError
 from kvscope.methods.indexer_files import ConfigT, IndexerFiles, ModuleT, indexer_hash
 from kvscope.methods.shape import ModelShape
-from kvscope.results.errors import UsageError
 
 
 class IndexerSource(Generic[ConfigT, ModuleT]):

@@ -6,7 +6,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from kvscope.results.errors import UsageError, did_you_mean
+from kvscope.errors import UsageError, did_you_mean
 
 _TOKEN_UNITS = {"k": 1024, "m": 1024**2}
 _BYTE_UNITS = {"kib": 1024, "mib": 1024**2, "gib": 1024**3}

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from kvscope.errors import UsageError, did_you_mean
 from kvscope.methods.options import build_config, canonical_label, optional_fields
-from kvscope.results.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from kvscope.methods.base import CacheMethod

@@ -1,4 +1,4 @@
-"""The figure of attention on the evidence by length, from the CSV of ``kvscope.harness.attention_mass``.
+"""The figure of attention on the evidence by length, from the CSV of ``kvscope.harness.studies.attention_mass``.
 
     python -m kvscope.reports.attention_mass mass.csv --out FOLDER
 
@@ -14,11 +14,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from kvscope.errors import UsageError
 from kvscope.reports.canvas import Margins, panels, title_band_in
 from kvscope.reports.export import write_figure
 from kvscope.reports.figure_parts import ReportFigure, key_entry, length_axis
 from kvscope.reports.theme import COLORS, DENSE_COLOR, FAINT, theme
-from kvscope.results.errors import UsageError
 from kvscope.results.statistics import mean_interval
 
 NAME, TITLE = "attention_on_evidence", "Attention on the evidence by length"
@@ -138,7 +138,7 @@ def read_rows(path: Path) -> pd.DataFrame:
     lacking = sorted(NEEDED - set(rows.columns))
     if lacking:
         raise UsageError(
-            f"{path} is no CSV of `python -m kvscope.harness.attention_mass`: it lacks {', '.join(lacking)}."
+            f"{path} is no CSV of `python -m kvscope.harness.studies.attention_mass`: it lacks {', '.join(lacking)}."
         )
     if not len(rows):
         raise UsageError(f"{path} holds no row: nothing was measured.")

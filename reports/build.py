@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from kvscope.errors import UsageError
 from kvscope.reports.cells import accuracy_cells
 from kvscope.reports.coverage import coverage
 from kvscope.reports.export import write_figure, write_table
@@ -17,7 +18,6 @@ from kvscope.reports.figures_pareto import accuracy_against_memory, accuracy_aga
 from kvscope.reports.figures_residency import resident_over_steps
 from kvscope.reports.html import page
 from kvscope.reports.tables import all_tables
-from kvscope.results.errors import UsageError
 from kvscope.results.frames import Run, load_run
 
 REPORT_FOLDER = "report"

@@ -6,7 +6,7 @@ from typing import Literal
 
 import pandas as pd
 
-from kvscope.results.errors import UsageError
+from kvscope.errors import UsageError
 from kvscope.results.schema import RunInfo
 from kvscope.results.statistics import Interval, PairedDifference, bootstrap_interval, holm, paired_difference
 

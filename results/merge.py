@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvscope.results.errors import UsageError
+from kvscope.errors import UsageError
 from kvscope.results.packed import Rows
 from kvscope.results.schema import CutCell, Resumption, RunInfo, RunPart, SampleRow
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from kvscope.errors import UsageError
 from kvscope.results.columns import plain_kinds
-from kvscope.results.errors import UsageError
 from kvscope.results.schema import FootprintRow, MaxContextRow, RunInfo, SampleRow, ThroughputRow
 
 PROMPTS_FILE = "prompts.parquet"

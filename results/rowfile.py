@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from kvscope.results.errors import EnvironmentProblem, UsageError
+from kvscope.errors import EnvironmentProblem, UsageError
 from kvscope.results.schema import SCHEMA_VERSION, FootprintRow, MaxContextRow, SampleRow, ThroughputRow
 
 RowT = TypeVar("RowT", SampleRow, FootprintRow, MaxContextRow, ThroughputRow)

@@ -556,8 +556,8 @@ class RunInfo(_Record):
     plan: tuple[PlannedCell, ...] = ()
     """Predicted bytes per (method, length)."""
     excluded_types: tuple[ExcludedType, ...] = ()
-    """Question types that pooled scores leave out, as the model's folder names them (see `harness/pooling.py`). Rows
-    are measured and written all the same."""
+    """Question types that pooled scores leave out, as the model's folder names them (see `passes/pooling.py`). Rows are
+    measured and written all the same."""
     resumptions: tuple[Resumption, ...] = ()
     """Later starts whose surroundings differed."""
     parts: tuple[RunPart, ...] = ()

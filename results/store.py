@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from pydantic import ValidationError
 
-from kvscope.results.errors import EnvironmentProblem, UsageError
+from kvscope.errors import EnvironmentProblem, UsageError
 from kvscope.results.packed import Rows, is_packed, read_packed
 from kvscope.results.rowfile import append_line, check_version, first_problem, open_for_append, read_rows, sync_folder
 from kvscope.results.schema import FootprintRow, MaxContextRow, Resumption, RunInfo, SampleRow, ThroughputRow

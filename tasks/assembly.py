@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
-from kvscope.results.errors import UsageError
+from kvscope.errors import UsageError
 from kvscope.tasks.base import Tokenizer
 
 # Pieces are encoded behind this line: some tokenizers treat the start of a text specially.

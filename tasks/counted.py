@@ -7,7 +7,7 @@ together, and the whole is checked against one encoding of the finished text.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from kvscope.results.errors import UsageError
+from kvscope.errors import UsageError
 from kvscope.tasks.assembly import Assembled, PieceEncoder, check_round_trip, trimmed_line
 from kvscope.tasks.base import Tokenizer
 

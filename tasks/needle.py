@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from kvscope.results.errors import UsageError
+from kvscope.errors import UsageError
 from kvscope.tasks import prose
 from kvscope.tasks.assembly import assemble
 from kvscope.tasks.base import Sample, Task, Tokenizer, contains_all_score, text_sha256

@@ -4,7 +4,7 @@ from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from kvscope.results.errors import UsageError, did_you_mean
+from kvscope.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from kvscope.tasks.base import Task

@@ -6,7 +6,7 @@ from functools import cache
 from importlib import resources
 from typing import Literal, NamedTuple
 
-from kvscope.results.errors import EnvironmentProblem
+from kvscope.errors import EnvironmentProblem
 
 Split = Literal["train", "eval"]
 EVAL_SHARE_PERCENT = 20

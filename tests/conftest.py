@@ -12,6 +12,10 @@ if not torch.cuda.is_available():
     # Before anything imports Triton, which reads it then: without a GPU, kernels run in Triton's interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from tiny import one_thread, small, tiny_model
+
+__all__ = ["one_thread", "small", "tiny_model"]
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():

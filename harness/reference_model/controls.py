@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kvscope.harness.pooling import excluded_types
+from kvscope.harness.passes.pooling import excluded_types
 from kvscope.harness.reference_model.evaluate import prompts
 from kvscope.results.statistics import mean_interval
 from kvscope.tasks.base import Sample, Task

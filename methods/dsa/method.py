@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from kvscope.errors import UsageError
 from kvscope.methods.base import Collector
 from kvscope.methods.block_budget import BlockPlan, check_blocks
 from kvscope.methods.block_query import Query, Scored
@@ -25,7 +26,6 @@ from kvscope.methods.indexer_source import IndexerSource
 from kvscope.methods.shape import ModelShape
 from kvscope.methods.store import PromptKV
 from kvscope.methods.summaries import MetadataStore
-from kvscope.results.errors import UsageError
 
 ORACLE = "oracle"
 # Keys are scored in fp32, this many at a time, so that a long prompt costs no fp32 copy of all of them.

@@ -22,9 +22,9 @@ from typing import ClassVar
 
 import torch
 
+from kvscope.errors import UsageError
 from kvscope.methods.fp8_keys import dequantize, quantize
 from kvscope.methods.lsa.selection import Rule, Selector
-from kvscope.results.errors import UsageError
 
 NORM_EPS = 1e-6
 MATRICES = ("W_DQ", "norm", "W_IUQ", "W_w")

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from kvscope.errors import UsageError
 from kvscope.methods.base import CacheMethod, Collector, SequenceCache
 from kvscope.methods.budget import check_budget, default_recency_tokens
 from kvscope.methods.fp8_keys import pack, quantize
@@ -32,7 +33,6 @@ from kvscope.methods.lsa.selection import (
 from kvscope.methods.lsa.sequence import LsaSequence, MaskedLsaSequence, RecallingSequence, Schedule
 from kvscope.methods.shape import Footprint, ModelShape
 from kvscope.methods.store import PromptKV
-from kvscope.results.errors import UsageError
 
 DEFAULT_CHUNK_TOKENS = 64
 DEFAULT_TAU = 64

@@ -5,11 +5,11 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
+from kvscope.errors import UsageError
 from kvscope.methods.budget import budget_tokens, check_budget, default_recency_tokens
 from kvscope.methods.resident import StaticResidency
 from kvscope.methods.shape import ModelShape
 from kvscope.methods.store import PromptKV, TokenRange
-from kvscope.results.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)

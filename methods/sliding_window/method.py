@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
+from kvscope.errors import UsageError
 from kvscope.methods.base import CacheMethod, SequenceCache
 from kvscope.methods.budget import budget_tokens, check_budget, default_recency_tokens
 from kvscope.methods.shape import Footprint, ModelShape
 from kvscope.methods.sliding_window.sequence import MaskedStreaming, StreamingSequence
 from kvscope.methods.store import PromptKV
-from kvscope.results.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)

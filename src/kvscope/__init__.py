@@ -7,8 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvscope.harness.config import RunConfig
-    from kvscope.harness.sweep import run
+    from kvscope.harness.passes.config import RunConfig
+    from kvscope.harness.passes.sweep import run
     from kvscope.results.frames import Run, load_run
 
 __version__ = "0.1.0"
@@ -16,9 +16,9 @@ __all__ = ["Run", "RunConfig", "__version__", "load_run", "run"]
 
 _HOMES = {
     "Run": "kvscope.results.frames",
-    "RunConfig": "kvscope.harness.config",
+    "RunConfig": "kvscope.harness.passes.config",
     "load_run": "kvscope.results.frames",
-    "run": "kvscope.harness.sweep",
+    "run": "kvscope.harness.passes.sweep",
 }
 
 

@@ -7,7 +7,7 @@ question at the end that only they can answer.
 from collections.abc import Sequence
 from functools import cache
 
-from kvscope.results.errors import UsageError, did_you_mean
+from kvscope.errors import UsageError, did_you_mean
 from kvscope.tasks.assembly import Assembled, PieceEncoder, assemble
 from kvscope.tasks.base import Sample, Task, Tokenizer, text_sha256
 from kvscope.tasks.draws import Draws

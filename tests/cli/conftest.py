@@ -1,9 +1,4 @@
-"""The tiny model, for every test of the command line."""
-
 import pytest
-from tiny import one_thread, small, tiny_model
-
-__all__ = ["one_thread", "small", "tiny_model"]
 
 
 @pytest.fixture(autouse=True)

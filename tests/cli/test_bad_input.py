@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from kvscope import cli
-from kvscope.harness.footprint import worker_environment
-from kvscope.results.errors import EnvironmentProblem
+from kvscope.errors import EnvironmentProblem
+from kvscope.harness.passes.footprint import worker_environment
 
 Refuse = Callable[..., str]
 
@@ -211,7 +211,7 @@ def test_other_endings_have_their_own_code(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from kvscope.harness import sweep
+    from kvscope.harness.passes import sweep
 
     monkeypatch.setattr(sweep, "run", raises(error))
     assert cli.run_cli(["run", "--out", "x"]) == code
@@ -219,7 +219,7 @@ def test_other_endings_have_their_own_code(
 
 
 def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvscope.harness import sweep
+    from kvscope.harness.passes import sweep
 
     monkeypatch.setattr(sweep, "run", raises(ZeroDivisionError("ours")))
     with pytest.raises(ZeroDivisionError):

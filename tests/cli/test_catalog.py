@@ -6,8 +6,9 @@ import json
 import pytest
 
 from kvscope import cli
-from kvscope.harness import catalog, models
-from kvscope.harness.catalog import documented, show_text
+from kvscope.harness.engine import models
+from kvscope.harness.info import catalog
+from kvscope.harness.info.catalog import documented, show_text
 from kvscope.methods.dsa import indexer_files as dsa_files
 from kvscope.methods.lsa import indexer_files as lsa_files
 from kvscope.methods.registry import create_method, method_class, method_names

@@ -11,7 +11,7 @@ import typer
 
 import kvscope
 from kvscope import cli
-from kvscope.harness.footprint import worker_environment
+from kvscope.harness.passes.footprint import worker_environment
 
 SHARED = [
     "--accuracy-graph", "--answer-nll", "--device", "--dtype", "--find-max", "--footprint", "--footprint-length",
@@ -88,7 +88,7 @@ def test_every_option_and_command_has_help() -> None:
 
 
 def test_help_text_names_the_real_defaults() -> None:
-    from kvscope.harness.config import RunConfig
+    from kvscope.harness.passes.config import RunConfig
 
     root = typer.main.get_command(cli.app)
     helps = {p.opts[0]: p.help for p in root.commands["run"].params if p.opts[0].startswith("-")}  # type: ignore[attr-defined]
@@ -118,7 +118,7 @@ def test_every_shared_option_reaches_the_configuration() -> None:
 
 
 def test_an_option_not_given_leaves_the_default() -> None:
-    from kvscope.harness.config import RunConfig
+    from kvscope.harness.passes.config import RunConfig
 
     assert cli.build_config({"model": None, "method": None, "task": [], "config": None, "set_": None}) == RunConfig()
 

@@ -5,12 +5,13 @@ import copy
 import pytest
 import torch
 from sequences import prefilled
+from tiny_models import build_stock, loaded_model, prompt_ids
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.tiny_models import build_stock, loaded_model, prompt_ids
-from kvscope.harness import decode_graph, static_stock
-from kvscope.harness.decode import DecodeSession, decode
-from kvscope.harness.models import wrap_model
+from kvscope.errors import UsageError
+from kvscope.harness.engine import decode_graph, static_stock
+from kvscope.harness.engine.decode import DecodeSession, decode
+from kvscope.harness.engine.models import wrap_model
 from kvscope.methods import attention, resident
 from kvscope.methods.attention import Partial
 from kvscope.methods.kernels.host_gather import kernel as gather_kernel
@@ -19,7 +20,6 @@ from kvscope.methods.lsa import sequence as lsa_sequence
 from kvscope.methods.lsa import slots
 from kvscope.methods.registry import create_method
 from kvscope.methods.sliding_window import sequence as streaming
-from kvscope.results.errors import UsageError
 
 SYNTHETIC = "lsa:selection=synthetic"
 RESIDENT = [

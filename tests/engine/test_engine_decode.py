@@ -5,14 +5,14 @@ import hashlib
 import pytest
 import torch
 from sequences import prefilled
+from tiny_models import loaded_model, prompt_ids, runnable_methods, save_tiny, stock_model
 
-from engine.tiny_models import loaded_model, prompt_ids, runnable_methods, save_tiny, stock_model
-from kvscope.harness.decode import DecodeSession, answer_nll, decode
-from kvscope.harness.models import load_model
-from kvscope.harness.prefill import prefill
+from kvscope.errors import UsageError
+from kvscope.harness.engine.decode import DecodeSession, answer_nll, decode
+from kvscope.harness.engine.models import load_model
+from kvscope.harness.engine.prefill import prefill
 from kvscope.methods.base import Footprint
 from kvscope.methods.registry import create_method
-from kvscope.results.errors import UsageError
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from tiny_models import ARCHITECTURES, loaded_model, prompt_ids, stock_model
 from transformers import DynamicCache
 
-from engine.tiny_models import ARCHITECTURES, loaded_model, prompt_ids, stock_model
-from kvscope.harness.decode import DecodeSession, decode
-from kvscope.harness.prefill import prefill
+from kvscope.harness.engine.decode import DecodeSession, decode
+from kvscope.harness.engine.prefill import prefill
 from kvscope.methods.registry import create_method
 
 ATOL = 1e-5

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 from sequences import assert_predicted, errors_of_evicting, prefilled
+from tiny_models import ARCHITECTURES, build_stock, prompt_ids, runnable_methods, save_tiny, stock_model
 
-from engine.tiny_models import ARCHITECTURES, build_stock, prompt_ids, runnable_methods, save_tiny, stock_model
-from kvscope.harness.decode import DecodeSession, answer_nll, decode
-from kvscope.harness.models import load_model, wrap_model
-from kvscope.harness.prefill import prefill
+from kvscope.harness.engine.decode import DecodeSession, answer_nll, decode
+from kvscope.harness.engine.models import load_model, wrap_model
+from kvscope.harness.engine.prefill import prefill
 from kvscope.methods.registry import create_method
 
 pytestmark = pytest.mark.gpu

@@ -3,13 +3,13 @@
 import pytest
 import torch
 import transformers
+from tiny_models import build_stock, loaded_model, save_tiny, tiny_config
 
-from engine.tiny_models import build_stock, loaded_model, save_tiny, tiny_config
-from kvscope.harness import models
-from kvscope.harness.glue import kvscope_attention
-from kvscope.harness.models import known_models, load_config, load_model, wrap_model
-from kvscope.harness.shapes import max_length_tokens, model_shape
-from kvscope.results.errors import EnvironmentProblem, KvscopeError, UsageError
+from kvscope.errors import EnvironmentProblem, KvscopeError, UsageError
+from kvscope.harness.engine import models
+from kvscope.harness.engine.glue import kvscope_attention
+from kvscope.harness.engine.models import known_models, load_config, load_model, wrap_model
+from kvscope.harness.engine.shapes import max_length_tokens, model_shape
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_oss", "smollm3", "afmoe"])

@@ -4,14 +4,14 @@ import gc
 
 import pytest
 import torch
+from tiny_models import PAGE_TOKENS, build_stock, loaded_model, prompt_ids
 
-from engine.tiny_models import PAGE_TOKENS, build_stock, loaded_model, prompt_ids
-from kvscope.harness import prefill as prefill_module
-from kvscope.harness.models import wrap_model
-from kvscope.harness.prefill import prefill
+from kvscope.errors import UsageError
+from kvscope.harness.engine import prefill as prefill_module
+from kvscope.harness.engine.models import wrap_model
+from kvscope.harness.engine.prefill import prefill
 from kvscope.methods.base import Collector, union_collectors
 from kvscope.methods.registry import create_method
-from kvscope.results.errors import UsageError
 
 
 def new_storages() -> dict[int, int]:

@@ -5,13 +5,13 @@ import sys
 
 import pytest
 import torch
+from tiny_models import ARCHITECTURES, build_stock, loaded_model
 from transformers import AutoModelForCausalLM
 
-from engine.tiny_models import ARCHITECTURES, build_stock, loaded_model
-from kvscope.harness.models import REFERENCE_MODEL_FOLDER, wrap_model
-from kvscope.harness.rotation import RopeRotation, UnknownRotation, _queries
+from kvscope.errors import KvscopeError
+from kvscope.harness.engine.models import REFERENCE_MODEL_FOLDER, wrap_model
+from kvscope.harness.engine.rotation import RopeRotation, UnknownRotation, _queries
 from kvscope.methods.registry import create_method, method_names
-from kvscope.results.errors import KvscopeError
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

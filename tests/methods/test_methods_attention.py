@@ -6,8 +6,8 @@ Shapes: Q query heads, H KV heads, D head size, S slots, P tokens a page, T toke
 import pytest
 import torch
 
-from kvscope.harness import prefill_attention
-from kvscope.harness.prefill_attention import chunk_attention
+from kvscope.harness.engine import prefill_attention
+from kvscope.harness.engine.prefill_attention import chunk_attention
 from kvscope.methods.attention import merge_partials, paged_attention, paged_partial
 from kvscope.methods.flash import attention_with_lse, flash_window_runs_on
 

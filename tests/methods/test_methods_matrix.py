@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine.tiny_models import build_stock, loaded_model, prompt_ids
 from sequences import assert_predicted, errors_of_evicting, prefilled
+from tiny_models import build_stock, loaded_model, prompt_ids
 
 import kvscope.methods
-from kvscope.harness.decode import DecodeSession, answer_nll, decode
-from kvscope.harness.models import REFERENCE_MODEL_FOLDER, load_model, wrap_model
-from kvscope.harness.prefill import prefill
+from kvscope.harness.engine.decode import DecodeSession, answer_nll, decode
+from kvscope.harness.engine.models import REFERENCE_MODEL_FOLDER, load_model, wrap_model
+from kvscope.harness.engine.prefill import prefill
 from kvscope.methods.registry import create_method, method_names
 from kvscope.methods.resident import StaticResidency
 from kvscope.methods.shape import Footprint

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
+from kvscope.errors import UsageError
 from kvscope.methods.registry import METHODS, MethodSpec, create_method, method_names, parse_method
-from kvscope.results.errors import UsageError
 
 
 def test_names_are_listed_without_torch():

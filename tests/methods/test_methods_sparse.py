@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from engine.tiny_models import PAGE_TOKENS, loaded_model, prompt_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sparse_plain import attention, tokens_read
+from tiny_models import PAGE_TOKENS, loaded_model, prompt_ids
 
-from kvscope.harness.prefill import prefill
+from kvscope.errors import UsageError
+from kvscope.harness.engine.prefill import prefill
 from kvscope.methods import attention as attention_module
 from kvscope.methods import block_query, block_sequence
 from kvscope.methods.attention import paged_attention
@@ -16,7 +17,6 @@ from kvscope.methods.dsa.method import head_sum
 from kvscope.methods.gather import gather_blocks, token_partial
 from kvscope.methods.quest.method import min_max, upper_bounds
 from kvscope.methods.registry import create_method
-from kvscope.results.errors import UsageError
 
 NAMES = ["quest", "moba", "msa", "dsa:indexer=oracle"]
 # Small enough to leave most out at 150 tokens, with blocks that fit pages of 16, straddle them and are smaller.

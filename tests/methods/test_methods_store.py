@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from kvscope.errors import UsageError
 from kvscope.methods.budget import default_recency_tokens
 from kvscope.methods.registry import create_method
 from kvscope.methods.shape import Footprint, ModelShape
 from kvscope.methods.store import PagePool, PromptKV
-from kvscope.results.errors import UsageError
 
 SHAPE = ModelShape(
     layers=(0, 2), n_layers=3, n_q_heads=4, n_kv_heads=2, head_dim=8, hidden_size=32, element_bytes=4, page_tokens=16

@@ -5,7 +5,7 @@ Shapes: Q query heads, H KV heads, D head size, T tokens.
 
 import pytest
 import torch
-from engine.tiny_models import loaded_model
+from tiny_models import loaded_model
 
 from kvscope.methods.base import AttentionExtras
 from kvscope.methods.registry import create_method

@@ -38,7 +38,7 @@ def test_wheel_holds_one_top_level_package_with_the_reference_model(wheel: Path)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"kvscope"}
     inside = {name.removeprefix("kvscope/") for name in names}
     weights = "harness/reference_model/weights/"
-    for needed in ("cli.py", "py.typed", "harness/sweep.py", "reports/html.py", "methods/dense/README.md"):
+    for needed in ("cli.py", "py.typed", "harness/passes/sweep.py", "reports/html.py", "methods/dense/README.md"):
         assert needed in inside, needed
     for needed in ("config.json", "tokenizer.json", "model.safetensors.index.json", "README.md"):
         assert weights + needed in inside, needed

@@ -8,9 +8,9 @@ import pytest
 from synthetic_rows import Rows, demo_rows, single_rows, wide_rows
 
 import kvscope
+from kvscope.errors import UsageError
 from kvscope.reports import make_report
 from kvscope.reports.summary import summary_text
-from kvscope.results.errors import UsageError
 from kvscope.results.frames import make_run
 from kvscope.results.store import RunStore
 

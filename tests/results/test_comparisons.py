@@ -3,8 +3,8 @@
 import pytest
 from synthetic_rows import KINDS, demo_rows, make_rows, wide_rows
 
+from kvscope.errors import UsageError
 from kvscope.results.comparisons import baseline_label, cluster_names, compare_methods, pairs
-from kvscope.results.errors import UsageError
 from kvscope.results.frames import Run, make_run
 from kvscope.results.statistics import holm
 

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from synthetic_rows import demo_rows
 
+from kvscope.errors import UsageError
 from kvscope.reports.coverage import coverage
-from kvscope.results.errors import UsageError
 from kvscope.results.frames import make_run
 from kvscope.results.merge import Piece, merge_pieces
 from kvscope.results.packed import Rows

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from synthetic_rows import KINDS, Rows, demo_rows, footprint_row, sample_row
 
-from kvscope.results.errors import EnvironmentProblem, UsageError
+from kvscope.errors import EnvironmentProblem, UsageError
 from kvscope.results.schema import RunInfo, SampleRow
 from kvscope.results.store import RunStore, identity_differences
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from tiny import save_tiny_model
 
-from kvscope.results.errors import UsageError
+from kvscope.errors import UsageError
 from kvscope.tasks.lm_harness import FOLDER, build, process_long_qa, process_results
 from kvscope.tasks.needle import SPECS
 from kvscope.tasks.registry import create_task, task_names

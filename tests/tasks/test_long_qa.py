@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from kvscope.results.errors import UsageError
+from kvscope.errors import UsageError
 from kvscope.tasks.base import Sample, text_sha256
 from kvscope.tasks.long_qa.guards import question_text
 from kvscope.tasks.long_qa.lexicon import ALL, CATEGORIES, category_of, chatter, day_of_date, lexicon

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from kvscope.results.errors import UsageError
+from kvscope.errors import UsageError
 from kvscope.tasks.base import Sample, text_sha256
 from kvscope.tasks.draws import DEPTH_PARTS
 from kvscope.tasks.needle import NOISE

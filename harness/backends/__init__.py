@@ -1,0 +1,1 @@
+"""Kinds of cache beside pages of K and V, one folder each."""

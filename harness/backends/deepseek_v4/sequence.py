@@ -1,0 +1,169 @@
+"""One sequence of DeepSeek-V4 under one residency: the stock cache of the steps, its CSA entries a resident set.
+
+Shapes: B batch (1), M hidden size.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from kvscope.harness.backends.deepseek_v4.cache import ResidentCSA, live_bytes, opened_cache
+from kvscope.harness.backends.deepseek_v4.prefill import CompressedPrompt
+from kvscope.harness.backends.deepseek_v4.shape import CompressedModelShape
+from kvscope.methods.base import Residency, SequenceCache
+from kvscope.methods.lsa.selection import Selector
+from kvscope.methods.lsa.sequence import Schedule
+from kvscope.methods.shape import Footprint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """How the resident set changes while decoding.
+
+    Attributes:
+        first, last: entries chosen from, ``last`` excluded.
+        selector: what chooses among them.
+        schedule: when.
+    """
+
+    first: int
+    last: int
+    selector: Selector
+    schedule: Schedule
+
+
+class CompressedSequence(SequenceCache):
+    """Fixed prompt entries, chosen ones, and all that are decoded. The stock model attends, over ``model_cache``."""
+
+    def __init__(
+        self,
+        prompt: CompressedPrompt,
+        device: torch.device,
+        *,
+        fixed: torch.Tensor,
+        choice: Choice | None = None,
+        reserve_tokens: int = 0,
+    ) -> None:
+        """Open a prompt.
+
+        Args:
+            fixed: entries that always stay, ascending, on the CPU.
+            choice: none: the resident set never changes.
+            reserve_tokens: decode steps whose entries are preallocated; past them each is appended with a copy.
+        """
+        super().__init__(prompt, device)
+        assert isinstance(prompt.shape, CompressedModelShape)
+        self._prompt, self._shape, self._fixed, self._choice = prompt, prompt.shape, fixed, choice
+        rate = prompt.shape.page_tokens
+        self._cache = opened_cache(
+            prompt.config,
+            prompt.rest,
+            prompt.host,
+            device,
+            reserve_entries=(prompt.n_tokens + reserve_tokens) // rate - prompt.n_entries,
+        )
+        self._steps = 0
+        self._resident_tokens: list[int] = []
+        self._moved_bytes: list[int] = []
+        self._chosen = self._kept = self._fallbacks = 0
+        if choice is None:
+            self._set_resident(fixed)
+
+    @property
+    def model_cache(self) -> DynamicCache:
+        return self._cache
+
+    @property
+    def n_tokens(self) -> int:
+        return self._prompt.n_tokens + self._steps
+
+    @property
+    def layers(self) -> dict[int, ResidentCSA]:
+        """CSA layer -> its cache."""
+        return {layer: self.model_cache.layers[layer] for layer in self._shape.layers}
+
+    def observe(self, layer: int, hidden_BM: torch.Tensor) -> None:
+        if self._choice is not None:
+            self._choice.selector.observe(layer, hidden_BM)
+
+    def begin_step(self) -> None:
+        """Refresh where it is due, with the states of the step before."""
+        if self._choice is not None:
+            if self._steps:
+                self._choice.selector.end_step()
+            if self._steps % self._choice.schedule.tau == 0:
+                self._refresh(self._choice)
+
+    def end_step(self) -> None:
+        """A token has been fed."""
+        self._steps += 1
+
+    def _refresh(self, choice: Choice) -> None:
+        n_candidates = choice.last - choice.first
+        chosen = choice.selector.choose()
+        ratio = choice.schedule.fallback_ratio
+        if ratio is not None and len(chosen) > ratio * n_candidates:
+            chosen = torch.arange(n_candidates)
+            self._fallbacks += 1
+        chosen = chosen + choice.first
+        if self._moved_bytes:  # at the first refresh everything is new, by definition
+            before = next(iter(self.layers.values())).resident
+            self._kept += int(torch.isin(chosen, before, assume_unique=True).sum())
+            self._chosen += len(chosen)
+        moved_bytes = self._set_resident(torch.cat([self._fixed, chosen]).sort().values)
+        self.bytes_recalled += moved_bytes
+        self._moved_bytes.append(moved_bytes)
+        entries = len(self._fixed) + len(chosen)
+        rate = self._shape.page_tokens
+        self._resident_tokens.append(entries * rate + self._prompt.n_tokens % rate)
+
+    def _set_resident(self, entries: torch.Tensor) -> int:
+        return sum(layer.set_resident(entries) for layer in self.layers.values())
+
+    def attend(self, layer: int, *args: Any, **options: Any) -> torch.Tensor:
+        raise ValueError("DeepSeek-V4 attends by its stock classes, over model_cache")
+
+    def managed_footprint(self) -> Footprint:
+        """Exact bytes of the live tensors, and what the step that made them read."""
+        n_entries = 0
+        for layer in self.layers.values():
+            n_entries = layer.compressed_kv["compressor"].shape[1]
+        held = Footprint(kv_bytes=sum(live_bytes(self.model_cache).values()))
+        held += self._shape.step_reads(self.n_tokens, n_entries)
+        if self._choice is None:
+            return held
+        selector, tau = self._choice.selector, self._choice.schedule.tau
+        return held + Footprint(
+            metadata_bytes=selector.metadata_bytes,
+            host_bytes=self._prompt.host_bytes,
+            bytes_read_per_step=-(-selector.refresh_bytes // tau),
+            attention_flops_per_step=-(-selector.refresh_flops // tau),
+        )
+
+    def bytes_by_kind(self) -> dict[str, int]:
+        """Return the bytes of the live cache by kind: ``footprint().kv_bytes``, taken apart."""
+        return live_bytes(self.model_cache)
+
+    def residency(self) -> Residency | None:
+        if self._choice is None:
+            return None
+        schedule = self._choice.schedule
+        return Residency(
+            tau=schedule.tau,
+            prompt_tokens=self._prompt.n_tokens,
+            resident_tokens=tuple(self._resident_tokens),
+            recalled_bytes=tuple(self._moved_bytes),
+            hit_rate=self._kept / self._chosen if self._chosen else None,
+            fallbacks=self._fallbacks,
+            indexer=schedule.indexer,
+            indexer_tau=schedule.indexer_tau,
+            indexer_bytes=schedule.indexer_bytes,
+        )
+
+    def close(self) -> None:
+        self.model_cache.layers = []
+        if self._choice is not None:
+            self._choice.selector.close()
+        super().close()

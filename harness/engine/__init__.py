@@ -1,0 +1,1 @@
+"""One model, one prompt: loading, prefill and decode under a cache method."""

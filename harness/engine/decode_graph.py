@@ -1,0 +1,239 @@
+"""One decode step as a CUDA graph: captured once for a sequence, or for a batch of them, replayed for every token.
+
+Fixed are addresses, shapes and grids; what changes (token, position, counts, page tables) is written into small tensors
+between replays. The model's own forward is captured as it is, with kvscope's attention inside. Where a sequence moves
+its tensors (a pool that grows) the step is captured again, and counted.
+
+Memory of captured steps comes from one pool a model. The first capture is kept for the model's life, so that pool is
+part of what a process holds before any prompt is opened, not of what a method adds.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+
+from kvscope.errors import UsageError
+from kvscope.harness.engine.loaded import LoadedModel
+from kvscope.harness.engine.oom import is_oom
+from kvscope.harness.engine.shapes import text_config
+from kvscope.harness.engine.static_stock import unsupported_stock
+from kvscope.methods.base import SequenceCache
+
+DecodeGraph = Literal["auto", "on", "off"]
+#: How a step ran, as rows say it; an eager one may give its reasons behind a colon.
+GRAPH, EAGER = "cuda graph", "eager"
+#: Steps from which a capture pays. What it takes, over what a replay saves, is 2.9 to 5.2 steps at 8K to 128K tokens on
+#: an H100 (Llama-3.1-8B's shape, captures that compile aside: benchmarks/results/decode_step.json). Steps of
+#: smaller models are launches alone: a replay saves more of them.
+PAYS_FROM_STEPS = 5
+#: Position tables that are made anew from the largest position the host reads back.
+_HOST_ROPES = {"dynamic", "longrope"}
+
+
+def graph_reasons(loaded: LoadedModel, sequence: SequenceCache) -> list[str]:
+    """Return every reason why a step of this sequence cannot be captured; empty when it can be tried."""
+    reasons = []
+    if loaded.device.type != "cuda":
+        reasons.append(f"the device is {loaded.device.type}")
+    return reasons + static_reasons(loaded, sequence)
+
+
+def static_reasons(loaded: LoadedModel, sequence: SequenceCache) -> list[str]:
+    """Return every reason why a step of this sequence cannot run at fixed addresses."""
+    if sequence.model_cache is not None:
+        return ["the model's own cache moves its tensors"]
+    reasons = list(sequence.static_reasons())
+    config = text_config(loaded.model.config)
+    ropes = getattr(config, "rope_parameters", None) or {}
+    nested = [ropes, *(value for value in ropes.values() if isinstance(value, dict))]
+    types = {str(rope.get("rope_type")) for rope in nested} & _HOST_ROPES
+    if types:
+        reasons.append(f"rotary positions of type {', '.join(sorted(types))} are computed from the host")
+    if any(type(module).__name__.endswith("Experts") for module in loaded.model.modules()):
+        reasons.append("which experts a token goes to is known to the device alone")
+    if sequence.stock:
+        reasons += unsupported_stock(loaded.shape, loaded.device, loaded.dtype)
+    return reasons
+
+
+class StaticStep:
+    """The model's forward of one token a sequence at fixed addresses. Shapes: B sequences, V vocabulary.
+
+    Attributes:
+        captures: how often the step was captured.
+        capture_s: seconds of all captures, warm-up included.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        sequences: Sequence[SequenceCache],
+        cache: Any,
+        *,
+        before: Callable[[int], None],
+        captured: bool,
+    ) -> None:
+        """Prepare; nothing runs yet.
+
+        Args:
+            sequences: static already, all at the same position.
+            cache: what the model is called with.
+            before: called before each step with its position: writes what stands outside the sequences.
+            captured: whether steps are replayed; False runs the same step as it is.
+        """
+        self.captures, self.capture_s = 0, 0.0
+        self._model, self._sequences, self._cache = loaded.model, tuple(sequences), cache
+        self._before, self._captured = before, captured
+        size = (len(self._sequences), 1)
+        self._tokens_B1 = torch.zeros(size, dtype=torch.long, device=loaded.device)
+        self._positions_B1 = torch.zeros(size, dtype=torch.long, device=loaded.device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._logits_BV: torch.Tensor | None = None
+        self._versions: list[int] | None = None
+
+    @torch.inference_mode()
+    def prepare(self) -> None:
+        """Capture the step, so that the first token does not wait for it. The sequences are as before afterwards."""
+        self._begin()
+        self._write(0)
+        if self._captured:
+            self._capture()
+        else:
+            self._forward()
+
+    @torch.inference_mode()
+    def __call__(self, tokens: int | torch.Tensor) -> torch.Tensor:
+        """Feed a token to every sequence, the same or its own of [B]; return the logits [B, V], which the next step
+        overwrites.
+
+        Raises:
+            ValueError: the sequences are not at one position.
+        """
+        self._begin()
+        self._write(tokens)
+        if not self._captured:
+            self._logits_BV = self._forward()
+        else:
+            if self._versions != self._static_versions():
+                self._capture()
+            assert self._graph is not None
+            self._graph.replay()
+        for sequence in self._sequences:
+            sequence.end_step()
+        assert self._logits_BV is not None
+        return self._logits_BV
+
+    def _begin(self) -> None:
+        for sequence in self._sequences:
+            sequence.begin_step()
+
+    def _static_versions(self) -> list[int]:
+        return [sequence.static_version for sequence in self._sequences]
+
+    def _write(self, tokens: int | torch.Tensor) -> None:
+        positions = {sequence.n_tokens for sequence in self._sequences}
+        if len(positions) != 1:
+            raise ValueError(f"sequences of one step must be at one position, got {sorted(positions)}")
+        (position,) = positions
+        if isinstance(tokens, int):
+            self._tokens_B1.fill_(tokens)
+        else:
+            self._tokens_B1.copy_(tokens[:, None])
+        self._positions_B1.fill_(position)
+        self._before(position)
+
+    def _forward(self) -> torch.Tensor:
+        out = self._model(
+            input_ids=self._tokens_B1,
+            position_ids=self._positions_B1,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: torch.Tensor = out.logits[:, -1]
+        return logits
+
+    def _capture(self) -> None:
+        """Run the step once as it is (kernels compile, libraries make their workspaces), then capture it.
+
+        What the trial writes, the step itself writes again: it has the same token, place and position.
+        """
+        started_s = time.perf_counter()
+        device = self._tokens_B1.device
+        self.release()
+        memory = _memory_of(self._model)
+        side = memory.stream
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            self._forward()
+        torch.cuda.current_stream(device).wait_stream(side)
+        torch.cuda.synchronize(device)
+        graph = torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream(device)
+        try:
+            # Other threads (the memory sampler) may call CUDA meanwhile.
+            with torch.cuda.graph(graph, pool=memory.pool, stream=side, capture_error_mode="thread_local"):
+                self._logits_BV = self._forward()
+        finally:
+            torch.cuda.set_stream(current)  # a capture that fails leaves its own stream behind
+        memory.keep(graph)
+        self._graph, self._versions = graph, self._static_versions()
+        torch.cuda.synchronize(device)
+        self.captures += 1
+        self.capture_s += time.perf_counter() - started_s
+
+    def release(self) -> None:
+        """Let go of the captured step."""
+        self._graph = self._logits_BV = None
+
+
+class _GraphMemory:
+    """The memory pool of a model's captured steps, kept by its first graph; and the stream they are captured on: cuBLAS
+    keeps a workspace for every stream it ever saw."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._first: torch.cuda.CUDAGraph | None = None
+
+    def keep(self, graph: torch.cuda.CUDAGraph) -> None:
+        if self._first is None:
+            self._first = graph
+
+
+#: A graph's memory goes with its model.
+_memory: weakref.WeakKeyDictionary[Any, _GraphMemory] = weakref.WeakKeyDictionary()
+
+
+def _memory_of(model: Any) -> _GraphMemory:
+    if model not in _memory:
+        _memory[model] = _GraphMemory(next(model.parameters()).device)
+    return _memory[model]
+
+
+def capture_failed(error: Exception) -> str:
+    """Return, in one line, why a step could not be captured.
+
+    Raises:
+        Exception: the error that says memory ran out, where one does: that is no property of the model. Ending a
+            capture in which memory ran out raises an error of its own, which has that one as its context.
+    """
+    found: BaseException | None = error
+    while found is not None:
+        if is_oom(found):
+            raise found
+        found = found.__context__
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return f"the model's step cannot be captured ({lines[0][:200]})"
+
+
+def graph_demanded(reasons: list[str], label: str) -> UsageError:
+    """Return the error of a graph that was asked for by ``on`` and cannot be had."""
+    return UsageError(
+        f"Decode steps of '{label}' cannot be a CUDA graph here: {'; '.join(reasons)}. Use decode_graph=auto."
+    )

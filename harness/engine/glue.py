@@ -1,0 +1,230 @@
+"""Between transformers and kvscope: one registered attention function, and the cache layers it finds its way by.
+
+transformers hands the attention function no cache. What ``Cache.update`` returns does reach it, so every cache layer
+here marks the key tensor it returns with itself, and the attention function asks that layer to attend. The name is not
+registered as a mask function, so transformers builds no mask: causality and windows are this module's duty.
+
+Shapes: B batch, Q query heads, H KV heads, S new tokens, D head size, M hidden size.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
+
+from kvscope.errors import KvscopeError
+from kvscope.harness.engine.prefill_attention import chunk_attention
+from kvscope.methods.base import AttentionExtras, Rotation, SequenceCache
+
+ATTENTION_NAME = "kvscope"
+_MARK = "kvscope_layer"
+# Keyword arguments of tensor type that models pass along and that attention may ignore.
+_HARMLESS = {"position_ids", "cache_position", "position_embeddings", "input_ids", "inputs_embeds"}
+
+
+def register_attention() -> None:
+    """Make ``attn_implementation="kvscope"`` known to transformers. Safe to call again."""
+    AttentionInterface.register(ATTENTION_NAME, kvscope_attention)
+
+
+def kvscope_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention function models call: q [B, Q, S, D], k and v of the new tokens [B, H, S, D] -> [B, S, Q, D].
+
+    Raises:
+        KvscopeError: the model passes something attention would have to honour and does not know: a mask, dropout, a
+            bias, attention that is not causal.
+    """
+    unknown = [name for name, arg in kwargs.items() if isinstance(arg, torch.Tensor) and name not in _HARMLESS]
+    if attention_mask is not None:
+        unknown.append("attention_mask")
+    if unknown or dropout or is_causal is False or getattr(module, "is_causal", True) is False:
+        what = ", ".join(unknown) or ("dropout" if dropout else "attention that is not causal")
+        raise KvscopeError(f"{type(module).__name__} asks for {what}, which kvscope's attention does not implement.")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer = getattr(key, _MARK, None)
+    if layer is None:
+        out = chunk_attention(query, key, value, scale=scale, window=sliding_window, softcap=softcap, sink_logits=s_aux)
+    else:
+        out = layer.attend(module, query, key, value, scale=scale, window=sliding_window, softcap=softcap, s_aux=s_aux)
+    return out.transpose(1, 2).contiguous(), None
+
+
+class EngineLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped
+    """A full-attention cache layer that hands new K and V on and keeps nothing by itself."""
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        self.index = index
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        # Only the tensor points to the layer; the other way round would be a cycle that delays freeing K and V.
+        setattr(key_states, _MARK, self)
+        return key_states, value_states
+
+    @abstractmethod
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        s_aux: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attend the queries of one call; K and V are the ones ``update`` returned."""
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def _refuse_window(self, window: int | None) -> None:
+        if window is not None:
+            raise KvscopeError(
+                f"Layer {self.index} attends within a window of {window} tokens although the model's config calls it a "
+                "full-attention layer; this architecture is not supported."
+            )
+
+
+class StockLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]  # transformers is untyped
+    """The model's own sliding-window layer: transformers' cache, kvscope's attention."""
+
+    # transformers registers a subclass under this name for every model; this one is for kvscope's caches alone.
+    _layer_type = None
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        setattr(keys, _MARK, self)
+        return keys, values
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        s_aux: torch.Tensor | None,
+    ) -> torch.Tensor:
+        return chunk_attention(
+            query, key, value, scale=scale, window=self.sliding_window, softcap=softcap, sink_logits=s_aux
+        )
+
+
+class DecodeLayer(EngineLayer):
+    """One managed layer while decoding: attention is the method's."""
+
+    def __init__(self, index: int, sequence: SequenceCache, rotation: Rotation | None) -> None:
+        super().__init__(index)
+        self._sequence = sequence
+        self._rotation = rotation
+
+    def get_seq_length(self) -> int:
+        return self._sequence.n_tokens
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        s_aux: torch.Tensor | None,
+    ) -> torch.Tensor:
+        self._refuse_window(window)
+        extras = AttentionExtras(softcap=softcap, sink_logits=s_aux, rotation=self._rotation)
+        return self._sequence.attend(self.index, query, key, value, scale=scale, extras=extras)
+
+
+class EngineCache(Cache):  # type: ignore[misc]  # transformers is untyped
+    """A transformers cache of the layers above."""
+
+    def __init__(self, layers: list[Any]) -> None:
+        super().__init__(layers=layers)
+
+
+def decoder_of(model: Any) -> Any:
+    """Return the module that holds embeddings and decoder layers (``.layers``)."""
+    return model.get_decoder()
+
+
+@contextmanager
+def observing(model: Any, layers: tuple[int, ...], callback: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
+    """Call ``callback(layer, hidden_BM)`` with the hidden state of the last position entering each of ``layers``.
+
+    The hook sits on the decoder layer: a hook on its attention would see the normed input on some architectures and
+    the raw residual on others.
+    """
+    modules = decoder_of(model).layers
+    with _hooked({layer: modules[layer] for layer in layers}, callback):
+        yield
+
+
+@contextmanager
+def observing_attention(
+    model: Any, layers: tuple[int, ...], callback: Callable[[int, torch.Tensor], None]
+) -> Iterator[None]:
+    """The same for the state entering each layer's attention, for DeepSeek-V4: collapsed and normed.
+
+    Its decoder layers take several residual streams.
+    """
+    modules = decoder_of(model).layers
+    with _hooked({layer: modules[layer].self_attn for layer in layers}, callback):
+        yield
+
+
+@contextmanager
+def _hooked(modules: dict[int, Any], callback: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
+    def hook_for(index: int) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden_BSM = args[0] if args else kwargs["hidden_states"]
+            callback(index, hidden_BSM[:, -1])
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(hook_for(index), with_kwargs=True) for index, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,1 @@
+"""Collecting, training and evaluating the indexers that methods choose with."""

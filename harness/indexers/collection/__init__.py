@@ -1,0 +1,1 @@
+"""Prompts collected once for training: hidden states, labels and shards on disk."""

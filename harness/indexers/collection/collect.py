@@ -1,0 +1,373 @@
+"""``kvscope lsa collect``: run the model once over documents and store what an indexer is trained on.
+
+Every document is a task's prompt with its answer. The prompt is prefilled as for any method; its last token and the
+answer are then fed one by one, as decode would, and every such step leaves the hidden states entering the indexed
+layers and the attention of the managed layers, reduced to masses of chunks.
+
+The answer is the model's own, greedily decoded, unless the task's reference answer is asked for: which chunks the next
+steps need depends on what they say, and a model may say the same in other words and another order.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import torch
+
+from kvscope.errors import EnvironmentProblem, UsageError
+from kvscope.harness.backends.deepseek_v4.shape import refuse_compressed
+from kvscope.harness.engine.decode import DecodeSession, answer_end
+from kvscope.harness.engine.loaded import LoadedModel
+from kvscope.harness.engine.models import load_model
+from kvscope.harness.engine.prefill import DEFAULT_CHUNK_TOKENS, prefill
+from kvscope.harness.engine.presets import refuse_preset
+from kvscope.harness.indexers.collection.label_rule import LabelRule
+from kvscope.harness.indexers.collection.recorder import Recorder, RecordingSequence, StepRecord
+from kvscope.harness.indexers.collection.shards import (
+    STORED_DTYPE,
+    Answers,
+    CollectionInfo,
+    Document,
+    DocumentInfo,
+    check_shard,
+    collection_info,
+    document_bytes,
+    read_manifest,
+    write_manifest,
+    write_shard,
+)
+from kvscope.harness.indexers.collection.token_records import token_tensors
+from kvscope.harness.passes.config import split_spec
+from kvscope.harness.passes.progress import Progress
+from kvscope.methods.base import union_collectors
+from kvscope.methods.lsa.indexer import Features
+from kvscope.methods.lsa.labels import Voters
+from kvscope.units import format_bytes, format_length, parse_length
+
+if TYPE_CHECKING:
+    from kvscope.tasks.base import Sample, Task
+
+DISK_MARGIN = 1.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectConfig:
+    """What to collect.
+
+    Attributes:
+        model: as ``kvscope run --model``.
+        tasks: task specs.
+        lengths_tokens: prompt and answer together.
+        samples: documents per task and length.
+        seed: of the documents. Keep it away from the seeds that evaluate.
+        chunk_tokens: tokens of a chunk.
+        layers: indexed layers; None: every managed layer.
+        features: ``tokens`` (every key) or ``stats`` (mean, maximum and minimum of a chunk's keys, a fraction of the
+            disk).
+        top_p, votes, voters, least_mass: how labels are told unless training asks otherwise, see ``LabelRule``; masses
+            below ``least_mass`` are not stored.
+        state_tokens: hidden states kept before step 0, the most an indexer can look back.
+        shard_documents: documents a shard.
+        token_samples: random tokens of each prompt of which state, keys and attention are stored for training a
+            lightning indexer (``dsa``), beside those that steps attend to most; 0: none.
+        answers: ``own``: the model's, greedily decoded; ``reference``: the task's, fed whatever the model would say.
+        device, dtype: as ``kvscope run``.
+    """
+
+    model: str = "reference"
+    tasks: tuple[str, ...]
+    lengths_tokens: tuple[int, ...]
+    samples: int
+    seed: int
+    chunk_tokens: int = 64
+    layers: tuple[int, ...] | None = None
+    features: Features = "tokens"
+    top_p: float = 0.6
+    votes: int = 1
+    voters: Voters = "layer"
+    least_mass: float = 0.0
+    state_tokens: int = 16
+    shard_documents: int = 16
+    token_samples: int = 0
+    answers: Answers = "own"
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        LabelRule(top_p=self.top_p, votes=self.votes, voters=self.voters, least_mass=self.least_mass)
+        for name in ("samples", "chunk_tokens", "state_tokens", "shard_documents"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be 1 or more, got {getattr(self, name)}.")
+        if self.token_samples < 0:
+            raise UsageError(f"token_samples must be 0 or more, got {self.token_samples}.")
+        if self.features not in ("stats", "tokens"):
+            raise UsageError(f"features must be stats or tokens, got {self.features!r}.")
+        if self.answers not in get_args(Answers):
+            raise UsageError(f"answers must be {' or '.join(get_args(Answers))}, got {self.answers!r}.")
+        if not self.tasks or not self.lengths_tokens:
+            raise UsageError("At least one task and one length are needed: --task NAME --length TOKENS.")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One document to make."""
+
+    task: "Task"
+    length_tokens: int
+    sample: int
+
+
+def collect(config: CollectConfig, out: str | Path, *, progress: Progress) -> Path:
+    """Collect into a folder; the same call again continues after the last whole shard.
+
+    Raises:
+        UsageError: bad options, or a folder that holds another collection.
+        EnvironmentProblem: the disk is too small.
+    """
+    folder = Path(out)
+    tasks = make_tasks(config.tasks)
+    refuse_preset(config.model, "collect")
+    loaded = load_model(config.model, device=config.device, dtype=config.dtype)
+    info = describe(config, loaded)
+    jobs = [
+        Job(task, parse_length(length), sample)
+        for length in sorted(config.lengths_tokens)
+        for task in tasks
+        for sample in range(config.samples)
+    ]
+    groups = [jobs[at : at + config.shard_documents] for at in range(0, len(jobs), config.shard_documents)]
+    shards = resume(folder, info)
+    need_bytes = sum(estimate_bytes(info, job) for group in groups[len(shards) :] for job in group)
+    check_disk(folder, int(need_bytes * DISK_MARGIN))
+    progress.note(
+        f"{len(jobs)} documents in {len(groups)} shards, {len(shards)} of them there already; about "
+        f"{format_bytes(need_bytes)} to write, {format_bytes(free_bytes(folder))} free."
+    )
+    left = groups[len(shards) :]
+    progress.begin(cells=len(left), work_tokens=sum(job.length_tokens for group in left for job in group))
+    recorder = Recorder(info)
+    for group in left:
+        number = len(shards)
+        progress.begin_cell(f"shard {number + 1} of {len(groups)}", steps=len(group))
+        documents = []
+        for job in group:
+            progress.begin_step(f"{job.task.name} {format_length(job.length_tokens)} {job.sample}")
+            documents.append(make_document(loaded, recorder, info, job, seed=config.seed))
+            progress.end_step(work_tokens=job.length_tokens)
+        name = f"shard-{number:05d}.safetensors"
+        size_bytes = write_shard(folder / name, documents, info)
+        infos = [asdict(document.info) for document in documents]
+        shards.append({"file": name, "bytes": size_bytes, "documents": infos})
+        write_manifest(folder, info, shards, complete=number + 1 == len(groups))
+        progress.end_cell(f"{format_bytes(size_bytes)}, {positive_text(documents, info)}")
+    return folder
+
+
+def make_tasks(specs: Sequence[str]) -> "list[Task]":
+    """Return the tasks of specs."""
+    from kvscope.tasks.registry import create_task
+
+    made = []
+    for spec in specs:
+        name, options = split_spec(spec, kind="task")
+        made.append(create_task(name, **options))
+    return made
+
+
+def describe(config: CollectConfig, loaded: LoadedModel) -> CollectionInfo:
+    """Return the description of a collection.
+
+    Raises:
+        UsageError: layers that kvscope does not manage in this model.
+    """
+    shape = loaded.shape
+    refuse_compressed(loaded.name, shape, "kvscope lsa collect and train")
+    layers = config.layers or shape.layers
+    foreign = sorted(set(layers) - set(shape.layers))
+    if foreign:
+        raise UsageError(
+            f"Layers {', '.join(map(str, foreign))} of model '{loaded.name}' cannot be indexed: kvscope manages "
+            f"{', '.join(map(str, shape.layers))}."
+        )
+    return CollectionInfo(
+        model=loaded.name,
+        model_revision=shape.revision,
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        hidden_size=shape.hidden_size,
+        key_features=shape.n_kv_heads * shape.head_dim,
+        query_heads=shape.n_q_heads,
+        head_dim=shape.head_dim,
+        kv_bytes_per_token=shape.kv_bytes_per_token,
+        layers=tuple(sorted(layers)),
+        label_layers=shape.layers,
+        chunk_tokens=config.chunk_tokens,
+        features=config.features,
+        top_p=config.top_p,
+        voters=config.voters,
+        least_mass=config.least_mass,
+        votes=config.votes,
+        state_tokens=config.state_tokens,
+        tasks=tuple(config.tasks),
+        lengths_tokens=tuple(sorted(config.lengths_tokens)),
+        samples=config.samples,
+        seed=config.seed,
+        token_samples=config.token_samples,
+        answers=config.answers,
+    )
+
+
+def resume(folder: Path, info: CollectionInfo) -> list[dict[str, Any]]:
+    """Return the shards of a folder that are whole, making the folder if need be.
+
+    Raises:
+        UsageError: the folder holds another collection, or cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"Folder '{folder}' cannot be made: {error.strerror}.") from error
+    if not (folder / "manifest.json").is_file():
+        return []
+    manifest = read_manifest(folder)
+    there = collection_info(manifest, folder)
+    for key, mine in asdict(info).items():
+        theirs = getattr(there, key)
+        if mine != theirs:
+            raise UsageError(
+                f"Folder '{folder}' holds another collection: {key} is {theirs} there and {mine} here. Give another "
+                "--out, or the options it was begun with."
+            )
+    shards: list[dict[str, Any]] = []
+    for shard in manifest["shards"]:
+        path = folder / shard["file"]
+        if not path.is_file():
+            break  # deleted because it was damaged: made again from here on
+        check_shard(path, size_bytes=shard["bytes"], info=info)
+        shards.append(shard)
+    return shards
+
+
+def estimate_bytes(info: CollectionInfo, job: Job) -> int:
+    """Estimate a document's bytes before it is made."""
+    return document_bytes(info, prompt_tokens=job.length_tokens, n_steps=job.task.max_new_tokens + 1)
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the free bytes of the disk a folder is on."""
+    return shutil.disk_usage(folder).free
+
+
+def check_disk(folder: Path, need_bytes: int) -> None:
+    """Raise EnvironmentProblem when a disk is too small."""
+    if need_bytes > free_bytes(folder):
+        raise EnvironmentProblem(
+            f"The collection needs about {format_bytes(need_bytes)} and the disk of '{folder}' has "
+            f"{format_bytes(free_bytes(folder))} free; take fewer samples, shorter lengths or --features stats."
+        )
+
+
+def answer_ids(loaded: LoadedModel, sample: "Sample") -> list[int]:
+    """Return the reference answer as tokens, in the form whose likelihood ``run --answer-nll`` measures."""
+    text = " " + ", ".join(sample.targets)
+    ids: list[int] = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def make_document(loaded: LoadedModel, recorder: Recorder, info: CollectionInfo, job: Job, *, seed: int) -> Document:
+    """Prefill a prompt, feed its last token and an answer, and return what was recorded."""
+    sample = job.task.build(loaded.tokenizer, length_tokens=job.length_tokens, sample=job.sample, seed=seed)
+    context_ids, fed_ids = sample.ids[:-1], [sample.ids[-1]]
+    if info.answers == "reference":
+        fed_ids += answer_ids(loaded, sample)
+    return record(
+        loaded, recorder, info, context_ids, fed_ids, task=sample.task, question_type=sample.question_type,
+        length_tokens=job.length_tokens, sample=job.sample,
+        own_answer=sample if info.answers == "own" else None,
+    )  # fmt: skip
+
+
+@torch.inference_mode()
+def record(
+    loaded: LoadedModel,
+    recorder: Recorder,
+    info: CollectionInfo,
+    context_ids: Sequence[int],
+    fed_ids: Sequence[int],
+    *,
+    task: str,
+    question_type: str,
+    length_tokens: int,
+    sample: int,
+    own_answer: "Sample | None" = None,
+) -> Document:
+    """Record one document.
+
+    Args:
+        context_ids: tokens to prefill.
+        fed_ids: tokens fed as decode steps.
+        own_answer: the sample whose answer the model goes on to decode behind ``fed_ids``; None: it ends with them.
+    """
+    chunk_tokens = min(
+        DEFAULT_CHUNK_TOKENS, -(-len(context_ids) // loaded.shape.page_tokens) * loaded.shape.page_tokens
+    )
+    prompt = prefill(
+        loaded, context_ids, collectors=union_collectors([recorder], loaded.shape.layers),
+        chunk_tokens=max(chunk_tokens, loaded.shape.page_tokens),
+    )  # fmt: skip
+    records: list[StepRecord] = []
+    own: list[int] = []
+    pending = list(fed_ids)
+    reserve_tokens = len(fed_ids) + (0 if own_answer is None else own_answer.max_new_tokens - 1)
+    with DecodeSession(loaded, recorder, prompt, reserve_tokens=reserve_tokens) as session:
+        sequence = session.sequence
+        assert isinstance(sequence, RecordingSequence)
+        while pending:
+            logits = session.step(pending.pop(0))
+            records.append(sequence.take())
+            if own_answer is None or pending:
+                continue
+            own.append(int(logits.argmax()))
+            if not answer_end(loaded, own, max_new_tokens=own_answer.max_new_tokens, stop_strings=own_answer.stop):
+                pending.append(own[-1])
+    before = torch.stack([_padded(prompt, layer, info.state_tokens) for layer in info.layers], 1)
+    during = torch.stack([each.hidden_LM for each in records])
+    counts = torch.tensor([len(each.values) for each in records])
+    name = recorder.features_name
+    return Document(
+        info=DocumentInfo(
+            task=task,
+            question_type=question_type,
+            length_tokens=length_tokens,
+            sample=sample,
+            prompt_tokens=prompt.n_tokens,
+            n_steps=len(records),
+        ),
+        features=torch.stack([prompt.metadata[name][layer] for layer in info.layers]).to(STORED_DTYPE),
+        hidden=torch.cat([before, during]).to(STORED_DTYPE).cpu(),
+        steps=torch.arange(len(records), dtype=torch.int32),
+        segments=torch.zeros(len(records), dtype=torch.int32),  # one answer
+        indptr=torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int().cpu(),
+        indices=torch.cat([each.chunks for each in records]).int().cpu(),
+        voters=torch.cat([each.voters for each in records]).to(torch.int16).cpu(),
+        values=torch.cat([each.values for each in records]).half().cpu(),
+        rest=torch.stack([each.rest_V for each in records]).half().cpu(),
+        mass=torch.stack([each.mass_M for each in records]).half().cpu(),
+        queries=torch.stack([each.queries_LF for each in records]).to(STORED_DTYPE).cpu(),
+        **token_tensors(prompt, [each.token_mass_LN for each in records], info, n_steps=len(records), sample=sample),
+    )
+
+
+def _padded(prompt: Any, layer: int, width: int) -> torch.Tensor:
+    states: torch.Tensor = prompt.metadata[f"last_states_{width}"][layer]
+    missing = width - len(states)
+    return states if missing <= 0 else torch.cat([states[:1].expand(missing, -1), states])
+
+
+def positive_text(documents: Sequence[Document], info: CollectionInfo) -> str:
+    """Return how many chunks a step needs, in a few words."""
+    rule = info.rule()
+    found = [int((document.votes(rule, info) >= rule.votes).sum()) for document in documents]
+    rows = sum(len(document.steps) for document in documents)
+    return f"{sum(found) / max(1, rows):.1f} positive chunks a step"

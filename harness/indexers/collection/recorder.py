@@ -1,0 +1,146 @@
+"""Dense decode that notes, step by step, what an indexer has to learn: hidden states in, attended chunks out.
+
+Shapes: L indexed layers, M hidden size, Q query heads, n' chunks of the prompt.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from kvscope.harness.indexers.collection.label_rule import voter_masses
+from kvscope.harness.indexers.collection.shards import STORED_DTYPE, CollectionInfo
+from kvscope.harness.indexers.collection.token_records import TokenStates, head_mean
+from kvscope.methods.base import AttentionExtras, Collector, SequenceCache
+from kvscope.methods.dense.method import Dense
+from kvscope.methods.lsa.collectors import ChunkKeys, LastStates
+from kvscope.methods.lsa.indexer import chunk_features
+from kvscope.methods.lsa.labels import chunk_mass, token_logits
+from kvscope.methods.resident import ResidentSequence
+from kvscope.methods.shape import ModelShape
+from kvscope.methods.store import PromptKV
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One decode step.
+
+    Attributes:
+        hidden_LM: states that entered the indexed layers, [L, M].
+        queries_LF: these layers' queries before rotation, heads side by side, [L, Q * head size].
+        chunks, voters, values: masses of at least the collection's least, see ``label_rule``.
+        rest_V: each voter's mass outside the prompt.
+        mass_M: the strongest layer's head-summed mass of each chunk, [n'].
+        token_mass_LN: attention to every token so far in the indexed layers, mean over query heads, [L, N] in fp16;
+            empty where tokens are not asked for.
+    """
+
+    hidden_LM: torch.Tensor
+    queries_LF: torch.Tensor
+    chunks: torch.Tensor
+    voters: torch.Tensor
+    values: torch.Tensor
+    rest_V: torch.Tensor
+    mass_M: torch.Tensor
+    token_mass_LN: torch.Tensor
+
+
+class Recorder(Dense):
+    """The dense method, observed."""
+
+    def __init__(self, info: CollectionInfo) -> None:
+        super().__init__()
+        self.info = info
+        self.features_name = f"lsa_features_{info.features}_{info.chunk_tokens}"
+
+    def observed_layers(self, shape: ModelShape) -> tuple[int, ...]:
+        del shape
+        return self.info.layers
+
+    def unsupported(self, shape: ModelShape, device: torch.device | str) -> list[str]:
+        del device
+        unknown = sorted(set(self.info.layers) & set(shape.unknown_rotation_layers))
+        layers = ", ".join(map(str, unknown))
+        return [f"the position encoding of layers {layers} cannot be undone"] if unknown else []
+
+    def collectors(self, layer: int) -> list[Collector]:
+        if layer not in self.info.layers:
+            return []
+
+        def encode(layer: int, k_nCF: torch.Tensor) -> torch.Tensor:
+            return chunk_features(k_nCF, self.info.features).to(STORED_DTYPE)
+
+        keys = ChunkKeys(self.features_name, layer, chunk_tokens=self.info.chunk_tokens, encode=encode)
+        found: list[Collector] = [keys, LastStates(layer, n_states=self.info.state_tokens)]
+        return [*found, TokenStates(layer)] if self.info.token_samples else found
+
+    def open(
+        self, prompt: PromptKV, device: torch.device | str, *, physical: bool = True, reserve_tokens: int = 0
+    ) -> SequenceCache:
+        del physical
+        return RecordingSequence(prompt, torch.device(device), info=self.info, reserve_tokens=reserve_tokens)
+
+
+class RecordingSequence(ResidentSequence):
+    """Every token resident; each managed layer's attention is reduced to chunks."""
+
+    def __init__(self, prompt: PromptKV, device: torch.device, *, info: CollectionInfo, reserve_tokens: int) -> None:
+        super().__init__(prompt, device, ranges=[(0, prompt.n_tokens)], reserve_tokens=reserve_tokens)
+        self._info, self._n_prompt = info, prompt.n_tokens
+        self._hidden: dict[int, torch.Tensor] = {}
+        self._queries: dict[int, torch.Tensor] = {}
+        self._mass: list[torch.Tensor] = []
+        self._token_mass: list[torch.Tensor] = []
+
+    def observe(self, layer: int, hidden_BM: torch.Tensor) -> None:
+        self._hidden[layer] = hidden_BM[0].clone()
+
+    def attend(
+        self,
+        layer: int,
+        q_BQ1D: torch.Tensor,
+        k_BH1D: torch.Tensor,
+        v_BH1D: torch.Tensor,
+        *,
+        scale: float,
+        extras: AttentionExtras,
+    ) -> torch.Tensor:
+        if layer in self._info.layers:
+            position = self.pool.lengths[layer]
+            plain = q_BQ1D if extras.rotation is None else extras.rotation.back(q_BQ1D, position)
+            self._queries[layer] = plain[0, :, 0].flatten().clone()
+        out = super().attend(layer, q_BQ1D, k_BH1D, v_BH1D, scale=scale, extras=extras)
+        if layer in self._info.label_layers:
+            logits_QT = token_logits(
+                q_BQ1D,
+                self.pool.pages[layer],
+                n_tokens=self.pool.lengths[layer],
+                scale=scale,
+                softcap=extras.softcap,
+            )
+            if self._info.token_samples and layer in self._info.layers:
+                self._token_mass.append(head_mean(logits_QT, extras.sink_logits))
+            prompt_QT, other_QT = logits_QT[:, : self._n_prompt], logits_QT[:, self._n_prompt :]
+            self._mass.append(
+                chunk_mass(prompt_QT, other_QT, chunk_tokens=self._info.chunk_tokens, sink_logits=extras.sink_logits)
+            )
+        return out
+
+    def take(self) -> StepRecord:
+        """Return what the last step left, and forget it."""
+        hidden_LM = torch.stack([self._hidden[layer] for layer in self._info.layers])
+        queries_LF = torch.stack([self._queries[layer] for layer in self._info.layers])
+        mass, self._mass, self._hidden, self._queries = self._mass, [], {}, {}
+        tokens, self._token_mass = self._token_mass, []
+        mass_LQM = torch.stack(mass)
+        mass_VM = voter_masses(mass_LQM)
+        # A mass of zero can never be voted for; it is not worth a place.
+        kept = mass_VM[:, :-1] >= max(self._info.least_mass, torch.finfo(torch.float16).tiny)
+        voters, chunks = kept.nonzero(as_tuple=True)
+        strongest = mass_LQM.mean(1).amax(0)[:-1]
+        token_mass_LN = torch.stack(tokens) if tokens else torch.empty(0)
+        masses = mass_VM[:, :-1][kept], mass_VM[:, -1], strongest
+        return StepRecord(hidden_LM, queries_LF, chunks, voters, *masses, token_mass_LN)
+
+    def close(self) -> None:
+        self._mass, self._token_mass, self._hidden, self._queries = [], [], {}, {}
+        super().close()

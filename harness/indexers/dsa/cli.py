@@ -1,0 +1,73 @@
+"""The ``kvscope dsa`` commands: parse, call, print. Everything heavy is imported inside them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvscope.harness.indexers.lsa.cli import DataFolders, Device, Quiet, say, silence
+
+app = typer.Typer(
+    name="dsa",
+    help="The lightning indexer of dsa: train it without the model on what kvscope lsa collect --token-samples stored, "
+    "and judge it.",
+    no_args_is_help=True,
+)
+
+
+@app.command(short_help="Train a lightning indexer from shards; the model is never loaded.")
+def train(
+    data: DataFolders,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the indexer.")],
+    epochs: Annotated[int, typer.Option("--epochs", help="Passes over the documents at most.")] = 10,
+    lr: Annotated[float, typer.Option("--lr", help="Learning rate.")] = 3e-4,
+    weight_decay: Annotated[float, typer.Option("--weight-decay", help="AdamW's.")] = 0.01,
+    batch_documents: Annotated[int, typer.Option("--batch-documents", help="Documents a step.")] = 4,
+    batch_rows: Annotated[int, typer.Option("--batch-rows", help="Decode steps of a document.")] = 32,
+    heads: Annotated[
+        int | None, typer.Option("--heads", help="Index heads.  [default: the model's, at most 64]")
+    ] = None,
+    key_dim: Annotated[
+        int | None, typer.Option("--key-dim", help="Index key size.  [default: half a head, at most 128]")
+    ] = None,
+    warm_start: Annotated[
+        bool, typer.Option("--warm-start/--cold-start", help="Begin at the model's own queries and keys.")
+    ] = True,
+    held_out: Annotated[float, typer.Option("--held-out", help="Share of documents to measure with.")] = 0.1,
+    patience: Annotated[int, typer.Option("--patience", help="Epochs without gain before it stops.")] = 3,
+    seed: Annotated[int, typer.Option("--seed", help="Of weights and order.")] = 0,
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Fit one small indexer a layer to the attention summed over heads (KL); the best epoch on held-out is kept."""
+    from kvscope.harness.indexers.dsa.objective import DsaTrainConfig
+    from kvscope.harness.indexers.dsa.train import measures_text
+    from kvscope.harness.indexers.dsa.train import train as run_train
+
+    config = DsaTrainConfig(
+        epochs=epochs, lr=lr, weight_decay=weight_decay, batch_documents=batch_documents, batch_rows=batch_rows,
+        heads=heads, key_dim=key_dim, warm_start=warm_start, held_out=held_out, patience=patience, seed=seed,
+        device=device,
+    )  # fmt: skip
+    best = run_train([str(folder) for folder in data], out, config, note=silence if quiet else say)
+    typer.echo(f"indexer  {out}  (epoch {best['epoch']}, held-out {measures_text(best)})")
+
+
+@app.command("eval", short_help="Share of the attention that the chosen tokens hold, by length and budget.")
+def evaluate(
+    data: DataFolders,
+    indexer: Annotated[str, typer.Option("--indexer", help="Folder or shipped name.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the tables.")],
+    seed: Annotated[int, typer.Option("--seed", help="Of the random policy.")] = 0,
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Measure an indexer on shards, beside the attention oracle, the last tokens and random ones."""
+    from kvscope.harness.indexers.dsa.evaluate import evaluate as run_evaluate
+    from kvscope.harness.indexers.dsa.evaluate import summary_text
+
+    rows = run_evaluate(
+        [str(folder) for folder in data], indexer, out, seed=seed, device=device, note=silence if quiet else say
+    )
+    typer.echo(summary_text(rows))
+    typer.echo(f"\ntables  {out}")

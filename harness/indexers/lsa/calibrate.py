@@ -1,0 +1,338 @@
+"""``kvscope lsa calibrate``: choose what an indexer keeps at threshold 0.5, by a shift of its bias; nothing is trained.
+
+The weights stay what they are, at most rounded. So one training gives indexers for several chunk sizes (a chunk's score
+is that of its best segment) and for several shares of the prompt.
+
+Shapes: r refreshes of a document, n candidate chunks, X candidates over all refreshes of all documents.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from kvscope.errors import UsageError
+from kvscope.harness.indexers.collection.shards import Collection, open_collections
+from kvscope.harness.indexers.lsa.evaluate import (
+    EvalConfig,
+    Shares,
+    check_match,
+    measuring_options,
+    shares_of,
+    within_cap,
+)
+from kvscope.harness.indexers.lsa.lineage import data_ids, origin
+from kvscope.harness.indexers.lsa.objective import TrainConfig, compute_device, example, refresh_logits, shift_bias
+from kvscope.harness.indexers.lsa.train import data_record, note_unfinished
+from kvscope.methods.lsa.indexer import Indexer, IndexerConfig, logit
+from kvscope.methods.lsa.indexer_files import indexer_folder, load_indexer, save_indexer
+
+WeightDtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateConfig:
+    """What to set, and by which measure. Exactly one of ``threshold``, ``target_recall`` and ``target_kept`` is given.
+
+    Attributes:
+        chunk_tokens: of the indexer that is written, a multiple of the tokens that share a key; None: as it is.
+        threshold: what is kept at this threshold is kept at 0.5 afterwards.
+        target_recall: least golden recall at refreshes, the mean over those that need a chunk, as ``lsa eval`` has it.
+        target_kept: largest mean share of the prompt's KV bytes kept at refreshes: chosen chunks, sinks, window,
+            indexer keys and states.
+        cap_tokens: most tokens of a prompt that stay, stored with the indexer; all measures are taken under it. None:
+            the indexer's.
+        dtype: of the stored weights. Biases stay in float32: they hold the threshold.
+        measure: refresh interval and labels.
+    """
+
+    chunk_tokens: int | None = None
+    threshold: float | None = None
+    target_recall: float | None = None
+    target_kept: float | None = None
+    cap_tokens: int | None = None
+    dtype: WeightDtype = "float32"
+    measure: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        if len(self.target) != 1:
+            given = ", ".join(self.target) or "none"
+            raise UsageError(f"Give exactly one of threshold, target_recall and target_kept; given: {given}.")
+        ((name, value),) = self.target.items()
+        if not 0 < value < 1:
+            raise UsageError(f"{name} must lie between 0 and 1, both excluded, got {value}.")
+        if self.chunk_tokens is not None and self.chunk_tokens < 1:
+            raise UsageError(f"chunk_tokens must be 1 or more, got {self.chunk_tokens}.")
+        if self.cap_tokens is not None and self.cap_tokens < 1:
+            raise UsageError(f"cap_tokens must be 1 or more, got {self.cap_tokens}.")
+        if self.dtype not in get_args(WeightDtype):
+            raise UsageError(f"dtype must be {' or '.join(get_args(WeightDtype))}, got {self.dtype!r}.")
+
+    @property
+    def target(self) -> dict[str, float]:
+        """What was asked for, by name."""
+        names = ("threshold", "target_recall", "target_kept")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+@dataclass(frozen=True)
+class Refreshes:
+    """The refreshes of one document as an indexer scores them.
+
+    Attributes:
+        logits: fp32 [r, n].
+        golden: bool [r, n].
+        within: bool [r, n], the best that a cap leaves; all without one.
+        shares: what the document's parts weigh.
+    """
+
+    logits: torch.Tensor
+    golden: torch.Tensor
+    within: torch.Tensor
+    shares: Shares
+
+
+def calibrate(
+    folders: Sequence[str | Path],
+    indexer_spec: str,
+    out: str | Path,
+    config: CalibrateConfig,
+    *,
+    device: str = "auto",
+    note: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Write an indexer whose threshold 0.5 keeps what was asked for.
+
+    Returns:
+        ``threshold``, which became 0.5; ``shift`` of the bias; measures ``before`` and ``after`` at 0.5, both in the
+        chunks that were asked for, before with the weights as they were.
+
+    Raises:
+        UsageError: bad options, an indexer and collections that do not belong together, or a target these documents
+            cannot meet.
+    """
+    folder, target = indexer_folder(indexer_spec), Path(out)
+    if target.resolve() == folder.resolve():
+        raise UsageError(f"--out '{out}' is the indexer itself; give another folder, it is not overwritten.")
+    indexer = load_indexer(folder).to(compute_device(device))
+    indexer.config = in_chunks(indexer.config, config.chunk_tokens, folder=str(folder))
+    if config.cap_tokens is not None:
+        indexer.config = replace(indexer.config, cap_tokens=config.cap_tokens)
+    for each in folders:
+        check_match(indexer.config, Collection(each).info, folder=str(folder))
+    collections = open_collections(folders, chunk_tokens=indexer.config.chunk_tokens, layers=indexer.config.layers)
+    note_unfinished(collections, note)
+    trained_on = data_ids(indexer.config.trained)
+    for collection in collections:
+        if collection.id in trained_on:
+            note(f"note: the indexer was trained on '{collection.folder}': other documents will have a lower recall.")
+    options = measuring_options(indexer.config, config.measure)
+
+    scored = score(indexer, collections, options)
+    before = measures(scored)
+    if config.dtype == "bfloat16":
+        round_weights(indexer)  # first, so that the target is met by the weights that are stored
+        scored = score(indexer, collections, options)
+    cut = cut_of(scored, config)
+    shift_bias(indexer, -cut)
+    after = measures(score(indexer, collections, options))
+    found = {
+        "threshold": round(float(torch.sigmoid(torch.tensor(cut, dtype=torch.float64))), 6),
+        "shift": round(-cut, 6), "before": before, "after": after,
+    }  # fmt: skip
+    record = {
+        "target": config.target, **found,
+        "cap_tokens": indexer.config.cap_tokens,
+        "chunk_tokens": indexer.config.chunk_tokens, "dtype": config.dtype, "tau": options.tau,
+        "labels": options.rule(collections[0].info).text(), "sink_tokens": options.sink_tokens,
+        "recency_tokens": options.recency_tokens, "documents": len(scored), "data": data_record(collections),
+    }  # fmt: skip
+    trained = {"calibration": record, "start": origin(folder)}
+    indexer.config = replace(indexer.config, kept_fraction=after["kept_candidates"], trained=trained)
+    store(indexer.cpu(), target, dtype=config.dtype)
+    return found
+
+
+def in_chunks(config: IndexerConfig, chunk_tokens: int | None, *, folder: str) -> IndexerConfig:
+    """Return the configuration of the same weights for another chunk size.
+
+    Raises:
+        UsageError: no multiple of the tokens that share a key.
+    """
+    if chunk_tokens is None:
+        return config
+    key_tokens = config.segment_tokens or config.chunk_tokens
+    if chunk_tokens % key_tokens:
+        raise UsageError(
+            f"chunk_tokens is {chunk_tokens}, and indexer '{folder}' has a key for every {key_tokens} tokens; give a "
+            f"multiple of {key_tokens}."
+        )
+    return replace(config, chunk_tokens=chunk_tokens, segment_tokens=None if chunk_tokens == key_tokens else key_tokens)
+
+
+@torch.inference_mode()
+def score(indexer: Indexer, collections: Sequence[Collection], options: TrainConfig) -> list[Refreshes]:
+    """Return every refresh of every document that has a candidate chunk.
+
+    Raises:
+        UsageError: no document has one, or a score is no number.
+    """
+    found = []
+    for collection in collections:
+        for index in range(len(collection)):
+            loaded = example((collection, index), options)
+            if loaded is None:
+                continue
+            rows = loaded.document.refresh_rows(options.tau)
+            logits = refresh_logits(indexer, loaded, rows, options.lookback)
+            if not logits.isfinite().all():
+                raise UsageError(
+                    f"The indexer gives document {collection.documents[index].name} of '{collection.folder}' scores "
+                    "that are no finite numbers, so no threshold separates them; train it again."
+                )
+            shares = shares_of(loaded, collection.info, indexer.config, options)
+            within = within_cap(logits, loaded, indexer.config, options)
+            found.append(Refreshes(logits, loaded.positives[rows], within, shares))
+    if not found:
+        raise UsageError("No document is long enough for a candidate chunk; collect longer prompts.")
+    return found
+
+
+def measures(scored: Sequence[Refreshes]) -> dict[str, Any]:
+    """Return what threshold 0.5 gives, means over refreshes as in ``lsa eval``.
+
+    ``recall`` is of the golden chunks where there are any (None: nowhere), ``kept`` the share of the prompt's KV bytes,
+    ``kept_candidates`` the share of all candidates, which is what ``kept_fraction`` of an indexer means.
+    """
+    recalls, kept = [], []
+    chosen_total = candidates = 0
+    for each in scored:
+        chosen = (each.logits >= logit(0.5)) & each.within
+        needs = each.golden.any(1)
+        recalls.append(((chosen & each.golden).sum(1) / each.golden.sum(1).clamp_min(1))[needs])
+        kept.append(each.shares.static + chosen.sum(1) * each.shares.chunk + each.shares.metadata)
+        chosen_total += int(chosen.sum())
+        candidates += chosen.numel()
+    recall = torch.cat(recalls)
+    return {
+        "recall": round(float(recall.mean()), 5) if len(recall) else None,
+        "kept": round(float(torch.cat(kept).mean()), 5),
+        "kept_candidates": round(chosen_total / candidates, 4),
+        "refreshes": sum(map(len, kept)),
+        "refreshes_needing": len(recall),
+    }
+
+
+def cut_of(scored: Sequence[Refreshes], config: CalibrateConfig) -> float:
+    """Return the logit from which on chunks are to be kept.
+
+    Raises:
+        UsageError: the target cannot be met.
+    """
+    if config.threshold is not None:
+        return logit(config.threshold)
+    if config.target_recall is not None:
+        return cut_for_recall(scored, config.target_recall)
+    assert config.target_kept is not None
+    return cut_for_kept(scored, config.target_kept)
+
+
+def cut_for_recall(scored: Sequence[Refreshes], target: float) -> float:
+    """Return the highest cut at which the mean recall reaches ``target``.
+
+    Raises:
+        UsageError: no refresh needs a chunk.
+    """
+    n_needing = sum(int(each.golden.any(1).sum()) for each in scored)
+    if not n_needing:
+        raise UsageError(
+            "No refresh of these documents needs a chunk, so there is no recall to reach; give --threshold or "
+            "--target-kept, or other documents."
+        )
+    # A golden chunk weighs its share of its refresh, and every refresh the same; what a cap cuts off weighs nothing.
+    weights = [
+        (each.golden & each.within) / each.golden.sum(1, keepdim=True).clamp_min(1) / n_needing for each in scored
+    ]
+    values, gained = ranked(scored, weights)
+    if float(gained[-1]) < target - 1e-9:
+        raise UsageError(
+            f"target_recall is {target:g}, and within the cap no threshold has more than {float(gained[-1]):.4f} of "
+            "the golden chunks; raise --cap-tokens."
+        )
+    reached = int((gained < target - 1e-9).sum())  # groups before the one that reaches it
+    return between(values, min(reached + 1, len(values)))
+
+
+def cut_for_kept(scored: Sequence[Refreshes], target: float) -> float:
+    """Return the lowest cut at which the mean share of bytes is no more than ``target``.
+
+    Raises:
+        UsageError: what stays whatever is chosen is more.
+    """
+    n_refreshes = sum(len(each.logits) for each in scored)
+    always = sum((each.shares.static + each.shares.metadata) * len(each.logits) for each in scored) / n_refreshes
+    if always > target:
+        raise UsageError(
+            f"target_kept is {target:g}, and sinks, window, keys and states alone are {always:.4f} of these prompts; "
+            "give more, or longer documents."
+        )
+    weights = [each.within.double() * each.shares.chunk / n_refreshes for each in scored]
+    values, gained = ranked(scored, weights)
+    return between(values, int((always + gained <= target + 1e-9).sum()))
+
+
+def ranked(scored: Sequence[Refreshes], weights: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the distinct logits, descending, and the weight of all candidates from the first to each, fp64."""
+    values, where = torch.unique(torch.cat([each.logits.flatten() for each in scored]), return_inverse=True)
+    sums = torch.zeros(len(values), dtype=torch.float64)
+    sums.index_add_(0, where, torch.cat([weight.flatten().double() for weight in weights]))
+    return values.double().flip(0), sums.flip(0).cumsum(0)
+
+
+def between(values: torch.Tensor, n_kept: int) -> float:
+    """Return a cut that keeps the first ``n_kept`` of descending values, midway to the next: rounding moves neither."""
+    if n_kept == 0:
+        return float(values[0]) + 1.0
+    if n_kept == len(values):
+        return float(values[-1]) - 1.0
+    return float(values[n_kept - 1] + values[n_kept]) / 2
+
+
+@torch.inference_mode()
+def round_weights(indexer: Indexer) -> None:
+    """Round every weight but the biases of the layers to bfloat16, in place."""
+    for name, weight in indexer.named_parameters():
+        if name not in bias_names(indexer):
+            weight.copy_(weight.bfloat16())
+
+
+def bias_names(indexer: Indexer) -> set[str]:
+    """Return the names of what the threshold is shifted by: one number a layer."""
+    return {f"layers.{layer}.bias" for layer in indexer.config.layers}
+
+
+def store(indexer: Indexer, folder: Path, *, dtype: WeightDtype) -> None:
+    """Write an indexer in a dtype, see ``CalibrateConfig.dtype``."""
+    for name, weight in indexer.named_parameters():
+        if dtype == "bfloat16" and name not in bias_names(indexer):
+            weight.data = weight.data.bfloat16()
+    save_indexer(indexer, folder)
+
+
+def summary_text(found: dict[str, Any]) -> str:
+    """Return what was done and what it keeps, before and after."""
+    from tabulate import tabulate
+
+    def row(name: str) -> list[str]:
+        measured = found[name]
+        recall = "-" if measured["recall"] is None else f"{measured['recall']:.2%}"
+        return [name, recall, f"{measured['kept']:.2%}", f"{measured['kept_candidates']:.2%}"]
+
+    header = ["threshold 0.5", "golden recall", "prompt bytes kept", "candidates kept"]
+    text = tabulate([row("before"), row("after")], headers=header, disable_numparse=True)
+    return (
+        f"{text}\n\nMeans over {found['after']['refreshes']} refreshes. What was threshold {found['threshold']:.4g} is "
+        f"0.5 now: bias shifted by {found['shift']:+.4f}."
+    )

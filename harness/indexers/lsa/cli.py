@@ -1,0 +1,323 @@
+"""The ``kvscope lsa`` commands: parse, call, print. Everything heavy is imported inside them."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvscope.errors import UsageError
+
+app = typer.Typer(
+    name="lsa",
+    help="The Neural Memory Indexer: collect training data once, train without the model, evaluate, calibrate.",
+    no_args_is_help=True,
+)
+
+DataFolders = Annotated[
+    list[Path], typer.Option("--data", metavar="DIR", help="Folder that lsa collect wrote; repeatable.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; results and paths only.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto (float32 on a CPU, bfloat16 on a GPU), float32, ...")]
+Layers = Annotated[
+    str | None, typer.Option("--layers", metavar="N,N", help="Layers, comma-separated.  [default: all there are]")
+]
+Tau = Annotated[int, typer.Option("--tau", help="Decode steps between refreshes: how far labels look ahead.")]
+Sinks = Annotated[int, typer.Option("--sink-tokens", help="First prompt tokens that always stay.")]
+Recency = Annotated[
+    int | None,
+    typer.Option("--recency-tokens", help="Last prompt tokens that always stay.  [default: as in the method]"),
+]
+TopP = Annotated[
+    float | None, typer.Option("--top-p", help="Share of attention a voter's chunks hold.  [default: the collection's]")
+]
+Voters = Annotated[
+    str | None, typer.Option("--voters", help="layer (head-summed) or head.  [default: the collection's]")
+]
+Votes = Annotated[
+    int | None, typer.Option("--votes", help="Votes that make a chunk positive.  [default: the collection's]")
+]
+LeastMass = Annotated[
+    float | None, typer.Option("--least-mass", help="Least attention a vote needs.  [default: the collection's]")
+]
+LabelLayers = Annotated[
+    str | None, typer.Option("--label-layers", metavar="N,N", help="Layers that vote.  [default: all recorded]")
+]
+
+
+def say(text: str) -> None:
+    """Print a line of progress."""
+    typer.echo(text, err=True)
+
+
+def silence(text: str) -> None:
+    """Print nothing."""
+    del text
+
+
+def parse_layers(text: str | None) -> tuple[int, ...] | None:
+    """Read ``3,7``.
+
+    Raises:
+        UsageError: not whole numbers.
+    """
+    if text is None:
+        return None
+    try:
+        return tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        raise UsageError(f"--layers {text!r} is not a list of layers: write for example --layers 3,7.") from None
+
+
+@app.command(short_help="Run the model once over documents and store what an indexer learns from.")
+def collect(
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder; the same again resumes.")],
+    task: Annotated[list[str], typer.Option("--task", "-t", metavar="SPEC", help="Task; repeatable.")],
+    length: Annotated[list[str], typer.Option("--length", "-l", metavar="TOKENS", help="Length; repeatable.")],
+    model: Annotated[str, typer.Option("--model", help="reference, a folder, or a Hugging Face id.")] = "reference",
+    samples: Annotated[int, typer.Option("--samples", "-n", help="Documents per task and length.")] = 100,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the documents; keep it off evaluation's.")] = 1000,
+    chunk_tokens: Annotated[int, typer.Option("--chunk-tokens", help="Tokens of a chunk.")] = 64,
+    layers: Layers = None,
+    features: Annotated[
+        str, typer.Option("--features", help="tokens (every key) or stats (mean, maximum, minimum a chunk).")
+    ] = "tokens",
+    top_p: Annotated[float, typer.Option("--top-p", help="Share of attention a voter's chunks hold.")] = 0.6,
+    votes: Annotated[int, typer.Option("--votes", help="Votes that make a chunk positive.")] = 1,
+    voters: Annotated[str, typer.Option("--voters", help="layer (head-summed) or head.")] = "layer",
+    least_mass: Annotated[float, typer.Option("--least-mass", help="Least attention a vote needs.")] = 0.0,
+    states: Annotated[int, typer.Option("--states", help="Hidden states kept before step 0.")] = 16,
+    shard_documents: Annotated[int, typer.Option("--shard-documents", help="Documents a shard.")] = 16,
+    token_samples: Annotated[
+        int, typer.Option("--token-samples", help="Random tokens a prompt to store for kvscope dsa train, as 2048.")
+    ] = 0,
+    answers: Annotated[
+        str, typer.Option("--answers", help="own (the model's, greedily decoded) or reference (the task's).")
+    ] = "own",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Prefill every document once, feed its answer, and write hidden states, chunk keys and labels as shards."""
+    from kvscope.harness.indexers.collection.collect import CollectConfig
+    from kvscope.harness.indexers.collection.collect import collect as run_collect
+    from kvscope.harness.passes.progress import make_progress
+    from kvscope.units import parse_length
+
+    config = CollectConfig(
+        model=model, tasks=tuple(task), lengths_tokens=tuple(sorted({parse_length(item) for item in length})),
+        samples=samples, seed=seed, chunk_tokens=chunk_tokens, layers=parse_layers(layers),
+        features=features, top_p=top_p, votes=votes, voters=voters,  # type: ignore[arg-type]
+        least_mass=least_mass, state_tokens=states, shard_documents=shard_documents,
+        token_samples=token_samples, answers=answers,  # type: ignore[arg-type]
+        device=device, dtype=dtype,
+    )  # fmt: skip
+    with make_progress(not quiet) as progress:
+        folder = run_collect(config, out, progress=progress)
+    typer.echo(f"collection  {folder}")
+
+
+@app.command(short_help="Train an indexer from shards; the model is never loaded.")
+def train(
+    data: DataFolders,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the indexer.")],
+    tau: Tau = 64,
+    chunk_tokens: Annotated[
+        int | None, typer.Option("--chunk-tokens", help="A multiple of the collections'.  [default: theirs]")
+    ] = None,
+    layers: Layers = None,
+    epochs: Annotated[int, typer.Option("--epochs", help="Passes over the documents at most.")] = 5,
+    lr: Annotated[float, typer.Option("--lr", help="Learning rate.")] = 1e-4,
+    weight_decay: Annotated[float, typer.Option("--weight-decay", help="AdamW's.")] = 0.01,
+    gamma: Annotated[float, typer.Option("--gamma", help="Of the focal loss.")] = 2.0,
+    negatives: Annotated[int, typer.Option("--negatives", help="Random negatives a positive.")] = 3,
+    batch_documents: Annotated[int, typer.Option("--batch-documents", help="Documents a step.")] = 4,
+    batch_rows: Annotated[int, typer.Option("--batch-rows", help="Decode steps of a document.")] = 32,
+    heads: Annotated[int | None, typer.Option("--heads", help="Indexer heads.  [default: the model's]")] = None,
+    key_dim: Annotated[int | None, typer.Option("--key-dim", help="Key size.  [default: at most 128]")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", help="Query rank.  [default: half the width]")] = None,
+    encoder: Annotated[
+        str | None, typer.Option("--encoder", help="mean, stats or pooled.  [default: by the collection]")
+    ] = None,
+    encoder_width: Annotated[int, typer.Option("--encoder-width", help="Hidden width of the encoder.")] = 64,
+    lookback: Annotated[int, typer.Option("--lookback", help="Last hidden states scored at a refresh.")] = 8,
+    segment_tokens: Annotated[
+        int | None,
+        typer.Option("--segment-tokens", help="Tokens that share a key, part of a chunk.  [default: all of it]"),
+    ] = None,
+    neighbours: Annotated[
+        int, typer.Option("--neighbours", help="Segments on either side that one lends its score to.")
+    ] = 0,
+    start: Annotated[
+        str | None, typer.Option("--start", metavar="INDEXER", help="Train this one further; same sizes and layers.")
+    ] = None,
+    warm_start: Annotated[
+        bool, typer.Option("--warm-start/--cold-start", help="Begin at the model's own queries and keys.")
+    ] = True,
+    top_p: TopP = None,
+    voters: Voters = None,
+    votes: Votes = None,
+    least_mass: LeastMass = None,
+    label_layers: LabelLayers = None,
+    sink_tokens: Sinks = 4,
+    recency_tokens: Recency = None,
+    held_out: Annotated[float, typer.Option("--held-out", help="Share of documents to measure with.")] = 0.1,
+    keep: Annotated[
+        str,
+        typer.Option("--keep", help="Epoch kept: loss (lowest held-out) or recall (best tenth at refreshes, highest)."),
+    ] = "loss",
+    patience: Annotated[int, typer.Option("--patience", help="Epochs without gain before it stops.")] = 2,
+    target_recall: Annotated[
+        float | None, typer.Option("--target-recall", help="Set threshold 0.5 to this held-out golden recall.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of weights, order and negatives.")] = 0,
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Fit the dual encoder with focal loss; held-out recall and precision every epoch, the best (--keep) stays."""
+    from kvscope.harness.indexers.lsa.objective import TrainConfig
+    from kvscope.harness.indexers.lsa.train import train as run_train
+
+    config = TrainConfig(
+        tau=tau, chunk_tokens=chunk_tokens, layers=parse_layers(layers), epochs=epochs, lr=lr,
+        weight_decay=weight_decay, gamma=gamma, negatives=negatives, start=start, warm_start=warm_start,
+        batch_documents=batch_documents, batch_rows=batch_rows, heads=heads, key_dim=key_dim, rank=rank,
+        encoder=encoder, encoder_width=encoder_width, lookback=lookback,  # type: ignore[arg-type]
+        segment_tokens=segment_tokens, neighbours=neighbours, keep=keep, top_p=top_p, voters=voters, votes=votes,  # type: ignore[arg-type]
+        least_mass=least_mass, label_layers=parse_layers(label_layers), sink_tokens=sink_tokens,
+        recency_tokens=recency_tokens, held_out=held_out, patience=patience, target_recall=target_recall, seed=seed,
+        device=device,
+    )  # fmt: skip
+    best = run_train([str(folder) for folder in data], out, config, note=silence if quiet else say)
+    typer.echo(f"indexer  {out}  ({measures_text(best)})")
+
+
+def measures_text(best: dict[str, Any]) -> str:
+    """Return the held-out measures in one phrase."""
+    names = ("epoch", "recall", "refresh_recall", "precision", "kept_fraction", "recall_at_tenth",
+             "refresh_recall_at_tenth")  # fmt: skip
+    return ", ".join(f"{name} {best[name]}" for name in names if best.get(name) is not None)
+
+
+@app.command("eval", short_help="Golden recall against the fraction kept; or the label gate.")
+def evaluate(
+    data: DataFolders,
+    indexer: Annotated[str | None, typer.Option("--indexer", help="Folder or shipped name.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="Folder of tables and figure.")] = None,
+    gate: Annotated[bool, typer.Option("--gate", help="Decode restricted to the labels instead.")] = False,
+    model: Annotated[str | None, typer.Option("--model", help="For --gate.  [default: the collection's]")] = None,
+    samples: Annotated[
+        int | None, typer.Option("--samples", "-n", help="For --gate: prompts per task and length.  [default: all]")
+    ] = None,
+    chunk_tokens: Annotated[
+        int | None,
+        typer.Option("--chunk-tokens", help="For --gate: a multiple of the collection's.  [default: its own]"),
+    ] = None,
+    tau: Annotated[
+        int | None, typer.Option("--tau", help="Decode steps between refreshes.  [default: the indexer's, 64]")
+    ] = None,
+    top_p: TopP = None,
+    voters: Voters = None,
+    votes: Votes = None,
+    least_mass: LeastMass = None,
+    label_layers: LabelLayers = None,
+    sink_tokens: Sinks = 4,
+    recency_tokens: Recency = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the random policy.")] = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    quiet: Quiet = False,
+) -> int:
+    """Measure an indexer on shards, beside recency, random and the attention oracle. Exit 1 when the gate fails."""
+    note = silence if quiet else say
+    folders = [str(folder) for folder in data]
+    rule: dict[str, Any] = {
+        "top_p": top_p, "voters": voters, "votes": votes, "least_mass": least_mass,
+        "layers": parse_layers(label_layers),
+    }  # fmt: skip
+    if gate:
+        from tabulate import tabulate
+
+        from kvscope.harness.indexers.lsa.gate import LEAST_SHARE
+        from kvscope.harness.indexers.lsa.gate import gate as run_gate
+
+        result = run_gate(
+            folders, model=model, tau=tau or 64, rule=rule, sink_tokens=sink_tokens, recency_tokens=recency_tokens,
+            samples=samples, chunk_tokens=chunk_tokens, device=device, dtype=dtype, note=note,
+        )  # fmt: skip
+        typer.echo(tabulate(result.rows, headers="keys", tablefmt="simple"))
+        verdict = "passed" if result.passed else "failed"
+        typer.echo(f"gate {verdict}: restricted to its labels, dense must keep {LEAST_SHARE:.0%} of its score")
+        return 0 if result.passed else 1
+    if indexer is None or out is None:
+        raise UsageError("lsa eval needs --indexer and --out (or --gate).")
+    if chunk_tokens is not None:
+        raise UsageError("--chunk-tokens belongs to --gate: an indexer brings its own chunk size; leave it out.")
+    from kvscope.harness.indexers.lsa.evaluate import EvalConfig, summary_text
+    from kvscope.harness.indexers.lsa.evaluate import evaluate as run_evaluate
+
+    config = EvalConfig(
+        tau=tau, top_p=top_p, voters=voters, votes=votes, least_mass=least_mass,  # type: ignore[arg-type]
+        label_layers=rule["layers"], sink_tokens=sink_tokens, recency_tokens=recency_tokens, seed=seed,
+    )  # fmt: skip
+    rows = run_evaluate(folders, indexer, out, config, device=device, note=note)
+    typer.echo(summary_text(rows))
+    typer.echo(f"\ntables and figure  {out}")
+    return 0
+
+
+@app.command(short_help="Set what threshold 0.5 keeps, for the same or larger chunks; nothing is trained.")
+def calibrate(
+    data: DataFolders,
+    indexer: Annotated[str, typer.Option("--indexer", metavar="IN", help="Folder or shipped name.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the indexer to write.")],
+    chunk_tokens: Annotated[
+        int | None, typer.Option("--chunk-tokens", help="A multiple of the tokens a key.  [default: the indexer's]")
+    ] = None,
+    threshold: Annotated[float | None, typer.Option("--threshold", help="What is this becomes 0.5.")] = None,
+    target_recall: Annotated[
+        float | None, typer.Option("--target-recall", help="Least golden recall at refreshes of these documents.")
+    ] = None,
+    target_kept: Annotated[
+        float | None, typer.Option("--target-kept", help="Largest mean share of the prompt's bytes at refreshes.")
+    ] = None,
+    cap_tokens: Annotated[
+        int | None,
+        typer.Option("--cap-tokens", help="Most tokens of a prompt that stay, stored along.  [default: the indexer's]"),
+    ] = None,
+    weight_dtype: Annotated[
+        str, typer.Option("--dtype", help="Of the stored weights: float32 or bfloat16 (biases stay float32).")
+    ] = "float32",
+    tau: Annotated[
+        int | None, typer.Option("--tau", help="Decode steps between refreshes.  [default: the indexer's]")
+    ] = None,
+    top_p: TopP = None,
+    voters: Voters = None,
+    votes: Votes = None,
+    least_mass: LeastMass = None,
+    label_layers: LabelLayers = None,
+    sink_tokens: Sinks = 4,
+    recency_tokens: Recency = None,
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Shift the bias of a trained indexer so that threshold 0.5 keeps what is asked for, on documents new to it.
+
+    Give one of --threshold, --target-recall and --target-kept. A chunk of several keys has the score of its best one.
+    """
+    from kvscope.harness.indexers.lsa.calibrate import CalibrateConfig, summary_text
+    from kvscope.harness.indexers.lsa.calibrate import calibrate as run_calibrate
+    from kvscope.harness.indexers.lsa.evaluate import EvalConfig
+
+    config = CalibrateConfig(
+        chunk_tokens=chunk_tokens, threshold=threshold, target_recall=target_recall, target_kept=target_kept,
+        cap_tokens=cap_tokens, dtype=weight_dtype,  # type: ignore[arg-type]
+        measure=EvalConfig(
+            tau=tau, top_p=top_p, voters=voters, votes=votes, least_mass=least_mass,  # type: ignore[arg-type]
+            label_layers=parse_layers(label_layers), sink_tokens=sink_tokens, recency_tokens=recency_tokens,
+        ),
+    )  # fmt: skip
+    found = run_calibrate([str(folder) for folder in data], indexer, out, config, device=device,
+                          note=silence if quiet else say)  # fmt: skip
+    typer.echo(summary_text(found))
+    typer.echo(f"\nindexer  {out}")

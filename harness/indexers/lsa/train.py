@@ -1,0 +1,262 @@
+"""``kvscope lsa train``: fit an indexer to shards. The model they came from is neither imported nor loaded.
+
+Focal loss over the positives of a step and random negatives, AdamW, cosine, clipping: arXiv 2606.09079's recipe, with
+the memory side trained along with the query side, because an ordinary model brings no compressed keys of its own.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvscope.errors import UsageError
+from kvscope.harness.indexers.collection.shards import Collection, CollectionInfo, open_collections
+from kvscope.harness.indexers.lsa.fit import fit
+from kvscope.harness.indexers.lsa.lineage import origin
+from kvscope.harness.indexers.lsa.objective import (
+    Place,
+    TrainConfig,
+    calibrate,
+    compute_device,
+    document_loss,
+    example,
+    measure,
+    split,
+)
+from kvscope.harness.indexers.lsa.warm_start import warm_start
+from kvscope.methods.lsa.indexer import ENCODER_FEATURES, EncoderKind, Indexer, IndexerConfig
+from kvscope.methods.lsa.indexer_files import indexer_folder, load_indexer, save_indexer
+
+LOG_FILE = "train_log.jsonl"
+#: What sets a size that an indexer to begin with has to share.
+SIZE_OPTIONS = {
+    "layers": "--layers",
+    "heads": "--heads",
+    "key_dim": "--key-dim",
+    "rank": "--rank",
+    "encoder": "--encoder",
+    "encoder_width": "--encoder-width",
+    "neighbours": "--neighbours",
+}
+MOST_KEY_DIM = 128
+
+
+def train(
+    folders: Sequence[str | Path], out: str | Path, config: TrainConfig, *, note: Callable[[str], None]
+) -> dict[str, Any]:
+    """Train an indexer and write it to a folder, with one checkpoint an epoch and the log beside it.
+
+    Args:
+        folders: of ``lsa collect``; all made for one model.
+        note: takes one line an epoch.
+
+    Returns:
+        The held-out measures of the epoch that was kept.
+
+    Raises:
+        UsageError: bad options, or shards that are damaged, do not fit together, or hold no positive chunk.
+    """
+    collections = open_collections(folders, chunk_tokens=config.chunk_tokens, layers=config.layers)
+    info = collections[0].info
+    check_fit(config, collections, note)
+    config.rule(info)
+    device = compute_device(config.device)
+    where = [(collection, index) for collection in collections for index in range(len(collection))]
+    training, held_out = split(where, share=config.held_out)
+    indexer = starting_point(indexer_config(info, config), config).to(device).train()
+    if config.start is None and config.warm_start:
+        fits = warm_start(indexer, training, config)
+        note("warm start: " + ", ".join(f"layer {layer} queries {fit['query_fit']:.1%} explained"
+                                        for layer, fit in zip(indexer.config.layers, fits, strict=True)))  # fmt: skip
+    trained: dict[str, Any] = {
+        "data": data_record(collections), "labels": config.rule(info).text(), "documents": len(training),
+        "options": asdict(config),
+    }  # fmt: skip
+    if config.start is not None:
+        trained["start"] = origin(indexer_folder(config.start))
+    # A run that ends at a time limit leaves checkpoints alone: they say what they were trained on, too.
+    indexer.config = replace(indexer.config, trained=trained)
+    draws = torch.Generator().manual_seed(config.seed)
+
+    def loss_of(place: Place) -> torch.Tensor | None:
+        found = example(place, config)
+        return None if found is None else document_loss(indexer, found, config, draws)
+
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOG_FILE).open("w", encoding="utf-8") as log:
+
+        def say(**fields: Any) -> None:
+            log.write(json.dumps(fields) + "\n")
+            log.flush()
+
+        worth = worth_of(config)
+        if config.start is not None or config.warm_start or config.keep == "recall":
+            before = measure(indexer, held_out, config)
+            worth(before)  # what cannot be told is told before an epoch is spent on it
+            if config.start is not None:
+                say(start=config.start, held_out=before)
+            elif config.warm_start:
+                say(warm_start=fits, held_out=before)
+        say(collections=[c.id for c in collections], documents=len(training), held_out=len(held_out),
+            weights=sum(p.numel() for p in indexer.parameters()), config=asdict(config))  # fmt: skip
+        best = fit(
+            indexer,
+            training,
+            config,
+            loss_of=loss_of,
+            measure=lambda: measure(indexer, held_out, config),
+            save=lambda target: save_indexer(indexer, target),
+            text=lambda epoch, fields, since_s: epoch_text(epoch, config.epochs, fields, since_s=since_s),
+            worth=worth,
+            folder=folder,
+            say=say,
+            note=note,
+        )
+        if config.target_recall is not None:
+            shift = calibrate(indexer, held_out, config, target_recall=config.target_recall)
+            note(f"bias shifted by {shift:+.3f}: threshold 0.5 keeps {config.target_recall:.0%} of held-out golden")
+            best = {**best, "bias_shift": round(shift, 4), **measure(indexer, held_out, config)}
+        say(kept=best)
+    trained["held_out"] = best
+    indexer.config = replace(indexer.config, kept_fraction=best["kept_fraction"], trained=trained)
+    save_indexer(indexer, folder)
+    return best
+
+
+def starting_point(wanted: IndexerConfig, config: TrainConfig) -> Indexer:
+    """Return the indexer to begin with: random weights, or those of ``config.start``.
+
+    Raises:
+        UsageError: that indexer has another shape or belongs to another model; the message names both sides.
+    """
+    if config.start is None:
+        return Indexer.untrained(wanted, seed=config.seed)
+    folder = indexer_folder(config.start)
+    found = load_indexer(folder)
+    free = {"tau", "kept_fraction", "trained", "chunk_tokens", "segment_tokens", "lookback_tokens"}
+    if wanted.model_revision is not None:
+        free.add("model")  # a name or the folder of the same weights
+    for field in fields(IndexerConfig):
+        mine, theirs = (_shown(getattr(each, field.name)) for each in (wanted, found.config))
+        if field.name not in free and mine != theirs:
+            option = SIZE_OPTIONS.get(field.name)
+            mend = f"give {option} {theirs}" if option else "it belongs to another model, start from one of this model"
+            raise UsageError(
+                f"Indexer '{config.start}' cannot be trained further here: {field.name} is {theirs} there and {mine} "
+                f"here; {mend}."
+            )
+    key_tokens = [each.segment_tokens or each.chunk_tokens for each in (wanted, found.config)]
+    if key_tokens[0] != key_tokens[1]:
+        raise UsageError(
+            f"Indexer '{config.start}' has a key for every {key_tokens[1]} tokens, {key_tokens[0]} were asked for; "
+            f"give --segment-tokens {key_tokens[1]}."
+        )
+    found.config = wanted
+    return found
+
+
+def _shown(value: object) -> str:
+    """Return a value of a configuration as its option takes it."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def worth_of(config: TrainConfig) -> Callable[[dict[str, Any]], float]:
+    """Return what an epoch is worth by its held-out measures."""
+
+    def recall(measures: dict[str, Any]) -> float:
+        found = measures["refresh_recall_at_tenth"]
+        if found is None:
+            raise UsageError(
+                "No held-out refresh needs a chunk, so keep=recall has nothing to choose an epoch by; use keep=loss, "
+                "or collect longer prompts."
+            )
+        return float(found)
+
+    return recall if config.keep == "recall" else lambda measures: -float(measures["held_out_loss"])
+
+
+def check_fit(config: TrainConfig, collections: Sequence[Collection], note: Callable[[str], None]) -> None:
+    """Check options against what was collected.
+
+    Raises:
+        UsageError: the encoder, the segments or the lookback need other than what is stored.
+    """
+    info = collections[0].info
+    needed = None if config.encoder is None else ENCODER_FEATURES[config.encoder]
+    if needed is not None and needed != info.features:
+        raise UsageError(
+            f"Encoder '{config.encoder}' needs a collection made with --features {needed}, this one holds "
+            f"'{info.features}'."
+        )
+    if config.segment_tokens is not None and (info.features != "tokens" or info.chunk_tokens % config.segment_tokens):
+        raise UsageError(
+            f"segment_tokens is {config.segment_tokens}: it must divide the chunk of {info.chunk_tokens} tokens, and "
+            "the collection must hold every key (--features tokens)."
+        )
+    states = min(collection.info.state_tokens for collection in collections)
+    if config.lookback > states:
+        raise UsageError(f"lookback is {config.lookback}, and the collection keeps {states} states before an answer.")
+    note_unfinished(collections, note)
+
+
+def note_unfinished(collections: Sequence[Collection], note: Callable[[str], None]) -> None:
+    """Say which collections are not whole."""
+    for collection in collections:
+        if not collection.complete:
+            note(f"note: collection '{collection.folder}' is unfinished; its {len(collection)} documents are used.")
+
+
+def data_record(collections: Sequence[Collection]) -> list[dict[str, Any]]:
+    """Return what an indexer's configuration says of the data it was trained on."""
+    return [
+        {
+            "id": collection.id,
+            "tasks": list(collection.info.tasks),
+            "lengths_tokens": list(collection.info.lengths_tokens),
+            "samples": collection.info.samples,
+            "seed": collection.info.seed,
+        }
+        for collection in collections
+    ]
+
+
+def indexer_config(info: CollectionInfo, config: TrainConfig) -> IndexerConfig:
+    """Return the configuration of the indexer to train."""
+    pooled_or_stats: EncoderKind = "pooled" if info.features == "tokens" else "stats"
+    return IndexerConfig(
+        model=info.model,
+        model_revision=info.model_revision,
+        layers=config.layers or info.layers,
+        chunk_tokens=info.chunk_tokens,
+        tau=config.tau,
+        hidden_size=info.hidden_size,
+        key_features=info.key_features,
+        heads=config.heads or info.query_heads,
+        key_dim=config.key_dim or min(MOST_KEY_DIM, info.key_features),
+        rank=config.rank or max(1, info.hidden_size // 2),
+        encoder=config.encoder or pooled_or_stats,
+        encoder_width=config.encoder_width,
+        lookback_tokens=config.lookback,
+        segment_tokens=config.segment_tokens,
+        neighbours=config.neighbours,
+    )
+
+
+def epoch_text(epoch: int, epochs: int, fields: dict[str, Any], *, since_s: float) -> str:
+    """Return an epoch in one line."""
+    left_s = since_s / epoch * (epochs - epoch)
+
+    def text(value: float | None) -> str:
+        return "-" if value is None else f"{value:.1%}"
+
+    return (
+        f"[{epoch}/{epochs}] loss {fields['loss']:.4f}, held-out {fields['held_out_loss']:.4f}: recall "
+        f"{text(fields['recall'])} (at refreshes {text(fields['refresh_recall'])}), precision "
+        f"{text(fields['precision'])}, kept {text(fields['kept_fraction'])}; best tenth "
+        f"{text(fields['recall_at_tenth'])} (at refreshes {text(fields['refresh_recall_at_tenth'])}); "
+        f"{since_s:.0f} s, about {left_s:.0f} s left"
+    )

@@ -1,0 +1,1 @@
+"""What the command line tells about methods, tasks, models and this machine."""

@@ -1,0 +1,238 @@
+"""What ``kvscope list`` and ``kvscope show`` say about methods, tasks and models. Reads code and configuration only."""
+
+import dataclasses
+import inspect
+import re
+import textwrap
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal
+
+from kvscope.errors import UsageError, did_you_mean
+from kvscope.units import format_length
+
+if TYPE_CHECKING:
+    from kvscope.methods.base import CacheMethod
+
+Kind = Literal["methods", "tasks", "models"]
+TEXT_WIDTH = 100
+SHOWN_LENGTHS_TOKENS = (1024, 8192, 32_768, 131_072)
+KINDS: tuple[Kind, ...] = ("methods", "tasks", "models")
+SECTION = re.compile(r"^(Args|Attributes|Options):$")
+ENTRY = re.compile(r"^([\w, ]+):\s+(.*)$")
+
+
+def entries(kind: str) -> list[dict[str, Any]]:
+    """Return one plain mapping per known name of a kind.
+
+    Raises:
+        UsageError: no such kind.
+    """
+    if kind == "methods":
+        return [method_entry(name) for name in _method_names()]
+    if kind == "tasks":
+        return [task_entry(name) for name in _task_names()]
+    if kind == "models":
+        return [{"name": name, "description": text} for name, text in _models().items()]
+    raise UsageError(f"There is nothing to list under {kind!r}.{did_you_mean(kind, KINDS)}")
+
+
+def list_text(kind: str) -> str:
+    """Return the names of a kind, each with one clause."""
+    rows = entries(kind)
+    width = max(len(row["name"]) for row in rows)
+    clause = "stays" if kind == "methods" else "description"
+    return "\n".join(f"{row['name']:<{width}}  {row[clause]}" for row in rows)
+
+
+def show_text(name: str) -> str:
+    """Return everything known of a method, task or model.
+
+    Raises:
+        UsageError: no method, task or model has that name.
+    """
+    if name in _method_names():
+        return _method_text(method_entry(name))
+    if name in _task_names():
+        return _task_text(task_entry(name))
+    if name in _models():
+        return _model_text(name)
+    known = [*_method_names(), *_task_names(), *_models()]
+    near = did_you_mean(name, known)
+    hint = near if "Did you mean" in near else " See kvscope list methods, list tasks and list models."
+    raise UsageError(f"No method, task or model is named {name!r}.{hint}")
+
+
+def method_entry(name: str) -> dict[str, Any]:
+    """Return a method's words and options as plain values."""
+    from kvscope.methods.registry import method_class
+
+    cls = method_class(name)
+    return {
+        "name": name,
+        "stays": cls.stays,
+        "reads": cls.reads,
+        "saves": cls.saves,
+        "saving_kind": cls.saving_kind,
+        "cost": cls.cost,
+        "source": cls.source,
+        "trained_indexers": cls.shipped_indexers(),
+        "options": method_options(cls),
+        "automatic": automatic_values(cls),
+    }
+
+
+def method_options(cls: "type[CacheMethod[Any]]") -> list[dict[str, Any]]:
+    """Return name, type, default and meaning of each option of a method."""
+    from kvscope.methods.options import field_types, optional_fields
+
+    types, optional = field_types(cls.Config), optional_fields(cls.Config)
+    meanings = documented(cls.Config)
+    return [
+        {
+            "name": field.name,
+            "type": types[field.name].__name__ + (" or none" if field.name in optional else ""),
+            "default": field.default,
+            "meaning": meanings.get(field.name, ""),
+        }
+        for field in dataclasses.fields(cls.Config)
+    ]
+
+
+def automatic_values(cls: "type[CacheMethod[Any]]") -> dict[str, dict[str, Any]]:
+    """Return length -> the settings in use there with every option at its default; empty for one without settings."""
+    method = cls()
+    found = {length_tokens: method.effective_config(length_tokens) for length_tokens in SHOWN_LENGTHS_TOKENS}
+    return {
+        format_length(length_tokens): {key: value for key, value in values.items() if value is not None}
+        for length_tokens, values in found.items()
+        if values
+    }
+
+
+def documented(thing: Any) -> dict[str, str]:
+    """Return name -> meaning from the Args/Attributes section of a docstring."""
+    found: dict[str, str] = {}
+    names: list[str] = []
+    inside = False
+    for line in (inspect.getdoc(thing) or "").splitlines():
+        if SECTION.match(line):
+            inside = True
+        elif inside and line and not line.startswith(" "):
+            inside = False
+        elif inside and (match := ENTRY.match(line[4:])) and line[:4] == "    " and line[4:5] != " ":
+            names = [name.strip() for name in match[1].split(",")]
+            found.update(dict.fromkeys(names, match[2]))
+        elif inside and line.strip():
+            found.update({name: f"{found[name]} {line.strip()}" for name in names})
+    return {name: meaning.replace("``", "") for name, meaning in found.items()}
+
+
+def task_entry(name: str) -> dict[str, Any]:
+    """Return a task's words as plain values; no data file is needed for it."""
+    from kvscope.tasks.registry import DESCRIPTIONS, TASKS, task_options
+
+    module, _, attribute = TASKS[name].partition(":")
+    cls = getattr(import_module(module), attribute)
+    meanings = documented(cls)
+    return {
+        "name": name,
+        "description": DESCRIPTIONS[name],
+        "source": cls.source,
+        "options": [{"name": option, "meaning": meanings.get(option, "")} for option in task_options(name)],
+    }
+
+
+def _method_text(entry: dict[str, Any]) -> str:
+    lines = [
+        f"{entry['name']} (cache method)",
+        *_clause("stays on the device", entry["stays"]),
+        *_clause("a query reads", entry["reads"]),
+        *_clause("saves", entry["saves"]),
+        *_clause("the rest is", REST[entry["saving_kind"]]),
+        *_clause("bytes kept and read", entry["cost"]),
+        *_clause("source", entry["source"]),
+    ]
+    if entry["trained_indexers"]:
+        lines += _clause("trained indexers", ", ".join(entry["trained_indexers"]))
+    options = entry["options"]
+    lines.append("  options" if options else "  options               none")
+    for option in options:
+        lines.append(f"    {option['name']} ({option['type']}, default {_value_text(option['default'])})")
+        lines += textwrap.wrap(option["meaning"], TEXT_WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 8)
+    if entry["automatic"]:
+        lines.append("  in use by default, by prompt length (every row holds the values of its own)")
+    for length, values in entry["automatic"].items():
+        text = ", ".join(f"{key}={_value_text(value)}" for key, value in values.items())
+        lines += textwrap.wrap(text, TEXT_WIDTH + 24, initial_indent=f"    {length:<6} ", subsequent_indent=" " * 11)
+    example = f"{options[0]['name']}=..." if options else ""
+    lines.append(f"  use                   -m {entry['name']}{':' + example if example else ''}")
+    return "\n".join(lines)
+
+
+def _clause(name: str, text: str) -> list[str]:
+    return textwrap.wrap(text, TEXT_WIDTH + 24, initial_indent=f"  {name:<22}", subsequent_indent=" " * 24)
+
+
+REST = {
+    "resident": "nothing: every token stays on the device",
+    "freed": "freed: it is gone and cannot come back",
+    "offloaded": "offloaded: it waits in pinned host memory and can be recalled",
+}
+
+
+def _value_text(value: object) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _task_text(entry: dict[str, Any]) -> str:
+    lines = [
+        f"{entry['name']} (task)",
+        f"  asks for   {entry['description']}",
+        f"  source     {entry['source']}",
+    ]
+    for option in entry["options"]:
+        lines.append(f"  option     {option['name']}")
+        lines += textwrap.wrap(option["meaning"], TEXT_WIDTH, initial_indent=" " * 13, subsequent_indent=" " * 13)
+    lines.append(f"  use        --task {entry['name']}")
+    return "\n".join(lines)
+
+
+def _model_text(name: str) -> str:
+    from kvscope.harness.passes.facts import describe_model
+
+    lines = [f"{name} (model)", f"  what       {_models()[name]}"]
+    try:
+        facts = describe_model(name)
+    except UsageError as error:
+        return "\n".join([*lines, f"  shape      not known here: {error}"])
+    shape = facts.shape
+    lines += [
+        f"  layers     {shape.n_layers}, {len(shape.layers)} with full attention",
+        f"  heads      {shape.n_q_heads} query, {shape.n_kv_heads} KV, {shape.head_dim} wide",
+        f"  KV cache   {shape.kv_bytes_per_token:,} bytes a token in {facts.dtype}",
+        f"  context    {facts.max_length_tokens:,} tokens at most",
+        f"  use        --model {name}",
+    ]
+    return "\n".join(lines)
+
+
+def _method_names() -> list[str]:
+    from kvscope.methods.registry import method_names
+
+    return method_names()
+
+
+def _task_names() -> list[str]:
+    from kvscope.tasks.registry import task_names
+
+    return task_names()
+
+
+def _models() -> dict[str, str]:
+    from kvscope.harness.engine.models import known_models
+
+    return known_models()

@@ -1,0 +1,1 @@
+"""What a run measures: configuration, plan, and the passes that make rows."""

@@ -1,0 +1,29 @@
+"""``--time-limit``: a run that stops between two rows, so that a long one can be had in pieces."""
+
+import time
+
+from kvscope.errors import KvscopeError
+
+
+class TimeLimitReached(KvscopeError):  # noqa: N818 - nothing went wrong
+    """The time limit ended a run before its last row; the same command continues it."""
+
+
+class Deadline:
+    """Asked before each piece of work; ``limit_s`` None is no limit."""
+
+    def __init__(self, limit_s: float | None = None) -> None:
+        self._limit_s = limit_s
+        self._started_s = time.monotonic()
+
+    def check(self) -> None:
+        """Let the next piece begin.
+
+        Raises:
+            TimeLimitReached: the time is over.
+        """
+        if self._limit_s is not None and time.monotonic() - self._started_s >= self._limit_s:
+            raise TimeLimitReached(
+                f"The time limit of {self._limit_s:g} s is reached: every finished row is kept, and the same command "
+                "continues."
+            )

@@ -1,0 +1,151 @@
+"""``--find-max``: each method's longest context, by bisection over lengths, every try a footprint cell of its own.
+
+A try is a fresh process with synthetic KV, so memory is what a real run of that length would hold while decoding, and
+one that runs out leaves nothing behind. The first length tried is the longest the byte formulas expect to fit; from
+there the search gallops until one length fits and one does not, then halves what is between. Every try is a footprint
+row, so an interrupted search goes on where it was.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from kvscope.harness.passes.deadline import Deadline
+from kvscope.harness.passes.footprint import measure_footprint
+from kvscope.harness.passes.plan import Plan, device_rooms, needed_bytes_by_device
+from kvscope.harness.passes.progress import Progress
+from kvscope.results.schema import Bound, FootprintRow, MaxContextRow
+
+if TYPE_CHECKING:
+    from kvscope.methods.base import CacheMethod
+    from kvscope.results.store import RunStore
+
+
+def find_max_pass(plan: Plan, store: "RunStore", progress: Progress, deadline: Deadline) -> None:
+    """Find the longest context of every method that has no result yet."""
+    for method in plan.methods:
+        if store.has_max_context(method.label):
+            continue
+        reasons = method.unsupported(plan.facts.shape, plan.facts.device)
+        if reasons:
+            row = _row(plan, method, longest=0, failing=None, tries=(), bound="failed", reason="; ".join(reasons))
+        else:
+            row = find_max(plan, method, _try(plan, method, store, progress, deadline))
+        store.append_max_context(row)
+        progress.note(f"{method.label}: longest context {row.longest_tokens:,} tokens, bound by {row.bound}")
+
+
+def _try(
+    plan: Plan, method: "CacheMethod[Any]", store: "RunStore", progress: Progress, deadline: Deadline
+) -> Callable[[int], FootprintRow]:
+    """Return a function that measures one length, or finds its row from before."""
+
+    def measure(length_tokens: int) -> FootprintRow:
+        for row in store.footprints():
+            if row.key == (method.label, length_tokens):
+                return row
+        deadline.check()
+        row = measure_footprint(plan, method, length_tokens, progress)
+        store.append_footprint(row)
+        return row
+
+    return measure
+
+
+def find_max(plan: Plan, method: "CacheMethod[Any]", measure: Callable[[int], FootprintRow]) -> MaxContextRow:
+    """Search one method.
+
+    Args:
+        measure: a length in tokens -> its footprint row.
+    """
+    unit = plan.config.page_tokens
+    least = -(-(plan.config.footprint_decode_tokens + 2) // unit) * unit
+    limit = plan.config.find_max_limit_tokens
+    most = min(plan.facts.max_length_tokens, limit or plan.facts.max_length_tokens) // unit * unit
+    resolution = plan.config.find_max_resolution
+    longest, failing = 0, None
+    tries: list[int] = []
+    last: FootprintRow | None = None
+    step = resolution  # formulas leave out workspaces, which are a few percent
+    length = min(most, max(least, predicted_max(plan, method)))
+    while True:
+        row = measure(length)
+        tries.append(length)
+        if row.status == "ok":
+            longest = length
+            if length >= most:
+                bound: Bound = "model_maximum" if limit is None or limit >= plan.facts.max_length_tokens else "limit"
+                return _row(plan, method, longest=longest, failing=None, tries=tries, bound=bound)
+        elif row.status == "oom":
+            failing, last = length, row
+            if length <= least:
+                return _row(plan, method, longest=0, failing=failing, tries=tries, bound="none_fits", reason=row.reason)
+        else:
+            return _row(plan, method, longest=longest, failing=length, tries=tries, bound="failed", reason=row.reason)
+        if failing is None:
+            length = min(most, _whole(length * (1 + step), unit) + unit)
+            step *= 2
+        elif longest == 0:
+            length = max(least, min(_whole(length / (1 + step), unit), length - unit))
+            step *= 2
+        else:
+            if failing - longest <= max(unit, resolution * longest):
+                break
+            length = _whole((longest + failing) / 2, unit)
+            if length <= longest:
+                break
+    assert last is not None
+    return _row(
+        plan, method, longest=longest, failing=failing, tries=tries, bound=last.oom_of or "device", reason=last.reason
+    )
+
+
+def predicted_max(plan: Plan, method: "CacheMethod[Any]") -> int:
+    """Return the longest length that the byte formulas expect to fit, in whole pages; one page where none does."""
+    config, facts = plan.config, plan.facts
+    rooms, unit = device_rooms(config, facts), plan.config.page_tokens
+    if config.gpu_budget_bytes is not None and facts.device == "cpu":
+        # On a CPU the budget holds weights and cache alone (``DeviceBudget``).
+        rooms = {"cpu": (config.gpu_budget_bytes, "the device budget")}
+
+    def fits(length_tokens: int) -> bool:
+        steps = min(config.footprint_decode_tokens, length_tokens - 1)
+        predicted = method.predict(facts.shape, length_tokens - steps - 1, steps)
+        if facts.device == "cpu" and config.gpu_budget_bytes is not None:
+            needs = {"cpu": (facts.weights_bytes or 0) + predicted.device_bytes}
+        else:
+            mirror = method.saving_kind == "offloaded"
+            needs = needed_bytes_by_device(predicted, length_tokens, config=config, facts=facts, mirror=mirror)
+        return all(free is None or needs.get(device, 0) <= free for device, (free, _) in rooms.items())
+
+    low, high = 1, facts.max_length_tokens // unit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle * unit) else (low, middle - 1)
+    return low * unit
+
+
+def _whole(length: float, unit: int) -> int:
+    return int(length) // unit * unit
+
+
+def _row(
+    plan: Plan,
+    method: "CacheMethod[Any]",
+    *,
+    longest: int,
+    failing: int | None,
+    tries: "list[int] | tuple[int, ...]",
+    bound: Bound,
+    reason: str | None = None,
+) -> MaxContextRow:
+    return MaxContextRow(
+        model=plan.facts.name,
+        method_label=method.label,
+        longest_tokens=longest,
+        shortest_failing_tokens=failing,
+        bound=bound,
+        reason=reason,
+        tries=tuple(tries),
+        gpu_budget_bytes=plan.config.gpu_budget_bytes,
+        resolution=plan.config.find_max_resolution,
+    )

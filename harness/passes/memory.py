@@ -1,0 +1,266 @@
+"""Physical memory: NVML per-process bytes, a sampler thread, host RSS, and the verdict on a claimed saving.
+
+Three readings exist and are never mixed: NVML (this file), torch's allocator (the worker) and the ledger of live cache
+tensors (the methods). A reading that cannot be taken is None with the reason, never zero.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from kvscope.harness.engine.host_memory import free_host_bytes
+
+MIB = 1024 * 1024
+#: Claims below this many bytes drown in NVML's own granularity (2 MiB blocks, workspaces): no verdict is given.
+RESOLUTION_BYTES = 256 * MIB
+#: Share of the claimed bytes that NVML must confirm.
+CONFIRMED_SHARE = 0.9
+#: How far NVML may be from the ledger: a share of the ledger, and what blocks and workspaces add at any size.
+AGREEMENT_SHARE, AGREEMENT_BYTES = 0.03, 64 * MIB
+
+SavingKind = Literal["resident", "freed", "offloaded"]
+Verdict = Literal["resident", "freed", "offloaded", "mismatch", "below_resolution", "not_measured"]
+
+
+class NvmlProcessMemory:
+    """Bytes that this process holds on one GPU, as the driver counts them.
+
+    Make it before the CUDA context exists: inside a container NVML may report process ids of another namespace, and
+    then the one process that appears between construction and :meth:`identify` is this one.
+
+    ``reason`` is None when :meth:`read_bytes` works, else one clause that says why it does not.
+    """
+
+    def __init__(self, device_index: int = 0) -> None:
+        self.reason: str | None = None
+        self._handle: Any = None
+        self._nvml: Any = None
+        self._pid: int | None = None
+        self._before: set[int] = set()
+        try:
+            import pynvml
+        except ImportError:
+            self.reason = "the package nvidia-ml-py is not installed"
+            return
+        try:
+            pynvml.nvmlInit()
+            self._handle = nvml_handle(pynvml, device_index)
+            self._nvml = pynvml
+            self._before = set(self._processes())
+        except pynvml.NVMLError as error:
+            self.reason = f"NVML is not available: {error}"
+
+    def identify(self) -> None:
+        """Find this process in NVML's list; call it once, right after the CUDA context was created."""
+        if self.reason is not None:
+            return
+        processes = self._processes()
+        appeared = sorted(set(processes) - self._before)
+        if os.getpid() in processes:
+            self._pid = os.getpid()
+        elif len(appeared) == 1:
+            self._pid = appeared[0]
+        else:
+            self.reason = (
+                f"NVML does not list this process ({len(appeared)} processes appeared on the GPU while its context was "
+                "created): process ids of a container cannot be told apart"
+            )
+            return
+        if processes[self._pid] is None:
+            self.reason = "this driver does not report memory per process"
+
+    def read_bytes(self) -> int | None:
+        """Return the bytes used now, or None when there is no reading (``reason`` says why)."""
+        if self.reason is not None or self._pid is None:
+            return None
+        return self._processes().get(self._pid)
+
+    def others(self) -> tuple[int, int | None] | None:
+        """Return (other processes on the GPU, bytes they hold or None where the driver does not tell).
+
+        The sweep that started this process is none of them: it waits. None when NVML could not be asked, or does not
+        say which process is this one.
+        """
+        if self._nvml is None or self._pid is None:
+            return None
+        own = (self._pid, os.getppid())
+        used = [used_bytes for pid, used_bytes in self._processes().items() if pid not in own]
+        known = [used_bytes for used_bytes in used if used_bytes is not None]
+        return len(used), sum(known) if len(known) == len(used) else None
+
+    def _processes(self) -> dict[int, int | None]:
+        listed = self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
+        return {process.pid: process.usedGpuMemory for process in listed}
+
+
+def nvml_handle(pynvml: Any, device_index: int) -> Any:
+    """Return NVML's handle of CUDA device ``device_index``, which CUDA_VISIBLE_DEVICES may have renumbered."""
+    visible = [item.strip() for item in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if item.strip()]
+    if device_index < len(visible):
+        chosen = visible[device_index]
+        if not chosen.isdigit():
+            return pynvml.nvmlDeviceGetHandleByUUID(chosen)
+        device_index = int(chosen)
+    return pynvml.nvmlDeviceGetHandleByIndex(device_index)
+
+
+class PeakSampler:
+    """Context manager: a thread that reads ``read_bytes`` every ``interval_s`` and keeps the largest value.
+
+    ``peak_bytes`` is None when no reading was ever taken. One NVML query costs about 13 us (H100), so the default
+    interval takes under 1 % of a core.
+    """
+
+    def __init__(self, read_bytes: Callable[[], int | None], *, interval_s: float = 0.005) -> None:
+        self.peak_bytes: int | None = None
+        self.readings = 0
+        self._read_bytes = read_bytes
+        self._interval_s = interval_s
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="kvscope-memory-sampler", daemon=True)
+        self._error: BaseException | None = None
+
+    def mark(self) -> None:
+        """Take one reading now: phase ends are read exactly, whatever the interval."""
+        value_bytes = self._read_bytes()
+        if value_bytes is not None:
+            self.readings += 1
+            self.peak_bytes = value_bytes if self.peak_bytes is None else max(self.peak_bytes, value_bytes)
+
+    def _loop(self) -> None:
+        try:
+            while not self._stop.wait(self._interval_s):
+                self.mark()
+        except BaseException as error:  # noqa: BLE001 - a thread's error is raised in the thread that asked for it
+            self._error = error
+
+    def __enter__(self) -> Self:
+        self.mark()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        if exc is None:
+            if self._error is not None:
+                raise self._error
+            self.mark()
+
+
+def verdict(
+    *,
+    saving_kind: SavingKind,
+    dense_kv_bytes: int,
+    ledger_bytes: int,
+    baseline_nvml_bytes: int | None,
+    decode_peak_nvml_bytes: int | None,
+) -> tuple[Verdict, str | None]:
+    """Compare what a method says it keeps on the GPU with what the driver saw.
+
+    ``kv = decode peak - baseline``. Ledger and driver must agree, within 3 % of the ledger and 64 MiB, whatever the
+    size. Then a method that frees or offloads claims ``dense - ledger`` bytes; NVML confirms it when ``dense - kv`` is
+    at least 90 % of that. A method that keeps everything resident claims ``ledger`` bytes on the GPU; NVML confirms it
+    when ``kv`` is at least 90 % of them.
+
+    Args:
+        saving_kind: what the method says becomes of the bytes it does not keep.
+        dense_kv_bytes: KV cache of dense attention at the same number of tokens.
+        ledger_bytes: device bytes of the method's live tensors, metadata included.
+        baseline_nvml_bytes: NVML after warm-up, before the prompt; None where NVML was not read.
+        decode_peak_nvml_bytes: NVML peak during decode; None where NVML was not read.
+
+    Returns:
+        The verdict, and for ``mismatch`` the readings that disagree in one clause.
+    """
+    if baseline_nvml_bytes is None or decode_peak_nvml_bytes is None:
+        return "not_measured", None
+    kv_bytes = decode_peak_nvml_bytes - baseline_nvml_bytes
+    off_bytes, allowed_bytes = abs(kv_bytes - ledger_bytes), int(AGREEMENT_SHARE * ledger_bytes) + AGREEMENT_BYTES
+    if off_bytes > allowed_bytes:
+        return "mismatch", (
+            f"NVML reads {kv_bytes:,} bytes where the ledger counts {ledger_bytes:,}: {off_bytes:,} apart, "
+            f"{allowed_bytes:,} allowed (3 % and 64 MiB)"
+        )
+    if saving_kind == "resident":
+        claim_bytes, seen_bytes = ledger_bytes, kv_bytes
+    else:
+        claim_bytes, seen_bytes = dense_kv_bytes - ledger_bytes, dense_kv_bytes - kv_bytes
+    if claim_bytes < RESOLUTION_BYTES:
+        return "below_resolution", None
+    if seen_bytes >= CONFIRMED_SHARE * claim_bytes:
+        return saving_kind, None
+    return "mismatch", f"NVML confirms {seen_bytes:,} of {claim_bytes:,} bytes claimed, less than 90 %"
+
+
+def host_rss_bytes() -> int:
+    """Return the resident set of this process now."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def host_rss_peak_bytes() -> int | None:
+    """Return the largest resident set of this process since it was started, or None where the kernel does not tell.
+
+    ``getrusage`` would not do: its maximum survives ``exec``, so a small child of a large parent reports the parent.
+    """
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    for line in status.splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def free_device_bytes(device: str) -> tuple[int | None, str]:
+    """Return (free bytes of the memory that ``device`` computes in, its name); None bytes when it cannot be read.
+
+    NVML is asked first: torch's answer creates a CUDA context, half a GiB that the cells to be measured then lack.
+    """
+    if not device.startswith("cuda"):
+        return free_host_bytes(), "host memory"
+    import torch
+
+    if not torch.cuda.is_available():
+        return None, "GPU"
+    target = torch.device(device)
+    name = torch.cuda.get_device_name(target)
+    free_bytes = _nvml_free_bytes(torch.cuda.current_device() if target.index is None else target.index)
+    return int(torch.cuda.mem_get_info(target)[0]) if free_bytes is None else free_bytes, name
+
+
+def _nvml_free_bytes(device_index: int) -> int | None:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except (ImportError, OSError):
+        return None
+    except pynvml.NVMLError:
+        return None
+    try:
+        return int(pynvml.nvmlDeviceGetMemoryInfo(nvml_handle(pynvml, device_index)).free)
+    except pynvml.NVMLError:
+        return None
+
+
+def wait_for_quiet(read_bytes: Callable[[], int | None], *, timeout_s: float = 2.0) -> int | None:
+    """Return NVML's reading once two readings 20 ms apart agree: the driver frees memory a little late."""
+    deadline = time.monotonic() + timeout_s
+    last_bytes = read_bytes()
+    while time.monotonic() < deadline:
+        time.sleep(0.02)
+        now_bytes = read_bytes()
+        if now_bytes == last_bytes:
+            break
+        last_bytes = now_bytes
+    return last_bytes

@@ -1,0 +1,184 @@
+"""``kvscope run``: check, open the folder, accuracy pass, footprint pass. The same configuration again continues."""
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import kvscope
+from kvscope.errors import UsageError
+from kvscope.harness.passes.accuracy import accuracy_pass, pending_samples, release_memory
+from kvscope.harness.passes.config import RunConfig, make_config
+from kvscope.harness.passes.deadline import Deadline
+from kvscope.harness.passes.environment import capture_environment
+from kvscope.harness.passes.find_max import find_max_pass
+from kvscope.harness.passes.footprint import footprint_pass, throughput_pass
+from kvscope.harness.passes.plan import Plan, make_plan
+from kvscope.harness.passes.progress import Progress, make_progress
+from kvscope.results.schema import MethodInfo, RunInfo
+from kvscope.results.store import RunStore
+from kvscope.units import format_length
+
+if TYPE_CHECKING:
+    from kvscope.results.frames import Run
+
+
+def run(
+    config: RunConfig | Mapping[str, Any], *, out: str | Path | None = None, progress: bool | Progress = True
+) -> "Run":
+    """Measure what ``config`` asks for and return the rows as data frames.
+
+    Every row is on disk as soon as it exists; the same call again skips what is there and measures the rest.
+
+    Args:
+        config: a RunConfig, or a mapping of its keys.
+        out: folder of the run; wins over ``config.out``.
+        progress: True for bars on a terminal and lines elsewhere, False for silence, or a Progress of your own.
+
+    Raises:
+        UsageError: bad configuration, or a folder that holds another one or cannot be written.
+        EnvironmentProblem: a row could not be written.
+    """
+    config = config if isinstance(config, RunConfig) else make_config(config)
+    folder = out or config.out
+    if folder is None:
+        raise UsageError("Say where the results go: --out DIR, or `out` in the configuration.")
+    with as_progress(progress) as shown:
+        plan = make_plan(config)
+        with RunStore.create(folder, run_info(plan)) as store:
+            measure(plan, store, shown)
+    from kvscope.results.frames import load_run
+
+    return load_run(folder)
+
+
+def measure(plan: Plan, store: RunStore, progress: Progress) -> None:
+    """Run both passes into an open store."""
+    for message in store.messages:
+        progress.note(message)
+    for warning in plan.warnings:
+        progress.note(f"note: {warning}")
+    for cell in plan.cells:
+        if cell.forecast == "oom":
+            where = f"{cell.method_label} at {format_length(cell.length_tokens)}"
+            progress.note(f"note: {where} is not expected to fit: {cell.reason}.")
+    deadline = Deadline(plan.config.time_limit_s)
+    begin(plan, store, progress)
+    if plan.config.find_max:
+        find_max_pass(plan, store, progress, deadline)
+    elif plan.config.throughput:
+        throughput_pass(plan, store, progress, deadline)
+    else:
+        accuracy_pass(plan, store, progress, deadline)
+        release_memory()
+        footprint_pass(plan, store, progress, deadline)
+
+
+def as_progress(progress: bool | Progress) -> Progress:
+    """Return the progress asked for."""
+    return progress if isinstance(progress, Progress) else make_progress(progress)
+
+
+def begin(plan: Plan, store: RunStore, progress: Progress) -> None:
+    """Count what is left to do and tell the progress, and the user when it is a continuation."""
+    cells = work_tokens = prompts = 0
+    if plan.config.find_max:
+        progress.begin(cells=len(plan.methods), work_tokens=0)
+        return
+    for length_tokens in plan.config.lengths_tokens:
+        for task in plan.tasks:
+            pending = pending_samples(plan, store, task, length_tokens)
+            cells += bool(pending)
+            prompts += len(pending)
+            work_tokens += sum(plan.prompt_work_tokens(length_tokens, methods=len(methods)) for _, methods in pending)
+    footprints = [
+        length_tokens
+        for length_tokens in plan.config.footprint_cells_tokens
+        for method in plan.methods
+        if not store.has_footprint((method.label, length_tokens))
+    ]
+    if plan.config.throughput:
+        keys = [(method.label, length) for length in plan.config.lengths_tokens for method in plan.methods]
+        footprints = [length for label, length in keys if not store.has_throughput((label, length))]
+    work_tokens += sum(map(plan.footprint_work_tokens, footprints))
+    done = len(store.samples()) + len(store.footprints()) + len(store.throughputs())
+    if done and (prompts or footprints):
+        progress.note(
+            f"{done} rows are there already: continuing with {prompts} prompts and {len(footprints)} footprint cells."
+        )
+    elif done:
+        progress.note(f"All {done} rows are there already: nothing left to measure.")
+    progress.begin(cells=cells + len(footprints), work_tokens=work_tokens)
+
+
+def run_info(plan: Plan) -> RunInfo:
+    """Return what ``run.json`` says: the configuration, the plan, and where it runs."""
+    config, facts = plan.config, plan.facts
+    environment = capture_environment(device=facts.device, attention_backend=planned_backend(plan))
+    # Resolved, so that `auto` on another machine does not continue this machine's rows.
+    identity = {
+        **config.identity(),
+        "methods": [method.label for method in plan.methods],
+        "device": facts.device,
+        "dtype": facts.dtype,
+        "model_revision": facts.revision,
+    }
+    return RunInfo(
+        kvscope_version=kvscope.__version__,
+        started_utc=datetime.now(UTC).isoformat(timespec="seconds"),
+        commit=environment["commit"],
+        dirty=environment["dirty"],
+        model=facts.name,
+        model_revision=facts.revision,
+        tasks=tuple(task.name for task in plan.tasks),
+        lengths_tokens=config.lengths_tokens if plan.tasks or config.throughput else (),
+        samples=config.samples if plan.tasks else 0,
+        footprint_lengths_tokens=config.footprint_cells_tokens,
+        methods=tuple(MethodInfo(**method.describe()) for method in plan.methods),
+        seed=config.seed,
+        config=config.model_dump(mode="json", exclude={"out"}),
+        identity=identity,
+        environment=environment,
+        plan=plan.cells,
+        excluded_types=plan.excluded_types,
+    )
+
+
+def planned_backend(plan: Plan) -> str | None:
+    """Name what will compute attention; None for a backend of its own, which only the loaded model can name."""
+    import torch
+
+    from kvscope.harness.backends.deepseek_v4.shape import CompressedModelShape
+    from kvscope.harness.engine.models import attention_backend, resolve_dtype
+
+    facts, device = plan.facts, torch.device(plan.facts.device)
+    if isinstance(facts.shape, CompressedModelShape):
+        return None
+    return attention_backend(facts.shape, device, resolve_dtype(facts.dtype, device))
+
+
+def failures(run: "Run") -> list[str]:
+    """Return one line per kind of failed cell: what failed, how often, and the first reason. Empty when all is well.
+
+    ``unsupported`` is no failure: the plan said so. A footprint whose verdict is ``mismatch`` is one. A try of
+    ``--find-max`` that does not fit is what it looks for; a search that ended for another reason is a failure.
+    """
+    from kvscope.results.frames import records
+
+    lines = [
+        f"find-max: {row.method_label}: {row.reason}"
+        for row in run.max_context[run.max_context["bound"].isin(["failed", "none_fits"])].itertuples()
+    ]
+    searching = run.info.config.get("find_max") is True
+    parts = [("accuracy", run.samples), ("footprint", run.footprint), ("throughput", run.throughput)]
+    for what, frame in parts[:1] if searching else parts:
+        if frame.empty:
+            continue
+        bad = frame[frame["status"].isin(["failed", "oom"])]
+        for (label, status), group in bad.groupby(["method_label", "status"], sort=False):
+            lines.append(f"{what}: {label}: {len(group)} {status}: {group['reason'].iloc[0]}")
+    if not run.footprint.empty:
+        for row in records(run.footprint[run.footprint["verdict"] == "mismatch"]):
+            why = row["verdict_reason"] or "NVML does not confirm the saving"
+            lines.append(f"footprint: {row['method_label']} at {row['length_tokens']}: mismatch: {why}")
+    return lines

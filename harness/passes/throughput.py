@@ -1,0 +1,150 @@
+"""The largest batch that fits, and its tokens a second: one (method, length) in a worker process of its own.
+
+Sequences are opened one by one until memory ends, then decoded together (``engine.batch``). If a step does
+not fit, one sequence fewer is tried. The KV is synthetic: throughput does not depend on its values, and one prompt
+serves every sequence.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from kvscope.harness.engine.batch import BatchSession
+from kvscope.harness.engine.oom import is_oom
+from kvscope.harness.passes.measurement import Measurement
+from kvscope.harness.passes.memory import PeakSampler
+from kvscope.methods.base import Footprint
+from kvscope.results.schema import FootprintRow, ThroughputRow
+
+if TYPE_CHECKING:
+    from kvscope.harness.engine.loaded import LoadedModel
+    from kvscope.methods.base import CacheMethod
+    from kvscope.methods.store import PromptKV
+
+Bound = Literal["device", "device_budget", "max_batch"]
+
+
+class ThroughputMeasurement(Measurement):
+    """The phases of a throughput cell: start, load, warm-up, prefill (synthetic), decode."""
+
+    def measure(self) -> FootprintRow | ThroughputRow:
+        job = self.job
+        ready = self.prepare()
+        if isinstance(ready, list):
+            return self.failed("unsupported", "; ".join(ready))
+        loaded, method = ready
+        self.enter("prefill")
+        prompt_kv = self.prompt(loaded, method)
+        self.enter("decode")
+        open_batch = partial(
+            BatchSession, loaded, method, prompt_kv, reserve_tokens=job.decode_tokens, decode_graph=job.decode_graph
+        )
+        for _ in range(2):  # twice: kernels of a refresh compile when it first comes, which no warm-up reaches
+            with open_batch() as session:
+                session.add()
+                alone_s, _ = self._decode(session)
+        batch = job.max_batch
+        bound: Bound = "max_batch"
+        while True:
+            with open_batch() as session:
+                opened = self._open(session, batch, method=method, prompt_kv=prompt_kv)
+                if opened < batch:
+                    batch, bound = opened, self._device_bound()
+                try:
+                    step_s, peak_nvml_bytes = self._decode(session)
+                    footprint = session.footprint()
+                    recalled_bytes, step_backend = session.bytes_recalled(), session.step_backend
+                except Exception as error:
+                    if not is_oom(error) or batch <= 1:
+                        raise
+                    batch, bound = batch - 1, self._device_bound()
+                    del error
+                else:
+                    break
+            self.quiet_bytes()
+        return self._throughput_row(
+            loaded,
+            prompt_kv,
+            batch=batch,
+            bound=bound,
+            step_s=step_s,
+            alone_s=alone_s,
+            footprint=footprint,
+            recalled_bytes=recalled_bytes,
+            step_backend=step_backend,
+            peak_nvml_bytes=peak_nvml_bytes,
+        )
+
+    def _device_bound(self) -> Bound:
+        return "device" if self.budget.limit_bytes is None else "device_budget"
+
+    def _open(self, session: BatchSession, batch: int, *, method: CacheMethod[Any], prompt_kv: PromptKV) -> int:
+        """Open sequences up to ``batch``, fewer where memory ends; return how many. At least one, or it raises."""
+        each = method.predict(prompt_kv.shape, prompt_kv.n_tokens, self.job.decode_tokens)
+        for n_open in range(batch):
+            try:
+                self.check_budget(
+                    f"A batch of {n_open + 1}", self._nvml_bytes(), ledger_bytes=(n_open + 1) * each.device_bytes
+                )
+                session.add()
+            except Exception as error:
+                if not is_oom(error) or n_open == 0:
+                    raise
+                return n_open
+        return batch
+
+    def _decode(self, session: BatchSession) -> tuple[float, int | None]:
+        """Decode; return mean seconds of a step behind the first, and NVML's peak."""
+        device = session.sequences[0].device
+        tokens_B = torch.full((len(session.sequences),), self.job.forced_ids[-1], device=device)
+        seconds = 0.0
+        with PeakSampler(self._nvml_bytes, interval_s=0.05) as sampler:
+            for step in range(self.job.decode_tokens):
+                started_s = time.perf_counter()
+                tokens_B = session.step(tokens_B)
+                tokens_B.tolist()  # waits for the device
+                if step:
+                    seconds += time.perf_counter() - started_s
+        self.check_budget("The batch", sampler.peak_bytes, ledger_bytes=session.footprint().device_bytes)
+        return seconds / (self.job.decode_tokens - 1), sampler.peak_bytes
+
+    def _throughput_row(
+        self,
+        loaded: LoadedModel,
+        prompt_kv: PromptKV,
+        *,
+        batch: int,
+        bound: Bound,
+        step_s: float,
+        alone_s: float,
+        footprint: Footprint,
+        recalled_bytes: int,
+        step_backend: str,
+        peak_nvml_bytes: int | None,
+    ) -> ThroughputRow:
+        job = self.job
+        return ThroughputRow(
+            **job.cell,
+            status="ok",
+            backend=self.backend,
+            largest_batch=batch,
+            batch_bound=bound,
+            tokens_per_s=batch / step_s,
+            step_s=step_s,
+            tokens_per_s_at_1=1.0 / alone_s,
+            steps=job.decode_tokens - 1,
+            step_backend=step_backend,
+            gpu_budget_bytes=job.gpu_budget_bytes,
+            batch_peak_nvml_bytes=peak_nvml_bytes,
+            resident_kv_bytes=footprint.kv_bytes,
+            metadata_bytes=footprint.metadata_bytes,
+            host_kv_bytes=footprint.host_bytes,
+            dense_kv_bytes=batch * loaded.shape.dense_kv_bytes(prompt_kv.n_tokens, job.decode_tokens),
+            bytes_read_per_step=footprint.bytes_read_per_step,
+            attention_flops_per_step=footprint.attention_flops_per_step,
+            bytes_recalled=recalled_bytes,
+        )

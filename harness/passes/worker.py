@@ -1,0 +1,41 @@
+"""One footprint cell in a process of its own: ``python -m kvscope.harness.passes.worker``.
+
+The job comes as one JSON line on stdin; JSON lines go out on stdout: ``{"phase": ...}`` as the work proceeds and at the
+end ``{"row": ...}``. Whatever libraries print goes to stderr. When stdin closes, the parent is gone and the worker
+ends: a killed sweep leaves no process behind on the GPU.
+"""
+
+import json
+import os
+import sys
+import threading
+
+from kvscope.harness.passes.job import FootprintJob
+from kvscope.harness.passes.measurement import Measurement
+
+
+def _end_with_parent() -> None:
+    """Leave as soon as stdin closes: whoever asked for the row is gone."""
+    sys.stdin.read()
+    os._exit(1)
+
+
+def main() -> int:
+    """Read the job, measure, write the row."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    job = FootprintJob.model_validate_json(sys.stdin.readline())
+    threading.Thread(target=_end_with_parent, name="kvscope-parent-watch", daemon=True).start()
+    measurement = Measurement
+    if job.kind == "throughput":
+        from kvscope.harness.passes.throughput import ThroughputMeasurement
+
+        measurement = ThroughputMeasurement
+    row = measurement(job, say=answers).run()
+    answers.write(json.dumps({"row": row.model_dump(mode="json")}) + "\n")
+    answers.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

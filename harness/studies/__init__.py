@@ -1,0 +1,1 @@
+"""Studies of attention that explain results; no part of a run."""

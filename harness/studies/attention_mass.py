@@ -1,0 +1,294 @@
+"""How much attention reaches the evidence: dilution, measured from the question to the first step of the answer.
+
+The context is prefilled as always, the question's tokens are fed one by one under dense, and every head's softmax
+weight on the evidence is summed where the query meets the keys: one row of logits a head at a time, never a full
+attention matrix, so 512K tokens are no harder than 1K.
+
+The answer's first step alone would mislead: a model may look the answer up while it reads the question and carry it on
+from there, with no weight on the evidence left when it speaks.
+
+Shapes: H KV heads, G query heads of a group, N tokens, D head size, P tokens a page.
+
+Run it: ``python -m kvscope.harness.studies.attention_mass --model reference --tasks niah_single_1 --lengths 1k,4k
+--samples 10 --out mass.csv``, then ``python -m kvscope.reports.attention_mass mass.csv`` for the figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvscope.errors import KvscopeError, UsageError
+from kvscope.harness.backends.deepseek_v4.shape import refuse_compressed
+from kvscope.harness.engine.decode import DecodeSession
+from kvscope.harness.engine.loaded import LoadedModel
+from kvscope.harness.engine.models import load_model
+from kvscope.harness.engine.prefill import prefill
+from kvscope.harness.engine.presets import refuse_preset
+from kvscope.methods.base import AttentionExtras, SequenceCache
+from kvscope.methods.dense.method import Dense
+from kvscope.methods.resident import ResidentSequence
+from kvscope.methods.store import PromptKV
+from kvscope.tasks.base import Sample
+from kvscope.tasks.registry import create_task
+from kvscope.units import parse_length
+
+COLUMNS = (
+    "model",
+    "model_revision",
+    "task",
+    "question_type",
+    "length_tokens",
+    "sample",
+    "seed",
+    "depth",
+    "prompt_sha256",
+    "prompt_tokens",
+    "evidence_tokens",
+    "answer_tokens",
+    "decode_step",
+    "layer",
+    "head",
+    "evidence_mass",
+    "answer_mass",
+    "evidence_peak",
+    "evidence_peak_step",
+    "answer_peak",
+    "answer_peak_step",
+)
+
+
+@torch.inference_mode()
+def evidence_attention(loaded: LoadedModel, sample: Sample) -> list[dict[str, Any]]:
+    """Return one row per managed layer and query head, keys as ``COLUMNS``.
+
+    Masses are softmax weights in [0, 1]; sink logits that models learn take their share.
+
+    - ``evidence_mass``: on all tokens of the evidence, ``answer_mass``: on those of them that spell a target (None
+      where none does), both from the query that yields the answer's first token that is not white space.
+      ``decode_step`` is its place: 0 is the prompt's last token; a tokenizer that spells the space before a number
+      apart makes it 1.
+    - ``evidence_peak``, ``answer_peak``: the largest of these masses of any query from the question's first token to
+      that one, and ``.._peak_step`` its place, 0 for the question's first token. A question that repeats words of the
+      evidence draws attention to them, so the peak on the answer's own tokens says more about the look-up.
+
+    Raises:
+        UsageError: a sample without evidence, or one longer than the model takes.
+    """
+    if not sample.evidence_spans:
+        raise UsageError(
+            f"Sample {sample.sample} of {sample.task} has no evidence in its prompt, so no attention to it can be "
+            "measured: leave the task out."
+        )
+    evidence = [index for start, end in sample.evidence_spans for index in range(start, end)]
+    split = sample.question_start
+    assert max(evidence) < split, "evidence stands before the question"
+    answer = answer_positions(loaded, sample)
+    lead = _lead_ids(loaded, sample)
+    prompt = prefill(loaded, sample.ids[:split], seed=sample.seed)
+    groups = {
+        "evidence": torch.tensor(evidence, device=loaded.device),
+        "answer": torch.tensor(answer, device=loaded.device, dtype=torch.long),
+    }
+    fed = [*sample.ids[split:], *lead]
+    with DecodeSession(loaded, _WatchedDense(groups), prompt, reserve_tokens=len(fed)) as session:
+        assert isinstance(session.sequence, _WatchedSequence)
+        for token in fed:
+            session.step(token)
+        masses, peaks = session.sequence.masses, session.sequence.peaks
+    head_columns = {
+        "model": loaded.name,
+        "model_revision": loaded.revision,
+        "task": sample.task,
+        "question_type": sample.question_type,
+        "length_tokens": sample.length_tokens,
+        "sample": sample.sample,
+        "seed": sample.seed,
+        "depth": sample.depth,
+        "prompt_sha256": sample.prompt_sha256,
+        "prompt_tokens": len(sample.ids),
+        "evidence_tokens": len(evidence),
+        "answer_tokens": len(answer),
+        "decode_step": len(lead),
+    }
+    rows = []
+    for layer in loaded.shape.layers:
+        columns: dict[str, list[Any]] = {}
+        for name, mass in masses[layer].items():
+            peak, step = peaks[layer][name]
+            columns |= {
+                f"{name}_mass": mass.tolist(),
+                f"{name}_peak": peak.tolist(),
+                f"{name}_peak_step": step.tolist(),
+            }
+        for head in range(loaded.shape.n_q_heads):
+            row = {name: values[head] for name, values in columns.items()}
+            if not answer:  # no token, so no mass to speak of
+                row |= {name: None for name in row if name.startswith("answer")}
+            rows.append({name: (head_columns | {"layer": layer, "head": head} | row)[name] for name in COLUMNS})
+    return rows
+
+
+class _WatchedDense(Dense):
+    """Dense, with the mass on some groups of positions noted at every step."""
+
+    def __init__(self, groups: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        self._groups = groups
+
+    def open(
+        self, prompt: PromptKV, device: torch.device | str, *, physical: bool = True, reserve_tokens: int = 0
+    ) -> SequenceCache:
+        del physical  # nothing is evicted
+        return _WatchedSequence(prompt, torch.device(device), self._groups, reserve_tokens=reserve_tokens)
+
+
+class _WatchedSequence(ResidentSequence):
+    """Every token resident in the order of the prompt, so that a packed position is a token's index.
+
+    Attributes:
+        masses: layer -> group -> mass [query heads] of the latest step, fp32.
+        peaks: layer -> group -> largest mass of any step yet, and that step, each [query heads].
+    """
+
+    def __init__(
+        self, prompt: PromptKV, device: torch.device, groups: dict[str, torch.Tensor], *, reserve_tokens: int
+    ) -> None:
+        super().__init__(prompt, device, ranges=[(0, prompt.n_tokens)], reserve_tokens=reserve_tokens)
+        self._groups = groups
+        self._n_prompt_tokens = prompt.n_tokens
+        self.masses: dict[int, dict[str, torch.Tensor]] = {}
+        self.peaks: dict[int, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def attend(
+        self,
+        layer: int,
+        q_BQ1D: torch.Tensor,
+        k_BH1D: torch.Tensor,
+        v_BH1D: torch.Tensor,
+        *,
+        scale: float,
+        extras: AttentionExtras,
+    ) -> torch.Tensor:
+        out = super().attend(layer, q_BQ1D, k_BH1D, v_BH1D, scale=scale, extras=extras)
+        n_tokens = self.pool.lengths[layer]
+        logits_QN = _logits(q_BQ1D, self.pool.pages[layer], n_tokens=n_tokens, scale=scale, softcap=extras.softcap)
+        total_Q = torch.logsumexp(logits_QN, -1)
+        if extras.sink_logits is not None:
+            total_Q = torch.logaddexp(total_Q, extras.sink_logits.float())
+        step = n_tokens - 1 - self._n_prompt_tokens
+        for name, at in self._groups.items():
+            now = torch.exp(logits_QN[:, at] - total_Q[:, None]).sum(-1)
+            nothing = torch.full_like(now, -1.0), torch.zeros_like(now, dtype=torch.long)
+            peak, steps = self.peaks.setdefault(layer, {}).get(name, nothing)
+            self.masses.setdefault(layer, {})[name] = now
+            self.peaks[layer][name] = torch.maximum(now, peak), torch.where(now > peak, step, steps)
+        return out
+
+
+def _logits(
+    q_BQ1D: torch.Tensor, pages: torch.Tensor, *, n_tokens: int, scale: float, softcap: float | None
+) -> torch.Tensor:
+    """Return one query's logits on every stored token, [query heads, N] in fp32."""
+    n_slots, H, _, P, D = pages.shape
+    q_HGD = q_BQ1D.view(H, -1, D).float() * scale
+    k_HND = pages[:, :, 0].float().transpose(0, 1).reshape(H, n_slots * P, D)[:, :n_tokens]
+    logits_QN = torch.bmm(q_HGD, k_HND.transpose(1, 2)).reshape(-1, n_tokens)
+    return logits_QN if softcap is None else softcap * torch.tanh(logits_QN / softcap)
+
+
+def _lead_ids(loaded: LoadedModel, sample: Sample) -> list[int]:
+    """Return the white space that begins an answer where the tokenizer gives it tokens of its own."""
+    if loaded.tokenizer is None or not sample.targets:
+        return []
+    lead: list[int] = []
+    for token in loaded.tokenizer(" " + sample.targets[0], add_special_tokens=False)["input_ids"]:
+        if loaded.tokenizer.decode([token]).strip():
+            break
+        lead.append(token)
+    return lead
+
+
+def answer_positions(loaded: LoadedModel, sample: Sample) -> list[int]:
+    """Return the evidence tokens that spell a target."""
+    if loaded.tokenizer is None:
+        return []
+    found: list[int] = []
+    for start, end in sample.evidence_spans:
+        ids = list(sample.ids[start:end])
+        text = loaded.tokenizer.decode(ids)
+        ranges = [(text.index(target), text.index(target) + len(target)) for target in sample.targets if target in text]
+        if not ranges:
+            continue
+        ends = [len(loaded.tokenizer.decode(ids[: k + 1])) for k in range(len(ids))]
+        for k, (left, right) in enumerate(zip([0, *ends], ends, strict=False)):
+            if any(left < stop and begin < right for begin, stop in ranges):
+                found.append(start + k)
+    return found
+
+
+def measured(
+    loaded: LoadedModel, *, tasks: Sequence[str], lengths_tokens: Sequence[int], samples: int, seed: int
+) -> Iterator[list[dict[str, Any]]]:
+    """Yield the rows of one sample after another, shortest length first."""
+    for length in sorted(lengths_tokens):
+        for name in tasks:
+            task = create_task(name)
+            for index in range(samples):
+                sample = task.build(loaded.tokenizer, length_tokens=length, sample=index, seed=seed)
+                yield evidence_attention(loaded, sample)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and write one CSV row per sample, layer and head."""
+    parser = argparse.ArgumentParser(prog="python -m kvscope.harness.studies.attention_mass", description=__doc__)
+    parser.add_argument("--model", default="reference")
+    parser.add_argument("--tasks", required=True, help="comma-separated task names")
+    parser.add_argument("--lengths", required=True, help="comma-separated, e.g. 1k,4k,16k")
+    parser.add_argument("--samples", type=int, default=10, help="prompts a task and length")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--out", type=Path, required=True, help="CSV file, must not exist")
+    args = parser.parse_args(argv)
+    try:
+        lengths = [parse_length(item) for item in args.lengths.split(",")]
+        if args.out.exists():
+            raise UsageError(f"{args.out} exists already: remove it, or name another file with --out.")
+        for name in args.tasks.split(","):
+            create_task(name)
+        refuse_preset(args.model, "measure attention on")
+        loaded = load_model(args.model, device=args.device, dtype=args.dtype)
+        refuse_compressed(loaded.name, loaded.shape, "attention on the evidence")
+        if max(lengths) > loaded.max_length_tokens:
+            raise UsageError(f"Model '{loaded.name}' takes {loaded.max_length_tokens} tokens, not {max(lengths)}.")
+        _write(loaded, args, lengths)
+    except KvscopeError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    return 0
+
+
+def _write(loaded: LoadedModel, args: argparse.Namespace, lengths: Sequence[int]) -> None:
+    tasks = args.tasks.split(",")
+    with args.out.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for rows in measured(loaded, tasks=tasks, lengths_tokens=lengths, samples=args.samples, seed=args.seed):
+            writer.writerows(rows)
+            file.flush()  # a long run keeps what it has measured
+            best = max(rows, key=lambda row: float(row["evidence_peak"]))
+            sys.stderr.write(
+                f"{best['task']} {best['length_tokens']} tokens, sample {best['sample']}: at most "
+                f"{best['evidence_peak']:.3f} on the evidence (layer {best['layer']}, head {best['head']})\n"
+            )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

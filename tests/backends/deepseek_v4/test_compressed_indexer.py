@@ -1,0 +1,158 @@
+"""The released score function against a plain fp64 formula, its loader, and the paper's bytes."""
+
+import pytest
+import torch
+from compressed_plain import plain_logits
+from safetensors.torch import save_file
+
+from kvscope.errors import UsageError
+from kvscope.harness.backends.deepseek_v4.bytes import (
+    FLASH_BF16,
+    FLASH_FP8,
+    GIB,
+    TABLE_1,
+    mean_fractions,
+    pruned_fractions,
+)
+from kvscope.methods.lsa.compressed import (
+    MATRICES,
+    CompressedIndexer,
+    compressed_indexer_hash,
+    hadamard,
+    key_bytes,
+    load_compressed_indexer,
+    rotate_last,
+    stored_keys,
+)
+
+M, RANK, HEADS, DIM, N = 48, 24, 6, 16, 37
+PAIRS = 4
+
+
+@pytest.fixture
+def indexer() -> CompressedIndexer:
+    return CompressedIndexer.random((3, 7), hidden_size=M, rank=RANK, heads=HEADS, key_dim=DIM, seed=4)
+
+
+def test_scores_are_the_formula(indexer):
+    draws = torch.Generator().manual_seed(0)
+    position, inv_freq = 1234, 1 / 100 ** (torch.arange(PAIRS) / PAIRS)
+    hidden = {layer: torch.randn(M, generator=draws) for layer in (3, 7)}
+    keys = {layer: stored_keys(torch.randn(N, DIM, generator=draws)) for layer in (3, 7)}
+    angle = position * inv_freq.double()
+    cos, sin = angle.cos().float(), angle.sin().float()
+    plain = {
+        layer: plain_logits(
+            indexer.layers[layer], hidden[layer], position, keys[layer][0].double() * keys[layer][1][:, None], inv_freq
+        )
+        for layer in (3, 7)
+    }
+    for layer, expected in plain.items():
+        alone = CompressedIndexer(layers={layer: indexer.layers[layer]})
+        torch.testing.assert_close(alone.logits(hidden, cos, sin, keys).double(), expected, atol=2e-5, rtol=1e-4)
+    best = torch.maximum(plain[3], plain[7])
+    torch.testing.assert_close(indexer.logits(hidden, cos, sin, keys).double(), best, atol=2e-5, rtol=1e-4)
+    both = torch.cat(list(plain.values()))
+    assert both.min() < 0 < both.max()
+
+
+def test_hadamard_keeps_products_and_is_its_own_inverse():
+    x, y = torch.randn(5, 64, dtype=torch.float64), torch.randn(5, 64, dtype=torch.float64)
+    torch.testing.assert_close((hadamard(x) * hadamard(y)).sum(-1), (x * y).sum(-1))
+    torch.testing.assert_close(hadamard(hadamard(x)), x)
+
+
+def test_rotation_is_the_stock_one():
+    from transformers.models.deepseek_v4.modeling_deepseek_v4 import apply_rotary_pos_emb
+
+    x = torch.randn(HEADS, DIM)
+    angle = torch.rand(PAIRS) * 9
+    stock = apply_rotary_pos_emb(x[None, :, None], angle.cos()[None, None], angle.sin()[None, None])[0, :, 0]
+    torch.testing.assert_close(rotate_last(x, angle.cos(), angle.sin()), stock)
+
+
+def test_stored_keys_are_132_bytes_and_close():
+    k = torch.randn(50, 128)
+    k[:, 3] *= 40  # an outlier dimension, which the turn spreads
+    codes, scale = stored_keys(k)
+    assert codes.element_size() * codes.shape[1] + scale.element_size() == key_bytes(128) == 132
+    restored = hadamard(codes.float() * scale[:, None])
+    assert (restored - k).norm() / k.norm() < 0.04
+
+
+def save(path, indexer, **changes):
+    fields = {"W_DQ": "w_dq_RM", "norm": "norm_R", "W_IUQ": "w_iuq_OR", "W_w": "w_w_IM"}
+    tensors = {
+        f"layers.{layer}.{name}.weight": getattr(weights, fields[name]).clone()
+        for layer, weights in indexer.layers.items()
+        for name in MATRICES
+    }
+    tensors.update(changes)
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
+    return path
+
+
+def test_released_weights_load_as_they_were(tmp_path, indexer):
+    loaded = load_compressed_indexer(save(tmp_path / "w.safetensors", indexer))
+    assert list(loaded.layers) == [3, 7]
+    for layer, weights in indexer.layers.items():
+        assert (weights.heads, weights.key_dim) == (HEADS, DIM)
+        for name in ("w_dq_RM", "norm_R", "w_iuq_OR", "w_w_IM"):
+            assert torch.equal(getattr(loaded.layers[layer], name), getattr(weights, name))
+
+
+def test_the_other_spelling_loads_from_a_folder_of_bf16_shards(tmp_path, indexer):
+    fields = {"wq_a": "w_dq_RM", "q_norm": "norm_R", "wq_b": "w_iuq_OR", "weights_proj": "w_w_IM"}
+    for layer, weights in indexer.layers.items():
+        shard = {
+            f"model.layers.{layer}.self_attn.indexer.{name}.weight": getattr(weights, field).bfloat16()
+            for name, field in fields.items()
+        }
+        save_file(shard, tmp_path / f"shard-{layer}.safetensors")
+    loaded = load_compressed_indexer(tmp_path)
+    for layer, weights in indexer.layers.items():
+        assert torch.equal(loaded.layers[layer].w_iuq_OR, weights.w_iuq_OR.bfloat16().float())
+    before = compressed_indexer_hash(tmp_path)
+    assert before == compressed_indexer_hash(tmp_path)
+    (tmp_path / "shard-3.safetensors").unlink()
+    assert compressed_indexer_hash(tmp_path) != before
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"layers.3.W_w.weight": None}, "lacks W_w of layer 3"),
+        ({"layers.3.indexer.wq_a.weight": torch.ones(2)}, "W_DQ of layer 3 a second time"),
+        ({"layers.3.W_q.weight": torch.ones(2)}, r"layers\.3\.W_q\.weight"),
+        ({"layers.7.W_DQ.weight": torch.ones(RANK + 1, M)}, "layer 7: .*do not fit together"),
+        ({"layers.7.W_IUQ.weight": torch.ones(HEADS * 12, RANK)}, "power of two"),
+    ],
+)
+def test_damaged_weights_are_named(tmp_path, indexer, changes, words):
+    with pytest.raises(UsageError, match=words):
+        load_compressed_indexer(save(tmp_path / "w.safetensors", indexer, **changes))
+
+
+def test_a_missing_or_foreign_file_is_named(tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(b"nothing of the kind")
+    (tmp_path / "empty").mkdir()
+    for name in ("x.safetensors", "absent.safetensors", "empty"):
+        with pytest.raises(UsageError, match=name):
+            load_compressed_indexer(tmp_path / name)
+
+
+def test_the_formula_gives_the_paper_s_nine_rows():
+    """GPU KV of Table 1's dense column, which is printed to two digits."""
+    gib = [FLASH_FP8.bytes_per_token * row.tokens / GIB for row in TABLE_1]
+    assert [round(x, 3) for x in gib] == [0.169, 0.657, 1.81, 0.459, 1.836, 0.235, 0.47, 0.94, 1.88]
+    for row, computed in zip(TABLE_1, gib, strict=True):
+        assert computed == pytest.approx(row.dense_gb, rel=0.025)
+    assert FLASH_FP8.bytes_per_token == pytest.approx(3850, abs=1)
+    assert FLASH_BF16.entry_bytes + FLASH_BF16.key_bytes == 1280
+
+
+def test_three_accountings_of_the_pruned_cache():
+    means = {name: round(100 * value, 1) for name, value in mean_fractions().items()}
+    assert means == {"printed": 13.1, "with_hca": 15.4, "with_hca_and_keys": 18.0}
+    last = pruned_fractions(TABLE_1[-1])
+    assert (round(100 * last["printed"], 1), round(100 * last["with_hca_and_keys"], 1)) == (9.6, 14.6)

@@ -1,0 +1,193 @@
+"""The footprint pass: real workers on a tiny model, and workers that die in every way."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import stand_ins
+from tiny import MakeConfig
+
+from kvscope.harness.passes import footprint as module
+from kvscope.harness.passes.footprint import footprint_prompt, make_job, run_worker, summary, worker_environment
+from kvscope.harness.passes.job import FootprintJob
+from kvscope.harness.passes.plan import Plan, make_plan
+from kvscope.harness.passes.sweep import failures, run
+from kvscope.methods import registry
+
+
+@pytest.fixture
+def plan(small: MakeConfig) -> Plan:
+    return make_plan(small(methods=["recency:recency_tokens=128"], footprint=True, footprint_decode_tokens=8))
+
+
+@pytest.fixture
+def job(plan: Plan) -> FootprintJob:
+    return make_job(plan, plan.methods[0], 512)
+
+
+def script(text: str) -> tuple[str, ...]:
+    """Return a stand-in worker: it reads the job, then does what ``text`` says."""
+    say = "import json, os, signal, sys, time\nsay = lambda **m: print(json.dumps(m), flush=True)\n"
+    return (sys.executable, "-c", say + "job = json.loads(sys.stdin.readline())\n" + text)
+
+
+def test_prompt_and_decode_steps_fill_the_length(plan: Plan) -> None:
+    context_ids, forced_ids = footprint_prompt(plan, 512)
+    assert len(context_ids) + len(forced_ids) + 8 == 512
+    assert len(forced_ids) == 1
+
+
+def test_a_pass_measures_every_cell_once_and_resumes(small: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small(samples=1, footprint=True, footprint_decode_tokens=8, footprint_lengths_tokens=[640])
+    phases: list[str] = []
+    real = module.run_worker
+
+    def spying(job: FootprintJob, **options: object) -> object:
+        return real(job, timeout_s=300.0, on_phase=phases.append)
+
+    monkeypatch.setattr(module, "run_worker", spying)
+    result = run(config, progress=False)
+    frame = result.footprint.set_index("method_label")
+    assert phases == ["start", "load", "warm-up", "prefill", "decode", "timing"] * 2
+    for label, pages in (("dense", 10), ("recency:recency_tokens=128", 3)):
+        row = frame.loc[label]
+        assert row["status"] == "ok"
+        assert row["resident_kv_bytes"] == row["predicted_kv_bytes"] == pages * 64 * 256
+        assert row["dense_kv_bytes"] == 10 * 64 * 256
+        assert row["verdict"] == "not_measured"
+        assert "CPU" in row["nvml_reason"]
+        assert "CPU" in row["torch_reason"]
+        assert row["tpot_steps"] == 7
+        assert 0 < row["tpot_s"] < row["ttft_s"]
+        assert (row["step_backend"], row["step_captures"]) == ("eager: the device is cpu", 0)
+        assert row["host_rss_peak_bytes"] > 10 * 2**20
+        assert row["prompt_tokens"] == 631
+    # The plan said the same before anything ran.
+    assert {c.predicted_kv_bytes for c in result.info.plan if c.length_tokens == 640} == {10 * 64 * 256, 3 * 64 * 256}
+    assert failures(result) == []
+    run(config, progress=False)
+    assert len(phases) == 12
+
+
+def test_a_failure_in_the_worker_is_a_row_with_its_phase(job: FootprintJob) -> None:
+    row = run_worker(job.model_copy(update={"model": "/nowhere/at/all"}), timeout_s=120)
+    assert (row.status, row.failure_phase) == ("failed", "load")
+    assert row.reason is not None
+    assert "There is no model folder '/nowhere/at/all'" in row.reason
+    assert row.predicted_kv_bytes == job.cell["predicted_kv_bytes"]
+
+
+def test_an_unsupported_cell_starts_no_process(small: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry.METHODS, "picky", stand_ins.METHODS["picky"])
+    monkeypatch.setattr(module, "run_worker", None)
+    result = run(small(methods=["picky"], samples=1, footprint=True), progress=False)
+    assert list(result.footprint["status"]) == ["unsupported"]
+    assert result.footprint["reason"].iloc[0] == "it needs a moon; and a sun"
+
+
+def test_a_killed_worker_is_a_row(job: FootprintJob) -> None:
+    row = run_worker(job, timeout_s=60, command=script("say(phase='prefill'); os.kill(os.getpid(), signal.SIGSEGV)"))
+    assert (row.status, row.failure_phase) == ("failed", "prefill")
+    assert row.reason == "prefill: the worker was killed by SIGSEGV"
+
+
+def test_the_kernels_oom_kill_is_told_from_another_kill(job: FootprintJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    kill = script("say(phase='decode'); os.kill(os.getpid(), signal.SIGKILL)")
+    assert run_worker(job, timeout_s=60, command=kill).status == "failed"
+    counts = iter([3, 4])
+    monkeypatch.setattr(module, "kernel_oom_kills", lambda: next(counts))
+    row = run_worker(job, timeout_s=60, command=kill)
+    assert (row.status, row.oom_of) == ("oom", "host")
+    assert row.reason == "decode: the kernel killed the worker for want of host memory (SIGKILL)"
+
+
+def test_a_worker_that_exits_says_its_last_words(job: FootprintJob) -> None:
+    row = run_worker(job, timeout_s=60, command=script("print('the library is missing', file=sys.stderr); sys.exit(5)"))
+    assert row.reason == "start: the worker exited with 5: the library is missing"
+
+
+def test_a_worker_that_does_not_even_read_its_job_is_a_row(job: FootprintJob) -> None:
+    big = job.model_copy(update={"context_ids": tuple(range(100_000))})
+    row = run_worker(big, timeout_s=60, command=(sys.executable, "-c", "import sys; sys.exit(9)"))
+    assert row.reason == "start: the worker exited with 9: it said nothing"
+
+
+def test_an_answer_cut_short_is_a_row(job: FootprintJob) -> None:
+    cut = "sys.stdout.write('{\"row\": {'); sys.stdout.flush(); os.kill(os.getpid(), signal.SIGTERM)"
+    assert run_worker(job, timeout_s=60, command=script(cut)).reason == "start: the worker was killed by SIGTERM"
+
+
+def test_a_worker_that_hangs_is_stopped(job: FootprintJob) -> None:
+    started_s = time.monotonic()
+    row = run_worker(job, timeout_s=0.5, command=script("say(phase='decode'); time.sleep(600)"))
+    assert time.monotonic() - started_s < 30
+    assert row.status == "failed"
+    assert row.reason is not None
+    assert row.reason.endswith("stopped after 0.5 s (footprint_timeout_s)")
+
+
+def test_a_worker_ends_when_its_parent_is_gone(job: FootprintJob, tmp_path: Path) -> None:
+    """kill -9 of the sweep must not leave a process behind that holds the GPU."""
+    hang = job.model_copy(update={"model": "slow"})
+    code = (
+        "import time\nfrom kvscope.harness.passes import worker\n"
+        "worker.Measurement.run = lambda self: time.sleep(600)\nworker.main()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=worker_environment(), text=True
+    )
+    assert process.stdin is not None
+    process.stdin.write(hang.model_dump_json() + "\n")
+    process.stdin.flush()
+    time.sleep(1.0)
+    assert process.poll() is None
+    process.stdin.close()
+    assert process.wait(timeout=60) == 1
+    assert process.stdout is not None
+    process.stdout.close()
+
+
+def test_an_interrupt_takes_the_worker_with_it(job: FootprintJob, tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+
+    def interrupt(phase: str) -> None:
+        if phase == "decode":
+            raise KeyboardInterrupt
+
+    hang = script(f"open({str(pid_file)!r}, 'w').write(str(os.getpid())); say(phase='decode'); time.sleep(600)")
+    started_s = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_worker(job, timeout_s=300, on_phase=interrupt, command=hang)
+    assert time.monotonic() - started_s < 30
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid_file.read_text()), 0)
+
+
+def test_the_worker_finds_this_kvscope_and_leaves_the_rest_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["/elsewhere", "/more"]))
+    monkeypatch.setenv("HF_HOME", "/models")
+    environment = worker_environment()
+    first, *rest = environment["PYTHONPATH"].split(os.pathsep)
+    assert (Path(first) / "kvscope" / "harness").is_dir()
+    assert rest == ["/elsewhere", "/more"]
+    assert environment["HF_HOME"] == "/models"
+
+
+def test_the_worker_gives_freed_memory_back_unless_the_user_has_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    assert worker_environment()["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:cudaMallocAsync")
+    environment = worker_environment()
+    assert environment["PYTORCH_CUDA_ALLOC_CONF"] == "backend:cudaMallocAsync"
+    assert "PYTORCH_ALLOC_CONF" not in environment
+
+
+def test_the_summary_says_the_outcome(job: FootprintJob) -> None:
+    row = run_worker(job, timeout_s=60, command=script("sys.exit(1)"))
+    assert summary(row) == "failed: start: the worker exited with 1: it said nothing"
+    assert json.loads(row.model_dump_json())["verdict"] == "not_measured"

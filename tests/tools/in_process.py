@@ -1,0 +1,63 @@
+"""Footprint workers without a process: the same measurement, at a tenth of the time."""
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from kvscope.harness.passes import footprint
+from kvscope.harness.passes.job import FootprintJob
+from kvscope.harness.passes.measurement import Measurement
+from kvscope.harness.passes.throughput import ThroughputMeasurement
+from kvscope.results.schema import FootprintRow, ThroughputRow
+
+MIB = 1024 * 1024
+
+
+def measure(job: FootprintJob) -> FootprintRow | ThroughputRow:
+    """Measure a job here."""
+    kind = ThroughputMeasurement if job.kind == "throughput" else Measurement
+    return kind(job, say=io.StringIO()).run()
+
+
+def run_here(monkeypatch: pytest.MonkeyPatch) -> list[FootprintJob]:
+    """Let the passes measure in this process; return the list of jobs, which fills."""
+    jobs: list[FootprintJob] = []
+
+    def run_worker(job: FootprintJob, **options: Any) -> FootprintRow | ThroughputRow:
+        jobs.append(job)
+        return measure(job)
+
+    monkeypatch.setattr(footprint, "run_worker", run_worker)
+    return jobs
+
+
+class Nvml:
+    """Stands in for ``NvmlProcessMemory``: reads what a function gives."""
+
+    def __init__(
+        self,
+        read_bytes: Callable[[], int | None],
+        *,
+        others: tuple[int, int | None] | None = (0, 0),
+        reason: str | None = None,
+    ) -> None:
+        self.read_bytes = read_bytes
+        self._others = others
+        self.reason = reason
+
+    def others(self) -> tuple[int, int | None] | None:
+        return self._others
+
+
+def with_nvml(monkeypatch: pytest.MonkeyPatch, nvml: Nvml) -> None:
+    """Let measurements on the CPU read from ``nvml``, as they would on a GPU."""
+    real = Measurement._create_context
+
+    def create(self: Measurement) -> None:
+        self._nvml = nvml  # type: ignore[assignment]
+        self._nvml_reason = nvml.reason or ""
+        real(self)
+
+    monkeypatch.setattr(Measurement, "_create_context", create)
