@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 
 from kvscope.errors import UsageError
-from kvscope.harness.backends.deepseek_v4.shape import fitted
 from kvscope.harness.engine.decode_graph import (
     EAGER,
     GRAPH,
@@ -29,7 +28,7 @@ from kvscope.harness.engine.decode_graph import (
     graph_reasons,
     static_reasons,
 )
-from kvscope.harness.engine.glue import DecodeLayer, EngineCache, observing, observing_attention
+from kvscope.harness.engine.glue import DecodeLayer, EngineCache
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.static_stock import Rings
 from kvscope.methods.base import CacheMethod, Footprint, Residency, SequenceCache
@@ -104,7 +103,7 @@ class DecodeSession:
             UsageError: the method cannot run on this model and device, or not as a graph; the message gives every
                 reason.
         """
-        method = fitted(method, loaded.shape)
+        method = loaded.backend.form_of(method, loaded.shape)
         reasons = method.unsupported(loaded.shape, loaded.device)
         if reasons:
             raise UsageError(f"Method '{method.label}' cannot run on model '{loaded.name}': {'; '.join(reasons)}.")
@@ -144,8 +143,8 @@ class DecodeSession:
         self._stack.callback(lambda: self.sequence.close())
         try:
             if self._observed:
-                hooks = observing if self.sequence.model_cache is None else observing_attention
-                self._stack.enter_context(hooks(self._loaded.model, self._observed, self._observe))
+                loaded = self._loaded
+                self._stack.enter_context(loaded.backend.observe(loaded.model, self._observed, self._observe))
             if self._decode_graph != "off":
                 with self._turn():
                     self._make_static()

@@ -18,9 +18,9 @@ from typing import Any, Literal
 import torch
 
 from kvscope.errors import UsageError
+from kvscope.harness.engine.configs import text_config
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.oom import is_oom
-from kvscope.harness.engine.shapes import text_config
 from kvscope.harness.engine.static_stock import unsupported_stock
 from kvscope.methods.base import SequenceCache
 

@@ -1,35 +1,20 @@
-"""Layer-major, chunked prefill into host pages shared by every method.
-
-Layers are outermost, chunks of tokens innermost, so that only one layer's K and V are on the device at a time. The
-model's own code does everything: its forward runs once per chunk over stand-ins that record how each layer is called,
-then every layer is called that way, chunk after chunk. This holds for any decoder whose layers talk through hidden
-states only.
-
-Shapes: B batch (1), N prompt tokens, S tokens of a chunk, H KV heads, P tokens a page, D head size, M hidden size.
-"""
+"""Prefill of a prompt, once for every method: what holds for any kind of cache. The rest is the backend's."""
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
-from torch import nn
 
 from kvscope.errors import HostMemoryShort, UsageError
-from kvscope.harness.backends.deepseek_v4.shape import CompressedModelShape
-from kvscope.harness.engine.glue import EngineCache, EngineLayer, StockLayer, decoder_of
 from kvscope.harness.engine.host_memory import free_host_bytes
 from kvscope.harness.engine.loaded import LoadedModel
-from kvscope.harness.engine.prefill_attention import chunk_attention
-from kvscope.methods.base import Collector, tensor_bytes
+from kvscope.methods.base import Collector
 from kvscope.methods.shape import ModelShape
-from kvscope.methods.store import PromptKV, empty_host_pages
+from kvscope.methods.store import PromptKV
 from kvscope.units import format_bytes
 
 DEFAULT_CHUNK_TOKENS = 2048
@@ -44,7 +29,7 @@ def prefill(
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
     seed: int = 0,
 ) -> PromptKV:
-    """Prefill a prompt densely, one layer at a time.
+    """Prefill a prompt densely.
 
     Args:
         loaded: the model.
@@ -54,7 +39,7 @@ def prefill(
         seed: of the sample, kept for methods that draw.
 
     Returns:
-        Host pages of every managed layer, the stock layers, metadata, and the last token's hidden states.
+        What the backend keeps of the prompt, in host memory; metadata, and the last token's hidden states.
 
     Raises:
         UsageError: a prompt longer than the model takes, or a chunk that is not whole pages.
@@ -81,24 +66,13 @@ def prefill(
     unmanaged = sorted(set(listeners) - set(shape.layers))
     if unmanaged:
         raise ValueError(f"collectors ask for layers {unmanaged}, which kvscope does not manage")
-    prompt_sha256 = hashlib.sha256(np.asarray(ids_N, dtype="<i8").tobytes()).hexdigest()
-    if isinstance(shape, CompressedModelShape):
-        from kvscope.harness.backends.deepseek_v4.prefill import compressed_prefill
-
-        return compressed_prefill(loaded, ids_N, chunk_tokens=chunk_tokens, seed=seed, prompt_sha256=prompt_sha256)
-    run = _LayerMajor(loaded, ids_N, chunk_tokens, listeners)
-    if len(ids):
-        run.execute()
-    prompt = PromptKV(
-        shape=shape,
-        n_tokens=len(ids),
-        pages=run.host_pages,
-        dtype=loaded.dtype,
-        stock=run.stock,
-        last_hidden=run.last_hidden,
+    prompt = loaded.backend.prefill(
+        loaded,
+        ids_N,
+        listeners=listeners,
+        chunk_tokens=chunk_tokens,
         seed=seed,
-        prompt_sha256=prompt_sha256,
-        peak_device_kv_bytes=run.peak_device_kv_bytes,
+        prompt_sha256=hashlib.sha256(np.asarray(ids_N, dtype="<i8").tobytes()).hexdigest(),
     )
     for layer, layer_listeners in listeners.items():
         for collector in layer_listeners:
@@ -131,199 +105,3 @@ def check_host_bytes(need_bytes: int, n_tokens: int) -> None:
             f"{format_bytes(need_bytes)} and {format_bytes(free_bytes)} of host memory is free: it would run out of "
             "memory. Take a shorter length, or a machine with more."
         )
-
-
-class _LayerMajor:
-    """One prefill: records the calls, then replays them layer by layer."""
-
-    def __init__(
-        self, loaded: LoadedModel, ids_N: torch.Tensor, chunk_tokens: int, listeners: dict[int, list[Collector]]
-    ) -> None:
-        shape = loaded.shape
-        n_tokens = len(ids_N)
-        self.loaded = loaded
-        self.ids_N = ids_N.to(loaded.device)
-        self.spans = [(start, min(start + chunk_tokens, n_tokens)) for start in range(0, n_tokens, chunk_tokens)]
-        self.listeners = listeners
-        pinned = loaded.device.type == "cuda"
-        self.host_pages = {
-            layer: empty_host_pages(shape, n_tokens, dtype=loaded.dtype, pinned=pinned) for layer in shape.layers
-        }
-        self.stock: dict[int, Any] = {layer: StockLayer(shape.sliding_window) for layer in shape.sliding_layers}
-        self.last_hidden: dict[int, torch.Tensor] = {}
-        self.peak_device_kv_bytes = 0
-
-    def execute(self) -> None:
-        shape = self.loaded.shape
-        # One layer's K and V, allocated once and used by every layer in turn.
-        buffer = torch.empty(
-            (2, 1, shape.n_kv_heads, len(self.ids_N), shape.head_dim),
-            dtype=self.loaded.dtype,
-            device=self.loaded.device,
-        )
-        states: dict[int, Any] = dict(self.stock)
-        for layer in shape.layers:
-            states[layer] = PrefillLayer(layer, buffer, self.host_pages[layer], page_tokens=shape.page_tokens)
-        # The last layer's output would only feed the logits, which nobody reads from a prefill.
-        if shape.n_layers - 1 in shape.layers:
-            states[shape.n_layers - 1].ends_prefill = True
-        hidden_BNM, calls = self._record(EngineCache([states[layer] for layer in range(shape.n_layers)]))
-        for layer, module in enumerate(decoder_of(self.loaded.model).layers):
-            self.last_hidden[layer] = hidden_BNM[:, -1].clone()
-            for (start, end), chunk_calls in zip(self.spans, calls, strict=True):
-                hidden_BSM = hidden_BNM[:, start:end]
-                out_BSM = chunk_calls[layer].on(module, hidden_BSM)
-                for collector in self.listeners.get(layer, ()):
-                    k_BHSD, v_BHSD = buffer[0, :, :, start:end], buffer[1, :, :, start:end]
-                    rotation = self.loaded.rotations[layer]
-                    if collector.unrotated_keys and rotation is not None:
-                        k_BHSD = rotation.undo(k_BHSD, start_tokens=start)
-                    collector.chunk(k_BHSD, v_BHSD, hidden_BSM, start_tokens=start)
-                if out_BSM is not None:
-                    hidden_BSM.copy_(out_BSM)  # in place: one copy of the prompt's hidden states
-            live = [buffer, *(x for state in self.stock.values() for x in (state.keys, state.values))]
-            self.peak_device_kv_bytes = max(self.peak_device_kv_bytes, tensor_bytes(live))
-        for state in self.stock.values():
-            # What a stock layer keeps is a view of the last chunk's keys; a copy lets go of the rest.
-            state.keys, state.values = state.keys.clone(), state.values.clone()
-
-    def _record(self, cache: EngineCache) -> tuple[torch.Tensor, list[list[_Call]]]:
-        """Run the model over stand-ins: embeddings of all tokens, and how every layer is called for every chunk."""
-        device = self.loaded.device
-        decoder = decoder_of(self.loaded.model)
-        hidden_BNM: torch.Tensor | None = None
-        calls = []
-        with _stand_ins(decoder) as log:
-            for start, end in self.spans:
-                decoder(
-                    input_ids=self.ids_N[None, start:end],
-                    position_ids=torch.arange(start, end, device=device)[None],
-                    past_key_values=cache,
-                    use_cache=True,
-                )
-                embedded = log[0].hidden
-                if hidden_BNM is None:
-                    hidden_BNM = embedded.new_empty((1, len(self.ids_N), embedded.shape[-1]))
-                hidden_BNM[:, start:end] = embedded
-                calls.append([_Call(entry.args, entry.kwargs) for entry in log])
-                log.clear()
-        assert hidden_BNM is not None
-        return hidden_BNM, calls
-
-
-class _PrefillEnds(Exception):  # noqa: N818 - a signal, not an error
-    """Leaves the last layer once its K and V are stored."""
-
-
-@dataclass(frozen=True)
-class _Call:
-    """How the model called one decoder layer for one chunk, hidden states aside."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def on(self, module: Any, hidden_BSM: torch.Tensor) -> torch.Tensor | None:
-        """Call the layer; None when it stopped after storing K and V."""
-        try:
-            out = module(hidden_BSM, *self.args, **self.kwargs)
-        except _PrefillEnds:
-            return None
-        hidden: torch.Tensor = out[0] if isinstance(out, tuple) else out
-        return hidden
-
-
-@dataclass(frozen=True)
-class _Recorded(_Call):
-    hidden: torch.Tensor
-
-
-class _StandIn(nn.Module):
-    """Takes a decoder layer's place: notes the call and passes the hidden states through."""
-
-    def __init__(self, real: nn.Module, log: list[_Recorded]) -> None:
-        super().__init__()
-        # Models read plain attributes of a layer in their loop (attention_type); parameters stay with the real one.
-        self.__dict__.update({key: value for key, value in vars(real).items() if not key.startswith("_")})
-        self.log = log
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.log.append(_Recorded(args, kwargs, hidden_states))
-        return hidden_states
-
-
-@contextmanager
-def _stand_ins(decoder: Any) -> Iterator[list[_Recorded]]:
-    """Put stand-ins in the decoder's place of layers, and the layers back whatever happens."""
-    real = decoder.layers
-    log: list[_Recorded] = []
-    decoder.layers = nn.ModuleList([_StandIn(layer, log) for layer in real])
-    try:
-        yield log
-    finally:
-        decoder.layers = real
-
-
-class PrefillLayer(EngineLayer):
-    """One managed layer while prefilling: K and V go to the shared device buffer and to the layer's host pages."""
-
-    def __init__(self, index: int, buffer: torch.Tensor, host_pages: torch.Tensor, *, page_tokens: int) -> None:
-        super().__init__(index)
-        self.ends_prefill = False
-        self._buffer = buffer
-        self._host_pages = host_pages
-        self._page_tokens = page_tokens
-        self._n_tokens = 0
-
-    def get_seq_length(self) -> int:
-        return self._n_tokens
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        start, self._n_tokens = self._n_tokens, self._n_tokens + key_states.shape[2]
-        self._buffer[0, :, :, start : self._n_tokens] = key_states
-        self._buffer[1, :, :, start : self._n_tokens] = value_states
-        first, last = start // self._page_tokens, -(-self._n_tokens // self._page_tokens)
-        target = self._host_pages[first:last]
-        if key_states.device.type == "cpu":
-            _fill_pages(target, key_states, value_states)
-        else:
-            # Pages are put together on the device so that the copy to the host is one contiguous transfer.
-            staged = torch.zeros_like(target, device=key_states.device)
-            _fill_pages(staged, key_states, value_states)
-            target.copy_(staged, non_blocking=True)
-        return super().update(key_states, value_states)
-
-    def attend(
-        self,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        s_aux: torch.Tensor | None,
-    ) -> torch.Tensor:
-        self._refuse_window(window)
-        if self.ends_prefill:
-            raise _PrefillEnds
-        return chunk_attention(
-            query,
-            self._buffer[0, :, :, : self._n_tokens],
-            self._buffer[1, :, :, : self._n_tokens],
-            scale=scale,
-            softcap=softcap,
-            sink_logits=s_aux,
-        )
-
-
-def _fill_pages(pages: torch.Tensor, k_BHSD: torch.Tensor, v_BHSD: torch.Tensor) -> None:
-    """Write a chunk that begins on a page boundary into pages [page, H, 2, P, D]."""
-    P = pages.shape[3]
-    full, rest = divmod(k_BHSD.shape[2], P)
-    for index, x_BHSD in enumerate((k_BHSD, v_BHSD)):
-        x_HSD = x_BHSD[0]
-        if full:
-            pages[:full, :, index] = x_HSD[:, : full * P].reshape(-1, full, P, x_HSD.shape[-1]).transpose(0, 1)
-        if rest:
-            pages[full, :, index, :rest] = x_HSD[:, full * P :]

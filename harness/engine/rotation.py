@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from kvscope.errors import KvscopeError, UsageError
+from kvscope.harness.engine.configs import text_config
 from kvscope.harness.engine.glue import EngineCache, EngineLayer, decoder_of
 from kvscope.harness.engine.prefill_attention import chunk_attention
-from kvscope.harness.engine.shapes import text_config
 
 _PROBE_POSITION = 5
 

@@ -59,16 +59,14 @@ def synthetic_prompt(
         seed: of the values.
 
     Raises:
-        UsageError: a prompt longer than the model takes, or a model with sliding-window layers.
+        UsageError: a prompt longer than the model takes, or a cache of more than pages.
         HostMemoryShort: the host pages do not fit the host's memory.
         MemoryError: they cannot be mapped or locked.
     """
     shape = loaded.shape
-    if shape.sliding_layers:
-        raise UsageError(
-            f"Model '{loaded.name}' has sliding-window layers, whose stock cache is not filled with synthetic values: "
-            "leave out kv=synthetic."
-        )
+    gap = loaded.backend.synthetic_gap(shape)
+    if gap is not None:
+        raise UsageError(f"Model '{loaded.name}' has {gap} not filled with synthetic values: leave out kv=synthetic.")
     if not 0 < n_tokens < loaded.max_length_tokens:
         raise UsageError(
             f"A prompt of {n_tokens} tokens does not fit model '{loaded.name}', which takes {loaded.max_length_tokens}."

@@ -233,6 +233,6 @@ def _task_names() -> list[str]:
 
 
 def _models() -> dict[str, str]:
-    from kvscope.harness.engine.models import known_models
+    from kvscope.harness.engine.names import known_models
 
     return known_models()

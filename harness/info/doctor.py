@@ -117,7 +117,7 @@ def check_triton() -> Check:
 def check_reference_model() -> Check:
     """The embedded model's weights and tokenizer are in the package."""
     try:
-        from kvscope.harness.engine.models import REFERENCE_MODEL_FOLDER
+        from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
     except ImportError as error:
         return Check(name="reference model", status="fail", finding=f"the model loader does not import: {error}")
     folder = REFERENCE_MODEL_FOLDER

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvscope.errors import UsageError
-from kvscope.harness.backends.deepseek_v4.shape import CompressedModelShape, check_dtype
+from kvscope.harness.engine.backend import Backend, backend_of
 from kvscope.harness.engine.presets import is_preset
 from kvscope.methods.shape import DEFAULT_PAGE_TOKENS, ModelShape
 
@@ -23,6 +23,7 @@ class ModelFacts:
         spec: the model as asked for.
         tokenizer: the transformers tokenizer; None for a preset.
         name: what rows call it: ``reference``, a hub id, or a folder's name.
+        backend: its kind of cache.
         device: where it will compute, ``auto`` resolved: ``cpu`` or ``cuda:N``.
         dtype: element type of weights and KV cache, ``auto`` resolved, e.g. ``float32``.
         weights_bytes: bytes of the weights in ``dtype``; None when the configuration does not tell.
@@ -36,6 +37,7 @@ class ModelFacts:
     name: str
     device: str
     dtype: str
+    backend: Backend[Any]
     shape: ModelShape
     tokenizer: Any
     max_length_tokens: int
@@ -45,19 +47,10 @@ class ModelFacts:
     revision: str
 
     def prefill_peak_bytes(self, n_tokens: int, *, chunk_tokens: int) -> int:
-        """Estimate device bytes of a prefill besides weights: layer-major, or the backend's own.
-
-        Hidden states of all tokens, the KV of one layer, and one chunk's activations (MLP gate, up and product;
-        queries, keys, values and output).
-        """
-        if isinstance(self.shape, CompressedModelShape):
-            return self.shape.prefill_peak_bytes(n_tokens, chunk_tokens=chunk_tokens)
-        element_bytes = self.shape.element_bytes
-        hidden_bytes = n_tokens * self.shape.hidden_size * element_bytes
-        layer_kv_bytes = self.shape.dense_kv_bytes(n_tokens) // max(1, len(self.shape.layers))
-        chunk = min(chunk_tokens, n_tokens)
-        activation_bytes = chunk * (3 * self.intermediate_size + 6 * self.shape.hidden_size) * element_bytes
-        return hidden_bytes + layer_kv_bytes + activation_bytes
+        """Estimate device bytes of a prefill besides weights."""
+        return self.backend.prefill_peak_bytes(
+            self.shape, n_tokens, chunk_tokens=chunk_tokens, intermediate_size=self.intermediate_size
+        )
 
 
 def describe_model(
@@ -73,17 +66,19 @@ def describe_model(
     """
     from transformers import AutoTokenizer
 
-    from kvscope.harness.engine.models import load_config, model_revision, resolve_device, resolve_dtype, resolve_model
-    from kvscope.harness.engine.shapes import max_length_tokens, model_shape, text_config
+    from kvscope.harness.engine.configs import max_length_tokens, text_config
+    from kvscope.harness.engine.devices import resolve_device, resolve_dtype
+    from kvscope.harness.engine.names import load_config, model_revision, resolve_model
 
     where, name = resolve_model(spec)
     config = load_config(spec)
     revision = model_revision(where, config)
     target = indexed(resolve_device(device))
     element_type = resolve_dtype(dtype, target)
-    shape = model_shape(config, element_bytes=element_type.itemsize, page_tokens=page_tokens, revision=revision)
+    backend = backend_of(config)
+    shape = backend.shape(config, element_bytes=element_type.itemsize, page_tokens=page_tokens, revision=revision)
     dtype_name = str(element_type).removeprefix("torch.")
-    check_dtype(shape, dtype_name)
+    backend.check_dtype(dtype_name)
     text = text_config(config)
     try:
         tokenizer = None if is_preset(spec) else AutoTokenizer.from_pretrained(where)
@@ -94,6 +89,7 @@ def describe_model(
         name=name,
         device=str(target),
         dtype=dtype_name,
+        backend=backend,
         shape=shape,
         tokenizer=tokenizer,
         max_length_tokens=max_length_tokens(config),

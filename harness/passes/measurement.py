@@ -279,7 +279,6 @@ class Measurement:
         return self._row(loaded, method, prompt_kv_tokens=prompt_kv.n_tokens, result=result)
 
     def _load(self) -> "tuple[LoadedModel, CacheMethod[Any]]":
-        from kvscope.harness.backends.deepseek_v4.shape import fitted
         from kvscope.harness.engine.models import load_model
         from kvscope.methods.registry import create_method, parse_method
 
@@ -287,7 +286,7 @@ class Measurement:
         method = create_method(parse_method(job.method), paper_settings=job.paper_settings)
         loaded = load_model(job.model, device=job.device, dtype=job.dtype, page_tokens=job.page_tokens)
         self.backend = loaded.attention_backend
-        return loaded, fitted(method, loaded.shape)
+        return loaded, loaded.backend.form_of(method, loaded.shape)
 
     def _row(
         self, loaded: "LoadedModel", method: "CacheMethod[Any]", *, prompt_kv_tokens: int, result: Any

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from tabulate import tabulate
 
 from kvscope.errors import UsageError
-from kvscope.harness.backends.deepseek_v4.shape import CompressedModelShape, fitted, released_bytes_note
 from kvscope.harness.passes.config import RunConfig, split_spec
 from kvscope.harness.passes.device_budget import CONTEXT_BYTES
 from kvscope.harness.passes.facts import ModelFacts, describe_model
@@ -102,7 +101,7 @@ class Plan:
                     f"{method.label} leaves nothing out at {_lengths(same)}: there it is dense by another name."
                 )
         said += [f"{each.sentence}." for each in self.excluded_types]
-        note = released_bytes_note(self.facts.shape, max(self.config.lengths_tokens))
+        note = self.facts.backend.note(self.facts.shape, max(self.config.lengths_tokens))
         return said if note is None else [*said, note]
 
     def text(self) -> str:
@@ -193,7 +192,7 @@ def make_plan(config: RunConfig) -> Plan:
         tasks.append(task)
     facts = describe_model(config.model, device=config.device, dtype=config.dtype, page_tokens=config.page_tokens)
     check_synthetic(config, facts)
-    methods = tuple(fitted(method, facts.shape) for method in methods)
+    methods = tuple(facts.backend.form_of(method, facts.shape) for method in methods)
     for method in methods:
         method.require(facts.shape)
     check_lengths(config, facts, tasks)
@@ -212,19 +211,15 @@ def make_plan(config: RunConfig) -> Plan:
 
 
 def check_synthetic(config: RunConfig, facts: ModelFacts) -> None:
-    """Refuse synthetic KV on a model whose cache is more than pages of K and V.
+    """Refuse synthetic KV on a model whose cache a prompt of random pages does not fill.
 
     Raises:
         UsageError: saying what is not filled.
     """
-    what = ""
-    if isinstance(facts.shape, CompressedModelShape):
-        what = "compressed entries, which are"
-    elif facts.shape.sliding_layers:
-        what = "sliding-window layers, whose stock cache is"
-    if config.synthetic_kv and what:
+    gap = facts.backend.synthetic_gap(facts.shape)
+    if config.synthetic_kv and gap is not None:
         raise UsageError(
-            f"Model {config.model!r} has {what} not filled with synthetic values: leave out --kv synthetic, --find-max "
+            f"Model {config.model!r} has {gap} not filled with synthetic values: leave out --kv synthetic, --find-max "
             "and --throughput, or take another model."
         )
 

@@ -52,7 +52,7 @@ def excluded_types(spec: str) -> tuple[ExcludedType, ...]:
     Raises:
         UsageError: the file cannot be read.
     """
-    from kvscope.harness.engine.models import resolve_model
+    from kvscope.harness.engine.names import resolve_model
 
     path = Path(resolve_model(spec)[0]) / EXCLUDED_FILE
     if not path.is_file():

@@ -145,16 +145,13 @@ def run_info(plan: Plan) -> RunInfo:
 
 
 def planned_backend(plan: Plan) -> str | None:
-    """Name what will compute attention; None for a backend of its own, which only the loaded model can name."""
+    """Name what will compute attention; None where only the loaded model can tell."""
     import torch
 
-    from kvscope.harness.backends.deepseek_v4.shape import CompressedModelShape
-    from kvscope.harness.engine.models import attention_backend, resolve_dtype
+    from kvscope.harness.engine.devices import resolve_dtype
 
     facts, device = plan.facts, torch.device(plan.facts.device)
-    if isinstance(facts.shape, CompressedModelShape):
-        return None
-    return attention_backend(facts.shape, device, resolve_dtype(facts.dtype, device))
+    return facts.backend.attention_text(facts.shape, device, resolve_dtype(facts.dtype, device))
 
 
 def failures(run: "Run") -> list[str]:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from kvscope.errors import KvscopeError, UsageError
-from kvscope.harness.backends.deepseek_v4.shape import refuse_compressed
+from kvscope.harness.engine.backend import require_token_attention
 from kvscope.harness.engine.decode import DecodeSession
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.models import load_model
@@ -265,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             create_task(name)
         refuse_preset(args.model, "measure attention on")
         loaded = load_model(args.model, device=args.device, dtype=args.dtype)
-        refuse_compressed(loaded.name, loaded.shape, "attention on the evidence")
+        require_token_attention(loaded.backend, model=loaded.name, what="attention on the evidence")
         if max(lengths) > loaded.max_length_tokens:
             raise UsageError(f"Model '{loaded.name}' takes {loaded.max_length_tokens} tokens, not {max(lengths)}.")
         _write(loaded, args, lengths)

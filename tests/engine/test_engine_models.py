@@ -8,7 +8,8 @@ from tiny_models import build_stock, loaded_model, save_tiny, tiny_config
 from kvscope.errors import EnvironmentProblem, KvscopeError, UsageError
 from kvscope.harness.engine import models
 from kvscope.harness.engine.glue import kvscope_attention
-from kvscope.harness.engine.models import known_models, load_config, load_model, wrap_model
+from kvscope.harness.engine.models import load_model, wrap_model
+from kvscope.harness.engine.names import known_models, load_config
 from kvscope.harness.engine.shapes import max_length_tokens, model_shape
 
 

@@ -9,7 +9,8 @@ from tiny_models import ARCHITECTURES, build_stock, loaded_model
 from transformers import AutoModelForCausalLM
 
 from kvscope.errors import KvscopeError
-from kvscope.harness.engine.models import REFERENCE_MODEL_FOLDER, wrap_model
+from kvscope.harness.engine.models import wrap_model
+from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
 from kvscope.harness.engine.rotation import RopeRotation, UnknownRotation, _queries
 from kvscope.methods.registry import create_method, method_names
 

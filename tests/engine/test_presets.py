@@ -8,7 +8,8 @@ from in_process import run_here
 
 from kvscope import cli
 from kvscope.errors import UsageError
-from kvscope.harness.engine.models import known_models, load_model
+from kvscope.harness.engine.models import load_model
+from kvscope.harness.engine.names import known_models
 from kvscope.harness.passes.config import make_config
 from kvscope.harness.passes.facts import describe_model
 from kvscope.harness.passes.plan import make_plan

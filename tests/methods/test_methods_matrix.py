@@ -15,7 +15,8 @@ from tiny_models import build_stock, loaded_model, prompt_ids
 
 import kvscope.methods
 from kvscope.harness.engine.decode import DecodeSession, answer_nll, decode
-from kvscope.harness.engine.models import REFERENCE_MODEL_FOLDER, load_model, wrap_model
+from kvscope.harness.engine.models import load_model, wrap_model
+from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
 from kvscope.harness.engine.prefill import prefill
 from kvscope.methods.registry import create_method, method_names
 from kvscope.methods.resident import StaticResidency

@@ -16,7 +16,8 @@ from tiny import MakeConfig
 from tiny_models import tiny_config
 
 from kvscope.harness.engine import decode, decode_graph
-from kvscope.harness.engine.models import REFERENCE_MODEL_FOLDER, load_model
+from kvscope.harness.engine.models import load_model
+from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
 from kvscope.harness.passes import accuracy
 from kvscope.harness.passes.sweep import run
 from kvscope.methods.lsa import sequence as lsa_sequence

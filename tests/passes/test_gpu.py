@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import MakeConfig
 
-from kvscope.harness.engine.models import REFERENCE_MODEL_FOLDER
+from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
 from kvscope.harness.passes.memory import host_rss_bytes
 from kvscope.harness.passes.sweep import failures, run
 from kvscope.methods.pinned import empty_pinned

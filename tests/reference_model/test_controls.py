@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kvscope.harness.engine.models import REFERENCE_MODEL_FOLDER
+from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
 from kvscope.harness.reference_model import controls
 from kvscope.tasks.long_qa.guards import chance
 from kvscope.tasks.registry import create_task

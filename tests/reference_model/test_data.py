@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from kvscope.harness.engine.models import REFERENCE_MODEL_FOLDER
+from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
 from kvscope.harness.reference_model import templates
 from kvscope.harness.reference_model.architecture import WINDOW_TOKENS, reference_config
 from kvscope.harness.reference_model.curriculum import Phase, RowMaker, Shape

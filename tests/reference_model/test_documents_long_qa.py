@@ -33,7 +33,7 @@ Count = Callable[[str], int]
 def count() -> Count:
     from transformers import AutoTokenizer
 
-    from kvscope.harness.engine.models import REFERENCE_MODEL_FOLDER
+    from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
 
     tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(str(REFERENCE_MODEL_FOLDER))
     return cache(lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]))

@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from kvscope.harness.engine.models import REFERENCE_MODEL_FOLDER
+from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
 from kvscope.harness.reference_model import templates_ruler
 from kvscope.harness.reference_model.documents import Document, DocumentMaker
 from kvscope.harness.reference_model.documents_ruler import (

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from kvscope.harness.engine.models import REFERENCE_MODEL_FOLDER
+from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
 from kvscope.harness.reference_model.curriculum import Phase, RowMaker, Shape
 from kvscope.harness.reference_model.data import PhaseData
 from kvscope.harness.reference_model.pieces import Pieces

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
-from kvscope.harness.engine.models import REFERENCE_MODEL_FOLDER
+from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
 from kvscope.harness.reference_model import attention, train
 from kvscope.harness.reference_model.architecture import GLOBAL_LAYERS, build_model, reference_config
 from kvscope.harness.reference_model.curriculum import Phase, Shape

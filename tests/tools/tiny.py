@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvscope.harness.engine.models import REFERENCE_MODEL_FOLDER
+from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
 from kvscope.harness.passes.config import RunConfig, make_config
 
 MakeConfig = Callable[..., RunConfig]

@@ -15,6 +15,7 @@ from kvscope.errors import UsageError
 from kvscope.harness.backends.deepseek_v4.prefill import CompressedPrompt
 from kvscope.harness.backends.deepseek_v4.sequence import Choice, CompressedSequence
 from kvscope.harness.backends.deepseek_v4.shape import CompressedModelShape
+from kvscope.harness.engine.backend import NoForm
 from kvscope.methods.base import CacheMethod, Collector, SequenceCache
 from kvscope.methods.dense.method import Dense
 from kvscope.methods.lsa.compressed import (
@@ -30,32 +31,23 @@ from kvscope.methods.recency.method import Recency
 from kvscope.methods.shape import Footprint, ModelShape
 from kvscope.methods.store import PromptKV, TokenRange
 
-AVAILABLE = ("dense", "recency", "random", "lsa")
 N_INDEXED_LAYERS = 3
 """Layers the paper indexes."""
 
 
 def over_entries(method: CacheMethod[Any], shape: CompressedModelShape) -> CacheMethod[Any]:
-    """Return the form of a method that runs on a model with compressed entries; see ``shape.fitted``."""
-    if isinstance(method, OverEntries | Unavailable):
+    """Return the form of a method that runs on a model with compressed entries, or why there is none."""
+    if isinstance(method, OverEntries | NoForm):
         return method
-    made: CacheMethod[Any]
-    if type(method) in FORMS:
-        made = FORMS[type(method)](method.config, label=method.label, shape=shape)
-    else:
-        refused = type(type(method).__name__, (Unavailable, type(method)), {})
-        made = refused(method.config, label=method.label)
-    return made
-
-
-class Unavailable(CacheMethod[Any]):
-    """Mixed into a method that has no form over compressed entries."""
-
-    def unsupported(self, shape: ModelShape, device: torch.device | str) -> list[str]:
-        return [
-            f"{self.name} works on the K and V of single tokens, and deepseek_v4 keeps one entry for "
+    form: type[Any] | None = FORMS.get(type(method))
+    if form is None:
+        reason = (
+            f"{method.name} works on the K and V of single tokens, and deepseek_v4 keeps one entry for "
             f"{shape.page_tokens} of them; {', '.join(AVAILABLE)} run there"
-        ]
+        )
+        return NoForm(method, reason)
+    made: CacheMethod[Any] = form(method.config, label=method.label, shape=shape)
+    return made
 
 
 class OverEntries(CacheMethod[Any]):
@@ -304,6 +296,7 @@ class LsaEntries(OverEntries, Lsa):
 FORMS: dict[type[CacheMethod[Any]], type[Any]] = {
     Dense: DenseEntries, Recency: RecencyEntries, RandomChunks: RandomEntries, Lsa: LsaEntries
 }  # fmt: skip
+AVAILABLE = tuple(method.name for method in FORMS)
 
 
 def _check(indexer: CompressedIndexer, shape: CompressedModelShape) -> None:

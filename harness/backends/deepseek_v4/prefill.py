@@ -7,9 +7,8 @@ a mask.
 Shapes: B batch (1), Q query heads, S new tokens, T window tokens and entries, D head size, M hidden size.
 """
 
-import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
@@ -17,11 +16,9 @@ from transformers.masking_utils import eager_mask
 
 from kvscope.harness.backends.deepseek_v4.cache import Angles, live_bytes, move_rest, take_entries
 from kvscope.harness.backends.deepseek_v4.shape import CompressedModelShape
+from kvscope.harness.engine.backend import ReadyModel
 from kvscope.harness.engine.glue import observing_attention
 from kvscope.methods.store import PromptKV
-
-if TYPE_CHECKING:
-    from kvscope.harness.engine.loaded import LoadedModel
 
 ATTENTION_NAME = "kvscope_deepseek_v4"
 
@@ -98,36 +95,35 @@ class CompressedPrompt(PromptKV):
 
 
 def compressed_prefill(
-    loaded: "LoadedModel", ids_N: torch.Tensor, *, chunk_tokens: int, seed: int, prompt_sha256: str
+    ready: ReadyModel, ids_N: torch.Tensor, *, chunk_tokens: int, seed: int, prompt_sha256: str
 ) -> CompressedPrompt:
-    """Prefill with the stock forward and move the cache to the host. Arguments checked by ``prefill``."""
-    started_s = time.perf_counter()
-    model, shape = loaded.model, loaded.shape
+    """Prefill with the stock forward and move the cache to the host; arguments as ``Backend.prefill``."""
+    model, shape = ready.model, ready.shape
     assert isinstance(shape, CompressedModelShape)
     cache = DynamicCache(config=model.config)
     last_hidden: dict[int, torch.Tensor] = {}
     with observing_attention(model, shape.layers, last_hidden.__setitem__):
         for start in range(0, len(ids_N), chunk_tokens):
-            part = ids_N[None, start : start + chunk_tokens].to(loaded.device)
+            part = ids_N[None, start : start + chunk_tokens].to(ready.device)
             model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
     peak_bytes = sum(live_bytes(cache).values())
     widths = {"compressor": shape.head_dim, "indexer": shape.index_key_dim}
-    like = {name: torch.empty((1, 0, width), dtype=loaded.dtype) for name, width in widths.items()}
-    pinned = loaded.device.type == "cuda"
+    like = {name: torch.empty((1, 0, width), dtype=ready.dtype) for name, width in widths.items()}
+    pinned = ready.device.type == "cuda"
     host = {layer: take_entries(cache.layers[layer], like, pinned=pinned) for layer in shape.layers}
     # On the host as well: what stays on the device is a sequence's own copy, and counted there.
     move_rest(cache, torch.device("cpu"))
 
     def angles(position: int) -> tuple[torch.Tensor, torch.Tensor]:
-        where = torch.tensor([[position]], device=loaded.device)
-        like_hidden = torch.empty(0, device=loaded.device)
+        where = torch.tensor([[position]], device=ready.device)
+        like_hidden = torch.empty(0, device=ready.device)
         cos, sin = model.model.rotary_emb(like_hidden, position_ids=where, layer_type="compress")
         return cos[0, 0], sin[0, 0]
 
     return CompressedPrompt(
         shape=shape,
         n_tokens=len(ids_N),
-        dtype=loaded.dtype,
+        dtype=ready.dtype,
         config=model.config,
         host=host,
         rest=cache,
@@ -135,6 +131,5 @@ def compressed_prefill(
         last_hidden={layer: hidden_BM.clone() for layer, hidden_BM in last_hidden.items()},
         seed=seed,
         prompt_sha256=prompt_sha256,
-        prefill_s=time.perf_counter() - started_s,
         peak_device_kv_bytes=peak_bytes,
     )

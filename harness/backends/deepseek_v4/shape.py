@@ -1,16 +1,12 @@
-"""A DeepSeek-V4 model as the sweep counts with it, and which form of a method runs on it. No torch."""
+"""A DeepSeek-V4 model as the sweep counts with it. No torch."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kvscope.errors import UsageError
 from kvscope.harness.backends.deepseek_v4.bytes import FLASH_FP8, CompressedShape, stock_shape
 from kvscope.methods.shape import Footprint, ModelShape
 
-if TYPE_CHECKING:
-    from kvscope.methods.base import CacheMethod
-
-MODEL_TYPE = "deepseek_v4"
 CSA, HCA, SLIDING = "compressed_sparse_attention", "heavily_compressed_attention", "sliding_attention"
 
 
@@ -107,9 +103,10 @@ def compressed_model_shape(config: Any, *, element_bytes: int, revision: str = "
     """
     kinds = list(config.layer_types)
     if CSA not in kinds:
+        name = getattr(config, "name_or_path", "") or config.model_type
         raise UsageError(
-            f"Model '{getattr(config, 'name_or_path', '') or MODEL_TYPE}' cannot be run: none of its layers is of type "
-            f"{CSA}, whose entries are what a method keeps or leaves out."
+            f"Model '{name}' cannot be run: none of its layers is of type {CSA}, whose entries are what a method keeps "
+            "or leaves out."
         )
     cache = stock_shape(config, element_bytes=element_bytes)
     return CompressedModelShape(
@@ -128,32 +125,9 @@ def compressed_model_shape(config: Any, *, element_bytes: int, revision: str = "
     )
 
 
-def check_dtype(shape: ModelShape, dtype: str) -> None:
-    """Refuse what the stock classes cannot compute in.
-
-    Raises:
-        UsageError: float16: some projections stay in fp32 then, and their inputs do not.
-    """
-    if isinstance(shape, CompressedModelShape) and dtype == "float16":
-        raise UsageError("The stock deepseek_v4 classes do not run in float16; use --dtype bfloat16 or float32.")
-
-
-def refuse_compressed(name: str, shape: ModelShape, what: str) -> None:
-    """Refuse what reads the attention of ordinary layers.
-
-    Raises:
-        UsageError: the model keeps compressed entries.
-    """
-    if isinstance(shape, CompressedModelShape):
-        raise UsageError(
-            f"Model '{name}' keeps compressed entries, and {what} read the attention over single tokens: not available "
-            f"for {MODEL_TYPE}."
-        )
-
-
-def released_bytes_note(shape: ModelShape, n_tokens: int) -> str | None:
+def released_bytes_note(shape: CompressedModelShape, n_tokens: int) -> str | None:
     """Return what the released engine's packed fp8 cache would take, marked analytic; None for other head sizes."""
-    if not isinstance(shape, CompressedModelShape) or (shape.head_dim, shape.index_key_dim) != (512, 128):
+    if (shape.head_dim, shape.index_key_dim) != (512, 128):
         return None
     cache = shape.cache
     packed = CompressedShape(
@@ -166,15 +140,3 @@ def released_bytes_note(shape: ModelShape, n_tokens: int) -> str | None:
         f"{packed.entry_bytes} B and keys of {packed.key_bytes} B would take {total_bytes / 1024**2:,.2f} MiB at "
         f"{n_tokens:,} tokens, windows left out (analytic: nothing here runs fp8)."
     )
-
-
-def fitted(method: "CacheMethod[Any]", shape: ModelShape) -> "CacheMethod[Any]":
-    """Return a method as it runs on a model: itself, or its form over compressed entries.
-
-    A method that has no such form comes back with the reason in ``unsupported``.
-    """
-    if not isinstance(shape, CompressedModelShape):
-        return method
-    from kvscope.harness.backends.deepseek_v4.methods import over_entries
-
-    return over_entries(method, shape)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 
 from kvscope.errors import EnvironmentProblem, UsageError
-from kvscope.harness.backends.deepseek_v4.shape import refuse_compressed
+from kvscope.harness.engine.backend import require_token_attention
 from kvscope.harness.engine.decode import DecodeSession, answer_end
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.models import load_model
@@ -183,7 +183,7 @@ def describe(config: CollectConfig, loaded: LoadedModel) -> CollectionInfo:
         UsageError: layers that kvscope does not manage in this model.
     """
     shape = loaded.shape
-    refuse_compressed(loaded.name, shape, "kvscope lsa collect and train")
+    require_token_attention(loaded.backend, model=loaded.name, what="kvscope lsa collect and train")
     layers = config.layers or shape.layers
     foreign = sorted(set(layers) - set(shape.layers))
     if foreign:

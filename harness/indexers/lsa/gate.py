@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from kvscope.errors import UsageError
-from kvscope.harness.backends.deepseek_v4.shape import refuse_compressed
+from kvscope.harness.engine.backend import require_token_attention
 from kvscope.harness.engine.decode import decode
 from kvscope.harness.engine.models import load_model
 from kvscope.harness.engine.prefill import prefill
@@ -90,7 +90,7 @@ def gate(
     info = collections[0].info
     labels = info.rule(**(rule or {}))
     loaded = load_model(model or info.model, device=device, dtype=dtype)
-    refuse_compressed(loaded.name, loaded.shape, "the label gate")
+    require_token_attention(loaded.backend, model=loaded.name, what="the label gate")
     if loaded.shape.revision != info.model_revision:
         raise UsageError(
             f"The collection was made with model '{info.model}' ({info.model_revision}), not with '{loaded.name}' "

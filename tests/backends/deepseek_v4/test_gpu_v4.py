@@ -5,7 +5,8 @@ import torch
 from compressed_tiny import masked, random_model
 
 from kvscope.harness.engine.decode import DecodeSession
-from kvscope.harness.engine.models import REFERENCE_MODEL_FOLDER, wrap_model
+from kvscope.harness.engine.models import wrap_model
+from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
 from kvscope.harness.engine.prefill import prefill
 from kvscope.harness.passes.config import make_config
 from kvscope.harness.passes.sweep import failures, run

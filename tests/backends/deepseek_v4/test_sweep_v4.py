@@ -7,7 +7,8 @@ from safetensors.torch import save_file
 from kvscope.cli import main
 from kvscope.errors import EnvironmentProblem, UsageError
 from kvscope.harness.backends.deepseek_v4.bytes import stock_shape
-from kvscope.harness.engine.models import REFERENCE_MODEL_FOLDER, load_model
+from kvscope.harness.engine.models import load_model
+from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
 from kvscope.harness.engine.prefill import prefill
 from kvscope.harness.passes.config import make_config
 from kvscope.harness.passes.plan import make_plan

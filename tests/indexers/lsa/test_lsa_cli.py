@@ -5,7 +5,7 @@ import json
 import pytest
 
 from kvscope import cli
-from kvscope.harness.engine.models import model_revision
+from kvscope.harness.engine.names import model_revision
 from kvscope.results.frames import load_run
 
 
@@ -100,7 +100,7 @@ def test_an_indexer_of_another_model_is_refused_naming_both(indexer, tmp_path, c
     assert cli.run_cli(command) == 2
     said = capsys.readouterr().err
     assert "it was trained for model 'tiny'" in said
-    from kvscope.harness.engine.models import REFERENCE_MODEL_FOLDER
+    from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
 
     assert model_revision(str(REFERENCE_MODEL_FOLDER), None) in said
 

@@ -11,7 +11,8 @@ from lsa_tools import run_steps
 
 from kvscope import cli
 from kvscope.errors import UsageError
-from kvscope.harness.engine.models import REFERENCE_MODEL_FOLDER, load_model, model_revision
+from kvscope.harness.engine.models import load_model
+from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER, model_revision
 from kvscope.harness.engine.prefill import prefill
 from kvscope.harness.indexers.lsa.lineage import calibration_ids, data_ids, records
 from kvscope.harness.passes.config import load_config

@@ -1,35 +1,21 @@
-"""From a transformers config to the ModelShape the methods count with. Loads no weights."""
+"""From a transformers config to the ModelShape of a cache of K and V, or every reason why there is none."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from kvscope.errors import UsageError
-from kvscope.harness.backends.deepseek_v4.shape import MODEL_TYPE, compressed_model_shape
-from kvscope.methods.shape import DEFAULT_PAGE_TOKENS, ModelShape
+from kvscope.harness.engine.configs import layer_kinds, text_config
+from kvscope.methods.shape import ModelShape
 
 # Their attention layers select inside the layer or carry causality beside the mask, so that K and V handed to a cache
-# are not what attention reads. They need a backend of their own, as deepseek_v4 has one.
-_OWN_BACKEND = {
+# are not what attention reads. A line in the table of backends takes a model type out of here.
+_NEED_THEIR_OWN = {
     "deepseek_v32": "it selects tokens with an indexer of its own",
     "glm_moe_dsa": "it selects tokens with an indexer of its own",
     "minimax_m3": "it selects blocks with an indexer of its own",
     "minimax_m3_vl": "it selects blocks with an indexer of its own",
 }
-_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-
-
-def text_config(config: Any) -> Any:
-    """Return the config of the language model inside a (possibly multimodal) config."""
-    return config.get_text_config(decoder=True)
-
-
-def layer_kinds(config: Any) -> list[str]:
-    """Return the cache layer type of every decoder layer, as transformers names them."""
-    from transformers.cache_utils import get_layer_types_and_kwargs
-
-    kinds: list[str] = list(get_layer_types_and_kwargs(text_config(config))[0])
-    return kinds
 
 
 def unsupported_reasons(config: Any) -> list[str]:
@@ -37,8 +23,8 @@ def unsupported_reasons(config: Any) -> list[str]:
     text = text_config(config)
     reasons: list[str] = []
     model_types = {getattr(config, "model_type", ""), getattr(text, "model_type", "")}
-    for model_type in sorted(model_types & set(_OWN_BACKEND)):
-        reasons.append(f"architecture {model_type} needs a backend of its own: {_OWN_BACKEND[model_type]}")
+    for model_type in sorted(model_types & set(_NEED_THEIR_OWN)):
+        reasons.append(f"architecture {model_type} needs a backend of its own: {_NEED_THEIR_OWN[model_type]}")
     if reasons:
         return reasons
     if getattr(config, "is_encoder_decoder", False):
@@ -55,22 +41,8 @@ def unsupported_reasons(config: Any) -> list[str]:
     return reasons
 
 
-def model_shape(
-    config: Any, *, element_bytes: int, page_tokens: int = DEFAULT_PAGE_TOKENS, revision: str = ""
-) -> ModelShape:
-    """Return the shape of a model from its config alone.
-
-    Args:
-        config: a transformers config.
-        element_bytes: bytes of one KV element (4 for fp32, 2 for bf16).
-        page_tokens: tokens of one page; a deepseek_v4 model's page is one compressed entry, whatever is asked for.
-        revision: identity of the weights.
-
-    Raises:
-        UsageError: the architecture is not supported; the message gives every reason.
-    """
-    if getattr(config, "model_type", "") == MODEL_TYPE:
-        return compressed_model_shape(config, element_bytes=element_bytes, revision=revision)
+def paged_shape(config: Any, *, element_bytes: int, page_tokens: int, revision: str) -> ModelShape:
+    """Return the shape of a model from its config alone; arguments and errors as ``Backend.shape``."""
     reasons = unsupported_reasons(config)
     if reasons:
         name = getattr(config, "name_or_path", "") or getattr(config, "model_type", "model")
@@ -94,22 +66,3 @@ def model_shape(
         sliding_window=int(text.sliding_window) if sliding else 0,
         revision=revision,
     )
-
-
-def max_length_tokens(config: Any) -> int:
-    """Return the longest prompt plus answer the model takes.
-
-    A rotary scheme that changes its frequencies past the original length would rotate early and late chunks of one
-    prompt differently, so such a model is held to that original length.
-    """
-    text = text_config(config)
-    longest = int(text.max_position_embeddings)
-    rope = getattr(text, "rope_parameters", None) or {}
-    nested = [rope, *(value for value in rope.values() if isinstance(value, dict))]
-    for parameters in nested:
-        if parameters.get("rope_type") in _LENGTH_DEPENDENT_ROPE:
-            original = parameters.get("original_max_position_embeddings") or getattr(
-                text, "original_max_position_embeddings", None
-            )
-            longest = min(longest, int(original or longest))
-    return longest

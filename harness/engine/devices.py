@@ -1,0 +1,39 @@
+"""Devices and element types by name."""
+
+from __future__ import annotations
+
+import torch
+
+from kvscope.errors import EnvironmentProblem, UsageError, did_you_mean
+
+_DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+
+
+def resolve_device(device: str) -> torch.device:
+    """Return the device that ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>`` means here."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
+        raise UsageError(f"Device '{device}' is not one of auto, cpu, cuda, cuda:<index>.")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentProblem(f"Device '{device}' was asked for, but torch sees no CUDA GPU; use --device cpu.")
+    if index and int(index) >= torch.cuda.device_count():
+        raise EnvironmentProblem(f"Device '{device}' was asked for, but torch sees {torch.cuda.device_count()} GPUs.")
+    return torch.device(device)
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Return the element type that a name, or ``auto`` on a device, means."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if dtype not in _DTYPES:
+        raise UsageError(f"There is no dtype '{dtype}'.{did_you_mean(dtype, ['auto', *_DTYPES])}")
+    return _DTYPES[dtype]

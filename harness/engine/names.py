@@ -1,0 +1,114 @@
+"""Models by name, and what their files say before any weights load: config, identity."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from kvscope.errors import UsageError, did_you_mean
+from kvscope.harness.engine.presets import PRESETS, find_preset, is_preset, preset_config, preset_revision
+
+REFERENCE_MODEL_FOLDER = Path(__file__).parents[1] / "reference_model" / "weights"
+
+_FROM_HUB = "from the Hugging Face hub; the engine tests cover its architecture, with random weights"
+_KNOWN = {
+    "reference": "the embedded reference model: 20M parameters, trained on this project's own tasks; needs no network",
+    "HuggingFaceTB/SmolLM3-3B": _FROM_HUB,
+    "Qwen/Qwen3-8B": _FROM_HUB,
+    "meta-llama/Llama-3.1-8B-Instruct": _FROM_HUB,
+    "mistralai/Mistral-7B-Instruct-v0.3": _FROM_HUB,
+    "openai/gpt-oss-20b": _FROM_HUB,
+}
+_REVISION_SAMPLES, _REVISION_SAMPLE_BYTES = 32, 16 * 1024
+
+
+def known_models() -> dict[str, str]:
+    """Return names ``--model`` is known to take, each with one line about it. Any hub id or local folder works too."""
+    presets = {f"preset:{name}": preset.description for name, preset in PRESETS.items() if preset.description}
+    return {**_KNOWN, **presets}
+
+
+def resolve_model(spec: str) -> tuple[str, str]:
+    """Return what transformers should load, and the name rows use.
+
+    Raises:
+        UsageError: neither a known name, nor a folder with a config.json, nor shaped like a hub id.
+    """
+    if is_preset(spec):
+        find_preset(spec)
+        return spec, spec
+    if spec == "reference":
+        if not (REFERENCE_MODEL_FOLDER / "config.json").is_file():
+            raise UsageError(
+                "The reference model is missing from this installation (no config.json in "
+                "harness/reference_model/weights); reinstall kvscope, or pass --model with a folder or a Hugging "
+                "Face id."
+            )
+        return str(REFERENCE_MODEL_FOLDER), spec
+    folder = Path(spec).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UsageError(f"Model folder '{spec}' has no config.json, so transformers cannot load it.")
+        return str(folder), folder.resolve().name
+    if spec.startswith((".", "/", "~")) or spec.count("/") > 1:
+        raise UsageError(f"There is no model folder '{spec}'. Check the path, or pass a Hugging Face id (owner/name).")
+    if "/" not in spec:
+        raise UsageError(
+            f"There is no model '{spec}'.{did_you_mean(spec, known_models())} A local folder or a Hugging Face id "
+            "(owner/name) works too."
+        )
+    return spec, spec
+
+
+def load_config(spec: str) -> Any:
+    """Return the transformers config of a model without loading its weights.
+
+    Raises:
+        UsageError: as ``resolve_model``, or transformers cannot read the config.
+    """
+    from transformers import AutoConfig
+
+    where, _ = resolve_model(spec)
+    if is_preset(spec):
+        return preset_config(spec)
+    try:
+        return AutoConfig.from_pretrained(where)
+    except (OSError, ValueError) as error:
+        raise UsageError(cannot_load(spec, error)) from error
+
+
+def cannot_load(spec: str, error: Exception) -> str:
+    """Return the sentence for a model that transformers does not load."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if Path(spec).expanduser().is_dir() or spec == "reference":
+        return f"Model '{spec}' cannot be loaded: {reason}"
+    hint = did_you_mean(spec, _KNOWN)
+    near = hint if hint.startswith(" Did") else ""
+    return (
+        f"Model '{spec}' cannot be loaded from the Hugging Face hub.{near} Check the id and the network (offline, only "
+        f"models already in the local cache load; gated ones need `hf auth login`), or use --model reference, which "
+        f"needs neither. transformers says: {reason}"
+    )
+
+
+def model_revision(where: str, config: Any) -> str:
+    """Return the hub commit of a model, or for a folder a hash of its config and its weights.
+
+    Of every weights file its name, size, ends and evenly spread samples are read: training changes all of them, and a
+    model of any size is told apart in milliseconds. Of a preset: how its weights are drawn.
+    """
+    if is_preset(where):
+        return preset_revision()
+    folder = Path(where)
+    if not folder.is_dir():
+        return str(getattr(config, "_commit_hash", None) or "unknown")
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin")):
+        size_bytes = path.stat().st_size
+        digest.update(f"{path.name} {size_bytes}\n".encode())
+        with path.open("rb") as file:
+            for sample in range(_REVISION_SAMPLES + 1):
+                file.seek(max(0, size_bytes - _REVISION_SAMPLE_BYTES) * sample // _REVISION_SAMPLES)
+                digest.update(file.read(_REVISION_SAMPLE_BYTES))
+    return f"sha256:{digest.hexdigest()[:16]}"
