@@ -6,7 +6,7 @@ import json
 import pytest
 
 from kvscope import cli
-from kvscope.harness.engine import models
+from kvscope.harness.engine import names as model_names
 from kvscope.harness.info import catalog
 from kvscope.harness.info.catalog import documented, show_text
 from kvscope.methods.dsa import indexer_files as dsa_files
@@ -22,7 +22,7 @@ def output(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 @pytest.mark.parametrize("kind", ["methods", "tasks", "models"])
 def test_lists_name_everything_once_and_agree_with_json(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
-    names = {"methods": method_names(), "tasks": task_names(), "models": list(models.known_models())}[kind]
+    names = {"methods": method_names(), "tasks": task_names(), "models": list(model_names.known_models())}[kind]
     lines = output(capsys, "list", kind).splitlines()
     assert [line.split()[0] for line in lines] == names
     assert all(len(line.split()) > 1 for line in lines)
@@ -94,7 +94,7 @@ def test_a_task_shows_what_it_asks_for_and_its_source(name: str) -> None:
 
 
 def test_a_model_shows_its_shape(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "known_models", lambda: {tiny_model: "a tiny one", "/gone": "not here"})
+    monkeypatch.setattr(model_names, "known_models", lambda: {tiny_model: "a tiny one", "/gone": "not here"})
     text = show_text(tiny_model)
     assert "a tiny one" in text
     assert "256 bytes a token in float32" in text

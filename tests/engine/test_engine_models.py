@@ -6,11 +6,12 @@ import transformers
 from tiny_models import build_stock, loaded_model, save_tiny, tiny_config
 
 from kvscope.errors import EnvironmentProblem, KvscopeError, UsageError
-from kvscope.harness.engine import models
+from kvscope.harness.engine import names
+from kvscope.harness.engine.backend import backend_of
+from kvscope.harness.engine.configs import max_length_tokens
 from kvscope.harness.engine.glue import kvscope_attention
 from kvscope.harness.engine.models import load_model, wrap_model
 from kvscope.harness.engine.names import known_models, load_config
-from kvscope.harness.engine.shapes import max_length_tokens, model_shape
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_oss", "smollm3", "afmoe"])
@@ -20,7 +21,7 @@ def test_a_local_folder_loads(tmp_path, name):
     assert (loaded.name, loaded.spec) == ("tiny", str(folder))
     assert loaded.dtype == torch.float32
     config = load_config(str(folder))
-    assert loaded.shape == model_shape(config, element_bytes=4, page_tokens=32, revision=loaded.revision)
+    assert loaded.shape == loaded.backend.shape(config, element_bytes=4, page_tokens=32, revision=loaded.revision)
     assert loaded.max_length_tokens == 16384
     assert loaded.revision.startswith("sha256:")
     assert loaded.revision == load_model(str(folder)).revision
@@ -61,7 +62,7 @@ def test_a_damaged_folder_is_named(tmp_path):
 
 
 def test_a_missing_reference_model_is_explained(monkeypatch, tmp_path):
-    monkeypatch.setattr(models, "REFERENCE_MODEL_FOLDER", tmp_path)
+    monkeypatch.setattr(names, "REFERENCE_MODEL_FOLDER", tmp_path)
     with pytest.raises(UsageError, match="reference model is missing"):
         load_model("reference")
 
@@ -110,7 +111,7 @@ def test_dtypes_are_checked(tmp_path):
 )
 def test_architectures_that_cannot_be_run_are_refused(config, reason):
     with pytest.raises(UsageError, match=reason):
-        model_shape(config(), element_bytes=4)
+        backend_of(config()).shape(config(), element_bytes=4)
 
 
 def test_a_model_without_decoder_layers_is_refused():

@@ -7,7 +7,7 @@ import torch
 from tiny_models import PAGE_TOKENS, build_stock, loaded_model, prompt_ids
 
 from kvscope.errors import UsageError
-from kvscope.harness.engine import prefill as prefill_module
+from kvscope.harness.engine import layer_major
 from kvscope.harness.engine.models import wrap_model
 from kvscope.harness.engine.prefill import prefill
 from kvscope.methods.base import Collector, union_collectors
@@ -148,7 +148,7 @@ def test_the_model_is_put_back_even_after_an_error(monkeypatch):
     def failing(*args, **kwargs):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(prefill_module, "chunk_attention", failing)
+    monkeypatch.setattr(layer_major, "chunk_attention", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
         prefill(loaded, prompt_ids(40))
     monkeypatch.setattr(loaded.model.model.embed_tokens, "forward", failing)

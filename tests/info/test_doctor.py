@@ -27,9 +27,9 @@ def test_a_missing_package_fails_or_warns_by_need() -> None:
 
 
 def test_a_missing_reference_model_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from kvscope.harness.engine import models
+    from kvscope.harness.engine import names
 
-    monkeypatch.setattr(models, "REFERENCE_MODEL_FOLDER", tmp_path)
+    monkeypatch.setattr(names, "REFERENCE_MODEL_FOLDER", tmp_path)
     check = doctor.check_reference_model()
     assert check.status == "fail"
     assert "config.json" in check.finding

@@ -9,7 +9,7 @@ import torch
 from in_process import MIB, Nvml, measure, run_here, with_nvml
 
 from kvscope.errors import DeviceBudgetExceeded, HostMemoryShort
-from kvscope.harness.engine import prefill
+from kvscope.harness.engine import layer_major, prefill
 from kvscope.harness.engine.oom import is_oom
 from kvscope.harness.passes import footprint, measurement
 from kvscope.harness.passes.config import make_config
@@ -100,8 +100,8 @@ def test_a_host_that_cannot_lock_its_pages_is_a_row(monkeypatch: Any) -> None:
     def refuse(*arguments: Any, **options: Any) -> Any:
         raise MemoryError("the host cannot lock 69,206,016 bytes for the GPU (cudaHostRegister: 2)")
 
-    real = prefill.empty_host_pages
-    monkeypatch.setattr(prefill, "empty_host_pages", lambda shape, n, **o: refuse() if n > 500 else real(shape, n, **o))
+    real = layer_major.empty_host_pages
+    monkeypatch.setattr(layer_major, "empty_host_pages", lambda shape, n, **o: refuse() if n > 500 else real(shape, n, **o))
     row = dense_row()
     assert (row.status, row.failure_phase, row.oom_of) == ("oom", "prefill", "host")
 

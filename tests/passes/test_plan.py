@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import stand_ins
+import torch
 from tiny import MakeConfig
 
 from kvscope.errors import EnvironmentProblem, UsageError
@@ -160,6 +161,6 @@ def test_bad_requests_are_refused_in_one_sentence(small: MakeConfig, values: dic
 def test_a_device_that_is_not_there_is_an_environment_problem(
     small: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(EnvironmentProblem, match="--device cpu"):
         make_plan(small(device="cuda"))

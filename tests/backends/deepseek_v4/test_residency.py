@@ -9,7 +9,6 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
 from kvscope.harness.backends.deepseek_v4.bytes import stock_shape
 from kvscope.harness.backends.deepseek_v4.cache import ResidentCSA
-from kvscope.harness.backends.deepseek_v4.shape import fitted
 from kvscope.harness.engine.decode import DecodeSession, decode
 from kvscope.harness.engine.models import wrap_model
 from kvscope.harness.engine.prefill import prefill
@@ -138,7 +137,7 @@ def test_lsa_chooses_anew_every_tau_steps_and_recalls_only_what_is_new(loaded, p
 def test_a_refresh_keeps_what_the_plain_formula_scores_highest(loaded, prompt, ids, request):
     """From the states that entered attention at the step before, at that step's position, max over the layers."""
     spec, tau = f"{LSA},budget_fraction=0.4", 3
-    method = fitted(create_method(f"{spec},tau={tau}"), loaded.shape)
+    method = loaded.backend.form_of(create_method(f"{spec},tau={tau}"), loaded.shape)
     states = {}
     hooks = [
         loaded.model.model.layers[layer].self_attn.register_forward_pre_hook(
@@ -213,7 +212,7 @@ def test_a_fork_sees_nothing_of_another(loaded, prompt, ids, answer):
 @pytest.mark.parametrize("spec", ["dense", "recency:recency_tokens=40", f"{LSA},budget_fraction=0.5,tau=4"])
 def test_bytes_by_kind_are_the_formula_and_predicted(loaded, ids, spec, n_tokens):
     prompt = prefill(loaded, ids[:n_tokens], chunk_tokens=64)
-    method = fitted(create_method(spec), loaded.shape)
+    method = loaded.backend.form_of(create_method(spec), loaded.shape)
     cache = stock_shape(loaded.model.config, element_bytes=4)
     if n_tokens and spec == "dense":
         with session(loaded, spec, prompt, 0) as running:
@@ -251,7 +250,7 @@ def test_bytes_of_a_bf16_model_are_the_formula_with_two_byte_elements(tmp_path, 
 
 
 def test_a_budget_in_bytes_is_kept_in_entries(loaded, prompt):
-    method = fitted(create_method("recency:budget_bytes=9000"), loaded.shape)
+    method = loaded.backend.form_of(create_method("recency:budget_bytes=9000"), loaded.shape)
     entry_bytes = len(loaded.shape.layers) * (loaded.shape.cache.entry_bytes + loaded.shape.cache.key_bytes)
     # The window may begin inside an entry, which is kept whole.
     assert 0 <= method.n_kept(prompt.n_tokens) - 9000 // entry_bytes <= 1

@@ -6,6 +6,7 @@ from safetensors.torch import save_file
 
 from kvscope.cli import main
 from kvscope.errors import EnvironmentProblem, UsageError
+from kvscope.harness.backends.deepseek_v4.backend import DeepseekV4
 from kvscope.harness.backends.deepseek_v4.bytes import stock_shape
 from kvscope.harness.engine.models import load_model
 from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
@@ -186,10 +187,8 @@ def test_float16_is_refused(folder):
 
 
 def test_a_model_without_sparse_layers_is_refused():
-    from kvscope.harness.engine.shapes import model_shape
-
     with pytest.raises(UsageError, match="none of its layers is of type compressed_sparse_attention"):
-        model_shape(tiny_config(layer_types=["sliding_attention"] * 6), element_bytes=4)
+        DeepseekV4().shape(tiny_config(layer_types=["sliding_attention"] * 6), element_bytes=4)
 
 
 def test_collect_refuses_it_with_a_sentence(folder, tmp_path, capsys):
@@ -215,9 +214,7 @@ def main_exit(arguments):
 
 
 def test_the_released_bytes_are_marked_analytic():
-    from kvscope.harness.backends.deepseek_v4.shape import released_bytes_note
-    from kvscope.harness.engine.shapes import model_shape
-
+    backend = DeepseekV4()
     flash = tiny_config(
         num_hidden_layers=43,
         head_dim=512,
@@ -228,7 +225,7 @@ def test_the_released_bytes_are_marked_analytic():
         mlp_layer_types=["moe"] * 43,
         compress_rates={"compressed_sparse_attention": 4, "heavily_compressed_attention": 128},
     )
-    note = released_bytes_note(model_shape(flash, element_bytes=2), 512 * 1024)
+    note = backend.note(backend.shape(flash, element_bytes=2), 512 * 1024)
     assert f"{1.88 * 1024:,.0f}"[:4] in note
     assert "analytic" in note
-    assert released_bytes_note(model_shape(tiny_config(), element_bytes=2), 512) is None
+    assert backend.note(backend.shape(tiny_config(), element_bytes=2), 512) is None
