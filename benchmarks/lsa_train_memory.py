@@ -21,13 +21,8 @@ from typing import Any
 import torch
 from measure import RESULTS, machine, machine_lines, say
 
-from kvscope.harness.indexers.collection.shards import (
-    CollectionInfo,
-    Document,
-    DocumentInfo,
-    write_manifest,
-    write_shard,
-)
+from kvscope.harness.indexers.collection.document import CollectionInfo, Document, DocumentInfo
+from kvscope.harness.indexers.collection.shards import write_manifest, write_shard
 from kvscope.harness.passes.footprint import worker_environment
 
 GIB = 1024**3

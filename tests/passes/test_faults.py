@@ -97,11 +97,14 @@ def test_a_host_mirror_that_does_not_fit_is_a_row(kv: str, monkeypatch: Any) -> 
 
 
 def test_a_host_that_cannot_lock_its_pages_is_a_row(monkeypatch: Any) -> None:
-    def refuse(*arguments: Any, **options: Any) -> Any:
-        raise MemoryError("the host cannot lock 69,206,016 bytes for the GPU (cudaHostRegister: 2)")
-
     real = layer_major.empty_host_pages
-    monkeypatch.setattr(layer_major, "empty_host_pages", lambda shape, n, **o: refuse() if n > 500 else real(shape, n, **o))
+
+    def short_prompts_only(shape: Any, n_tokens: int, **options: Any) -> Any:
+        if n_tokens > 500:
+            raise MemoryError("the host cannot lock 69,206,016 bytes for the GPU (cudaHostRegister: 2)")
+        return real(shape, n_tokens, **options)
+
+    monkeypatch.setattr(layer_major, "empty_host_pages", short_prompts_only)
     row = dense_row()
     assert (row.status, row.failure_phase, row.oom_of) == ("oom", "prefill", "host")
 

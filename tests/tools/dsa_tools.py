@@ -2,13 +2,8 @@
 
 import torch
 
-from kvscope.harness.indexers.collection.shards import (
-    CollectionInfo,
-    Document,
-    DocumentInfo,
-    write_manifest,
-    write_shard,
-)
+from kvscope.harness.indexers.collection.document import CollectionInfo, Document, DocumentInfo
+from kvscope.harness.indexers.collection.shards import write_manifest, write_shard
 from kvscope.methods.dsa.indexer_files import FILES
 from kvscope.methods.dsa.lightning import Lightning, LightningConfig
 

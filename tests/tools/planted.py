@@ -5,13 +5,8 @@ from pathlib import Path
 
 import torch
 
-from kvscope.harness.indexers.collection.shards import (
-    CollectionInfo,
-    Document,
-    DocumentInfo,
-    write_manifest,
-    write_shard,
-)
+from kvscope.harness.indexers.collection.document import CollectionInfo, Document, DocumentInfo
+from kvscope.harness.indexers.collection.shards import write_manifest, write_shard
 
 INFO = CollectionInfo(
     model="ghost", model_revision="sha256:none", dtype="float32", hidden_size=24, key_features=12, query_heads=2,

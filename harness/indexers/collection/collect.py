@@ -23,17 +23,19 @@ from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.models import load_model
 from kvscope.harness.engine.prefill import DEFAULT_CHUNK_TOKENS, prefill
 from kvscope.harness.engine.presets import refuse_preset
-from kvscope.harness.indexers.collection.label_rule import LabelRule
-from kvscope.harness.indexers.collection.recorder import Recorder, RecordingSequence, StepRecord
-from kvscope.harness.indexers.collection.shards import (
+from kvscope.harness.indexers.collection.document import (
     STORED_DTYPE,
     Answers,
     CollectionInfo,
     Document,
     DocumentInfo,
+    document_bytes,
+)
+from kvscope.harness.indexers.collection.label_rule import LabelRule
+from kvscope.harness.indexers.collection.recorder import Recorder, RecordingSequence, StepRecord
+from kvscope.harness.indexers.collection.shards import (
     check_shard,
     collection_info,
-    document_bytes,
     read_manifest,
     write_manifest,
     write_shard,

@@ -5,24 +5,21 @@ tokens a small chunk, F features a key.
 """
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
 from kvscope.errors import UsageError
-
-if TYPE_CHECKING:
-    from kvscope.harness.indexers.collection.shards import CollectionInfo, Document
+from kvscope.harness.indexers.collection.document import CollectionInfo, Document
 
 
-def serves(info: "CollectionInfo", chunk_tokens: int) -> bool:
+def serves(info: CollectionInfo, chunk_tokens: int) -> bool:
     """Return whether a collection can be seen in chunks of this size."""
     return chunk_tokens == info.chunk_tokens or (
         info.features == "tokens" and chunk_tokens > 0 and chunk_tokens % info.chunk_tokens == 0
     )
 
 
-def chunk_factor(info: "CollectionInfo", chunk_tokens: int | None) -> int:
+def chunk_factor(info: CollectionInfo, chunk_tokens: int | None) -> int:
     """Return how many recorded chunks make one of ``chunk_tokens``; None: 1.
 
     Raises:
@@ -43,7 +40,7 @@ def chunk_factor(info: "CollectionInfo", chunk_tokens: int | None) -> int:
     return chunk_tokens // info.chunk_tokens
 
 
-def rechunked(document: "Document", factor: int) -> "Document":
+def rechunked(document: Document, factor: int) -> Document:
     """Return a document with ``factor`` chunks joined into one; masses add up.
 
     Masses that were too small to be stored are missing from the sums. ``mass``, the strongest layer's, becomes a sum of

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kvscope.harness.indexers.collection.document import STORED_DTYPE, CollectionInfo
 from kvscope.harness.indexers.collection.label_rule import voter_masses
-from kvscope.harness.indexers.collection.shards import STORED_DTYPE, CollectionInfo
 from kvscope.harness.indexers.collection.token_records import TokenStates, head_mean
 from kvscope.methods.base import AttentionExtras, Collector, SequenceCache
 from kvscope.methods.dense.method import Dense

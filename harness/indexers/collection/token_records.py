@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from kvscope.harness.indexers.collection.shards import STORED_DTYPE, TOP_TOKENS, CollectionInfo
+from kvscope.harness.indexers.collection.document import STORED_DTYPE, TOP_TOKENS, CollectionInfo
 from kvscope.methods.base import Collector
 from kvscope.methods.store import PromptKV
 

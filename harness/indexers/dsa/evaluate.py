@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from kvscope.harness.indexers.collection.shards import open_collections
+from kvscope.harness.indexers.collection.reading import open_collections
 from kvscope.harness.indexers.dsa.objective import (
     TokenExample,
     check_model,

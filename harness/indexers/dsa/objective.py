@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from kvscope.errors import UsageError
-from kvscope.harness.indexers.collection.shards import Collection, CollectionInfo
+from kvscope.harness.indexers.collection.document import CollectionInfo
+from kvscope.harness.indexers.collection.reading import Collection
 from kvscope.harness.indexers.lsa.objective import Place
 from kvscope.methods.block_budget import default_budget_tokens
 from kvscope.methods.dsa.lightning import Lightning, LightningLayer, lightning_scores

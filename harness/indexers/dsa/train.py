@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from kvscope.harness.indexers.collection.shards import CollectionInfo, open_collections
+from kvscope.harness.indexers.collection.document import CollectionInfo
+from kvscope.harness.indexers.collection.reading import open_collections
 from kvscope.harness.indexers.dsa.objective import DsaTrainConfig, check_tokens, document_loss, example, measure
 from kvscope.harness.indexers.dsa.warm_start import warm_start
 from kvscope.harness.indexers.lsa.fit import fit

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from kvscope.errors import UsageError
-from kvscope.harness.indexers.collection.shards import Collection, open_collections
+from kvscope.harness.indexers.collection.reading import Collection, open_collections
 from kvscope.harness.indexers.lsa.evaluate import (
     EvalConfig,
     Shares,

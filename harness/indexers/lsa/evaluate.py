@@ -19,8 +19,9 @@ import torch
 from tabulate import tabulate
 
 from kvscope.errors import UsageError
+from kvscope.harness.indexers.collection.document import CollectionInfo
+from kvscope.harness.indexers.collection.reading import Collection, open_collections
 from kvscope.harness.indexers.collection.rechunk import serves
-from kvscope.harness.indexers.collection.shards import Collection, CollectionInfo, open_collections
 from kvscope.harness.indexers.lsa.lineage import calibration_ids, data_ids
 from kvscope.harness.indexers.lsa.objective import Example, Place, TrainConfig, compute_device, example, refresh_logits
 from kvscope.methods.lsa.indexer import ENCODER_FEATURES, Indexer, IndexerConfig, logit

@@ -19,7 +19,7 @@ from kvscope.harness.engine.models import load_model
 from kvscope.harness.engine.prefill import prefill
 from kvscope.harness.indexers.collection.collect import make_tasks
 from kvscope.harness.indexers.collection.label_rule import LabelRule
-from kvscope.harness.indexers.collection.shards import Collection, open_collections
+from kvscope.harness.indexers.collection.reading import Collection, open_collections
 from kvscope.methods.base import SequenceCache
 from kvscope.methods.dense.method import Dense
 from kvscope.methods.lsa.method import ORACLE, Lsa, LsaConfig

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from kvscope.errors import EnvironmentProblem, UsageError
+from kvscope.harness.indexers.collection.document import CollectionInfo, Document
 from kvscope.harness.indexers.collection.label_rule import LabelRule
-from kvscope.harness.indexers.collection.shards import Collection, CollectionInfo, Document
+from kvscope.harness.indexers.collection.reading import Collection
 from kvscope.methods.fp8_keys import rounded
 from kvscope.methods.lsa.indexer import ENCODER_FEATURES, EncoderKind, Indexer, logit
 from kvscope.methods.lsa.labels import Voters

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from kvscope.errors import UsageError
-from kvscope.harness.indexers.collection.shards import Collection, CollectionInfo, open_collections
+from kvscope.harness.indexers.collection.document import CollectionInfo
+from kvscope.harness.indexers.collection.reading import Collection, open_collections
 from kvscope.harness.indexers.lsa.fit import fit
 from kvscope.harness.indexers.lsa.lineage import origin
 from kvscope.harness.indexers.lsa.objective import (

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvscope.harness.indexers.collection.shards import CollectionInfo, Document
+from kvscope.harness.indexers.collection.document import CollectionInfo, Document
 from kvscope.harness.indexers.lsa.objective import Place, TrainConfig, example, own_logits
 from kvscope.methods.lsa.indexer import Indexer, LayerIndexer
 

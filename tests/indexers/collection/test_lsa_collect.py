@@ -13,7 +13,8 @@ from kvscope.harness.engine.models import load_model
 from kvscope.harness.engine.prefill import prefill
 from kvscope.harness.indexers.collection import collect as module
 from kvscope.harness.indexers.collection.collect import CollectConfig, collect
-from kvscope.harness.indexers.collection.shards import Collection, document_bytes
+from kvscope.harness.indexers.collection.document import document_bytes
+from kvscope.harness.indexers.collection.reading import Collection
 from kvscope.harness.passes.progress import Progress
 from kvscope.methods.registry import create_method
 from kvscope.tasks.registry import create_task

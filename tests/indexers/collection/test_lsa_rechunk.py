@@ -9,7 +9,7 @@ from planted import planted_collection
 
 from kvscope.errors import UsageError
 from kvscope.harness.indexers.collection.collect import CollectConfig, collect
-from kvscope.harness.indexers.collection.shards import Collection, open_collections
+from kvscope.harness.indexers.collection.reading import Collection, open_collections
 from kvscope.harness.indexers.lsa.evaluate import EvalConfig, evaluate
 from kvscope.harness.indexers.lsa.gate import gate
 from kvscope.harness.indexers.lsa.objective import TrainConfig

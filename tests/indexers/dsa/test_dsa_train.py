@@ -11,7 +11,7 @@ from dsa_tools import STEPS, planted_collection, random_indexer
 from kvscope.errors import UsageError
 from kvscope.harness.engine.models import load_model
 from kvscope.harness.indexers.collection.collect import CollectConfig, collect
-from kvscope.harness.indexers.collection.shards import Collection
+from kvscope.harness.indexers.collection.reading import Collection
 from kvscope.harness.indexers.collection.token_records import choose_tokens
 from kvscope.harness.indexers.dsa.evaluate import evaluate, summary_text
 from kvscope.harness.indexers.dsa.objective import DsaTrainConfig, divergence, example, measure, share_taken

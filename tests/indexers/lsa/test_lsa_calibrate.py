@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from kvscope import cli
 from kvscope.errors import UsageError
-from kvscope.harness.indexers.collection.shards import Collection, open_collections
+from kvscope.harness.indexers.collection.reading import Collection, open_collections
 from kvscope.harness.indexers.lsa import calibrate as module
 from kvscope.harness.indexers.lsa.calibrate import CalibrateConfig, calibrate
 from kvscope.harness.indexers.lsa.evaluate import EvalConfig, evaluate, measuring_options

@@ -9,7 +9,7 @@ from planted import planted_collection
 
 from kvscope.errors import UsageError
 from kvscope.harness.indexers.collection.collect import CollectConfig, collect
-from kvscope.harness.indexers.collection.shards import Collection
+from kvscope.harness.indexers.collection.reading import Collection
 from kvscope.harness.indexers.lsa.evaluate import CSV_FILE, EvalConfig, evaluate, summary_text
 from kvscope.harness.indexers.lsa.gate import gate
 from kvscope.harness.indexers.lsa.objective import TrainConfig

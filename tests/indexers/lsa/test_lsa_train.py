@@ -9,7 +9,7 @@ import torch
 from planted import planted_collection
 
 from kvscope.errors import EnvironmentProblem, UsageError
-from kvscope.harness.indexers.collection.shards import Collection, open_collections
+from kvscope.harness.indexers.collection.reading import Collection, open_collections
 from kvscope.harness.indexers.lsa.fit import rate
 from kvscope.harness.indexers.lsa.objective import TrainConfig, draw_negatives, focal_loss, measure, row_logits, split
 from kvscope.harness.indexers.lsa.objective import example as load_example

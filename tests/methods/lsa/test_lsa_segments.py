@@ -14,7 +14,7 @@ from kvscope.harness.engine.decode import DecodeSession
 from kvscope.harness.engine.models import load_model
 from kvscope.harness.engine.prefill import prefill
 from kvscope.harness.indexers.collection.collect import CollectConfig, collect, make_tasks
-from kvscope.harness.indexers.collection.shards import Collection
+from kvscope.harness.indexers.collection.reading import Collection
 from kvscope.harness.indexers.lsa.objective import (
     TrainConfig,
     calibrate,

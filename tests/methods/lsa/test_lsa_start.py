@@ -10,7 +10,8 @@ from planted import INFO, planted_collection, planted_document
 
 from kvscope import cli
 from kvscope.errors import UsageError
-from kvscope.harness.indexers.collection.shards import open_collections, write_manifest, write_shard
+from kvscope.harness.indexers.collection.reading import open_collections
+from kvscope.harness.indexers.collection.shards import write_manifest, write_shard
 from kvscope.harness.indexers.lsa.evaluate import EvalConfig, evaluate
 from kvscope.harness.indexers.lsa.objective import TrainConfig
 from kvscope.harness.indexers.lsa.train import LOG_FILE, train
