@@ -116,7 +116,8 @@ class DecodeSession:
             method.open, prompt, loaded.device, physical=physical, reserve_tokens=reserve_tokens
         )
         self.sequence = self._open()
-        self._cache = self.sequence.model_cache or self._engine_cache()
+        own = self.sequence.model_cache  # an empty transformers cache counts as false
+        self._cache = self._engine_cache() if own is None else own
         self._observed = method.observed_layers(loaded.shape)
         self._stack = ExitStack()
         self._in_turn = False
