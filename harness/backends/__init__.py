@@ -1,1 +1,1 @@
-"""Kinds of cache beside pages of K and V, one folder each."""
+"""Kinds of KV cache, a folder each. The table of which model has which, and the contract, are in engine/backend.py."""

@@ -11,17 +11,30 @@ import transformers
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4RMSNorm
 
 from kvscope.errors import UsageError
-from kvscope.harness.backends.deepseek_v4.methods import over_entries
+from kvscope.harness.backends.deepseek_v4.lsa import LsaEntries
+from kvscope.harness.backends.deepseek_v4.methods import DenseEntries, OverEntries, RandomEntries, RecencyEntries
 from kvscope.harness.backends.deepseek_v4.prefill import CompressedPrompt, compressed_prefill, use_own_attention
 from kvscope.harness.backends.deepseek_v4.shape import (
     CompressedModelShape,
     compressed_model_shape,
     released_bytes_note,
 )
-from kvscope.harness.engine.backend import Backend, ReadyModel
+from kvscope.harness.engine.backend import Backend, NoForm, ReadyModel
 from kvscope.harness.engine.glue import observing_attention
 from kvscope.methods.base import CacheMethod, Collector
+from kvscope.methods.dense.method import Dense
+from kvscope.methods.lsa.method import Lsa
+from kvscope.methods.random.method import RandomChunks
+from kvscope.methods.recency.method import Recency
 from kvscope.methods.shape import DEFAULT_PAGE_TOKENS
+
+FORMS: dict[type[CacheMethod[Any]], type[OverEntries]] = {
+    Dense: DenseEntries,
+    Recency: RecencyEntries,
+    RandomChunks: RandomEntries,
+    Lsa: LsaEntries,
+}
+"""Method -> its form over compressed entries. A subclass of a method is another method and has none."""
 
 
 class DeepseekV4(Backend[CompressedModelShape]):
@@ -69,7 +82,16 @@ class DeepseekV4(Backend[CompressedModelShape]):
         return compressed_prefill(ready, ids_N, chunk_tokens=chunk_tokens, seed=seed, prompt_sha256=prompt_sha256)
 
     def form_of(self, method: CacheMethod[Any], shape: CompressedModelShape) -> CacheMethod[Any]:
-        return over_entries(method, shape)
+        if isinstance(method, OverEntries | NoForm):
+            return method
+        form = FORMS.get(type(method))
+        if form is None:
+            reason = (
+                f"{method.name} works on the K and V of single tokens, and deepseek_v4 keeps one entry for "
+                f"{shape.page_tokens} of them; {', '.join(each.name for each in FORMS)} run there"
+            )
+            return NoForm(method, reason)
+        return form(method.config, label=method.label, shape=shape)
 
     def observe(
         self, model: Any, layers: tuple[int, ...], callback: Callable[[int, torch.Tensor], None]

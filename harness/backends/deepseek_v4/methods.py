@@ -5,49 +5,20 @@ those that hold a token of the window, ``random`` these and drawn chunks, ``lsa`
 again every tau steps. Windows, HCA entries, pending tokens and what is decoded always stay.
 """
 
-import math
 from abc import abstractmethod
 from typing import Any
 
 import torch
 
-from kvscope.errors import UsageError
 from kvscope.harness.backends.deepseek_v4.prefill import CompressedPrompt
-from kvscope.harness.backends.deepseek_v4.sequence import Choice, CompressedSequence
+from kvscope.harness.backends.deepseek_v4.sequence import CompressedSequence
 from kvscope.harness.backends.deepseek_v4.shape import CompressedModelShape
-from kvscope.harness.engine.backend import NoForm
 from kvscope.methods.base import CacheMethod, Collector, SequenceCache
 from kvscope.methods.dense.method import Dense
-from kvscope.methods.lsa.compressed import (
-    CompressedIndexer,
-    CompressedSelector,
-    compressed_indexer_hash,
-    load_compressed_indexer,
-)
-from kvscope.methods.lsa.method import DEFAULT_TAU, ORACLE, Lsa
-from kvscope.methods.lsa.sequence import Schedule
 from kvscope.methods.random.method import RandomChunks
 from kvscope.methods.recency.method import Recency
 from kvscope.methods.shape import Footprint, ModelShape
 from kvscope.methods.store import PromptKV, TokenRange
-
-N_INDEXED_LAYERS = 3
-"""Layers the paper indexes."""
-
-
-def over_entries(method: CacheMethod[Any], shape: CompressedModelShape) -> CacheMethod[Any]:
-    """Return the form of a method that runs on a model with compressed entries, or why there is none."""
-    if isinstance(method, OverEntries | NoForm):
-        return method
-    form: type[Any] | None = FORMS.get(type(method))
-    if form is None:
-        reason = (
-            f"{method.name} works on the K and V of single tokens, and deepseek_v4 keeps one entry for "
-            f"{shape.page_tokens} of them; {', '.join(AVAILABLE)} run there"
-        )
-        return NoForm(method, reason)
-    made: CacheMethod[Any] = form(method.config, label=method.label, shape=shape)
-    return made
 
 
 class OverEntries(CacheMethod[Any]):
@@ -160,156 +131,3 @@ class RandomEntries(OverEntries, RandomChunks):
 
     def kept_ranges(self, prompt: CompressedPrompt) -> list[TokenRange]:
         return self.resident_ranges(prompt)
-
-
-class LsaEntries(OverEntries, Lsa):
-    """Entries an indexer predicts, by the paper's own score function over the model's indexer keys."""
-
-    stays = "CSA entries an indexer predicts, sinks, the last tokens, every decoded token; HCA entries and windows"
-    cost = (
-        "resident = (S + R)/4 + chosen entries and indexer keys a CSA layer + decoded, N/128 an HCA layer, windows; "
-        "E + 4 bytes a candidate entry and indexed layer"
-    )
-
-    def __init__(self, config: Any = None, *, label: str | None = None, shape: CompressedModelShape) -> None:
-        super().__init__(config, label=label, shape=shape)
-        self._loaded: CompressedIndexer | None = None
-        self._on: dict[torch.device, CompressedIndexer] = {}
-
-    def tau(self) -> int:
-        return DEFAULT_TAU if self.config.tau is None else int(self.config.tau)
-
-    def require(self, shape: ModelShape) -> None:
-        self.compressed_indexer()
-
-    def unsupported(self, shape: ModelShape, device: torch.device | str) -> list[str]:
-        options, rate = self.config, self.entry_shape.page_tokens
-        reasons = []
-        if options.chunk_tokens not in (None, rate):
-            reasons.append(f"chunk_tokens={options.chunk_tokens}: on deepseek_v4 a chunk is an entry of {rate} tokens")
-        if options.refresh != "sync":
-            reasons.append(f"refresh={options.refresh} is not available over compressed entries, refresh=sync is")
-        if options.indexer == ORACLE:
-            reasons.append(
-                "indexer=oracle is not available over compressed entries: the stock classes hand their attention "
-                "weights to nobody"
-            )
-        else:
-            try:
-                self.compressed_indexer()
-            except UsageError as error:
-                reasons.append(str(error).rstrip("."))
-        return reasons
-
-    def compressed_indexer(self) -> CompressedIndexer | None:
-        """Return the indexer on the CPU, made or loaded once; None for the oracle, which ``unsupported`` refuses.
-
-        Raises:
-            UsageError: none was given, it cannot be read, or it belongs to another model.
-        """
-        options, shape = self.config, self.entry_shape
-        if self._loaded is None and options.indexer != ORACLE:
-            if options.selection == "synthetic":
-                self._loaded = CompressedIndexer.random(
-                    shape.layers[:N_INDEXED_LAYERS], hidden_size=shape.hidden_size, rank=max(1, shape.hidden_size // 2),
-                    heads=shape.index_heads, key_dim=shape.index_key_dim, seed=options.seed,
-                )  # fmt: skip
-            elif options.indexer is None:
-                raise UsageError(
-                    f"Method '{self.label}' needs an indexer on deepseek_v4: pass indexer=FILE with the safetensors of "
-                    "its query side, or use selection=synthetic with a budget (bytes and times only)."
-                )
-            else:
-                self._loaded = load_compressed_indexer(options.indexer)
-            _check(self._loaded, shape)
-        return self._loaded
-
-    def observed_layers(self, shape: ModelShape) -> tuple[int, ...]:
-        indexer = self.compressed_indexer()
-        return tuple(indexer.layers) if indexer else ()
-
-    def chunk_tokens(self) -> int:
-        return self.entry_shape.page_tokens
-
-    def n_fixed(self, n_tokens: int) -> int:
-        return n_tokens // self.chunk_tokens() - self.layout(n_tokens).n_candidates
-
-    def n_kept(self, n_tokens: int) -> int:
-        layout = self.layout(n_tokens)
-        rule = self._rule(layout)
-        most = rule.n_kept(layout.n_candidates)
-        return self.n_fixed(n_tokens) + (most if rule.n_chunks is None else rule.n_chunks)
-
-    def is_noop(self, n_tokens: int, shape: ModelShape | None = None) -> bool:
-        return Lsa.is_noop(self, n_tokens, shape)  # a threshold leaves out what it leaves out
-
-    def predict(self, shape: ModelShape, n_tokens: int, n_new_tokens: int = 0) -> Footprint:
-        """Return the footprint; exact with a budget, and with a threshold the most it can be."""
-        indexer, n_candidates = self.compressed_indexer(), self.layout(n_tokens).n_candidates
-        held = super().predict(shape, n_tokens, n_new_tokens) + Footprint(
-            host_bytes=self.entry_shape.paged_kv_bytes(n_tokens)
-        )
-        if indexer is None or not n_candidates:
-            return held
-        tau = self.tau()
-        return held + Footprint(
-            metadata_bytes=indexer.metadata_bytes(n_candidates, element_bytes=self.entry_shape.element_bytes),
-            bytes_read_per_step=math.ceil(indexer.refresh_bytes(n_candidates) / tau),
-            attention_flops_per_step=math.ceil(indexer.scoring_flops(n_candidates) / tau),
-        )
-
-    def effective_config(self, n_tokens: int, shape: ModelShape | None = None) -> dict[str, Any]:
-        return {**super().effective_config(n_tokens, shape), "encoder": CompressedIndexer.encoder}
-
-    def open_entries(
-        self, prompt: CompressedPrompt, device: torch.device, *, reserve_tokens: int
-    ) -> CompressedSequence:
-        layout, indexer = self.layout(prompt.n_tokens), self.compressed_indexer()
-        if indexer is None:
-            raise UsageError(f"Method '{self.label}' cannot run: {'; '.join(self.unsupported(prompt.shape, device))}.")
-        fixed = self._entries(layout.static_ranges, prompt)
-        trained = self.config.selection == "trained"
-        schedule = Schedule(
-            tau=self.tau(),
-            fallback_ratio=self.config.fallback_ratio,
-            indexer=compressed_indexer_hash(self.config.indexer) if trained else None,
-            indexer_bytes=indexer.weight_bytes,
-        )
-        selector = CompressedSelector(
-            self._placed_on(indexer, device),
-            {layer: prompt.host[layer]["indexer"][0, layout.first : layout.last].to(device)
-             for layer in indexer.layers},
-            {layer: prompt.last_hidden[layer] for layer in indexer.layers if layer in prompt.last_hidden},
-            rule=self._rule(layout),
-            n_tokens=prompt.n_tokens,
-            angles=prompt.angles,
-        )  # fmt: skip
-        choice = Choice(first=layout.first, last=layout.last, selector=selector, schedule=schedule)
-        return CompressedSequence(prompt, device, fixed=fixed, choice=choice, reserve_tokens=reserve_tokens)
-
-    def _placed_on(self, indexer: CompressedIndexer, device: torch.device) -> CompressedIndexer:
-        if device not in self._on:
-            self._on[device] = indexer.to(device)
-        return self._on[device]
-
-
-FORMS: dict[type[CacheMethod[Any]], type[Any]] = {
-    Dense: DenseEntries, Recency: RecencyEntries, RandomChunks: RandomEntries, Lsa: LsaEntries
-}  # fmt: skip
-AVAILABLE = tuple(method.name for method in FORMS)
-
-
-def _check(indexer: CompressedIndexer, shape: CompressedModelShape) -> None:
-    foreign = sorted(set(indexer.layers) - set(shape.layers))
-    if foreign:
-        raise UsageError(
-            f"The indexer reads layers {', '.join(map(str, foreign))}, which are not among this model's "
-            f"compressed-sparse layers ({', '.join(map(str, shape.layers))})."
-        )
-    for layer, weights in indexer.layers.items():
-        mine, theirs = (weights.w_dq_RM.shape[1], weights.key_dim), (shape.hidden_size, shape.index_key_dim)
-        if mine != theirs:
-            raise UsageError(
-                f"The indexer of layer {layer} takes hidden states of {mine[0]} and keys of {mine[1]}, this model has "
-                f"{theirs[0]} and {theirs[1]}."
-            )

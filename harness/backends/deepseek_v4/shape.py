@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvscope.errors import UsageError
-from kvscope.harness.backends.deepseek_v4.bytes import FLASH_FP8, CompressedShape, stock_shape
+from kvscope.harness.backends.deepseek_v4.cache_bytes import FLASH_FP8, CompressedShape, stock_shape
 from kvscope.methods.shape import Footprint, ModelShape
 
 CSA, HCA, SLIDING = "compressed_sparse_attention", "heavily_compressed_attention", "sliding_attention"

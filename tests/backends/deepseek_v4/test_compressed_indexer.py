@@ -6,14 +6,8 @@ from compressed_plain import plain_logits
 from safetensors.torch import save_file
 
 from kvscope.errors import UsageError
-from kvscope.harness.backends.deepseek_v4.bytes import (
-    FLASH_BF16,
-    FLASH_FP8,
-    GIB,
-    TABLE_1,
-    mean_fractions,
-    pruned_fractions,
-)
+from kvscope.harness.backends.deepseek_v4.cache_bytes import FLASH_FP8
+from kvscope.harness.backends.deepseek_v4.paper import TABLE_1, pruned_fractions
 from kvscope.methods.lsa.compressed import (
     MATRICES,
     CompressedIndexer,
@@ -143,16 +137,16 @@ def test_a_missing_or_foreign_file_is_named(tmp_path):
 
 def test_the_formula_gives_the_paper_s_nine_rows():
     """GPU KV of Table 1's dense column, which is printed to two digits."""
-    gib = [FLASH_FP8.bytes_per_token * row.tokens / GIB for row in TABLE_1]
+    gib = [FLASH_FP8.bytes_per_token * row.tokens / 2**30 for row in TABLE_1]
     assert [round(x, 3) for x in gib] == [0.169, 0.657, 1.81, 0.459, 1.836, 0.235, 0.47, 0.94, 1.88]
     for row, computed in zip(TABLE_1, gib, strict=True):
         assert computed == pytest.approx(row.dense_gb, rel=0.025)
     assert FLASH_FP8.bytes_per_token == pytest.approx(3850, abs=1)
-    assert FLASH_BF16.entry_bytes + FLASH_BF16.key_bytes == 1280
 
 
 def test_three_accountings_of_the_pruned_cache():
-    means = {name: round(100 * value, 1) for name, value in mean_fractions().items()}
+    rows = [pruned_fractions(row) for row in TABLE_1]
+    means = {name: round(100 * sum(row[name] for row in rows) / len(rows), 1) for name in rows[0]}
     assert means == {"printed": 13.1, "with_hca": 15.4, "with_hca_and_keys": 18.0}
     last = pruned_fractions(TABLE_1[-1])
     assert (round(100 * last["printed"], 1), round(100 * last["with_hca_and_keys"], 1)) == (9.6, 14.6)

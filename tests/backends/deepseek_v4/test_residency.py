@@ -7,8 +7,8 @@ from compressed_tiny import N_NEW, N_TOKENS, masked, random_model
 from transformers import DynamicCache
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
-from kvscope.harness.backends.deepseek_v4.bytes import stock_shape
 from kvscope.harness.backends.deepseek_v4.cache import ResidentCSA
+from kvscope.harness.backends.deepseek_v4.cache_bytes import stock_shape
 from kvscope.harness.engine.decode import DecodeSession, decode
 from kvscope.harness.engine.models import wrap_model
 from kvscope.harness.engine.prefill import prefill

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from kvscope.cli import main
 from kvscope.errors import EnvironmentProblem, UsageError
 from kvscope.harness.backends.deepseek_v4.backend import DeepseekV4
-from kvscope.harness.backends.deepseek_v4.bytes import stock_shape
+from kvscope.harness.backends.deepseek_v4.cache_bytes import stock_shape
 from kvscope.harness.engine.models import load_model
 from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
 from kvscope.harness.engine.prefill import prefill
@@ -225,6 +225,8 @@ def test_the_released_bytes_are_marked_analytic():
         mlp_layer_types=["moe"] * 43,
         compress_rates={"compressed_sparse_attention": 4, "heavily_compressed_attention": 128},
     )
+    cache = backend.shape(flash, element_bytes=2).cache
+    assert cache.entry_bytes + cache.key_bytes == 1280
     note = backend.note(backend.shape(flash, element_bytes=2), 512 * 1024)
     assert f"{1.88 * 1024:,.0f}"[:4] in note
     assert "analytic" in note
