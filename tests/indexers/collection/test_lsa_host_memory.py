@@ -7,7 +7,7 @@ from tiny_models import loaded_model, prompt_ids
 
 from kvscope import cli
 from kvscope.errors import EnvironmentProblem
-from kvscope.harness.engine import host_memory, prefill
+from kvscope.harness.engine import host_memory, layer_major, prefill
 from kvscope.harness.passes import plan
 
 
@@ -15,7 +15,7 @@ def test_a_prompt_is_refused_before_its_pages_are_made(monkeypatch):
     loaded = loaded_model("llama")
     need_bytes = loaded.shape.paged_kv_bytes(100)
     monkeypatch.setattr(prefill, "free_host_bytes", lambda: need_bytes - 1)
-    monkeypatch.setattr(prefill, "empty_host_pages", lambda *a, **k: pytest.fail("pages were made"))
+    monkeypatch.setattr(layer_major, "empty_host_pages", lambda *a, **k: pytest.fail("pages were made"))
     with pytest.raises(EnvironmentProblem) as caught:
         prefill.prefill(loaded, prompt_ids(100))
     for word in ("100 tokens", "112.0 KiB", "out of memory", "shorter length"):
