@@ -1,8 +1,8 @@
 """The parts of ``decode_step.py``: a published shape with random weights, random KV, steps and prefills timed.
 
 Nothing here says anything about accuracy. Layers share one host copy of random K and V; on the device each layer holds
-its own. ``SMOKE`` is the same in a size that a CPU runs in seconds, with the step of the graph uncaptured: it shows
-that the parts run, and its times mean nothing.
+its own. ``SMOKE`` is the same in a size that a CPU runs in seconds, every step eager: it shows that the parts run, and
+its times mean nothing.
 """
 
 import statistics
@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
-from kvscope.harness.engine.decode import DecodeSession
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.models import wrap_model
 from kvscope.harness.engine.prefill import prefill
 from kvscope.harness.engine.prefill_attention import chunk_attention
 from kvscope.harness.engine.presets import WEIGHTS_SEED, preset_config
+from kvscope.harness.engine.session import Session
 from kvscope.methods.attention import stored_attention
+from kvscope.methods.base import AttentionCall
 from kvscope.methods.fp8_keys import pack, quantize
 from kvscope.methods.kernels.paged_decode.inputs import PagedKV
 from kvscope.methods.lsa.indexer import Indexer, IndexerConfig, default_sizes
@@ -45,7 +46,7 @@ class Scale:
         long_tokens: where attention and refreshes are compared; ``prefill_tokens`` where prefill is.
         prefill_chunks: chunk sizes of prefill attention.
         budget_tokens: of lsa.
-        graph: what ``DecodeSession`` is asked for.
+        graph: what ``Session`` is asked for.
         eager_steps, n_steps: steps timed eagerly and as a graph.
     """
 
@@ -91,7 +92,7 @@ SMOKE = Scale(
     budget_tokens=512,
     device="cpu",
     dtype=torch.float32,
-    graph="uncaptured",
+    graph="auto",
     eager_steps=3,
     n_steps=2 * TAU + 2,
 )
@@ -168,7 +169,7 @@ class Prompts:
             def observed_layers(self, shape: Any) -> tuple[int, ...]:
                 return indexer.config.layers
 
-            def open(self, prompt: PromptKV, device: Any, *, physical: bool = True, reserve_tokens: int = 0) -> Any:
+            def open(self, prompt: PromptKV, device: Any, *, reserve_tokens: int = 0) -> Any:
                 layout = self.layout(prompt.n_tokens)
                 selector: Any = NothingToChoose()
                 if layout.n_candidates:
@@ -176,9 +177,7 @@ class Prompts:
                         indexer, prompt, torch.device(device), layout=layout, rule=self._rule(layout), keys_name=KEYS,
                         states_name=None,
                     )  # fmt: skip
-                return self.open_with(
-                    prompt, device, selector, layout=layout, physical=physical, reserve_tokens=reserve_tokens
-                )
+                return self.open_with(prompt, device, selector, layout=layout, reserve_tokens=reserve_tokens)
 
         return Synthetic(LsaConfig(selection="synthetic", chunk_tokens=64, tau=TAU, **options))
 
@@ -193,8 +192,9 @@ def decode_times(
     """
     cuda = loaded.device.type == "cuda"
     wait = torch.cuda.synchronize if cuda else (lambda: None)
-    with DecodeSession(loaded, method, prompt, reserve_tokens=n_steps, decode_graph=graph) as session:
-        sequence, before_s = session.sequence, []
+    with Session(loaded, decode_graph=graph) as session:
+        member = session.add(method, prompt, reserve_tokens=n_steps)
+        sequence, before_s = member.cache, []
         if timed_refresh:
             begin_step = sequence.begin_step
 
@@ -206,10 +206,11 @@ def decode_times(
                 before_s.append(time.perf_counter() - started_s)
 
             sequence.begin_step = begin_timed  # type: ignore[method-assign]
-        token, step_s = 1, []
+        session.prepare()  # begins the first step
+        capture_s, token, step_s = session.capture_s, 1, []
         for _ in range(n_steps):
             started_s = time.perf_counter()
-            token = int(session.step(token).argmax())
+            token = int(session.step([token])[0].argmax())
             step_s.append(time.perf_counter() - started_s)
         record = sequence.residency()
         return {
@@ -217,8 +218,8 @@ def decode_times(
             "before_s": before_s,
             "backend": session.step_backend,
             "captures": session.captures,
-            "capture_s": session.capture_s,
-            "open_s": session.open_s,
+            "capture_s": capture_s,
+            "open_s": member.open_s,
             "device_bytes": sequence.footprint().device_bytes,
             "hit_rate": None if record is None else record.hit_rate,
             "recalled_bytes": None if record is None else record.recalled_bytes[1:],
@@ -352,7 +353,8 @@ def attention_rows(scale: Scale) -> Iterator[Row]:
                 count = torch.full((1, 1), n_tokens, dtype=torch.int32, device=scale.device)
                 table = torch.randperm(len(pages), device=scale.device).int().view(1, 1, -1) if index else None
                 stores.append(PagedKV(pages=pages, n_tokens=count, page_table=table))
-            calls.append(lambda q=q, stores=stores: stored_attention(q, stores, scale=D**-0.5))
+            call = AttentionCall(query=q, key=q, value=q, scale=D**-0.5)  # K and V are in the stores
+            calls.append(lambda call=call, stores=stores: stored_attention(call, stores))
         one_s = median_s(calls, scale.device)
         yield {
             "part": "attention",

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from kvscope.methods.call import AttentionCall
 from kvscope.methods.flash import attention_with_lse, flash_runs_on
 from kvscope.methods.kernels.dispatch import unsupported_decode
 from kvscope.methods.kernels.paged_decode.inputs import PagedKV
@@ -26,89 +27,61 @@ class Partial(NamedTuple):
 
 
 def paged_attention(
-    q_BQ1D: torch.Tensor,
-    pages: torch.Tensor,
-    *,
-    n_tokens: int,
-    scale: float,
-    softcap: float | None = None,
-    sink_logits: torch.Tensor | None = None,
-    page_table: torch.Tensor | None = None,
-    keep_SP: torch.Tensor | None = None,
+    call: AttentionCall, pages: torch.Tensor, *, n_tokens: int, page_table: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Attend one query to the tokens of a page table.
 
     Args:
-        q_BQ1D: queries, batch 1, rotation applied.
+        call: of one sequence and one token; its key and value are not looked at: they are in the pages.
         pages: [S, H, 2, P, D].
         n_tokens: tokens stored, filling the table's pages in order; the rest of the last page is not read.
-        scale: factor on the logits.
-        softcap: logits become softcap * tanh(logits / softcap).
-        sink_logits: [Q], one logit a head that takes mass and has no value.
         page_table: slots to read in order, [slots] for all heads or [H, slots]; every slot when None. A table costs
             a gather here; a kernel reads through it.
-        keep_SP: bool [S, P], tokens to read: masked simulation of eviction, for tests.
 
     Returns:
         [B, Q, 1, D] in the dtype of the query.
     """
-    _check(q_BQ1D, pages, n_tokens, page_table)
-    if n_tokens and keep_SP is None and kernel_runs(q_BQ1D, pages):
-        store = _kernel_store(pages, n_tokens, page_table)
-        return _kernel(q_BQ1D, [store], scale=scale, softcap=softcap, sink_logits=sink_logits)[0]
+    _check(call.query, pages, n_tokens, page_table)
+    if n_tokens and kernel_runs(call.query, pages):
+        return _kernel_attention(call, [_kernel_store(pages, n_tokens, page_table)])
     part = paged_partial(
-        q_BQ1D, pages, n_tokens=n_tokens, scale=scale, softcap=softcap, page_table=page_table, keep_SP=keep_SP
+        call.query, pages, n_tokens=n_tokens, scale=call.scale, softcap=call.softcap, page_table=page_table
     )
-    return merge_partials([part], q_BQ1D, sink_logits=sink_logits)
+    return merge_partials([part], call.query, sink_logits=call.sink_logits)
 
 
-def joint_attention(
-    q_BQ1D: torch.Tensor,
-    stores: Sequence[tuple[torch.Tensor, int]],
-    *,
-    scale: float,
-    softcap: float | None = None,
-    sink_logits: torch.Tensor | None = None,
-) -> torch.Tensor:
+def joint_attention(call: AttentionCall, stores: Sequence[tuple[torch.Tensor, int]]) -> torch.Tensor:
     """Attend one query to the union of two stores or fewer, each pages [S, H, 2, P, D] and tokens stored in them.
 
-    Page sizes may differ; a store without tokens is left out. The other arguments and the result are
-    ``paged_attention``'s.
+    Page sizes may differ; a store without tokens is left out. The call and the result are ``paged_attention``'s.
     """
     stores = [(pages, n_tokens) for pages, n_tokens in stores if n_tokens]
     for pages, n_tokens in stores:
-        _check(q_BQ1D, pages, n_tokens, None)
-    if stores and all(kernel_runs(q_BQ1D, pages) for pages, _ in stores):
-        inputs = [_kernel_store(pages, n_tokens, None) for pages, n_tokens in stores]
-        return _kernel(q_BQ1D, inputs, scale=scale, softcap=softcap, sink_logits=sink_logits)[0]
+        _check(call.query, pages, n_tokens, None)
+    if stores and all(kernel_runs(call.query, pages) for pages, _ in stores):
+        return _kernel_attention(call, [_kernel_store(pages, n_tokens, None) for pages, n_tokens in stores])
     parts = [
-        paged_partial(q_BQ1D, pages, n_tokens=n_tokens, scale=scale, softcap=softcap) for pages, n_tokens in stores
+        paged_partial(call.query, pages, n_tokens=n_tokens, scale=call.scale, softcap=call.softcap)
+        for pages, n_tokens in stores
     ]
-    return merge_partials(parts, q_BQ1D, sink_logits=sink_logits)
+    return merge_partials(parts, call.query, sink_logits=call.sink_logits)
 
 
-def stored_attention(
-    q_BQ1D: torch.Tensor,
-    stores: Sequence[PagedKV],
-    *,
-    scale: float,
-    softcap: float | None = None,
-    sink_logits: torch.Tensor | None = None,
-) -> torch.Tensor:
+def stored_attention(call: AttentionCall, stores: Sequence[PagedKV]) -> torch.Tensor:
     """Attend one query to the union of one store or two whose counts and tables are on the device.
 
     This is what a captured step calls: the kernel reads counts and tables when it runs. Where the kernel does not run,
-    counts are read back, so the call cannot be captured. Token lists need the kernel. The other arguments and the
-    result are ``paged_attention``'s.
+    counts are read back, so the call cannot be captured. Token lists need the kernel. The call and the result are
+    ``paged_attention``'s.
     """
-    if all(kernel_runs(q_BQ1D, store.pages) for store in stores):
-        return _kernel(q_BQ1D, stores, scale=scale, softcap=softcap, sink_logits=sink_logits)[0]
-    parts = [stored_partial(q_BQ1D, store, scale=scale, softcap=softcap) for store in stores]
-    return merge_partials(parts, q_BQ1D, sink_logits=sink_logits)
+    if all(kernel_runs(call.query, store.pages) for store in stores):
+        return _kernel_attention(call, stores)
+    parts = [stored_partial(call.query, store, scale=call.scale, softcap=call.softcap) for store in stores]
+    return merge_partials(parts, call.query, sink_logits=call.sink_logits)
 
 
 def stored_partial(q_BQ1D: torch.Tensor, store: PagedKV, *, scale: float, softcap: float | None = None) -> Partial:
-    """Attend one query to one such store and return the unmerged result. As ``stored_attention``."""
+    """Attend one query [B, Q, 1, D] to one such store and return the unmerged result."""
     if not kernel_runs(q_BQ1D, store.pages):
         n_tokens, P = int(store.n_tokens), store.pages.shape[3]
         table = None if store.page_table is None else store.page_table[0, :, : -(-n_tokens // P)].long()
@@ -128,24 +101,23 @@ def paged_partial(
     scale: float,
     softcap: float | None = None,
     page_table: torch.Tensor | None = None,
-    keep_SP: torch.Tensor | None = None,
 ) -> Partial:
-    """Attend one query to some pages and return the unmerged result. Arguments as ``paged_attention``."""
+    """Attend one query [B, Q, 1, D] to some pages and return the unmerged result. As ``paged_attention``."""
     _check(q_BQ1D, pages, n_tokens, page_table)
     H, P, D = pages.shape[1], *pages.shape[3:]
     q_HGD = q_BQ1D.view(H, -1, D)
     if n_tokens == 0:
         return Partial(q_HGD.new_zeros(q_HGD.shape), q_HGD.new_full(q_HGD.shape[:2], -torch.inf))
-    if keep_SP is None and kernel_runs(q_BQ1D, pages):
+    if kernel_runs(q_BQ1D, pages):
         store = _kernel_store(pages, n_tokens, page_table)
         out, lse = _kernel(q_BQ1D, [store], scale=scale, softcap=softcap, out_dtype=torch.float32)
         return Partial(out.view(q_HGD.shape), lse.view(q_HGD.shape[:2]))
     if page_table is not None:
         pages = _gather(pages, page_table)
     pages = pages[: -(-n_tokens // P)]
-    if q_HGD.dtype != torch.float32 and softcap is None and keep_SP is None and flash_runs_on(q_BQ1D):
+    if q_HGD.dtype != torch.float32 and softcap is None and flash_runs_on(q_BQ1D):
         return _flash_partial(q_HGD, pages, n_tokens=n_tokens, scale=scale)
-    return _bmm_partial(q_HGD, pages, n_tokens=n_tokens, scale=scale, softcap=softcap, keep_SP=keep_SP)
+    return _bmm_partial(q_HGD, pages, n_tokens=n_tokens, scale=scale, softcap=softcap)
 
 
 def merge_partials(
@@ -188,6 +160,10 @@ def _kernel_store(pages: torch.Tensor, n_tokens: int, page_table: torch.Tensor |
     return PagedKV(pages=pages, n_tokens=n_tokens, page_table=table_BHS)
 
 
+def _kernel_attention(call: AttentionCall, stores: Sequence[PagedKV]) -> torch.Tensor:
+    return _kernel(call.query, stores, scale=call.scale, softcap=call.softcap, sink_logits=call.sink_logits)[0]
+
+
 def _kernel(
     q_BQ1D: torch.Tensor,
     stores: Sequence[PagedKV],
@@ -203,13 +179,7 @@ def _kernel(
 
 
 def _bmm_partial(
-    q_HGD: torch.Tensor,
-    pages: torch.Tensor,
-    *,
-    n_tokens: int,
-    scale: float,
-    softcap: float | None,
-    keep_SP: torch.Tensor | None,
+    q_HGD: torch.Tensor, pages: torch.Tensor, *, n_tokens: int, scale: float, softcap: float | None
 ) -> Partial:
     n_slots, H, _, P, D = pages.shape
     G = q_HGD.shape[1]
@@ -223,8 +193,6 @@ def _bmm_partial(
     tail = n_tokens - (n_slots - 1) * P
     if tail < P:
         logits_SHGP[-1, :, :, tail:] = -torch.inf
-    if keep_SP is not None:
-        logits_SHGP.masked_fill_(~keep_SP[:n_slots, None, None, :], -torch.inf)
     top_HG = logits_SHGP.amax((0, 3))
     weight_SHGP = torch.exp_(logits_SHGP - top_HG[:, :, None])
     sum_HG = weight_SHGP.sum((0, 3))

@@ -10,10 +10,12 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
+from kvscope.methods.call import AttentionCall, Rotation
 from kvscope.methods.options import canonical_label, effective_values
-from kvscope.methods.shape import Footprint, ModelShape
+from kvscope.methods.shape import Footprint, ModelShape, tensor_bytes
+from kvscope.results.schema import SavingKind
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from kvscope.methods.store import PromptKV
 
 __all__ = [
-    "AttentionExtras",
+    "AttentionCall",
     "CacheMethod",
     "Collector",
     "Footprint",
@@ -33,41 +35,7 @@ __all__ = [
     "union_collectors",
 ]
 
-SavingKind = Literal["resident", "freed", "offloaded"]
 ConfigT = TypeVar("ConfigT")
-
-
-class Rotation(Protocol):
-    """The position encoding of one layer, able to move a query back."""
-
-    def back(self, q_BQ1D: torch.Tensor, n_tokens: int) -> torch.Tensor:
-        """Return the query as it would be ``n_tokens`` positions earlier."""
-        ...
-
-    def angles(self, n_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return cosine and sine of a turn by ``n_tokens`` positions, new tensors of the same shapes every time."""
-        ...
-
-    def back_by(self, q_BQ1D: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """``back``, by angles that are on the device already."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionExtras:
-    """What a model adds to plain attention, per layer.
-
-    Attributes:
-        softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma 2).
-        sink_logits: one learned logit a query head [Q] that takes mass and gives no value (gpt-oss).
-        window: the layer's own window in tokens; always None on the layers a method manages.
-        rotation: how to move a query back; None on a layer without rotary positions.
-    """
-
-    softcap: float | None = None
-    sink_logits: torch.Tensor | None = None
-    window: int | None = None
-    rotation: Rotation | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,17 +150,16 @@ class SequenceCache(ABC):
         """Take the hidden state of the current token as it enters ``layer`` (only layers the method asked for)."""
 
     @abstractmethod
-    def attend(
-        self,
-        layer: int,
-        q_BQ1D: torch.Tensor,
-        k_BH1D: torch.Tensor,
-        v_BH1D: torch.Tensor,
-        *,
-        scale: float,
-        extras: AttentionExtras,
-    ) -> torch.Tensor:
-        """Store the new token's K and V, then attend, that token included. Returns [B, Q, 1, D]."""
+    def attend(self, layer: int, call: AttentionCall) -> torch.Tensor:
+        """Store the new token's K and V, then attend, that token included.
+
+        Args:
+            layer: a managed layer; layers come in order, each once a step.
+            call: of this sequence alone and one token: query [1, Q, 1, D], key and value [1, H, 1, D].
+
+        Returns:
+            [1, Q, 1, D], in the dtype of the query.
+        """
 
     @abstractmethod
     def managed_footprint(self) -> Footprint:
@@ -303,15 +270,12 @@ class CacheMethod(ABC, Generic[ConfigT]):
         """
 
     @abstractmethod
-    def open(
-        self, prompt: PromptKV, device: torch.device | str, *, physical: bool = True, reserve_tokens: int = 0
-    ) -> SequenceCache:
+    def open(self, prompt: PromptKV, device: torch.device | str, *, reserve_tokens: int = 0) -> SequenceCache:
         """Start a sequence from a prefilled prompt. Cheap and repeatable: a fork is ``open`` again.
 
         Args:
             prompt: read only; nothing in it changes.
             device: where the resident set lives.
-            physical: False keeps every token and masks instead of evicting: the oracle of the tests.
             reserve_tokens: decode steps to preallocate for; past them storage grows page by page.
         """
 
@@ -337,16 +301,6 @@ def union_collectors(methods: Iterable[CacheMethod[Any]], layers: Sequence[int])
             for collector in method.collectors(layer):
                 found.setdefault((collector.name, collector.layer), collector)
     return list(found.values())
-
-
-def tensor_bytes(tensors: Iterable[torch.Tensor | None]) -> int:
-    """Return the bytes of the storages behind ``tensors``, a shared storage once."""
-    storages = {}
-    for tensor in tensors:
-        if tensor is not None:
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
 
 
 def _clone_stock(state: Any, device: torch.device) -> Any:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from kvscope.methods.base import AttentionExtras
 from kvscope.methods.block_budget import BlockPlan, layer_token_bytes, layer_token_flops
+from kvscope.methods.call import AttentionCall
 from kvscope.methods.kernels.dispatch import unsupported_block_scores
 from kvscope.methods.shape import Footprint, ModelShape
 
@@ -40,7 +40,7 @@ class Query:
         pages: [S, H, 2, P, D], the current token included.
         n_tokens: tokens in the pages.
         plan: the blocks.
-        scale, extras: of the layer's attention.
+        call: of the layer's attention.
     """
 
     q_HGD: torch.Tensor
@@ -48,8 +48,7 @@ class Query:
     pages: torch.Tensor
     n_tokens: int
     plan: BlockPlan
-    scale: float
-    extras: AttentionExtras
+    call: AttentionCall
 
     def scored_by_kernel(self, *, block_tokens: int | None = None) -> bool:
         """Whether the ``block_scores`` kernels take this query; ``block_tokens`` where they read the blocks' keys."""

@@ -1,7 +1,7 @@
 """Block-sparse methods: the whole cache stays resident, and each query reads a few blocks of it.
 
 A subclass says how blocks are scored and what that costs; the rest is shared: the plan of blocks (``block_budget``),
-summaries of blocks (``summaries``), choice and gather (``gather``), storage, byte counts and the masked oracle
+summaries of blocks (``summaries``), choice and gather (``gather``), storage and byte counts
 (``block_sequence``). The query's own block is always read and counts as one of the budget's blocks.
 """
 
@@ -13,7 +13,7 @@ import torch
 from kvscope.methods.base import CacheMethod, Collector, SequenceCache
 from kvscope.methods.block_budget import BlockPlan, plan_blocks
 from kvscope.methods.block_query import Query, Reads, Scored, read_footprint
-from kvscope.methods.block_sequence import BlockSparseSequence, MaskedBlockSparse
+from kvscope.methods.block_sequence import BlockSparseSequence
 from kvscope.methods.shape import Footprint, ModelShape
 from kvscope.methods.store import PromptKV
 from kvscope.methods.summaries import MetadataStore, Summary, SummaryCollector, SummaryStore, summary_bytes
@@ -140,8 +140,5 @@ class BlockSparse(CacheMethod[ConfigT]):
             metadata_bytes=len(sparse) * self.metadata_bytes(shape, n_total, plan),
         )
 
-    def open(
-        self, prompt: PromptKV, device: torch.device | str, *, physical: bool = True, reserve_tokens: int = 0
-    ) -> SequenceCache:
-        sequence = BlockSparseSequence if physical else MaskedBlockSparse
-        return sequence(self, prompt, torch.device(device), reserve_tokens=reserve_tokens)
+    def open(self, prompt: PromptKV, device: torch.device | str, *, reserve_tokens: int = 0) -> SequenceCache:
+        return BlockSparseSequence(self, prompt, torch.device(device), reserve_tokens=reserve_tokens)

@@ -1,7 +1,19 @@
 """How many tokens stay: the shared recency rule, and budgets given in bytes or as a fraction of dense. No torch."""
 
+from typing import Protocol
+
 from kvscope.errors import UsageError
 from kvscope.methods.shape import ModelShape
+
+
+class Budgeted(Protocol):
+    """Options that may give a budget."""
+
+    @property
+    def budget_bytes(self) -> int | None: ...
+
+    @property
+    def budget_fraction(self) -> float | None: ...
 
 
 def default_recency_tokens(n_tokens: int) -> int:
@@ -19,14 +31,7 @@ def check_budget(budget_bytes: int | None, budget_fraction: float | None) -> Non
         raise ValueError(f"budget_fraction must be above 0 and at most 1, got {budget_fraction}")
 
 
-def budget_tokens(
-    method: str,
-    n_tokens: int,
-    *,
-    budget_bytes: int | None,
-    budget_fraction: float | None,
-    shape: ModelShape | None,
-) -> int | None:
+def budget_tokens(method: str, n_tokens: int, *, options: Budgeted, shape: ModelShape | None) -> int | None:
     """Return how many tokens a budget holds (it may be more than the prompt's), or None without a budget.
 
     A budget in bytes buys whole pages in every managed layer, so the bytes kept at opening never exceed it; a
@@ -35,8 +40,9 @@ def budget_tokens(
     Raises:
         UsageError: the budget does not hold one page, or it is in bytes and ``shape`` is missing.
     """
-    if budget_fraction is not None:
-        return int(budget_fraction * n_tokens)
+    budget_bytes = options.budget_bytes
+    if options.budget_fraction is not None:
+        return int(options.budget_fraction * n_tokens)
     if budget_bytes is None:
         return None
     if shape is None:

@@ -1,6 +1,6 @@
 """Methods whose resident set is chosen once, at opening: a choice of prompt tokens, then everything decoded.
 
-A subclass says which prompt tokens stay; storage, attention, byte counts and the masked oracle are here.
+A subclass says which prompt tokens stay; storage, attention and byte counts are here.
 """
 
 from abc import abstractmethod
@@ -9,9 +9,9 @@ from typing import TypeVar
 import torch
 
 from kvscope.methods.attention import paged_attention, stored_attention
-from kvscope.methods.base import AttentionExtras, CacheMethod, SequenceCache
+from kvscope.methods.base import AttentionCall, CacheMethod, SequenceCache
 from kvscope.methods.shape import Footprint, ModelShape
-from kvscope.methods.static_step import StepPages, unsupported_step
+from kvscope.methods.static_step import PagedSequence
 from kvscope.methods.store import PagePool, PromptKV, TokenRange
 
 ConfigT = TypeVar("ConfigT")
@@ -40,15 +40,12 @@ class StaticResidency(CacheMethod[ConfigT]):
             attention_flops_per_step=shape.attention_flops(n_resident) + shape.stock_attention_flops(n_total),
         )
 
-    def open(
-        self, prompt: PromptKV, device: torch.device | str, *, physical: bool = True, reserve_tokens: int = 0
-    ) -> SequenceCache:
+    def open(self, prompt: PromptKV, device: torch.device | str, *, reserve_tokens: int = 0) -> SequenceCache:
         ranges = self.resident_ranges(prompt)
-        sequence = ResidentSequence if physical else MaskedSequence
-        return sequence(prompt, torch.device(device), ranges=ranges, reserve_tokens=reserve_tokens)
+        return ResidentSequence(prompt, torch.device(device), ranges=ranges, reserve_tokens=reserve_tokens)
 
 
-class ResidentSequence(SequenceCache):
+class ResidentSequence(PagedSequence):
     """Chosen prompt tokens and decoded tokens in one pool of pages; every query reads all of it."""
 
     def __init__(
@@ -59,7 +56,6 @@ class ResidentSequence(SequenceCache):
         self.pool = PagePool(prompt.shape, n_tokens=n_kept + reserve_tokens, dtype=prompt.dtype, device=device)
         self.pool.load(prompt, ranges)
         self._n_dropped = prompt.n_tokens - n_kept
-        self._step: StepPages | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -69,44 +65,16 @@ class ResidentSequence(SequenceCache):
     def _n_resident(self) -> int:
         return self.pool.lengths[self.shape.layers[-1]]
 
-    def attend(
-        self,
-        layer: int,
-        q_BQ1D: torch.Tensor,
-        k_BH1D: torch.Tensor,
-        v_BH1D: torch.Tensor,
-        *,
-        scale: float,
-        extras: AttentionExtras,
-    ) -> torch.Tensor:
+    def attend(self, layer: int, call: AttentionCall) -> torch.Tensor:
         if self._step is not None:
-            self._step.append(layer, k_BH1D, v_BH1D)
-            stores = [self._step.store(layer)]
-            return stored_attention(q_BQ1D, stores, scale=scale, softcap=extras.softcap, sink_logits=extras.sink_logits)
-        self.pool.append(layer, k_BH1D, v_BH1D)
-        return paged_attention(
-            q_BQ1D,
-            self.pool.pages[layer],
-            n_tokens=self.pool.lengths[layer],
-            scale=scale,
-            softcap=extras.softcap,
-            sink_logits=extras.sink_logits,
-            keep_SP=self._keep(layer),
-        )
-
-    def _keep(self, layer: int) -> torch.Tensor | None:
-        del layer
-        return None
-
-    def static_reasons(self) -> list[str]:
-        return unsupported_step(self.shape, self.device, self.pool.dtype)
-
-    def make_static(self) -> None:
-        self._step = StepPages(self.pool, self.device)
+            self._step.append(layer, call.key, call.value)
+            return stored_attention(call, [self._step.store(layer)])
+        self.pool.append(layer, call.key, call.value)
+        return paged_attention(call, self.pool.pages[layer], n_tokens=self.pool.lengths[layer])
 
     @property
-    def static_version(self) -> int:
-        return 0 if self._step is None else self._step.version
+    def _appended(self) -> PagePool:
+        return self.pool
 
     def begin_step(self) -> None:
         if self._step is not None:
@@ -126,24 +94,3 @@ class ResidentSequence(SequenceCache):
     def close(self) -> None:
         self.pool.clear()
         super().close()
-
-
-class MaskedSequence(ResidentSequence):
-    """The oracle of the tests: everything stays on the device, and what the method would drop is masked."""
-
-    def __init__(
-        self, prompt: PromptKV, device: torch.device, *, ranges: list[TokenRange], reserve_tokens: int = 0
-    ) -> None:
-        super().__init__(prompt, device, ranges=[(0, prompt.n_tokens)], reserve_tokens=reserve_tokens)
-        self._kept = torch.zeros(prompt.n_tokens, dtype=torch.bool, device=device)
-        for start, end in ranges:
-            self._kept[start:end] = True
-
-    def static_reasons(self) -> list[str]:
-        return ["a masked step is made anew each time"]
-
-    def _keep(self, layer: int) -> torch.Tensor:
-        n_slots, P = self.pool.pages[layer].shape[0], self.shape.page_tokens
-        keep = torch.ones(n_slots * P, dtype=torch.bool, device=self.device)
-        keep[: self._kept.shape[0]] = self._kept
-        return keep.view(n_slots, P)

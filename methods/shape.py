@@ -1,7 +1,13 @@
-"""The numbers of a model that a cache method needs, and the byte counts that follow from them. No torch."""
+"""The numbers of a model that a cache method needs, and byte counts. Torch is not imported."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    import torch
 
 DEFAULT_PAGE_TOKENS = 64
 
@@ -103,7 +109,7 @@ class Footprint:
     bytes_read_per_step: int = 0
     attention_flops_per_step: int = 0
 
-    def __add__(self, other: "Footprint") -> "Footprint":
+    def __add__(self, other: Footprint) -> Footprint:
         return Footprint(
             kv_bytes=self.kv_bytes + other.kv_bytes,
             metadata_bytes=self.metadata_bytes + other.metadata_bytes,
@@ -126,3 +132,13 @@ class Footprint:
             bytes_read_per_step=round(self.bytes_read_per_step / n),
             attention_flops_per_step=round(self.attention_flops_per_step / n),
         )
+
+
+def tensor_bytes(tensors: Iterable[torch.Tensor | None]) -> int:
+    """Return the bytes of the storages behind ``tensors``, a shared storage once."""
+    storages = {}
+    for tensor in tensors:
+        if tensor is not None:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())

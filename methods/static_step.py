@@ -6,8 +6,13 @@ step is written into small tensors between replays; ``attend`` then changes noth
 Shapes: B batch (1), H KV heads, D head size, S slots (pages), P tokens a page.
 """
 
+from __future__ import annotations
+
+from abc import abstractmethod
+
 import torch
 
+from kvscope.methods.base import SequenceCache
 from kvscope.methods.kernels.dispatch import unsupported_decode
 from kvscope.methods.kernels.paged_decode.inputs import PagedKV
 from kvscope.methods.shape import ModelShape
@@ -17,13 +22,37 @@ from kvscope.methods.store import PagePool
 def unsupported_step(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> list[str]:
     """Return every reason why attention of a captured step cannot run here.
 
-    On a CPU nothing is captured, but the same step runs as it is: that is how it is tested there.
+    On a CPU nothing is captured, but the same step runs.
     """
     if device.type == "cpu":
         return []
     return unsupported_decode(
         device, dtype=dtype, head_dim=shape.head_dim, n_q_heads=shape.n_q_heads, n_kv_heads=shape.n_kv_heads
     )
+
+
+class PagedSequence(SequenceCache):
+    """A sequence whose new tokens all go into one page pool: what makes its steps ones of fixed addresses.
+
+    A subclass gives the pool, and does for a step what its storage needs beside it.
+    """
+
+    _step: StepPages | None = None
+
+    @property
+    @abstractmethod
+    def _appended(self) -> PagePool:
+        """The pool."""
+
+    def static_reasons(self) -> list[str]:
+        return unsupported_step(self.shape, self.device, self._appended.dtype)
+
+    def make_static(self) -> None:
+        self._step = StepPages(self._appended, self.device)
+
+    @property
+    def static_version(self) -> int:
+        return 0 if self._step is None else self._step.version
 
 
 class StepPages:

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from kvscope.methods.base import tensor_bytes
 from kvscope.methods.pinned import empty_pinned
-from kvscope.methods.shape import ModelShape
+from kvscope.methods.shape import ModelShape, tensor_bytes
 
 TokenRange = tuple[int, int]
 """Tokens start (included) to end (excluded)."""

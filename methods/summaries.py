@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from kvscope.methods.base import Collector, tensor_bytes
-from kvscope.methods.shape import ModelShape
+from kvscope.methods.base import Collector
+from kvscope.methods.shape import ModelShape, tensor_bytes
 from kvscope.methods.store import PromptKV
 
 Summarise = Callable[[torch.Tensor], torch.Tensor]

@@ -18,6 +18,8 @@ SavingKind = Literal["resident", "freed", "offloaded"]
 Verdict = Literal["freed", "offloaded", "resident", "mismatch", "below_resolution", "not_measured"]
 MethodFrom = Literal["last_token", "question"]
 StopReason = Literal["eos", "stop", "length"]
+DecodeGraph = Literal["auto", "on", "off"]
+"""Whether decode steps are a CUDA graph: where that can be done, always (or fail), or never."""
 Selection = Literal["trained", "synthetic", "free"]
 FailurePhase = Literal["start", "load", "prefill", "decode"]
 OomOf = Literal["device", "device_budget", "host"]

@@ -7,34 +7,20 @@ positions from the logical length.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from kvscope.errors import UsageError
-from kvscope.harness.engine.decode_graph import (
-    EAGER,
-    GRAPH,
-    DecodeGraph,
-    StaticStep,
-    capture_failed,
-    graph_demanded,
-    graph_reasons,
-    static_reasons,
-)
-from kvscope.harness.engine.glue import DecodeLayer, EngineCache
+from kvscope.harness.engine.decode_graph import EAGER
 from kvscope.harness.engine.loaded import LoadedModel
-from kvscope.harness.engine.static_stock import Rings
-from kvscope.methods.base import CacheMethod, Footprint, Residency, SequenceCache
+from kvscope.harness.engine.session import Session
+from kvscope.methods.base import CacheMethod, Footprint, Residency
 from kvscope.methods.store import PromptKV
-
-StopReason = Literal["eos", "stop", "length"]
+from kvscope.results.schema import DecodeGraph, StopReason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,155 +64,6 @@ class DecodeResult:
     backends: tuple[str, ...] = ()
 
 
-class DecodeSession:
-    """A prompt opened under a method, fed token by token. Use as a context manager: hooks and tensors go at the end."""
-
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        method: CacheMethod[Any],
-        prompt: PromptKV,
-        *,
-        reserve_tokens: int,
-        physical: bool = True,
-        decode_graph: DecodeGraph | Literal["uncaptured"] = "off",
-    ) -> None:
-        """Open the method.
-
-        Args:
-            reserve_tokens: steps to preallocate for.
-            physical: False masks instead of evicting (tests).
-            decode_graph: ``auto`` captures the step in a CUDA graph where that can be done, ``on`` demands it. The
-                capture is made on entering. ``uncaptured`` runs the step of the graph as it is (tests).
-
-        Raises:
-            UsageError: the method cannot run on this model and device, or not as a graph; the message gives every
-                reason.
-        """
-        method = loaded.backend.form_of(method, loaded.shape)
-        reasons = method.unsupported(loaded.shape, loaded.device)
-        if reasons:
-            raise UsageError(f"Method '{method.label}' cannot run on model '{loaded.name}': {'; '.join(reasons)}.")
-        if prompt.shape != loaded.shape:
-            raise ValueError("this prompt was prefilled by a model of another shape")
-        started_s = time.perf_counter()
-        self._loaded = loaded
-        self._method, self._decode_graph = method, decode_graph
-        self._open: Callable[[], SequenceCache] = partial(
-            method.open, prompt, loaded.device, physical=physical, reserve_tokens=reserve_tokens
-        )
-        self.sequence = self._open()
-        own = self.sequence.model_cache  # an empty transformers cache counts as false
-        self._cache = self._engine_cache() if own is None else own
-        self._observed = method.observed_layers(loaded.shape)
-        self._stack = ExitStack()
-        self._in_turn = False
-        self._static: StaticStep | None = None
-        self.step_backend = EAGER
-        self.open_s = time.perf_counter() - started_s
-        self.capture_s = 0.0
-
-    @property
-    def captures(self) -> int:
-        """How often the step was captured."""
-        return 0 if self._static is None else self._static.captures
-
-    def _engine_cache(self, rings: Rings | None = None) -> EngineCache:
-        loaded = self._loaded
-        states: dict[int, Any] = dict(self.sequence.stock)
-        if rings is not None:
-            states.update(rings.layers)
-        for layer in loaded.shape.layers:
-            states[layer] = DecodeLayer(layer, self.sequence, loaded.rotations[layer])
-        return EngineCache([states[layer] for layer in range(loaded.shape.n_layers)])
-
-    def __enter__(self) -> Self:
-        self._stack.callback(lambda: self.sequence.close())
-        try:
-            if self._observed:
-                loaded = self._loaded
-                self._stack.enter_context(loaded.backend.observe(loaded.model, self._observed, self._observe))
-            if self._decode_graph != "off":
-                with self._turn():
-                    self._make_static()
-        except BaseException:
-            self._stack.close()
-            raise
-        return self
-
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """Mark the model's forwards as one's own: hooks of other open sequences on the same model fire, too."""
-        self._in_turn = True
-        try:
-            yield
-        finally:
-            self._in_turn = False
-
-    def _observe(self, layer: int, hidden_BM: torch.Tensor) -> None:
-        if self._in_turn:
-            self.sequence.observe(layer, hidden_BM)
-
-    def _make_static(self) -> None:
-        """Fix the step's addresses and capture it, or note why not."""
-        loaded, asked = self._loaded, self._decode_graph
-        captured = asked != "uncaptured"
-        reasons = (graph_reasons if captured else static_reasons)(loaded, self.sequence)
-        if not reasons:
-            self.sequence.make_static()
-            rings = Rings(self.sequence, loaded.dtype)
-            self._stack.callback(rings.clear)
-            cache = self._engine_cache(rings)
-            step = StaticStep(loaded, [self.sequence], cache, before=rings.place, captured=captured)
-            try:
-                step.prepare()
-            except RuntimeError as error:
-                if asked != "auto":
-                    raise
-                step.release()
-                reasons = [capture_failed(error)]
-                self.sequence.close()
-                self.sequence = self._open()
-                self._cache = self._engine_cache()
-            else:
-                self._static, self._cache = step, cache
-                self._stack.callback(step.release)
-                self.capture_s = step.capture_s
-                self.step_backend = GRAPH if captured else EAGER
-                return
-        if asked != "auto":
-            raise graph_demanded(reasons, self._method.label)
-        self.step_backend = f"{EAGER}: {'; '.join(reasons)}"
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.close()
-
-    @torch.inference_mode()
-    def step(self, token: int) -> torch.Tensor:
-        """Feed one token under the method and return the logits after it, [vocabulary].
-
-        A captured step writes them where the step before did.
-        """
-        with self._turn():
-            return self._static(token)[0] if self._static is not None else self._eager_step(token)
-
-    def _eager_step(self, token: int) -> torch.Tensor:
-        device = self._loaded.device
-        self.sequence.begin_step()
-        out = self._loaded.model(
-            input_ids=torch.tensor([[token]], device=device),
-            position_ids=torch.tensor([[self.sequence.n_tokens]], device=device),
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        self.sequence.end_step()
-        logits: torch.Tensor = out.logits[0, -1]
-        return logits
-
-
 @torch.inference_mode()
 def decode(
     loaded: LoadedModel,
@@ -237,7 +74,6 @@ def decode(
     max_new_tokens: int,
     stop_strings: Sequence[str] = (),
     stop_at_eos: bool = True,
-    device: str | torch.device | None = None,
     decode_graph: DecodeGraph = "off",
 ) -> DecodeResult:
     """Feed ``forced_ids`` under the method, then decode greedily.
@@ -251,14 +87,13 @@ def decode(
         max_new_tokens: longest answer.
         stop_strings: end the answer where one of them begins.
         stop_at_eos: end the answer at the model's end-of-sequence tokens.
-        device: must be the model's; None means it.
-        decode_graph: whether steps are replays of a CUDA graph; as ``DecodeSession``.
+        decode_graph: whether steps are replays of a CUDA graph; as ``Session``.
 
     Raises:
         UsageError: no forced token, no new token, stop strings without a tokenizer, an unsupported method, or a graph
             demanded where there can be none.
     """
-    _check(loaded, prompt_kv, forced_ids, max_new_tokens, device)
+    _check(loaded, prompt_kv, forced_ids, max_new_tokens)
     if stop_strings and loaded.tokenizer is None:
         raise UsageError(f"Model '{loaded.name}' has no tokenizer, so stop strings cannot be looked for.")
     footprints = peak = Footprint()
@@ -267,14 +102,17 @@ def decode(
     stop_reason: StopReason = "length"
     # The last generated token is never fed.
     reserve_tokens = len(forced_ids) + max_new_tokens - 1
-    with DecodeSession(loaded, method, prompt_kv, reserve_tokens=reserve_tokens, decode_graph=decode_graph) as session:
+    with Session(loaded, decode_graph=decode_graph) as session:
+        member = session.add(method, prompt_kv, reserve_tokens=reserve_tokens)
+        session.prepare()
+        capture_s = session.capture_s
         pending = list(forced_ids)
         while True:
             token = pending.pop(0)
             started_s = time.perf_counter()
-            chosen = int(session.step(token).argmax())  # reading the number waits for the device
+            chosen = int(session.step([token])[0].argmax())  # reading the number waits for the device
             step_s.append(time.perf_counter() - started_s)
-            last = session.sequence.footprint()
+            last = member.cache.footprint()
             footprints += last
             peak = max(peak, last, key=lambda footprint: footprint.device_bytes)
             if pending:
@@ -288,24 +126,24 @@ def decode(
                 break
             pending.append(chosen)
         text = _text(loaded, ids)
-        residency = session.sequence.residency()  # first: it enters what the device has counted
+        residency = member.cache.residency()  # first: it enters what the device has counted
         return DecodeResult(
             ids=ids,
             text=text[: _stop_index(text, stop_strings)],
-            open_s=session.open_s,
+            open_s=member.open_s,
             decode_s=sum(step_s),
             step_s=step_s,
             footprint_mean=footprints.divided_by(len(step_s)),
             footprint_last=last,
             footprint_peak=peak,
-            bytes_by_kind=session.sequence.bytes_by_kind(),
-            bytes_recalled=session.sequence.bytes_recalled,
+            bytes_by_kind=member.cache.bytes_by_kind(),
+            bytes_recalled=member.cache.bytes_recalled,
             residency=residency,
             stop_reason=stop_reason,
             step_backend=session.step_backend,
             captures=session.captures,
-            capture_s=session.capture_s,
-            backends=session.sequence.backends(),
+            capture_s=capture_s,
+            backends=member.cache.backends(),
         )
 
 
@@ -333,7 +171,6 @@ def answer_nll(
     forced_ids: Sequence[int],
     answer_ids: Sequence[int],
     *,
-    device: str | torch.device | None = None,
     decode_graph: DecodeGraph = "off",
 ) -> float:
     """Return the mean negative log-likelihood of ``answer_ids`` under the method, in nats a token, teacher forced.
@@ -343,12 +180,13 @@ def answer_nll(
     Raises:
         UsageError: no forced token, no answer token, or an unsupported method.
     """
-    _check(loaded, prompt_kv, forced_ids, len(answer_ids), device)
+    _check(loaded, prompt_kv, forced_ids, len(answer_ids))
     fed = [*forced_ids, *answer_ids[:-1]]
     total = 0.0
-    with DecodeSession(loaded, method, prompt_kv, reserve_tokens=len(fed), decode_graph=decode_graph) as session:
+    with Session(loaded, decode_graph=decode_graph) as session:
+        session.add(method, prompt_kv, reserve_tokens=len(fed))
         for index, token in enumerate(fed):
-            logits = session.step(token)
+            logits = session.step([token])[0]
             answered = index - (len(forced_ids) - 1)
             if answered >= 0:
                 target = torch.tensor(answer_ids[answered], device=logits.device)
@@ -356,13 +194,7 @@ def answer_nll(
     return total / len(answer_ids)
 
 
-def _check(
-    loaded: LoadedModel,
-    prompt_kv: PromptKV,
-    forced_ids: Sequence[int],
-    n_answer_tokens: int,
-    device: str | torch.device | None,
-) -> None:
+def _check(loaded: LoadedModel, prompt_kv: PromptKV, forced_ids: Sequence[int], n_answer_tokens: int) -> None:
     if not forced_ids:
         raise UsageError("At least one token (the last of the prompt) has to be fed under the method.")
     if n_answer_tokens < 1:
@@ -372,8 +204,6 @@ def _check(
         raise UsageError(
             f"Prompt and answer are {n_total} tokens; model '{loaded.name}' takes {loaded.max_length_tokens}."
         )
-    if device is not None and torch.device(device).type != loaded.device.type:
-        raise UsageError(f"Model '{loaded.name}' is on {loaded.device}, so it cannot decode on {device}.")
 
 
 def _text(loaded: LoadedModel, ids: list[int]) -> str:

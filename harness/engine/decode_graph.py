@@ -1,4 +1,4 @@
-"""One decode step as a CUDA graph: captured once for a sequence, or for a batch of them, replayed for every token.
+"""One decode step as a CUDA graph: captured once for the sequences of a session, replayed for every token.
 
 Fixed are addresses, shapes and grids; what changes (token, position, counts, page tables) is written into small tensors
 between replays. The model's own forward is captured as it is, with kvscope's attention inside. Where a sequence moves
@@ -12,19 +12,19 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 
 from kvscope.errors import UsageError
 from kvscope.harness.engine.configs import text_config
 from kvscope.harness.engine.loaded import LoadedModel
+from kvscope.harness.engine.member import Member
 from kvscope.harness.engine.oom import is_oom
 from kvscope.harness.engine.static_stock import unsupported_stock
 from kvscope.methods.base import SequenceCache
 
-DecodeGraph = Literal["auto", "on", "off"]
 #: How a step ran, as rows say it; an eager one may give its reasons behind a colon.
 GRAPH, EAGER = "cuda graph", "eager"
 #: Steps from which a capture pays. What it takes, over what a replay saves, is 2.9 to 5.2 steps at 8K to 128K tokens on
@@ -35,19 +35,11 @@ PAYS_FROM_STEPS = 5
 _HOST_ROPES = {"dynamic", "longrope"}
 
 
-def graph_reasons(loaded: LoadedModel, sequence: SequenceCache) -> list[str]:
-    """Return every reason why a step of this sequence cannot be captured; empty when it can be tried."""
-    reasons = []
-    if loaded.device.type != "cuda":
-        reasons.append(f"the device is {loaded.device.type}")
-    return reasons + static_reasons(loaded, sequence)
-
-
-def static_reasons(loaded: LoadedModel, sequence: SequenceCache) -> list[str]:
+def static_reasons(loaded: LoadedModel, cache: SequenceCache) -> list[str]:
     """Return every reason why a step of this sequence cannot run at fixed addresses."""
-    if sequence.model_cache is not None:
+    if cache.model_cache is not None:
         return ["the model's own cache moves its tensors"]
-    reasons = list(sequence.static_reasons())
+    reasons = list(cache.static_reasons())
     config = text_config(loaded.model.config)
     ropes = getattr(config, "rope_parameters", None) or {}
     nested = [ropes, *(value for value in ropes.values() if isinstance(value, dict))]
@@ -56,101 +48,93 @@ def static_reasons(loaded: LoadedModel, sequence: SequenceCache) -> list[str]:
         reasons.append(f"rotary positions of type {', '.join(sorted(types))} are computed from the host")
     if any(type(module).__name__.endswith("Experts") for module in loaded.model.modules()):
         reasons.append("which experts a token goes to is known to the device alone")
-    if sequence.stock:
+    if cache.stock:
         reasons += unsupported_stock(loaded.shape, loaded.device, loaded.dtype)
     return reasons
 
 
-class StaticStep:
-    """The model's forward of one token a sequence at fixed addresses. Shapes: B sequences, V vocabulary.
+class GraphStep:
+    """The model's forward of one token a sequence at fixed addresses, captured and replayed.
+
+    Shapes: n sequences, V vocabulary.
 
     Attributes:
+        backend: how such a step ran, as rows say it.
         captures: how often the step was captured.
         capture_s: seconds of all captures, warm-up included.
     """
 
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        sequences: Sequence[SequenceCache],
-        cache: Any,
-        *,
-        before: Callable[[int], None],
-        captured: bool,
-    ) -> None:
+    backend: ClassVar[str] = GRAPH
+
+    @classmethod
+    def reasons(cls, loaded: LoadedModel, cache: SequenceCache) -> list[str]:
+        """Return every reason why a step of this sequence cannot be captured; empty when it can be tried."""
+        reasons = []
+        if loaded.device.type != "cuda":
+            reasons.append(f"the device is {loaded.device.type}")
+        return reasons + static_reasons(loaded, cache)
+
+    def __init__(self, loaded: LoadedModel, members: Sequence[Member], cache: Any) -> None:
         """Prepare; nothing runs yet.
 
         Args:
-            sequences: static already, all at the same position.
+            members: static already.
             cache: what the model is called with.
-            before: called before each step with its position: writes what stands outside the sequences.
-            captured: whether steps are replayed; False runs the same step as it is.
         """
         self.captures, self.capture_s = 0, 0.0
-        self._model, self._sequences, self._cache = loaded.model, tuple(sequences), cache
-        self._before, self._captured = before, captured
-        size = (len(self._sequences), 1)
-        self._tokens_B1 = torch.zeros(size, dtype=torch.long, device=loaded.device)
-        self._positions_B1 = torch.zeros(size, dtype=torch.long, device=loaded.device)
+        self._model, self._members, self._cache = loaded.model, tuple(members), cache
+        size = (len(self._members), 1)
+        self._tokens_n1 = torch.zeros(size, dtype=torch.long, device=loaded.device)
+        self._positions_n1 = torch.zeros(size, dtype=torch.long, device=loaded.device)
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._logits_BV: torch.Tensor | None = None
+        self._logits_nV: torch.Tensor | None = None
         self._versions: list[int] | None = None
 
     @torch.inference_mode()
     def prepare(self) -> None:
         """Capture the step, so that the first token does not wait for it. The sequences are as before afterwards."""
         self._begin()
-        self._write(0)
-        if self._captured:
-            self._capture()
-        else:
-            self._forward()
+        self._write_positions()
+        self._capture()
 
     @torch.inference_mode()
-    def __call__(self, tokens: int | torch.Tensor) -> torch.Tensor:
-        """Feed a token to every sequence, the same or its own of [B]; return the logits [B, V], which the next step
-        overwrites.
-
-        Raises:
-            ValueError: the sequences are not at one position.
-        """
+    def __call__(self, tokens: Sequence[int] | torch.Tensor) -> torch.Tensor:
+        """Feed a token to every sequence, [n]; return the logits [n, V], which the next step overwrites."""
         self._begin()
-        self._write(tokens)
-        if not self._captured:
-            self._logits_BV = self._forward()
-        else:
-            if self._versions != self._static_versions():
-                self._capture()
-            assert self._graph is not None
-            self._graph.replay()
-        for sequence in self._sequences:
-            sequence.end_step()
-        assert self._logits_BV is not None
-        return self._logits_BV
+        self._write_positions()
+        self._write(self._tokens_n1, tokens)
+        if self._versions != self._static_versions():
+            self._capture()
+        self._replay()
+        for member in self._members:
+            member.end_step()
+        assert self._logits_nV is not None
+        return self._logits_nV
 
     def _begin(self) -> None:
-        for sequence in self._sequences:
-            sequence.begin_step()
+        for member in self._members:
+            member.begin_step()
 
     def _static_versions(self) -> list[int]:
-        return [sequence.static_version for sequence in self._sequences]
+        return [member.cache.static_version for member in self._members]
 
-    def _write(self, tokens: int | torch.Tensor) -> None:
-        positions = {sequence.n_tokens for sequence in self._sequences}
-        if len(positions) != 1:
-            raise ValueError(f"sequences of one step must be at one position, got {sorted(positions)}")
-        (position,) = positions
-        if isinstance(tokens, int):
-            self._tokens_B1.fill_(tokens)
+    def _write_positions(self) -> None:
+        self._write(self._positions_n1, [member.n_tokens for member in self._members])
+
+    @staticmethod
+    def _write(held_n1: torch.Tensor, values: Sequence[int] | torch.Tensor) -> None:
+        if isinstance(values, torch.Tensor):
+            held_n1.copy_(values[:, None])
+        elif len(set(values)) == 1:
+            # A scalar travels as an argument of the kernel: no transfer, and nothing waits.
+            held_n1.fill_(values[0])
         else:
-            self._tokens_B1.copy_(tokens[:, None])
-        self._positions_B1.fill_(position)
-        self._before(position)
+            held_n1.copy_(torch.tensor(values)[:, None])
 
     def _forward(self) -> torch.Tensor:
         out = self._model(
-            input_ids=self._tokens_B1,
-            position_ids=self._positions_B1,
+            input_ids=self._tokens_n1,
+            position_ids=self._positions_n1,
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
@@ -164,7 +148,7 @@ class StaticStep:
         What the trial writes, the step itself writes again: it has the same token, place and position.
         """
         started_s = time.perf_counter()
-        device = self._tokens_B1.device
+        device = self._tokens_n1.device
         self.release()
         memory = _memory_of(self._model)
         side = memory.stream
@@ -178,7 +162,7 @@ class StaticStep:
         try:
             # Other threads (the memory sampler) may call CUDA meanwhile.
             with torch.cuda.graph(graph, pool=memory.pool, stream=side, capture_error_mode="thread_local"):
-                self._logits_BV = self._forward()
+                self._logits_nV = self._forward()
         finally:
             torch.cuda.set_stream(current)  # a capture that fails leaves its own stream behind
         memory.keep(graph)
@@ -187,9 +171,13 @@ class StaticStep:
         self.captures += 1
         self.capture_s += time.perf_counter() - started_s
 
+    def _replay(self) -> None:
+        assert self._graph is not None
+        self._graph.replay()
+
     def release(self) -> None:
         """Let go of the captured step."""
-        self._graph = self._logits_BV = None
+        self._graph = self._logits_nV = None
 
 
 class _GraphMemory:

@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindo
 
 from kvscope.errors import KvscopeError
 from kvscope.harness.engine.prefill_attention import chunk_attention
-from kvscope.methods.base import AttentionExtras, Rotation, SequenceCache
+from kvscope.methods.base import AttentionCall, Rotation
 
 ATTENTION_NAME = "kvscope"
 _MARK = "kvscope_layer"
@@ -59,17 +59,43 @@ def kvscope_attention(
     if unknown or dropout or is_causal is False or getattr(module, "is_causal", True) is False:
         what = ", ".join(unknown) or ("dropout" if dropout else "attention that is not causal")
         raise KvscopeError(f"{type(module).__name__} asks for {what}, which kvscope's attention does not implement.")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = getattr(key, _MARK, None)
-    if layer is None:
-        out = chunk_attention(query, key, value, scale=scale, window=sliding_window, softcap=softcap, sink_logits=s_aux)
-    else:
-        out = layer.attend(module, query, key, value, scale=scale, window=sliding_window, softcap=softcap, s_aux=s_aux)
+    call = AttentionCall(
+        query=query,
+        key=key,
+        value=value,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window,
+        softcap=softcap,
+        sink_logits=s_aux,
+        rotation=None if layer is None else layer.rotation,
+        module=module,
+    )
+    out = called_attention(call, window=call.window) if layer is None else layer.attend(call)
     return out.transpose(1, 2).contiguous(), None
 
 
+def called_attention(call: AttentionCall, *, window: int | None = None) -> torch.Tensor:
+    """Return ``chunk_attention`` of a call whose key and value are those of all tokens."""
+    return chunk_attention(
+        call.query,
+        call.key,
+        call.value,
+        scale=call.scale,
+        window=window,
+        softcap=call.softcap,
+        sink_logits=call.sink_logits,
+    )
+
+
 class EngineLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped
-    """A full-attention cache layer that hands new K and V on and keeps nothing by itself."""
+    """A full-attention cache layer that hands new K and V on and keeps nothing by itself.
+
+    Attributes:
+        rotation: of the layer's queries, for calls to carry; None where no method may ask for it.
+    """
+
+    rotation: Rotation | None = None
 
     is_sliding = False
     is_compileable = False
@@ -89,19 +115,8 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is unt
         return key_states, value_states
 
     @abstractmethod
-    def attend(
-        self,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        s_aux: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Attend the queries of one call; K and V are the ones ``update`` returned."""
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        """Attend the queries of one call, [B, Q, S, D]; K and V are the ones ``update`` returned."""
 
     def get_seq_length(self) -> int:
         return 0
@@ -112,11 +127,11 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is unt
     def get_max_length(self) -> int:
         return -1
 
-    def _refuse_window(self, window: int | None) -> None:
-        if window is not None:
+    def _refuse_window(self, call: AttentionCall) -> None:
+        if call.window is not None:
             raise KvscopeError(
-                f"Layer {self.index} attends within a window of {window} tokens although the model's config calls it a "
-                "full-attention layer; this architecture is not supported."
+                f"Layer {self.index} attends within a window of {call.window} tokens although the model's config calls "
+                "it a full-attention layer; this architecture is not supported."
             )
 
 
@@ -125,55 +140,16 @@ class StockLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]  # transforme
 
     # transformers registers a subclass under this name for every model; this one is for kvscope's caches alone.
     _layer_type = None
+    rotation: Rotation | None = None
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         setattr(keys, _MARK, self)
         return keys, values
 
-    def attend(
-        self,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        s_aux: torch.Tensor | None,
-    ) -> torch.Tensor:
-        return chunk_attention(
-            query, key, value, scale=scale, window=self.sliding_window, softcap=softcap, sink_logits=s_aux
-        )
-
-
-class DecodeLayer(EngineLayer):
-    """One managed layer while decoding: attention is the method's."""
-
-    def __init__(self, index: int, sequence: SequenceCache, rotation: Rotation | None) -> None:
-        super().__init__(index)
-        self._sequence = sequence
-        self._rotation = rotation
-
-    def get_seq_length(self) -> int:
-        return self._sequence.n_tokens
-
-    def attend(
-        self,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        s_aux: torch.Tensor | None,
-    ) -> torch.Tensor:
-        self._refuse_window(window)
-        extras = AttentionExtras(softcap=softcap, sink_logits=s_aux, rotation=self._rotation)
-        return self._sequence.attend(self.index, query, key, value, scale=scale, extras=extras)
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        """Attend the queries of one call; K and V are the ones ``update`` returned."""
+        return called_attention(call, window=self.sliding_window)
 
 
 class EngineCache(Cache):  # type: ignore[misc]  # transformers is untyped

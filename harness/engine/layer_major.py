@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 from kvscope.harness.engine.backend import ReadyModel
-from kvscope.harness.engine.glue import EngineCache, EngineLayer, StockLayer, decoder_of
-from kvscope.harness.engine.prefill_attention import chunk_attention
-from kvscope.methods.base import Collector, tensor_bytes
+from kvscope.harness.engine.glue import EngineCache, EngineLayer, StockLayer, called_attention, decoder_of
+from kvscope.methods.base import AttentionCall, Collector
+from kvscope.methods.shape import tensor_bytes
 from kvscope.methods.store import PromptKV, empty_host_pages
 
 
@@ -214,29 +214,12 @@ class PrefillLayer(EngineLayer):
             target.copy_(staged, non_blocking=True)
         return super().update(key_states, value_states)
 
-    def attend(
-        self,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        s_aux: torch.Tensor | None,
-    ) -> torch.Tensor:
-        self._refuse_window(window)
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        self._refuse_window(call)
         if self.ends_prefill:
             raise _PrefillEnds
-        return chunk_attention(
-            query,
-            self._buffer[0, :, :, : self._n_tokens],
-            self._buffer[1, :, :, : self._n_tokens],
-            scale=scale,
-            softcap=softcap,
-            sink_logits=s_aux,
-        )
+        k_BHTD, v_BHTD = self._buffer[:, :, :, : self._n_tokens]
+        return called_attention(call.over(k_BHTD, v_BHTD))
 
 
 def _fill_pages(pages: torch.Tensor, k_BHSD: torch.Tensor, v_BHSD: torch.Tensor) -> None:

@@ -16,8 +16,8 @@ import torch
 
 from kvscope.errors import KvscopeError, UsageError
 from kvscope.harness.engine.configs import text_config
-from kvscope.harness.engine.glue import EngineCache, EngineLayer, decoder_of
-from kvscope.harness.engine.prefill_attention import chunk_attention
+from kvscope.harness.engine.glue import EngineCache, EngineLayer, called_attention, decoder_of
+from kvscope.methods.base import AttentionCall
 
 _PROBE_POSITION = 5
 
@@ -92,20 +92,9 @@ class _ProbeLayer(EngineLayer):
     query: torch.Tensor | None = None
     attention: torch.nn.Module | None = None
 
-    def attend(
-        self,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        s_aux: torch.Tensor | None,
-    ) -> torch.Tensor:
-        self.query, self.attention = query, module
-        return chunk_attention(query, key, value, scale=scale, softcap=softcap, sink_logits=s_aux)
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        self.query, self.attention = call.query, call.module
+        return called_attention(call)
 
 
 @torch.inference_mode()

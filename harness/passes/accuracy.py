@@ -18,11 +18,10 @@ from kvscope.harness.passes.rows import (
 from kvscope.units import format_length
 
 if TYPE_CHECKING:
-    from kvscope.harness.engine.decode_graph import DecodeGraph
     from kvscope.harness.engine.loaded import LoadedModel
     from kvscope.methods.base import CacheMethod
     from kvscope.methods.store import PromptKV
-    from kvscope.results.schema import SampleRow
+    from kvscope.results.schema import DecodeGraph, SampleRow
     from kvscope.results.store import RunStore
     from kvscope.tasks.base import Sample, Task
 

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from kvscope.harness.passes.rows import FailureStatus, one_line
-from kvscope.results.schema import FootprintRow, OomOf, ThroughputRow
+from kvscope.results.schema import DecodeGraph, FootprintRow, OomOf, ThroughputRow
 
 WARM_UP_TOKENS = 256
 
@@ -45,7 +45,7 @@ class FootprintJob(BaseModel):
     prefill_chunk_tokens: int
     page_tokens: int
     paper_settings: bool
-    decode_graph: Literal["auto", "on", "off"] = "auto"
+    decode_graph: DecodeGraph = "auto"
     gpu_budget_bytes: int | None = None
     max_batch: int = 1
 

@@ -1,6 +1,6 @@
 """The largest batch that fits, and its tokens a second: one (method, length) in a worker process of its own.
 
-Sequences are opened one by one until memory ends, then decoded together (``engine.batch``). If a step does
+Sequences are opened one by one until memory ends, then decoded together (``engine.session``). If a step does
 not fit, one sequence fewer is tried. The KV is synthetic: throughput does not depend on its values, and one prompt
 serves every sequence.
 """
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from kvscope.harness.engine.batch import BatchSession
 from kvscope.harness.engine.oom import is_oom
+from kvscope.harness.engine.session import Session
 from kvscope.harness.passes.measurement import Measurement
 from kvscope.harness.passes.memory import PeakSampler
 from kvscope.methods.base import Footprint
@@ -40,17 +40,15 @@ class ThroughputMeasurement(Measurement):
         self.enter("prefill")
         prompt_kv = self.prompt(loaded, method)
         self.enter("decode")
-        open_batch = partial(
-            BatchSession, loaded, method, prompt_kv, reserve_tokens=job.decode_tokens, decode_graph=job.decode_graph
-        )
+        open_session = partial(Session, loaded, decode_graph=job.decode_graph)
         for _ in range(2):  # twice: kernels of a refresh compile when it first comes, which no warm-up reaches
-            with open_batch() as session:
-                session.add()
+            with open_session() as session:
+                session.add(method, prompt_kv, reserve_tokens=job.decode_tokens)
                 alone_s, _ = self._decode(session)
         batch = job.max_batch
         bound: Bound = "max_batch"
         while True:
-            with open_batch() as session:
+            with open_session() as session:
                 opened = self._open(session, batch, method=method, prompt_kv=prompt_kv)
                 if opened < batch:
                     batch, bound = opened, self._device_bound()
@@ -82,7 +80,7 @@ class ThroughputMeasurement(Measurement):
     def _device_bound(self) -> Bound:
         return "device" if self.budget.limit_bytes is None else "device_budget"
 
-    def _open(self, session: BatchSession, batch: int, *, method: CacheMethod[Any], prompt_kv: PromptKV) -> int:
+    def _open(self, session: Session, batch: int, *, method: CacheMethod[Any], prompt_kv: PromptKV) -> int:
         """Open sequences up to ``batch``, fewer where memory ends; return how many. At least one, or it raises."""
         each = method.predict(prompt_kv.shape, prompt_kv.n_tokens, self.job.decode_tokens)
         for n_open in range(batch):
@@ -90,23 +88,23 @@ class ThroughputMeasurement(Measurement):
                 self.check_budget(
                     f"A batch of {n_open + 1}", self._nvml_bytes(), ledger_bytes=(n_open + 1) * each.device_bytes
                 )
-                session.add()
+                session.add(method, prompt_kv, reserve_tokens=self.job.decode_tokens)
             except Exception as error:
                 if not is_oom(error) or n_open == 0:
                     raise
                 return n_open
         return batch
 
-    def _decode(self, session: BatchSession) -> tuple[float, int | None]:
+    def _decode(self, session: Session) -> tuple[float, int | None]:
         """Decode; return mean seconds of a step behind the first, and NVML's peak."""
-        device = session.sequences[0].device
-        tokens_B = torch.full((len(session.sequences),), self.job.forced_ids[-1], device=device)
+        device = session.members[0].cache.device
+        tokens_n = torch.full((len(session.members),), self.job.forced_ids[-1], device=device)
         seconds = 0.0
         with PeakSampler(self._nvml_bytes, interval_s=0.05) as sampler:
             for step in range(self.job.decode_tokens):
                 started_s = time.perf_counter()
-                tokens_B = session.step(tokens_B)
-                tokens_B.tolist()  # waits for the device
+                tokens_n = session.step(tokens_n).argmax(-1)
+                tokens_n.tolist()  # waits for the device
                 if step:
                     seconds += time.perf_counter() - started_s
         self.check_budget("The batch", sampler.peak_bytes, ledger_bytes=session.footprint().device_bytes)

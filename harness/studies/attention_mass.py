@@ -26,13 +26,14 @@ import torch
 
 from kvscope.errors import KvscopeError, UsageError
 from kvscope.harness.engine.backend import require_token_attention
-from kvscope.harness.engine.decode import DecodeSession
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.models import load_model
 from kvscope.harness.engine.prefill import prefill
 from kvscope.harness.engine.presets import refuse_preset
-from kvscope.methods.base import AttentionExtras, SequenceCache
+from kvscope.harness.engine.session import Session
+from kvscope.methods.base import AttentionCall, SequenceCache
 from kvscope.methods.dense.method import Dense
+from kvscope.methods.lsa.labels import token_logits
 from kvscope.methods.resident import ResidentSequence
 from kvscope.methods.store import PromptKV
 from kvscope.tasks.base import Sample
@@ -97,11 +98,12 @@ def evidence_attention(loaded: LoadedModel, sample: Sample) -> list[dict[str, An
         "answer": torch.tensor(answer, device=loaded.device, dtype=torch.long),
     }
     fed = [*sample.ids[split:], *lead]
-    with DecodeSession(loaded, _WatchedDense(groups), prompt, reserve_tokens=len(fed)) as session:
-        assert isinstance(session.sequence, _WatchedSequence)
+    with Session(loaded) as session:
+        watched = session.add(_WatchedDense(groups), prompt, reserve_tokens=len(fed)).cache
+        assert isinstance(watched, _WatchedSequence)
         for token in fed:
-            session.step(token)
-        masses, peaks = session.sequence.masses, session.sequence.peaks
+            session.step([token])
+        masses, peaks = watched.masses, watched.peaks
     head_columns = {
         "model": loaded.name,
         "model_revision": loaded.revision,
@@ -142,10 +144,7 @@ class _WatchedDense(Dense):
         super().__init__()
         self._groups = groups
 
-    def open(
-        self, prompt: PromptKV, device: torch.device | str, *, physical: bool = True, reserve_tokens: int = 0
-    ) -> SequenceCache:
-        del physical  # nothing is evicted
+    def open(self, prompt: PromptKV, device: torch.device | str, *, reserve_tokens: int = 0) -> SequenceCache:
         return _WatchedSequence(prompt, torch.device(device), self._groups, reserve_tokens=reserve_tokens)
 
 
@@ -166,22 +165,13 @@ class _WatchedSequence(ResidentSequence):
         self.masses: dict[int, dict[str, torch.Tensor]] = {}
         self.peaks: dict[int, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
 
-    def attend(
-        self,
-        layer: int,
-        q_BQ1D: torch.Tensor,
-        k_BH1D: torch.Tensor,
-        v_BH1D: torch.Tensor,
-        *,
-        scale: float,
-        extras: AttentionExtras,
-    ) -> torch.Tensor:
-        out = super().attend(layer, q_BQ1D, k_BH1D, v_BH1D, scale=scale, extras=extras)
+    def attend(self, layer: int, call: AttentionCall) -> torch.Tensor:
+        out = super().attend(layer, call)
         n_tokens = self.pool.lengths[layer]
-        logits_QN = _logits(q_BQ1D, self.pool.pages[layer], n_tokens=n_tokens, scale=scale, softcap=extras.softcap)
+        logits_QN = token_logits(call, self.pool.pages[layer], n_tokens=n_tokens)
         total_Q = torch.logsumexp(logits_QN, -1)
-        if extras.sink_logits is not None:
-            total_Q = torch.logaddexp(total_Q, extras.sink_logits.float())
+        if call.sink_logits is not None:
+            total_Q = torch.logaddexp(total_Q, call.sink_logits.float())
         step = n_tokens - 1 - self._n_prompt_tokens
         for name, at in self._groups.items():
             now = torch.exp(logits_QN[:, at] - total_Q[:, None]).sum(-1)
@@ -190,17 +180,6 @@ class _WatchedSequence(ResidentSequence):
             self.masses.setdefault(layer, {})[name] = now
             self.peaks[layer][name] = torch.maximum(now, peak), torch.where(now > peak, step, steps)
         return out
-
-
-def _logits(
-    q_BQ1D: torch.Tensor, pages: torch.Tensor, *, n_tokens: int, scale: float, softcap: float | None
-) -> torch.Tensor:
-    """Return one query's logits on every stored token, [query heads, N] in fp32."""
-    n_slots, H, _, P, D = pages.shape
-    q_HGD = q_BQ1D.view(H, -1, D).float() * scale
-    k_HND = pages[:, :, 0].float().transpose(0, 1).reshape(H, n_slots * P, D)[:, :n_tokens]
-    logits_QN = torch.bmm(q_HGD, k_HND.transpose(1, 2)).reshape(-1, n_tokens)
-    return logits_QN if softcap is None else softcap * torch.tanh(logits_QN / softcap)
 
 
 def _lead_ids(loaded: LoadedModel, sample: Sample) -> list[int]:

@@ -29,14 +29,14 @@ import torch
 from tabulate import tabulate
 
 from kvscope.errors import KvscopeError, UsageError
-from kvscope.harness.engine.decode import DecodeSession
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.models import load_model
 from kvscope.harness.engine.prefill import prefill
+from kvscope.harness.engine.session import Session
 from kvscope.harness.indexers.collection.collect import answer_ids
 from kvscope.harness.passes.config import sweep_methods
 from kvscope.harness.studies.attention_mass import answer_positions
-from kvscope.methods.base import AttentionExtras, SequenceCache, union_collectors
+from kvscope.methods.base import AttentionCall, SequenceCache, union_collectors
 from kvscope.methods.block_query import Query, Scored
 from kvscope.methods.block_sparse import BlockSparse
 from kvscope.methods.dense.method import Dense
@@ -93,7 +93,7 @@ class Shadow:
 
         method.score = noted  # type: ignore[method-assign]  # this method object serves nothing else
 
-    def attend(self, layer: int, mass_QA: torch.Tensor, answer: torch.Tensor, step: int, *args: Any, **kw: Any) -> None:
+    def attend(self, layer: int, call: AttentionCall, mass_QA: torch.Tensor, answer: torch.Tensor, step: int) -> None:
         """Feed one call and note it, if this step attends to the answer more than any before.
 
         Args:
@@ -102,7 +102,7 @@ class Shadow:
         """
         assert self.sequence is not None
         self._seen = None
-        self.sequence.attend(layer, *args, **kw)
+        self.sequence.attend(layer, call)
         head = int(mass_QA.sum(1).argmax())
         mass = float(mass_QA[head].sum())
         if layer in self.places and self.places[layer].mass >= mass:
@@ -140,10 +140,7 @@ class _WatchedDense(Dense):
         wanted = (shadow.method.observed_layers(shape) for shadow in self._shadows)
         return tuple(sorted({layer for layers in wanted for layer in layers}))
 
-    def open(
-        self, prompt: PromptKV, device: torch.device | str, *, physical: bool = True, reserve_tokens: int = 0
-    ) -> SequenceCache:
-        del physical
+    def open(self, prompt: PromptKV, device: torch.device | str, *, reserve_tokens: int = 0) -> SequenceCache:
         for shadow in self._shadows:
             shadow.sequence = shadow.method.open(prompt, device, reserve_tokens=reserve_tokens)
         return _WatchedSequence(prompt, torch.device(device), self._shadows, self._answer, reserve_tokens)
@@ -166,26 +163,17 @@ class _WatchedSequence(ResidentSequence):
             if shadow.sequence is not None and layer in shadow.method.observed_layers(self.shape):
                 shadow.sequence.observe(layer, hidden_BM)
 
-    def attend(
-        self,
-        layer: int,
-        q_BQ1D: torch.Tensor,
-        k_BH1D: torch.Tensor,
-        v_BH1D: torch.Tensor,
-        *,
-        scale: float,
-        extras: AttentionExtras,
-    ) -> torch.Tensor:
-        out = super().attend(layer, q_BQ1D, k_BH1D, v_BH1D, scale=scale, extras=extras)
+    def attend(self, layer: int, call: AttentionCall) -> torch.Tensor:
+        out = super().attend(layer, call)
         n_tokens = self.pool.lengths[layer]
-        logits_QT = token_logits(q_BQ1D, self.pool.pages[layer], n_tokens=n_tokens, scale=scale, softcap=extras.softcap)
+        logits_QT = token_logits(call, self.pool.pages[layer], n_tokens=n_tokens)
         total_Q = torch.logsumexp(logits_QT, 1)
-        if extras.sink_logits is not None:
-            total_Q = torch.logaddexp(total_Q, extras.sink_logits.float())
+        if call.sink_logits is not None:
+            total_Q = torch.logaddexp(total_Q, call.sink_logits.float())
         mass_QA = torch.exp(logits_QT[:, self._answer] - total_Q[:, None])
         step = n_tokens - 1 - self._n_prompt
         for shadow in self._shadows:
-            shadow.attend(layer, mass_QA, self._answer, step, q_BQ1D, k_BH1D, v_BH1D, scale=scale, extras=extras)
+            shadow.attend(layer, call, mass_QA, self._answer, step)
         return out
 
     def close(self) -> None:
@@ -221,9 +209,10 @@ def needle_ranks(loaded: LoadedModel, methods: Sequence[BlockSparse[Any]], sampl
     collectors = union_collectors(methods, loaded.shape.layers)
     prompt = prefill(loaded, sample.ids[:-1], collectors=collectors, seed=sample.seed)
     fed = [sample.ids[-1], *answer_ids(loaded, sample)]
-    with DecodeSession(loaded, watched, prompt, reserve_tokens=len(fed)) as session:
+    with Session(loaded) as session:
+        session.add(watched, prompt, reserve_tokens=len(fed))
         for token in fed:
-            session.step(token)
+            session.step([token])
     rows = []
     for shadow in shadows:
         effective = shadow.method.effective_config(prompt.n_tokens, loaded.shape)

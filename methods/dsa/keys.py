@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import torch
 
-from kvscope.methods.base import Collector, tensor_bytes
+from kvscope.methods.base import Collector
 from kvscope.methods.dsa.lightning import Lightning, LightningConfig
 from kvscope.methods.fp8_keys import KEY_DTYPE, quantize, unpack
+from kvscope.methods.shape import tensor_bytes
 from kvscope.methods.store import PromptKV
 from kvscope.methods.summaries import MetadataStore
 

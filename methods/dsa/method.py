@@ -173,7 +173,8 @@ class DSA(BlockSparse[DSAConfig]):
 
     def _score_by_mass(self, query: Query) -> Scored:
         logits_HGT = page_logits(query.q_HGD, query.pages, n_tokens=query.n_tokens)
-        mass_T = head_sum(logits_HGT * query.scale, softcap=query.extras.softcap, sink_logits=query.extras.sink_logits)
+        call = query.call
+        mass_T = head_sum(logits_HGT * call.scale, softcap=call.softcap, sink_logits=call.sink_logits)
         H, G, D = query.q_HGD.shape
         n_bytes = query.n_tokens * H * D * query.pages.element_size()
         return Scored(mass_T[None, None, : query.n_before], n_bytes, 2 * query.n_tokens * H * G * D)

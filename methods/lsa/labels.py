@@ -8,22 +8,23 @@ from typing import Literal
 
 import torch
 
+from kvscope.methods.call import AttentionCall
+
 Voters = Literal["layer", "head"]
 # Keys are scored in fp32, this many pages at a time, so that a long prompt costs no fp32 copy of its whole cache.
 _BLOCK_PAGES = 1024
 
 
-def token_logits(
-    q_BQ1D: torch.Tensor, pages: torch.Tensor, *, n_tokens: int, scale: float, softcap: float | None = None
-) -> torch.Tensor:
+def token_logits(call: AttentionCall, pages: torch.Tensor, *, n_tokens: int) -> torch.Tensor:
     """Return the attention logits of one query over the first ``n_tokens`` of ``pages``, [Q, T] in fp32.
 
     Args:
-        q_BQ1D: batch 1, rotation applied.
+        call: of one sequence and one token; its key and value are not looked at.
         pages: [S, H, 2, P, D]; those on another device are copied over, block by block.
     """
     _, H, _, P, D = pages.shape
-    q_HGD = q_BQ1D.reshape(H, -1, D).float() * scale
+    q_BQ1D, softcap = call.query, call.softcap
+    q_HGD = q_BQ1D.reshape(H, -1, D).float() * call.scale
     blocks = []
     for start in range(0, -(-n_tokens // P), _BLOCK_PAGES):
         k_SHPD = pages[start : start + _BLOCK_PAGES, :, 0].to(q_BQ1D.device).float()

@@ -21,6 +21,7 @@ from kvscope.methods.lsa.indexer import (
 )
 from kvscope.methods.lsa.indexer_files import FILES, HOW_TO_TRAIN, mismatch
 from kvscope.methods.lsa.layout import ChunkLayout
+from kvscope.methods.lsa.schedule import LsaSequence, Schedule
 from kvscope.methods.lsa.selection import (
     IndexerSelector,
     MassSelector,
@@ -30,7 +31,7 @@ from kvscope.methods.lsa.selection import (
     metadata_bytes,
     refresh_bytes,
 )
-from kvscope.methods.lsa.sequence import LsaSequence, MaskedLsaSequence, RecallingSequence, Schedule
+from kvscope.methods.lsa.sequence import RecallingSequence
 from kvscope.methods.shape import Footprint, ModelShape
 from kvscope.methods.store import PromptKV
 
@@ -372,14 +373,10 @@ class Lsa(CacheMethod[LsaConfig]):
 
     # -- opening
 
-    def open(
-        self, prompt: PromptKV, device: torch.device | str, *, physical: bool = True, reserve_tokens: int = 0
-    ) -> SequenceCache:
+    def open(self, prompt: PromptKV, device: torch.device | str, *, reserve_tokens: int = 0) -> SequenceCache:
         layout = self.layout(prompt.n_tokens)
-        return self.open_with(
-            prompt, device, self._selector(prompt, torch.device(device), layout), layout=layout, physical=physical,
-            reserve_tokens=reserve_tokens,
-        )  # fmt: skip
+        selector = self._selector(prompt, torch.device(device), layout)
+        return self.open_with(prompt, device, selector, layout=layout, reserve_tokens=reserve_tokens)
 
     def open_with(
         self,
@@ -388,28 +385,29 @@ class Lsa(CacheMethod[LsaConfig]):
         selector: Selector,
         *,
         layout: ChunkLayout,
-        physical: bool = True,
         reserve_tokens: int = 0,
     ) -> LsaSequence:
         """Open a prompt with a selector of one's own (the label gate scripts one)."""
-        config = self._indexer_config(prompt.shape) if isinstance(selector, IndexerSelector) else None
+        return RecallingSequence(
+            prompt,
+            torch.device(device),
+            layout=layout,
+            selector=selector,
+            schedule=self.schedule(prompt.shape, selector),
+            reserve_tokens=reserve_tokens,
+        )
+
+    def schedule(self, shape: ModelShape, selector: Selector) -> Schedule:
+        """Return when this selector's choices are made and how they arrive."""
+        config = self._indexer_config(shape) if isinstance(selector, IndexerSelector) else None
         trained = config is not None and self.config.selection == "trained"
-        schedule = Schedule(
+        return Schedule(
             tau=self.tau(),
             stale=self.config.refresh == "stale1",
             fallback_ratio=self.config.fallback_ratio,
             indexer=self._source.name if trained else None,
             indexer_tau=config.tau if config is not None and trained else None,
             indexer_bytes=0 if config is None else weight_bytes(config),
-        )
-        sequence = RecallingSequence if physical else MaskedLsaSequence
-        return sequence(
-            prompt,
-            torch.device(device),
-            layout=layout,
-            selector=selector,
-            schedule=schedule,
-            reserve_tokens=reserve_tokens,
         )
 
     def _selector(self, prompt: PromptKV, device: torch.device, layout: ChunkLayout) -> Selector:

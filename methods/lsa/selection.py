@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kvscope.methods.base import tensor_bytes
 from kvscope.methods.fp8_keys import dequantize, unpack
 from kvscope.methods.kernels.dispatch import unsupported_scores
 from kvscope.methods.kernels.select.reference import fill_selection
 from kvscope.methods.lsa.indexer import Indexer, IndexerConfig, logit
 from kvscope.methods.lsa.layout import ChunkLayout
+from kvscope.methods.shape import tensor_bytes
 from kvscope.methods.store import PromptKV
 
 if TYPE_CHECKING:

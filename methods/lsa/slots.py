@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kvscope.methods.base import tensor_bytes
 from kvscope.methods.kernels.host_gather.gather import HostGather, unsupported_gather
 from kvscope.methods.kernels.paged_decode.inputs import PagedKV
 from kvscope.methods.kernels.select import ops
@@ -28,6 +27,7 @@ from kvscope.methods.kernels.select.reference import fill_selection
 from kvscope.methods.lsa.layout import ChunkLayout
 from kvscope.methods.lsa.pool import ChunkPool
 from kvscope.methods.lsa.selection import Selector
+from kvscope.methods.shape import tensor_bytes
 
 #: Room beyond the first choice where a threshold decides, so that not every larger choice needs another capture.
 _SPARE = 4

@@ -89,13 +89,7 @@ class RandomChunks(StaticResidency[RandomConfig]):
         wanted = self.config.recency_tokens
         recency_tokens = min(n_tokens, default_recency_tokens(n_tokens) if wanted is None else wanted)
         n_chunks = (n_tokens - recency_tokens) // self.config.chunk_tokens
-        budgeted = budget_tokens(
-            self.name,
-            n_tokens,
-            budget_bytes=self.config.budget_bytes,
-            budget_fraction=self.config.budget_fraction,
-            shape=shape,
-        )
+        budgeted = budget_tokens(self.name, n_tokens, options=self.config, shape=shape)
         if budgeted is None:
             n_drawn = round(self.config.fraction * n_chunks)
             if self.config.fraction > 0 and n_chunks:

@@ -44,13 +44,7 @@ class Recency(StaticResidency[RecencyConfig]):
     Config = RecencyConfig
 
     def n_resident_tokens(self, n_tokens: int, shape: ModelShape | None) -> int:
-        budgeted = budget_tokens(
-            self.name,
-            n_tokens,
-            budget_bytes=self.config.budget_bytes,
-            budget_fraction=self.config.budget_fraction,
-            shape=shape,
-        )
+        budgeted = budget_tokens(self.name, n_tokens, options=self.config, shape=shape)
         if budgeted is not None:
             return min(n_tokens, budgeted)
         wanted = self.config.recency_tokens

@@ -9,7 +9,7 @@ from kvscope.errors import UsageError
 from kvscope.methods.base import CacheMethod, SequenceCache
 from kvscope.methods.budget import budget_tokens, check_budget, default_recency_tokens
 from kvscope.methods.shape import Footprint, ModelShape
-from kvscope.methods.sliding_window.sequence import MaskedStreaming, StreamingSequence
+from kvscope.methods.sliding_window.sequence import StreamingSequence
 from kvscope.methods.store import PromptKV
 
 
@@ -59,13 +59,7 @@ class SlidingWindow(CacheMethod[SlidingWindowConfig]):
 
     def window_tokens(self, n_tokens: int, shape: ModelShape | None) -> int:
         """Return W for a prompt of ``n_tokens``."""
-        budgeted = budget_tokens(
-            self.name,
-            n_tokens,
-            budget_bytes=self.config.budget_bytes,
-            budget_fraction=self.config.budget_fraction,
-            shape=shape,
-        )
+        budgeted = budget_tokens(self.name, n_tokens, options=self.config, shape=shape)
         if budgeted is None:
             return default_recency_tokens(n_tokens) if self.config.window is None else self.config.window
         # The sinks have pages of their own, so in whole pages they cost a page, not four tokens.
@@ -101,11 +95,8 @@ class SlidingWindow(CacheMethod[SlidingWindowConfig]):
             "budget_fraction": self.config.budget_fraction,
         }
 
-    def open(
-        self, prompt: PromptKV, device: torch.device | str, *, physical: bool = True, reserve_tokens: int = 0
-    ) -> SequenceCache:
-        sequence = StreamingSequence if physical else MaskedStreaming
-        return sequence(
+    def open(self, prompt: PromptKV, device: torch.device | str, *, reserve_tokens: int = 0) -> SequenceCache:
+        return StreamingSequence(
             prompt,
             torch.device(device),
             sinks=min(self.config.sinks, prompt.n_tokens),

@@ -1,4 +1,4 @@
-"""One sequence under StreamingLLM, evicting (a ring) and masked (the oracle).
+"""One sequence under StreamingLLM: sinks, and a ring.
 
 Positions in the cache: sinks 0..s-1, then the window. A key keeps the rotation of its own position, so distances inside
 the window are right as they are; a sink is ``n_evicted`` tokens nearer in the cache than in the text. Instead of
@@ -9,14 +9,14 @@ on (p - e) - i only, which is the distance in the cache.
 import torch
 
 from kvscope.methods.attention import merge_partials, paged_partial, stored_partial
-from kvscope.methods.base import AttentionExtras, Rotation, SequenceCache
+from kvscope.methods.base import AttentionCall, Rotation
 from kvscope.methods.kernels.paged_decode.inputs import PagedKV
 from kvscope.methods.shape import Footprint
-from kvscope.methods.static_step import StepPages, unsupported_step
+from kvscope.methods.static_step import PagedSequence, StepPages
 from kvscope.methods.store import PagePool, PromptKV
 
 
-class StreamingSequence(SequenceCache):
+class StreamingSequence(PagedSequence):
     """Sinks in pages of their own, and a ring of W tokens in pages: a new token overwrites the oldest."""
 
     def __init__(
@@ -34,53 +34,36 @@ class StreamingSequence(SequenceCache):
         self._ring = PagePool(self.shape, n_tokens=max(n_kept, capacity), dtype=prompt.dtype, device=device)
         self._ring.load(prompt, [(prompt.n_tokens - n_kept, prompt.n_tokens)])
         self._oldest = dict.fromkeys(self.shape.layers, 0)
-        self._step: StepPages | None = None
         self._angles: dict[Rotation, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
     def n_tokens(self) -> int:
         return self._lengths[self.shape.layers[-1]]
 
-    def attend(
-        self,
-        layer: int,
-        q_BQ1D: torch.Tensor,
-        k_BH1D: torch.Tensor,
-        v_BH1D: torch.Tensor,
-        *,
-        scale: float,
-        extras: AttentionExtras,
-    ) -> torch.Tensor:
+    def attend(self, layer: int, call: AttentionCall) -> torch.Tensor:
         if self._step is not None:
-            return self._attend_static(self._step, layer, q_BQ1D, k_BH1D, v_BH1D, scale, extras)
+            return self._attend_static(self._step, layer, call)
         ring, oldest = self._ring, self._oldest[layer]
         if ring.lengths[layer] < self._window:
-            ring.append(layer, k_BH1D, v_BH1D)
+            ring.append(layer, call.key, call.value)
         else:
-            ring.write(layer, oldest, k_BH1D, v_BH1D)
+            ring.write(layer, oldest, call.key, call.value)
             self._oldest[layer] = (oldest + 1) % self._window
         self._lengths[layer] += 1
         n_ring = ring.lengths[layer]
-        parts = [
-            paged_partial(q_BQ1D, ring.pages[layer], n_tokens=n_ring, scale=scale, softcap=extras.softcap),
-        ]
+        scale, softcap = call.scale, call.softcap
+        parts = [paged_partial(call.query, ring.pages[layer], n_tokens=n_ring, scale=scale, softcap=softcap)]
         if self._sinks:
-            q_sink = back(q_BQ1D, extras, self._lengths[layer] - self._sinks - n_ring)
+            q_sink = back(call, self._lengths[layer] - self._sinks - n_ring)
             sink_pages = self._sink_pool.pages[layer]
-            parts.append(paged_partial(q_sink, sink_pages, n_tokens=self._sinks, scale=scale, softcap=extras.softcap))
-        return merge_partials(parts, q_BQ1D, sink_logits=extras.sink_logits)
+            parts.append(paged_partial(q_sink, sink_pages, n_tokens=self._sinks, scale=scale, softcap=softcap))
+        return merge_partials(parts, call.query, sink_logits=call.sink_logits)
 
     # -- steps at fixed addresses
 
-    def static_reasons(self) -> list[str]:
-        return unsupported_step(self.shape, self.device, self._ring.dtype)
-
-    def make_static(self) -> None:
-        self._step = StepPages(self._ring, self.device)
-
     @property
-    def static_version(self) -> int:
-        return 0 if self._step is None else self._step.version
+    def _appended(self) -> PagePool:
+        return self._ring
 
     @property
     def _full(self) -> bool:
@@ -110,27 +93,18 @@ class StreamingSequence(SequenceCache):
         for layer in self.shape.layers:
             self._lengths[layer] += 1
 
-    def _attend_static(
-        self,
-        step: StepPages,
-        layer: int,
-        q_BQ1D: torch.Tensor,
-        k_BH1D: torch.Tensor,
-        v_BH1D: torch.Tensor,
-        scale: float,
-        extras: AttentionExtras,
-    ) -> torch.Tensor:
-        step.append(layer, k_BH1D, v_BH1D)
-        parts = [stored_partial(q_BQ1D, step.store(layer), scale=scale, softcap=extras.softcap)]
+    def _attend_static(self, step: StepPages, layer: int, call: AttentionCall) -> torch.Tensor:
+        step.append(layer, call.key, call.value)
+        parts = [stored_partial(call.query, step.store(layer), scale=call.scale, softcap=call.softcap)]
         if self._sinks:
-            rotation = extras.rotation
+            rotation = call.rotation
             if rotation is not None and rotation not in self._angles:
                 # Met in the trial before the capture; written anew before each step from then on.
                 self._angles[rotation] = rotation.angles(self._n_evicted())
-            q_sink = q_BQ1D if rotation is None else rotation.back_by(q_BQ1D, *self._angles[rotation])
+            q_sink = call.query if rotation is None else rotation.back_by(call.query, *self._angles[rotation])
             store = PagedKV(pages=self._sink_pool.pages[layer], n_tokens=self._sinks)
-            parts.append(stored_partial(q_sink, store, scale=scale, softcap=extras.softcap))
-        return merge_partials(parts, q_BQ1D, sink_logits=extras.sink_logits)
+            parts.append(stored_partial(q_sink, store, scale=call.scale, softcap=call.softcap))
+        return merge_partials(parts, call.query, sink_logits=call.sink_logits)
 
     def managed_footprint(self) -> Footprint:
         n_resident = self._sinks + self._ring.lengths[self.shape.layers[-1]]
@@ -147,61 +121,8 @@ class StreamingSequence(SequenceCache):
         super().close()
 
 
-class MaskedStreaming(SequenceCache):
-    """The oracle of the tests: every token stays, sinks and window are masks over the same full cache."""
-
-    def __init__(
-        self, prompt: PromptKV, device: torch.device, *, sinks: int, window_tokens: int, reserve_tokens: int = 0
-    ) -> None:
-        super().__init__(prompt, device)
-        self._sinks = sinks
-        self._window = window_tokens
-        self._pool = PagePool(self.shape, n_tokens=prompt.n_tokens + reserve_tokens, dtype=prompt.dtype, device=device)
-        self._pool.load(prompt, [(0, prompt.n_tokens)])
-
-    @property
-    def n_tokens(self) -> int:
-        return self._pool.lengths[self.shape.layers[-1]]
-
-    def attend(
-        self,
-        layer: int,
-        q_BQ1D: torch.Tensor,
-        k_BH1D: torch.Tensor,
-        v_BH1D: torch.Tensor,
-        *,
-        scale: float,
-        extras: AttentionExtras,
-    ) -> torch.Tensor:
-        self._pool.append(layer, k_BH1D, v_BH1D)
-        pages, n_tokens = self._pool.pages[layer], self._pool.lengths[layer]
-        position = torch.arange(pages.shape[0] * self.shape.page_tokens, device=self.device).view(pages.shape[0], -1)
-        first = max(self._sinks, n_tokens - self._window)
-        keep_window = (position >= first) & (position < n_tokens)
-        q_by_set = [(q_BQ1D, keep_window)]
-        if self._sinks:
-            q_by_set.append((back(q_BQ1D, extras, first - self._sinks), position < self._sinks))
-        parts = [
-            paged_partial(q, pages, n_tokens=n_tokens, scale=scale, softcap=extras.softcap, keep_SP=keep)
-            for q, keep in q_by_set
-        ]
-        return merge_partials(parts, q_BQ1D, sink_logits=extras.sink_logits)
-
-    def managed_footprint(self) -> Footprint:
-        n_resident = min(self.n_tokens, self._sinks + self._window)
-        return Footprint(
-            kv_bytes=self._pool.n_bytes,
-            bytes_read_per_step=self.shape.read_bytes(n_resident),
-            attention_flops_per_step=self.shape.attention_flops(n_resident),
-        )
-
-    def close(self) -> None:
-        self._pool.clear()
-        super().close()
-
-
-def back(q_BQ1D: torch.Tensor, extras: AttentionExtras, n_evicted: int) -> torch.Tensor:
+def back(call: AttentionCall, n_evicted: int) -> torch.Tensor:
     """Return the query at its position in the cache; unchanged on a layer without rotation, or before any eviction."""
-    if extras.rotation is None or n_evicted == 0:
-        return q_BQ1D
-    return extras.rotation.back(q_BQ1D, n_evicted)
+    if call.rotation is None or n_evicted == 0:
+        return call.query
+    return call.rotation.back(call.query, n_evicted)

@@ -7,11 +7,12 @@ import plain_backend
 import pytest
 import torch
 import transformers
+from sessions import Single
 from tiny_models import prompt_ids, runnable_methods
 
 from kvscope.errors import UsageError
 from kvscope.harness.engine.backend import BACKENDS, NoForm, backend_of, require_token_attention
-from kvscope.harness.engine.decode import DecodeSession, decode
+from kvscope.harness.engine.decode import decode
 from kvscope.harness.engine.models import load_model, wrap_model
 from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
 from kvscope.harness.engine.prefill import prefill
@@ -84,7 +85,7 @@ def test_prefill_and_decode_are_the_backends_own():
     prompt = prefill(loaded, ids, chunk_tokens=16)
     assert isinstance(prompt, plain_backend.PlainPrompt)
     assert prompt.prefill_s > 0
-    with DecodeSession(loaded, create_method("dense"), prompt, reserve_tokens=6) as session:
+    with Single(loaded, create_method("dense"), prompt, reserve_tokens=6) as session:
         logits = torch.stack([session.step(token) for token in fed])
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
     result = decode(loaded, create_method("recency:recency_tokens=20"), prompt, fed[:1], max_new_tokens=4)

@@ -4,13 +4,15 @@ import copy
 
 import pytest
 import torch
+from masked import masking
 from sequences import prefilled
+from sessions import Single
 from tiny_models import build_stock, loaded_model, prompt_ids
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvscope.errors import UsageError
 from kvscope.harness.engine import decode_graph, static_stock
-from kvscope.harness.engine.decode import DecodeSession, decode
+from kvscope.harness.engine.decode import decode
 from kvscope.harness.engine.models import wrap_model
 from kvscope.methods import attention, resident
 from kvscope.methods.attention import Partial
@@ -43,7 +45,7 @@ def run(loaded, spec, prompt, tokens, *, reserve_tokens=None, method=None, **opt
     """Logits of every step, then what the session knows at the end."""
     method = create_method(spec) if method is None else method
     reserve_tokens = len(tokens) if reserve_tokens is None else reserve_tokens
-    with DecodeSession(loaded, method, prompt, reserve_tokens=reserve_tokens, **options) as session:
+    with Single(loaded, method, prompt, reserve_tokens=reserve_tokens, **options) as session:
         logits = torch.stack([session.step(token).float().cpu() for token in tokens])
         sequence = session.sequence
         return logits, sequence.residency(), sequence.footprint(), session
@@ -115,7 +117,7 @@ def test_a_masked_sequence_is_not_fixed():
     for spec in ("recency", LSA[0]):
         prompt = prefilled(loaded, prompt_ids(100), [spec])
         with pytest.raises(UsageError, match=r"masked|counts that only the host knows"):
-            run(loaded, spec, prompt, [3], decode_graph="uncaptured", physical=False)
+            run(loaded, spec, prompt, [3], method=masking(create_method(spec)), decode_graph="uncaptured")
 
 
 def test_positions_computed_from_the_host_are_a_reason():
@@ -152,13 +154,13 @@ def test_nothing_in_a_fixed_step_reads_back(family, spec, monkeypatch):
     monkeypatch.setattr(streaming, "stored_partial", lambda q_BQ1D, store, **options: no_tokens)
     monkeypatch.setattr(streaming, "merge_partials", lambda parts, q_BQ1D, **options: torch.zeros_like(q_BQ1D))
     for module in (resident, lsa_sequence, static_stock):
-        monkeypatch.setattr(module, "stored_attention", lambda q_BQ1D, stores, **options: torch.zeros_like(q_BQ1D))
+        monkeypatch.setattr(module, "stored_attention", lambda call, stores: torch.zeros_like(call.query))
     loaded = loaded_model(family)
     prompt = prefilled(loaded, prompt_ids(160), [spec])
-    with DecodeSession(
+    with Single(
         loaded, create_method(spec), prompt, reserve_tokens=2, decode_graph="uncaptured"
     ) as session, _ReadsBack() as seen, torch.inference_mode():  # fmt: skip
-        session._static._forward()
+        session.session._step._forward()
     assert seen.found == []
 
 
@@ -285,14 +287,14 @@ def test_a_capture_that_fails_leaves_an_eager_session(monkeypatch):
     tokens = prompt_ids(6, seed=8)
     eager, *_ = run(loaded, "dense", prompt, tokens)
     before = torch.cuda.current_stream()
-    forward = decode_graph.StaticStep._forward
+    forward = decode_graph.GraphStep._forward
 
     def reading_back(self):
         logits = forward(self)
         float(logits[0, 0])
         return logits
 
-    monkeypatch.setattr(decode_graph.StaticStep, "_forward", reading_back)
+    monkeypatch.setattr(decode_graph.GraphStep, "_forward", reading_back)
     logits, _, _, session = run(loaded, "dense", prompt, tokens, decode_graph="auto")
     assert session.step_backend.startswith("eager: the model's step cannot be captured (")
     assert torch.equal(logits, eager)

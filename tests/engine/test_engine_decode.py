@@ -5,10 +5,11 @@ import hashlib
 import pytest
 import torch
 from sequences import prefilled
+from sessions import Single
 from tiny_models import loaded_model, prompt_ids, runnable_methods, save_tiny, stock_model
 
 from kvscope.errors import UsageError
-from kvscope.harness.engine.decode import DecodeSession, answer_nll, decode
+from kvscope.harness.engine.decode import answer_nll, decode
 from kvscope.harness.engine.models import load_model
 from kvscope.harness.engine.prefill import prefill
 from kvscope.methods.base import Footprint
@@ -48,7 +49,7 @@ def test_steps_are_forced_tokens_and_all_but_the_last_generated(loaded, prompt, 
 def test_footprint_mean_is_the_mean_over_the_steps(loaded, prompt, ids):
     method = create_method("recency:recency_tokens=32")
     seen = []
-    with DecodeSession(loaded, method, prompt, reserve_tokens=0) as session:
+    with Single(loaded, method, prompt, reserve_tokens=0) as session:
         for token in prompt_ids(40):
             session.step(token)
             seen.append(session.sequence.footprint())
@@ -126,8 +127,8 @@ def test_a_prompt_serves_every_method_unchanged_and_forks_are_independent(name, 
     before = fingerprint(prompt)
     alone = decode(loaded, create_method(method), prompt, ids[-1:], max_new_tokens=10)
     with (
-        DecodeSession(loaded, create_method(method), prompt, reserve_tokens=2) as one,
-        DecodeSession(loaded, create_method(method), prompt, reserve_tokens=2) as two,
+        Single(loaded, create_method(method), prompt, reserve_tokens=2) as one,
+        Single(loaded, create_method(method), prompt, reserve_tokens=2) as two,
     ):
         tokens = [ids[-1], *alone.ids]
         for token, expected in zip(tokens, alone.ids, strict=False):
@@ -156,13 +157,13 @@ def test_observed_layers_are_seen_at_every_step_and_hooks_go(loaded, prompt, ids
         torch.testing.assert_close(hidden_BM, stock[layer][:, -1], atol=1e-5, rtol=0)
     decode(loaded, create_method("dense"), prompt, ids[-1:], max_new_tokens=1)
     assert len(seen) == 4
-    with pytest.raises(RuntimeError, match="boom"), DecodeSession(loaded, Watching(), prompt, reserve_tokens=1):
+    with pytest.raises(RuntimeError, match="boom"), Single(loaded, Watching(), prompt, reserve_tokens=1):
         raise RuntimeError("boom")
     assert not any(layer._forward_pre_hooks for layer in loaded.model.model.layers)
 
 
 def test_closing_frees_the_tensors(loaded, prompt):
-    with DecodeSession(loaded, create_method("dense"), prompt, reserve_tokens=1) as session:
+    with Single(loaded, create_method("dense"), prompt, reserve_tokens=1) as session:
         session.step(5)
         assert session.sequence.pool.n_bytes > 0
     assert not session.sequence.pool.pages
@@ -178,8 +179,6 @@ def test_bad_requests_are_refused(loaded, prompt, ids):
         decode(loaded, dense, prompt, ids[-1:], max_new_tokens=16384)
     with pytest.raises(UsageError, match="no tokenizer"):
         decode(loaded, dense, prompt, ids[-1:], max_new_tokens=3, stop_strings=("\n",))
-    with pytest.raises(UsageError, match="cannot decode on cuda"):
-        decode(loaded, dense, prompt, ids[-1:], max_new_tokens=3, device="cuda")
     with pytest.raises(UsageError, match="got 0"):
         answer_nll(loaded, dense, prompt, ids[-1:], [])
     with pytest.raises(ValueError, match="another shape"):

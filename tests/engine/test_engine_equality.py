@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from sessions import Single
 from tiny_models import ARCHITECTURES, loaded_model, prompt_ids, stock_model
 from transformers import DynamicCache
 
-from kvscope.harness.engine.decode import DecodeSession, decode
+from kvscope.harness.engine.decode import decode
 from kvscope.harness.engine.prefill import prefill
 from kvscope.methods.registry import create_method
 
@@ -14,7 +15,7 @@ ATOL = 1e-5
 
 def dense_logits(name, prompt, fed):
     """Logits after each of ``fed`` under dense, [fed, vocabulary]."""
-    with DecodeSession(loaded_model(name), create_method("dense"), prompt, reserve_tokens=len(fed)) as session:
+    with Single(loaded_model(name), create_method("dense"), prompt, reserve_tokens=len(fed)) as session:
         return torch.stack([session.step(token) for token in fed])
 
 

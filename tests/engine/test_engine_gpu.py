@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+from masked import masking
 from sequences import assert_predicted, errors_of_evicting, prefilled
+from sessions import Single
 from tiny_models import ARCHITECTURES, build_stock, prompt_ids, runnable_methods, save_tiny, stock_model
 
-from kvscope.harness.engine.decode import DecodeSession, answer_nll, decode
+from kvscope.harness.engine.decode import answer_nll, decode
 from kvscope.harness.engine.models import load_model, wrap_model
 from kvscope.harness.engine.prefill import prefill
 from kvscope.methods.registry import create_method
@@ -17,7 +19,7 @@ SPECS = [*runnable_methods(), "sliding_window:window=20", "random:chunk_tokens=5
 
 
 def run_steps(loaded, method, prompt, tokens, **options):
-    with DecodeSession(loaded, method, prompt, reserve_tokens=len(tokens), **options) as session:
+    with Single(loaded, method, prompt, reserve_tokens=len(tokens), **options) as session:
         return torch.stack([session.step(token) for token in tokens]).cpu()
 
 
@@ -38,9 +40,8 @@ def test_evicting_equals_masking(name, spec):
     loaded = wrap_model(build_stock(name).to("cuda"), None, page_tokens=16)
     prompt = prefilled(loaded, prompt_ids(300), [spec], chunk_tokens=128)
     tokens = prompt_ids(26, seed=8)
-    evicted, masked = (
-        run_steps(loaded, create_method(spec), prompt, tokens, physical=physical) for physical in (True, False)
-    )
+    method = create_method(spec)
+    evicted, masked = (run_steps(loaded, each, prompt, tokens) for each in (method, masking(method)))
     torch.testing.assert_close(evicted, masked, atol=2e-5, rtol=0)
 
 
@@ -59,7 +60,7 @@ def test_the_allocator_sees_the_predicted_bytes(spec):
     run_steps(loaded, method, prompt, [3])
     torch.cuda.synchronize()
     before_bytes = torch.cuda.memory_allocated()
-    with DecodeSession(loaded, method, prompt, reserve_tokens=9) as session:
+    with Single(loaded, method, prompt, reserve_tokens=9) as session:
         for token in prompt_ids(9):
             session.step(token)
         footprint = session.sequence.footprint()
@@ -78,6 +79,6 @@ def test_a_folder_loads_in_bf16_and_decodes(tmp_path, architecture):
     prompt = prefilled(loaded, ids[:-1], runnable_methods())
     for name in runnable_methods():
         method = create_method(name)
-        result = decode(loaded, method, prompt, ids[-1:], max_new_tokens=8, stop_at_eos=False, device="cuda")
+        result = decode(loaded, method, prompt, ids[-1:], max_new_tokens=8, stop_at_eos=False)
         assert len(result.ids) == 8
         assert answer_nll(loaded, method, prompt, ids[-1:], [5, 6]) > 0

@@ -14,8 +14,9 @@ from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.models import load_model
 from kvscope.harness.engine.prefill import prefill
 from kvscope.harness.engine.synthetic import BLOCK_PAGES, synthetic_host_bytes, synthetic_prompt
-from kvscope.methods.base import tensor_bytes, union_collectors
+from kvscope.methods.base import union_collectors
 from kvscope.methods.registry import create_method, method_names, parse_method
+from kvscope.methods.shape import tensor_bytes
 
 N_TOKENS = 1000
 SPECS = {

@@ -5,6 +5,8 @@ Shapes: Q query heads, H KV heads, D head size, S slots, P tokens a page, T toke
 
 import pytest
 import torch
+from calls import attention_call
+from masked import masked_attention
 
 from kvscope.harness.engine import prefill_attention
 from kvscope.harness.engine.prefill_attention import chunk_attention
@@ -46,7 +48,7 @@ def paged(T, *, H, P, D, dtype=torch.float32, spare=0, seed=0):
 def test_equals_the_oracle(H, T, options):
     k, v, pages = paged(T, H=H, P=16, D=24, spare=2)
     q = torch.randn(1, 6, 1, 24) * 3
-    out = paged_attention(q, pages, n_tokens=T, scale=0.2, **options)
+    out = paged_attention(attention_call(q, scale=0.2, **options), pages, n_tokens=T)
     torch.testing.assert_close(out.double(), oracle(q, k, v, scale=0.2, **options), atol=2e-6, rtol=1e-5)
 
 
@@ -61,7 +63,7 @@ def test_low_precision_error_is_below_eager_attention(dtype, softcap):
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     eager = logits.float().softmax(-1).to(dtype) @ eager_v
-    out = paged_attention(q, pages, n_tokens=300, scale=0.125, softcap=softcap)
+    out = paged_attention(attention_call(q, scale=0.125, softcap=softcap), pages, n_tokens=300)
     assert out.dtype == dtype
     assert (out - exact).abs().max() <= (eager - exact).abs().max()
 
@@ -77,7 +79,7 @@ def test_reads_through_a_page_table_and_nothing_else(per_head):
     poisoned = pages.clone()
     for h in range(2):
         poisoned[[slot for slot in range(6) if slot not in slots[h]], h] = torch.nan
-    out = paged_attention(q, poisoned, n_tokens=40, scale=0.3, page_table=table)
+    out = paged_attention(attention_call(q, scale=0.3), poisoned, n_tokens=40, page_table=table)
     torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=1e-5)
 
 
@@ -85,15 +87,17 @@ def test_pages_past_the_last_token_are_not_read():
     k, v, pages = paged(32, H=2, P=16, D=8, spare=3)
     pages[2:] = torch.nan
     q = torch.randn(1, 4, 1, 8)
-    out = paged_attention(q, pages, n_tokens=32, scale=0.3)
+    out = paged_attention(attention_call(q, scale=0.3), pages, n_tokens=32)
     torch.testing.assert_close(out.double(), oracle(q, k, v, scale=0.3), atol=2e-6, rtol=1e-5)
 
 
 def test_masked_tokens_have_no_weight():
+    """What the oracles of eviction are made of."""
     k, v, pages = paged(50, H=2, P=16, D=8)
     keep = torch.rand(64, generator=torch.Generator().manual_seed(2)) < 0.4
+    keep[50:] = False
     q = torch.randn(1, 4, 1, 8)
-    out = paged_attention(q, pages, n_tokens=50, scale=0.3, keep_SP=keep.view(4, 16))
+    out = masked_attention(attention_call(q, scale=0.3), pages, keep.view(4, 16))
     torch.testing.assert_close(out.double(), oracle(q, k, v, scale=0.3, keep_ST=keep[:50]), atol=2e-6, rtol=1e-5)
 
 
@@ -113,9 +117,9 @@ def test_parts_merge_to_the_whole_even_with_an_empty_one_and_large_logits():
 def test_wrong_calls_are_refused():
     _, _, pages = paged(16, H=2, P=16, D=8)
     with pytest.raises(ValueError, match="one query"):
-        paged_attention(torch.randn(1, 4, 2, 8), pages, n_tokens=16, scale=1.0)
+        paged_attention(attention_call(torch.randn(1, 4, 2, 8), scale=1.0), pages, n_tokens=16)
     with pytest.raises(ValueError, match="do not fit"):
-        paged_attention(torch.randn(1, 4, 1, 8), pages, n_tokens=17, scale=1.0)
+        paged_attention(attention_call(torch.randn(1, 4, 1, 8), scale=1.0), pages, n_tokens=17)
     with pytest.raises(ValueError, match="as many keys"):
         attention_with_lse(*(torch.randn(1, 2, n, 8) for n in (3, 5, 5)), causal=True, scale=1.0)
 
@@ -227,7 +231,7 @@ def test_on_a_gpu(dtype, D):
     q = torch.randn(1, 6, 1, D).to(dtype)
     exact = oracle(q, k, v, scale=0.125)
     tolerance = 1e-5 if dtype == torch.float32 else 8e-3
-    out = paged_attention(q.cuda(), pages.cuda(), n_tokens=700, scale=0.125)
+    out = paged_attention(attention_call(q.cuda(), scale=0.125), pages.cuda(), n_tokens=700)
     torch.testing.assert_close(out.double().cpu(), exact, atol=tolerance, rtol=tolerance)
     chunk = torch.randn(1, 6, 130, D).to(dtype)
     keep = torch.arange(570, 700)[:, None] >= torch.arange(700)[None]

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from masked import masking
 from sequences import assert_predicted, errors_of_evicting, prefilled
+from sessions import Single
 from tiny_models import build_stock, loaded_model, prompt_ids
 
 import kvscope.methods
-from kvscope.harness.engine.decode import DecodeSession, answer_nll, decode
+from kvscope.harness.engine.decode import answer_nll, decode
 from kvscope.harness.engine.models import load_model, wrap_model
 from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
 from kvscope.harness.engine.prefill import prefill
@@ -59,7 +61,7 @@ def case(request):
 
 
 def run_steps(loaded, method, prompt, tokens, **options):
-    with DecodeSession(loaded, method, prompt, reserve_tokens=len(tokens), **options) as session:
+    with Single(loaded, method, prompt, reserve_tokens=len(tokens), **options) as session:
         return torch.stack([session.step(token) for token in tokens])
 
 
@@ -69,7 +71,7 @@ def test_evicting_equals_masking_and_differs_from_dense(case, spec):
     method = create_method(spec)
     tokens = prompt_ids(26, seed=8)
     evicted = run_steps(loaded, method, prompt, tokens)
-    masked = run_steps(loaded, method, prompt, tokens, physical=False)
+    masked = run_steps(loaded, masking(method), prompt, tokens)
     torch.testing.assert_close(evicted, masked, atol=5e-6, rtol=0)
     dense = run_steps(loaded, create_method("dense"), prompt, tokens)
     if method.name == "dense":
@@ -104,7 +106,7 @@ def test_predicted_bytes_are_the_bytes_of_the_live_tensors(model, spec):
         prompt = prefilled(loaded, prompt_ids(n_tokens), [spec])
         gc.freeze()  # what lives already is out of sight, garbage or not
         try:
-            with DecodeSession(loaded, method, prompt, reserve_tokens=n_steps) as session:
+            with Single(loaded, method, prompt, reserve_tokens=n_steps) as session:
                 for token in prompt_ids(n_steps):
                     session.step(token)
                 footprint = session.sequence.footprint()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from calls import attention_call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sparse_plain import attention, tokens_read
@@ -12,7 +13,7 @@ from kvscope.harness.engine.prefill import prefill
 from kvscope.methods import attention as attention_module
 from kvscope.methods import block_query, block_sequence
 from kvscope.methods.attention import paged_attention
-from kvscope.methods.base import AttentionExtras, union_collectors
+from kvscope.methods.base import union_collectors
 from kvscope.methods.dsa.method import head_sum
 from kvscope.methods.gather import gather_blocks, token_partial
 from kvscope.methods.quest.method import min_max, upper_bounds
@@ -66,7 +67,7 @@ def test_choice_output_and_reads_are_the_formulas(spec):
         q, k, v = random_step(shape, generator)
         n_read = 0
         for layer in shape.layers:
-            out = sequence.attend(layer, q, k, v, scale=SCALE, extras=AttentionExtras())
+            out = sequence.attend(layer, attention_call(q, k, v, scale=SCALE))
             if layer not in layers:
                 continue
             k_HTD = k_by_layer[layer] = torch.cat([k_by_layer[layer], k[0]], 1)
@@ -104,7 +105,7 @@ def test_only_what_is_chosen_is_gathered(spec):
         for token in set(range(N_TOKENS)) - tokens:
             pages[token // PAGE_TOKENS, head, 1, token % PAGE_TOKENS] = torch.nan
     pages[N_TOKENS // PAGE_TOKENS, :, 1, N_TOKENS % PAGE_TOKENS + 1 :] = torch.nan
-    assert sequence.attend(layer, q, k, v, scale=SCALE, extras=AttentionExtras()).isfinite().all()
+    assert sequence.attend(layer, attention_call(q, k, v, scale=SCALE)).isfinite().all()
 
 
 finite = st.floats(-8, 8, width=32)
@@ -136,7 +137,7 @@ def test_gathering_every_block_in_any_order_is_dense_attention(block_tokens):
     k_HTD, v_HTD = gather_blocks(pages, blocks_HB, block_tokens=block_tokens, tail_tokens=tail_tokens)
     assert k_HTD.shape == v_HTD.shape == (H, n_tokens, D)
     part = token_partial(q.view(H, G, D), k_HTD, v_HTD, scale=0.3, softcap=5.0)
-    dense = paged_attention(q, pages, n_tokens=n_tokens, scale=0.3, softcap=5.0)
+    dense = paged_attention(attention_call(q, scale=0.3, softcap=5.0), pages, n_tokens=n_tokens)
     torch.testing.assert_close(part.out.view_as(dense), dense, atol=1e-6, rtol=0)
 
 
@@ -148,7 +149,7 @@ def test_a_full_budget_is_dense(name):
     ours, theirs = (m.open(prompt, "cpu", reserve_tokens=1) for m in (method, dense))
     q, k, v = random_step(prompt.shape, torch.Generator().manual_seed(5))
     for layer in prompt.shape.layers:
-        out, expected = (s.attend(layer, q, k, v, scale=SCALE, extras=AttentionExtras()) for s in (ours, theirs))
+        out, expected = (s.attend(layer, attention_call(q, k, v, scale=SCALE)) for s in (ours, theirs))
         assert torch.equal(out, expected)
     assert ours.footprint().bytes_read_per_step == theirs.footprint().bytes_read_per_step
 
@@ -193,16 +194,13 @@ def test_forks_do_not_meet(spec):
     before = {name: {at: t.clone() for at, t in found.items()} for name, found in prompt.metadata.items()}
     one, other = (method.open(prompt, "cpu", reserve_tokens=N_STEPS) for _ in range(2))
     for seed in range(N_STEPS):
-        one.attend(layer, *random_step(shape, torch.Generator().manual_seed(seed)), scale=SCALE, extras=NO_EXTRAS)
+        one.attend(layer, attention_call(*random_step(shape, torch.Generator().manual_seed(seed)), scale=SCALE))
     assert (one.n_tokens, other.n_tokens) == (N_TOKENS + N_STEPS, N_TOKENS)
     step = random_step(shape, torch.Generator().manual_seed(99))
-    late = other.attend(layer, *step, scale=SCALE, extras=NO_EXTRAS)
-    assert torch.equal(late, method.open(prompt, "cpu").attend(layer, *step, scale=SCALE, extras=NO_EXTRAS))
+    late = other.attend(layer, attention_call(*step, scale=SCALE))
+    assert torch.equal(late, method.open(prompt, "cpu").attend(layer, attention_call(*step, scale=SCALE)))
     for name, found in before.items():
         assert all(torch.equal(prompt.metadata[name][at], tensor) for at, tensor in found.items())
-
-
-NO_EXTRAS = AttentionExtras()
 
 
 def test_the_oracle_of_dsa_honours_soft_caps_and_sinks():
@@ -309,7 +307,7 @@ def test_the_kernels_score_and_read_as_torch_does(spec, n_tokens, monkeypatch):
         if kernels:
             monkeypatch.setattr(block_sequence, "gather_blocks", None)  # nothing is gathered where the kernel runs
         sequence = method.open(prompt, device, reserve_tokens=len(steps))
-        outs = [sequence.attend(layer, *step, scale=SCALE, extras=AttentionExtras()) for step in steps]
+        outs = [sequence.attend(layer, attention_call(*step, scale=SCALE)) for step in steps]
         found[kernels] = torch.cat(outs), sequence.footprint()
     torch.testing.assert_close(found[True][0], found[False][0], atol=2e-5, rtol=0)
     assert found[True][1] == found[False][1]

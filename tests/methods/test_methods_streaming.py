@@ -5,9 +5,10 @@ Shapes: Q query heads, H KV heads, D head size, T tokens.
 
 import pytest
 import torch
+from calls import attention_call
+from masked import masking
 from tiny_models import loaded_model
 
-from kvscope.methods.base import AttentionExtras
 from kvscope.methods.registry import create_method
 from kvscope.methods.shape import ModelShape
 from kvscope.methods.store import PromptKV
@@ -40,10 +41,10 @@ def plain_streaming(q, k, v, *, step, sinks, window, rotate, scale):
     return (q_last @ k_kept.transpose(2, 3) * scale).softmax(-1) @ v_kept
 
 
-@pytest.mark.parametrize("physical", [True, False])
+@pytest.mark.parametrize("form", [lambda method: method, masking], ids=["evicting", "masking"])
 @pytest.mark.parametrize(("sinks", "window"), [(4, 20), (1, 1), (0, 20), (20, 33), (4, 100), (4, 500)])
 @pytest.mark.parametrize("name", ["llama", "gpt_oss", "cohere2", "glm4", "phi3", "gemma3"])
-def test_equals_keys_rotated_anew_at_their_place_in_the_cache(name, sinks, window, physical):
+def test_equals_keys_rotated_anew_at_their_place_in_the_cache(name, sinks, window, form):
     if name == "cohere2":
         # Its full-attention layers have no positions; its sliding layers' interleaved rotation is what is tested here.
         loaded = loaded_model(name)
@@ -69,12 +70,13 @@ def test_equals_keys_rotated_anew_at_their_place_in_the_cache(name, sinks, windo
     for t in range(N_PROMPT):
         pages[t // 16, :, 0, t % 16], pages[t // 16, :, 1, t % 16] = k_rotated[0, :, t], v[0, :, t]
     prompt = PromptKV(shape=one_layer, n_tokens=N_PROMPT, pages={0: pages}, dtype=torch.float32)
-    sequence = create_method(f"sliding_window:sinks={sinks},window={window}").open(prompt, "cpu", physical=physical)
+    sequence = form(create_method(f"sliding_window:sinks={sinks},window={window}")).open(prompt, "cpu")
     # A scale that keeps the scaled tables of YaRN from saturating the softmax, so that sinks carry weight.
-    options = {"scale": 0.3, "extras": AttentionExtras(rotation=rotation)}
     for step in range(N_PROMPT, T):
         at = slice(step, step + 1)
-        out = sequence.attend(0, q_rotated[:, :, at], k_rotated[:, :, at], v[:, :, at], **options)
+        out = sequence.attend(
+            0, attention_call(q_rotated[:, :, at], k_rotated[:, :, at], v[:, :, at], scale=0.3, rotation=rotation)
+        )
         expected = plain_streaming(q, k, v, step=step, sinks=sinks, window=window, rotate=rotate, scale=0.3)
         torch.testing.assert_close(out.double(), expected, atol=3e-4, rtol=1e-3)
         assert sequence.n_tokens == step + 1
@@ -92,7 +94,7 @@ def test_without_turning_the_query_back_the_answer_is_another():
     prompt = PromptKV(shape=one_layer, n_tokens=64, pages={0: pages.contiguous()}, dtype=torch.float32)
     q, k1, v1 = torch.randn(1, 4, 1, 16) * 3, torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1, 16)
     outs = []
-    for extras in (AttentionExtras(rotation=rotation), AttentionExtras()):
+    for turned_by in (rotation, None):
         sequence = create_method("sliding_window:window=8").open(prompt, "cpu")
-        outs.append(sequence.attend(0, q, k1, v1, scale=0.25, extras=extras))
+        outs.append(sequence.attend(0, attention_call(q, k1, v1, scale=0.25, rotation=turned_by)))
     assert (outs[0] - outs[1]).abs().max() > 1e-2

@@ -12,12 +12,15 @@ import pytest
 import torch
 import transformers
 from lsa_tools import random_indexer
+from sessions import UncapturedStep
 from tiny import MakeConfig
 from tiny_models import tiny_config
 
-from kvscope.harness.engine import decode, decode_graph
+from kvscope.harness.engine import decode_graph
+from kvscope.harness.engine.decode_graph import GRAPH, GraphStep
 from kvscope.harness.engine.models import load_model
 from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
+from kvscope.harness.engine.session import Session
 from kvscope.harness.passes import accuracy
 from kvscope.harness.passes.sweep import run
 from kvscope.methods.lsa import sequence as lsa_sequence
@@ -44,30 +47,19 @@ Rows = tuple[pd.DataFrame, pd.DataFrame]
 Runs = tuple[pd.DataFrame, pd.DataFrame, ModelShape]
 
 
-class _Replays:
-    """Stands in for a CUDA graph: runs the captured forward again."""
-
-    def __init__(self, step: decode_graph.StaticStep) -> None:
-        self.step = step
-
-    def replay(self) -> None:
-        self.step._logits_BV = self.step._forward()
-
-
-def captured_here(monkeypatch: pytest.MonkeyPatch) -> list[decode_graph.StaticStep]:
+def captured_here(monkeypatch: pytest.MonkeyPatch) -> list[GraphStep]:
     """Let steps be captured without a GPU; return those that were, one entry a capture."""
-    captures: list[decode_graph.StaticStep] = []
+    captures: list[GraphStep] = []
 
-    def capture(self: decode_graph.StaticStep) -> None:
-        self.release()
-        self._forward()  # the trial
-        self._graph = _Replays(self)  # type: ignore[assignment]
-        self._versions = self._static_versions()
-        self.captures += 1
-        captures.append(self)
+    class CapturedHere(UncapturedStep):
+        backend = GRAPH
 
-    monkeypatch.setattr(decode, "graph_reasons", decode_graph.static_reasons)
-    monkeypatch.setattr(decode_graph.StaticStep, "_capture", capture)
+        def _capture(self) -> None:
+            super()._capture()
+            self.captures += 1
+            captures.append(self)
+
+    monkeypatch.setattr(Session, "graph_step", CapturedHere)
     return captures
 
 
@@ -261,11 +253,11 @@ def test_a_capture_that_fails_leaves_the_eager_row(
 ) -> None:
     captured_here(monkeypatch)
 
-    def fail(self: decode_graph.StaticStep) -> None:
+    def fail(self: GraphStep) -> None:
         self._forward()
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(decode_graph.StaticStep, "_capture", fail)
+    monkeypatch.setattr(Session.graph_step, "_capture", fail)
     eager, graph = both_ways(small(max_new_tokens=8, answer_nll=True).model_dump(), tmp_path)
     assert_same_rows(eager, graph)
     pd.testing.assert_frame_equal(graph[HELD], eager[HELD])

@@ -14,7 +14,7 @@ from kvscope.harness.passes.config import make_config
 from kvscope.harness.passes.find_max import find_max, predicted_max
 from kvscope.harness.passes.plan import Plan, make_plan
 from kvscope.harness.passes.sweep import failures, run
-from kvscope.methods.base import tensor_bytes
+from kvscope.methods.shape import tensor_bytes
 from kvscope.results.frames import load_run
 
 VALUES = {"model": "preset:tiny", "methods": ["dense"], "find_max": True, "device": "cpu", "footprint_decode_tokens": 4}

@@ -4,8 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from sessions import Single
 
-from kvscope.harness.engine.decode import DecodeSession
 from kvscope.harness.engine.prefill import prefill
 from kvscope.methods.base import union_collectors
 from kvscope.methods.lsa.indexer import Indexer, IndexerConfig
@@ -20,7 +20,7 @@ def prefilled(loaded, ids, method, **options):
 
 def run_steps(loaded, method, prompt, tokens, **options):
     """Logits of every step, the sequence's record and its last footprint."""
-    with DecodeSession(loaded, method, prompt, reserve_tokens=len(tokens), **options) as session:
+    with Single(loaded, method, prompt, reserve_tokens=len(tokens), **options) as session:
         logits = torch.stack([session.step(token) for token in tokens])
         return logits, session.sequence.residency(), session.sequence.footprint()
 

@@ -15,10 +15,10 @@ from transformers import DynamicCache
 
 from kvscope.harness.engine.backend import Backend, NoForm, ReadyModel
 from kvscope.harness.engine.glue import observing
-from kvscope.methods.base import SequenceCache, tensor_bytes
+from kvscope.methods.base import AttentionCall, SequenceCache
 from kvscope.methods.dense.method import Dense
 from kvscope.methods.recency.method import Recency
-from kvscope.methods.shape import Footprint, ModelShape
+from kvscope.methods.shape import Footprint, ModelShape, tensor_bytes
 from kvscope.methods.store import PromptKV
 
 MODEL_TYPE = "olmo"
@@ -54,7 +54,7 @@ class PlainSequence(SequenceCache):
     def end_step(self) -> None:
         self._n_tokens += 1
 
-    def attend(self, layer: int, *args: Any, **options: Any) -> torch.Tensor:
+    def attend(self, layer: int, call: AttentionCall) -> torch.Tensor:
         raise ValueError("the model attends itself, over model_cache")
 
     def managed_footprint(self) -> Footprint:
@@ -69,7 +69,7 @@ class PlainSequence(SequenceCache):
 class _Form:
     """A residency that is fixed at opening, over plain tensors."""
 
-    def open(self, prompt: Any, device: Any, *, physical: bool = True, reserve_tokens: int = 0) -> PlainSequence:
+    def open(self, prompt: Any, device: Any, *, reserve_tokens: int = 0) -> PlainSequence:
         ranges = self.resident_ranges(prompt)  # type: ignore[attr-defined]
         keep_N = torch.tensor([token for start, end in ranges for token in range(start, end)], dtype=torch.long)
         return PlainSequence(prompt, torch.device(device), keep_N=keep_N)

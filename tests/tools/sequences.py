@@ -1,6 +1,8 @@
 """What tests of all methods share: prompts with everybody's metadata, two sequences side by side, predictions."""
 
-from kvscope.harness.engine.decode import DecodeSession
+from masked import masking
+from sessions import Single
+
 from kvscope.harness.engine.prefill import prefill
 from kvscope.methods.base import SequenceCache, union_collectors
 from kvscope.methods.registry import create_method
@@ -60,12 +62,11 @@ def errors_of_evicting(loaded, method, prompt, tokens):
         unsupported, observed_layers = method.unsupported, method.observed_layers
 
         def open(self, *args, **options):
-            both = (method.open(*args, **{**options, "physical": physical}) for physical in (True, False))
-            self.sequence = Both(*both)
+            self.sequence = Both(*(each.open(*args, **options) for each in (method, masking(method))))
             return self.sequence
 
     beside = Beside()
-    with DecodeSession(loaded, beside, prompt, reserve_tokens=len(tokens)) as session:
+    with Single(loaded, beside, prompt, reserve_tokens=len(tokens)) as session:
         for token in tokens:
             session.step(token)
         errors = beside.sequence.errors

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4CSACache, DeepseekV4HCACache
 
 from kvscope.harness.backends.deepseek_v4.cache_bytes import KINDS
-from kvscope.methods.base import tensor_bytes
+from kvscope.methods.shape import tensor_bytes
 
 NAMES = ("compressor", "indexer")
 

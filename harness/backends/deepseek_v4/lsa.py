@@ -18,7 +18,7 @@ from kvscope.methods.lsa.compressed import (
     load_compressed_indexer,
 )
 from kvscope.methods.lsa.method import DEFAULT_TAU, ORACLE, Lsa
-from kvscope.methods.lsa.sequence import Schedule
+from kvscope.methods.lsa.schedule import Schedule
 from kvscope.methods.shape import Footprint, ModelShape
 
 

@@ -50,16 +50,8 @@ class OverEntries(CacheMethod[Any]):
         values = super().effective_config(n_tokens, self.entry_shape)  # type: ignore[safe-super]
         return {**values, "tokens_per_entry": self.entry_shape.page_tokens}
 
-    def open(
-        self, prompt: PromptKV, device: torch.device | str, *, physical: bool = True, reserve_tokens: int = 0
-    ) -> SequenceCache:
-        """Open a prompt; ``reserve_tokens`` reserves CSA entries, the rest of the stock cache grows by itself.
-
-        Raises:
-            ValueError: not physical: the masked oracle of this backend needs hooks in the model and is in its tests.
-        """
-        if not physical:
-            raise ValueError("compressed entries are evicted physically only")
+    def open(self, prompt: PromptKV, device: torch.device | str, *, reserve_tokens: int = 0) -> SequenceCache:
+        """Open a prompt; ``reserve_tokens`` reserves CSA entries, the rest of the stock cache grows by itself."""
         assert isinstance(prompt, CompressedPrompt)
         return self.open_entries(prompt, torch.device(device), reserve_tokens=reserve_tokens)
 

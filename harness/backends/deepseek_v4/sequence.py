@@ -4,7 +4,6 @@ Shapes: B batch (1), M hidden size.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import DynamicCache
@@ -12,9 +11,9 @@ from transformers import DynamicCache
 from kvscope.harness.backends.deepseek_v4.cache import ResidentCSA, live_bytes, opened_cache
 from kvscope.harness.backends.deepseek_v4.prefill import CompressedPrompt
 from kvscope.harness.backends.deepseek_v4.shape import CompressedModelShape
-from kvscope.methods.base import Residency, SequenceCache
+from kvscope.methods.base import AttentionCall, Residency, SequenceCache
+from kvscope.methods.lsa.schedule import Schedule
 from kvscope.methods.lsa.selection import Selector
-from kvscope.methods.lsa.sequence import Schedule
 from kvscope.methods.shape import Footprint
 
 
@@ -122,7 +121,7 @@ class CompressedSequence(SequenceCache):
     def _set_resident(self, entries: torch.Tensor) -> int:
         return sum(layer.set_resident(entries) for layer in self.layers.values())
 
-    def attend(self, layer: int, *args: Any, **options: Any) -> torch.Tensor:
+    def attend(self, layer: int, call: AttentionCall) -> torch.Tensor:
         raise ValueError("DeepSeek-V4 attends by its stock classes, over model_cache")
 
     def managed_footprint(self) -> Footprint:

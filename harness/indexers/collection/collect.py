@@ -18,11 +18,12 @@ import torch
 
 from kvscope.errors import EnvironmentProblem, UsageError
 from kvscope.harness.engine.backend import require_token_attention
-from kvscope.harness.engine.decode import DecodeSession, answer_end
+from kvscope.harness.engine.decode import answer_end
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.models import load_model
 from kvscope.harness.engine.prefill import DEFAULT_CHUNK_TOKENS, prefill
 from kvscope.harness.engine.presets import refuse_preset
+from kvscope.harness.engine.session import Session
 from kvscope.harness.indexers.collection.document import (
     STORED_DTYPE,
     Answers,
@@ -322,11 +323,11 @@ def record(
     own: list[int] = []
     pending = list(fed_ids)
     reserve_tokens = len(fed_ids) + (0 if own_answer is None else own_answer.max_new_tokens - 1)
-    with DecodeSession(loaded, recorder, prompt, reserve_tokens=reserve_tokens) as session:
-        sequence = session.sequence
+    with Session(loaded) as session:
+        sequence = session.add(recorder, prompt, reserve_tokens=reserve_tokens).cache
         assert isinstance(sequence, RecordingSequence)
         while pending:
-            logits = session.step(pending.pop(0))
+            logits = session.step([pending.pop(0)])[0]
             records.append(sequence.take())
             if own_answer is None or pending:
                 continue

@@ -10,7 +10,7 @@ import torch
 from kvscope.harness.indexers.collection.document import STORED_DTYPE, CollectionInfo
 from kvscope.harness.indexers.collection.label_rule import voter_masses
 from kvscope.harness.indexers.collection.token_records import TokenStates, head_mean
-from kvscope.methods.base import AttentionExtras, Collector, SequenceCache
+from kvscope.methods.base import AttentionCall, Collector, SequenceCache
 from kvscope.methods.dense.method import Dense
 from kvscope.methods.lsa.collectors import ChunkKeys, LastStates
 from kvscope.methods.lsa.indexer import chunk_features
@@ -73,10 +73,7 @@ class Recorder(Dense):
         found: list[Collector] = [keys, LastStates(layer, n_states=self.info.state_tokens)]
         return [*found, TokenStates(layer)] if self.info.token_samples else found
 
-    def open(
-        self, prompt: PromptKV, device: torch.device | str, *, physical: bool = True, reserve_tokens: int = 0
-    ) -> SequenceCache:
-        del physical
+    def open(self, prompt: PromptKV, device: torch.device | str, *, reserve_tokens: int = 0) -> SequenceCache:
         return RecordingSequence(prompt, torch.device(device), info=self.info, reserve_tokens=reserve_tokens)
 
 
@@ -94,34 +91,19 @@ class RecordingSequence(ResidentSequence):
     def observe(self, layer: int, hidden_BM: torch.Tensor) -> None:
         self._hidden[layer] = hidden_BM[0].clone()
 
-    def attend(
-        self,
-        layer: int,
-        q_BQ1D: torch.Tensor,
-        k_BH1D: torch.Tensor,
-        v_BH1D: torch.Tensor,
-        *,
-        scale: float,
-        extras: AttentionExtras,
-    ) -> torch.Tensor:
+    def attend(self, layer: int, call: AttentionCall) -> torch.Tensor:
         if layer in self._info.layers:
             position = self.pool.lengths[layer]
-            plain = q_BQ1D if extras.rotation is None else extras.rotation.back(q_BQ1D, position)
+            plain = call.query if call.rotation is None else call.rotation.back(call.query, position)
             self._queries[layer] = plain[0, :, 0].flatten().clone()
-        out = super().attend(layer, q_BQ1D, k_BH1D, v_BH1D, scale=scale, extras=extras)
+        out = super().attend(layer, call)
         if layer in self._info.label_layers:
-            logits_QT = token_logits(
-                q_BQ1D,
-                self.pool.pages[layer],
-                n_tokens=self.pool.lengths[layer],
-                scale=scale,
-                softcap=extras.softcap,
-            )
+            logits_QT = token_logits(call, self.pool.pages[layer], n_tokens=self.pool.lengths[layer])
             if self._info.token_samples and layer in self._info.layers:
-                self._token_mass.append(head_mean(logits_QT, extras.sink_logits))
+                self._token_mass.append(head_mean(logits_QT, call.sink_logits))
             prompt_QT, other_QT = logits_QT[:, : self._n_prompt], logits_QT[:, self._n_prompt :]
             self._mass.append(
-                chunk_mass(prompt_QT, other_QT, chunk_tokens=self._info.chunk_tokens, sink_logits=extras.sink_logits)
+                chunk_mass(prompt_QT, other_QT, chunk_tokens=self._info.chunk_tokens, sink_logits=call.sink_logits)
             )
         return out
 

@@ -51,13 +51,11 @@ class ScriptedLsa(Lsa):
         super().__init__(config)
         self.script: list[torch.Tensor] = []
 
-    def open(
-        self, prompt: PromptKV, device: torch.device | str, *, physical: bool = True, reserve_tokens: int = 0
-    ) -> SequenceCache:
+    def open(self, prompt: PromptKV, device: torch.device | str, *, reserve_tokens: int = 0) -> SequenceCache:
+        layout = self.layout(prompt.n_tokens)
         return self.open_with(
-            prompt, device, ScriptedSelector(self.script), layout=self.layout(prompt.n_tokens), physical=physical,
-            reserve_tokens=reserve_tokens,
-        )  # fmt: skip
+            prompt, device, ScriptedSelector(self.script), layout=layout, reserve_tokens=reserve_tokens
+        )
 
 
 def gate(

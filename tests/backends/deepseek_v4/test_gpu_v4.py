@@ -3,8 +3,8 @@
 import pytest
 import torch
 from compressed_tiny import masked, random_model
+from sessions import Single
 
-from kvscope.harness.engine.decode import DecodeSession
 from kvscope.harness.engine.models import wrap_model
 from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
 from kvscope.harness.engine.prefill import prefill
@@ -25,12 +25,12 @@ def test_evicting_equals_masking_on_the_gpu(ids):
     assert all(tensor.is_pinned() for tensors in prompt.host.values() for tensor in tensors.values())
     method = create_method("lsa:selection=synthetic,recency_tokens=40,budget_fraction=0.4,tau=4")
     tokens, physical, sets = ids[:12], [], []
-    with DecodeSession(loaded, method, prompt, reserve_tokens=len(tokens)) as session:
+    with Single(loaded, method, prompt, reserve_tokens=len(tokens)) as session:
         for token in tokens:
             physical.append(session.step(token))
             sets.append({layer: cache.resident.clone() for layer, cache in session.sequence.layers.items()})
     simulated = []
-    with DecodeSession(loaded, create_method("dense"), prompt, reserve_tokens=len(tokens)) as session:
+    with Single(loaded, create_method("dense"), prompt, reserve_tokens=len(tokens)) as session:
         for token, resident in zip(tokens, sets, strict=True):
             kept = {layer: torch.zeros(prompt.n_entries, dtype=torch.bool, device="cuda") for layer in resident}
             for layer, entries in resident.items():

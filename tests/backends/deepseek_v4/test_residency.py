@@ -4,12 +4,14 @@ import pytest
 import torch
 from compressed_plain import plain_logits
 from compressed_tiny import N_NEW, N_TOKENS, masked, random_model
+from sessions import Single
 from transformers import DynamicCache
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
+from kvscope.errors import UsageError
 from kvscope.harness.backends.deepseek_v4.cache import ResidentCSA
 from kvscope.harness.backends.deepseek_v4.cache_bytes import stock_shape
-from kvscope.harness.engine.decode import DecodeSession, decode
+from kvscope.harness.engine.decode import decode
 from kvscope.harness.engine.models import wrap_model
 from kvscope.harness.engine.prefill import prefill
 from kvscope.methods.lsa.compressed import stored_keys
@@ -28,7 +30,7 @@ SPARSE = [
 
 
 def session(loaded, spec, prompt, n_steps=N_NEW + 1):
-    return DecodeSession(loaded, create_method(spec), prompt, reserve_tokens=n_steps)
+    return Single(loaded, create_method(spec), prompt, reserve_tokens=n_steps)
 
 
 def logits_of(loaded, spec, prompt, tokens):
@@ -71,6 +73,14 @@ def test_stock_generate_over_our_cache_is_stock_generate_bit_for_bit(loaded, sto
         ours = stock_model.generate(torch.tensor([ids]), past_key_values=cache, **options)
     assert torch.equal(ours.sequences, expected.sequences)
     assert all(torch.equal(a, b) for a, b in zip(ours.logits, expected.logits, strict=True))
+
+
+def test_a_second_sequence_is_refused_and_the_first_goes_on(loaded, whole_prompt, ids, answer):
+    """The stock cache holds one sequence."""
+    with session(loaded, "dense", whole_prompt) as running:
+        with pytest.raises(UsageError, match="brings its own cache, which holds one sequence"):
+            running.session.add(create_method("dense"), whole_prompt, reserve_tokens=1)
+        assert int(running.step(ids[-1]).argmax()) == answer[0]
 
 
 def test_chunks_of_the_prefill_change_nothing(loaded, prompt, whole_prompt, ids, answer):
@@ -152,7 +162,7 @@ def test_a_refresh_keeps_what_the_plain_formula_scores_highest(loaded, prompt, i
     refreshes = 0
     for hook in hooks:
         request.addfinalizer(hook.remove)
-    with DecodeSession(loaded, method, prompt, reserve_tokens=9) as running:
+    with Single(loaded, method, prompt, reserve_tokens=9) as running:
         for step, token in enumerate(ids[:9]):
             before = dict(states)
             position = running.sequence.n_tokens - 1

@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from sessions import Single
 
 from kvscope.errors import EnvironmentProblem, UsageError
-from kvscope.harness.engine.decode import DecodeSession, decode
+from kvscope.harness.engine.decode import decode
 from kvscope.harness.engine.glue import observing
 from kvscope.harness.engine.models import load_model
 from kvscope.harness.engine.prefill import prefill
@@ -199,7 +200,7 @@ def test_the_answer_fed_is_what_dense_decodes(config, tmp_path):
         seen = []
         with (
             observing(loaded.model, (1,), lambda layer, hidden_BM, seen=seen: seen.append(hidden_BM[0].clone())),
-            DecodeSession(loaded, create_method("dense"), prompt, reserve_tokens=info.n_steps) as session,
+            Single(loaded, create_method("dense"), prompt, reserve_tokens=info.n_steps) as session,
         ):
             for token in (sample.ids[-1], *answer.ids[:-1]):
                 session.step(token)

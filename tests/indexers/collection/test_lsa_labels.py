@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
+from sessions import Single
 from tiny_models import loaded_model, prompt_ids, stock_model
 
 from kvscope.errors import UsageError
-from kvscope.harness.engine.decode import DecodeSession
 from kvscope.harness.indexers.collection.collect import CollectConfig, describe, record
 from kvscope.harness.indexers.collection.document import CollectionInfo, Document, DocumentInfo
 from kvscope.harness.indexers.collection.label_rule import LabelRule, voter_masses
@@ -136,7 +136,7 @@ def test_recording_changes_nothing():
 
     prompt = prefilled(loaded, prompt_ids(100), recorder)
     tokens = prompt_ids(5, seed=8)
-    with DecodeSession(loaded, recorder, prompt, reserve_tokens=5) as session:
+    with Single(loaded, recorder, prompt, reserve_tokens=5) as session:
         recorded = torch.stack([session.step(token) for token in tokens])
     dense, _, _ = run_steps(loaded, create_method("dense"), prompt, tokens)
     assert torch.equal(recorded, dense)

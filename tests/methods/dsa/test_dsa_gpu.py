@@ -4,9 +4,10 @@ import pytest
 import torch
 from dsa_tools import random_indexer
 from sequences import errors_of_evicting, prefilled
+from sessions import Single
 from tiny_models import build_stock, prompt_ids
 
-from kvscope.harness.engine.decode import DecodeSession, decode
+from kvscope.harness.engine.decode import decode
 from kvscope.harness.engine.models import wrap_model
 from kvscope.methods.fp8_keys import dequantize
 from kvscope.methods.registry import create_method
@@ -37,7 +38,7 @@ def test_keys_and_bytes_are_those_of_the_cpu(tmp_path):
         spec = {"name": "dsa", "indexer": str(folder), "budget_tokens": 4096}
         method = create_method(spec)
         prompt = prefilled(loaded, prompt_ids(150), [spec], chunk_tokens=64)
-        with DecodeSession(loaded, method, prompt, reserve_tokens=4) as session:
+        with Single(loaded, method, prompt, reserve_tokens=4) as session:
             for token in prompt_ids(20, seed=8):  # more than was reserved: the store grows
                 session.step(token)
             store = session.sequence._store

@@ -5,15 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from calls import attention_call
 from dsa_tools import random_indexer
 from sequences import prefilled
+from sessions import Single
 from tiny_models import loaded_model, prompt_ids
 
 from kvscope.errors import UsageError
-from kvscope.harness.engine.decode import DecodeSession, decode
+from kvscope.harness.engine.decode import decode
 from kvscope.harness.indexers.dsa.train import CARD_FILE, card_text
 from kvscope.harness.passes.facts import describe_model
-from kvscope.methods.base import AttentionExtras
 from kvscope.methods.dsa import indexer_files
 from kvscope.methods.dsa.lightning import Lightning, LightningConfig, default_sizes, lightning_scores
 from kvscope.methods.fp8_keys import dequantize, quantize, unpack
@@ -73,7 +74,7 @@ def test_keys_of_decoded_tokens_are_those_a_prefill_would_have_collected(model, 
     spec = {"name": "dsa", "indexer": str(random_indexer(tmp_path / "indexer", loaded.shape)), "budget_tokens": 4096}
     method, ids = create_method(spec), prompt_ids(N_TOKENS)
     prompt, longer = (prefilled(loaded, part, [spec], chunk_tokens=64) for part in (ids[:-30], ids))
-    with DecodeSession(loaded, method, prompt, reserve_tokens=5) as session:  # 25 tokens more than was reserved
+    with Single(loaded, method, prompt, reserve_tokens=5) as session:  # 25 tokens more than was reserved
         for token in ids[-30:]:
             session.step(token)
         store = session.sequence._store
@@ -102,7 +103,7 @@ def test_tokens_read_are_the_best_by_score_and_forks_do_not_meet(tmp_path):
         q = torch.randn(1, shape.n_q_heads, 1, shape.head_dim, generator=draws)
         k, v = (torch.randn(1, shape.n_kv_heads, 1, shape.head_dim, generator=draws) for _ in range(2))
         sequence.observe(layer, hidden)
-        out = sequence.attend(layer, q, k, v, scale=0.25, extras=AttentionExtras())
+        out = sequence.attend(layer, attention_call(q, k, v, scale=0.25))
         score = lightning_scores(*_query(indexer, hidden, keys))[0]
         best = [*score.topk(8).indices.tolist(), len(keys)]
         k_HTD, v_HTD = torch.cat([k_HTD, k[0]], 1), torch.cat([v_HTD, v[0]], 1)

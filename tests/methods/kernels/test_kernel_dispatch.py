@@ -59,8 +59,10 @@ import sys
 sys.modules["triton"] = None
 import torch
 from kvscope.methods.attention import paged_attention
+from kvscope.methods.base import AttentionCall
 from kvscope.methods.kernels.dispatch import decode_backend
-out = paged_attention(torch.ones(1, 2, 1, 16), torch.ones(1, 1, 2, 16, 16), n_tokens=3, scale=1.0)
+q, kv = torch.ones(1, 2, 1, 16), torch.ones(1, 1, 1, 16)
+out = paged_attention(AttentionCall(query=q, key=kv, value=kv, scale=1.0), torch.ones(1, 1, 2, 16, 16), n_tokens=3)
 assert torch.allclose(out, torch.ones(1, 2, 1, 16))
 found = decode_backend("cpu", dtype=torch.float32, head_dim=16, n_q_heads=2, n_kv_heads=1)
 assert found.name == "torch", found

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from lsa_tools import prefilled, random_indexer, run_steps
+from masked import masking
+from sessions import Single
 from tiny_models import build_stock, prompt_ids
 
-from kvscope.harness.engine.decode import DecodeSession
 from kvscope.harness.engine.models import wrap_model
 from kvscope.methods.lsa.method import Lsa, LsaConfig
 from kvscope.methods.lsa.selection import ScriptedSelector
@@ -31,7 +32,7 @@ def test_evicting_equals_masking_on_the_gpu(family, chunk_tokens, refresh):
     assert all(pages.is_pinned() for pages in prompt.pages.values())
     tokens = prompt_ids(20, seed=8)
     evicted, record, _ = run_steps(loaded, method, prompt, tokens)
-    masked, masked_record, _ = run_steps(loaded, method, prompt, tokens, physical=False)
+    masked, masked_record, _ = run_steps(loaded, masking(method), prompt, tokens)
     torch.testing.assert_close(evicted, masked, atol=1e-5, rtol=0)
     assert record == masked_record
     dense, _, _ = run_steps(loaded, create_method("dense"), prompt, tokens)
@@ -68,10 +69,10 @@ def test_captured_steps_with_segments_and_neighbours(tmp_path, refresh, rule):
     prompt = prefilled(loaded, prompt_ids(303), method, chunk_tokens=64)
     tokens = prompt_ids(20, seed=8)
     eager, record, footprint = run_steps(loaded, method, prompt, tokens)
-    masked, masked_record, _ = run_steps(loaded, method, prompt, tokens, physical=False)
+    masked, masked_record, _ = run_steps(loaded, masking(method), prompt, tokens)
     torch.testing.assert_close(eager, masked, atol=1e-5, rtol=0)
     assert record == masked_record
-    with DecodeSession(loaded, method, prompt, reserve_tokens=len(tokens), decode_graph="on") as session:
+    with Single(loaded, method, prompt, reserve_tokens=len(tokens), decode_graph="on") as session:
         replayed = torch.stack([session.step(token).clone() for token in tokens])  # one tensor, written anew
         assert session.step_backend == "cuda graph"
         assert "indexer_score" in " ".join(session.sequence._selector.backends())
@@ -86,16 +87,14 @@ def test_copies_behind_the_decode_arrive_whole():
     sets = [torch.tensor([k % 8, 8 + k % 5]).sort().values for k in range(12)]
 
     class Scripted(Lsa):
-        def open(self, prompt, device, *, physical=True, reserve_tokens=0):
+        def open(self, prompt, device, *, reserve_tokens=0):
             layout = self.layout(prompt.n_tokens)
-            return self.open_with(
-                prompt, device, ScriptedSelector(sets), layout=layout, physical=physical, reserve_tokens=reserve_tokens
-            )
+            return self.open_with(prompt, device, ScriptedSelector(sets), layout=layout, reserve_tokens=reserve_tokens)
 
     config = LsaConfig(indexer="oracle", chunk_tokens=16, recency_tokens=16, sink_tokens=16, tau=1, refresh="stale1")
     method = Scripted(config)
     prompt = prefilled(loaded, prompt_ids(300), method)
-    with DecodeSession(loaded, method, prompt, reserve_tokens=12) as session:
+    with Single(loaded, method, prompt, reserve_tokens=12) as session:
         for token in prompt_ids(12, seed=8):
             session.step(token)
             torch.cuda.synchronize()
@@ -110,16 +109,14 @@ def test_memory_falls_when_the_set_shrinks():
     everything = torch.arange((n_tokens - 128) // 64)
 
     class Scripted(Lsa):
-        def open(self, prompt, device, *, physical=True, reserve_tokens=0):
+        def open(self, prompt, device, *, reserve_tokens=0):
             layout = self.layout(prompt.n_tokens)
             selector = ScriptedSelector([everything, everything[:4]])
-            return self.open_with(
-                prompt, device, selector, layout=layout, physical=physical, reserve_tokens=reserve_tokens
-            )
+            return self.open_with(prompt, device, selector, layout=layout, reserve_tokens=reserve_tokens)
 
     method = Scripted(LsaConfig(indexer="oracle", chunk_tokens=64, recency_tokens=64, sink_tokens=64, tau=1))
     prompt = prefilled(loaded, prompt_ids(n_tokens), method)
-    with DecodeSession(loaded, method, prompt, reserve_tokens=2) as session:
+    with Single(loaded, method, prompt, reserve_tokens=2) as session:
         held = []
         for token in (5, 6):
             session.step(token)

@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lsa_tools import prefilled, random_indexer, run_steps
+from masked import masking
 from planted import planted_collection
+from sessions import Single
 from tiny_models import loaded_model, prompt_ids
 
-from kvscope.harness.engine.decode import DecodeSession
 from kvscope.harness.engine.models import load_model
 from kvscope.harness.engine.prefill import prefill
 from kvscope.harness.indexers.collection.collect import CollectConfig, collect, make_tasks
@@ -238,7 +239,7 @@ def test_evicting_equals_masking_and_slots_equal_both(tmp_path, family, shape, r
     prompt = prefilled(loaded, prompt_ids(203), method, chunk_tokens=64, seed=4)
     tokens = prompt_ids(10, seed=8)
     evicted, record, footprint = run_steps(loaded, method, prompt, tokens)
-    masked, masked_record, _ = run_steps(loaded, method, prompt, tokens, physical=False)
+    masked, masked_record, _ = run_steps(loaded, masking(method), prompt, tokens)
     torch.testing.assert_close(evicted, masked, atol=1e-5, rtol=0)
     assert record == masked_record
     dense, _, _ = run_steps(loaded, create_method("dense"), prompt, tokens)
@@ -260,7 +261,7 @@ def test_slots_refreshed_by_kernels_hold_what_torch_chooses(tmp_path, monkeypatc
     tokens = prompt_ids(8, seed=8)
     by_torch, record, _ = run_steps(loaded, method, prompt, tokens)
     monkeypatch.setattr("kvscope.methods.lsa.selection.unsupported_scores", lambda *args, **options: [])
-    with DecodeSession(loaded, method, prompt, reserve_tokens=8, decode_graph="uncaptured") as session:
+    with Single(loaded, method, prompt, reserve_tokens=8, decode_graph="uncaptured") as session:
         by_kernels = torch.stack([session.step(token) for token in tokens])
         assert "triton: indexer_score" in session.sequence._selector.backends()[0]
         assert session.sequence.residency() == record
@@ -304,7 +305,7 @@ def test_prompts_around_one_chunk_and_one_segment(tmp_path, n_tokens):
     prompt = prefilled(loaded, prompt_ids(n_tokens), method)
     tokens = prompt_ids(5, seed=8)
     evicted, record, _ = run_steps(loaded, method, prompt, tokens)
-    masked, masked_record, _ = run_steps(loaded, method, prompt, tokens, physical=False)
+    masked, masked_record, _ = run_steps(loaded, masking(method), prompt, tokens)
     torch.testing.assert_close(evicted, masked, atol=1e-5, rtol=0)
     assert record == masked_record
     assert method.layout(n_tokens).n_candidates == n_tokens // 12

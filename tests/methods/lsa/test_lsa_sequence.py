@@ -3,15 +3,17 @@
 import pytest
 import torch
 from lsa_tools import prefilled, random_indexer, run_steps
+from masked import masking
+from sessions import Single
 from tiny_models import loaded_model, prompt_ids
 
-from kvscope.harness.engine.decode import DecodeSession, decode
+from kvscope.harness.engine.decode import decode
 from kvscope.harness.engine.prefill import prefill
-from kvscope.methods.base import tensor_bytes
 from kvscope.methods.lsa import pool
 from kvscope.methods.lsa.method import Lsa, LsaConfig
 from kvscope.methods.lsa.selection import ScriptedSelector
 from kvscope.methods.registry import create_method
+from kvscope.methods.shape import tensor_bytes
 
 FAMILIES = ["llama", "qwen3", "mistral", "smollm3", "gpt_oss"]
 SYNTHETIC = "lsa:selection=synthetic"
@@ -34,7 +36,7 @@ def test_evicting_equals_masking(family, spec, n_tokens):
     prompt = prefilled(loaded, prompt_ids(n_tokens), method, chunk_tokens=64, seed=4)
     tokens = prompt_ids(12, seed=8)
     evicted, record, footprint = run_steps(loaded, method, prompt, tokens)
-    masked, masked_record, masked_footprint = run_steps(loaded, method, prompt, tokens, physical=False)
+    masked, masked_record, masked_footprint = run_steps(loaded, masking(method), prompt, tokens)
     torch.testing.assert_close(evicted, masked, atol=1e-5, rtol=0)
     assert record == masked_record
     assert footprint.bytes_read_per_step == masked_footprint.bytes_read_per_step
@@ -71,7 +73,7 @@ def test_prompts_around_one_chunk(spec, n_tokens):
     prompt = prefilled(loaded, prompt_ids(n_tokens), method)
     tokens = prompt_ids(5, seed=8)
     evicted, record, _ = run_steps(loaded, method, prompt, tokens)
-    masked, masked_record, _ = run_steps(loaded, method, prompt, tokens, physical=False)
+    masked, masked_record, _ = run_steps(loaded, masking(method), prompt, tokens)
     torch.testing.assert_close(evicted, masked, atol=1e-5, rtol=0)
     assert record == masked_record
     assert len(record.resident_tokens) == (3 if method.layout(n_tokens).n_candidates and "tau=2" in spec else 1)
@@ -88,7 +90,7 @@ def test_budget_zero_keeps_sinks_and_window_and_nothing_else():
     logits, record, footprint = run_steps(loaded, method, prompt, tokens)
     assert record.resident_tokens == (32,)
     assert record.recalled_bytes == (0,)
-    masked, _, _ = run_steps(loaded, method, prompt, tokens, physical=False)
+    masked, _, _ = run_steps(loaded, masking(method), prompt, tokens)
     torch.testing.assert_close(logits, masked, atol=1e-5, rtol=0)
     assert method.effective_config(160, loaded.shape)["chunks_chosen"] == 0
     assert footprint == method.predict(loaded.shape, 160, 6)
@@ -98,12 +100,10 @@ def scripted(config, sets):
     """LSA that plays back sets of candidate chunks."""
 
     class Scripted(Lsa):
-        def open(self, prompt, device, *, physical=True, reserve_tokens=0):
+        def open(self, prompt, device, *, reserve_tokens=0):
             selector = ScriptedSelector([torch.tensor(chosen, dtype=torch.long) for chosen in sets])
             layout = self.layout(prompt.n_tokens)
-            return self.open_with(
-                prompt, device, selector, layout=layout, physical=physical, reserve_tokens=reserve_tokens
-            )
+            return self.open_with(prompt, device, selector, layout=layout, reserve_tokens=reserve_tokens)
 
     return Scripted(LsaConfig(indexer="oracle", chunk_tokens=16, recency_tokens=16, sink_tokens=16, **config))
 
@@ -120,7 +120,7 @@ def test_evicted_chunks_are_freed_and_only_the_difference_moves():
     prompt = prefilled(loaded, prompt_ids(160), method)
     chunk_bytes = 16 * loaded.shape.kv_bytes_per_token
     static_bytes = loaded.shape.paged_kv_bytes(32 + 5)
-    with DecodeSession(loaded, method, prompt, reserve_tokens=5) as session:
+    with Single(loaded, method, prompt, reserve_tokens=5) as session:
         sequence = session.sequence
         for chosen, token in zip(sets, prompt_ids(5, seed=8), strict=True):
             session.step(token)
@@ -170,7 +170,7 @@ def test_stale1_reads_a_choice_one_interval_late_and_counts_what_is_on_its_way()
     torch.testing.assert_close(late, same, atol=1e-6, rtol=0)
     # After refresh 1 chunk 0 is read while 1 and 2 arrive; after refresh 2 these are read while 3 arrives.
     assert record.resident_tokens == (32 + 16, 32 + 48, 32 + 48, 32 + 16)
-    masked, masked_record, _ = run_steps(loaded, stale, prompt, tokens, physical=False)
+    masked, masked_record, _ = run_steps(loaded, masking(stale), prompt, tokens)
     torch.testing.assert_close(late, masked, atol=1e-5, rtol=0)
     assert record == masked_record
 
@@ -179,7 +179,7 @@ def test_a_failing_copy_is_raised_not_swallowed(monkeypatch):
     loaded = loaded_model("llama")
     method = scripted({"tau": 1, "refresh": "stale1"}, [[0], [1], [2]])
     prompt = prefilled(loaded, prompt_ids(160), method)
-    with DecodeSession(loaded, method, prompt, reserve_tokens=3) as session:
+    with Single(loaded, method, prompt, reserve_tokens=3) as session:
         session.step(5)
 
         def broken(self, move):
@@ -217,7 +217,7 @@ def test_a_refresh_sees_the_states_of_the_step_before(tmp_path):
     )
     prompt = prefilled(loaded, prompt_ids(200), method, chunk_tokens=64)
     seen, states = {layer: list(prompt.metadata["last_states_3"][layer]) for layer in loaded.shape.layers}, []
-    session = DecodeSession(loaded, method, prompt, reserve_tokens=6)
+    session = Single(loaded, method, prompt, reserve_tokens=6)
     observe, choose = session.sequence.observe, session.sequence._selector.choose
 
     def spy(layer, hidden_BM):
@@ -313,7 +313,7 @@ def test_slots_hold_the_mirror_at_every_step_and_spare_ones_wait(refresh):
     method = scripted({"tau": 1, "refresh": refresh}, sets)
     prompt = prefilled(loaded, prompt_ids(160), method)
     late = 1 if refresh == "stale1" else 0
-    with DecodeSession(loaded, method, prompt, reserve_tokens=12, decode_graph="uncaptured") as session:
+    with Single(loaded, method, prompt, reserve_tokens=12, decode_graph="uncaptured") as session:
         slots, versions = session.sequence._slots, set()
         for step, token in enumerate(prompt_ids(12, seed=8)):
             session.step(token)

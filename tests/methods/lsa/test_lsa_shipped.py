@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from lsa_tools import run_steps
+from masked import masking
 
 from kvscope import cli
 from kvscope.errors import UsageError
@@ -97,7 +98,7 @@ def test_its_prediction_is_the_ledger(loaded, budgeted, prompt, kind, name):
     if kind == "lsa":
         assert (record.indexer, record.tau) == (hashed, 2)
         assert record.indexer_tau == KINDS[kind].read_config(KINDS[kind].folder(name)).tau
-        masked, _, _ = run_steps(loaded, method, prompt, tokens, physical=False)
+        masked, _, _ = run_steps(loaded, masking(method), prompt, tokens)
         torch.testing.assert_close(logits, masked, atol=2e-4, rtol=0)
     else:
         assert method.effective_config(N_TOKENS, loaded.shape)["indexer"] == hashed

@@ -1,0 +1,125 @@
+"""One sequence of a session, and the cache layers in which all of them meet.
+
+Shapes: n sequences, Q query heads, H KV heads, D head size, M hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from kvscope.harness.engine.glue import EngineCache, EngineLayer
+from kvscope.harness.engine.loaded import LoadedModel
+from kvscope.harness.engine.static_stock import Rings
+from kvscope.methods.base import AttentionCall, CacheMethod, Rotation, SequenceCache
+from kvscope.methods.store import PromptKV
+
+
+class Member:
+    """A prompt opened under a method, as a session steps it.
+
+    Attributes:
+        cache: what the method holds of the sequence. Another object takes its place where a session that failed to be
+            a graph opens the prompt anew, so ask for it each time.
+        method, prompt: what was opened.
+        observed: layers whose entering hidden states the method wants at each step.
+        is_fed: whether a token was fed.
+        open_s: seconds it took to open.
+    """
+
+    def __init__(self, loaded: LoadedModel, method: CacheMethod[Any], prompt: PromptKV, *, reserve_tokens: int) -> None:
+        """Open the prompt, with room for ``reserve_tokens`` steps."""
+        self.method, self.prompt = method, prompt
+        self.observed = frozenset(method.observed_layers(loaded.shape))
+        self.is_fed, self.open_s = False, 0.0
+        self._has_begun = False
+        self._open = partial(method.open, prompt, loaded.device, reserve_tokens=reserve_tokens)
+        self.cache: SequenceCache = self._open()
+        self._rings: Rings | None = None
+
+    @property
+    def n_tokens(self) -> int:
+        """The position of the next token."""
+        return self.cache.n_tokens
+
+    def make_static(self, dtype: torch.dtype) -> None:
+        """Fix the addresses of the sequence's steps, those of the model's own sliding-window layers included."""
+        self.cache.make_static()
+        self._rings = Rings(self.cache, dtype)
+
+    def reopen(self) -> None:
+        """Open the prompt anew, as it was at first: addresses are not fixed, what was fed is gone."""
+        self.close()
+        self.cache, self.is_fed, self._has_begun = self._open(), False, False
+
+    def begin_step(self) -> None:
+        """A token is about to be fed. Asked again before it was, nothing happens: a capture goes before its step."""
+        if self._has_begun:
+            return
+        self._has_begun = True
+        self.cache.begin_step()
+        if self._rings is not None:
+            self._rings.place(self.cache.n_tokens)
+
+    def end_step(self) -> None:
+        """A token has been fed."""
+        self.cache.end_step()
+        self.is_fed, self._has_begun = True, False
+
+    def attend(self, layer: int, call: AttentionCall) -> torch.Tensor:
+        """Attend the one query of this sequence, [1, Q, 1, D], in a managed layer or in a sliding-window one."""
+        if self._rings is not None and layer in self._rings.pages:
+            return self._rings.attend(layer, call)
+        stock = self.cache.stock.get(layer)
+        if stock is None:
+            return self.cache.attend(layer, call)
+        attended: torch.Tensor = stock.attend(call.over(*stock.update(call.key, call.value)))
+        return attended
+
+    def close(self) -> None:
+        """Drop every tensor."""
+        if self._rings is not None:
+            self._rings.clear()
+            self._rings = None
+        self.cache.close()
+
+
+class SessionLayer(EngineLayer):
+    """One layer of a session. The queries of all its sequences arrive here together, [n, Q, 1, D].
+
+    Each sequence attends by itself. One launch for all of them would stand in ``attend``.
+    """
+
+    def __init__(self, index: int, members: Sequence[Member], *, rotation: Rotation | None, managed: bool) -> None:
+        super().__init__(index)
+        self.rotation = rotation
+        self._members, self._managed = members, managed
+
+    def get_seq_length(self) -> int:
+        return max((member.n_tokens for member in self._members), default=0)
+
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        if self._managed:
+            self._refuse_window(call)
+        if len(self._members) == 1:
+            return self._members[0].attend(self.index, call)
+        return torch.cat([member.attend(self.index, call.row(b)) for b, member in enumerate(self._members)])
+
+
+def session_cache(loaded: LoadedModel, members: Sequence[Member]) -> EngineCache:
+    """Return the cache a model is called with for ``members``, which may come and go."""
+    managed = set(loaded.shape.layers)
+    return EngineCache(
+        [
+            SessionLayer(
+                layer,
+                members,
+                rotation=loaded.rotations.get(layer) if layer in managed else None,
+                managed=layer in managed,
+            )
+            for layer in range(loaded.shape.n_layers)
+        ]
+    )

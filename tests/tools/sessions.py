@@ -1,0 +1,81 @@
+"""Sessions as tests want them: of one sequence; and with the step of a CUDA graph run as it is, on any device."""
+
+from kvscope.harness.engine.decode_graph import EAGER, GraphStep, static_reasons
+from kvscope.harness.engine.session import Session
+
+UNCAPTURED = "uncaptured"
+
+
+class UncapturedStep(GraphStep):
+    """The step of fixed addresses, run instead of replayed."""
+
+    backend = EAGER
+
+    @classmethod
+    def reasons(cls, loaded, cache):
+        return static_reasons(loaded, cache)
+
+    def _capture(self):
+        self._versions = self._static_versions()
+        self._forward()
+
+    def _replay(self):
+        self._logits_nV = self._forward()
+
+
+class UncapturedSession(Session):
+    """A session whose steps have fixed addresses and are no graph."""
+
+    graph_step = UncapturedStep
+
+
+def new_session(loaded, decode_graph="off"):
+    """A session; ``uncaptured`` demands the step of a graph, and runs it as it is."""
+    if decode_graph == UNCAPTURED:
+        return UncapturedSession(loaded, decode_graph="on")
+    return Session(loaded, decode_graph=decode_graph)
+
+
+class Single:
+    """One sequence in a session of its own.
+
+    Attributes:
+        session: the session.
+        member: its one sequence.
+    """
+
+    def __init__(self, loaded, method, prompt, *, reserve_tokens, decode_graph="off"):
+        self.session = new_session(loaded, decode_graph)
+        try:
+            self.member = self.session.add(method, prompt, reserve_tokens=reserve_tokens)
+        except BaseException:
+            self.session.close()
+            raise
+
+    def __enter__(self):
+        try:
+            self.session.prepare()
+        except BaseException:
+            self.session.close()
+            raise
+        return self
+
+    def __exit__(self, *error):
+        self.session.close()
+
+    @property
+    def sequence(self):
+        """What the method holds."""
+        return self.member.cache
+
+    @property
+    def step_backend(self):
+        return self.session.step_backend
+
+    @property
+    def captures(self):
+        return self.session.captures
+
+    def step(self, token):
+        """Feed a token; return the logits [vocabulary]."""
+        return self.session.step([token])[0]
