@@ -1,11 +1,13 @@
 """The ``kvscope`` command: parses, calls, prints. Everything heavy is imported inside the commands.
 
-Exit codes: 0 done, 1 some cells failed, 2 usage, 3 environment, 130 interrupted.
+Exit codes: 0 done, 1 some cells failed, 2 usage, 3 environment, 70 a fault of kvscope's own, 130 interrupted.
 """
 
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,11 +16,15 @@ import typer
 from kvscope.errors import KvscopeError, UsageError, did_you_mean
 from kvscope.harness.indexers.dsa.cli import app as dsa_app
 from kvscope.harness.indexers.lsa.cli import app as lsa_app
+from kvscope.harness.passes.options import with_run_options
+from kvscope.harness.reference_model.cli import app as backbone_app
+from kvscope.harness.studies.cli import app as study_app
+from kvscope.terminal import complain, printable, say, tell
 
 if TYPE_CHECKING:
     from kvscope.harness.passes.config import RunConfig
 
-EXIT_DONE, EXIT_CELLS_FAILED, EXIT_USAGE, EXIT_ENVIRONMENT, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
+EXIT_DONE, EXIT_CELLS_FAILED, EXIT_USAGE, EXIT_ENVIRONMENT, EXIT_FAULT, EXIT_INTERRUPTED = 0, 1, 2, 3, 70, 130
 
 app = typer.Typer(
     name="kvscope",
@@ -30,146 +36,8 @@ app = typer.Typer(
 
 app.add_typer(lsa_app, short_help="Collect, train and evaluate the indexer of lsa.")
 app.add_typer(dsa_app, short_help="Train and evaluate the lightning indexer of dsa.")
-
-#: Option names that are not the configuration key they set.
-KEYS = {
-    "method": "methods",
-    "task": "tasks",
-    "length": "lengths_tokens",
-    "footprint_length": "footprint_lengths_tokens",
-    "gpu_budget": "gpu_budget_bytes",
-    "time_limit": "time_limit_s",
-}
-
-ConfigFile = Annotated[
-    Path | None, typer.Argument(metavar="[CONFIG.yaml]", show_default=False, help="YAML file; flags win over it.")
-]
-Model = Annotated[
-    str | None,
-    typer.Option("--model", help="reference, a folder, a Hugging Face id or preset:NAME.  [default: reference]"),
-]
-Methods = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--method",
-        "-m",
-        metavar="SPEC",
-        help="Method as name or name:key=value; repeatable.  [default: dense, sliding_window, recency, random]",
-    ),
-]
-Tasks = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--task",
-        "-t",
-        metavar="SPEC",
-        help="Task as name or name:key=value; repeatable.  [default: niah_single_1, niah_multikey_2]",
-    ),
-]
-Lengths = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--length",
-        "-l",
-        metavar="TOKENS",
-        help="Prompt + answer, as 4096, 4k (k = 1024) or 1M; repeatable.  [default: 1k 2k 4k 8k]",
-    ),
-]
-Samples = Annotated[int | None, typer.Option("--samples", "-n", help="Prompts per task and length.  [default: 20]")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Seed of prompts and of random choices.  [default: 0]")]
-From = Annotated[
-    str | None,
-    typer.Option(
-        "--method-from",
-        metavar="last_token|question",
-        help="First token under the method: the prompt's last, or the question's first.  [default: last_token]",
-    ),
-]
-AnswerNll = Annotated[
-    bool | None,
-    typer.Option("--answer-nll/--no-answer-nll", help="Also measure the teacher-forced NLL of the answer."),
-]
-MaxNewTokens = Annotated[
-    int | None, typer.Option("--max-new-tokens", help="New tokens per sample.  [default: the task's own]")
-]
-AccuracyGraph = Annotated[
-    bool | None,
-    typer.Option(
-        "--accuracy-graph/--no-accuracy-graph",
-        help="Answer with decode steps as a CUDA graph, where that can be done and pays.",
-    ),
-]
-PaperSettings = Annotated[
-    bool | None,
-    typer.Option("--paper-settings/--no-paper-settings", help="Fix recency at 8192 tokens, blocks as in their papers."),
-]
-Footprint = Annotated[
-    bool | None,
-    typer.Option("--footprint/--no-footprint", help="Measure memory and latency, a fresh process per cell."),
-]
-FootprintLengths = Annotated[
-    list[str] | None,
-    typer.Option("--footprint-length", metavar="TOKENS", help="Lengths of that; repeatable.  [default: --length]"),
-]
-Kv = Annotated[
-    str | None,
-    typer.Option(
-        "--kv",
-        metavar="prefill|synthetic",
-        help="Memory and latency after a real prefill, or with pages of random values.  [default: prefill]",
-    ),
-]
-GpuBudget = Annotated[
-    str | None,
-    typer.Option(
-        "--gpu-budget", metavar="SIZE", help="Most device bytes a process may take, as 24GiB.  [default: the card]"
-    ),
-]
-FindMax = Annotated[
-    bool | None,
-    typer.Option("--find-max", help="Only find each method's longest context (bisection, synthetic KV)."),
-]
-Throughput = Annotated[
-    bool | None,
-    typer.Option("--throughput", help="Only find each method's largest batch, and its tokens a second (synthetic KV)."),
-]
-TimeLimit = Annotated[
-    float | None,
-    typer.Option("--time-limit", metavar="SECONDS", help="Stop before the next row after this; the same continues."),
-]
-Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.  [default: auto]")]
-Dtype = Annotated[
-    str | None,
-    typer.Option(
-        "--dtype",
-        metavar="auto|float32|bfloat16|float16",
-        help="auto is float32 on a CPU, bfloat16 on a GPU.  [default: auto]",
-    ),
-]
-Out = Annotated[
-    Path | None, typer.Option("--out", "-o", metavar="DIR", help="Folder of the run; the same again resumes.")
-]
-Sweeps = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--sweep",
-        metavar="METHOD.OPTION=VALUES",
-        help="Run a method once for each value, as lsa.threshold=0.3,0.5; repeatable, every combination.",
-    ),
-]
-Sets = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Set any configuration key, value as YAML; repeatable, wins."),
-]
-
-
-def build_config(parameters: Mapping[str, Any]) -> "RunConfig":
-    """Merge file, flags, ``--set`` and ``--sweep`` of a command; what was not given leaves the file's value."""
-    from kvscope.harness.passes.config import load_config
-
-    given = {KEYS.get(name, name): value for name, value in parameters.items() if value is not None and value != []}
-    config, sets, sweeps = given.pop("config", None), given.pop("set_", ()), given.pop("sweep", ())
-    return load_config(config, flags=given, sets=sets, sweeps=sweeps)
+app.add_typer(study_app, short_help="Measure attention that explains results.")
+app.add_typer(backbone_app, short_help="Train and evaluate the reference model.")
 
 
 def print_version(wanted: bool) -> None:
@@ -177,7 +45,7 @@ def print_version(wanted: bool) -> None:
     if wanted:
         import kvscope
 
-        typer.echo(f"kvscope {kvscope.__version__}")
+        say(f"kvscope {kvscope.__version__}")
         raise typer.Exit
 
 
@@ -191,31 +59,10 @@ def root(
 
 
 @app.command(short_help="Measure methods, then write tables and figures.")
+@with_run_options
 def run(
-    config: ConfigFile = None,
-    model: Model = None,
-    method: Methods = None,
-    task: Tasks = None,
-    length: Lengths = None,
-    samples: Samples = None,
-    seed: Seed = None,
-    out: Out = None,
-    method_from: From = None,
-    answer_nll: AnswerNll = None,
-    max_new_tokens: MaxNewTokens = None,
-    accuracy_graph: AccuracyGraph = None,
-    paper_settings: PaperSettings = None,
-    footprint: Footprint = None,
-    footprint_length: FootprintLengths = None,
-    kv: Kv = None,
-    gpu_budget: GpuBudget = None,
-    find_max: FindMax = None,
-    throughput: Throughput = None,
-    time_limit: TimeLimit = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    sweep: Sweeps = None,
-    set_: Sets = None,
+    config: "RunConfig",
+    *,
     report: Annotated[
         bool,
         typer.Option("--report/--no-report", help="Tables and figures at the end; kvscope report makes them, too."),
@@ -226,55 +73,27 @@ def run(
 
     Each row is on disk as soon as it exists. The same command again continues where it stopped.
     """
-    parameters = {name: value for name, value in locals().items() if name not in ("quiet", "report")}
-    run_config = build_config(parameters)
     from kvscope.harness.passes.sweep import failures
     from kvscope.harness.passes.sweep import run as run_sweep
 
-    measured = run_sweep(run_config, progress=not quiet)
+    measured = run_sweep(config, progress=not quiet)
     if report:
         print_report(measured.folder)
     else:
-        typer.echo(f"rows     {measured.folder}")
+        say(f"rows     {measured.folder}")
     failed = failures(measured)
     for line in failed:
-        typer.echo(line, err=True)
+        tell(line)
     return EXIT_CELLS_FAILED if failed else EXIT_DONE
 
 
 @app.command(short_help="Say what run would do; run nothing.")
-def plan(
-    config: ConfigFile = None,
-    model: Model = None,
-    method: Methods = None,
-    task: Tasks = None,
-    length: Lengths = None,
-    samples: Samples = None,
-    seed: Seed = None,
-    out: Out = None,
-    method_from: From = None,
-    answer_nll: AnswerNll = None,
-    max_new_tokens: MaxNewTokens = None,
-    accuracy_graph: AccuracyGraph = None,
-    paper_settings: PaperSettings = None,
-    footprint: Footprint = None,
-    footprint_length: FootprintLengths = None,
-    kv: Kv = None,
-    gpu_budget: GpuBudget = None,
-    find_max: FindMax = None,
-    throughput: Throughput = None,
-    time_limit: TimeLimit = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    sweep: Sweeps = None,
-    set_: Sets = None,
-) -> None:
+@with_run_options
+def plan(config: "RunConfig") -> None:
     """Print what `run` with the same options would do: cells, predicted bytes, forecasts. Runs nothing."""
-    parameters = dict(locals())
-    run_config = build_config(parameters)
     from kvscope.harness.passes.plan import make_plan
 
-    typer.echo(make_plan(run_config).text())
+    say(make_plan(config).text())
 
 
 @app.command(short_help="Write the tables and figures of a run again.")
@@ -290,7 +109,7 @@ def report(
     folders = run_folders(folder)
     for run_folder in folders:
         if run_folder != folder:
-            typer.echo(f"{run_folder.name}\n{'=' * len(run_folder.name)}")
+            say(f"{run_folder.name}\n{'=' * len(run_folder.name)}")
         print_report(run_folder)
 
 
@@ -300,16 +119,16 @@ def print_report(folder: Path) -> None:
 
     loaded = load_run(folder)
     for message in loaded.messages:
-        typer.echo(message, err=True)
+        tell(message)
     from kvscope.reports import make_report
     from kvscope.reports.summary import summary_text
 
-    typer.echo(summary_text(loaded))
+    say(summary_text(loaded))
     paths = make_report(folder)
     html = [path for path in paths if path.suffix == ".html"]
-    typer.echo(f"\n{len(paths)} files under {folder / 'report'}")
+    say(f"\n{len(paths)} files under {folder / 'report'}")
     for path in html:
-        typer.echo(f"report   {path}")
+        say(f"report   {path}")
 
 
 @app.command("list", short_help="List methods, tasks or models.")
@@ -323,9 +142,9 @@ def list_(
     if json:
         from json import dumps
 
-        typer.echo(dumps(entries(kind), indent=2))
+        say(dumps(entries(kind), indent=2))
     else:
-        typer.echo(list_text(kind))
+        say(list_text(kind))
 
 
 @app.command(short_help="Explain one method, task or model.")
@@ -335,7 +154,7 @@ def show(
     """Print what stays, what is read, options with types and defaults, cost and source of a method, task or model."""
     from kvscope.harness.info.catalog import show_text
 
-    typer.echo(show_text(name))
+    say(show_text(name))
 
 
 @app.command(short_help="Check this machine.")
@@ -349,8 +168,20 @@ def doctor(
     width = max(len(check.name) for check in checks)
     for check in checks:
         mend = f" ({check.mend})" if check.mend else ""
-        typer.echo(f"{check.status:<4}  {check.name:<{width}}  {check.finding}{mend}")
+        say(f"{check.status:<4}  {check.name:<{width}}  {check.finding}{mend}")
     return EXIT_ENVIRONMENT if failed(checks) else EXIT_DONE
+
+
+@study_app.command("attention-figure", short_help="Draw what study attention-mass measured.")
+def attention_figure(
+    csv: Annotated[Path, typer.Argument(metavar="CSV", help="File that study attention-mass wrote.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the figure's files.")] = Path(),
+) -> None:
+    """Draw attention on the evidence by length, and write its numbers: attention_on_evidence.png, .svg and .csv."""
+    from kvscope.reports.attention_mass import write_attention_figure
+
+    for path in write_attention_figure(csv, out):
+        say(str(path))
 
 
 def check_command(arguments: Sequence[str], command: Any) -> None:
@@ -359,8 +190,22 @@ def check_command(arguments: Sequence[str], command: Any) -> None:
         raise UsageError(f"There is no command {arguments[0]!r}.{did_you_mean(arguments[0], command.commands)}")
 
 
+def report_fault(error: Exception) -> None:
+    """Say that kvscope failed of itself, and where the traceback is; without a place for it, it is printed."""
+    what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    text = printable("".join(traceback.format_exception(error)))
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="kvscope-", suffix=".log", encoding="utf-8", delete=False) as file:
+            file.write(text)
+    except OSError:
+        complain(f"an error of kvscope's own ({what}); no file for its traceback can be written, so here it is:")
+        tell(text)
+        return
+    complain(f"an error of kvscope's own ({what}): please report it with its traceback, which is in {file.name}.")
+
+
 def run_cli(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code; every error is one sentence on stderr, never a traceback."""
+    """Run the command line and return its exit code; every error is one sentence on stderr."""
     command = typer.main.get_command(app)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments:
@@ -371,7 +216,7 @@ def run_cli(arguments: Sequence[str] | None = None) -> int:
         check_command(arguments, command)
         code = command.main(args=arguments, prog_name="kvscope", standalone_mode=False)
     except KvscopeError as error:
-        typer.echo(f"kvscope: {error}", err=True)
+        complain(str(error))
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         code = EXIT_INTERRUPTED
@@ -379,15 +224,16 @@ def run_cli(arguments: Sequence[str] | None = None) -> int:
         # Whoever read our output has seen enough (`kvscope list tasks | head`).
         sys.stderr.close()
         return EXIT_DONE
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the last resort: a traceback helps no user
         # typer's usage errors: their classes moved between versions, their method did not.
         format_message = getattr(error, "format_message", None)
         if format_message is None:
-            raise
-        typer.echo(f"kvscope: {format_message()}", err=True)
+            report_fault(error)
+            return EXIT_FAULT
+        complain(format_message())
         return EXIT_USAGE
     if code == EXIT_INTERRUPTED:  # newer typers turn the interrupt into this code themselves
-        typer.echo("kvscope: interrupted; every finished row is kept, and the same command continues.", err=True)
+        complain("interrupted; every finished row is kept, and the same command continues.")
     return code if isinstance(code, int) else EXIT_DONE
 
 

@@ -23,7 +23,7 @@ from measure import RESULTS, machine, machine_lines, say
 
 from kvscope.harness.indexers.collection.document import CollectionInfo, Document, DocumentInfo
 from kvscope.harness.indexers.collection.shards import write_manifest, write_shard
-from kvscope.harness.passes.footprint import worker_environment
+from kvscope.harness.passes.process import worker_environment
 
 GIB = 1024**3
 SHAPE: dict[str, Any] = {

@@ -34,7 +34,7 @@ from reference_pack import pack_cells
 
 from kvscope.errors import KvscopeError, UsageError
 from kvscope.harness.passes.config import RunConfig
-from kvscope.harness.passes.footprint import worker_environment
+from kvscope.harness.passes.process import worker_environment
 
 #: A piece is not begun with less time than this left: its process would hardly come to measure anything.
 LEAST_PIECE_S = 30.0

@@ -1,13 +1,10 @@
-"""The figure of attention on the evidence by length, from the CSV of ``kvscope.harness.studies.attention_mass``.
+"""The figure of attention on the evidence by length, from the CSV of ``kvscope study attention-mass``.
 
-    python -m kvscope.reports.attention_mass mass.csv --out FOLDER
+    kvscope study attention-figure mass.csv --out FOLDER
 
 writes ``attention_on_evidence.png``, ``.svg`` and ``.csv``.
 """
 
-import argparse
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -137,30 +134,21 @@ def read_rows(path: Path) -> pd.DataFrame:
         raise UsageError(f"{path} cannot be read as a CSV file of attention masses: {error}.") from error
     lacking = sorted(NEEDED - set(rows.columns))
     if lacking:
-        raise UsageError(
-            f"{path} is no CSV of `python -m kvscope.harness.studies.attention_mass`: it lacks {', '.join(lacking)}."
-        )
+        raise UsageError(f"{path} is no CSV of `kvscope study attention-mass`: it lacks {', '.join(lacking)}.")
     if not len(rows):
         raise UsageError(f"{path} holds no row: nothing was measured.")
     return rows
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Draw the figure of one CSV."""
-    parser = argparse.ArgumentParser(prog="python -m kvscope.reports.attention_mass", description=__doc__)
-    parser.add_argument("csv", type=Path)
-    parser.add_argument("--out", type=Path, default=Path(), help="folder for the figure's files")
-    args = parser.parse_args(argv)
+def write_attention_figure(csv: Path, folder: Path) -> list[Path]:
+    """Draw the figure of one CSV into a folder; return the files written.
+
+    Raises:
+        UsageError: the CSV cannot be used, or the folder cannot be made.
+    """
+    figure = attention_figure(read_rows(csv))
     try:
-        figure = attention_figure(read_rows(args.csv))
-        args.out.mkdir(parents=True, exist_ok=True)
-        paths = write_figure(figure, args.out)
-    except UsageError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    sys.stdout.write("\n".join(map(str, paths)) + "\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"The folder {folder} cannot be made: {error.strerror}. Give --out another place.") from error
+    return write_figure(figure, folder)

@@ -24,6 +24,7 @@ Selection = Literal["trained", "synthetic", "free"]
 FailurePhase = Literal["start", "load", "prefill", "decode"]
 OomOf = Literal["device", "device_budget", "host"]
 Bound = Literal["device", "device_budget", "host", "model_maximum", "limit", "none_fits", "failed"]
+BatchBound = Literal["device", "device_budget", "max_batch"]
 Forecast = Literal["fits", "oom", "unsupported", "unknown"]
 
 Count = Annotated[int, Field(ge=0)]
@@ -349,7 +350,7 @@ class ThroughputRow(_CellRow):
     chunks from it. `none`: nothing is recalled."""
     largest_batch: Count | None = None
     """Most sequences that were open and decoding at once."""
-    batch_bound: Literal["device", "device_budget", "max_batch"] | None = None
+    batch_bound: BatchBound | None = None
     """What the next sequence would have exceeded; `max_batch`: nothing, the search stopped there."""
     tokens_per_s: Annotated[float, Field(gt=0.0)] | None = None
     """Decode tokens a second of the largest batch: batch / mean step."""

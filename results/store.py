@@ -152,14 +152,6 @@ class RunStore:
         """Whether (method_label, length_tokens) is done, with whatever status."""
         return key in self._footprints
 
-    def done_samples(self) -> set[SampleKey]:
-        """Keys of all sample rows."""
-        return set(self._samples)
-
-    def done_footprints(self) -> set[FootprintKey]:
-        """Keys of all footprint rows."""
-        return set(self._footprints)
-
     def rows(self) -> Rows:
         """Every row of the run."""
         return Rows(

@@ -1,51 +1,96 @@
 """The accuracy pass: one prefill per prompt, every method on it, a row as soon as it exists."""
 
-import gc
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from kvscope.errors import UsageError
+from kvscope.harness.passes.answering import Prompt, load, release_memory
+from kvscope.harness.passes.base import Left, Plan, failed_lines
 from kvscope.harness.passes.config import RunConfig
 from kvscope.harness.passes.deadline import Deadline
-from kvscope.harness.passes.plan import Plan
+from kvscope.harness.passes.facts import ModelFacts
 from kvscope.harness.passes.progress import Progress
-from kvscope.harness.passes.rows import (
-    FailureStatus,
-    cell_columns,
-    failed_sample_row,
-    failure,
-    sample_row,
-)
 from kvscope.units import format_length
 
 if TYPE_CHECKING:
     from kvscope.harness.engine.loaded import LoadedModel
     from kvscope.methods.base import CacheMethod
-    from kvscope.methods.store import PromptKV
-    from kvscope.results.schema import DecodeGraph, SampleRow
+    from kvscope.results.frames import Run
     from kvscope.results.store import RunStore
-    from kvscope.tasks.base import Sample, Task
+    from kvscope.tasks.base import Task
+
+DECODE_WORK_TOKENS = 256
 
 Pending = list[tuple[int, "list[CacheMethod[Any]]"]]
 
 
-def pending_samples(plan: Plan, store: "RunStore", task: "Task", length_tokens: int) -> Pending:
-    """Return (sample index, methods without a row) of one (task, length); prompts that are done are left out."""
-    found = []
-    for index in range(plan.config.samples):
-        methods = [m for m in plan.methods if not store.has_sample((task.name, length_tokens, index, m.label))]
-        if methods:
-            found.append((index, methods))
-    return found
+class AccuracyPass:
+    """Answers prompts and scores them."""
 
+    def lengths_tokens(self, config: RunConfig) -> tuple[int, ...]:
+        """Return the prompts' lengths; none where nothing is scored."""
+        return () if config.unscored else config.lengths_tokens
 
-def accuracy_pass(plan: Plan, store: "RunStore", progress: Progress, deadline: Deadline) -> None:
-    """Answer every prompt that lacks a row, shortest length first, until the deadline.
+    def check(self, config: RunConfig, facts: ModelFacts, tasks: "Sequence[Task]") -> None:
+        """Refuse a length at which a task cannot be built.
 
-    The model loads only when something is to do.
-    """
-    loaded: LoadedModel | None = None
-    for length_tokens in plan.config.lengths_tokens:
-        for task in plan.tasks:
+        Raises:
+            UsageError: naming the length, the task and the least it takes.
+        """
+        for task in tasks:
+            least_tokens = task.min_length_tokens(facts.tokenizer)
+            for length_tokens in config.lengths_tokens:
+                if length_tokens < least_tokens:
+                    raise UsageError(
+                        f"Length {length_tokens:,} is too short for task {task.name!r}: it needs at least "
+                        f"{least_tokens:,} tokens."
+                    )
+
+    def cells(self, plan: Plan) -> "list[tuple[Task, int]]":
+        """Return every (task, length in tokens), shortest length first."""
+        return [(task, length_tokens) for length_tokens in plan.config.lengths_tokens for task in plan.tasks]
+
+    def prefill_tokens(self, plan: Plan) -> int:
+        """Return the tokens to prefill: one prefill a prompt, whatever the number of methods."""
+        return sum(length_tokens for _, length_tokens in self.cells(plan)) * plan.config.samples
+
+    def text(self, plan: Plan) -> list[str]:
+        """Return its line of the plan."""
+        if not plan.tasks:
+            return []
+        prompts = len(self.cells(plan)) * plan.config.samples
+        return [
+            f"accuracy   {prompts:,} prompts, each prefilled once for {len(plan.methods)} methods: "
+            f"{self.prefill_tokens(plan):,} tokens to prefill, {prompts * len(plan.methods):,} rows"
+        ]
+
+    def info(self, plan: Plan) -> dict[str, Any]:
+        """Return tasks, lengths and samples; nothing where nothing is scored."""
+        if not plan.tasks:
+            return {}
+        return {
+            "tasks": tuple(task.name for task in plan.tasks),
+            "lengths_tokens": plan.config.lengths_tokens,
+            "samples": plan.config.samples,
+        }
+
+    def left(self, plan: Plan, store: "RunStore") -> Left:
+        """Count the prompts that lack a row of a method."""
+        left = Left()
+        for task, length_tokens in self.cells(plan):
+            pending = pending_samples(plan, store, task, length_tokens)
+            work_tokens = sum(prompt_work_tokens(length_tokens, methods=len(methods)) for _, methods in pending)
+            left += Left(cells=bool(pending), prompts=len(pending), work_tokens=work_tokens)
+        return left
+
+    def run(self, plan: Plan, store: "RunStore", progress: Progress, deadline: Deadline) -> None:
+        """Answer every prompt that lacks a row, shortest length first, until the deadline."""
+        self._answer(plan, store, progress, deadline)
+        release_memory()  # the model is gone: the processes of the next pass find the device free
+
+    def _answer(self, plan: Plan, store: "RunStore", progress: Progress, deadline: Deadline) -> None:
+        loaded: LoadedModel | None = None  # loads only when something is to do
+        for task, length_tokens in self.cells(plan):
             pending = pending_samples(plan, store, task, length_tokens)
             if not pending:
                 continue
@@ -59,16 +104,27 @@ def accuracy_pass(plan: Plan, store: "RunStore", progress: Progress, deadline: D
                     plan.facts.tokenizer, length_tokens=length_tokens, sample=index, seed=plan.config.seed
                 )
                 Prompt(plan, loaded, task, sample, progress).answer(methods, store)
-                progress.end_step(work_tokens=plan.prompt_work_tokens(length_tokens, methods=len(methods)))
+                progress.end_step(work_tokens=prompt_work_tokens(length_tokens, methods=len(methods)))
             progress.end_cell(cell_summary(plan, store, task.name, length_tokens))
 
+    def failures(self, run: "Run") -> list[str]:
+        """Return one line per method and status of rows that failed."""
+        return failed_lines("accuracy", run.samples)
 
-def load(plan: Plan) -> "LoadedModel":
-    """Load the planned model's weights."""
-    from kvscope.harness.engine.models import load_model
 
-    config = plan.config
-    return load_model(config.model, device=plan.facts.device, dtype=plan.facts.dtype, page_tokens=config.page_tokens)
+def prompt_work_tokens(length_tokens: int, *, methods: int) -> int:
+    """Return what a prompt costs in units of one prefilled token, roughly: for the ETA, which corrects itself."""
+    return length_tokens + methods * DECODE_WORK_TOKENS
+
+
+def pending_samples(plan: Plan, store: "RunStore", task: "Task", length_tokens: int) -> Pending:
+    """Return (sample index, methods without a row) of one (task, length); prompts that are done are left out."""
+    found = []
+    for index in range(plan.config.samples):
+        methods = [m for m in plan.methods if not store.has_sample((task.name, length_tokens, index, m.label))]
+        if methods:
+            found.append((index, methods))
+    return found
 
 
 def cell_summary(plan: Plan, store: "RunStore", task_name: str, length_tokens: int) -> str:
@@ -88,158 +144,3 @@ def cell_summary(plan: Plan, store: "RunStore", task_name: str, length_tokens: i
         bad = len(own) - len(scores)
         parts.append(f"{text} ({bad} not measured)" if bad else text)
     return ", ".join(parts)
-
-
-class Prompt:
-    """One prompt on its way through every method."""
-
-    def __init__(self, plan: Plan, loaded: "LoadedModel", task: "Task", sample: "Sample", progress: Progress) -> None:
-        self.plan = plan
-        self.loaded = loaded
-        self.task = task
-        self.sample = sample
-        self.progress = progress
-        split = split_index(plan.config, sample)
-        self.context_ids, self.forced_ids = sample.ids[:split], sample.ids[split:]
-
-    def answer(self, methods: "Sequence[CacheMethod[Any]]", store: "RunStore") -> None:
-        """Prefill once, decode under each method, append each row at once. A failure is a row too."""
-        length_tokens = self.sample.length_tokens
-        reasons = {method.label: self._unsupported(method, length_tokens) for method in methods}
-        for method in methods:
-            why = reasons[method.label]
-            if why is not None:
-                store.append_sample(self._failed(method, "unsupported", why))
-        able = [method for method in methods if reasons[method.label] is None]
-        if not able:
-            return
-        self.progress.part("prefill")
-        try:
-            prompt_kv = self._prefill(able)
-        except Exception as error:  # noqa: BLE001 - becomes a row of every method; the sweep goes on
-            status, reason = failure(error, phase="prefill")
-            self._complain(reason)
-            for method in able:
-                store.append_sample(self._failed(method, status, reason))
-            del error
-            release_memory()
-            return
-        for method in able:
-            self.progress.part(method.label)
-            try:
-                row = self._decode(method, prompt_kv)
-            except Exception as error:  # noqa: BLE001 - becomes this method's row; the others go on
-                status, reason = failure(error, phase="decode")
-                self._complain(f"{method.label}: {reason}")
-                row = self._failed(method, status, reason)
-                del error
-                release_memory()
-            store.append_sample(row)
-
-    def _unsupported(self, method: "CacheMethod[Any]", length_tokens: int) -> str | None:
-        """Return why a method cannot run: the plan's reasons, or what only the loaded model shows."""
-        planned = self.plan.unsupported(method.label, length_tokens)
-        return planned or "; ".join(method.unsupported(self.loaded.shape, self.loaded.device)) or None
-
-    def _prefill(self, methods: "Sequence[CacheMethod[Any]]") -> "PromptKV":
-        from kvscope.harness.engine.prefill import prefill
-        from kvscope.methods.base import union_collectors
-
-        config = self.plan.config
-        return prefill(
-            self.loaded,
-            self.context_ids,
-            collectors=union_collectors(methods, self.loaded.shape.layers),
-            chunk_tokens=config.prefill_chunk_tokens,
-            seed=config.seed,
-        )
-
-    def _decode(self, method: "CacheMethod[Any]", prompt_kv: "PromptKV") -> "SampleRow":
-        from kvscope.harness.engine.decode import answer_nll, decode
-        from kvscope.harness.engine.decode_graph import EAGER
-
-        config, sample = self.plan.config, self.sample
-        n_forced = len(self.forced_ids)
-        # By the longest answer, not by the likely one: rows of a task hold and time the same kind of step.
-        graph, why_eager = self._graph(n_forced + sample.max_new_tokens - 1)
-        result = decode(
-            self.loaded,
-            method,
-            prompt_kv,
-            self.forced_ids,
-            max_new_tokens=sample.max_new_tokens,
-            stop_strings=sample.stop,
-            decode_graph=graph,
-        )
-        nll: float | None = None
-        nll_reason: str | None = "not requested"
-        if config.answer_nll:
-            target = " " + ", ".join(sample.targets)
-            answer_ids = tuple(self.loaded.tokenizer(target, add_special_tokens=False)["input_ids"])
-            graph, _ = self._graph(n_forced + len(answer_ids) - 1)
-            nll = answer_nll(self.loaded, method, prompt_kv, self.forced_ids, answer_ids, decode_graph=graph)
-            nll_reason = None
-        return sample_row(
-            self._cell(method),
-            sample,
-            result,
-            score=self.task.score(sample, result.text),
-            prefill_s=prompt_kv.prefill_s,
-            # Room for every step is reserved at opening, whether or not the answer ends early.
-            dense_kv_bytes=self.loaded.shape.dense_kv_bytes(
-                len(self.context_ids), len(self.forced_ids) + sample.max_new_tokens - 1
-            ),
-            step_backend=f"{EAGER}: {why_eager}" if why_eager else result.step_backend,
-            answer_nll=nll,
-            answer_nll_reason=nll_reason,
-        )
-
-    def _graph(self, n_steps: int) -> "tuple[DecodeGraph, str | None]":
-        """Return whether to capture the step, and why not where that was asked for.
-
-        Every prompt and method has addresses of its own, so each captures anew.
-
-        Args:
-            n_steps: steps there may be.
-        """
-        from kvscope.harness.engine.decode_graph import PAYS_FROM_STEPS
-
-        if not self.plan.config.accuracy_graph:
-            return "off", None
-        if n_steps < PAYS_FROM_STEPS:
-            return "off", f"{n_steps} steps at most, and a capture pays from {PAYS_FROM_STEPS}"
-        return "auto", None
-
-    def _cell(self, method: "CacheMethod[Any]") -> dict[str, Any]:
-        cell = cell_columns(
-            method,
-            shape=self.plan.facts.shape,
-            model=self.plan.facts.name,
-            method_from=self.plan.config.method_from,
-            length_tokens=self.sample.length_tokens,
-            prompt_tokens=len(self.context_ids),
-            dtype=self.plan.facts.dtype,
-            device=self.plan.facts.device,
-        )
-        return {**cell, "prompt_tokens": len(self.sample.ids)}
-
-    def _failed(self, method: "CacheMethod[Any]", status: FailureStatus, reason: str) -> "SampleRow":
-        return failed_sample_row(self._cell(method), self.sample, status=status, reason=reason)
-
-    def _complain(self, reason: str) -> None:
-        where = f"{self.sample.task} {format_length(self.sample.length_tokens)} sample {self.sample.sample}"
-        self.progress.note(f"{where}: {reason}")
-
-
-def split_index(config: RunConfig, sample: "Sample") -> int:
-    """Return how many tokens are prefilled; the rest are fed under the method (at least one)."""
-    return len(sample.ids) - 1 if config.method_from == "last_token" else sample.question_start
-
-
-def release_memory() -> None:
-    """Drop dead tensors and give the allocator's cache back to the device."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

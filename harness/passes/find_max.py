@@ -6,49 +6,93 @@ there the search gallops until one length fits and one does not, then halves wha
 row, so an interrupted search goes on where it was.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from kvscope.harness.passes.base import Left, Plan
+from kvscope.harness.passes.config import RunConfig
 from kvscope.harness.passes.deadline import Deadline
-from kvscope.harness.passes.footprint import measure_footprint
-from kvscope.harness.passes.plan import Plan, device_rooms, needed_bytes_by_device
+from kvscope.harness.passes.facts import ModelFacts
+from kvscope.harness.passes.footprint import FootprintPass, mismatch_lines
+from kvscope.harness.passes.forecast import device_rooms, needed_bytes_by_device
 from kvscope.harness.passes.progress import Progress
 from kvscope.results.schema import Bound, FootprintRow, MaxContextRow
 
 if TYPE_CHECKING:
     from kvscope.methods.base import CacheMethod
+    from kvscope.results.frames import Run
     from kvscope.results.store import RunStore
+    from kvscope.tasks.base import Task
 
 
-def find_max_pass(plan: Plan, store: "RunStore", progress: Progress, deadline: Deadline) -> None:
-    """Find the longest context of every method that has no result yet."""
-    for method in plan.methods:
-        if store.has_max_context(method.label):
-            continue
-        reasons = method.unsupported(plan.facts.shape, plan.facts.device)
-        if reasons:
-            row = _row(plan, method, longest=0, failing=None, tries=(), bound="failed", reason="; ".join(reasons))
-        else:
-            row = find_max(plan, method, _try(plan, method, store, progress, deadline))
-        store.append_max_context(row)
-        progress.note(f"{method.label}: longest context {row.longest_tokens:,} tokens, bound by {row.bound}")
+class FindMaxPass:
+    """Finds each method's longest context."""
 
+    def __init__(self) -> None:
+        self._tries = FootprintPass()
 
-def _try(
-    plan: Plan, method: "CacheMethod[Any]", store: "RunStore", progress: Progress, deadline: Deadline
-) -> Callable[[int], FootprintRow]:
-    """Return a function that measures one length, or finds its row from before."""
+    def lengths_tokens(self, config: RunConfig) -> tuple[int, ...]:
+        """Return none: the search finds its own."""
+        del config
+        return ()
 
-    def measure(length_tokens: int) -> FootprintRow:
-        for row in store.footprints():
-            if row.key == (method.label, length_tokens):
-                return row
-        deadline.check()
-        row = measure_footprint(plan, method, length_tokens, progress)
-        store.append_footprint(row)
-        return row
+    def check(self, config: RunConfig, facts: ModelFacts, tasks: "Sequence[Task]") -> None:
+        """Refuse nothing: it begins at the least length there is."""
 
-    return measure
+    def cells(self, plan: Plan) -> "Sequence[CacheMethod[Any]]":
+        """Return the methods."""
+        return plan.methods
+
+    def text(self, plan: Plan) -> list[str]:
+        """Return its line of the plan."""
+        methods = ", ".join(method.label for method in self.cells(plan))
+        return [f"search   the longest context of {methods}: synthetic KV, a fresh process a try"]
+
+    def info(self, plan: Plan) -> dict[str, Any]:
+        """Return nothing: its lengths are not known before."""
+        del plan
+        return {}
+
+    def left(self, plan: Plan, store: "RunStore") -> Left:
+        """Count the methods without a result; how many tries that takes, nobody knows."""
+        return Left(cells=sum(not store.has_max_context(method.label) for method in self.cells(plan)))
+
+    def run(self, plan: Plan, store: "RunStore", progress: Progress, deadline: Deadline) -> None:
+        """Find the longest context of every method that has no result yet."""
+        for method in self.cells(plan):
+            if store.has_max_context(method.label):
+                continue
+            reasons = method.unsupported(plan.facts.shape, plan.facts.device)
+            if reasons:
+                row = _row(plan, method, longest=0, failing=None, tries=(), bound="failed", reason="; ".join(reasons))
+            else:
+                row = find_max(plan, method, self._measure(plan, method, store, progress, deadline))
+            store.append_max_context(row)
+            progress.note(f"{method.label}: longest context {row.longest_tokens:,} tokens, bound by {row.bound}")
+
+    def _measure(
+        self, plan: Plan, method: "CacheMethod[Any]", store: "RunStore", progress: Progress, deadline: Deadline
+    ) -> Callable[[int], FootprintRow]:
+        """Return a function that measures one length, or finds its row from before."""
+
+        def measure(length_tokens: int) -> FootprintRow:
+            for row in store.footprints():
+                if row.key == (method.label, length_tokens):
+                    return row
+            deadline.check()
+            row = self._tries.measure(plan, method, length_tokens, progress)
+            self._tries.append(store, row)
+            return row
+
+        return measure
+
+    def failures(self, run: "Run") -> list[str]:
+        """Return the searches that found nothing or ended for another reason than memory.
+
+        A try that does not fit is what the search looks for; one that NVML does not confirm is a failure.
+        """
+        ended = run.max_context[run.max_context["bound"].isin(["failed", "none_fits"])]
+        return [*(f"find-max: {row.method_label}: {row.reason}" for row in ended.itertuples()), *mismatch_lines(run)]
 
 
 def find_max(plan: Plan, method: "CacheMethod[Any]", measure: Callable[[int], FootprintRow]) -> MaxContextRow:

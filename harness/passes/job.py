@@ -1,22 +1,25 @@
-"""What a worker process is asked to measure, and the row of a job that gave no measurement."""
+"""What a worker process is asked to measure: one type of job for each kind of row."""
 
-from typing import Any, Literal
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from kvscope.harness.passes.rows import FailureStatus, one_line
+from kvscope.harness.passes.row_columns import FailureStatus, one_line
 from kvscope.results.schema import DecodeGraph, FootprintRow, OomOf, ThroughputRow
 
 WARM_UP_TOKENS = 256
 
+RowT = TypeVar("RowT", bound=FootprintRow | ThroughputRow)
 
-class FootprintJob(BaseModel):
+
+class Job(BaseModel, Generic[RowT]):
     """What one worker measures.
 
     Attributes:
-        cell: the columns every row of this cell shares (``rows.cell_columns`` and the predictions), so that a failure
-            in any phase still becomes a whole row.
-        kind: ``footprint`` (one sequence: bytes and times) or ``throughput`` (the largest batch that fits).
+        cell: the columns every row of this cell shares (``row_columns.cell_columns`` and what the pass adds), so that a
+            failure in any phase still becomes a whole row.
         kv: ``prefill`` runs the model over ``context_ids``; ``synthetic`` fills ``context_tokens`` with random values.
         context_ids: tokens to prefill. Every method of a length gets the same ones.
         context_tokens: tokens of a synthetic prompt.
@@ -25,13 +28,14 @@ class FootprintJob(BaseModel):
         decode_graph: whether steps are replays of a CUDA graph. The warm-up captures one too, whose memory is then part
             of the baseline.
         gpu_budget_bytes: most device bytes the process may take; None for the whole card.
-        max_batch: where the search for the largest batch stops.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    #: Import string of the class that measures such a job, for :func:`kvscope.harness.passes.measurement.measure`.
+    measured_by: ClassVar[str]
+
     cell: dict[str, Any]
-    kind: Literal["footprint", "throughput"] = "footprint"
     model: str
     method: str | dict[str, Any]
     kv: Literal["prefill", "synthetic"] = "prefill"
@@ -47,40 +51,92 @@ class FootprintJob(BaseModel):
     paper_settings: bool
     decode_graph: DecodeGraph = "auto"
     gpu_budget_bytes: int | None = None
-    max_batch: int = 1
+
+    @property
+    def length_tokens(self) -> int:
+        """The cell's length: prompt plus decode steps."""
+        return int(self.cell["length_tokens"])
 
     @property
     def warm_up_ids(self) -> tuple[int, ...]:
         """Tokens of the warm-up's prompt; a synthetic one has no tokens of its own."""
         return self.context_ids[:WARM_UP_TOKENS] or self.forced_ids[:1] * min(WARM_UP_TOKENS, self.context_tokens)
 
+    @abstractmethod
+    def row(self, columns: Mapping[str, Any]) -> RowT:
+        """Return a row of this job's kind with exactly these columns."""
 
-def failed_row(
-    job: FootprintJob,
-    *,
-    status: FailureStatus,
-    reason: str,
-    phase: str | None,
-    backend: str = "none",
-    failure_device_bytes: int | None = None,
-    oom_of: OomOf | None = None,
-    columns: dict[str, Any] | None = None,
-) -> FootprintRow | ThroughputRow:
-    """Return the row of a job that gave no measurement.
+    def failed(
+        self,
+        *,
+        status: FailureStatus,
+        reason: str,
+        phase: str | None,
+        backend: str = "none",
+        failure_device_bytes: int | None = None,
+        oom_of: OomOf | None = None,
+        columns: Mapping[str, Any] | None = None,
+    ) -> RowT:
+        """Return the row of a job that gave no measurement.
 
-    Args:
-        phase: where it ended: warm-up counts as load, timing as decode; None when it never began.
-        columns: what a footprint had read before it ended.
+        Args:
+            phase: where it ended: warm-up counts as load, timing as decode; None when it never began.
+            columns: what had been read before it ended.
+        """
+        ended = {
+            "status": status,
+            "reason": one_line(reason),
+            "backend": backend,
+            "failure_phase": None if phase is None else {"warm-up": "load", "timing": "decode"}.get(phase, phase),
+            "failure_device_bytes": failure_device_bytes,
+            "oom_of": oom_of,
+            "gpu_budget_bytes": self.gpu_budget_bytes,
+        }
+        return self.row({**self.cell, **ended, **self._columns_of_a_failure(columns or {})})
+
+    def _columns_of_a_failure(self, columns: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return what a failed row keeps of the columns read before: nothing, where rows have no such columns."""
+        del columns
+        return {}
+
+
+class FootprintJob(Job[FootprintRow]):
+    """One sequence: its bytes and times."""
+
+    measured_by = "kvscope.harness.passes.footprint_measurement:FootprintMeasurement"
+
+    kind: Literal["footprint"] = "footprint"
+
+    def row(self, columns: Mapping[str, Any]) -> FootprintRow:
+        """Return a footprint row."""
+        return FootprintRow(**columns)
+
+    def _columns_of_a_failure(self, columns: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {**columns, "verdict": "not_measured"}
+
+
+class ThroughputJob(Job[ThroughputRow]):
+    """The largest batch that fits, and its tokens a second.
+
+    Attributes:
+        max_batch: where the search for the largest batch stops.
     """
-    ended: dict[str, Any] = {
-        "status": status,
-        "reason": one_line(reason),
-        "backend": backend,
-        "failure_phase": None if phase is None else {"warm-up": "load", "timing": "decode"}.get(phase, phase),
-        "failure_device_bytes": failure_device_bytes,
-        "oom_of": oom_of,
-        "gpu_budget_bytes": job.gpu_budget_bytes,
-    }
-    if job.kind == "throughput":
-        return ThroughputRow(**job.cell, **ended)
-    return FootprintRow(**job.cell, **ended, **(columns or {}), verdict="not_measured")
+
+    measured_by = "kvscope.harness.passes.throughput:ThroughputMeasurement"
+
+    kind: Literal["throughput"] = "throughput"
+    max_batch: int
+
+    def row(self, columns: Mapping[str, Any]) -> ThroughputRow:
+        """Return a throughput row."""
+        return ThroughputRow(**columns)
+
+
+_ANY_JOB: TypeAdapter[FootprintJob | ThroughputJob] = TypeAdapter(
+    Annotated[FootprintJob | ThroughputJob, Field(discriminator="kind")]
+)
+
+
+def read_job(text: str) -> Job[Any]:
+    """Return the job that a line of JSON asks for."""
+    return _ANY_JOB.validate_json(text)

@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from kvscope.harness.engine.host_memory import free_host_bytes
+from kvscope.results.schema import SavingKind, Verdict
 
 MIB = 1024 * 1024
 #: Claims below this many bytes drown in NVML's own granularity (2 MiB blocks, workspaces): no verdict is given.
@@ -21,9 +22,6 @@ RESOLUTION_BYTES = 256 * MIB
 CONFIRMED_SHARE = 0.9
 #: How far NVML may be from the ledger: a share of the ledger, and what blocks and workspaces add at any size.
 AGREEMENT_SHARE, AGREEMENT_BYTES = 0.03, 64 * MIB
-
-SavingKind = Literal["resident", "freed", "offloaded"]
-Verdict = Literal["resident", "freed", "offloaded", "mismatch", "below_resolution", "not_measured"]
 
 
 class NvmlProcessMemory:

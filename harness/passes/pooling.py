@@ -5,14 +5,11 @@ prompts that decide it are drawn with training seeds, and the list is committed 
 so nobody chooses types by the results they would improve. Every run copies the list into its ``run.json``; reports name
 what they leave out, and the rows of such types are measured and kept all the same.
 
-    python -m kvscope.harness.reference_model.evaluate FOLDER --tasks long_qa --lengths 4096,8192,16384,32768 \
-        --samples 450 --seed 1000 --out dense.json
-    python -m kvscope.harness.passes.pooling dense.json --model FOLDER
+    kvscope backbone evaluate FOLDER -t long_qa -l 4k -l 8k -l 16k -l 32k -n 450 --seed 1000 --out dense.json
+    kvscope backbone exclude-types dense.json --model FOLDER
 """
 
-import argparse
 import json
-import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from kvscope.errors import KvscopeError, UsageError
+from kvscope.errors import UsageError
 from kvscope.results.schema import ExcludedType
 
 EXCLUDED_FILE = "excluded_types.json"
@@ -61,8 +58,7 @@ def excluded_types(spec: str) -> tuple[ExcludedType, ...]:
         return ExclusionList.model_validate_json(path.read_text(encoding="utf-8")).excluded
     except (OSError, UnicodeDecodeError, ValidationError) as error:
         raise UsageError(
-            f"{path} is no list of excluded question types: make it again with `python -m "
-            "kvscope.harness.passes.pooling`."
+            f"{path} is no list of excluded question types: make it again with `kvscope backbone exclude-types`."
         ) from error
 
 
@@ -108,31 +104,17 @@ def exclusion_list(rows: Sequence[Mapping[str, Any]], *, least_percent: float = 
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Write the list of a model folder from rows that ``evaluate`` wrote."""
-    parser = argparse.ArgumentParser(prog="kvscope.harness.passes.pooling", description=str(__doc__).split("\n")[0])
-    parser.add_argument("rows", type=Path, help="JSON rows of kvscope.harness.reference_model.evaluate")
-    parser.add_argument("--model", type=Path, required=True, help="model folder that gets the list")
-    args = parser.parse_args(argv)
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read the rows that ``kvscope backbone evaluate`` wrote.
+
+    Raises:
+        UsageError: the file cannot be read, or holds something else.
+    """
+    needed = {"task", "length_tokens", "samples", "seed", "closed_book", "accuracy_percent_by_type"}
     try:
-        if not (args.model / "config.json").is_file():
-            raise UsageError(f"{args.model} is no model folder: it has no config.json.")
-        try:
-            rows = json.loads(args.rows.read_text(encoding="utf-8"))
-            made = exclusion_list(rows)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            if isinstance(error, UsageError):
-                raise
-            raise UsageError(f"{args.rows} holds no rows of `kvscope.harness.reference_model.evaluate`.") from error
-    except KvscopeError as error:
-        sys.stderr.write(f"kvscope: {error}\n")
-        return error.exit_code
-    (args.model / EXCLUDED_FILE).write_text(made.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    for each in made.excluded:
-        sys.stdout.write(f"{each.sentence}\n")
-    sys.stdout.write(f"{len(made.excluded)} question types excluded; {args.model / EXCLUDED_FILE}\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} holds no rows of `kvscope backbone evaluate`.") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and needed <= row.keys() for row in rows):
+        raise UsageError(f"{path} holds no rows of `kvscope backbone evaluate`.")
+    return rows

@@ -9,6 +9,7 @@ import time
 from types import TracebackType
 from typing import Self
 
+from kvscope.terminal import printable, tell
 from kvscope.units import format_seconds
 
 PLAIN_INTERVAL_S = 30.0
@@ -60,8 +61,7 @@ class PlainProgress(Progress):
         self._cell_started_s = self._started_s
 
     def _write(self, text: str) -> None:
-        sys.stderr.write(text + "\n")
-        sys.stderr.flush()
+        tell(text)
         self._spoke_s = time.monotonic()
 
     def _left(self) -> str:
@@ -99,7 +99,7 @@ class PlainProgress(Progress):
 
 def _column(bar: str, text: str = "") -> str:
     """Return a bar's name and text in a fixed width, so that the bars do not jump."""
-    return f"{bar:<7} {text[:DESCRIPTION_CHARACTERS]:<{DESCRIPTION_CHARACTERS}}"
+    return f"{bar:<7} {printable(text)[:DESCRIPTION_CHARACTERS]:<{DESCRIPTION_CHARACTERS}}"
 
 
 class RichProgress(Progress):
@@ -164,10 +164,10 @@ class RichProgress(Progress):
     def end_cell(self, summary: str) -> None:
         self._cells_done += 1
         took = format_seconds(time.monotonic() - self._cell_started_s)
-        self._bars.console.print(f"{self._cell}: {summary} ({took})", highlight=False, markup=False)
+        self._bars.console.print(printable(f"{self._cell}: {summary} ({took})"), highlight=False, markup=False)
 
     def note(self, text: str) -> None:
-        self._bars.console.print(text, highlight=False, markup=False, style="yellow")
+        self._bars.console.print(printable(text), highlight=False, markup=False, style="yellow")
 
 
 def make_progress(wanted: bool = True) -> Progress:

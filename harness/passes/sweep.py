@@ -1,4 +1,4 @@
-"""``kvscope run``: check, open the folder, accuracy pass, footprint pass. The same configuration again continues."""
+"""``kvscope run``: check, open the folder, measure every pass. The same configuration again continues."""
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import kvscope
 from kvscope.errors import UsageError
-from kvscope.harness.passes.accuracy import accuracy_pass, pending_samples, release_memory
+from kvscope.harness.passes.base import Left, Plan
 from kvscope.harness.passes.config import RunConfig, make_config
 from kvscope.harness.passes.deadline import Deadline
 from kvscope.harness.passes.environment import capture_environment
-from kvscope.harness.passes.find_max import find_max_pass
-from kvscope.harness.passes.footprint import footprint_pass, throughput_pass
-from kvscope.harness.passes.plan import Plan, make_plan
+from kvscope.harness.passes.plan import make_plan, passes_for
 from kvscope.harness.passes.progress import Progress, make_progress
 from kvscope.results.schema import MethodInfo, RunInfo
 from kvscope.results.store import RunStore
@@ -53,7 +51,7 @@ def run(
 
 
 def measure(plan: Plan, store: RunStore, progress: Progress) -> None:
-    """Run both passes into an open store."""
+    """Run every pass into an open store."""
     for message in store.messages:
         progress.note(message)
     for warning in plan.warnings:
@@ -64,14 +62,8 @@ def measure(plan: Plan, store: RunStore, progress: Progress) -> None:
             progress.note(f"note: {where} is not expected to fit: {cell.reason}.")
     deadline = Deadline(plan.config.time_limit_s)
     begin(plan, store, progress)
-    if plan.config.find_max:
-        find_max_pass(plan, store, progress, deadline)
-    elif plan.config.throughput:
-        throughput_pass(plan, store, progress, deadline)
-    else:
-        accuracy_pass(plan, store, progress, deadline)
-        release_memory()
-        footprint_pass(plan, store, progress, deadline)
+    for each in plan.passes:
+        each.run(plan, store, progress, deadline)
 
 
 def as_progress(progress: bool | Progress) -> Progress:
@@ -81,40 +73,25 @@ def as_progress(progress: bool | Progress) -> Progress:
 
 def begin(plan: Plan, store: RunStore, progress: Progress) -> None:
     """Count what is left to do and tell the progress, and the user when it is a continuation."""
-    cells = work_tokens = prompts = 0
-    if plan.config.find_max:
-        progress.begin(cells=len(plan.methods), work_tokens=0)
-        return
-    for length_tokens in plan.config.lengths_tokens:
-        for task in plan.tasks:
-            pending = pending_samples(plan, store, task, length_tokens)
-            cells += bool(pending)
-            prompts += len(pending)
-            work_tokens += sum(plan.prompt_work_tokens(length_tokens, methods=len(methods)) for _, methods in pending)
-    footprints = [
-        length_tokens
-        for length_tokens in plan.config.footprint_cells_tokens
-        for method in plan.methods
-        if not store.has_footprint((method.label, length_tokens))
-    ]
-    if plan.config.throughput:
-        keys = [(method.label, length) for length in plan.config.lengths_tokens for method in plan.methods]
-        footprints = [length for label, length in keys if not store.has_throughput((label, length))]
-    work_tokens += sum(map(plan.footprint_work_tokens, footprints))
+    left = sum((each.left(plan, store) for each in plan.passes), Left())
     done = len(store.samples()) + len(store.footprints()) + len(store.throughputs())
-    if done and (prompts or footprints):
+    if done and (left.prompts or left.processes):
         progress.note(
-            f"{done} rows are there already: continuing with {prompts} prompts and {len(footprints)} footprint cells."
+            f"{done} rows are there already: continuing with {left.prompts} prompts and {left.processes} footprint "
+            "cells."
         )
-    elif done:
+    elif done and not left.cells:
         progress.note(f"All {done} rows are there already: nothing left to measure.")
-    progress.begin(cells=cells + len(footprints), work_tokens=work_tokens)
+    progress.begin(cells=left.cells, work_tokens=left.work_tokens)
 
 
 def run_info(plan: Plan) -> RunInfo:
     """Return what ``run.json`` says: the configuration, the plan, and where it runs."""
     config, facts = plan.config, plan.facts
     environment = capture_environment(device=facts.device, attention_backend=planned_backend(plan))
+    measured: dict[str, Any] = {"tasks": (), "lengths_tokens": (), "samples": 0}
+    for each in plan.passes:
+        measured |= each.info(plan)
     # Resolved, so that `auto` on another machine does not continue this machine's rows.
     identity = {
         **config.identity(),
@@ -130,10 +107,6 @@ def run_info(plan: Plan) -> RunInfo:
         dirty=environment["dirty"],
         model=facts.name,
         model_revision=facts.revision,
-        tasks=tuple(task.name for task in plan.tasks),
-        lengths_tokens=config.lengths_tokens if plan.tasks or config.throughput else (),
-        samples=config.samples if plan.tasks else 0,
-        footprint_lengths_tokens=config.footprint_cells_tokens,
         methods=tuple(MethodInfo(**method.describe()) for method in plan.methods),
         seed=config.seed,
         config=config.model_dump(mode="json", exclude={"out"}),
@@ -141,6 +114,7 @@ def run_info(plan: Plan) -> RunInfo:
         environment=environment,
         plan=plan.cells,
         excluded_types=plan.excluded_types,
+        **measured,
     )
 
 
@@ -157,25 +131,7 @@ def planned_backend(plan: Plan) -> str | None:
 def failures(run: "Run") -> list[str]:
     """Return one line per kind of failed cell: what failed, how often, and the first reason. Empty when all is well.
 
-    ``unsupported`` is no failure: the plan said so. A footprint whose verdict is ``mismatch`` is one. A try of
-    ``--find-max`` that does not fit is what it looks for; a search that ended for another reason is a failure.
+    ``unsupported`` is no failure: the plan said so. A footprint whose verdict is ``mismatch`` is one.
     """
-    from kvscope.results.frames import records
-
-    lines = [
-        f"find-max: {row.method_label}: {row.reason}"
-        for row in run.max_context[run.max_context["bound"].isin(["failed", "none_fits"])].itertuples()
-    ]
-    searching = run.info.config.get("find_max") is True
-    parts = [("accuracy", run.samples), ("footprint", run.footprint), ("throughput", run.throughput)]
-    for what, frame in parts[:1] if searching else parts:
-        if frame.empty:
-            continue
-        bad = frame[frame["status"].isin(["failed", "oom"])]
-        for (label, status), group in bad.groupby(["method_label", "status"], sort=False):
-            lines.append(f"{what}: {label}: {len(group)} {status}: {group['reason'].iloc[0]}")
-    if not run.footprint.empty:
-        for row in records(run.footprint[run.footprint["verdict"] == "mismatch"]):
-            why = row["verdict_reason"] or "NVML does not confirm the saving"
-            lines.append(f"footprint: {row['method_label']} at {row['length_tokens']}: mismatch: {why}")
-    return lines
+    modes = {key: run.info.config.get(key) is True for key in ("find_max", "throughput")}
+    return [line for each in passes_for(**modes) for line in each.failures(run)]

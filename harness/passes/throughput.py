@@ -9,29 +9,31 @@ from __future__ import annotations
 
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kvscope.harness.engine.oom import is_oom
 from kvscope.harness.engine.session import Session
+from kvscope.harness.passes.job import ThroughputJob
 from kvscope.harness.passes.measurement import Measurement
 from kvscope.harness.passes.memory import PeakSampler
 from kvscope.methods.base import Footprint
-from kvscope.results.schema import FootprintRow, ThroughputRow
+from kvscope.results.schema import BatchBound, ThroughputRow
 
 if TYPE_CHECKING:
     from kvscope.harness.engine.loaded import LoadedModel
     from kvscope.methods.base import CacheMethod
     from kvscope.methods.store import PromptKV
 
-Bound = Literal["device", "device_budget", "max_batch"]
 
-
-class ThroughputMeasurement(Measurement):
+class ThroughputMeasurement(Measurement[ThroughputRow]):
     """The phases of a throughput cell: start, load, warm-up, prefill (synthetic), decode."""
 
-    def measure(self) -> FootprintRow | ThroughputRow:
+    job: ThroughputJob
+
+    def measure(self) -> ThroughputRow:
+        """Pass all phases."""
         job = self.job
         ready = self.prepare()
         if isinstance(ready, list):
@@ -46,7 +48,7 @@ class ThroughputMeasurement(Measurement):
                 session.add(method, prompt_kv, reserve_tokens=job.decode_tokens)
                 alone_s, _ = self._decode(session)
         batch = job.max_batch
-        bound: Bound = "max_batch"
+        bound: BatchBound = "max_batch"
         while True:
             with open_session() as session:
                 opened = self._open(session, batch, method=method, prompt_kv=prompt_kv)
@@ -77,7 +79,7 @@ class ThroughputMeasurement(Measurement):
             peak_nvml_bytes=peak_nvml_bytes,
         )
 
-    def _device_bound(self) -> Bound:
+    def _device_bound(self) -> BatchBound:
         return "device" if self.budget.limit_bytes is None else "device_budget"
 
     def _open(self, session: Session, batch: int, *, method: CacheMethod[Any], prompt_kv: PromptKV) -> int:
@@ -116,7 +118,7 @@ class ThroughputMeasurement(Measurement):
         prompt_kv: PromptKV,
         *,
         batch: int,
-        bound: Bound,
+        bound: BatchBound,
         step_s: float,
         alone_s: float,
         footprint: Footprint,

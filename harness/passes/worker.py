@@ -1,4 +1,4 @@
-"""One footprint cell in a process of its own: ``python -m kvscope.harness.passes.worker``.
+"""One cell in a process of its own: ``python -m kvscope.harness.passes.worker``.
 
 The job comes as one JSON line on stdin; JSON lines go out on stdout: ``{"phase": ...}`` as the work proceeds and at the
 end ``{"row": ...}``. Whatever libraries print goes to stderr. When stdin closes, the parent is gone and the worker
@@ -10,8 +10,8 @@ import os
 import sys
 import threading
 
-from kvscope.harness.passes.job import FootprintJob
-from kvscope.harness.passes.measurement import Measurement
+from kvscope.harness.passes.job import read_job
+from kvscope.harness.passes.measurement import measure
 
 
 def _end_with_parent() -> None:
@@ -24,14 +24,9 @@ def main() -> int:
     """Read the job, measure, write the row."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    job = FootprintJob.model_validate_json(sys.stdin.readline())
+    job = read_job(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, name="kvscope-parent-watch", daemon=True).start()
-    measurement = Measurement
-    if job.kind == "throughput":
-        from kvscope.harness.passes.throughput import ThroughputMeasurement
-
-        measurement = ThroughputMeasurement
-    row = measurement(job, say=answers).run()
+    row = measure(job, say=answers)
     answers.write(json.dumps({"row": row.model_dump(mode="json")}) + "\n")
     answers.close()
     return 0

@@ -5,21 +5,15 @@ look up: what it still answers it guessed or was taught), and to instruction, ev
 for: what it misses it does not understand, and no cache method is to blame). The text's side of the guards needs no
 model and is tested: ``kvscope.tasks.long_qa.guards``.
 
-    python -m kvscope.harness.reference_model.controls FOLDER --out controls.json --lengths 4096,16384 --samples 450
+    kvscope backbone controls FOLDER --out controls.json -l 4k -l 16k -n 450
 """
 
-import argparse
-import json
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kvscope.harness.passes.pooling import excluded_types
 from kvscope.harness.reference_model.evaluate import prompts
 from kvscope.results.statistics import mean_interval
 from kvscope.tasks.base import Sample, Task
@@ -101,12 +95,14 @@ def run_controls(
     workers: int = 0,
     batch: int = 64,
     left_out: frozenset[tuple[str, str]] = frozenset(),
+    note: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> list[dict[str, Any]]:
-    """Return two rows a (task, length), see :func:`score_control`; each is printed as soon as it is there.
+    """Return two rows a (task, length), see :func:`score_control`.
 
     Args:
         samples, seed: as in evaluation, so that a control is about the prompts that are scored.
         left_out: (task, question type) that no pooled score counts.
+        note: given each row as soon as it is there.
     """
     texts: dict[str, Callable[[Sample], str]] = {
         "closed_book": closed_book_text,
@@ -124,40 +120,5 @@ def run_controls(
                     model, tokenizer, [text(sample) for sample in cell], max_new_tokens=task.max_new_tokens, batch=batch
                 )
                 rows.append(score_control(control, task, cell, given, left_out=excluded))
-                sys.stdout.write(json.dumps(rows[-1]) + "\n")
-                sys.stdout.flush()
+                note(rows[-1])
     return rows
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run both controls on a checkpoint folder; exit code 1 when a pooled one fails."""
-    parser = argparse.ArgumentParser(prog="kvscope.harness.reference_model.controls", description=__doc__)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tasks", default="long_qa")
-    parser.add_argument("--lengths", default="4096,16384")
-    parser.add_argument("--samples", type=int, default=450)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=64)
-    args = parser.parse_args(argv)
-    cuda = torch.cuda.is_available()
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16 if cuda else torch.float32)
-    model = model.to("cuda" if cuda else "cpu").eval()
-    rows = run_controls(
-        model, AutoTokenizer.from_pretrained(args.model), tasks=args.tasks.split(","),
-        lengths_tokens=[int(n) for n in args.lengths.split(",")], samples=args.samples, seed=args.seed,
-        workers=args.workers, batch=args.batch,
-        left_out=frozenset((each.task, each.question_type) for each in excluded_types(str(args.model))),
-    )  # fmt: skip
-    args.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    failed = [row for row in rows if not row.get("passed", True)]
-    for row in failed:
-        sys.stderr.write(
-            f"{row['control']} of {row['task']} at {row['length_tokens']}: {row['accuracy_percent']} % fails\n"
-        )
-    return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

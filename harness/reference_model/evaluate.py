@@ -3,18 +3,16 @@
 This is the figure the model card quotes. It shares no code with kvscope's own engine, so it checks that, too.
 """
 
-import argparse
-import json
 import multiprocessing
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from kvscope.errors import UsageError
 from kvscope.harness.reference_model import attention
 from kvscope.tasks.base import Sample
 from kvscope.tasks.registry import create_task
@@ -61,11 +59,12 @@ def evaluate(
     batch_tokens: int = 524_288,
     closed_book: bool = False,
     max_seconds: float | None = None,
+    note: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> list[dict[str, Any]]:
     """Score every (task, length) cell; returns one row a cell with n, accuracy (also by question type) and seconds.
 
     ``closed_book`` keeps the prompt's question and drops the haystack: accuracy must fall to chance. ``max_seconds``:
-    no cell is begun past this age; the rows done are returned.
+    no cell is begun past this age; the rows done are returned. ``note`` is given each row as soon as it is there.
     """
     # Prompts of one cell have one length. Closed book they do not, and padding needs the stock masks.
     model.set_attn_implementation("sdpa" if closed_book else attention.NAME)
@@ -103,8 +102,7 @@ def evaluate(
                 "seconds": round(time.perf_counter() - start, 2),
             }
         )
-        sys.stdout.write(json.dumps(rows[-1]) + "\n")
-        sys.stdout.flush()
+        note(rows[-1])
     return rows
 
 
@@ -121,33 +119,14 @@ def _by_type(types: Sequence[str], scores: Sequence[float]) -> dict[str, float]:
     }
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Evaluate a checkpoint folder and write the rows as JSON."""
-    parser = argparse.ArgumentParser(prog="kvscope.harness.reference_model.evaluate", description=__doc__)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--lengths", default="1024,4096,16384,32768")
-    parser.add_argument("--tasks", default=",".join(NIAH))
-    parser.add_argument("--samples", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument(
-        "--batch-tokens", type=int, default=524_288, help="prompt tokens a batch; less where memory is short"
-    )
-    parser.add_argument("--closed-book", action="store_true")
-    parser.add_argument("--max-seconds", type=float, help="begin no cell past this age")
-    args = parser.parse_args(argv)
+def load_checkpoint(folder: Path) -> tuple[Any, Any]:
+    """Load (model, tokenizer) of a checkpoint folder for evaluation: bfloat16 on a GPU where there is one.
+
+    Raises:
+        UsageError: the folder holds no model.
+    """
     cuda = torch.cuda.is_available()
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16 if cuda else torch.float32)
-    model = model.to("cuda" if cuda else "cpu").eval()
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    rows = evaluate(
-        model, tokenizer, tasks=args.tasks.split(","), lengths_tokens=[int(n) for n in args.lengths.split(",")],
-        samples=args.samples, seed=args.seed, workers=args.workers, closed_book=args.closed_book,
-        batch_tokens=args.batch_tokens, max_seconds=args.max_seconds,
-    )  # fmt: skip
-    args.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{folder} is no model folder: it has no config.json.")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if cuda else torch.float32)
+    return model.to("cuda" if cuda else "cpu").eval(), AutoTokenizer.from_pretrained(folder)

@@ -1,15 +1,13 @@
-"""Training of the reference model: ``python -m kvscope.harness.reference_model.train --out DIR``.
+"""Training of the reference model: ``kvscope backbone train --out DIR``.
 
 One phase after another; after each a checkpoint that the next run can start from (``--resume``). A phase has either a
 fixed number of steps or a time budget, from which the number of steps is set once, by timing, before its first update:
 the learning rate depends on the step alone, and the number is written to the log so that the run can be repeated.
 """
 
-import argparse
 import copy
 import json
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -24,15 +22,17 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from kvscope.harness.reference_model.architecture import build_model, reference_config
-from kvscope.harness.reference_model.curriculum import Phase, RowMaker, Shape
+from kvscope.harness.reference_model.curriculum import Phase, RowMaker
 from kvscope.harness.reference_model.data import Batch, PhaseData, batches
 from kvscope.harness.reference_model.documents import DocumentMaker
 from kvscope.harness.reference_model.documents_long_qa import LongQADocuments
 from kvscope.harness.reference_model.documents_ruler import coded_words, common_words, variable_chains
 from kvscope.harness.reference_model.muon import Muon
+from kvscope.harness.reference_model.phases import PHASES
 from kvscope.harness.reference_model.pieces import Pieces
 from kvscope.harness.reference_model.replicas import Replicas
 from kvscope.harness.reference_model.tokenizer import save_tokenizer, write_tokenizer
+from kvscope.terminal import say
 
 LOG_STEPS = 100
 AGREE_STEPS = 8
@@ -54,49 +54,6 @@ MUON_LR = 2.0
 STATE_FILE = "training_state.json"
 # Shards stay small so that each can be moved on its own.
 SHARD_BYTES = "15MB"
-
-
-def _one(tokens: int, rows: int, questions: int) -> tuple[Shape, ...]:
-    return (Shape(tokens=tokens, rows=rows, questions=questions),)
-
-
-_STORIES = (("long_qa", 0.28), ("vt", 0.1), ("cwe", 0.03), ("fwe", 0.03))
-_COMPOSED = (("long_qa_2", 0.35), ("vt", 0.08), ("cwe", 0.04), ("fwe", 0.03))
-# Lengths are mixed from 2K on: long rows alone unlearn short prompts (docs/log.md).
-_TO_64K = (
-    Shape(tokens=2048, rows=24, questions=24, share=0.28),
-    Shape(tokens=8192, rows=8, questions=48, share=0.37),
-    Shape(tokens=32_768, rows=2, questions=80, share=0.27),
-    Shape(tokens=65_536, rows=1, questions=100, share=0.08),
-)
-_TO_128K = (
-    Shape(tokens=2048, rows=24, questions=24, share=0.25),
-    Shape(tokens=8192, rows=8, questions=48, share=0.35),
-    Shape(tokens=32_768, rows=2, questions=80, share=0.32),
-    Shape(tokens=131_072, rows=1, questions=120, share=0.08),
-)
-# A row of 512K costs as much as a hundred steps of 8K, nearly all of it attention: few of them.
-_TO_512K = (
-    Shape(tokens=2048, rows=24, questions=24, share=0.2),
-    Shape(tokens=8192, rows=8, questions=48, share=0.3),
-    Shape(tokens=32_768, rows=2, questions=80, share=0.25),
-    Shape(tokens=131_072, rows=1, questions=120, share=0.15),
-    Shape(tokens=262_144, rows=1, questions=160, share=0.08),
-    Shape(tokens=524_288, rows=1, questions=200, share=0.02),
-)
-PHASES = (
-    Phase(name="p0-128", shapes=_one(128, 256, 4), steps=878, lr=(1.5e-3, 1.5e-3), copy_share=0.3, recall_share=0.4),
-    Phase(name="p1-512", shapes=_one(512, 80, 10), steps=1135, lr=(1.5e-3, 1.5e-3), copy_share=0.05,
-          documents=(("long_qa", 0.2), ("vt_fixed", 0.1))),
-    Phase(name="p2-2k", shapes=(Shape(tokens=512, rows=80, questions=10, share=0.25),
-                                Shape(tokens=2048, rows=20, questions=24, share=0.75)),
-          steps=1594, lr=(1.5e-3, 1.5e-3),
-          documents=(("long_qa", 0.25), ("vt_fixed", 0.1), ("cwe", 0.05), ("fwe", 0.05))),
-    Phase(name="p3-64k", shapes=_TO_64K, steps=3736, lr=(1.5e-3, 2e-5), documents=_STORIES),
-    Phase(name="p4-128k", shapes=_TO_128K, steps=2890, lr=(1e-3, 1e-4), documents=_COMPOSED, more_uuids=0.25),
-    Phase(name="p5-512k", shapes=_TO_512K, steps=561, lr=(5e-4, 1e-5), documents=_COMPOSED, more_uuids=0.25,
-          warmup_steps=60),
-)  # fmt: skip
 
 
 class FamilyAccuracy:
@@ -162,8 +119,7 @@ class Trainer:
         line = json.dumps(fields)
         self._log_file.write(line + "\n")
         self._log_file.flush()
-        sys.stdout.write(line + "\n")
-        sys.stdout.flush()
+        say(line)
 
     def _last_hidden(self, ids_BT: torch.Tensor) -> torch.Tensor:
         """[B, T, M] behind the last layer, before the final norm; every row starts at position 0."""
@@ -424,34 +380,3 @@ def train(
             break
     team.leave()
     return trainer
-
-
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="kvscope.harness.reference_model.train", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--resume", type=Path, help="checkpoint folder to start from")
-    parser.add_argument("--phases", help="comma-separated names, default all: " + ",".join(p.name for p in PHASES))
-    parser.add_argument("--steps", help="comma-separated steps of these phases (to repeat a logged run)")
-    parser.add_argument("--seconds", help="comma-separated time budgets of these phases")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--max-seconds", type=float)
-    parser.add_argument("--replicas", type=int, default=1, help="batches a step, spread over torchrun's processes")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Command line of the training run."""
-    args = _parse(argv)
-    names = args.phases.split(",") if args.phases else [p.name for p in PHASES]
-    known = {p.name: p for p in PHASES}
-    phases = tuple(known[name] for name in names)
-    if args.steps:
-        phases = tuple(replace(p, steps=int(n)) for p, n in zip(phases, args.steps.split(","), strict=True))
-    seconds = tuple(float(s) for s in args.seconds.split(",")) if args.seconds else None
-    train(out=args.out, phases=phases, resume=args.resume, seconds=seconds, seed=args.seed, workers=args.workers,
-          max_seconds=args.max_seconds, replicas=args.replicas)  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()

@@ -9,22 +9,20 @@ from there, with no weight on the evidence left when it speaks.
 
 Shapes: H KV heads, G query heads of a group, N tokens, D head size, P tokens a page.
 
-Run it: ``python -m kvscope.harness.studies.attention_mass --model reference --tasks niah_single_1 --lengths 1k,4k
---samples 10 --out mass.csv``, then ``python -m kvscope.reports.attention_mass mass.csv`` for the figure.
+Run it: ``kvscope study attention-mass -t niah_single_1 -l 1k -l 4k -n 10 --out mass.csv``, then ``kvscope study
+attention-figure mass.csv`` for the figure.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kvscope.errors import KvscopeError, UsageError
+from kvscope.errors import UsageError
 from kvscope.harness.engine.backend import require_token_attention
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.models import load_model
@@ -38,7 +36,6 @@ from kvscope.methods.resident import ResidentSequence
 from kvscope.methods.store import PromptKV
 from kvscope.tasks.base import Sample
 from kvscope.tasks.registry import create_task
-from kvscope.units import parse_length
 
 COLUMNS = (
     "model",
@@ -224,50 +221,42 @@ def measured(
                 yield evidence_attention(loaded, sample)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and write one CSV row per sample, layer and head."""
-    parser = argparse.ArgumentParser(prog="python -m kvscope.harness.studies.attention_mass", description=__doc__)
-    parser.add_argument("--model", default="reference")
-    parser.add_argument("--tasks", required=True, help="comma-separated task names")
-    parser.add_argument("--lengths", required=True, help="comma-separated, e.g. 1k,4k,16k")
-    parser.add_argument("--samples", type=int, default=10, help="prompts a task and length")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--out", type=Path, required=True, help="CSV file, must not exist")
-    args = parser.parse_args(argv)
-    try:
-        lengths = [parse_length(item) for item in args.lengths.split(",")]
-        if args.out.exists():
-            raise UsageError(f"{args.out} exists already: remove it, or name another file with --out.")
-        for name in args.tasks.split(","):
-            create_task(name)
-        refuse_preset(args.model, "measure attention on")
-        loaded = load_model(args.model, device=args.device, dtype=args.dtype)
-        require_token_attention(loaded.backend, model=loaded.name, what="attention on the evidence")
-        if max(lengths) > loaded.max_length_tokens:
-            raise UsageError(f"Model '{loaded.name}' takes {loaded.max_length_tokens} tokens, not {max(lengths)}.")
-        _write(loaded, args, lengths)
-    except KvscopeError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    return 0
+def measure_to_csv(
+    out: Path,
+    *,
+    model: str,
+    tasks: Sequence[str],
+    lengths_tokens: Sequence[int],
+    samples: int,
+    seed: int,
+    device: str,
+    dtype: str,
+    note: Callable[[str], None],
+) -> None:
+    """Measure a model and write one CSV row per sample, layer and head.
 
+    Args:
+        out: file to write.
+        note: told of each sample as soon as it is measured.
 
-def _write(loaded: LoadedModel, args: argparse.Namespace, lengths: Sequence[int]) -> None:
-    tasks = args.tasks.split(",")
-    with args.out.open("w", encoding="utf-8", newline="") as file:
+    Raises:
+        UsageError: an unknown task, a model without tokens of its own to attend to, or a length it does not take.
+    """
+    for name in tasks:
+        create_task(name)
+    refuse_preset(model, "measure attention on")
+    loaded = load_model(model, device=device, dtype=dtype)
+    require_token_attention(loaded.backend, model=loaded.name, what="attention on the evidence")
+    if max(lengths_tokens) > loaded.max_length_tokens:
+        raise UsageError(f"Model '{loaded.name}' takes {loaded.max_length_tokens} tokens, not {max(lengths_tokens)}.")
+    with out.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        for rows in measured(loaded, tasks=tasks, lengths_tokens=lengths, samples=args.samples, seed=args.seed):
+        for rows in measured(loaded, tasks=tasks, lengths_tokens=lengths_tokens, samples=samples, seed=seed):
             writer.writerows(rows)
             file.flush()  # a long run keeps what it has measured
             best = max(rows, key=lambda row: float(row["evidence_peak"]))
-            sys.stderr.write(
+            note(
                 f"{best['task']} {best['length_tokens']} tokens, sample {best['sample']}: at most "
-                f"{best['evidence_peak']:.3f} on the evidence (layer {best['layer']}, head {best['head']})\n"
+                f"{best['evidence_peak']:.3f} on the evidence (layer {best['layer']}, head {best['head']})"
             )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -11,7 +11,8 @@ import typer
 
 import kvscope
 from kvscope import cli
-from kvscope.harness.passes.footprint import worker_environment
+from kvscope.harness.passes.options import RunOptions, build_config
+from kvscope.harness.passes.process import worker_environment
 
 SHARED = [
     "--accuracy-graph", "--answer-nll", "--device", "--dtype", "--find-max", "--footprint", "--footprint-length",
@@ -53,6 +54,26 @@ SURFACE = {
         "--batch-documents", "--batch-rows", "--cold-start", "--data", "--device", "--epochs", "--heads", "--held-out",
         "--key-dim", "--lr", "--out", "--patience", "--quiet", "--seed", "--warm-start", "--weight-decay", "-o", "-q",
     ],
+    "study attention-mass": [
+        "--device", "--dtype", "--length", "--model", "--out", "--samples", "--seed", "--task", "-l", "-n", "-o", "-t",
+    ],
+    "study block-ranks": [
+        "--device", "--dtype", "--length", "--method", "--model", "--out", "--samples", "--seed", "--sweep", "--task",
+        "-l", "-m", "-n", "-o", "-t",
+    ],
+    "study attention-figure": ["--out", "-o", "csv"],
+    "backbone train": [
+        "--max-seconds", "--out", "--phases", "--replicas", "--resume", "--seconds", "--seed", "--steps", "--workers",
+        "-o",
+    ],
+    "backbone evaluate": [
+        "--batch-tokens", "--closed-book", "--length", "--max-seconds", "--out", "--samples", "--seed", "--task",
+        "--workers", "-l", "-n", "-o", "-t", "folder",
+    ],
+    "backbone controls": [
+        "--batch", "--length", "--out", "--samples", "--seed", "--task", "--workers", "-l", "-n", "-o", "-t", "folder",
+    ],
+    "backbone exclude-types": ["--model", "rows"],
     "dsa eval": ["--data", "--device", "--indexer", "--out", "--quiet", "--seed", "-o", "-q"],
 }  # fmt: skip
 
@@ -102,13 +123,20 @@ def test_help_text_names_the_real_defaults() -> None:
     assert f"[default: {defaults.method_from}]" in helps["--method-from"]
 
 
+def test_every_option_of_a_run_is_a_key_of_the_configuration() -> None:
+    from kvscope.harness.passes.config import RunConfig
+
+    assert set(RunOptions.__annotations__) - set(RunConfig.model_fields) == {"config", "sets", "sweeps"}
+
+
 def test_every_shared_option_reaches_the_configuration() -> None:
     values = {
-        "model": "m", "method": ["dense"], "task": ["niah_single_1"], "length": ["2k"], "samples": 3, "seed": 4,
-        "out": "o", "method_from": "question", "answer_nll": True, "max_new_tokens": 5, "paper_settings": True,
-        "footprint": True, "footprint_length": ["4k"], "device": "cpu", "dtype": "float16", "accuracy_graph": True,
+        "model": "m", "methods": ["dense"], "tasks": ["niah_single_1"], "lengths_tokens": ["2k"], "samples": 3,
+        "seed": 4, "out": "o", "method_from": "question", "answer_nll": True, "max_new_tokens": 5,
+        "paper_settings": True, "footprint": True, "footprint_lengths_tokens": ["4k"], "device": "cpu",
+        "dtype": "float16", "accuracy_graph": True,
     }  # fmt: skip
-    config = cli.build_config({**values, "config": None, "set_": ["page_tokens=32"]})
+    config = build_config({**values, "config": None, "sets": ["page_tokens=32"]})
     assert config.lengths_tokens == (2048,)
     assert config.footprint_lengths_tokens == (4096,)
     assert (config.model, config.samples, config.seed, config.out) == ("m", 3, 4, "o")
@@ -120,7 +148,7 @@ def test_every_shared_option_reaches_the_configuration() -> None:
 def test_an_option_not_given_leaves_the_default() -> None:
     from kvscope.harness.passes.config import RunConfig
 
-    assert cli.build_config({"model": None, "method": None, "task": [], "config": None, "set_": None}) == RunConfig()
+    assert build_config({"model": None, "methods": None, "tasks": [], "config": None, "sets": None}) == RunConfig()
 
 
 def command(*arguments: str) -> "subprocess.CompletedProcess[str]":

@@ -10,8 +10,10 @@ from kvscope import cli
 from kvscope.errors import UsageError
 from kvscope.harness.engine.models import load_model
 from kvscope.harness.engine.names import known_models
+from kvscope.harness.passes.accuracy import AccuracyPass
 from kvscope.harness.passes.config import make_config
 from kvscope.harness.passes.facts import describe_model
+from kvscope.harness.passes.footprint import FootprintPass
 from kvscope.harness.passes.plan import make_plan
 from kvscope.harness.passes.sweep import failures, run
 from kvscope.methods.registry import create_method, parse_method
@@ -98,8 +100,8 @@ def test_the_plan_of_a_preset_scores_nothing() -> None:
     text = plan.text()
     assert "nothing is scored" in text
     assert "15.0 GiB of weights" in text
-    assert plan.accuracy_prefill_tokens == 0
-    assert plan.footprint_prefill_tokens == 128 * 1024
+    assert AccuracyPass().prefill_tokens(plan) == 0
+    assert FootprintPass().prefill_tokens(plan) == 128 * 1024
     assert plan.cell("dense", 128 * 1024).predicted_kv_bytes == 16 * 1024**3
     assert plan.cell("dense", 128 * 1024).forecast in ("fits", "oom")
 

@@ -11,11 +11,12 @@ from in_process import MIB, Nvml, measure, run_here, with_nvml
 from kvscope.errors import DeviceBudgetExceeded, HostMemoryShort
 from kvscope.harness.engine import layer_major, prefill
 from kvscope.harness.engine.oom import is_oom
-from kvscope.harness.passes import footprint, measurement
+from kvscope.harness.passes import allocator, measurement, process
 from kvscope.harness.passes.config import make_config
-from kvscope.harness.passes.footprint import make_job, run_worker, worker_environment
+from kvscope.harness.passes.footprint import FootprintPass
 from kvscope.harness.passes.plan import make_plan
-from kvscope.harness.passes.rows import oom_of
+from kvscope.harness.passes.process import run_worker, worker_environment
+from kvscope.harness.passes.row_columns import oom_of
 from kvscope.harness.passes.sweep import failures, run
 from kvscope.methods.dense.method import Dense
 from kvscope.results.schema import FootprintRow
@@ -37,9 +38,7 @@ def out_of_memory(*arguments: Any, **options: Any) -> Any:
 def dense_row(**changes: Any) -> FootprintRow:
     """Measure dense at 1K here."""
     plan = make_plan(make_config({**VALUES, **changes}))
-    row = measure(make_job(plan, plan.methods[0], 1024))
-    assert isinstance(row, FootprintRow)
-    return row
+    return measure(FootprintPass().job(plan, plan.methods[0], 1024))
 
 
 def test_oom_in_decode_is_a_row_with_bytes_and_the_sweep_goes_on(tmp_path: Path, monkeypatch: Any) -> None:
@@ -168,7 +167,7 @@ def test_kernels_that_load_with_the_first_steps_are_taken_off_the_budget(monkeyp
 
     taken: list[int | None] = []
     with_nvml(monkeypatch, Nvml(lambda: 1900 * MIB))
-    monkeypatch.setattr(measurement._Torch, "reserved_bytes", lambda self: 1200 * MIB)
+    monkeypatch.setattr(allocator.TorchMemory, "reserved_bytes", lambda self: 1200 * MIB)
     monkeypatch.setattr(DeviceBudget, "apply", lambda self, device, *, outside_bytes: taken.append(outside_bytes))
     row = dense_row(gpu_budget_bytes="2GiB")
     assert row.status == "ok"
@@ -179,13 +178,13 @@ def test_allocator_settings_that_are_not_in_force_say_so(monkeypatch: Any) -> No
     settings: dict[str, Any] = {"expandable_segments": True}
     monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: {"allocator_settings": settings})
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    assert measurement.allocator_settings() == "expandable_segments:True"
+    assert allocator.allocator_settings() == "expandable_segments:True"
     settings["expandable_segments"] = False
-    assert measurement.allocator_settings() == "expandable_segments:True (not in force)"
+    assert allocator.allocator_settings() == "expandable_segments:True (not in force)"
     settings.clear()
-    assert measurement.allocator_settings() == "expandable_segments:True (not confirmed)"
+    assert allocator.allocator_settings() == "expandable_segments:True (not confirmed)"
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "backend:cudaMallocAsync")
-    assert measurement.allocator_settings() == "backend:cudaMallocAsync"
+    assert allocator.allocator_settings() == "backend:cudaMallocAsync"
 
 
 def test_a_gpu_busy_with_another_process_is_in_the_row_and_in_an_ooms_reason(monkeypatch: Any) -> None:
@@ -199,7 +198,7 @@ def test_a_gpu_busy_with_another_process_is_in_the_row_and_in_an_ooms_reason(mon
 
 
 def test_a_gpu_that_lets_nobody_else_in_is_a_row(monkeypatch: Any) -> None:
-    def busy(self: measurement.Measurement) -> None:
+    def busy(self: measurement.Measurement[Any]) -> None:
         raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable")
 
     monkeypatch.setattr(measurement.Measurement, "_create_context", busy)
@@ -240,9 +239,9 @@ def test_without_triton_the_worker_measures(tmp_path: Path, monkeypatch: Any) ->
     (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('no triton here')\n")
     real = worker_environment()
     paths = os.pathsep.join([str(tmp_path), real["PYTHONPATH"]])
-    monkeypatch.setattr(footprint, "worker_environment", lambda: {**real, "PYTHONPATH": paths})
+    monkeypatch.setattr(process, "worker_environment", lambda: {**real, "PYTHONPATH": paths})
     plan = make_plan(make_config(VALUES))
-    row = run_worker(make_job(plan, plan.methods[0], 1024), timeout_s=120)
+    row = run_worker(FootprintPass().job(plan, plan.methods[0], 1024), timeout_s=120)
     assert row.status == "ok", row.reason
     assert "torch" in row.backend
 

@@ -9,13 +9,17 @@ from in_process import MIB, run_here
 
 from kvscope import cli
 from kvscope.harness.passes import find_max as module
-from kvscope.harness.passes import footprint
+from kvscope.harness.passes import process_pass
+from kvscope.harness.passes.base import Left
 from kvscope.harness.passes.config import make_config
+from kvscope.harness.passes.deadline import Deadline
 from kvscope.harness.passes.find_max import find_max, predicted_max
 from kvscope.harness.passes.plan import Plan, make_plan
-from kvscope.harness.passes.sweep import failures, run
+from kvscope.harness.passes.progress import Progress
+from kvscope.harness.passes.sweep import failures, run, run_info
 from kvscope.methods.shape import tensor_bytes
 from kvscope.results.frames import load_run
+from kvscope.results.store import RunStore
 
 VALUES = {"model": "preset:tiny", "methods": ["dense"], "find_max": True, "device": "cpu", "footprint_decode_tokens": 4}
 MAXIMUM = 4 * 1024 * 1024
@@ -89,7 +93,7 @@ def test_a_budget_bounds_dense_and_not_lsa(tmp_path: Any, monkeypatch: pytest.Mo
     jobs = run_here(monkeypatch)
     lsa = "lsa:budget_tokens=512,recency_tokens=128,selection=synthetic"
     values = {**VALUES, "methods": ["dense", lsa], "gpu_budget_bytes": "1MiB", "find_max_limit_tokens": "64k"}
-    real, calls = footprint.run_worker, []
+    real, calls = process_pass.run_worker, []
 
     def interrupted(job: Any, **options: Any) -> Any:
         calls.append(job)
@@ -97,12 +101,12 @@ def test_a_budget_bounds_dense_and_not_lsa(tmp_path: Any, monkeypatch: pytest.Mo
             raise KeyboardInterrupt
         return real(job, **options)
 
-    monkeypatch.setattr(footprint, "run_worker", interrupted)
+    monkeypatch.setattr(process_pass, "run_worker", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(values, out=tmp_path / "run", progress=False)
     kept = len(load_run(tmp_path / "run").footprint)
     assert kept == 2
-    monkeypatch.setattr(footprint, "run_worker", real)
+    monkeypatch.setattr(process_pass, "run_worker", real)
     result = run(values, out=tmp_path / "run", progress=False)
     found = result.max_context.set_index("method_label")
     weights_bytes = 140_160
@@ -125,6 +129,18 @@ def test_a_search_that_fails_is_a_failure(tmp_path: Any, monkeypatch: pytest.Mon
     result = run({**VALUES, "gpu_budget_bytes": "1KiB"}, out=tmp_path / "run", progress=False)
     assert list(result.max_context["bound"]) == ["none_fits"]
     assert failures(result)[0].startswith("find-max: dense: load: DeviceBudgetExceeded: The model takes 140,160 bytes")
+
+
+def test_a_search_counts_the_methods_that_are_left(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_here(monkeypatch)
+    config = make_config({**VALUES, "methods": ["dense", "recency"], "find_max_limit_tokens": "1k"})
+    (search,) = make_plan(config).passes
+    plan = make_plan(config)
+    with RunStore.create(tmp_path / "run", run_info(plan)) as store:
+        assert search.left(plan, store) == Left(cells=2)
+        search.run(plan, store, Progress(), Deadline())
+        assert search.left(plan, store) == Left()
+        assert [row.bound for row in store.max_contexts()] == ["limit", "limit"]
 
 
 def test_shared_pages_are_counted_once() -> None:

@@ -11,10 +11,11 @@ import pytest
 import stand_ins
 from tiny import MakeConfig
 
-from kvscope.harness.passes import footprint as module
-from kvscope.harness.passes.footprint import footprint_prompt, make_job, run_worker, summary, worker_environment
+from kvscope.harness.passes import process, process_pass
+from kvscope.harness.passes.footprint import FootprintPass, footprint_prompt
 from kvscope.harness.passes.job import FootprintJob
 from kvscope.harness.passes.plan import Plan, make_plan
+from kvscope.harness.passes.process import run_worker, worker_environment
 from kvscope.harness.passes.sweep import failures, run
 from kvscope.methods import registry
 
@@ -26,7 +27,7 @@ def plan(small: MakeConfig) -> Plan:
 
 @pytest.fixture
 def job(plan: Plan) -> FootprintJob:
-    return make_job(plan, plan.methods[0], 512)
+    return FootprintPass().job(plan, plan.methods[0], 512)
 
 
 def script(text: str) -> tuple[str, ...]:
@@ -44,12 +45,12 @@ def test_prompt_and_decode_steps_fill_the_length(plan: Plan) -> None:
 def test_a_pass_measures_every_cell_once_and_resumes(small: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     config = small(samples=1, footprint=True, footprint_decode_tokens=8, footprint_lengths_tokens=[640])
     phases: list[str] = []
-    real = module.run_worker
+    real = process_pass.run_worker
 
     def spying(job: FootprintJob, **options: object) -> object:
         return real(job, timeout_s=300.0, on_phase=phases.append)
 
-    monkeypatch.setattr(module, "run_worker", spying)
+    monkeypatch.setattr(process_pass, "run_worker", spying)
     result = run(config, progress=False)
     frame = result.footprint.set_index("method_label")
     assert phases == ["start", "load", "warm-up", "prefill", "decode", "timing"] * 2
@@ -83,7 +84,7 @@ def test_a_failure_in_the_worker_is_a_row_with_its_phase(job: FootprintJob) -> N
 
 def test_an_unsupported_cell_starts_no_process(small: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(registry.METHODS, "picky", stand_ins.METHODS["picky"])
-    monkeypatch.setattr(module, "run_worker", None)
+    monkeypatch.setattr(process_pass, "run_worker", None)
     result = run(small(methods=["picky"], samples=1, footprint=True), progress=False)
     assert list(result.footprint["status"]) == ["unsupported"]
     assert result.footprint["reason"].iloc[0] == "it needs a moon; and a sun"
@@ -99,7 +100,7 @@ def test_the_kernels_oom_kill_is_told_from_another_kill(job: FootprintJob, monke
     kill = script("say(phase='decode'); os.kill(os.getpid(), signal.SIGKILL)")
     assert run_worker(job, timeout_s=60, command=kill).status == "failed"
     counts = iter([3, 4])
-    monkeypatch.setattr(module, "kernel_oom_kills", lambda: next(counts))
+    monkeypatch.setattr(process, "kernel_oom_kills", lambda: next(counts))
     row = run_worker(job, timeout_s=60, command=kill)
     assert (row.status, row.oom_of) == ("oom", "host")
     assert row.reason == "decode: the kernel killed the worker for want of host memory (SIGKILL)"
@@ -130,12 +131,24 @@ def test_a_worker_that_hangs_is_stopped(job: FootprintJob) -> None:
     assert row.reason.endswith("stopped after 0.5 s (footprint_timeout_s)")
 
 
+def test_a_worker_imports_nothing_from_the_folder_one_stands_in(
+    job: FootprintJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``python -m`` alone would put that folder before the standard library."""
+    for name in ("statistics", "torch", "sitecustomize"):
+        (tmp_path / f"{name}.py").write_text("open('executed', 'w').close()\nraise SystemExit(7)\n")
+    monkeypatch.chdir(tmp_path)
+    row = run_worker(job, timeout_s=300)
+    assert (row.status, row.reason) == ("ok", None)
+    assert not (tmp_path / "executed").exists()
+
+
 def test_a_worker_ends_when_its_parent_is_gone(job: FootprintJob, tmp_path: Path) -> None:
     """kill -9 of the sweep must not leave a process behind that holds the GPU."""
     hang = job.model_copy(update={"model": "slow"})
     code = (
         "import time\nfrom kvscope.harness.passes import worker\n"
-        "worker.Measurement.run = lambda self: time.sleep(600)\nworker.main()"
+        "worker.measure = lambda job, say: time.sleep(600)\nworker.main()"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=worker_environment(), text=True
@@ -189,5 +202,5 @@ def test_the_worker_gives_freed_memory_back_unless_the_user_has_settings(monkeyp
 
 def test_the_summary_says_the_outcome(job: FootprintJob) -> None:
     row = run_worker(job, timeout_s=60, command=script("sys.exit(1)"))
-    assert summary(row) == "failed: start: the worker exited with 1: it said nothing"
+    assert FootprintPass().summary(row) == "failed: start: the worker exited with 1: it said nothing"
     assert json.loads(row.model_dump_json())["verdict"] == "not_measured"

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from tiny import MakeConfig
 
-from kvscope.harness.passes.footprint import worker_environment
+from kvscope.harness.passes.process import worker_environment
 from kvscope.results.frames import load_run
 
 KILLS = 25

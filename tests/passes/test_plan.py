@@ -10,8 +10,11 @@ from tiny import MakeConfig
 
 from kvscope.errors import EnvironmentProblem, UsageError
 from kvscope.harness.engine import models
+from kvscope.harness.passes import forecast
 from kvscope.harness.passes import plan as module
+from kvscope.harness.passes.accuracy import AccuracyPass
 from kvscope.harness.passes.facts import describe_model
+from kvscope.harness.passes.footprint import FootprintPass
 from kvscope.harness.passes.plan import make_plan
 from kvscope.methods import registry
 
@@ -58,7 +61,7 @@ def test_cells_carry_the_methods_own_prediction(small: MakeConfig) -> None:
 def test_a_cell_that_does_not_fit_is_forecast_with_both_numbers(
     small: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "free_device_bytes", lambda device: (1_000_000, "host memory"))
+    monkeypatch.setattr(forecast, "free_device_bytes", lambda device: (1_000_000, "host memory"))
     plan = make_plan(small(lengths_tokens=[512, 4096], footprint_decode_tokens=32))
     assert plan.cell("dense", 4096).forecast == "oom"
     assert "host memory, 976.6 KiB is free" in (plan.cell("dense", 4096).reason or "")
@@ -66,7 +69,7 @@ def test_a_cell_that_does_not_fit_is_forecast_with_both_numbers(
 
 
 def test_without_a_reading_the_forecast_is_unknown(small: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "free_device_bytes", lambda device: (None, "GPU"))
+    monkeypatch.setattr(forecast, "free_device_bytes", lambda device: (None, "GPU"))
     assert {cell.forecast for cell in make_plan(small()).cells} == {"unknown"}
 
 
@@ -81,8 +84,9 @@ def test_unsupported_methods_are_named_with_every_reason(small: MakeConfig, monk
 def test_tokens_to_prefill_do_not_grow_with_methods_in_the_accuracy_pass(small: MakeConfig) -> None:
     one = make_plan(small(methods=["dense"], lengths_tokens=[512, 1024], samples=3, footprint=True))
     two = make_plan(small(lengths_tokens=[512, 1024], samples=3, footprint=True))
-    assert one.accuracy_prefill_tokens == two.accuracy_prefill_tokens == 3 * (512 + 1024)
-    assert two.footprint_prefill_tokens == 2 * one.footprint_prefill_tokens == 2 * (512 + 1024)
+    accuracy, footprint = AccuracyPass(), FootprintPass()
+    assert accuracy.prefill_tokens(one) == accuracy.prefill_tokens(two) == 3 * (512 + 1024)
+    assert footprint.prefill_tokens(two) == 2 * footprint.prefill_tokens(one) == 2 * (512 + 1024)
 
 
 def test_the_text_says_what_will_happen(small: MakeConfig) -> None:
@@ -90,6 +94,23 @@ def test_the_text_says_what_will_happen(small: MakeConfig) -> None:
     assert "256 B of KV a token, at most 4,096 tokens" in text
     assert "6 prompts, each prefilled once for 2 methods: 4,608 tokens to prefill, 12 rows" in text
     assert "footprint  4 cells, each a fresh process" in text
+
+
+@pytest.mark.parametrize(
+    ("values", "kinds", "lengths_tokens"),
+    [
+        ({}, ["AccuracyPass", "FootprintPass"], (1024, 2048)),
+        ({"footprint_lengths_tokens": [4096]}, ["AccuracyPass", "FootprintPass"], (1024, 2048, 4096)),
+        ({"throughput": True, "tasks": []}, ["ThroughputPass"], (1024, 2048)),
+        ({"find_max": True, "tasks": []}, ["FindMaxPass"], ()),
+    ],
+)
+def test_a_configuration_has_its_passes_and_they_their_lengths(
+    small: MakeConfig, values: dict[str, Any], kinds: list[str], lengths_tokens: tuple[int, ...]
+) -> None:
+    plan = make_plan(small(lengths_tokens=[1024, 2048], **{"footprint": True, **values}))
+    assert [type(each).__name__ for each in plan.passes] == kinds
+    assert plan.lengths_tokens == lengths_tokens
 
 
 def test_searches_are_planned_without_tasks(small: MakeConfig) -> None:
@@ -101,7 +122,7 @@ def test_searches_are_planned_without_tasks(small: MakeConfig) -> None:
     assert "throughput 4 cells, each a fresh process, at 1K, 2K tokens: the largest batch up to 64" in plan.text()
     plan = make_plan(small(**common, kv="synthetic"))
     assert "footprint  4 cells, each a fresh process, at 1K, 2K tokens: synthetic KV" in plan.text()
-    assert plan.footprint_prefill_tokens == 0
+    assert FootprintPass().prefill_tokens(plan) == 0
 
 
 def test_a_budget_is_what_a_gpu_has_free(small: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +130,7 @@ def test_a_budget_is_what_a_gpu_has_free(small: MakeConfig, monkeypatch: pytest.
     facts = describe_model("preset:llama-3.1-8b", device="cpu", dtype="bfloat16")
     monkeypatch.setattr(module, "describe_model", lambda *a, **k: dataclasses.replace(facts, device="cuda:0"))
     free = {"cuda:0": (79 * 1024**3, "GPU"), "cpu": (8 * 1024**3, "host memory")}
-    monkeypatch.setattr(module, "free_device_bytes", lambda device: free[device])
+    monkeypatch.setattr(forecast, "free_device_bytes", lambda device: free[device])
     common = {"model": "preset:llama-3.1-8b", "tasks": [], "footprint": True, "kv": "synthetic"}
     values = {**common, "methods": ["dense", "lsa:budget_tokens=16384,selection=synthetic"]}
     plan = make_plan(small(**values, lengths_tokens=["32k", "128k"], gpu_budget_bytes="24GiB"))

@@ -7,11 +7,14 @@ from typing import Any
 import pytest
 from tiny import MakeConfig
 
+from kvscope import cli
 from kvscope.errors import UsageError
 from kvscope.harness.passes.plan import make_plan
-from kvscope.harness.passes.pooling import EXCLUDED_FILE, excluded_types, exclusion_list, main
+from kvscope.harness.passes.pooling import EXCLUDED_FILE, excluded_types, exclusion_list
 from kvscope.harness.passes.sweep import run_info
 from kvscope.results.store import read_info
+
+COMMAND = ["backbone", "exclude-types"]
 
 
 def row(percents: dict[str, float], **changes: Any) -> dict[str, Any]:
@@ -70,7 +73,7 @@ def test_the_command_writes_the_list_that_runs_read(
     rows = tmp_path / "rows.json"
     rows.write_text(json.dumps([row({"hops_3": 40.0, "single_fact": 99.0})]))
     assert excluded_types(str(folder)) == ()
-    assert main([str(rows), "--model", str(folder)]) == 0
+    assert cli.run_cli([*COMMAND, str(rows), "--model", str(folder)]) == 0
     assert "hops_3 of long_qa counts in no pooled score: dense answers 40 %" in capsys.readouterr().out
     (found,) = excluded_types(str(folder))
     assert (found.task, found.question_type, found.dense_percent, found.n) == ("long_qa", "hops_3", 40.0, 45)
@@ -79,11 +82,11 @@ def test_the_command_writes_the_list_that_runs_read(
 
 def test_bad_files_get_one_clear_sentence(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = tmp_path / "rows.json"
-    for text in ("{", "[1]", '[{"seed": 1000}]'):
+    for text in ("{", "[1]", "7", '[{"seed": 1000}]'):
         rows.write_text(text)
-        assert main([str(rows), "--model", str(folder)]) == 2
+        assert cli.run_cli([*COMMAND, str(rows), "--model", str(folder)]) == 2
         assert "holds no rows of" in capsys.readouterr().err
-    assert main([str(rows), "--model", str(tmp_path)]) == 2
+    assert cli.run_cli([*COMMAND, str(rows), "--model", str(tmp_path)]) == 2
     assert "no config.json" in capsys.readouterr().err
     (folder / EXCLUDED_FILE).write_text('{"excluded": ["hops_3"]}')
     with pytest.raises(UsageError, match=r"excluded_types\.json is no list of excluded question types"):

@@ -2,9 +2,9 @@
 
 import pytest
 
-from kvscope import cli
 from kvscope.errors import UsageError
 from kvscope.harness.passes.config import RunConfig, load_config, sweep_methods
+from kvscope.harness.passes.options import build_config
 from kvscope.methods.registry import create_method
 
 
@@ -43,7 +43,7 @@ def test_units_are_read_as_in_a_spec() -> None:
 
 
 def test_the_command_line_reaches_it() -> None:
-    config = cli.build_config({"method": ["lsa"], "sweep": ["lsa.tau=16,64"], "config": None, "set_": None})
+    config = build_config({"methods": ["lsa"], "sweeps": ["lsa.tau=16,64"], "config": None, "sets": None})
     assert labels(config) == ["lsa:tau=16", "lsa:tau=64"], "without a value tau is the indexer's"
 
 

@@ -44,7 +44,7 @@ def test_rows_say_how_large_how_fast_and_why_not_more(tmp_path: Any, monkeypatch
     assert dense["resident_kv_bytes"] == 3 * 32 * 64 * 256
     assert lsa["host_kv_bytes"] == 32 * 64 * 256
     assert lsa["bytes_recalled"] > 0
-    assert [job.kind for job in jobs] == ["throughput", "throughput"]
+    assert [(job.kind, job.max_batch) for job in jobs] == [("throughput", 8)] * 2
     run(values, out=tmp_path / "run", progress=False)
     assert len(jobs) == 2
 

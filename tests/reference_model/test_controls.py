@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from kvscope import cli
 from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
 from kvscope.harness.reference_model import controls
 from kvscope.tasks.long_qa.guards import chance
@@ -39,13 +40,16 @@ def test_padding_changes_no_answer(reference):
     assert "7654321" in together[0]
 
 
-def test_the_model_finds_a_needle_that_stands_alone_and_none_where_none_is(reference, capsys):
-    rows = controls.run_controls(*reference, tasks=("niah_multikey_2",), lengths_tokens=[1024], samples=3, seed=5)
+def test_the_model_finds_a_needle_that_stands_alone_and_none_where_none_is(reference):
+    told = []
+    rows = controls.run_controls(
+        *reference, tasks=("niah_multikey_2",), lengths_tokens=[1024], samples=3, seed=5, note=told.append
+    )
     assert [(row["control"], row["accuracy_percent"], row["passed"]) for row in rows] == [
         ("closed_book", 0.0, True),
         ("oracle", 100.0, True),
     ]
-    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == rows
+    assert told == rows
 
 
 def test_a_perfect_model_passes_the_oracle_and_fails_closed_book(made):
@@ -92,10 +96,11 @@ def test_text_after_the_stop_does_not_count(made):
 
 def test_the_command_writes_rows_and_fails_where_a_control_does(tmp_path: Path, capsys):
     out = tmp_path / "controls.json"
-    code = controls.main(
-        [str(REFERENCE_MODEL_FOLDER), "--out", str(out), "--tasks", "niah_single_1", "--lengths", "1024", "--samples",
-         "2", "--workers", "1"]
+    code = cli.run_cli(
+        ["backbone", "controls", str(REFERENCE_MODEL_FOLDER), "--out", str(out), "-t", "niah_single_1", "-l", "1k",
+         "-n", "2", "--workers", "1"]
     )  # fmt: skip
     rows = json.loads(out.read_text())
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == rows
     assert [row["control"] for row in rows] == ["closed_book", "oracle"]
     assert code == (0 if all(row["passed"] for row in rows) else 1)

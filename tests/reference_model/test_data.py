@@ -17,9 +17,10 @@ from kvscope.harness.reference_model.architecture import WINDOW_TOKENS, referenc
 from kvscope.harness.reference_model.curriculum import Phase, RowMaker, Shape
 from kvscope.harness.reference_model.data import Batch, PhaseData, batches
 from kvscope.harness.reference_model.documents import Document
+from kvscope.harness.reference_model.phases import PHASES
 from kvscope.harness.reference_model.pieces import Pieces
 from kvscope.harness.reference_model.tokenizer import EOS_ID, VOCAB_TOKENS, save_tokenizer
-from kvscope.harness.reference_model.train import PHASES, document_makers, train
+from kvscope.harness.reference_model.train import document_makers, train
 from kvscope.tasks.draws import Draws
 from kvscope.tasks.needle import SPECS
 from kvscope.tasks.registry import create_task

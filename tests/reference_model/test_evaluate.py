@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvscope
+from kvscope import cli
 from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
 from kvscope.harness.reference_model import evaluate
 
@@ -17,13 +18,15 @@ def reference():
     return model, AutoTokenizer.from_pretrained(REFERENCE_MODEL_FOLDER)
 
 
-def test_rows_name_their_cell_and_agree_with_the_engine(reference, tmp_path, capsys):
+def test_rows_name_their_cell_and_agree_with_the_engine(reference, tmp_path):
+    told = []
     rows = evaluate.evaluate(
-        *reference, tasks=("niah_multikey_2",), lengths_tokens=[1024], samples=3, seed=5, batch_tokens=2048, workers=1
-    )
+        *reference, tasks=("niah_multikey_2",), lengths_tokens=[1024], samples=3, seed=5, batch_tokens=2048, workers=1,
+        note=told.append,
+    )  # fmt: skip
     (row,) = rows
     assert (row["task"], row["length_tokens"], row["samples"], row["seed"]) == ("niah_multikey_2", 1024, 3, 5)
-    assert json.loads(capsys.readouterr().out) == row
+    assert told == [row]
     run = kvscope.run(
         {
             "model": "reference",
@@ -45,6 +48,17 @@ def test_closed_book_pads_questions_of_unlike_length_and_finds_nothing(reference
     )
     assert row["closed_book"] is True
     assert row["accuracy_percent"] == 0.0
+
+
+def test_the_command_writes_its_rows(tmp_path, capsys):
+    out = tmp_path / "rows.json"
+    command = ["backbone", "evaluate", str(REFERENCE_MODEL_FOLDER), "-t", "niah_single_1", "-l", "1k", "-n", "1"]
+    assert cli.run_cli([*command, "--out", str(out)]) == 0
+    (row,) = json.loads(out.read_text())
+    assert (row["task"], row["length_tokens"], row["samples"]) == ("niah_single_1", 1024, 1)
+    assert json.loads(capsys.readouterr().out) == row
+    assert cli.run_cli([*command[:2], str(tmp_path), *command[3:], "--out", str(out)]) == 2
+    assert "is no model folder" in capsys.readouterr().err
 
 
 def test_no_cell_is_begun_past_the_time(reference):

@@ -5,9 +5,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from kvscope.reports.attention_mass import attention_cells, attention_figure, main
+from kvscope import cli
+from kvscope.reports.attention_mass import attention_cells, attention_figure
 
 LENGTHS = tuple(1024 * 2**i for i in range(10))
+
+COMMAND = ["study", "attention-figure"]
 
 
 def measured_rows(*, tasks: tuple[str, ...] = ("niah_single_1", "vt"), samples: int = 3) -> pd.DataFrame:
@@ -69,7 +72,7 @@ def test_the_key_stays_inside_the_picture(tasks: tuple[str, ...]) -> None:
 
 def test_the_command_writes_picture_and_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     measured_rows().to_csv(tmp_path / "mass.csv", index=False)
-    assert main([str(tmp_path / "mass.csv"), "--out", str(tmp_path / "figures")]) == 0
+    assert cli.run_cli([*COMMAND, str(tmp_path / "mass.csv"), "--out", str(tmp_path / "figures")]) == 0
     written = sorted(path.name for path in (tmp_path / "figures").iterdir())
     assert written == [f"attention_on_evidence.{ending}" for ending in ("csv", "png", "svg")]
     assert len(pd.read_csv(tmp_path / "figures/attention_on_evidence.csv")) == 20
@@ -77,11 +80,11 @@ def test_the_command_writes_picture_and_numbers(tmp_path: Path, capsys: pytest.C
 
 
 def test_other_files_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(tmp_path / "absent.csv")]) == 2
+    assert cli.run_cli([*COMMAND, str(tmp_path / "absent.csv")]) == 2
     (tmp_path / "odd.csv").write_text("task,length_tokens\nvt,1024\n")
-    assert main([str(tmp_path / "odd.csv")]) == 2
+    assert cli.run_cli([*COMMAND, str(tmp_path / "odd.csv")]) == 2
     measured_rows().head(0).to_csv(tmp_path / "empty.csv", index=False)
-    assert main([str(tmp_path / "empty.csv")]) == 2
+    assert cli.run_cli([*COMMAND, str(tmp_path / "empty.csv")]) == 2
     said = capsys.readouterr().err
     assert "absent.csv cannot be read" in said
     assert "it lacks answer_mass, answer_peak, evidence_mass, evidence_peak" in said

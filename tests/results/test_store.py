@@ -41,8 +41,8 @@ def test_rows_survive_in_order(tmp_path: Path, rows: Rows) -> None:
         assert store.samples() == samples[:6]
         assert store.footprints() == footprints[:1]
         assert store.info == info
-        assert store.done_samples() == {row.key for row in samples[:6]}
-        assert store.done_footprints() == {footprints[0].key}
+        assert {row.key for row in store.samples()} == {row.key for row in samples[:6]}
+        assert {row.key for row in store.footprints()} == {footprints[0].key}
         assert store.has_sample(samples[0].key)
         assert not store.has_sample(samples[6].key)
         assert store.has_footprint(footprints[0].key)

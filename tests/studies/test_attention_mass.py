@@ -11,10 +11,11 @@ from tiny import save_tiny_model
 from tiny_models import loaded_model, prompt_ids, stock_model
 from transformers import AutoModelForCausalLM
 
+from kvscope import cli
 from kvscope.errors import UsageError
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.models import load_model
-from kvscope.harness.studies.attention_mass import COLUMNS, evidence_attention, main
+from kvscope.harness.studies.attention_mass import COLUMNS, evidence_attention
 from kvscope.tasks.base import Sample
 from kvscope.tasks.registry import create_task
 
@@ -100,26 +101,31 @@ def test_a_sample_without_evidence_is_refused(loaded: LoadedModel) -> None:
 
 def test_the_command_writes_a_row_a_head(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "mass.csv"
-    command = ["--model", str(folder), "--tasks", "niah_single_1,vt", "--lengths", "1k,2k", "--samples", "2"]
-    assert main([*command, "--device", "cpu", "--out", str(out)]) == 0
+    command = ["study", "attention-mass", "--model", str(folder), "-t", "niah_single_1", "-t", "vt", "-l", "1k"]
+    command += ["-l", "2k", "-n", "2", "--device", "cpu", "--out", str(out)]
+    assert cli.run_cli(command) == 0
     with out.open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == COLUMNS
     assert len(rows) == 2 * 2 * 2 * 2 * 2  # tasks, lengths, samples, layers, heads
     assert all(0 < float(row["evidence_mass"]) < 1 for row in rows)
     assert all(0 < float(row["answer_mass"]) <= float(row["evidence_mass"]) for row in rows)
-    assert main([*command, "--out", str(out)]) == 2
+    assert cli.run_cli(command) == 2
     assert "exists already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
-    [("--lengths", "8k", "takes 4096 tokens"), ("--tasks", "niah_singel_1", "Did you mean 'niah_single_1'")],
+    [
+        ("--length", "8k", "takes 4096 tokens"),
+        ("--length", "4q", "is not a length"),
+        ("--task", "niah_singel_1", "Did you mean 'niah_single_1'"),
+    ],
 )
 def test_bad_input_is_one_sentence(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str, value: str, message: str
 ) -> None:
-    given = {"--model": str(folder), "--tasks": "vt", "--lengths": "1k", "--out": str(tmp_path / "x.csv"), flag: value}
-    assert main([part for pair in given.items() for part in pair]) == 2
+    given = {"--model": str(folder), "--task": "vt", "--length": "1k", "--out": str(tmp_path / "x.csv"), flag: value}
+    assert cli.run_cli(["study", "attention-mass", *(part for pair in given.items() for part in pair)]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "x.csv").exists()

@@ -6,30 +6,27 @@ from typing import Any
 
 import pytest
 
-from kvscope.harness.passes import footprint
-from kvscope.harness.passes.job import FootprintJob
+from kvscope.harness.passes import measurement, process_pass
+from kvscope.harness.passes.job import Job, RowT
 from kvscope.harness.passes.measurement import Measurement
-from kvscope.harness.passes.throughput import ThroughputMeasurement
-from kvscope.results.schema import FootprintRow, ThroughputRow
 
 MIB = 1024 * 1024
 
 
-def measure(job: FootprintJob) -> FootprintRow | ThroughputRow:
+def measure(job: Job[RowT]) -> RowT:
     """Measure a job here."""
-    kind = ThroughputMeasurement if job.kind == "throughput" else Measurement
-    return kind(job, say=io.StringIO()).run()
+    return measurement.measure(job, say=io.StringIO())
 
 
-def run_here(monkeypatch: pytest.MonkeyPatch) -> list[FootprintJob]:
+def run_here(monkeypatch: pytest.MonkeyPatch) -> list[Job[Any]]:
     """Let the passes measure in this process; return the list of jobs, which fills."""
-    jobs: list[FootprintJob] = []
+    jobs: list[Job[Any]] = []
 
-    def run_worker(job: FootprintJob, **options: Any) -> FootprintRow | ThroughputRow:
+    def run_worker(job: Job[RowT], **options: Any) -> RowT:
         jobs.append(job)
         return measure(job)
 
-    monkeypatch.setattr(footprint, "run_worker", run_worker)
+    monkeypatch.setattr(process_pass, "run_worker", run_worker)
     return jobs
 
 
@@ -55,7 +52,7 @@ def with_nvml(monkeypatch: pytest.MonkeyPatch, nvml: Nvml) -> None:
     """Let measurements on the CPU read from ``nvml``, as they would on a GPU."""
     real = Measurement._create_context
 
-    def create(self: Measurement) -> None:
+    def create(self: Measurement[Any]) -> None:
         self._nvml = nvml  # type: ignore[assignment]
         self._nvml_reason = nvml.reason or ""
         real(self)

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from kvscope.harness.indexers.lsa.cli import DataFolders, Device, Quiet, say, silence
+from kvscope.harness.indexers.lsa.cli import DataFolders, Device, Quiet, silence
+from kvscope.terminal import say, tell
 
 app = typer.Typer(
     name="dsa",
@@ -49,8 +50,8 @@ def train(
         heads=heads, key_dim=key_dim, warm_start=warm_start, held_out=held_out, patience=patience, seed=seed,
         device=device,
     )  # fmt: skip
-    best = run_train([str(folder) for folder in data], out, config, note=silence if quiet else say)
-    typer.echo(f"indexer  {out}  (epoch {best['epoch']}, held-out {measures_text(best)})")
+    best = run_train([str(folder) for folder in data], out, config, note=silence if quiet else tell)
+    say(f"indexer  {out}  (epoch {best['epoch']}, held-out {measures_text(best)})")
 
 
 @app.command("eval", short_help="Share of the attention that the chosen tokens hold, by length and budget.")
@@ -67,7 +68,7 @@ def evaluate(
     from kvscope.harness.indexers.dsa.evaluate import summary_text
 
     rows = run_evaluate(
-        [str(folder) for folder in data], indexer, out, seed=seed, device=device, note=silence if quiet else say
+        [str(folder) for folder in data], indexer, out, seed=seed, device=device, note=silence if quiet else tell
     )
-    typer.echo(summary_text(rows))
-    typer.echo(f"\ntables  {out}")
+    say(summary_text(rows))
+    say(f"\ntables  {out}")

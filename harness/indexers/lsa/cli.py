@@ -6,6 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from kvscope.errors import UsageError
+from kvscope.harness.passes.options import lengths_of
+from kvscope.terminal import say, tell
 
 app = typer.Typer(
     name="lsa",
@@ -43,11 +45,6 @@ LeastMass = Annotated[
 LabelLayers = Annotated[
     str | None, typer.Option("--label-layers", metavar="N,N", help="Layers that vote.  [default: all recorded]")
 ]
-
-
-def say(text: str) -> None:
-    """Print a line of progress."""
-    typer.echo(text, err=True)
 
 
 def silence(text: str) -> None:
@@ -102,10 +99,9 @@ def collect(
     from kvscope.harness.indexers.collection.collect import CollectConfig
     from kvscope.harness.indexers.collection.collect import collect as run_collect
     from kvscope.harness.passes.progress import make_progress
-    from kvscope.units import parse_length
 
     config = CollectConfig(
-        model=model, tasks=tuple(task), lengths_tokens=tuple(sorted({parse_length(item) for item in length})),
+        model=model, tasks=tuple(task), lengths_tokens=lengths_of(length),
         samples=samples, seed=seed, chunk_tokens=chunk_tokens, layers=parse_layers(layers),
         features=features, top_p=top_p, votes=votes, voters=voters,  # type: ignore[arg-type]
         least_mass=least_mass, state_tokens=states, shard_documents=shard_documents,
@@ -114,7 +110,7 @@ def collect(
     )  # fmt: skip
     with make_progress(not quiet) as progress:
         folder = run_collect(config, out, progress=progress)
-    typer.echo(f"collection  {folder}")
+    say(f"collection  {folder}")
 
 
 @app.command(short_help="Train an indexer from shards; the model is never loaded.")
@@ -188,8 +184,8 @@ def train(
         recency_tokens=recency_tokens, held_out=held_out, patience=patience, target_recall=target_recall, seed=seed,
         device=device,
     )  # fmt: skip
-    best = run_train([str(folder) for folder in data], out, config, note=silence if quiet else say)
-    typer.echo(f"indexer  {out}  ({measures_text(best)})")
+    best = run_train([str(folder) for folder in data], out, config, note=silence if quiet else tell)
+    say(f"indexer  {out}  ({measures_text(best)})")
 
 
 def measures_text(best: dict[str, Any]) -> str:
@@ -229,7 +225,7 @@ def evaluate(
     quiet: Quiet = False,
 ) -> int:
     """Measure an indexer on shards, beside recency, random and the attention oracle. Exit 1 when the gate fails."""
-    note = silence if quiet else say
+    note = silence if quiet else tell
     folders = [str(folder) for folder in data]
     rule: dict[str, Any] = {
         "top_p": top_p, "voters": voters, "votes": votes, "least_mass": least_mass,
@@ -245,9 +241,9 @@ def evaluate(
             folders, model=model, tau=tau or 64, rule=rule, sink_tokens=sink_tokens, recency_tokens=recency_tokens,
             samples=samples, chunk_tokens=chunk_tokens, device=device, dtype=dtype, note=note,
         )  # fmt: skip
-        typer.echo(tabulate(result.rows, headers="keys", tablefmt="simple"))
+        say(tabulate(result.rows, headers="keys", tablefmt="simple"))
         verdict = "passed" if result.passed else "failed"
-        typer.echo(f"gate {verdict}: restricted to its labels, dense must keep {LEAST_SHARE:.0%} of its score")
+        say(f"gate {verdict}: restricted to its labels, dense must keep {LEAST_SHARE:.0%} of its score")
         return 0 if result.passed else 1
     if indexer is None or out is None:
         raise UsageError("lsa eval needs --indexer and --out (or --gate).")
@@ -261,8 +257,8 @@ def evaluate(
         label_layers=rule["layers"], sink_tokens=sink_tokens, recency_tokens=recency_tokens, seed=seed,
     )  # fmt: skip
     rows = run_evaluate(folders, indexer, out, config, device=device, note=note)
-    typer.echo(summary_text(rows))
-    typer.echo(f"\ntables and figure  {out}")
+    say(summary_text(rows))
+    say(f"\ntables and figure  {out}")
     return 0
 
 
@@ -318,6 +314,6 @@ def calibrate(
         ),
     )  # fmt: skip
     found = run_calibrate([str(folder) for folder in data], indexer, out, config, device=device,
-                          note=silence if quiet else say)  # fmt: skip
-    typer.echo(summary_text(found))
-    typer.echo(f"\nindexer  {out}")
+                          note=silence if quiet else tell)  # fmt: skip
+    say(summary_text(found))
+    say(f"\nindexer  {out}")

@@ -8,7 +8,7 @@ from tiny_models import loaded_model, prompt_ids
 from kvscope import cli
 from kvscope.errors import EnvironmentProblem
 from kvscope.harness.engine import host_memory, layer_major, prefill
-from kvscope.harness.passes import plan
+from kvscope.harness.passes import forecast
 
 
 def test_a_prompt_is_refused_before_its_pages_are_made(monkeypatch):
@@ -26,7 +26,7 @@ def test_a_prompt_is_refused_before_its_pages_are_made(monkeypatch):
 
 
 def test_a_run_says_so_first_and_its_rows_are_oom(tiny_model, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(plan, "free_device_bytes", lambda device: (1000, "host memory"))
+    monkeypatch.setattr(forecast, "free_device_bytes", lambda device: (1000, "host memory"))
     monkeypatch.setattr(prefill, "free_host_bytes", lambda: 1000)
     command = [
         "run", "--model", tiny_model, "-m", "lsa:selection=synthetic,budget_fraction=0.5", "--task", "niah_single_1",

@@ -18,7 +18,7 @@ from kvscope.harness.indexers.dsa.objective import DsaTrainConfig, divergence, e
 from kvscope.harness.indexers.dsa.train import train
 from kvscope.harness.indexers.dsa.warm_start import free_of_mean
 from kvscope.harness.indexers.lsa.objective import split
-from kvscope.harness.passes.footprint import worker_environment
+from kvscope.harness.passes.process import worker_environment
 from kvscope.harness.passes.progress import Progress
 from kvscope.methods.dsa.indexer_files import FILES
 

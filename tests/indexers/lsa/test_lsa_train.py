@@ -14,7 +14,7 @@ from kvscope.harness.indexers.lsa.fit import rate
 from kvscope.harness.indexers.lsa.objective import TrainConfig, draw_negatives, focal_loss, measure, row_logits, split
 from kvscope.harness.indexers.lsa.objective import example as load_example
 from kvscope.harness.indexers.lsa.train import LOG_FILE, train
-from kvscope.harness.passes.footprint import worker_environment
+from kvscope.harness.passes.process import worker_environment
 from kvscope.methods.lsa.indexer_files import load_indexer, read_indexer_config
 
 # tau is 1: the state before a step holds the code of that step alone.

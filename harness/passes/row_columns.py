@@ -38,8 +38,8 @@ def oom_of(error: BaseException, *, budgeted: bool) -> OomOf:
 
 
 def one_line(text: str) -> str:
-    """Return text on one line, cut to a length a table can hold."""
-    flat = " ".join(text.split())
+    """Return text on one line, cut to a length a table can hold; what UTF-8 cannot hold is written as an escape."""
+    flat = " ".join(text.split()).encode("utf-8", "backslashreplace").decode("utf-8")
     return flat if len(flat) <= MAX_REASON_CHARACTERS else flat[: MAX_REASON_CHARACTERS - 4] + " ..."
 
 
@@ -50,26 +50,29 @@ def cell_columns(
     model: str,
     method_from: str,
     length_tokens: int,
-    prompt_tokens: int,
+    context_tokens: int,
     dtype: str,
     device: str,
     prefill: Literal["dense", "synthetic"] = "dense",
 ) -> dict[str, Any]:
-    """Columns that sample rows and footprint rows of one (method, length) have in common."""
+    """Columns that sample rows and footprint rows of one (method, length) have in common.
+
+    Args:
+        context_tokens: tokens that are prefilled, which options given as a share are a share of.
+    """
     return {
         "model": model,
         "method": method.name,
         "method_label": method.label,
-        "config": method.effective_config(prompt_tokens, shape),
+        "config": method.effective_config(context_tokens, shape),
         "length_tokens": length_tokens,
         "saving_kind": method.saving_kind,
-        "noop": method.is_noop(prompt_tokens, shape),
+        "noop": method.is_noop(context_tokens, shape),
         "prefill": prefill,
         "method_from": method_from,
         "selection": getattr(method, "selection", "free"),
         "dtype": dtype,
         "device": device,
-        "prompt_tokens": prompt_tokens,
     }
 
 
@@ -98,6 +101,7 @@ def prompt_columns(sample: "Sample") -> dict[str, Any]:
         "seed": sample.seed,
         "depth": sample.depth,
         "prompt_sha256": sample.prompt_sha256,
+        "prompt_tokens": len(sample.ids),
         "targets": sample.targets,
     }
 

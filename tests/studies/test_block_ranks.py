@@ -7,11 +7,12 @@ import torch
 from sparse_plain import blocks_of, tokens_read
 from tiny import one_thread, small, tiny_model
 
+from kvscope import cli
 from kvscope.errors import UsageError
 from kvscope.harness.engine.models import load_model
-from kvscope.harness.studies import block_diagnosis as module
+from kvscope.harness.studies import block_ranks as module
 from kvscope.harness.studies.attention_mass import answer_positions
-from kvscope.harness.studies.block_diagnosis import COLUMNS, block_methods, main, needle_ranks, summary_text
+from kvscope.harness.studies.block_ranks import COLUMNS, block_methods, needle_ranks, summary_text
 from kvscope.tasks.registry import create_task
 
 __all__ = ["one_thread", "small", "tiny_model"]
@@ -108,10 +109,11 @@ def test_an_indexer_of_its_own_is_watched_too(case):
 def test_the_command_writes_rows_and_prints_the_summary(tiny_model, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(module, "RETRIEVING_MASS", 0.0)
     out = tmp_path / "ranks.csv"
-    command = ["--model", tiny_model, "--method", "moba:budget_tokens=128", "--sweep", "moba.block_tokens=16,32",
-               "--tasks", "niah_single_1", "--lengths", "512", "--samples", "2", "--device", "cpu",
+    command = ["study", "block-ranks", "--model", tiny_model, "--method", "moba:budget_tokens=128",
+               "--sweep", "moba.block_tokens=16,32",
+               "--task", "niah_single_1", "--length", "512", "--samples", "2", "--device", "cpu",
                "--out", str(out)]  # fmt: skip
-    assert main(command) == 0
+    assert cli.run_cli(command) == 0
     said = capsys.readouterr().out
     assert "needle read" in said
     assert "of 2" in said
@@ -122,7 +124,7 @@ def test_the_command_writes_rows_and_prints_the_summary(tiny_model, tmp_path, ca
         "moba:budget_tokens=128,block_tokens=16",
         "moba:budget_tokens=128,block_tokens=32",
     }
-    assert main(command) == 2
+    assert cli.run_cli(command) == 2
     assert "exists already" in capsys.readouterr().err
 
 
@@ -138,15 +140,16 @@ def test_layers_that_look_nothing_up_are_left_out():
         (["--method", "dense"], "Method 'dense' does not choose blocks by a query"),
         (["--method", "dsa"], "No trained lightning indexer comes with kvscope for this model"),
         (
-            ["--method", "moba", "--tasks", "long_qa_no_context", "--lengths", "1k"],
+            ["--method", "moba", "--task", "long_qa_no_context"],
             "does not stand in the prompt word for word",
         ),
         (["--method", "moba", "--sweep", "quest.budget_tokens=64"], "names method 'quest'"),
     ],
 )
 def test_bad_input_gets_one_clear_sentence(tiny_model, tmp_path, capsys, options, message):
-    rest = ["--model", tiny_model, "--tasks", "niah_single_1", "--lengths", "512", "--samples", "1", "--device"]
-    assert main([*rest, "cpu", *options, "--out", str(tmp_path / "ranks.csv")]) == 2
+    task = [] if "--task" in options else ["--task", "niah_single_1"]
+    rest = ["study", "block-ranks", "--model", tiny_model, *task, "--length", "1k", "--samples", "1", "--device", "cpu"]
+    assert cli.run_cli([*rest, *options, "--out", str(tmp_path / "ranks.csv")]) == 2
     said = capsys.readouterr().err
     assert message in said
     with pytest.raises(UsageError):

@@ -9,18 +9,17 @@ block: the rank falls to chance as blocks grow).
 
 Shapes: H KV heads, G query heads a KV head, Q = H * G, N blocks before the current one, T tokens.
 
-Run it: ``python -m kvscope.harness.studies.block_diagnosis --method moba --method quest
---sweep moba.block_tokens=16,64,256 --tasks niah_multikey_2 --lengths 2k,8k --samples 5 --out ranks.csv``
+Run it: ``kvscope study block-ranks -m moba -m quest --sweep moba.block_tokens=16,64,256 -t niah_multikey_2 -l 2k -l 8k
+-n 5 --out ranks.csv``
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
-import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,7 +27,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from kvscope.errors import KvscopeError, UsageError
+from kvscope.errors import UsageError
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.models import load_model
 from kvscope.harness.engine.prefill import prefill
@@ -47,7 +46,7 @@ from kvscope.methods.shape import ModelShape
 from kvscope.methods.store import PromptKV
 from kvscope.tasks.base import Sample
 from kvscope.tasks.registry import create_task
-from kvscope.units import format_length, parse_length
+from kvscope.units import format_length
 
 COLUMNS = ("model", "task", "length_tokens", "sample", "method", "block_tokens", "budget_tokens", "layer", "head",
            "decode_step", "answer_mass", "rank", "blocks", "blocks_chosen", "read")  # fmt: skip
@@ -268,46 +267,42 @@ def block_methods(specs: Sequence[str], sweeps: Sequence[str]) -> list[BlockSpar
     return made
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, write one CSV row per sample, method and layer, and print the summary."""
-    parser = argparse.ArgumentParser(prog="python -m kvscope.harness.studies.block_diagnosis", description=__doc__)
-    parser.add_argument("--model", default="reference")
-    parser.add_argument("--method", action="append", required=True, help="quest, moba, msa or dsa; repeatable")
-    parser.add_argument("--sweep", action="append", default=[], help="as kvscope run --sweep")
-    parser.add_argument("--tasks", required=True, help="comma-separated task names")
-    parser.add_argument("--lengths", required=True, help="comma-separated, e.g. 2k,8k")
-    parser.add_argument("--samples", type=int, default=5, help="prompts a task and length")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--out", type=Path, required=True, help="CSV file, must not exist")
-    args = parser.parse_args(argv)
-    try:
-        lengths = sorted(parse_length(item) for item in args.lengths.split(","))
-        tasks = [create_task(name) for name in args.tasks.split(",")]
-        block_methods(args.method, args.sweep)
-        if args.out.exists():
-            raise UsageError(f"{args.out} exists already: remove it, or name another file with --out.")
-        loaded = load_model(args.model, device=args.device, dtype=args.dtype)
-        rows: list[dict[str, Any]] = []
-        with args.out.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            for length in lengths:
-                for task in tasks:
-                    for index in range(args.samples):
-                        sample = task.build(loaded.tokenizer, length_tokens=length, sample=index, seed=args.seed)
-                        found = needle_ranks(loaded, block_methods(args.method, args.sweep), sample)
-                        writer.writerows(found)
-                        file.flush()  # a long run keeps what it has measured
-                        rows += found
-                        sys.stderr.write(f"{task.name} {format_length(length)} {index}\n")
-        sys.stdout.write(summary_text(rows) + "\n")
-    except KvscopeError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    return 0
+def measure_to_csv(
+    out: Path,
+    *,
+    methods: Sequence[str],
+    sweeps: Sequence[str],
+    model: str,
+    tasks: Sequence[str],
+    lengths_tokens: Sequence[int],
+    samples: int,
+    seed: int,
+    device: str,
+    dtype: str,
+    note: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Measure methods on a model, write one CSV row per sample, method and layer, and return the rows.
 
+    Args:
+        out: file to write.
+        methods, sweeps: as ``kvscope run`` takes them.
+        note: told of each sample as soon as it is measured.
 
-if __name__ == "__main__":
-    sys.exit(main())
+    Raises:
+        UsageError: an unknown task, a method that does not choose blocks or cannot run on the model.
+    """
+    made = [create_task(name) for name in tasks]
+    block_methods(methods, sweeps)
+    loaded = load_model(model, device=device, dtype=dtype)
+    rows: list[dict[str, Any]] = []
+    with out.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for length, task, index in product(lengths_tokens, made, range(samples)):
+            sample = task.build(loaded.tokenizer, length_tokens=length, sample=index, seed=seed)
+            found = needle_ranks(loaded, block_methods(methods, sweeps), sample)
+            writer.writerows(found)
+            file.flush()  # a long run keeps what it has measured
+            rows += found
+            note(f"{task.name} {format_length(length)} {index}")
+    return rows

@@ -1,0 +1,185 @@
+"""A run's plan, and what each of its passes must be able to say and do.
+
+A pass is one kind of measurement: accuracy, footprint, throughput, the search for the longest context. Everything that
+differs between them is a method of the pass, so the plan, the progress, the run and its exit code loop over passes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
+
+from kvscope.harness.passes.config import RunConfig
+from kvscope.harness.passes.deadline import Deadline
+from kvscope.harness.passes.facts import ModelFacts
+from kvscope.harness.passes.plan_text import forecast_tables, lengths_text
+from kvscope.harness.passes.progress import Progress
+from kvscope.results.schema import ExcludedType, PlannedCell
+from kvscope.units import format_bytes, format_length
+
+if TYPE_CHECKING:
+    from kvscope.methods.base import CacheMethod
+    from kvscope.results.frames import Run
+    from kvscope.results.store import RunStore
+    from kvscope.tasks.base import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Left:
+    """What a folder still lacks of a pass.
+
+    Attributes:
+        cells: units that the progress counts.
+        prompts: prompts to answer.
+        processes: cells that get a fresh process.
+        work_tokens: work of all that, in units of one prefilled token.
+    """
+
+    cells: int = 0
+    prompts: int = 0
+    processes: int = 0
+    work_tokens: int = 0
+
+    def __add__(self, other: "Left") -> "Left":
+        return Left(
+            cells=self.cells + other.cells,
+            prompts=self.prompts + other.prompts,
+            processes=self.processes + other.processes,
+            work_tokens=self.work_tokens + other.work_tokens,
+        )
+
+
+class Pass(Protocol):
+    """One kind of measurement of a run."""
+
+    def lengths_tokens(self, config: RunConfig) -> tuple[int, ...]:
+        """Return the lengths that it measures and the plan forecasts; a search finds its own."""
+
+    def check(self, config: RunConfig, facts: ModelFacts, tasks: "Sequence[Task]") -> None:
+        """Refuse lengths that are too short for it.
+
+        Raises:
+            UsageError: naming the length, the limit and who sets it.
+        """
+
+    def cells(self, plan: "Plan") -> Sequence[Any]:
+        """Return what it measures, in the order in which it is measured."""
+
+    def text(self, plan: "Plan") -> list[str]:
+        """Return its lines of the plan."""
+
+    def info(self, plan: "Plan") -> dict[str, Any]:
+        """Return its fields of ``run.json``."""
+
+    def left(self, plan: "Plan", store: "RunStore") -> Left:
+        """Return what a folder lacks of it."""
+
+    def run(self, plan: "Plan", store: "RunStore", progress: Progress, deadline: Deadline) -> None:
+        """Measure what is lacking into the store, until the deadline."""
+
+    def failures(self, run: "Run") -> list[str]:
+        """Return one line per kind of failed cell; empty when all is well."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked configuration with everything made that a run needs except the model's weights."""
+
+    config: RunConfig
+    facts: ModelFacts
+    methods: "tuple[CacheMethod[Any], ...]"
+    tasks: "tuple[Task, ...]"
+    passes: tuple[Pass, ...]
+    cells: tuple[PlannedCell, ...]
+    excluded_types: tuple[ExcludedType, ...] = ()
+    """Question types of these tasks that pooled scores leave out, as the model's folder says."""
+
+    @cached_property
+    def _by_key(self) -> dict[tuple[str, int], PlannedCell]:
+        return {(cell.method_label, cell.length_tokens): cell for cell in self.cells}
+
+    def cell(self, method_label: str, length_tokens: int) -> PlannedCell:
+        """Return the forecast of one (method, length)."""
+        return self._by_key[method_label, length_tokens]
+
+    def unsupported(self, method_label: str, length_tokens: int) -> str | None:
+        """Return why a method cannot run at a length, or None."""
+        cell = self._by_key.get((method_label, length_tokens))
+        return cell.reason if cell is not None and cell.forecast == "unsupported" else None
+
+    @property
+    def lengths_tokens(self) -> tuple[int, ...]:
+        """Every length that has a forecast, ascending."""
+        return tuple(sorted({cell.length_tokens for cell in self.cells}))
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the user may not expect, one sentence each."""
+        said = []
+        if all(method.name != "dense" for method in self.methods):
+            what = "accuracy has" if self.tasks else "bytes and times have"
+            said.append(f"dense is not among the methods: {what} nothing to be compared with. Add -m dense.")
+        for method in self.methods:
+            if method.name == "dense":
+                continue
+            same = [n for n in self.lengths_tokens if method.is_noop(n, self.facts.shape)]
+            if same:
+                said.append(
+                    f"{method.label} leaves nothing out at {lengths_text(same)}: there it is dense by another name."
+                )
+        said += [f"{each.sentence}." for each in self.excluded_types]
+        note = self.facts.backend.note(self.facts.shape, max(self.config.lengths_tokens))
+        return said if note is None else [*said, note]
+
+    def text(self) -> str:
+        """Return the plan as plain text."""
+        lines = self._header()
+        if self.cells:
+            lines += ["", *forecast_tables([method.label for method in self.methods], self.cells), ""]
+        for each in self.passes:
+            lines += each.text(self)
+        if self.cells:  # a search finds its own lengths: there is nothing to forecast, or to note about one
+            lines += [
+                f"{cell.forecast:<10} {cell.method_label} at {format_length(cell.length_tokens)}: {cell.reason}"
+                for cell in self.cells
+                if cell.reason
+            ]
+            lines += [f"note       {text}" for text in self.warnings]
+        return "\n".join(lines)
+
+    def _header(self) -> list[str]:
+        config, facts = self.config, self.facts
+        weights = "unknown size" if facts.weights_bytes is None else format_bytes(facts.weights_bytes)
+        lines = [
+            f"model    {config.model}: {facts.dtype} on {facts.device}, {weights} of weights, "
+            f"{facts.shape.kv_bytes_per_token:,} B of KV a token, at most {facts.max_length_tokens:,} tokens",
+        ]
+        if self.tasks:
+            lines += [
+                f"tasks    {', '.join(task.name for task in self.tasks)}",
+                f"lengths  {lengths_text(config.lengths_tokens)}, {config.samples} samples each, seed {config.seed}",
+            ]
+        else:
+            lines.append("tasks    none: nothing is scored in this run, memory and times alone are measured")
+        if config.gpu_budget_bytes is not None:
+            lines.append(
+                f"budget   {format_bytes(config.gpu_budget_bytes)} of device memory a process, weights included"
+            )
+        return lines
+
+
+def failed_lines(what: str, frame: Any) -> list[str]:
+    """Return one line per method and status of the rows that failed: how many, and the first reason.
+
+    ``unsupported`` is no failure: the plan said so.
+
+    Args:
+        frame: rows of one kind, as :class:`kvscope.results.frames.Run` holds them.
+    """
+    if frame.empty:
+        return []
+    bad = frame[frame["status"].isin(["failed", "oom"])]
+    return [
+        f"{what}: {label}: {len(group)} {status}: {group['reason'].iloc[0]}"
+        for (label, status), group in bad.groupby(["method_label", "status"], sort=False)
+    ]

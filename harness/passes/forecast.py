@@ -1,0 +1,91 @@
+"""What a cell is expected to take, and whether that fits: from byte formulas and what is free, before anything runs."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from kvscope.harness.passes.config import RunConfig
+from kvscope.harness.passes.device_budget import CONTEXT_BYTES
+from kvscope.harness.passes.facts import ModelFacts
+from kvscope.harness.passes.memory import free_device_bytes
+from kvscope.results.schema import Forecast, PlannedCell
+from kvscope.units import format_bytes
+
+if TYPE_CHECKING:
+    from kvscope.methods.base import CacheMethod, Footprint
+
+
+def device_rooms(config: RunConfig, facts: ModelFacts) -> dict[str, tuple[int | None, str]]:
+    """Return device -> (free bytes, its name) for the computing device and the host; a budget lowers the device's."""
+    rooms = {device: free_device_bytes(device) for device in {facts.device, "cpu"}}
+    budget_bytes = config.gpu_budget_bytes
+    if budget_bytes is not None and facts.device != "cpu":
+        free_bytes, _ = rooms[facts.device]
+        least_bytes = budget_bytes if free_bytes is None else min(free_bytes, budget_bytes)
+        rooms[facts.device] = least_bytes, "the device budget"
+    return rooms
+
+
+def plan_cell(
+    method: "CacheMethod[Any]",
+    length_tokens: int,
+    *,
+    config: RunConfig,
+    facts: ModelFacts,
+    rooms: Mapping[str, tuple[int | None, str]],
+) -> PlannedCell:
+    """Forecast one (method, length): predicted bytes, and whether they fit.
+
+    Args:
+        rooms: device -> (free bytes, its name), as ``free_device_bytes`` returns; the computing device and ``cpu``.
+    """
+    reasons = method.unsupported(facts.shape, facts.device)
+    if reasons:
+        return PlannedCell(
+            method_label=method.label, length_tokens=length_tokens, forecast="unsupported", reason="; ".join(reasons)
+        )
+    decode_tokens = min(config.footprint_decode_tokens, length_tokens - 1)
+    # As the footprint pass will find it: all tokens but the last prefilled, that one the first of the steps.
+    predicted = method.predict(facts.shape, length_tokens - decode_tokens - 1, decode_tokens)
+    forecast: Forecast = "unknown"
+    reason = None
+    mirror = method.saving_kind == "offloaded"
+    needs = needed_bytes_by_device(predicted, length_tokens, config=config, facts=facts, mirror=mirror)
+    for device, needed_bytes in needs.items():
+        free_bytes, where = rooms[device]
+        if free_bytes is None:
+            continue
+        if needed_bytes > free_bytes:
+            forecast = "oom"
+            reason = f"needs about {format_bytes(needed_bytes)} of {where}, {format_bytes(free_bytes)} is free"
+            break
+        forecast = "fits"
+    return PlannedCell(
+        method_label=method.label,
+        length_tokens=length_tokens,
+        predicted_kv_bytes=predicted.kv_bytes,
+        predicted_metadata_bytes=predicted.metadata_bytes,
+        predicted_host_bytes=predicted.host_bytes,
+        forecast=forecast,
+        reason=reason,
+    )
+
+
+def needed_bytes_by_device(
+    predicted: "Footprint", length_tokens: int, *, config: RunConfig, facts: ModelFacts, mirror: bool
+) -> dict[str, int]:
+    """Estimate the peak bytes of a cell by device: where it computes, and the host that holds the prompt's pages.
+
+    Args:
+        mirror: whether the method recalls from the host: a synthetic prompt is smaller without.
+    """
+    if facts.weights_bytes is None:
+        return {}
+    pages_bytes = facts.shape.dense_kv_bytes(length_tokens)
+    prefill_bytes = facts.prefill_peak_bytes(length_tokens, chunk_tokens=config.prefill_chunk_tokens)
+    if config.synthetic_kv and not config.tasks:
+        pages_bytes = pages_bytes if mirror else pages_bytes // max(1, len(facts.shape.layers))
+        prefill_bytes = 0
+    own_bytes = facts.weights_bytes + max(prefill_bytes, predicted.device_bytes)
+    if facts.device == "cpu":
+        return {"cpu": own_bytes + pages_bytes}
+    return {facts.device: CONTEXT_BYTES + own_bytes, "cpu": pages_bytes}

@@ -1,0 +1,190 @@
+"""The options of ``kvscope run`` and ``kvscope plan``, each written once. Nothing heavy is imported: help is quick."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
+
+import typer
+
+from kvscope.units import parse_length
+
+if TYPE_CHECKING:
+    from kvscope.harness.passes.config import RunConfig
+
+ResultT = TypeVar("ResultT")
+
+
+class RunOptions:
+    """One annotation an option, in the order of the help. Names are keys of the configuration, but for the last two.
+
+    None, or an empty list, is an option that was not given: the file's value stays.
+    """
+
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG.yaml]", show_default=False, help="YAML file; flags win over it.")
+    ]
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="reference, a folder, a Hugging Face id or preset:NAME.  [default: reference]"),
+    ]
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method",
+            "-m",
+            metavar="SPEC",
+            help="Method as name or name:key=value; repeatable.  [default: dense, sliding_window, recency, random]",
+        ),
+    ]
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--task",
+            "-t",
+            metavar="SPEC",
+            help="Task as name or name:key=value; repeatable.  [default: niah_single_1, niah_multikey_2]",
+        ),
+    ]
+    lengths_tokens: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--length",
+            "-l",
+            metavar="TOKENS",
+            help="Prompt + answer, as 4096, 4k (k = 1024) or 1M; repeatable.  [default: 1k 2k 4k 8k]",
+        ),
+    ]
+    samples: Annotated[int | None, typer.Option("--samples", "-n", help="Prompts per task and length.  [default: 20]")]
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of prompts and of random choices.  [default: 0]")]
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Folder of the run; the same again resumes.")
+    ]
+    method_from: Annotated[
+        str | None,
+        typer.Option(
+            "--method-from",
+            metavar="last_token|question",
+            help="First token under the method: the prompt's last, or the question's first.  [default: last_token]",
+        ),
+    ]
+    answer_nll: Annotated[
+        bool | None,
+        typer.Option("--answer-nll/--no-answer-nll", help="Also measure the teacher-forced NLL of the answer."),
+    ]
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", help="New tokens per sample.  [default: the task's own]")
+    ]
+    accuracy_graph: Annotated[
+        bool | None,
+        typer.Option(
+            "--accuracy-graph/--no-accuracy-graph",
+            help="Answer with decode steps as a CUDA graph, where that can be done and pays.",
+        ),
+    ]
+    paper_settings: Annotated[
+        bool | None,
+        typer.Option(
+            "--paper-settings/--no-paper-settings", help="Fix recency at 8192 tokens, blocks as in their papers."
+        ),
+    ]
+    footprint: Annotated[
+        bool | None,
+        typer.Option("--footprint/--no-footprint", help="Measure memory and latency, a fresh process per cell."),
+    ]
+    footprint_lengths_tokens: Annotated[
+        list[str] | None,
+        typer.Option("--footprint-length", metavar="TOKENS", help="Lengths of that; repeatable.  [default: --length]"),
+    ]
+    kv: Annotated[
+        str | None,
+        typer.Option(
+            "--kv",
+            metavar="prefill|synthetic",
+            help="Memory and latency after a real prefill, or with pages of random values.  [default: prefill]",
+        ),
+    ]
+    gpu_budget_bytes: Annotated[
+        str | None,
+        typer.Option(
+            "--gpu-budget", metavar="SIZE", help="Most device bytes a process may take, as 24GiB.  [default: the card]"
+        ),
+    ]
+    find_max: Annotated[
+        bool | None,
+        typer.Option("--find-max", help="Only find each method's longest context (bisection, synthetic KV)."),
+    ]
+    throughput: Annotated[
+        bool | None,
+        typer.Option(
+            "--throughput", help="Only find each method's largest batch, and its tokens a second (synthetic KV)."
+        ),
+    ]
+    time_limit_s: Annotated[
+        float | None,
+        typer.Option(
+            "--time-limit", metavar="SECONDS", help="Stop before the next row after this; the same continues."
+        ),
+    ]
+    device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.  [default: auto]")]
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype",
+            metavar="auto|float32|bfloat16|float16",
+            help="auto is float32 on a CPU, bfloat16 on a GPU.  [default: auto]",
+        ),
+    ]
+    sweeps: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sweep",
+            metavar="METHOD.OPTION=VALUES",
+            help="Run a method once for each value, as lsa.threshold=0.3,0.5; repeatable, every combination.",
+        ),
+    ]
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Set any configuration key, value as YAML; repeatable, wins."),
+    ]
+
+
+def build_config(given: Mapping[str, Any]) -> "RunConfig":
+    """Merge file, flags, ``--set`` and ``--sweep`` of a command, named as in :class:`RunOptions`.
+
+    Raises:
+        UsageError: an unknown key, or a value that cannot be.
+    """
+    from kvscope.harness.passes.config import load_config
+
+    flags = {name: value for name, value in given.items() if value is not None and value != []}
+    path, sets, sweeps = flags.pop("config", None), flags.pop("sets", ()), flags.pop("sweeps", ())
+    return load_config(path, flags=flags, sets=sets, sweeps=sweeps)
+
+
+def with_run_options(command: Callable[..., ResultT]) -> Callable[..., ResultT]:
+    """Give a command the options of a run before its own; it is called with the configuration they make."""
+    shared = get_type_hints(RunOptions, include_extras=True)
+    _, *own = inspect.signature(command).parameters.values()
+
+    @wraps(command)
+    def wrapper(**given: Any) -> ResultT:
+        config = build_config({name: given.pop(name) for name in shared})
+        return command(config, **given)
+
+    kind = inspect.Parameter.KEYWORD_ONLY
+    parameters = [inspect.Parameter(name, kind, default=None, annotation=shared[name]) for name in shared]
+    parameters += [parameter.replace(kind=kind) for parameter in own]
+    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return wrapper
+
+
+def lengths_of(texts: Sequence[str]) -> tuple[int, ...]:
+    """Read lengths as commands take them (4096, 4k, 1M), shortest first, each once.
+
+    Raises:
+        UsageError: one is no length.
+    """
+    return tuple(sorted({parse_length(text) for text in texts}))

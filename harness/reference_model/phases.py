@@ -1,0 +1,88 @@
+"""The phases that the reference model was trained in, and the choice of some of them."""
+
+from dataclasses import replace
+
+from kvscope.errors import UsageError, did_you_mean
+from kvscope.harness.reference_model.curriculum import Phase, Shape
+
+
+def _one(tokens: int, rows: int, questions: int) -> tuple[Shape, ...]:
+    return (Shape(tokens=tokens, rows=rows, questions=questions),)
+
+
+_STORIES = (("long_qa", 0.28), ("vt", 0.1), ("cwe", 0.03), ("fwe", 0.03))
+_COMPOSED = (("long_qa_2", 0.35), ("vt", 0.08), ("cwe", 0.04), ("fwe", 0.03))
+# Lengths are mixed from 2K on: long rows alone unlearn short prompts (docs/log.md).
+_TO_64K = (
+    Shape(tokens=2048, rows=24, questions=24, share=0.28),
+    Shape(tokens=8192, rows=8, questions=48, share=0.37),
+    Shape(tokens=32_768, rows=2, questions=80, share=0.27),
+    Shape(tokens=65_536, rows=1, questions=100, share=0.08),
+)
+_TO_128K = (
+    Shape(tokens=2048, rows=24, questions=24, share=0.25),
+    Shape(tokens=8192, rows=8, questions=48, share=0.35),
+    Shape(tokens=32_768, rows=2, questions=80, share=0.32),
+    Shape(tokens=131_072, rows=1, questions=120, share=0.08),
+)
+# A row of 512K costs as much as a hundred steps of 8K, nearly all of it attention: few of them.
+_TO_512K = (
+    Shape(tokens=2048, rows=24, questions=24, share=0.2),
+    Shape(tokens=8192, rows=8, questions=48, share=0.3),
+    Shape(tokens=32_768, rows=2, questions=80, share=0.25),
+    Shape(tokens=131_072, rows=1, questions=120, share=0.15),
+    Shape(tokens=262_144, rows=1, questions=160, share=0.08),
+    Shape(tokens=524_288, rows=1, questions=200, share=0.02),
+)
+PHASES = (
+    Phase(name="p0-128", shapes=_one(128, 256, 4), steps=878, lr=(1.5e-3, 1.5e-3), copy_share=0.3, recall_share=0.4),
+    Phase(name="p1-512", shapes=_one(512, 80, 10), steps=1135, lr=(1.5e-3, 1.5e-3), copy_share=0.05,
+          documents=(("long_qa", 0.2), ("vt_fixed", 0.1))),
+    Phase(name="p2-2k", shapes=(Shape(tokens=512, rows=80, questions=10, share=0.25),
+                                Shape(tokens=2048, rows=20, questions=24, share=0.75)),
+          steps=1594, lr=(1.5e-3, 1.5e-3),
+          documents=(("long_qa", 0.25), ("vt_fixed", 0.1), ("cwe", 0.05), ("fwe", 0.05))),
+    Phase(name="p3-64k", shapes=_TO_64K, steps=3736, lr=(1.5e-3, 2e-5), documents=_STORIES),
+    Phase(name="p4-128k", shapes=_TO_128K, steps=2890, lr=(1e-3, 1e-4), documents=_COMPOSED, more_uuids=0.25),
+    Phase(name="p5-512k", shapes=_TO_512K, steps=561, lr=(5e-4, 1e-5), documents=_COMPOSED, more_uuids=0.25,
+          warmup_steps=60),
+)  # fmt: skip
+
+
+def phases_of(names: str | None, steps: str | None) -> tuple[Phase, ...]:
+    """Return the phases of comma-separated names (all without), with comma-separated steps of their own.
+
+    Raises:
+        UsageError: there is no such phase, or not one number of steps for each.
+    """
+    known = {phase.name: phase for phase in PHASES}
+    chosen = names.split(",") if names else list(known)
+    for name in chosen:
+        if name not in known:
+            raise UsageError(f"--phases: there is no phase {name!r}.{did_you_mean(name, known)}")
+    phases = tuple(known[name] for name in chosen)
+    if steps is None:
+        return phases
+    counts = _one_each("--steps", steps, phases)
+    if not all(count.is_integer() and count > 0 for count in counts):
+        raise UsageError(f"--steps {steps!r}: steps are whole numbers from 1 on.")
+    return tuple(replace(phase, steps=int(count)) for phase, count in zip(phases, counts, strict=True))
+
+
+def seconds_of(seconds: str | None, phases: tuple[Phase, ...]) -> tuple[float, ...] | None:
+    """Return the time budgets of comma-separated seconds; None for none.
+
+    Raises:
+        UsageError: not one for each phase.
+    """
+    return None if seconds is None else _one_each("--seconds", seconds, phases)
+
+
+def _one_each(option: str, text: str, phases: tuple[Phase, ...]) -> tuple[float, ...]:
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"{option} {text!r} is not a list of numbers: write for example {option} 878,1135.") from None
+    if len(values) != len(phases):
+        raise UsageError(f"{option} {text!r} is {len(values)} numbers for {len(phases)} phases: give one for each.")
+    return values

@@ -1,0 +1,91 @@
+"""What is printed cannot steer a terminal, and a fault of our own is one sentence, a code and a file."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kvscope
+from kvscope import cli
+from kvscope.harness.passes import sweep
+from kvscope.harness.passes.progress import PlainProgress, RichProgress
+from kvscope.terminal import printable
+
+HOSTILE = "a\x1b[2Jb\x9b31mc\u202ed\x07\r\x00\x7f\udc80"
+HARMLESS = r"a\x1b[2Jb\x9b31mc\u202ed\x07\r\x00\x7f\udc80"
+
+
+def test_control_characters_are_written_out() -> None:
+    assert printable(HOSTILE) == HARMLESS
+    assert printable("Größe\t1 KiB\n→ 100 % 漢字 🙂") == "Größe\t1 KiB\n→ 100 % 漢字 🙂"
+
+
+def test_an_error_is_one_harmless_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run_cli(["show", HOSTILE + "\nkvscope: all is well"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "\x1b" not in err
+    assert HARMLESS in err.replace("\\\\", "\\")
+
+
+def test_an_unknown_option_is_harmless_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run_cli(["run", "--\x1b[31mred"]) == 2
+    assert r"--\x1b[31mred" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [PlainProgress, RichProgress])
+def test_progress_is_harmless(kind: type[PlainProgress], capsys: pytest.CaptureFixture[str]) -> None:
+    with kind() as progress:
+        progress.begin(cells=1, work_tokens=1)
+        progress.begin_cell(f"cell {HOSTILE}", steps=1)
+        progress.begin_step(HOSTILE, parts=1)
+        progress.part(HOSTILE)
+        progress.note(f"note {HOSTILE}")
+        progress.end_step(work_tokens=1)
+        progress.end_cell(f"score {HOSTILE}")
+    err = capsys.readouterr().err.replace("\n", "")
+    for word in ("cell", "note", "score"):
+        assert f"{word} {HARMLESS}" in err
+    assert "\x1b" not in err
+    assert "\x9b" not in err
+
+
+def test_everything_is_printed_in_one_place() -> None:
+    """No file of the package writes to stdout or stderr past ``kvscope.terminal``."""
+    root = Path(kvscope.__file__).parent
+    folders = [path.resolve() for path in root.iterdir() if path.is_dir()]
+    files = [*root.glob("*.py"), *(path for folder in folders for path in folder.rglob("*.py"))]
+    assert len(files) > 200
+    writes = re.compile(r"typer\.echo|sys\.std(out|err)\.write|(?<![\w.])print\(")
+    assert [path for path in files if writes.search(path.read_text("utf-8"))] == []
+
+
+def failing(*arguments: Any, **options: Any) -> Any:
+    raise ZeroDivisionError("ours \x1b[31m")
+
+
+def test_a_fault_of_our_own_is_a_sentence_a_code_and_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sweep, "run", failing)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert cli.run_cli(["run", "--out", "x"]) == cli.EXIT_FAULT == 70
+    err = capsys.readouterr().err
+    assert err.startswith(r"kvscope: an error of kvscope's own (ZeroDivisionError: ours \x1b[31m): please report it")
+    assert err.count("\n") == 1
+    (file,) = tmp_path.iterdir()
+    assert str(file) in err
+    text = file.read_text()
+    assert "Traceback" in text
+    assert "in failing" in text
+    assert "\x1b" not in text
+
+
+def test_without_a_place_for_the_file_the_traceback_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sweep, "run", failing)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "absent"))
+    assert cli.run_cli(["run", "--out", "x"]) == 70
+    assert "Traceback" in capsys.readouterr().err
