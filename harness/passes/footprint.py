@@ -18,6 +18,8 @@ from kvscope.harness.passes.job import FootprintJob, failed_row
 from kvscope.harness.passes.plan import Plan
 from kvscope.harness.passes.progress import Progress
 from kvscope.harness.passes.rows import FailureStatus, cell_columns
+from kvscope.methods.registry import is_own
+from kvscope.plugins import search_path
 from kvscope.results.schema import FootprintRow, OomOf, ThroughputRow
 from kvscope.units import format_bytes, format_length
 
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
     from kvscope.methods.base import CacheMethod
     from kvscope.results.store import RunStore
 
-WORKER_COMMAND = (sys.executable, "-m", "kvscope.harness.passes.worker")
+# -P: a file of the working directory must not stand in for a module.
+WORKER_COMMAND = (sys.executable, "-P", "-m", "kvscope.harness.passes.worker")
 PHASES = ("start", "load", "warm-up", "prefill", "decode", "timing")
 STDERR_TAIL_CHARACTERS = 2000
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
@@ -87,10 +90,10 @@ def footprint_prompt(plan: Plan, length_tokens: int) -> tuple[tuple[int, ...], t
         ids = random_ids(plan.facts.vocab_size, length_tokens - config.footprint_decode_tokens, seed=config.seed)
         return ids[:-1], ids[-1:]
     task = plan.tasks[0]
-    built_tokens = length_tokens - config.footprint_decode_tokens + task.max_new_tokens
-    sample = task.build(plan.facts.tokenizer, length_tokens=built_tokens, sample=0, seed=config.seed)
-    split = len(sample.ids) - 1 if config.method_from == "last_token" else sample.question_start
-    return sample.ids[:split], sample.ids[split:]
+    prompt_tokens = length_tokens - config.footprint_decode_tokens
+    ids, question_start = task.fill(plan.facts.tokenizer, prompt_tokens=prompt_tokens, seed=config.seed)
+    split = len(ids) - 1 if config.method_from == "last_token" else question_start
+    return ids[:split], ids[split:]
 
 
 def random_ids(vocab_size: int, n_tokens: int, *, seed: int) -> tuple[int, ...]:
@@ -135,12 +138,13 @@ def make_job(
         cell["predicted_kv_bytes"] = predicted.kv_bytes
         cell["predicted_metadata_bytes"] = predicted.metadata_bytes
         cell["predicted_host_bytes"] = predicted.host_bytes
-    spec = plan.config.methods[plan.methods.index(method)]
+    spec = plan.specs[method.label]
     return FootprintJob(
         cell=cell,
         kind=kind,
         model=config.model,
         method=spec,
+        import_folders=() if is_own(spec) else search_path(),
         kv="synthetic" if synthetic else "prefill",
         context_ids=context_ids,
         context_tokens=context_tokens,

@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 from kvscope.harness.passes.rows import FailureStatus, one_line
 from kvscope.results.schema import FootprintRow, OomOf, ThroughputRow
+from kvscope.specs import MethodSpec
 
 WARM_UP_TOKENS = 256
 
@@ -17,6 +18,7 @@ class FootprintJob(BaseModel):
         cell: the columns every row of this cell shares (``rows.cell_columns`` and the predictions), so that a failure
             in any phase still becomes a whole row.
         kind: ``footprint`` (one sequence: bytes and times) or ``throughput`` (the largest batch that fits).
+        import_folders: where to look for the modules of a method from outside the tree, behind the usual places.
         kv: ``prefill`` runs the model over ``context_ids``; ``synthetic`` fills ``context_tokens`` with random values.
         context_ids: tokens to prefill. Every method of a length gets the same ones.
         context_tokens: tokens of a synthetic prompt.
@@ -33,7 +35,8 @@ class FootprintJob(BaseModel):
     cell: dict[str, Any]
     kind: Literal["footprint", "throughput"] = "footprint"
     model: str
-    method: str | dict[str, Any]
+    method: MethodSpec
+    import_folders: tuple[str, ...] = ()
     kv: Literal["prefill", "synthetic"] = "prefill"
     context_ids: tuple[int, ...] = ()
     context_tokens: int = 0

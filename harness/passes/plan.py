@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 from tabulate import tabulate
 
 from kvscope.errors import UsageError
-from kvscope.harness.passes.config import RunConfig, split_spec
+from kvscope.harness.passes.config import RunConfig
 from kvscope.harness.passes.device_budget import CONTEXT_BYTES
 from kvscope.harness.passes.facts import ModelFacts, describe_model
 from kvscope.harness.passes.memory import free_device_bytes
 from kvscope.harness.passes.pooling import excluded_types
 from kvscope.results.schema import ExcludedType, Forecast, PlannedCell
+from kvscope.specs import Spec
 from kvscope.units import format_bytes, format_length
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class Plan:
     methods: "tuple[CacheMethod[Any], ...]"
     tasks: "tuple[Task, ...]"
     cells: tuple[PlannedCell, ...]
+    specs: Mapping[str, Spec]
+    """Label of a method -> the spec that a fresh process makes it from."""
     excluded_types: tuple[ExcludedType, ...] = ()
     """Question types of these tasks that pooled scores leave out, as the model's folder says."""
 
@@ -101,6 +104,13 @@ class Plan:
                     f"{method.label} leaves nothing out at {_lengths(same)}: there it is dense by another name."
                 )
         said += [f"{each.sentence}." for each in self.excluded_types]
+        if len(self.config.lengths_tokens) > 1:
+            said += [
+                f"the prompts of {task.name} have the length they have, so they are the same at every --length: give "
+                "the longest alone."
+                for task in self.tasks
+                if task.own_lengths
+            ]
         note = self.facts.backend.note(self.facts.shape, max(self.config.lengths_tokens))
         return said if note is None else [*said, note]
 
@@ -178,18 +188,20 @@ def make_plan(config: RunConfig) -> Plan:
         UsageError: an unknown method, task, model or option; a trained part of a method that is missing or belongs to
             another model; a length too long for the model or too short for a task.
     """
-    from kvscope.methods.registry import create_method, parse_method
+    from kvscope.methods.registry import check_one_class_a_name, create_method
     from kvscope.tasks.registry import create_task
 
-    methods = tuple(create_method(parse_method(spec), paper_settings=config.paper_settings) for spec in config.methods)
+    methods = tuple(create_method(spec, paper_settings=config.paper_settings) for spec in config.methods)
+    check_one_class_a_name(list(methods))
     check_unique([method.label for method in methods])
+    specs = {method.label: spec for method, spec in zip(methods, config.methods, strict=True)}
     tasks = []
     for spec in config.tasks:
-        name, options = split_spec(spec, kind="task")
-        task = create_task(name, **options)
+        task = create_task(spec)
         if config.max_new_tokens is not None:
             task.max_new_tokens = config.max_new_tokens
         tasks.append(task)
+    check_tasks(tasks, config.samples)
     facts = describe_model(config.model, device=config.device, dtype=config.dtype, page_tokens=config.page_tokens)
     check_synthetic(config, facts)
     methods = tuple(facts.backend.form_of(method, facts.shape) for method in methods)
@@ -206,7 +218,13 @@ def make_plan(config: RunConfig) -> Plan:
     asked = {(task.name, kind) for task in tasks for kind in task.question_types}
     excluded = tuple(each for each in excluded_types(config.model) if (each.task, each.question_type) in asked)
     return Plan(
-        config=config, facts=facts, methods=methods, tasks=tuple(tasks), cells=tuple(cells), excluded_types=excluded
+        config=config,
+        facts=facts,
+        methods=methods,
+        tasks=tuple(tasks),
+        cells=tuple(cells),
+        specs=specs,
+        excluded_types=excluded,
     )
 
 
@@ -252,6 +270,23 @@ def check_unique(labels: Sequence[str]) -> None:
     for label in labels:
         if labels.count(label) > 1:
             raise UsageError(f"Method {label!r} is asked for twice (options equal to the defaults count): keep one.")
+
+
+def check_tasks(tasks: "Sequence[Task]", samples: int) -> None:
+    """Refuse two tasks of one name, which rows could not tell apart, and more samples than a task has.
+
+    Raises:
+        UsageError: naming the task.
+    """
+    names = [task.name for task in tasks]
+    for task in tasks:
+        if names.count(task.name) > 1:
+            raise UsageError(f"Two tasks are called {task.name!r}, so rows could not be told apart: give one a label=.")
+        if task.n_samples is not None and samples > task.n_samples:
+            raise UsageError(
+                f"Task {task.name!r} has {task.n_samples:,} prompts, and {samples:,} samples are asked for: use "
+                f"--samples {task.n_samples} or fewer."
+            )
 
 
 def check_lengths(config: RunConfig, facts: ModelFacts, tasks: "Sequence[Task]") -> None:

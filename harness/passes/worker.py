@@ -12,6 +12,7 @@ import threading
 
 from kvscope.harness.passes.job import FootprintJob
 from kvscope.harness.passes.measurement import Measurement
+from kvscope.plugins import extend_search_path
 
 
 def _end_with_parent() -> None:
@@ -26,6 +27,7 @@ def main() -> int:
     os.dup2(2, 1)
     job = FootprintJob.model_validate_json(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, name="kvscope-parent-watch", daemon=True).start()
+    extend_search_path(job.import_folders)
     measurement = Measurement
     if job.kind == "throughput":
         from kvscope.harness.passes.throughput import ThroughputMeasurement
