@@ -5,8 +5,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from kvscope.errors import UsageError, did_you_mean, shown
-from kvscope.specs import BadValue, read_value, value_text, without_none
+from kvscope.errors import UsageError
+from kvscope.specs import read_options, value_text, without_none
 
 
 def field_types(config_type: type[Any]) -> dict[str, Any]:
@@ -18,31 +18,6 @@ def field_types(config_type: type[Any]) -> dict[str, Any]:
 def optional_fields(config_type: type[Any]) -> set[str]:
     """Return the options that may be ``none`` (chosen automatically)."""
     return {name for name, declared in field_types(config_type).items() if without_none(declared)[1]}
-
-
-def read_options(owner: str, declared: Mapping[str, Any], options: Mapping[str, object]) -> dict[str, Any]:
-    """Return the options as values of the types they declare.
-
-    Args:
-        owner: whose they are, as errors begin: ``Method 'recency'``.
-        declared: option name -> its type.
-
-    Raises:
-        UsageError: an unknown option, or a value of another type.
-    """
-    values = {}
-    for key, raw in options.items():
-        if key not in declared:
-            if not declared:
-                raise UsageError(f"{owner} has no options, so {shown(key)} cannot be set.")
-            listing = ", ".join(declared)
-            hint = did_you_mean(key, declared)
-            raise UsageError(f"{owner} has no option {shown(key)}.{hint} Its options are: {listing}.")
-        try:
-            values[key] = read_value(declared[key], raw)
-        except BadValue as error:
-            raise UsageError(f"{owner}: option '{key}' expects {error.expected}, got {shown(raw)}.") from None
-    return values
 
 
 def build_config(method: str, config_type: type[Any], options: Mapping[str, object]) -> Any:

@@ -66,9 +66,7 @@ def read_jsonl(path: Path) -> tuple[tuple[Line, ...], str]:
 
 def _raw_lines(path: Path) -> Iterator[bytes]:
     if not path.exists():
-        raise UsageError(
-            f"There is no file {shown(str(path))}: write jsonl:FILE with a file of one JSON object a line."
-        )
+        raise UsageError(f"There is no file {shown(str(path))}: write jsonl:FILE, with a JSON object a line in it.")
     if not stat.S_ISREG(path.stat().st_mode):
         raise UsageError(f"{shown(str(path))} is not a regular file: write jsonl:FILE with one.")
     with path.open("rb") as file:

@@ -2,13 +2,13 @@
 
 import inspect
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from kvscope import plugins
-from kvscope.errors import UsageError, did_you_mean, shown
-from kvscope.specs import BadValue, Spec, parse_spec, read_value
+from kvscope.errors import UsageError
+from kvscope.specs import Spec, parse_spec, read_options
 
 if TYPE_CHECKING:
     from kvscope.tasks.base import Task
@@ -117,19 +117,13 @@ def create_task(given: str | Mapping[str, Any] | Spec, **options: object) -> "Ta
     """
     spec = parse_spec(given, kind="task")
     cls, known = task_class(spec.name), task_options(spec.name)
-    values = {}
-    for key, raw in {**dict(spec.options), **options}.items():
-        if key not in known:
-            hint = did_you_mean(key, known) if known else " It has none."
-            raise UsageError(f"Task {spec.name} has no option {shown(key)}.{hint}")
-        try:
-            values[key] = read_value(known[key].annotation, raw)
-        except BadValue as error:
-            raise UsageError(f"Task {spec.name}: option '{key}' expects {error.expected}, got {shown(raw)}.") from None
+    declared = {key: parameter.annotation for key, parameter in known.items()}
+    values = read_options(f"Task {spec.name}", declared, {**dict(spec.options), **options})
     missing = [key for key, parameter in known.items() if parameter.default is parameter.empty and key not in values]
     if missing:
         raise UsageError(f"Task {spec.name} needs {missing[0]}: write {spec.name}:{missing[0]}=...")
-    make: partial[Task] = partial(cls, spec.name) if spec.name in TASKS else partial(cls)
+    # One class of ours makes several tasks, so it takes the name; a class from outside is one task.
+    make: Callable[..., Task] = partial(cls, spec.name) if spec.name in TASKS else cls
     try:
         return make(**values)
     except UsageError:

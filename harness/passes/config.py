@@ -347,10 +347,11 @@ def _sentence(error: ValidationError, *, source: str) -> str:
     key = str(problem["loc"][0]) if problem["loc"] else ""
     if isinstance(inner, UsageError):
         text = str(inner)
-        return text if not key or text.startswith(f"{key}:") else f"{key}: {text}"
-    expected = EXPECTED.get(problem["type"]) or expected_text(problem)
+        whole = not key or key in ("methods", "tasks") or text.startswith(f"{key}:")
+        return text if whole else f"{key}: {text}"
+    expected, hint = EXPECTED.get(problem["type"]) or expected_text(problem), ""
     if isinstance(inner, BadValue):
-        expected = inner.expected
+        expected, hint = inner.expected, inner.hint
     if key in ("methods", "tasks"):
         expected = f"a list of names such as {'dense' if key == 'methods' else 'niah_single_1'}"
-    return f"{key} in {source} is {shown(problem['input'])}, expected {expected}."
+    return f"{key} in {source} is {shown(problem['input'])}, expected {expected}{hint}."

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, PlainSerializer, PlainValidator, TypeAdapter, ValidationError
 
-from kvscope.errors import UsageError, shown
+from kvscope.errors import UsageError, did_you_mean, shown
 from kvscope.units import PLAIN, Unit, finite_number, whole_number
 
 Kind = Literal["method", "task"]
@@ -194,11 +194,17 @@ TaskSpec = Annotated[Spec, *_field("task")]
 
 
 class BadValue(ValueError):  # noqa: N818 - it says what is wrong
-    """A value that is not of the declared type."""
+    """A value that is not of the declared type.
 
-    def __init__(self, expected: str) -> None:
+    Attributes:
+        expected: what it should be, in words that follow ``expected``.
+        hint: how to write one, after a colon; empty where that is plain.
+    """
+
+    def __init__(self, expected: str, hint: str = "") -> None:
         super().__init__(f"expected {expected}")
         self.expected = expected
+        self.hint = f": {hint}" if hint else ""
 
 
 def read_value(declared: Any, given: object) -> Any:
@@ -228,10 +234,37 @@ def read_value(declared: Any, given: object) -> Any:
         raise BadValue(expected_text(error.errors()[0])) from None
 
 
+def read_options(owner: str, declared: Mapping[str, Any], options: Mapping[str, object]) -> dict[str, Any]:
+    """Return the options as values of the types they declare.
+
+    Args:
+        owner: whose they are, as errors begin: ``Method 'recency'``.
+        declared: option name -> its type.
+
+    Raises:
+        UsageError: an unknown option, or a value of another type.
+    """
+    values = {}
+    for key, raw in options.items():
+        if key not in declared:
+            if not declared:
+                raise UsageError(f"{owner} has no options, so {shown(key)} cannot be set.")
+            listing = ", ".join(declared)
+            hint = did_you_mean(key, declared)
+            raise UsageError(f"{owner} has no option {shown(key)}.{hint} Its options are: {listing}.")
+        try:
+            values[key] = read_value(declared[key], raw)
+        except BadValue as error:
+            raise UsageError(
+                f"{owner}: option '{key}' expects {error.expected}, got {shown(raw)}{error.hint}."
+            ) from None
+    return values
+
+
 def _read_base(base: Any, unit: Unit, given: object) -> object:
     value: object
     if base is int:
-        value, expected = whole_number(given, unit), unit.expected
+        value, expected = whole_number(given, unit), "a whole number"
     elif base is float:
         value, expected = finite_number(given), "a number"
     elif base is bool:
@@ -241,7 +274,7 @@ def _read_base(base: Any, unit: Unit, given: object) -> object:
     else:
         return _choice(base, given) if typing.get_origin(base) is Literal else given
     if value is None:
-        raise BadValue(expected)
+        raise BadValue(expected, unit.hint)
     return value
 
 

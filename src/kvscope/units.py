@@ -30,20 +30,20 @@ class Unit:
 
     Attributes:
         factors: unit in lower case -> what it multiplies by; ``""`` for a bare number.
-        expected: what a value should be, as an error says it.
+        hint: how to write one, as an error ends.
         rounds_down: whether a fraction of one is dropped (bytes) or refused (tokens).
     """
 
     factors: Mapping[str, int]
-    expected: str
+    hint: str = ""
     rounds_down: bool = False
 
     __hash__ = object.__hash__
 
 
-PLAIN = Unit({"": 1}, "a whole number")
-TOKENS = Unit(LENGTH_UNITS, "a whole number of tokens, as 4096, 4k (k = 1024) or 1M (M = 1024k)")
-BYTES = Unit(BYTE_UNITS, "a whole number of bytes, as 4096, 24GiB (1024-based) or 24GB (1000-based)", rounds_down=True)
+PLAIN = Unit({"": 1})
+TOKENS = Unit(LENGTH_UNITS, "write tokens as 4096, 4k (k = 1024) or 1M (M = 1024k)")
+BYTES = Unit(BYTE_UNITS, "write bytes, or 24GiB (1024-based) or 24GB (1000-based)", rounds_down=True)
 
 Tokens = Annotated[int, TOKENS]
 """A count of tokens: ``4096``, ``4k`` or ``0.5M``."""
@@ -97,7 +97,7 @@ def parse_length(value: object) -> int:
     """
     length_tokens = whole_number(value, TOKENS)
     if length_tokens is None:
-        raise UsageError(f"{shown(value)} is not a length: write tokens as 4096, 4k (k = 1024) or 1M (M = 1024k).")
+        raise UsageError(f"{shown(value)} is not a length: {TOKENS.hint}.")
     if length_tokens <= 0:
         raise UsageError(f"{shown(value)} is not a length: it must be at least one token.")
     return length_tokens
@@ -111,7 +111,7 @@ def parse_bytes(value: object) -> int:
     """
     size_bytes = whole_number(value, BYTES)
     if size_bytes is None or size_bytes <= 0:
-        raise UsageError(f"{shown(value)} is not a size: write bytes, or 24GiB (1024-based) or 24GB (1000-based).")
+        raise UsageError(f"{shown(value)} is not a size: {BYTES.hint}.")
     return size_bytes
 
 
