@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from kvscope.harness.passes.footprint import worker_environment
 
 PAGE = Path(__file__).parents[2] / "docs" / "add-a-method.md"

@@ -131,7 +131,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
 def test_a_line_that_is_too_long_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvscope.tasks.jsonl_file.MOST_LINE_BYTES", 1024**2)
     path = write(tmp_path / "q.jsonl", GOOD, {**GOOD, "meta": "x" * 2 * 1024**2})
-    with pytest.raises(UsageError, match="Line 2 of .* is longer than 1 MiB"):
+    with pytest.raises(UsageError, match=r"Line 2 of .* is longer than 1 MiB"):
         make(path)
 
 
