@@ -75,8 +75,12 @@ Lengths = Annotated[
         help="Prompt + answer, as 4096, 4k (k = 1024) or 1M; repeatable.  [default: 1k 2k 4k 8k]",
     ),
 ]
-Samples = Annotated[int | None, typer.Option("--samples", "-n", help="Prompts per task and length.  [default: 20]")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Seed of prompts and of random choices.  [default: 0]")]
+Samples = Annotated[
+    str | None, typer.Option("--samples", "-n", metavar="INTEGER", help="Prompts per task and length.  [default: 20]")
+]
+Seed = Annotated[
+    str | None, typer.Option("--seed", metavar="INTEGER", help="Seed of prompts and of random choices.  [default: 0]")
+]
 From = Annotated[
     str | None,
     typer.Option(
@@ -90,7 +94,8 @@ AnswerNll = Annotated[
     typer.Option("--answer-nll/--no-answer-nll", help="Also measure the teacher-forced NLL of the answer."),
 ]
 MaxNewTokens = Annotated[
-    int | None, typer.Option("--max-new-tokens", help="New tokens per sample.  [default: the task's own]")
+    str | None,
+    typer.Option("--max-new-tokens", metavar="TOKENS", help="New tokens per sample.  [default: the task's own]"),
 ]
 AccuracyGraph = Annotated[
     bool | None,
@@ -134,7 +139,7 @@ Throughput = Annotated[
     typer.Option("--throughput", help="Only find each method's largest batch, and its tokens a second (synthetic KV)."),
 ]
 TimeLimit = Annotated[
-    float | None,
+    str | None,
     typer.Option("--time-limit", metavar="SECONDS", help="Stop before the next row after this; the same continues."),
 ]
 Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.  [default: auto]")]
