@@ -3,7 +3,6 @@
 import inspect
 import typing
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from kvscope import plugins
@@ -123,9 +122,9 @@ def create_task(given: str | Mapping[str, Any] | Spec, **options: object) -> "Ta
     if missing:
         raise UsageError(f"Task {spec.name} needs {missing[0]}: write {spec.name}:{missing[0]}=...")
     # One class of ours makes several tasks, so it takes the name; a class from outside is one task.
-    make: Callable[..., Task] = partial(cls, spec.name) if spec.name in TASKS else cls
+    make: Callable[..., Task] = cls
     try:
-        return make(**values)
+        return make(spec.name, **values) if spec.name in TASKS else make(**values)
     except UsageError:
         raise
     except ValueError as error:

@@ -51,7 +51,7 @@ def test_footprint_prompts_have_the_length_asked_for(small: MakeConfig, tmp_path
     ("values", "fault"),
     [
         ({"samples": 3}, "Task 'jsonl:q' has 2 prompts, and 3 samples are asked for: use --samples 2 or fewer"),
-        ({"lengths_tokens": [20]}, "Length 20 is too short for task 'jsonl:q'"),
+        ({"lengths_tokens": [10]}, "Length 10 is too short for task 'jsonl:q'"),
         ({"tasks": ["jsonl:{q}", "jsonl:{q},metric=f1"]}, "Two tasks are called 'jsonl:q'"),
         ({"tasks": ["jsonl:{q}", "jsonl:{q}"]}, "is given twice: keep one"),
         ({"tasks": ["jsonl:{q}.gone"]}, "There is no file"),
