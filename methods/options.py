@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvscope.errors import UsageError
-from kvscope.specs import read_options, value_text, without_none
+from kvscope.values import read_options, value_text, without_none
 
 
 def field_types(config_type: type[Any]) -> dict[str, Any]:

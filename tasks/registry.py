@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from kvscope import plugins
 from kvscope.errors import UsageError
-from kvscope.specs import Spec, parse_spec, read_options
+from kvscope.specs import Spec, parse_spec
+from kvscope.values import read_options
 
 if TYPE_CHECKING:
     from kvscope.tasks.base import Task

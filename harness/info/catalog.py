@@ -8,8 +8,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 from kvscope.errors import UsageError, did_you_mean
-from kvscope.specs import PLACE_PATTERN, type_name, without_none
+from kvscope.specs import PLACE_PATTERN
 from kvscope.units import format_length
+from kvscope.values import type_name, without_none
 
 if TYPE_CHECKING:
     from kvscope.methods.base import CacheMethod

@@ -15,19 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from kvscope.errors import UsageError, did_you_mean, shown
 from kvscope.harness.engine.presets import is_preset
 from kvscope.harness.passes.yaml_text import read_yaml, yaml_value
-from kvscope.specs import (
-    BARE_OPTIONS,
-    BadValue,
-    MethodSpec,
-    Spec,
-    TaskSpec,
-    expected_text,
-    parse_spec,
-    read_value,
-    split_items,
-    unquoted,
-)
+from kvscope.specs import BARE_OPTIONS, MethodSpec, Spec, TaskSpec, parse_spec, split_items, unquoted
 from kvscope.units import Bytes, Tokens
+from kvscope.values import BadValue, expected_text, read_value
 
 SWEEP_PATTERN = re.compile(r"([^=]+)\.([A-Za-z_]\w*)\s*=(.+)", re.DOTALL)
 MOST_SAMPLES = 1_000_000

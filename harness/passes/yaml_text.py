@@ -1,7 +1,7 @@
 """YAML as configurations use it: mappings, lists and scalars, and every scalar is text.
 
 YAML's own types guess (``010`` is eight, ``on`` is true, ``2001-01-01`` is a date); here the key or option that a value
-is for says how to read it (see ``kvscope.specs``). Only an empty value, ``null`` and ``~`` are more than text: None.
+is for says how to read it (see ``kvscope.values``). Only an empty value, ``null`` and ``~`` are more than text: None.
 """
 
 from pathlib import Path
