@@ -1,14 +1,16 @@
-"""Method names and specs. Names map to import strings, resolved on use, so that listing them loads no torch."""
+"""Method names and how to make a method. Names map to import strings, resolved on use: listing them loads no torch."""
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from kvscope.errors import UsageError, did_you_mean
+from kvscope import plugins
+from kvscope.errors import UsageError
 from kvscope.methods.options import build_config, canonical_label, optional_fields
+from kvscope.specs import Spec, parse_spec
 
 if TYPE_CHECKING:
     from kvscope.methods.base import CacheMethod
@@ -28,88 +30,77 @@ METHODS: dict[str, str] = {
 PAPER_RECENCY_TOKENS = 8192
 """The paper's recency window (arXiv 2606.09079), fixed for every method under ``--paper-settings``."""
 _PAPER_OPTIONS = ("recency_tokens", "window")
-
-
-@dataclass(frozen=True)
-class MethodSpec:
-    """A method's name and its options as given. ``label`` is the spec as text."""
-
-    name: str
-    options: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def label(self) -> str:
-        """The canonical spec: options in declared order, defaults left out; equal configs have equal labels."""
-        return create_method(self).label
+_WORDS = ("stays", "saves", "source", "cost", "reads")
+_SAVING_KINDS = ("resident", "freed", "offloaded")
 
 
 def method_names() -> list[str]:
-    """Return every registered name, in the order reports show them."""
-    return list(METHODS)
+    """Return every name, in the order reports show them: kvscope's own, then those of installed packages."""
+    return plugins.names("method", METHODS)
 
 
 def method_class(name: str) -> type[CacheMethod[Any]]:
-    """Return the class behind a name.
+    """Return the class behind a name or ``package.module:Class``.
 
     Raises:
-        UsageError: no method has that name.
+        UsageError: no method has that name, two have it, or what it leads to cannot be used as a method.
     """
-    if name not in METHODS:
-        raise UsageError(f"There is no method '{name}'.{did_you_mean(name, METHODS)}")
-    module, _, attribute = METHODS[name].partition(":")
-    found: type[CacheMethod[Any]] = getattr(import_module(module), attribute)
-    return found
+    place = plugins.find("method", name, METHODS)
+    found = plugins.load(place)
+    if not place.is_own:
+        _check_class(place, found)
+    return cast("type[CacheMethod[Any]]", found)
 
 
-def parse_method(spec: str | Mapping[str, Any] | MethodSpec) -> MethodSpec:
-    """Read ``name``, ``name:key=value,key=value`` or the mapping ``{"name": ..., key: value}``.
+def is_own(spec: Spec) -> bool:
+    """Whether a spec names one of kvscope's own methods."""
+    return spec.name in METHODS
+
+
+def _check_class(place: plugins.Place, found: object) -> None:
+    """Check that a class from outside keeps the contract of ``methods/base.py``, as far as a class shows.
 
     Raises:
-        UsageError: malformed text, a mapping without a name, or a name that is not registered. Options are checked
-            by ``create_method``.
+        UsageError: naming the first thing it lacks.
     """
-    if isinstance(spec, MethodSpec):
-        return spec
-    if isinstance(spec, str):
-        name, colon, tail = (part.strip() for part in spec.partition(":"))
-        options: dict[str, Any] = {}
-        for item in tail.split(",") if colon else ():
-            key, equals, value = (part.strip() for part in item.partition("="))
-            if not (key and equals and value):
-                raise UsageError(
-                    f"Method '{spec}': '{item.strip()}' is not key=value. Write it as name:key=value,key=value."
-                )
-            if key in options:
-                raise UsageError(f"Method '{spec}': option '{key}' is given twice.")
-            options[key] = value
-    elif isinstance(spec, Mapping):
-        options = dict(spec)
-        name = options.pop("name", None)
-        if not isinstance(name, str):
-            raise UsageError(f"A method given as a mapping needs 'name' with a method's name, got {dict(spec)!r}.")
-    else:
-        raise UsageError(f"A method is text like 'recency:recency_tokens=256' or a mapping, got {spec!r}.")
-    if name not in METHODS:
-        raise UsageError(f"There is no method '{name}'.{did_you_mean(name, METHODS)}")
-    return MethodSpec(name, options)
+    from kvscope.methods.base import CacheMethod
+
+    if not (isinstance(found, type) and issubclass(found, CacheMethod)):
+        raise plugins.broken(place, "it is not a subclass of kvscope.methods.base.CacheMethod")
+    if inspect.isabstract(found):
+        raise plugins.broken(place, f"it does not define {', '.join(sorted(found.__abstractmethods__))}")
+    plugins.check_name(place, getattr(found, "name", None), METHODS)
+    for word in _WORDS:
+        text = getattr(found, word, None)
+        if not isinstance(text, str) or not text.strip():
+            raise plugins.broken(place, f"its class attribute {word!r} must be text, one clause")
+    if getattr(found, "saving_kind", None) not in _SAVING_KINDS:
+        raise plugins.broken(place, f"its class attribute 'saving_kind' must be one of {', '.join(_SAVING_KINDS)}")
+    config = getattr(found, "Config", None)
+    if not (isinstance(config, type) and dataclasses.is_dataclass(config)):
+        raise plugins.broken(place, "its class attribute 'Config' must be a dataclass, every option with a default")
+    try:
+        config()
+    except Exception as error:  # noqa: BLE001 - a stranger's code
+        raise plugins.broken(place, f"its Config cannot be made without options: {error}") from None
 
 
-def create_method(spec: str | Mapping[str, Any] | MethodSpec, *, paper_settings: bool = False) -> CacheMethod[Any]:
+def create_method(given: str | Mapping[str, Any] | Spec, *, paper_settings: bool = False) -> CacheMethod[Any]:
     """Return the method a spec names, its options checked.
 
     Args:
-        spec: text, mapping or parsed spec, see ``parse_method``.
+        given: a spec, or any of its forms (see ``kvscope.specs``).
         paper_settings: fix the recency window at 8192 tokens, and the methods' own papers' values, wherever the spec
             leaves them open.
 
     Raises:
-        UsageError: as ``parse_method``, or an option that is unknown, of the wrong type or out of range.
+        UsageError: a spec or name that is none, or an option that is unknown, of the wrong type or out of range.
     """
-    parsed = parse_method(spec)
-    cls = method_class(parsed.name)
-    options = dict(parsed.options)
-    config = build_config(parsed.name, cls.Config, options)
-    label = canonical_label(parsed.name, config)
+    spec = parse_spec(given, kind="method")
+    cls = method_class(spec.name)
+    options: dict[str, Any] = dict(spec.options)
+    config = build_config(cls.name, cls.Config, options)
+    label = canonical_label(cls.name, config)
     if paper_settings:
         open_options = optional_fields(cls.Config)
         budgeted = any(getattr(config, key, None) is not None for key in ("budget_bytes", "budget_fraction"))
@@ -117,6 +108,20 @@ def create_method(spec: str | Mapping[str, Any] | MethodSpec, *, paper_settings:
             # Where a byte budget already sizes the window, the paper's 8192 tokens have nothing left to fix.
             if key in open_options and getattr(config, key) is None and not (budgeted and cls.budget_sets_window):
                 options[key] = value
-        config = build_config(parsed.name, cls.Config, options)
+        config = build_config(cls.name, cls.Config, options)
     # The label is what the user asked for; `effective_config` says what the paper's settings made of it.
     return cls(config, label=label)
+
+
+def check_one_class_a_name(methods: list[CacheMethod[Any]]) -> None:
+    """Refuse two classes of one name in one run: rows name the method by it.
+
+    Raises:
+        UsageError: naming both classes.
+    """
+    classes: dict[str, type[Any]] = {}
+    for method in methods:
+        first = classes.setdefault(method.name, type(method))
+        if first is not type(method):
+            both = " and ".join(f"{cls.__module__}:{cls.__qualname__}" for cls in (first, type(method)))
+            raise UsageError(f"{both} both have the name {method.name!r}: rows could not be told apart, so keep one.")

@@ -56,11 +56,25 @@ class Sample:
 
 
 class Task(abc.ABC):
-    """A generator of samples and their score."""
+    """A generator of samples and their score. Its options are the keyword-only arguments of its ``__init__``.
+
+    Attributes:
+        name: what rows call it.
+        max_new_tokens: room left for the answer.
+        question_types: every ``Sample.question_type``.
+        n_samples: prompts there are; None where any number can be built.
+        own_lengths: whether its prompts have the length they have; a length asked for is then the most they may have.
+        data_sha256: hash of the data its prompts come from, which a run folder keeps; None without such data.
+        description: what it asks for, one clause.
+        source: the citation.
+    """
 
     name: str
     max_new_tokens: int
     question_types: tuple[str, ...]
+    n_samples: int | None = None
+    own_lengths: ClassVar[bool] = False
+    data_sha256: str | None = None
     description: ClassVar[str] = ""
     source: ClassVar[str] = ""
 
@@ -79,6 +93,15 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def score(self, sample: Sample, output: str) -> float:
         """Score an answer in [0, 1]."""
+
+    def fill(self, tokenizer: Tokenizer, *, prompt_tokens: int, seed: int) -> tuple[tuple[int, ...], int]:
+        """Return a prompt of exactly ``prompt_tokens`` for the memory passes: (ids, index where its question starts).
+
+        Raises:
+            UsageError: as ``build``.
+        """
+        sample = self.build(tokenizer, length_tokens=prompt_tokens + self.max_new_tokens, sample=0, seed=seed)
+        return sample.ids, sample.question_start
 
 
 def contains_all_score(targets: Sequence[str], output: str) -> float:

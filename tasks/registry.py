@@ -1,10 +1,14 @@
 """Task names and how to make them; modules load when a task is first used."""
 
-from functools import partial
-from importlib import import_module
-from typing import TYPE_CHECKING
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, cast
 
-from kvscope.errors import UsageError, did_you_mean
+from kvscope import plugins
+from kvscope.errors import UsageError
+from kvscope.specs import Spec, parse_spec
+from kvscope.values import read_options
 
 if TYPE_CHECKING:
     from kvscope.tasks.base import Task
@@ -26,6 +30,7 @@ TASKS: dict[str, str] = {
     "vt": "kvscope.tasks.ruler_chains:VariableTrackingTask",
     "cwe": "kvscope.tasks.ruler_words:CommonWordsTask",
     "fwe": "kvscope.tasks.ruler_words:FrequentWordsTask",
+    "jsonl": "kvscope.tasks.jsonl:JsonlTask",
 }
 DESCRIPTIONS: dict[str, str] = {
     "niah_single_1": "one number in repeated noise sentences",
@@ -42,34 +47,86 @@ DESCRIPTIONS: dict[str, str] = {
     "vt": "the five names on one chain of assignments, among three other chains in noise",
     "cwe": "the ten words repeated most in a numbered list",
     "fwe": "the three most frequent coded words of a text",
+    "jsonl": "prompts of your own, a line of JSON each, at the length they have (jsonl:FILE)",
 }
-_OPTIONS: dict[str, frozenset[str]] = {
-    name: frozenset({"data"} if target == _NEEDLE else {"types"} if name == "long_qa" else ())
-    for name, target in TASKS.items()
-}
+_NO_OPTIONS = frozenset({"long_qa_no_context", "long_qa_mrcr"})
+"""Tasks of one question type: there is nothing to pick with ``types``."""
 
 
 def task_names() -> list[str]:
-    """Return every registered task name."""
-    return list(TASKS)
+    """Return every name: kvscope's own, then those of installed packages."""
+    return plugins.names("task", TASKS)
 
 
-def task_options(name: str) -> list[str]:
-    """Return the option names a task takes."""
-    return sorted(_OPTIONS[name])
-
-
-def create_task(name: str, **options: str) -> "Task":
-    """Make a task.
+def task_class(name: str) -> "type[Task]":
+    """Return the class behind a name or ``package.module:Class``.
 
     Raises:
-        UsageError: unknown name or option, or options the task refuses.
+        UsageError: no task has that name, two have it, or what it leads to cannot be used as a task.
     """
-    if name not in TASKS:
-        raise UsageError(f"Unknown task '{name}'.{did_you_mean(name, TASKS)}")
-    for option in options:
-        if option not in _OPTIONS[name]:
-            raise UsageError(f"Task {name} has no option '{option}'.{did_you_mean(option, _OPTIONS[name])}")
-    module, _, attribute = TASKS[name].partition(":")
-    made: Task = partial(getattr(import_module(module), attribute), name)(**options)
-    return made
+    place = plugins.find("task", name, TASKS)
+    found = plugins.load(place)
+    if not place.is_own:
+        _check_class(place, found)
+    return cast("type[Task]", found)
+
+
+def _check_class(place: plugins.Place, found: object) -> None:
+    """Check that a class from outside keeps the contract of ``tasks/base.py``, as far as a class shows.
+
+    Raises:
+        UsageError: naming the first thing it lacks.
+    """
+    from kvscope.tasks.base import Task
+
+    if not (isinstance(found, type) and issubclass(found, Task)):
+        raise plugins.broken(place, "it is not a subclass of kvscope.tasks.base.Task")
+    if inspect.isabstract(found):
+        raise plugins.broken(place, f"it does not define {', '.join(sorted(found.__abstractmethods__))}")
+    plugins.check_name(place, getattr(found, "name", None), TASKS)
+    types = getattr(found, "question_types", None)
+    if not (isinstance(types, tuple) and types and all(isinstance(each, str) and each for each in types)):
+        raise plugins.broken(place, "its class attribute 'question_types' must be a tuple of one name or more")
+    new_tokens = getattr(found, "max_new_tokens", None)
+    if not isinstance(new_tokens, int) or new_tokens < 1:
+        raise plugins.broken(place, "its class attribute 'max_new_tokens' must be a whole number, at least 1")
+
+
+def task_options(name: str) -> dict[str, inspect.Parameter]:
+    """Return option -> parameter, with its type as annotation: the keyword arguments of the task's class."""
+    if name in _NO_OPTIONS:
+        return {}
+    init = task_class(name).__init__
+    hints = typing.get_type_hints(init, include_extras=True)
+    return {
+        key: parameter.replace(annotation=hints.get(key, str))
+        for key, parameter in inspect.signature(init).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+
+
+def create_task(given: str | Mapping[str, Any] | Spec, **options: object) -> "Task":
+    """Make a task.
+
+    Args:
+        given: a spec, or any of its forms (see ``kvscope.specs``).
+        options: further options; they win.
+
+    Raises:
+        UsageError: unknown name or option, a value of another type, or options the task refuses.
+    """
+    spec = parse_spec(given, kind="task")
+    cls, known = task_class(spec.name), task_options(spec.name)
+    declared = {key: parameter.annotation for key, parameter in known.items()}
+    values = read_options(f"Task {spec.name}", declared, {**dict(spec.options), **options})
+    missing = [key for key, parameter in known.items() if parameter.default is parameter.empty and key not in values]
+    if missing:
+        raise UsageError(f"Task {spec.name} needs {missing[0]}: write {spec.name}:{missing[0]}=...")
+    # One class of ours makes several tasks, so it takes the name; a class from outside is one task.
+    make: Callable[..., Task] = cls
+    try:
+        return make(spec.name, **values) if spec.name in TASKS else make(**values)
+    except UsageError:
+        raise
+    except ValueError as error:
+        raise UsageError(f"Task {spec.name}: {error}") from error

@@ -4,11 +4,13 @@ import dataclasses
 import inspect
 import re
 import textwrap
-from importlib import import_module
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 from kvscope.errors import UsageError, did_you_mean
+from kvscope.specs import PLACE_PATTERN
 from kvscope.units import format_length
+from kvscope.values import type_name, without_none
 
 if TYPE_CHECKING:
     from kvscope.methods.base import CacheMethod
@@ -28,12 +30,20 @@ def entries(kind: str) -> list[dict[str, Any]]:
         UsageError: no such kind.
     """
     if kind == "methods":
-        return [method_entry(name) for name in _method_names()]
+        return [_or_fault(method_entry, name) for name in _method_names()]
     if kind == "tasks":
-        return [task_entry(name) for name in _task_names()]
+        return [_or_fault(task_entry, name) for name in _task_names()]
     if kind == "models":
         return [{"name": name, "description": text} for name, text in _models().items()]
     raise UsageError(f"There is nothing to list under {kind!r}.{did_you_mean(kind, KINDS)}")
+
+
+def _or_fault(entry: Callable[[str], dict[str, Any]], name: str) -> dict[str, Any]:
+    """Return an entry, or why there is none: one package that is broken does not hide the others."""
+    try:
+        return entry(name)
+    except UsageError as error:
+        return {"name": name, "fault": str(error)}
 
 
 def list_text(kind: str) -> str:
@@ -41,7 +51,7 @@ def list_text(kind: str) -> str:
     rows = entries(kind)
     width = max(len(row["name"]) for row in rows)
     clause = "stays" if kind == "methods" else "description"
-    return "\n".join(f"{row['name']:<{width}}  {row[clause]}" for row in rows)
+    return "\n".join(f"{row['name']:<{width}}  {row.get('fault') or row[clause]}" for row in rows)
 
 
 def show_text(name: str) -> str:
@@ -54,12 +64,25 @@ def show_text(name: str) -> str:
         return _method_text(method_entry(name))
     if name in _task_names():
         return _task_text(task_entry(name))
+    if PLACE_PATTERN.fullmatch(name):
+        return _outside_text(name)
     if name in _models():
         return _model_text(name)
     known = [*_method_names(), *_task_names(), *_models()]
     near = did_you_mean(name, known)
     hint = near if "Did you mean" in near else " See kvscope list methods, list tasks and list models."
     raise UsageError(f"No method, task or model is named {name!r}.{hint}")
+
+
+def _outside_text(name: str) -> str:
+    """Return everything known of a method or task given as ``package.module:Class``."""
+    from kvscope import plugins
+    from kvscope.tasks.base import Task
+
+    found = plugins.load(plugins.find("method", name, {}))
+    if isinstance(found, type) and issubclass(found, Task):
+        return _task_text(task_entry(name))
+    return _method_text(method_entry(name))
 
 
 def method_entry(name: str) -> dict[str, Any]:
@@ -83,19 +106,24 @@ def method_entry(name: str) -> dict[str, Any]:
 
 def method_options(cls: "type[CacheMethod[Any]]") -> list[dict[str, Any]]:
     """Return name, type, default and meaning of each option of a method."""
-    from kvscope.methods.options import field_types, optional_fields
+    from kvscope.methods.options import field_types
 
-    types, optional = field_types(cls.Config), optional_fields(cls.Config)
+    types = field_types(cls.Config)
     meanings = documented(cls.Config)
     return [
         {
             "name": field.name,
-            "type": types[field.name].__name__ + (" or none" if field.name in optional else ""),
+            "type": type_text(types[field.name]),
             "default": field.default,
             "meaning": meanings.get(field.name, ""),
         }
         for field in dataclasses.fields(cls.Config)
     ]
+
+
+def type_text(declared: Any) -> str:
+    """Return a declared type as a page names it: ``int``, ``float or none``."""
+    return type_name(declared) + (" or none" if without_none(declared)[1] else "")
 
 
 def automatic_values(cls: "type[CacheMethod[Any]]") -> dict[str, dict[str, Any]]:
@@ -129,14 +157,13 @@ def documented(thing: Any) -> dict[str, str]:
 
 def task_entry(name: str) -> dict[str, Any]:
     """Return a task's words as plain values; no data file is needed for it."""
-    from kvscope.tasks.registry import DESCRIPTIONS, TASKS, task_options
+    from kvscope.tasks.registry import DESCRIPTIONS, task_class, task_options
 
-    module, _, attribute = TASKS[name].partition(":")
-    cls = getattr(import_module(module), attribute)
+    cls = task_class(name)
     meanings = documented(cls)
     return {
         "name": name,
-        "description": DESCRIPTIONS[name],
+        "description": DESCRIPTIONS.get(name, cls.description),
         "source": cls.source,
         "options": [{"name": option, "meaning": meanings.get(option, "")} for option in task_options(name)],
     }

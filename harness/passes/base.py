@@ -4,7 +4,7 @@ A pass is one kind of measurement: accuracy, footprint, throughput, the search f
 differs between them is a method of the pass, so the plan, the progress, the run and its exit code loop over passes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,6 +15,7 @@ from kvscope.harness.passes.facts import ModelFacts
 from kvscope.harness.passes.plan_text import forecast_tables, lengths_text
 from kvscope.harness.passes.progress import Progress
 from kvscope.results.schema import ExcludedType, PlannedCell
+from kvscope.specs import Spec
 from kvscope.units import format_bytes, format_length
 
 if TYPE_CHECKING:
@@ -91,6 +92,8 @@ class Plan:
     tasks: "tuple[Task, ...]"
     passes: tuple[Pass, ...]
     cells: tuple[PlannedCell, ...]
+    specs: Mapping[str, Spec]
+    """Label of a method -> the spec that a fresh process makes it from."""
     excluded_types: tuple[ExcludedType, ...] = ()
     """Question types of these tasks that pooled scores leave out, as the model's folder says."""
 
@@ -128,6 +131,13 @@ class Plan:
                     f"{method.label} leaves nothing out at {lengths_text(same)}: there it is dense by another name."
                 )
         said += [f"{each.sentence}." for each in self.excluded_types]
+        if len(self.config.lengths_tokens) > 1:
+            said += [
+                f"the prompts of {task.name} have the length they have, so they are the same at every --length: give "
+                "the longest alone."
+                for task in self.tasks
+                if task.own_lengths
+            ]
         note = self.facts.backend.note(self.facts.shape, max(self.config.lengths_tokens))
         return said if note is None else [*said, note]
 

@@ -5,20 +5,22 @@ a wrong type is the same sentence wherever it came from. No torch here: bad inpu
 """
 
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_type_hints
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from kvscope.errors import UsageError, did_you_mean
+from kvscope.errors import UsageError, did_you_mean, shown
 from kvscope.harness.engine.presets import is_preset
-from kvscope.units import parse_bytes, parse_length
+from kvscope.harness.passes.yaml_text import read_yaml, yaml_value
+from kvscope.specs import BARE_OPTIONS, MethodSpec, Spec, TaskSpec, parse_spec, split_items, unquoted
+from kvscope.units import Bytes, Tokens
+from kvscope.values import BadValue, expected_text, read_value
 
-SWEEP_PATTERN = re.compile(r"([A-Za-z]\w*)\.([A-Za-z]\w*)=(.+)")
-SPEC_NAME_PATTERN = re.compile(r"[A-Za-z][\w.-]*")
+SWEEP_PATTERN = re.compile(r"([^=]+)\.([A-Za-z_]\w*)\s*=(.+)", re.DOTALL)
+MOST_SAMPLES = 1_000_000
 
 #: Key -> why nothing is scored where it is set (``model``: to a preset).
 _UNSCORED = {
@@ -26,54 +28,6 @@ _UNSCORED = {
     "find_max": "find_max measures memory with synthetic KV",
     "throughput": "throughput measures speed with synthetic KV",
 }
-
-#: A method or task as written by a user: ``name``, ``name:key=value,key=value`` or ``{"name": ..., **options}``.
-Spec = str | dict[str, Any]
-
-
-def split_spec(spec: Spec, *, kind: str) -> tuple[str, dict[str, Any]]:
-    """Split ``name:key=value,key=value`` (or a mapping with ``name``) into the name and its options.
-
-    Values of the text form are read as YAML scalars (``0.5``, ``true``, ``4k`` stays text), as in a config file.
-
-    Raises:
-        UsageError: the text is not of that form, or the mapping has no ``name``.
-    """
-    if isinstance(spec, Mapping):
-        options = {str(key): value for key, value in spec.items()}
-        name = options.pop("name", None)
-        if not isinstance(name, str) or not name:
-            raise UsageError(f"A {kind} given as a mapping needs a 'name', got {dict(spec)!r}.")
-        return name, options
-    name, colon, rest = spec.partition(":")
-    if not SPEC_NAME_PATTERN.fullmatch(name) or (colon and not rest):
-        raise UsageError(f"{spec!r} is not a {kind}: write name or name:key=value,key=value.")
-    options = {}
-    for item in rest.split(",") if rest else []:
-        key, equals, text = item.partition("=")
-        if not equals or not key.strip().isidentifier() or not text.strip():
-            raise UsageError(f"{item!r} in {kind} {spec!r} is not key=value: write {name}:key=value,key=value.")
-        if key.strip() in options:
-            raise UsageError(f"Option {key.strip()!r} is given twice in {kind} {spec!r}: keep one.")
-        options[key.strip()] = _yaml_scalar(text.strip())
-    return name, options
-
-
-def spec_label(spec: Spec, *, kind: str) -> str:
-    """Return the one text form of a spec, whichever form it was given in: options sorted by key."""
-    name, options = split_spec(spec, kind=kind)
-    return name + (":" + ",".join(f"{key}={_scalar_text(options[key])}" for key in sorted(options)) if options else "")
-
-
-def _scalar_text(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _yaml_scalar(text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
 
 
 class RunConfig(BaseModel):
@@ -85,37 +39,40 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     model: str = Field(default="reference", description="reference, a folder, a Hugging Face id or preset:NAME")
-    methods: tuple[Spec, ...] = Field(
-        default=("dense", "sliding_window", "recency", "random"),
+    methods: tuple[MethodSpec, ...] = Field(
+        default=tuple(map(Spec, ("dense", "sliding_window", "recency", "random"))),
         description="cache methods, as name or name:key=value,key=value",
     )
-    tasks: tuple[Spec, ...] = Field(
-        default=("niah_single_1", "niah_multikey_2"), description="tasks, as name or name:key=value,key=value"
+    tasks: tuple[TaskSpec, ...] = Field(
+        default=tuple(map(Spec, ("niah_single_1", "niah_multikey_2"))),
+        description="tasks, as name or name:key=value,key=value",
     )
-    lengths_tokens: tuple[int, ...] = Field(
+    lengths_tokens: tuple[Annotated[Tokens, Field(ge=1)], ...] = Field(
         default=(1024, 2048, 4096, 8192), description="prompt + answer lengths, as 4096, 4k or 1M"
     )
-    samples: int = Field(default=20, ge=1, description="prompts per task and length")
+    samples: int = Field(default=20, ge=1, le=MOST_SAMPLES, description="prompts per task and length")
     seed: int = Field(default=0, ge=0, description="seed of prompts and of random choices")
     method_from: Literal["last_token", "question"] = Field(
         default="last_token",
         description="first token fed under the method: the last of the prompt, or the first of the question",
     )
     answer_nll: bool = Field(default=False, description="also measure the teacher-forced NLL of the reference answer")
-    max_new_tokens: int | None = Field(default=None, ge=1, description="new tokens per sample (default: the task's)")
+    max_new_tokens: Tokens | None = Field(default=None, ge=1, description="new tokens per sample (default: the task's)")
     paper_settings: bool = Field(
         default=False, description="fix recency_tokens at 8192, blocks and budgets at their papers' values"
     )
     footprint: bool = Field(default=True, description="measure memory and latency, a fresh process per cell")
-    footprint_lengths_tokens: tuple[int, ...] | None = Field(
+    footprint_lengths_tokens: tuple[Annotated[Tokens, Field(ge=1)], ...] | None = Field(
         default=None, description="lengths of the footprint pass (default: lengths_tokens)"
     )
     kv: Literal["prefill", "synthetic"] = Field(
         default="prefill",
         description="footprint pass: prefill the prompt, or fill its pages with random values (rows say so)",
     )
-    gpu_budget_bytes: int | None = Field(
-        default=None, description="most device bytes a footprint process may take, as 24GiB (default: the whole card)"
+    gpu_budget_bytes: Bytes | None = Field(
+        default=None,
+        ge=1,
+        description="most device bytes a footprint process may take, as 24GiB (default: the whole card)",
     )
     find_max: bool = Field(
         default=False, description="only find each method's longest context, by bisection with synthetic KV"
@@ -126,8 +83,8 @@ class RunConfig(BaseModel):
         lt=1,
         description="the search ends when the next length would differ by less than this share",
     )
-    find_max_limit_tokens: int | None = Field(
-        default=None, description="longest length that search tries (default: the model's maximum)"
+    find_max_limit_tokens: Tokens | None = Field(
+        default=None, ge=1, description="longest length that search tries (default: the model's maximum)"
     )
     throughput: bool = Field(
         default=False, description="only find each method's largest batch, with synthetic KV, and its tokens a second"
@@ -136,14 +93,14 @@ class RunConfig(BaseModel):
     time_limit_s: float | None = Field(
         default=None, gt=0, description="stop before the next row after this time; the same command continues"
     )
-    footprint_decode_tokens: int = Field(default=32, ge=2, description="decode steps per footprint cell")
+    footprint_decode_tokens: Tokens = Field(default=32, ge=2, description="decode steps per footprint cell")
     footprint_timeout_s: float = Field(default=3600.0, gt=0, description="longest time of one footprint cell")
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="auto is float32 on a CPU, bfloat16 on a GPU"
     )
-    prefill_chunk_tokens: int = Field(default=2048, ge=1, description="tokens per prefill chunk")
-    page_tokens: int = Field(default=64, ge=1, description="tokens per page of the KV store")
+    prefill_chunk_tokens: Tokens = Field(default=2048, ge=1, description="tokens per prefill chunk")
+    page_tokens: Tokens = Field(default=64, ge=1, description="tokens per page of the KV store")
     decode_graph: Literal["auto", "on", "off"] = Field(
         default="auto",
         description="footprint, throughput: decode steps as a CUDA graph where that can be done, always (or fail), or "
@@ -155,35 +112,22 @@ class RunConfig(BaseModel):
     )
     out: str | None = Field(default=None, description="folder of the run")
 
-    @field_validator("lengths_tokens", "footprint_lengths_tokens", mode="before")
+    @field_validator("*", mode="before")
     @classmethod
-    def _lengths(cls, value: object) -> object:
-        if value is None:
-            return None
-        items = value if isinstance(value, list | tuple) else [value]
-        return tuple(sorted({parse_length(item) for item in items}))
+    def _by_type(cls, value: object, info: ValidationInfo) -> object:
+        """Read a value by the type its key declares, as an option of a method is read."""
+        key = str(info.field_name)
+        return value if key in ("methods", "tasks", "out") else read_value(_declared_types()[key], value)
 
-    @field_validator("find_max_limit_tokens", mode="before")
+    @field_validator("lengths_tokens", "footprint_lengths_tokens")
     @classmethod
-    def _limit(cls, value: object) -> object:
-        return None if value is None else parse_length(value)
-
-    @field_validator("decode_graph", mode="before")
-    @classmethod
-    def _on_or_off(cls, value: object) -> object:
-        """Take YAML's word for it: to its parser a bare on or off is a boolean."""
-        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+    def _ascending(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        return None if value is None else tuple(sorted(set(value)))
 
     @field_validator("methods", "tasks", mode="before")
     @classmethod
-    def _specs(cls, value: object) -> object:
-        items = value if isinstance(value, list | tuple) else [value]
-        return tuple(dict(item) if isinstance(item, Mapping) else item for item in items)
-
-    @field_validator("gpu_budget_bytes", mode="before")
-    @classmethod
-    def _bytes(cls, value: object) -> object:
-        return None if value is None else parse_bytes(value)
+    def _several(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list | tuple) else (value,)
 
     @model_validator(mode="before")
     @classmethod
@@ -229,8 +173,8 @@ class RunConfig(BaseModel):
                 "footprint is off, so this run would measure no memory, which its other options ask for: leave out "
                 "--no-footprint."
             )
-        # Rows name a task without its options, a method with them.
-        names = [split_spec(spec, kind="task")[0] for spec in self.tasks]
+        # Rows name a task without its options, a method with them; a task of a file takes its name from that.
+        names = [spec.label if spec.name in BARE_OPTIONS else spec.name for spec in self.tasks]
         for key, labels in (("methods", list(self.method_labels)), ("tasks", names)):
             twice = sorted({label for label in labels if labels.count(label) > 1})
             if twice:
@@ -257,12 +201,12 @@ class RunConfig(BaseModel):
     @property
     def method_labels(self) -> tuple[str, ...]:
         """One text a method, as asked for; rows use the method's own label, which leaves defaults out."""
-        return tuple(spec_label(spec, kind="method") for spec in self.methods)
+        return tuple(spec.label for spec in self.methods)
 
     @property
     def task_labels(self) -> tuple[str, ...]:
         """One text a task, options included."""
-        return tuple(spec_label(spec, kind="task") for spec in self.tasks)
+        return tuple(spec.label for spec in self.tasks)
 
     def identity(self) -> dict[str, Any]:
         """Return what must be equal for a folder to be continued: everything but ``out`` and the time limits."""
@@ -273,6 +217,11 @@ class RunConfig(BaseModel):
         if not self.accuracy_graph:
             del values["accuracy_graph"]  # absent from folders begun before there was a choice: they go on
         return {"methods": list(self.method_labels), "tasks": list(self.task_labels), **values}
+
+
+@lru_cache(maxsize=1)
+def _declared_types() -> dict[str, Any]:
+    return get_type_hints(RunConfig, include_extras=True)
 
 
 @lru_cache(maxsize=1)
@@ -292,7 +241,7 @@ def make_config(values: Mapping[str, Any], *, source: str = "the configuration")
     """
     for key in values:
         if key not in RunConfig.model_fields:
-            raise UsageError(f"Unknown key {key!r} in {source}.{did_you_mean(str(key), config_keys())}")
+            raise UsageError(f"Unknown key {shown(key)} in {source}.{did_you_mean(str(key), config_keys())}")
     try:
         return RunConfig.model_validate(dict(values))
     except ValidationError as error:
@@ -326,11 +275,8 @@ def load_config(
     for item in sets:
         key, equals, text = item.partition("=")
         if not equals or not key.strip():
-            raise UsageError(f"--set {item!r} is not key=value: write for example --set samples=50.")
-        try:
-            values[key.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UsageError(f"--set {item!r}: the value is not YAML.") from None
+            raise UsageError(f"--set {shown(item)} is not key=value: write for example --set samples=50.")
+        values[key.strip()] = yaml_value(text, source=f"--set {shown(item)}")
     merged = make_config(values, source="--set" if sets else "the options")
     if not sweeps:
         return merged
@@ -338,84 +284,40 @@ def load_config(
     return make_config(values, source="--sweep")
 
 
-def sweep_methods(methods: Sequence[Spec], sweeps: Sequence[str]) -> tuple[Spec, ...]:
+def sweep_methods(methods: Sequence[object], sweeps: Sequence[str]) -> tuple[Spec, ...]:
     """Replace every method that a sweep names by one for each of the sweep's values.
 
     Several sweeps of one method give every combination. A sweep wins over the option in the method's own spec.
 
     Args:
-        methods: specs as asked for.
-        sweeps: items such as ``lsa.threshold=0.3,0.5,0.7``.
+        methods: specs as asked for, in any of their forms.
+        sweeps: items such as ``lsa.threshold=0.3,0.5,0.7``; a method from outside is ``package.module:Class.option=``.
 
     Raises:
         UsageError: a malformed item, or a method that is not among ``methods``.
     """
-    found = list(methods)
+    found = [parse_spec(each, kind="method") for each in methods]
     for item in sweeps:
         match = SWEEP_PATTERN.fullmatch(item.strip())
-        texts = [text.strip() for text in match[3].split(",")] if match else []
-        if match is None or not all(texts):
+        values = [unquoted(text.strip()) for text in split_items(match[3])] if match else []
+        if match is None or not all(values):
             raise UsageError(
-                f"--sweep {item!r} is not method.option=value,value: write for example --sweep lsa.threshold=0.3,0.5."
+                f"--sweep {shown(item)} is not method.option=value,value: write for example --sweep "
+                "lsa.threshold=0.3,0.5."
             )
-        swept, option = match[1], match[2]
-        names = [split_spec(spec, kind="method")[0] for spec in found]
+        swept, option = match[1].strip(), match[2]
+        names = list(dict.fromkeys(spec.name for spec in found))
         if swept not in names:
             raise UsageError(
-                f"--sweep {item!r} names method {swept!r}, which is not among the methods "
-                f"({', '.join(dict.fromkeys(names))}): add -m {swept}."
+                f"--sweep {shown(item)} names method {shown(swept)}, which is not among the methods "
+                f"({', '.join(names)}): add -m {swept}."
             )
-        widened: list[Spec] = []
-        for spec in found:
-            name, options = split_spec(spec, kind="method")
-            if name != swept:
-                widened.append(spec)
-            else:
-                widened += [{"name": name, **options, option: _yaml_scalar(text)} for text in texts]
-        found = widened
+        found = [
+            each
+            for spec in found
+            for each in ([spec.with_option(option, value) for value in values] if spec.name == swept else [spec])
+        ]
     return tuple(found)
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML whose mappings name no key twice; plain YAML would take the last one without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        names = [key.value for key, _ in node.value]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            line = node.start_mark.line + 1
-            raise UsageError(f"Configuration file {self.name!r}: key {twice!r} is given twice from line {line} on.")
-        return super().construct_mapping(node, deep=deep)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file that holds one mapping.
-
-    Raises:
-        UsageError: missing, unreadable, not YAML, or not a mapping.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UsageError(f"Configuration file {str(path)!r} does not exist.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UsageError(f"Configuration file {str(path)!r} cannot be read: {reason}.") from None
-    try:
-        loader = _UniqueKeys(text)
-        loader.name = str(path)
-        values = loader.get_single_data()
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise UsageError(f"Configuration file {str(path)!r}{where} is not valid YAML.") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise UsageError(
-            f"Configuration file {str(path)!r} must hold `key: value` lines, not a {type(values).__name__}."
-        )
-    return {str(key): value for key, value in values.items()}
 
 
 EXPECTED = {
@@ -435,9 +337,11 @@ def _sentence(error: ValidationError, *, source: str) -> str:
     key = str(problem["loc"][0]) if problem["loc"] else ""
     if isinstance(inner, UsageError):
         text = str(inner)
-        return text if not key or text.startswith(f"{key}:") else f"{key}: {text}"
-    expected = EXPECTED.get(problem["type"]) or problem["msg"].removeprefix("Input should be ")
-    expected = expected.replace("greater than or equal to", "at least").replace("greater than", "more than")
+        whole = not key or key in ("methods", "tasks") or text.startswith(f"{key}:")
+        return text if whole else f"{key}: {text}"
+    expected, hint = EXPECTED.get(problem["type"]) or expected_text(problem), ""
+    if isinstance(inner, BadValue):
+        expected, hint = inner.expected, inner.hint
     if key in ("methods", "tasks"):
         expected = f"a list of names such as {'dense' if key == 'methods' else 'niah_single_1'}"
-    return f"{key} in {source} is {problem['input']!r}, expected {expected}."
+    return f"{key} in {source} is {shown(problem['input'])}, expected {expected}{hint}."

@@ -10,7 +10,7 @@ from kvscope.harness.passes.facts import ModelFacts
 from kvscope.harness.passes.job import FootprintJob
 from kvscope.harness.passes.plan_text import lengths_text
 from kvscope.harness.passes.process_pass import ProcessPass, job_fields
-from kvscope.harness.passes.prompt import Ids, random_ids, split_prompt
+from kvscope.harness.passes.prompt import Ids, random_ids, split_ids
 from kvscope.results.schema import FootprintRow
 from kvscope.units import format_bytes
 
@@ -133,9 +133,9 @@ def footprint_prompt(plan: Plan, length_tokens: int) -> tuple[Ids, Ids]:
         ids = random_ids(plan.facts.vocab_size, length_tokens - config.footprint_decode_tokens, seed=config.seed)
         return ids[:-1], ids[-1:]
     task = plan.tasks[0]
-    built_tokens = length_tokens - config.footprint_decode_tokens + task.max_new_tokens
-    sample = task.build(plan.facts.tokenizer, length_tokens=built_tokens, sample=0, seed=config.seed)
-    return split_prompt(sample, config.method_from)
+    prompt_tokens = length_tokens - config.footprint_decode_tokens
+    ids, question_start = task.fill(plan.facts.tokenizer, prompt_tokens=prompt_tokens, seed=config.seed)
+    return split_ids(ids, question_start, config.method_from)
 
 
 def mismatch_lines(run: "Run") -> list[str]:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from kvscope.harness.passes.row_columns import FailureStatus, one_line
 from kvscope.results.schema import DecodeGraph, FootprintRow, OomOf, ThroughputRow
+from kvscope.specs import MethodSpec
 
 WARM_UP_TOKENS = 256
 
@@ -20,6 +21,7 @@ class Job(BaseModel, Generic[RowT]):
     Attributes:
         cell: the columns every row of this cell shares (``row_columns.cell_columns`` and what the pass adds), so that a
             failure in any phase still becomes a whole row.
+        import_folders: where to look for the modules of a method from outside the tree, behind the usual places.
         kv: ``prefill`` runs the model over ``context_ids``; ``synthetic`` fills ``context_tokens`` with random values.
         context_ids: tokens to prefill. Every method of a length gets the same ones.
         context_tokens: tokens of a synthetic prompt.
@@ -37,7 +39,8 @@ class Job(BaseModel, Generic[RowT]):
 
     cell: dict[str, Any]
     model: str
-    method: str | dict[str, Any]
+    method: MethodSpec
+    import_folders: tuple[str, ...] = ()
     kv: Literal["prefill", "synthetic"] = "prefill"
     context_ids: tuple[int, ...] = ()
     context_tokens: int = 0

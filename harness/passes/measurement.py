@@ -187,10 +187,10 @@ class Measurement(ABC, Generic[RowT]):
 
     def _load(self) -> "tuple[LoadedModel, CacheMethod[Any]]":
         from kvscope.harness.engine.models import load_model
-        from kvscope.methods.registry import create_method, parse_method
+        from kvscope.methods.registry import create_method
 
         job = self.job
-        method = create_method(parse_method(job.method), paper_settings=job.paper_settings)
+        method = create_method(job.method, paper_settings=job.paper_settings)
         loaded = load_model(job.model, device=job.device, dtype=job.dtype, page_tokens=job.page_tokens)
         self.backend = loaded.attention_backend
         return loaded, loaded.backend.form_of(method, loaded.shape)

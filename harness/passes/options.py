@@ -56,8 +56,14 @@ class RunOptions:
             help="Prompt + answer, as 4096, 4k (k = 1024) or 1M; repeatable.  [default: 1k 2k 4k 8k]",
         ),
     ]
-    samples: Annotated[int | None, typer.Option("--samples", "-n", help="Prompts per task and length.  [default: 20]")]
-    seed: Annotated[int | None, typer.Option("--seed", help="Seed of prompts and of random choices.  [default: 0]")]
+    samples: Annotated[
+        str | None,
+        typer.Option("--samples", "-n", metavar="INTEGER", help="Prompts per task and length.  [default: 20]"),
+    ]
+    seed: Annotated[
+        str | None,
+        typer.Option("--seed", metavar="INTEGER", help="Seed of prompts and of random choices.  [default: 0]"),
+    ]
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="DIR", help="Folder of the run; the same again resumes.")
     ]
@@ -74,7 +80,8 @@ class RunOptions:
         typer.Option("--answer-nll/--no-answer-nll", help="Also measure the teacher-forced NLL of the answer."),
     ]
     max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", help="New tokens per sample.  [default: the task's own]")
+        str | None,
+        typer.Option("--max-new-tokens", metavar="TOKENS", help="New tokens per sample.  [default: the task's own]"),
     ]
     accuracy_graph: Annotated[
         bool | None,
@@ -122,7 +129,7 @@ class RunOptions:
         ),
     ]
     time_limit_s: Annotated[
-        float | None,
+        str | None,
         typer.Option(
             "--time-limit", metavar="SECONDS", help="Stop before the next row after this; the same continues."
         ),

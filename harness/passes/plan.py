@@ -5,17 +5,21 @@ configuration and tokenizer files, never weights.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from kvscope.errors import UsageError
 from kvscope.harness.passes.accuracy import AccuracyPass
 from kvscope.harness.passes.base import Pass, Plan
-from kvscope.harness.passes.config import RunConfig, split_spec
+from kvscope.harness.passes.config import RunConfig
 from kvscope.harness.passes.facts import ModelFacts, describe_model
 from kvscope.harness.passes.find_max import FindMaxPass
 from kvscope.harness.passes.footprint import FootprintPass
 from kvscope.harness.passes.forecast import device_rooms, plan_cell
 from kvscope.harness.passes.pooling import excluded_types
 from kvscope.harness.passes.throughput_pass import ThroughputPass
+
+if TYPE_CHECKING:
+    from kvscope.tasks.base import Task
 
 
 def make_plan(config: RunConfig) -> Plan:
@@ -25,18 +29,20 @@ def make_plan(config: RunConfig) -> Plan:
         UsageError: an unknown method, task, model or option; a trained part of a method that is missing or belongs to
             another model; a length too long for the model or too short for a task.
     """
-    from kvscope.methods.registry import create_method, parse_method
+    from kvscope.methods.registry import check_one_class_a_name, create_method
     from kvscope.tasks.registry import create_task
 
-    methods = tuple(create_method(parse_method(spec), paper_settings=config.paper_settings) for spec in config.methods)
+    methods = tuple(create_method(spec, paper_settings=config.paper_settings) for spec in config.methods)
+    check_one_class_a_name(list(methods))
     check_unique([method.label for method in methods])
+    specs = {method.label: spec for method, spec in zip(methods, config.methods, strict=True)}
     tasks = []
     for spec in config.tasks:
-        name, options = split_spec(spec, kind="task")
-        task = create_task(name, **options)
+        task = create_task(spec)
         if config.max_new_tokens is not None:
             task.max_new_tokens = config.max_new_tokens
         tasks.append(task)
+    check_tasks(tasks, config.samples)
     facts = describe_model(config.model, device=config.device, dtype=config.dtype, page_tokens=config.page_tokens)
     check_synthetic(config, facts)
     methods = tuple(facts.backend.form_of(method, facts.shape) for method in methods)
@@ -62,6 +68,7 @@ def make_plan(config: RunConfig) -> Plan:
         tasks=tuple(tasks),
         passes=passes,
         cells=tuple(cells),
+        specs=specs,
         excluded_types=excluded,
     )
 
@@ -103,6 +110,23 @@ def check_unique(labels: Sequence[str]) -> None:
     for label in labels:
         if labels.count(label) > 1:
             raise UsageError(f"Method {label!r} is asked for twice (options equal to the defaults count): keep one.")
+
+
+def check_tasks(tasks: "Sequence[Task]", samples: int) -> None:
+    """Refuse two tasks of one name, which rows could not tell apart, and more samples than a task has.
+
+    Raises:
+        UsageError: naming the task.
+    """
+    names = [task.name for task in tasks]
+    for task in tasks:
+        if names.count(task.name) > 1:
+            raise UsageError(f"Two tasks are called {task.name!r}, so rows could not be told apart: give one a label=.")
+        if task.n_samples is not None and samples > task.n_samples:
+            raise UsageError(
+                f"Task {task.name!r} has {task.n_samples:,} prompts, and {samples:,} samples are asked for: use "
+                f"--samples {task.n_samples} or fewer."
+            )
 
 
 def check_longest(config: RunConfig, facts: ModelFacts, lengths_tokens: Sequence[int]) -> None:

@@ -14,6 +14,8 @@ from kvscope.harness.passes.process import PHASES, run_worker
 from kvscope.harness.passes.progress import Progress
 from kvscope.harness.passes.prompt import Ids
 from kvscope.harness.passes.row_columns import cell_columns
+from kvscope.methods.registry import is_own
+from kvscope.plugins import search_path
 from kvscope.units import format_length
 
 if TYPE_CHECKING:
@@ -123,7 +125,7 @@ def job_fields(
         forced_ids: tokens fed under the method.
         columns: columns of the row that are known before anything is measured.
     """
-    config, facts = plan.config, plan.facts
+    config, facts, spec = plan.config, plan.facts, plan.specs[method.label]
     cell = cell_columns(
         method,
         shape=facts.shape,
@@ -138,7 +140,8 @@ def job_fields(
     return {
         "cell": {**cell, "prompt_tokens": context_tokens, **columns},
         "model": config.model,
-        "method": config.methods[plan.methods.index(method)],
+        "method": spec,
+        "import_folders": () if is_own(spec) else search_path(),
         "kv": "synthetic" if config.synthetic_kv else "prefill",
         "context_ids": context_ids,
         "context_tokens": context_tokens,

@@ -12,8 +12,13 @@ Ids = tuple[int, ...]
 
 def split_prompt(sample: "Sample", method_from: MethodFrom) -> tuple[Ids, Ids]:
     """Return (tokens to prefill, tokens fed under the method); of the latter there is at least one."""
-    split = len(sample.ids) - 1 if method_from == "last_token" else sample.question_start
-    return sample.ids[:split], sample.ids[split:]
+    return split_ids(sample.ids, sample.question_start, method_from)
+
+
+def split_ids(ids: Ids, question_start: int, method_from: MethodFrom) -> tuple[Ids, Ids]:
+    """Return the same of token ids whose question begins at ``question_start``."""
+    split = len(ids) - 1 if method_from == "last_token" else question_start
+    return ids[:split], ids[split:]
 
 
 def random_ids(vocab_size: int, n_tokens: int, *, seed: int) -> Ids:

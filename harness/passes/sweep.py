@@ -15,10 +15,12 @@ from kvscope.harness.passes.plan import make_plan, passes_for
 from kvscope.harness.passes.progress import Progress, make_progress
 from kvscope.results.schema import MethodInfo, RunInfo
 from kvscope.results.store import RunStore
+from kvscope.specs import Spec
 from kvscope.units import format_length
 
 if TYPE_CHECKING:
     from kvscope.results.frames import Run
+    from kvscope.tasks.base import Task
 
 
 def run(
@@ -96,6 +98,7 @@ def run_info(plan: Plan) -> RunInfo:
     identity = {
         **config.identity(),
         "methods": [method.label for method in plan.methods],
+        "tasks": [recorded_task(spec, task) for spec, task in zip(config.tasks, plan.tasks, strict=True)],
         "device": facts.device,
         "dtype": facts.dtype,
         "model_revision": facts.revision,
@@ -116,6 +119,13 @@ def run_info(plan: Plan) -> RunInfo:
         excluded_types=plan.excluded_types,
         **measured,
     )
+
+
+def recorded_task(spec: Spec, task: "Task") -> str:
+    """Return a task as a run folder keeps it: as asked for, and the hash of the data its prompts come from."""
+    if task.data_sha256 is None:
+        return spec.label
+    return spec.with_option("sha256", task.data_sha256).label
 
 
 def planned_backend(plan: Plan) -> str | None:

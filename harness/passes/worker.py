@@ -12,6 +12,7 @@ import threading
 
 from kvscope.harness.passes.job import read_job
 from kvscope.harness.passes.measurement import measure
+from kvscope.plugins import extend_search_path
 
 
 def _end_with_parent() -> None:
@@ -26,6 +27,7 @@ def main() -> int:
     os.dup2(2, 1)
     job = read_job(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, name="kvscope-parent-watch", daemon=True).start()
+    extend_search_path(job.import_folders)
     row = measure(job, say=answers)
     answers.write(json.dumps({"row": row.model_dump(mode="json")}) + "\n")
     answers.close()

@@ -257,7 +257,7 @@ def block_methods(specs: Sequence[str], sweeps: Sequence[str]) -> list[BlockSpar
         UsageError: one of them does not choose blocks.
     """
     made = []
-    for spec in sweep_methods(specs, sweeps) if sweeps else specs:
+    for spec in sweep_methods(specs, sweeps):
         method = create_method(spec)
         if not isinstance(method, BlockSparse):
             raise UsageError(

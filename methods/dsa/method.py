@@ -26,6 +26,7 @@ from kvscope.methods.indexer_source import IndexerSource
 from kvscope.methods.shape import ModelShape
 from kvscope.methods.store import PromptKV
 from kvscope.methods.summaries import MetadataStore
+from kvscope.units import Tokens
 
 ORACLE = "oracle"
 # Keys are scored in fp32, this many at a time, so that a long prompt costs no fp32 copy of all of them.
@@ -44,7 +45,7 @@ class DSAConfig:
         seed: of the synthetic indexer.
     """
 
-    budget_tokens: int | None = None
+    budget_tokens: Tokens | None = None
     indexer: str | None = None
     selection: str = "trained"
     seed: int = 0

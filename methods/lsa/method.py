@@ -34,6 +34,7 @@ from kvscope.methods.lsa.selection import (
 from kvscope.methods.lsa.sequence import RecallingSequence
 from kvscope.methods.shape import Footprint, ModelShape
 from kvscope.methods.store import PromptKV
+from kvscope.units import Tokens
 
 DEFAULT_CHUNK_TOKENS = 64
 DEFAULT_TAU = 64
@@ -74,12 +75,12 @@ class LsaConfig:
     tau: int | None = None
     mode: str | None = None
     threshold: float = 0.5
-    budget_tokens: int | None = None
+    budget_tokens: Tokens | None = None
     budget_fraction: float | None = None
-    cap_tokens: int | None = None
-    chunk_tokens: int | None = None
-    sink_tokens: int = 4
-    recency_tokens: int | None = None
+    cap_tokens: Tokens | None = None
+    chunk_tokens: Tokens | None = None
+    sink_tokens: Tokens = 4
+    recency_tokens: Tokens | None = None
     refresh: str = "sync"
     fallback_ratio: float | None = None
     indexer: str | None = None

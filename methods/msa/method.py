@@ -13,6 +13,7 @@ from kvscope.methods.block_query import Query, Scored
 from kvscope.methods.block_sparse import BlockSparse
 from kvscope.methods.gather import page_logits
 from kvscope.methods.shape import ModelShape
+from kvscope.units import Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +27,8 @@ class MSAConfig:
             blocks.
     """
 
-    budget_tokens: int | None = None
-    block_tokens: int | None = None
+    budget_tokens: Tokens | None = None
+    block_tokens: Tokens | None = None
 
     def __post_init__(self) -> None:
         check_blocks(self.block_tokens, self.budget_tokens)

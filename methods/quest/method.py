@@ -13,6 +13,7 @@ from kvscope.methods.block_query import Query, Scored
 from kvscope.methods.block_sparse import BlockSparse
 from kvscope.methods.shape import ModelShape
 from kvscope.methods.summaries import Summary, summary_bytes
+from kvscope.units import Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +27,8 @@ class QuestConfig:
         dense_layers: first layers of the model that read everything, counted over all decoder layers.
     """
 
-    budget_tokens: int | None = None
-    block_tokens: int = 16
+    budget_tokens: Tokens | None = None
+    block_tokens: Tokens = 16
     dense_layers: int = 2
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ from kvscope.methods.budget import budget_tokens, check_budget, default_recency_
 from kvscope.methods.resident import StaticResidency
 from kvscope.methods.shape import ModelShape
 from kvscope.methods.store import PromptKV, TokenRange
+from kvscope.units import Bytes, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +27,10 @@ class RandomConfig:
     """
 
     fraction: float = 0.1
-    chunk_tokens: int = 64
-    recency_tokens: int | None = None
+    chunk_tokens: Tokens = 64
+    recency_tokens: Tokens | None = None
     seed: int = 0
-    budget_bytes: int | None = None
+    budget_bytes: Bytes | None = None
     budget_fraction: float | None = None
 
     def __post_init__(self) -> None:

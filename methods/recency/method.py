@@ -7,6 +7,7 @@ from kvscope.methods.budget import budget_tokens, check_budget, default_recency_
 from kvscope.methods.resident import StaticResidency
 from kvscope.methods.shape import ModelShape
 from kvscope.methods.store import PromptKV, TokenRange
+from kvscope.units import Bytes, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,8 +20,8 @@ class RecencyConfig:
         budget_fraction: fraction of the prompt's tokens that stays, instead of ``recency_tokens``.
     """
 
-    recency_tokens: int | None = None
-    budget_bytes: int | None = None
+    recency_tokens: Tokens | None = None
+    budget_bytes: Bytes | None = None
     budget_fraction: float | None = None
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ from kvscope.methods.budget import budget_tokens, check_budget, default_recency_
 from kvscope.methods.shape import Footprint, ModelShape
 from kvscope.methods.sliding_window.sequence import StreamingSequence
 from kvscope.methods.store import PromptKV
+from kvscope.units import Bytes, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +25,9 @@ class SlidingWindowConfig:
         budget_fraction: fraction of the prompt's tokens that stays, sinks included, instead of ``window``.
     """
 
-    sinks: int = 4
-    window: int | None = None
-    budget_bytes: int | None = None
+    sinks: Tokens = 4
+    window: Tokens | None = None
+    budget_bytes: Bytes | None = None
     budget_fraction: float | None = None
 
     def __post_init__(self) -> None:

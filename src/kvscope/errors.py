@@ -1,7 +1,10 @@
 """Errors with the exit code a shell sees. Every message says what is wrong, where, and how to mend it."""
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+
+SHOWN_CHARACTERS = 80
 
 
 class KvscopeError(Exception):
@@ -33,7 +36,26 @@ class DeviceBudgetExceeded(KvscopeError, MemoryError):  # noqa: N818 - it says w
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` for the nearest known name, else a sentence listing all of them."""
     names = sorted(known)
-    near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(word[:SHOWN_CHARACTERS], names, n=1, cutoff=0.6)
     if near:
         return f" Did you mean '{near[0]}'?"
     return f" Known: {', '.join(names)}."
+
+
+class _ShortRepr(reprlib.Repr):
+    """Cuts nested lists, too: a few anchors of a YAML file can stand for 10^8 values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxlist, self.maxtuple, self.maxdict = 3, 4, 4, 4
+        self.maxstring = self.maxother = SHOWN_CHARACTERS
+
+    def repr_int(self, x: int, level: int) -> str:
+        del level
+        return repr(x) if x.bit_length() < 256 else "a number of over 75 digits"
+
+
+def shown(value: object) -> str:
+    """Return a value as a message quotes it: at most about 80 characters, control characters escaped."""
+    text = _ShortRepr().repr(value)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 23]}...{text[-20:]}"

@@ -1,13 +1,92 @@
-"""Lengths, sizes and times as people write and read them: one reader and one writer of each."""
+"""Numbers, lengths, sizes and times as people write and read them: one reader and one writer of each.
 
+``Tokens`` and ``Bytes`` are types of options: what is declared with them is read with their units, wherever it comes
+from. A whole number is digits of ASCII, in base ten whatever zeros lead it; ``1_000``, ``+5`` and ``5.0`` are whole
+numbers, ``0x10`` and ``1e3`` are not.
+"""
+
+import math
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated
 
-from kvscope.errors import UsageError
+from kvscope.errors import UsageError, shown
 
-LENGTH_PATTERN = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmM]?)")
-BYTES_PATTERN = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB|KB|MB|GB)?")
-BYTE_UNITS = {"B": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3, "KB": 1000, "MB": 1000**2, "GB": 1000**3}
+WHOLE_PATTERN = re.compile(r"([+-]?)([0-9]+(?:_[0-9]+)*)(\.[0-9]+)?\s*([A-Za-z]*)")
+NUMBER_PATTERN = re.compile(r"[+-]?(?:[0-9]+(?:_[0-9]+)*\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+MOST_CHARACTERS = 64
+LARGEST_WHOLE = 2**63 - 1
+"""What a column of a table can hold."""
 LENGTH_UNITS = {"": 1, "k": 1024, "m": 1024 * 1024}
+BYTE_UNITS = {
+    "": 1, "b": 1, "kib": 1024, "mib": 1024**2, "gib": 1024**3, "kb": 1000, "mb": 1000**2, "gb": 1000**3,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What a whole number counts.
+
+    Attributes:
+        factors: unit in lower case -> what it multiplies by; ``""`` for a bare number.
+        hint: how to write one, as an error ends.
+        rounds_down: whether a fraction of one is dropped (bytes) or refused (tokens).
+    """
+
+    factors: Mapping[str, int]
+    hint: str = ""
+    rounds_down: bool = False
+
+    __hash__ = object.__hash__
+
+
+PLAIN = Unit({"": 1})
+TOKENS = Unit(LENGTH_UNITS, "write tokens as 4096, 4k (k = 1024) or 1M (M = 1024k)")
+BYTES = Unit(BYTE_UNITS, "write bytes, or 24GiB (1024-based) or 24GB (1000-based)", rounds_down=True)
+
+Tokens = Annotated[int, TOKENS]
+"""A count of tokens: ``4096``, ``4k`` or ``0.5M``."""
+Bytes = Annotated[int, BYTES]
+"""A count of bytes: ``4096``, ``1.5GiB`` or ``24GB``."""
+
+
+def whole_number(value: object, unit: Unit = PLAIN) -> int | None:
+    """Return a whole number from a number or its text; None for anything else, or more than 2^63 - 1 either way."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    number = _whole_text(value, unit) if isinstance(value, str) else value
+    if number is None or not math.isfinite(number) or number != int(number):
+        return None
+    return int(number) if abs(number) <= LARGEST_WHOLE else None
+
+
+def _whole_text(text: str, unit: Unit) -> int | float | None:
+    text = text.strip()
+    match = WHOLE_PATTERN.fullmatch(text) if len(text) <= MOST_CHARACTERS else None
+    factor = unit.factors.get(match[4].lower()) if match else None
+    if match is None or factor is None:
+        return None
+    sign = -1 if match[1] == "-" else 1
+    if match[3] is None:
+        return sign * int(match[2]) * factor
+    number = float(match[2] + match[3]) * factor
+    return sign * (math.floor(number) if unit.rounds_down else number)
+
+
+def finite_number(value: object) -> float | None:
+    """Return a finite number from a number or its text (``0.5``, ``.5``, ``1e-3``); None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    if isinstance(value, str):
+        value = value.strip()
+        if len(value) > MOST_CHARACTERS or not NUMBER_PATTERN.fullmatch(value):
+            return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def parse_length(value: object) -> int:
@@ -16,16 +95,11 @@ def parse_length(value: object) -> int:
     Raises:
         UsageError: not a positive whole number of tokens.
     """
-    if isinstance(value, int) and not isinstance(value, bool):
-        length_tokens = value
-    else:
-        match = LENGTH_PATTERN.fullmatch(str(value).strip()) if isinstance(value, str) else None
-        tokens = float(match[1]) * LENGTH_UNITS[match[2].lower()] if match else 0.5
-        if not tokens.is_integer():
-            raise UsageError(f"{value!r} is not a length: write tokens as 4096, 4k (k = 1024) or 1M (M = 1024k).")
-        length_tokens = int(tokens)
+    length_tokens = whole_number(value, TOKENS)
+    if length_tokens is None:
+        raise UsageError(f"{shown(value)} is not a length: {TOKENS.hint}.")
     if length_tokens <= 0:
-        raise UsageError(f"{value!r} is not a length: it must be at least one token.")
+        raise UsageError(f"{shown(value)} is not a length: it must be at least one token.")
     return length_tokens
 
 
@@ -35,10 +109,9 @@ def parse_bytes(value: object) -> int:
     Raises:
         UsageError: not a positive size.
     """
-    match = BYTES_PATTERN.fullmatch(str(value).strip()) if isinstance(value, str | int) else None
-    size_bytes = int(float(match[1]) * BYTE_UNITS[match[2] or "B"]) if match and not isinstance(value, bool) else 0
-    if size_bytes <= 0:
-        raise UsageError(f"{value!r} is not a size: write bytes, or 24GiB (1024-based) or 24GB (1000-based).")
+    size_bytes = whole_number(value, BYTES)
+    if size_bytes is None or size_bytes <= 0:
+        raise UsageError(f"{shown(value)} is not a size: {BYTES.hint}.")
     return size_bytes
 
 

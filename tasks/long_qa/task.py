@@ -49,7 +49,7 @@ class LongQATask(Task):
 
     source = "own design, after LongMemEval (arXiv 2410.10813), LongBench-v2 (arXiv 2412.15204) and OpenAI's MRCR"
 
-    def __init__(self, name: str, types: str | None = None) -> None:
+    def __init__(self, name: str, *, types: str | None = None) -> None:
         self.name = name
         own = {"long_qa_no_context": ("no_context",), "long_qa_mrcr": ("mrcr",)}.get(name, POOLED)
         self.question_types = own if types is None else tuple(types.split("+"))

@@ -16,7 +16,7 @@ from kvscope.harness.passes.facts import describe_model
 from kvscope.harness.passes.footprint import FootprintPass
 from kvscope.harness.passes.plan import make_plan
 from kvscope.harness.passes.sweep import failures, run
-from kvscope.methods.registry import create_method, parse_method
+from kvscope.methods.registry import create_method
 
 LSA = "lsa:budget_tokens=512,recency_tokens=128,selection=synthetic"
 
@@ -109,7 +109,7 @@ def test_the_plan_of_a_preset_scores_nothing() -> None:
 def test_a_synthetic_indexer_reads_three_layers_as_the_papers_does() -> None:
     """One on every layer would take gigabytes of weights beside an 8B model."""
     shape = describe_model("preset:qwen3-8b", device="cpu", dtype="bfloat16").shape
-    method = create_method(parse_method("lsa:budget_tokens=16384,selection=synthetic"))
+    method = create_method("lsa:budget_tokens=16384,selection=synthetic")
     assert method.unsupported(shape, "cpu") == []
     assert method.observed_layers(shape) == (9, 10, 18)
     assert [layer for layer in shape.layers if method.collectors(layer)] == [9, 10, 18]

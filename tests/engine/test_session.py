@@ -18,7 +18,7 @@ from kvscope.harness.engine.session import Session
 from kvscope.harness.engine.synthetic import synthetic_prompt
 from kvscope.methods.base import union_collectors
 from kvscope.methods.dense.method import Dense
-from kvscope.methods.registry import create_method, parse_method
+from kvscope.methods.registry import create_method
 from kvscope.methods.resident import ResidentSequence
 
 LSA = "lsa:tau=2,budget_tokens=512,recency_tokens=128,selection=synthetic"
@@ -35,7 +35,7 @@ def test_a_batch_decodes_what_each_sequence_decodes_alone(tiny: LoadedModel, spe
     fixed = graph == UNCAPTURED  # the step of a CUDA graph, run as it is
     if fixed and spec.startswith("quest"):
         pytest.skip("quest has no step of fixed addresses")
-    method = create_method(parse_method(spec))
+    method = create_method(spec)
     assert method.unsupported(tiny.shape, tiny.device) == []
     prompt = synthetic_prompt(tiny, 1500, mirror=True, collectors=union_collectors([method], tiny.shape.layers), seed=1)
     firsts, n_steps = [5, 77, 200], 5
@@ -326,7 +326,7 @@ def test_wrong_calls_are_refused(tiny: LoadedModel) -> None:
 @pytest.mark.parametrize("spec", ["dense", "recency", LSA])
 def test_captured_sequences_decode_what_eager_ones_do(spec: str) -> None:
     loaded = load_model("preset:tiny", device="cuda")
-    method = create_method(parse_method(spec))
+    method = create_method(spec)
     assert method.unsupported(loaded.shape, loaded.device) == []
     prompt = synthetic_prompt(loaded, 1500, mirror=True, collectors=union_collectors([method], loaded.shape.layers))
     found = {}

@@ -15,7 +15,7 @@ from kvscope.harness.engine.models import load_model
 from kvscope.harness.engine.prefill import prefill
 from kvscope.harness.engine.synthetic import BLOCK_PAGES, synthetic_host_bytes, synthetic_prompt
 from kvscope.methods.base import union_collectors
-from kvscope.methods.registry import create_method, method_names, parse_method
+from kvscope.methods.registry import create_method, method_names
 from kvscope.methods.shape import tensor_bytes
 
 N_TOKENS = 1000
@@ -74,7 +74,7 @@ def test_no_page_repeats_at_once(tiny: LoadedModel) -> None:
 
 @pytest.mark.parametrize("name", method_names())
 def test_every_method_decodes_from_one_as_from_a_prefill(tiny: LoadedModel, name: str) -> None:
-    method = create_method(parse_method(SPECS.get(name, name)))
+    method = create_method(SPECS.get(name, name))
     assert method.unsupported(tiny.shape, tiny.device) == []
     results = []
     for kind in ("synthetic", "prefill"):

@@ -6,13 +6,14 @@ import sys
 import pytest
 
 from kvscope.errors import UsageError
-from kvscope.methods.registry import METHODS, MethodSpec, create_method, method_names, parse_method
+from kvscope.methods.registry import METHODS, create_method, method_names
+from kvscope.specs import Spec, parse_spec
 
 
 def test_names_are_listed_without_torch():
     code = (
-        "import sys; from kvscope.methods.registry import method_names, parse_method;"
-        "method_names(); parse_method('recency:recency_tokens=5'); print('torch' in sys.modules)"
+        "import sys; from kvscope.methods.registry import method_names; from kvscope.specs import parse_spec;"
+        "method_names(); parse_spec('recency:recency_tokens=5', kind='method'); print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
@@ -27,9 +28,13 @@ def test_every_name_resolves_to_a_class_of_that_name():
 def test_text_mapping_and_spec_mean_the_same():
     text = create_method("random: fraction=0.25, chunk_tokens=32")
     mapping = create_method({"name": "random", "chunk_tokens": 32, "fraction": 0.25})
-    spec = create_method(MethodSpec("random", {"fraction": 0.25, "chunk_tokens": 32}))
+    spec = create_method(Spec("random", (("fraction", 0.25), ("chunk_tokens", "32"))))
     assert text.config == mapping.config == spec.config
-    assert text.label == mapping.label == parse_method("random:chunk_tokens=32,fraction=.25").label
+    assert (
+        text.label
+        == mapping.label
+        == create_method(parse_spec("random:chunk_tokens=32,fraction=.25", kind="method")).label
+    )
     assert text.label == "random:fraction=0.25,chunk_tokens=32"
 
 
@@ -66,19 +71,19 @@ def test_values_have_types_and_units(spec, option, value):
         ("recency:recency_token=5", "no option 'recency_token'. Did you mean 'recency_tokens'?"),
         ("recency:recency_token=5", "Its options are: recency_tokens, budget_bytes, budget_fraction."),
         ("dense:window=5", "has no options"),
-        ("recency:recency_tokens", "'recency_tokens' is not key=value"),
-        ("recency:", "is not key=value"),
-        ("recency:recency_tokens=5,", "'' is not key=value"),
-        ("recency:=5", "'=5' is not key=value"),
+        ("recency:recency_tokens", "'recency_tokens' in method 'recency:recency_tokens' is not key=value"),
+        ("recency:", "'recency:' is not a method: write name or name:key=value,key=value."),
+        ("recency:recency_tokens=5,", "'' in method 'recency:recency_tokens=5,' is not key=value"),
+        ("recency:=5", "'=5' in method 'recency:=5' is not key=value"),
         ("recency:recency_tokens=5,recency_tokens=6", "given twice"),
         ("recency:recency_tokens=many", "'recency_tokens' expects a whole number, got 'many'"),
         ("recency:recency_tokens=1.5", "expects a whole number"),
         ({"name": "recency", "recency_tokens": True}, "expects a whole number, got True"),
-        ({"name": "random", "fraction": [1]}, "'fraction' expects a number"),
+        ({"name": "random", "fraction": [1]}, "Option 'fraction' of method 'random' is [1], expected one value."),
         ("random:fraction=none", "'fraction' expects a number"),
         ("recency:recency_tokens=-1", "recency_tokens must be 0 or more, got -1"),
         ("random:fraction=1.5", "fraction must be between 0 and 1, got 1.5"),
-        ("random:fraction=nan", "fraction must be between 0 and 1"),
+        ("random:fraction=nan", "'fraction' expects a number, got 'nan'"),
         ("random:chunk_tokens=0", "chunk_tokens must be positive"),
         ("sliding_window:window=0", "window must be 1 or more"),
         ("sliding_window:sinks=-1", "sinks must be 0 or more"),
@@ -87,7 +92,7 @@ def test_values_have_types_and_units(spec, option, value):
         ("recency:budget_bytes=1,budget_fraction=0.5", "not both"),
         ("recency:budget_fraction=0.5,recency_tokens=5", "give one of them"),
         ("sliding_window:budget_fraction=0.5,window=5", "give one of them"),
-        ({"recency_tokens": 5}, "needs 'name'"),
+        ({"recency_tokens": 5}, "needs a 'name'"),
         (5, "is text like"),
     ],
 )

@@ -42,7 +42,6 @@ from kvscope.harness.indexers.collection.shards import (
     write_shard,
 )
 from kvscope.harness.indexers.collection.token_records import token_tensors
-from kvscope.harness.passes.config import split_spec
 from kvscope.harness.passes.progress import Progress
 from kvscope.methods.base import union_collectors
 from kvscope.methods.lsa.indexer import Features
@@ -172,11 +171,7 @@ def make_tasks(specs: Sequence[str]) -> "list[Task]":
     """Return the tasks of specs."""
     from kvscope.tasks.registry import create_task
 
-    made = []
-    for spec in specs:
-        name, options = split_spec(spec, kind="task")
-        made.append(create_task(name, **options))
-    return made
+    return [create_task(spec) for spec in specs]
 
 
 def describe(config: CollectConfig, loaded: LoadedModel) -> CollectionInfo:

@@ -1,0 +1,112 @@
+"""jsonl: prompts of a user's own, from a file of one JSON object a line."""
+
+import re
+from pathlib import Path
+from typing import Literal
+
+from kvscope.errors import UsageError, shown
+from kvscope.tasks.answers import METRICS
+from kvscope.tasks.base import Sample, Task, Tokenizer, text_sha256
+from kvscope.tasks.jsonl_file import read_jsonl
+from kvscope.units import Tokens
+
+Metric = Literal["string_match_all", "string_match_any", "exact_match", "f1"]
+MOST_LABEL_CHARACTERS = 64
+NEW_TOKENS = 64
+
+
+class JsonlTask(Task):
+    """Prompts of a file, in the file's order, each at the length it has.
+
+    Args:
+        data: file of one JSON object a line: prompt, or context and question (put together with an empty line
+            between); answers (text or a list); optional id, metric and meta.
+        metric: how answers are scored where a line does not say: string_match_all (the share of the answers found),
+            string_match_any (one of them found), exact_match, or f1 (words in common, as SQuAD has it).
+        new_tokens: room left for an answer.
+        label: what rows call the task, after ``jsonl:``; none: the file's name without its ending.
+    """
+
+    own_lengths = True
+    source = "a file of your own"
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        data: str,
+        metric: Metric = "string_match_all",
+        new_tokens: Tokens = NEW_TOKENS,
+        label: str | None = None,
+    ) -> None:
+        if new_tokens < 1:
+            raise UsageError(f"Task {name}: new_tokens must be at least 1, got {new_tokens}.")
+        label = Path(data).stem if label is None else label
+        self.name = f"{name}:{re.sub(r'[^A-Za-z0-9_.-]', '_', label)[:MOST_LABEL_CHARACTERS]}"
+        self.max_new_tokens = new_tokens
+        self._lines, self.data_sha256 = read_jsonl(Path(data))
+        self.n_samples = len(self._lines)
+        self._metrics = [line.metric or metric for line in self._lines]
+        # By question type, so that reports never add up scores of two kinds without a word.
+        self.question_types = tuple(each for each in METRICS if each in self._metrics)
+
+    def min_length_tokens(self, tokenizer: Tokenizer) -> int:
+        """Return the length that holds the longest prompt of the file, and an answer."""
+        return self.max_new_tokens + max(len(_ids(tokenizer, line.text)) for line in self._lines)
+
+    def build(self, tokenizer: Tokenizer, *, length_tokens: int, sample: int, seed: int) -> Sample:
+        """Return the prompt of line ``sample + 1``, whatever the seed.
+
+        Raises:
+            UsageError: it does not fit: nothing is cut.
+        """
+        line = self._lines[sample]
+        ids = _ids(tokenizer, line.text)
+        if len(ids) + self.max_new_tokens > length_tokens:
+            raise UsageError(
+                f"Line {sample + 1} of {self.name} has {len(ids):,} tokens, which with {self.max_new_tokens} for the "
+                f"answer is over the length {length_tokens:,}: use a larger --length."
+            )
+        return Sample(
+            task=self.name,
+            question_type=self._metrics[sample],
+            length_tokens=length_tokens,
+            sample=sample,
+            seed=seed,
+            ids=ids,
+            text=line.text,
+            question_start=_question_start(ids, _ids(tokenizer, line.context) if line.context else ids),
+            evidence_spans=(),
+            depth=None,
+            prompt_sha256=text_sha256(line.text),
+            targets=line.answers,
+            max_new_tokens=self.max_new_tokens,
+            stop=() if any("\n" in answer for answer in line.answers) else ("\n",),
+        )
+
+    def fill(self, tokenizer: Tokenizer, *, prompt_tokens: int, seed: int) -> tuple[tuple[int, ...], int]:
+        """Return the file's prompts one after another, over and over, cut to ``prompt_tokens``."""
+        found: list[int] = []
+        while len(found) < prompt_tokens:
+            for line in self._lines:
+                found += _ids(tokenizer, line.text)
+                if len(found) >= prompt_tokens:
+                    break
+        return tuple(found[:prompt_tokens]), prompt_tokens - 1
+
+    def score(self, sample: Sample, output: str) -> float:
+        """Score an answer by its line's metric, which is the sample's question type."""
+        return METRICS[sample.question_type](sample.targets, output)
+
+
+def _ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    ids = tuple(tokenizer(text, add_special_tokens=True)["input_ids"])
+    if not ids:
+        raise UsageError(f"The tokenizer of {tokenizer.name_or_path} leaves nothing of the prompt {shown(text)}.")
+    return ids
+
+
+def _question_start(ids: tuple[int, ...], context_ids: tuple[int, ...]) -> int:
+    """Return where the prompt leaves its context; the last token where that is all there is (a whole ``prompt``)."""
+    same = next((i for i, (one, other) in enumerate(zip(ids, context_ids, strict=False)) if one != other), None)
+    return min(len(context_ids) if same is None else same, len(ids) - 1)
