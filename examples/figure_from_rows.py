@@ -24,7 +24,7 @@ def main() -> None:
     cells = rows.groupby(["task", "length_tokens"], as_index=False).agg(
         accuracy=("score", "mean"), share=("share", "mean"), prompts=("score", "size")
     )
-    print(cells.to_string(index=False, float_format="%.3f"))
+    print(cells.to_string(index=False, float_format="{:.3f}".format))
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     axes = figure.subplots()
     for task, group in cells.groupby("task"):

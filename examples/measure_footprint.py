@@ -13,24 +13,23 @@ MIB = 1024**2
 
 
 def main() -> None:
-    """Measure one footprint cell and print its row in words."""
+    """Measure one footprint cell, after one answer of a single token, and print its row in words."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", default="recency", help="a method, as name or name:key=value")
     parser.add_argument("--model", default="reference", help="reference, a folder, an id or preset:NAME")
     parser.add_argument("--length", default="1k", help="tokens of prompt and answer")
     parser.add_argument("--out", default="runs/footprint", help="folder of the run; the same again resumes")
     options = parser.parse_args()
-    run = kvscope.run(
-        {
-            "model": options.model,
-            "methods": [options.method],
-            "tasks": [],
-            "lengths_tokens": [options.length],
-            "footprint_decode_tokens": 4,
-            "out": options.out,
-        },
-        progress=False,
-    )
+    config = {
+        "model": options.model,
+        "methods": [options.method],
+        "lengths_tokens": [options.length],
+        "footprint_decode_tokens": 4,
+        "out": options.out,
+    }
+    if not options.model.startswith("preset:"):  # a preset has random weights and answers nothing
+        config |= {"tasks": ["niah_single_1"], "samples": 1, "max_new_tokens": 1}
+    run = kvscope.run(config, progress=False)
     row = run.footprint.iloc[0]
     if row.status != "ok":
         raise SystemExit(f"{row.method_label}: {row.status}, {row.reason}")
