@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvscope.cli import run_cli
-from kvscope.harness.passes.footprint import worker_environment
+from kvscope.harness.passes.process import worker_environment
 from kvscope.results.frames import load_run
 
 ROOT = Path(__file__).resolve().parents[2]
