@@ -21,7 +21,7 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 demo: $(VENV)/.installed
 	$(BIN)/kvscope run --model reference \
-	  -m dense -m sliding_window -m recency -m random \
+	  -m dense -m lsa -m sliding_window -m recency -m random \
 	  --task niah_single_1 --task niah_multikey_2 \
 	  --length 1k --length 2k --length 4k --length 8k --samples 5 \
 	  --footprint-length 2k --footprint-length 8k --out $(DEMO)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from kvscope.harness.passes.sweep import run
     from kvscope.results.frames import Run, load_run
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Run", "RunConfig", "__version__", "load_run", "run"]
 
 _HOMES = {
