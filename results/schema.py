@@ -84,9 +84,7 @@ class ResidencyRecord(_Record):
     @model_validator(mode="after")
     def _one_entry_a_refresh(self) -> Self:
         if len(self.resident_tokens) != len(self.recalled_bytes):
-            raise ValueError(
-                f"{len(self.resident_tokens)} refreshes in resident_tokens, {len(self.recalled_bytes)} in recalled_bytes"
-            )
+            raise ValueError("resident_tokens and recalled_bytes are of different lengths: one entry a refresh each")
         return self
 
 
