@@ -59,9 +59,7 @@ def _accuracy_text(cell: dict[str, Any], notes: Notes) -> str:
 def _difference_text(cell: dict[str, Any], notes: Notes) -> str:
     if cell["difference_to_dense"] is None:
         return notes.mark(cell["note"])
-    return with_interval(
-        cell["difference_to_dense"], cell["difference_low"], cell["difference_high"], text=points
-    )
+    return with_interval(cell["difference_to_dense"], cell["difference_low"], cell["difference_high"], text=points)
 
 
 STATISTICS_COLUMNS = [

@@ -5,7 +5,8 @@ from typing import Any
 import pandas as pd
 
 from kvscope.reports.table_parts import Notes, Table
-from kvscope.reports.units import bytes_text, length_text, measured
+from kvscope.reports.trust import with_doubts
+from kvscope.reports.units import bytes_text, length_text, measured, milliseconds
 from kvscope.results.comparisons import baseline_label
 from kvscope.results.frames import Run, records
 
@@ -65,7 +66,7 @@ def max_context_table(run: Run) -> Table:
 
 def throughput_table(run: Run) -> Table:
     """Largest batch and decode tokens a second by method and length."""
-    data = run.throughput.copy()
+    data = with_doubts(run.throughput)
     baseline = baseline_label(run.info)
     whole = {
         row["length_tokens"]: row["tokens_per_s"]
@@ -108,11 +109,14 @@ def _throughput_text(row: dict[str, Any], dense_tokens_per_s: float | None, note
         "length (tokens)": length_text(row["length_tokens"]),
         "largest batch": str(row["largest_batch"]) if known else notes.mark(why),
         "bound by": BOUNDS[row["batch_bound"]] if known else notes.mark(why),
-        "tokens/s": measured(row["tokens_per_s"]) if known else notes.mark(why),
+        "tokens/s": notes.doubted(measured(row["tokens_per_s"]), row["time_doubts"]) if known else notes.mark(why),
+        "step (ms)": milliseconds(row["step_s"], row["step_p10_s"], row["step_p90_s"]) if known else notes.mark(why),
         "of dense": f"{row['tokens_per_s'] / dense_tokens_per_s:.2f}x"
         if known and dense_tokens_per_s
         else notes.mark(why if not known else "dense has no throughput at this length"),
-        "tokens/s at batch 1": measured(row["tokens_per_s_at_1"]) if known else notes.mark(why),
+        "tokens/s at batch 1": notes.doubted(measured(row["tokens_per_s_at_1"]), row["time_doubts"])
+        if known and row["tokens_per_s_at_1"] is not None
+        else notes.mark(why if not known else "not timed"),
         "steps": (row["step_backend"] or "eager").partition(":")[0] if known else notes.mark(why),
         "selection": row["selection"],
     }

@@ -81,6 +81,21 @@ def with_interval(
     return text(value) if low is None or high is None else f"{text(value)} [{text(low)}, {text(high)}]"
 
 
+def milliseconds(middle_s: float, low_s: float | None, high_s: float | None) -> str:
+    """A time in ms with its 10th and 90th percentile where they are known: `9.70 [9.65, 9.81]`.
+
+    The ends have as many decimals as the middle, so that what is printed holds it.
+    """
+    value = 1000 * middle_s
+    digits = max(0, 2 - math.floor(math.log10(value))) if value > _TINY else 2
+    return with_interval(
+        value,
+        None if low_s is None else 1000 * low_s,
+        None if high_s is None else 1000 * high_s,
+        text=lambda ms: measured(ms) if 0 < ms < _TINY else f"{ms:,.{digits}f}",
+    )
+
+
 def p_text(p_value: float) -> str:
     """A p-value: `< 0.0001`, `0.031`, `1`."""
     return "< 0.0001" if p_value < 1e-4 else number(round(p_value, 4))

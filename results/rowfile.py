@@ -135,8 +135,8 @@ def check_version(data: Any, where: str) -> None:
     version = data.get("schema_version") if isinstance(data, dict) else None
     if isinstance(version, int) and not isinstance(version, bool) and version > SCHEMA_VERSION:
         raise UsageError(
-            f"{where} has schema version {shortened(str(version), most=20)}, this kvscope knows version {SCHEMA_VERSION}. "
-            "Upgrade kvscope."
+            f"{where} has schema version {shortened(str(version), most=20)}, this kvscope knows version "
+            f"{SCHEMA_VERSION}. Upgrade kvscope."
         )
 
 

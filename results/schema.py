@@ -622,6 +622,8 @@ class RunInfo(_Record):
         twice = sorted(label for label, count in counts.items() if count > 1)
         if twice:
             raise ValueError(f"two methods share the label {', '.join(twice)}: rows could not be told apart")
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ValueError("a task stands there twice: rows could not be told apart")
         cells = len(self.methods) * max(1, len(self.tasks)) * max(1, len(self.lengths_tokens))
         if cells > limits.MOST_CELLS:
             raise ValueError(f"{cells:,} cells (methods x tasks x lengths), at most {limits.MOST_CELLS:,} are possible")
