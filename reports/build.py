@@ -20,6 +20,8 @@ from kvscope.reports.tables import all_tables
 from kvscope.results.frames import Run, load_run
 
 REPORT_FOLDER = "report"
+MOST_DRAWN = 64
+"""Methods, tasks or lengths in figures."""
 
 
 def build_report(folder: str | Path) -> list[Path]:
@@ -33,10 +35,19 @@ def build_report(folder: str | Path) -> list[Path]:
 
 
 def all_figures(run: Run, cells: pd.DataFrame) -> list[ReportFigure | SkippedFigure]:
-    """The report's figures, in the order they are read; one that cannot be drawn yet says why.
+    """The report's figures, in the order they are read; one that cannot be drawn says why.
 
     `cells` comes from `accuracy_cells(run)`.
     """
+    counts = {
+        "methods": len(run.info.methods),
+        "tasks": len(run.info.tasks),
+        "lengths": len({*run.info.lengths_tokens, *run.footprint["length_tokens"]}),
+    }
+    for what, count in counts.items():
+        if count > MOST_DRAWN:
+            reason = f"{count} {what} cannot be told apart in a picture (at most {MOST_DRAWN}); the tables hold them"
+            return [SkippedFigure("figures", "Figures", reason)]
     return [
         accuracy_against_memory(run, cells),
         accuracy_against_reads(run, cells),

@@ -204,7 +204,7 @@ def step_note(run: Run) -> str:
 
 
 def footprint_cells(run: Run) -> pd.DataFrame:
-    """Every footprint cell asked for or present: the row's columns, plus `held_bytes`, `predicted_bytes`, `time_doubts`.
+    """Every footprint cell asked for or present: the row's columns, and `held_bytes`, `predicted_bytes`, `time_doubts`.
 
     `held_bytes` is the ledger's total on the device: keys, values and metadata. `time_doubts` says why a time is not to
     be trusted, empty where nothing speaks against it. A cell that is still to come has status

@@ -166,4 +166,4 @@ def statistics_table(run: Run) -> Table:
 
 def _scope_text(scope: str) -> str:
     number_of, _, unit = scope.partition(" ")
-    return f"{length_text(int(number_of))} tokens" if unit == "tokens" else scope
+    return f"{length_text(int(number_of))} tokens" if unit == "tokens" and number_of.isdecimal() else scope

@@ -40,7 +40,8 @@ def footprint_table(run: Run) -> Table:
         "One fresh process per row. Resident KV, metadata and host bytes are the ledger's (exact sizes of live "
         "tensors, mean over decode steps); read a step: the bytes of keys, values and metadata that one decode step "
         "reads, counted. NVML is the driver's reading of the process. TTFT: time to first token; TPOT: median time per "
-        "output token, batch 1, with the steps' 10th and 90th percentile where they were recorded; after a synthetic prefill TTFT holds no prefill. Torch peaks, host memory and FLOPs "
+        "output token, batch 1, with the steps' 10th and 90th percentile where they were recorded; "
+        "after a synthetic prefill TTFT holds no prefill. Torch peaks, host memory and FLOPs "
         "are in the CSV."
     )
     text = pd.DataFrame(rows) if rows else pd.DataFrame(columns=["method", "length (tokens)", "status"])
@@ -93,7 +94,15 @@ def _tpot_text(row: dict[str, Any], notes: Notes) -> str:
 
 
 READ_COLUMNS = ("bytes_read_per_step", "attention_flops_per_step")
-TIME_COLUMNS = ("tpot_s", "tpot_p10_s", "tpot_p90_s")
+FOOTPRINT_COLUMNS = (
+    "kv_nvml_bytes",
+    "host_kv_bytes",
+    "tpot_s",
+    "tpot_p10_s",
+    "tpot_p90_s",
+    "verdict",
+    *READ_COLUMNS,
+)
 DIFFERENCE_COLUMNS = ("difference_to_dense", "difference_low", "difference_high")
 STAYS_COLUMNS = [
     "method_label",
@@ -149,9 +158,9 @@ def stays_table(run: Run, cells: pd.DataFrame) -> Table:
     caption = (
         f"What each method keeps on the GPU and what that saves; {where}: bytes, time and accuracy of one setting. "
         "Bytes are the ledger's, keys, values and metadata; 100 % is what dense holds, or reads in one decode step, at "
-        "the same length. Accuracy is pooled over tasks, with its 95 % interval; minus dense: the paired difference on the "
-        "prompts both answered. TPOT: median time per output token, with the steps' 10th and 90th percentile where they "
-        "were recorded. Verdict: whether NVML confirms the claimed saving."
+        "the same length. Accuracy is pooled over tasks, with its 95 % interval; minus dense: the paired difference on "
+        "the prompts both answered. TPOT: median time per output token, with the steps' 10th and 90th percentile "
+        "where they were recorded. Verdict: whether NVML confirms the claimed saving."
     )
     if not nvml and len(timed):
         caption += f" NVML was not measured: {', '.join(dict.fromkeys(timed['nvml_reason'].dropna()))}."
@@ -183,9 +192,7 @@ def _stays_cell(run: Run, label: str, length: int | None, pooled: pd.DataFrame) 
             "read_of_dense": _share(found[0]["bytes_read_per_step"], _dense_reads(run.footprint, length)),
             "bytes_from": "footprint",
         }
-        cell |= {
-            key: found[0][key] for key in ("kv_nvml_bytes", "host_kv_bytes", *TIME_COLUMNS, "verdict", *READ_COLUMNS)
-        }
+        cell |= {key: found[0][key] for key in FOOTPRINT_COLUMNS}
         cell["time_doubts"] = time_doubts(found[0])
         if found[0]["kv_nvml_bytes"] is None:
             reasons.append(f"NVML: {found[0]['nvml_reason']}")
@@ -226,7 +233,7 @@ def _stays_text(row: dict[str, Any], unit: ByteUnit, *, nvml: bool, notes: Notes
             return shown
         named = {"kv_nvml_bytes": "NVML: ", "accuracy": "accuracy: "}.get(column)
         fitting = [reason for reason in reasons if named and reason.startswith(named)] or reasons
-        return notes.mark(fitting[0].removeprefix(named or ""))
+        return notes.mark(fitting[0].removeprefix(named or "") or "no prompt was asked for")
 
     def amount(column: str) -> str:
         return value(column, unit.text(row[column] or 0))
