@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,10 +27,11 @@ def read_regular(path: Path, *, most_bytes: int) -> bytes | None:
         return None
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}.") from error
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(fd)
+        raise UsageError(f"{path} is no regular file. Restore it from its source.")
     with os.fdopen(fd, "rb") as file:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise UsageError(f"{path} is no regular file. Restore it from its source.")
         if status.st_size > most_bytes:
             raise UsageError(
                 f"{path} has {status.st_size:,} bytes, at most {most_bytes:,} are read. Restore it from its source."
@@ -44,8 +46,8 @@ def parse_json(text: bytes | str) -> Any:
     """Return the value of a JSON text.
 
     Raises:
-        ValueError: no JSON (RFC 8259), NaN or infinity, a name twice in one object, more than `MOST_NESTED` levels, or
-            a number or text that Python cannot hold. The message says which.
+        ValueError: no JSON (RFC 8259), NaN or infinity, a name twice in one object, more than `MOST_NESTED` levels, half
+            a surrogate pair, or a number that Python cannot hold. The message says which.
     """
     text = text if isinstance(text, str) else text.decode("utf-8")
     try:
@@ -54,9 +56,13 @@ def parse_json(text: bytes | str) -> Any:
         raise ValueError(_TOO_DEEP) from None
     if text.count("[") + text.count("{") > MOST_NESTED and _deeper_than(value, MOST_NESTED):
         raise ValueError(_TOO_DEEP)
+    if _SURROGATE.search(text) and _SURROGATE_ALONE.search(json.dumps(value, ensure_ascii=False)):
+        raise ValueError("half a surrogate pair is no text")
     return value
 
 
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_SURROGATE_ALONE = re.compile("[\ud800-\udfff]")
 _TOO_DEEP = f"more than {MOST_NESTED} levels of lists and objects within each other"
 
 
