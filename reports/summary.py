@@ -149,12 +149,16 @@ def _verdicts(cells: pd.DataFrame) -> dict[str, str]:
 def _memory_of_samples(run: Run) -> str:
     """Bytes of a run without a footprint pass: the ledger's, mean over the prompts behind the pooled accuracies."""
     ok = pooled_answers(run)
+    key = ["method_label", "length_tokens"]
     held = (ok["resident_kv_bytes"] + ok["metadata_bytes"]).astype("float64")
-    key = [ok["method_label"], ok["length_tokens"]]
-    means, dense = held.groupby(key).mean(), ok["dense_kv_bytes"].astype("float64").groupby(key).mean()
-    unit = byte_unit(dense.tolist())
-    texts = {place: f"{number(value / unit.size_bytes)} ({100 * value / dense[place]:.1f} %)"
-             for place, value in means.items() if dense[place]}  # fmt: skip
+    shown = ok[key].assign(held=held, dense=ok["dense_kv_bytes"].astype("float64")).groupby(key).mean().reset_index()
+    unit = byte_unit(shown["dense"].tolist())
+    texts = {
+        (row["method_label"], row["length_tokens"]): f"{number(row['held'] / unit.size_bytes)} "
+        f"({100 * row['held'] / row['dense']:.1f} %)"
+        for row in records(shown)
+        if row["dense"]
+    }
     grid = _methods_grid(run, texts, list(run.info.lengths_tokens), absent="not run")
     return (
         f"KV cache on the device (ledger, not NVML), {unit.name} (share of dense), by length in tokens\n{grid}\n"

@@ -46,8 +46,8 @@ def parse_json(text: bytes | str) -> Any:
     """Return the value of a JSON text.
 
     Raises:
-        ValueError: no JSON (RFC 8259), NaN or infinity, a name twice in one object, more than `MOST_NESTED` levels, half
-            a surrogate pair, or a number that Python cannot hold. The message says which.
+        ValueError: no JSON (RFC 8259), NaN or infinity, a name twice in one object, more than `MOST_NESTED` levels,
+            half a surrogate pair, or a number that Python cannot hold. The message says which.
     """
     text = text if isinstance(text, str) else text.decode("utf-8")
     try:

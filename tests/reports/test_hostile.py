@@ -43,7 +43,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("samples.jsonl", type(samples[0]), [*samples[:-1], failed]),
         ("footprint.jsonl", type(footprints[0]), footprints),
     ):
-        made = [kind.model_validate(renamed(row.model_dump(), names)) for row in rows]
+        made = [kind.model_validate(renamed(row.model_dump(), names) | {"prefill": row.prefill}) for row in rows]
         (folder / name).write_text("".join(row.model_dump_json() + "\n" for row in made))
     told = renamed(info.model_dump(), names) | {"environment": {"gpu": ODD, ODD: [ODD]}, "commit": ODD}
     (folder / "run.json").write_text(type(info).model_validate(told).model_dump_json())

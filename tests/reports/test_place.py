@@ -80,16 +80,7 @@ def test_a_list_from_elsewhere_removes_nothing_of_another_shape(tmp_path: Path) 
     write(target, FIRST)
     outside = tmp_path / "precious.csv"
     outside.write_text("precious")
-    named = [
-        "../precious.csv",
-        str(outside),
-        "notes.md",
-        "tables/../../precious.csv",
-        ".",
-        "tables",
-        7,
-        "figures/x.csv",
-    ]
+    named = ["../precious.csv", str(outside), "notes.md", "tables/../../precious.csv", ".", "tables", 7]
     (target / "notes.md").write_text("mine")
     (target / MANIFEST).write_text(json.dumps({"files": named}))
     write(target, SECOND)
@@ -127,12 +118,14 @@ def test_one_report_at_a_time(tmp_path: Path) -> None:
 def test_what_the_disk_refuses_leaves_the_old_report(tmp_path: Path, code: int) -> None:
     target = tmp_path / "report"
     write(target, FIRST, text="old")
-    with (
-        pytest.raises(EnvironmentProblem, match=f"cannot be written: {os.strerror(code)}") as caught,
-        report_place(target) as aside,
-    ):
-        (aside / "report.html").write_text("half")
-        raise OSError(code, os.strerror(code))
+
+    def fail() -> None:
+        with report_place(target) as aside:
+            (aside / "report.html").write_text("half")
+            raise OSError(code, os.strerror(code))
+
+    with pytest.raises(EnvironmentProblem, match=f"cannot be written: {os.strerror(code)}") as caught:
+        fail()
     assert caught.value.exit_code == 3
     assert files(target) == dict.fromkeys(FIRST, "old")
 
