@@ -83,25 +83,24 @@ def _accuracy(run: Run, cells: pd.DataFrame) -> str:
 
 
 def _differences(run: Run, cells: pd.DataFrame) -> str:
-    """Paired difference to dense by method and length, with what it proves over all prompts."""
-    title = "Accuracy minus dense (points, paired"
+    """Paired difference to dense by method and length; over all prompts with its interval and what it proves."""
+    title = "Accuracy minus dense (points, paired)"
     baseline = baseline_label(run.info)
     others = [method.label for method in run.info.methods if method.label != baseline]
     if baseline is None or not others:
-        return f"{title}): none, the run has {'no dense' if baseline is None else 'dense alone'}."
-    lengths = list(run.info.lengths_tokens)
-    intervals = len(lengths) <= _INTERVALS_UP_TO
+        return f"{title}: none, the run has {'no dense' if baseline is None else 'dense alone'}."
     texts = {}
     for cell in records(pooled_cells(run, cells)):
         text = "no pairs" if cell["n_missing"] == 0 else "not run"
         if cell["difference_to_dense"] is not None:
-            ends = (cell["difference_low"], cell["difference_high"]) if intervals else (None, None)
-            text = with_interval(cell["difference_to_dense"], *ends, text=points)
+            text = points(cell["difference_to_dense"])
         texts[cell["method_label"], cell["length_tokens"]] = text
-    verdicts = {found.method_label: found.verdict for found in compare_pooled(run.samples, info=run.info)}
-    last = {label: verdicts.get(label, "no pairs") for label in others}
-    grid = _grid(others, "method", texts, lengths, last=("all prompts", last))
-    return f"{title}{', 95 % interval' if intervals else ''}) by length in tokens; verdict over all prompts\n{grid}"
+    last = dict.fromkeys(others, "no pairs")
+    for found in compare_pooled(run.samples, info=run.info):
+        whole = found.paired.difference
+        last[found.method_label] = f"{with_interval(whole.mean, whole.low, whole.high, text=points)} {found.verdict}"
+    grid = _grid(others, "method", texts, list(run.info.lengths_tokens), last=("all prompts", last))
+    return f"{title} by length in tokens; over all prompts with 95 % interval and verdict\n{grid}"
 
 
 def _memory(run: Run) -> str:

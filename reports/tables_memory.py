@@ -241,8 +241,6 @@ def _stays_text(row: dict[str, Any], unit: ByteUnit, *, nvml: bool, notes: Notes
     accuracy = "" if row["accuracy"] is None else with_interval(row["accuracy"], row["ci_low"], row["ci_high"])
     text = {
         "method": row["method_label"],
-        "stays on the GPU": row["stays"],
-        "saves": row["saves"],
         f"resident ({unit.name})": amount("held_bytes"),
         "of dense (%)": value("held_of_dense", percent(row["held_of_dense"] or 0)),
         f"read a step ({unit.name})": amount("bytes_read_per_step"),
@@ -260,5 +258,7 @@ def _stays_text(row: dict[str, Any], unit: ByteUnit, *, nvml: bool, notes: Notes
         "minus dense (points)": notes.mark(row["difference_note"] or "no prompt was asked for")
         if row["difference_to_dense"] is None
         else with_interval(row["difference_to_dense"], row["difference_low"], row["difference_high"], text=points),
+        "stays on the GPU": row["stays"],
+        "saves": row["saves"],
         "source": row["source"],
     }
