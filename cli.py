@@ -99,25 +99,36 @@ def plan(config: "RunConfig") -> None:
 @app.command(short_help="Write the tables and figures of a run again.")
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run, finished or not.")],
-) -> None:
+) -> int:
     """Write tables, figures and report.html of a run into DIR/report, and print the summary.
 
-    A folder of runs gets one report a run, each in its own folder.
+    A folder of runs gets one report a run, each in its own folder. A run that cannot be reported is named, the others
+    are reported all the same, and the exit code is that of its fault.
     """
+    from kvscope.results.plain_text import visible
     from kvscope.results.store import run_folders
 
-    folders = run_folders(folder)
+    if (folders := run_folders(folder)) == [folder]:
+        print_report(folder)
+        return EXIT_DONE
+    code = EXIT_DONE
     for run_folder in folders:
-        if run_folder != folder:
-            say(f"{run_folder.name}\n{'=' * len(run_folder.name)}")
-        print_report(run_folder)
+        name = visible(run_folder.name)
+        say(f"{name}\n{'=' * len(name)}")
+        try:
+            print_report(run_folder)
+        except KvscopeError as error:
+            complain(str(error))
+            code = max(code, error.exit_code)
+    return code
 
 
 def print_report(folder: Path) -> None:
     """Make the report of a folder; print the summary tables and where everything is."""
+    from kvscope.reports.legible import legible
     from kvscope.results.frames import load_run
 
-    loaded = load_run(folder)
+    loaded = legible(load_run(folder))
     for message in loaded.messages:
         tell(message)
     from kvscope.reports import make_report

@@ -1,12 +1,9 @@
 """Puts the report together: built aside, then moved into place, so that a reader never sees half of one."""
 
-import shutil
-import tempfile
 from pathlib import Path
 
 import pandas as pd
 
-from kvscope.errors import UsageError
 from kvscope.reports.cells import accuracy_cells
 from kvscope.reports.coverage import coverage
 from kvscope.reports.export import write_figure, write_table
@@ -17,36 +14,40 @@ from kvscope.reports.figures_memory import memory_by_length, tpot_by_length
 from kvscope.reports.figures_pareto import accuracy_against_memory, accuracy_against_reads
 from kvscope.reports.figures_residency import resident_over_steps
 from kvscope.reports.html import page
+from kvscope.reports.legible import legible
+from kvscope.reports.place import put_in_place, report_place
 from kvscope.reports.tables import all_tables
 from kvscope.results.frames import Run, load_run
 
 REPORT_FOLDER = "report"
-PARTS = ("tables", "figures", "report.html")
+MOST_DRAWN = 64
+"""Methods, tasks or lengths in figures."""
 
 
 def build_report(folder: str | Path) -> list[Path]:
     """See `kvscope.reports.make_report`."""
-    run = load_run(folder)
+    run = legible(load_run(folder))
     target = run.folder / REPORT_FOLDER
-    try:
-        target.mkdir(exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=".building-", dir=target))
-    except OSError as error:
-        raise UsageError(f"The report folder {target} cannot be written: {error.strerror}.") from error
-    try:
-        names = [path.relative_to(aside) for path in _write(run, aside)]
-        for part in PARTS:
-            _replace(aside / part, target / part)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with report_place(target) as aside:
+        names = [path.relative_to(aside).as_posix() for path in _write(run, aside)]
+        put_in_place(aside, target, names)
     return [target / name for name in names]
 
 
 def all_figures(run: Run, cells: pd.DataFrame) -> list[ReportFigure | SkippedFigure]:
-    """The report's figures, in the order they are read; one that cannot be drawn yet says why.
+    """The report's figures, in the order they are read; one that cannot be drawn says why.
 
     `cells` comes from `accuracy_cells(run)`.
     """
+    counts = {
+        "methods": len(run.info.methods),
+        "tasks": len(run.info.tasks),
+        "lengths": len({*run.info.lengths_tokens, *run.footprint["length_tokens"]}),
+    }
+    for what, count in counts.items():
+        if count > MOST_DRAWN:
+            reason = f"{count} {what} cannot be told apart in a picture (at most {MOST_DRAWN}); the tables hold them"
+            return [SkippedFigure("figures", "Figures", reason)]
     return [
         accuracy_against_memory(run, cells),
         accuracy_against_reads(run, cells),
@@ -73,9 +74,3 @@ def _write(run: Run, folder: Path) -> list[Path]:
     html = folder / "report.html"
     html.write_text(page(run, tables, figures, svgs, coverage(run)), encoding="utf-8")
     return [*written, html]
-
-
-def _replace(source: Path, target: Path) -> None:
-    if target.is_dir():
-        shutil.rmtree(target)
-    source.rename(target)

@@ -19,9 +19,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 
 from kvscope.reports.theme import FAINT
+from kvscope.results.plain_text import shortened
 
 Pixels = npt.NDArray[np.float64]
 TITLE_IN, LINE_IN = 0.34, 0.19
+_MOST_WORDS = 1_200
 # Line height of end labels in font sizes, and how far they may stand above and below the axes (at 100 dpi).
 END_LINE, END_SLACK_PX = 1.3, 14
 
@@ -52,6 +54,9 @@ def panels(
 
     Everything outside the panels has its own band, so nothing can cover data.
     """
+    title, subtitle, note = (
+        shortened(text, most=most) for text, most in ((title, 90), (subtitle, _MOST_WORDS), (note, _MOST_WORDS))
+    )
     columns = min(columns, count)
     rows = math.ceil(count / columns)
     cell_w, cell_h = width_in + margins.left + margins.right, height_in + margins.top + margins.bottom

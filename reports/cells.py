@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from kvscope.reports.trust import with_doubts
 from kvscope.results.comparisons import SCORE_COLUMNS, answered, baseline_label, cluster_names, pairs, pooled
 from kvscope.results.frames import Run, records
 from kvscope.results.schema import RunInfo
@@ -203,9 +204,10 @@ def step_note(run: Run) -> str:
 
 
 def footprint_cells(run: Run) -> pd.DataFrame:
-    """Every footprint cell asked for or present: the row's columns, plus `held_bytes` and `predicted_bytes`.
+    """Every footprint cell asked for or present: the row's columns, and `held_bytes`, `predicted_bytes`, `time_doubts`.
 
-    `held_bytes` is the ledger's total on the device: keys, values and metadata. A cell that is still to come has status
+    `held_bytes` is the ledger's total on the device: keys, values and metadata. `time_doubts` says why a time is not to
+    be trusted, empty where nothing speaks against it. A cell that is still to come has status
     `missing` and a reason.
     """
     order = {method.label: place for place, method in enumerate(run.info.methods)}
@@ -239,7 +241,8 @@ def footprint_cells(run: Run) -> pd.DataFrame:
     frame["predicted_bytes"] = frame["predicted_bytes"].fillna(planned)
     place = frame["method_label"].map(lambda label: order.get(label, len(order)))
     return (
-        frame.assign(_place=place)
+        with_doubts(frame)
+        .assign(_place=place)
         .sort_values(["_place", "length_tokens"], kind="stable")
         .drop(columns="_place")
         .reset_index(drop=True)

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from kvscope.reports.trust import with_doubts
 from kvscope.reports.units import length_text
 from kvscope.results.frames import Run, records
+from kvscope.results.plain_text import shortened
 
 _LISTED = 12
 
@@ -26,7 +28,7 @@ class Coverage:
     mismatches: tuple[str, ...]
     """Footprint cells whose claimed saving NVML does not confirm."""
     disturbed: tuple[str, ...] = ()
-    """Footprint cells during which other processes were on the GPU."""
+    """Cells whose times are not to be trusted, one clause a reason."""
 
     @property
     def complete(self) -> bool:
@@ -43,10 +45,7 @@ class Coverage:
             lines.append(f"Unfinished run: {rows} are there. Missing: {_listed(self.missing)}.")
         lines += [f"Not measured: {text}." for text in self.not_measured]
         lines += [f"Mismatch: {text}." for text in self.mismatches]
-        if self.disturbed:
-            lines.append(
-                f"Other processes were on the GPU, so that times are not to be trusted: {_listed(self.disturbed)}."
-            )
+        lines += [f"Times are not to be trusted: {text}." for text in self.disturbed]
         return lines
 
 
@@ -83,12 +82,18 @@ def coverage(run: Run) -> Coverage:
             + (f" ({row['verdict_reason']})" if row["verdict_reason"] else "")
             for row in records(mismatched)
         ),
-        disturbed=tuple(
-            f"{row['method_label']} at {length_text(row['length_tokens'])}"
-            for row in records(run.footprint)
-            if row["other_processes"]
-        ),
+        disturbed=(*_disturbed(run.footprint), *_disturbed(run.throughput)),
     )
+
+
+def _disturbed(frame: pd.DataFrame) -> list[str]:
+    places: dict[str, list[str]] = {}
+    for row in records(with_doubts(frame)):
+        if row["time_doubts"]:
+            places.setdefault(row["time_doubts"], []).append(
+                f"{row['method_label']} at {length_text(row['length_tokens'])}"
+            )
+    return [f"{doubts} ({_listed(tuple(where))})" for doubts, where in places.items()]
 
 
 def _failures(frame: pd.DataFrame, what: str) -> list[str]:
@@ -103,7 +108,7 @@ def _failures(frame: pd.DataFrame, what: str) -> list[str]:
             f"{label} at {length_text(length)}" + (f" ({count} rows)" if count > 1 else "")
             for (label, length), count in cells.items()
         )
-        sentences.append(f"{what} of {_listed(places)}: {status} ({reason.rstrip('.')})")
+        sentences.append(f"{what} of {_listed(places)}: {status} ({shortened(reason.rstrip('.'), most=400)})")
     return sentences
 
 

@@ -4,6 +4,7 @@ The same rows give the same bytes: no dates, no random ids.
 """
 
 import json
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -11,8 +12,11 @@ import pandas as pd
 from kvscope.reports.figure_parts import ReportFigure
 from kvscope.reports.table_parts import Table
 from kvscope.reports.theme import PNG_DPI, theme
+from kvscope.results.plain_text import visible
 
 _WIDE_TEXT = 26
+# What begins code, emphasis, HTML, an entity, a formula, a cell, a link's address, or at the start a heading or a list.
+_MARKDOWN = re.compile(r"[\\`*<>|~$]|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)|\](?=[(\[:])|^[#+-](?=\s)")
 _LATEX = str.maketrans(
     {
         "\\": r"\textbackslash{}",
@@ -28,6 +32,7 @@ _LATEX = str.maketrans(
         "<": r"\textless{}",
         ">": r"\textgreater{}",
         "|": r"\textbar{}",
+        "`": r"\textasciigrave{}",
     }
 )
 
@@ -59,10 +64,12 @@ def write_csv(frame: pd.DataFrame, path: Path) -> None:
 
 def markdown(table: Table) -> str:
     """The text form as a GitHub-flavoured table with title, caption and notes."""
-    body = table.text.map(lambda cell: str(cell).replace("|", "\\|"))
-    lines = [f"## {table.title}", "", body.to_markdown(index=False, disable_numparse=True), "", table.caption]
+    body = table.text.map(_md)
+    body.columns = [_md(column) for column in table.text.columns]
+    grid = body.to_markdown(index=False, disable_numparse=True)
+    lines = [f"## {_md(table.title)}", "", grid, "", _md(table.caption)]
     for note in table.notes:
-        lines += ["", note]
+        lines += ["", _md(note)]
     return "\n".join(lines) + "\n"
 
 
@@ -96,7 +103,18 @@ def latex(table: Table) -> str:
 
 
 def _tex(text: object) -> str:
-    return str(text).translate(_LATEX)
+    escaped = _one_line(text).translate(_LATEX)
+    # Behind the end of a row a bracket would be its option.
+    return f"{{[}}{escaped[1:]}" if escaped.startswith("[") else escaped
+
+
+def _md(text: object) -> str:
+    """Text that GitHub-flavoured Markdown shows as it is; within words `_` means nothing and stays."""
+    return _MARKDOWN.sub(r"\\\g<0>", _one_line(text))
+
+
+def _one_line(text: object) -> str:
+    return visible(" ".join(str(text).split()))
 
 
 def _flat(frame: pd.DataFrame) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""What the figures share: the result type, axes in K tokens and bytes, and the sideways shift of equal points."""
+"""What the figures share: the result type, axes in K tokens and bytes, and a method's points."""
 
 import math
 from collections.abc import Sequence
@@ -15,8 +15,13 @@ from kvscope.reports.coverage import coverage
 from kvscope.reports.theme import FAINT, TEXT, MethodStyle, shared_options
 from kvscope.reports.units import bytes_text, length_text
 from kvscope.results.frames import Run
+from kvscope.results.plain_text import shortened
 
 Line = Literal["-", "--", ":", "None"]
+NESTED = (
+    "Every point stands at its own length and value: of points that coincide the larger marker lies below the smaller, "
+    "and lines that coincide take turns, dash by dash."
+)
 
 
 @dataclass(frozen=True)
@@ -43,16 +48,17 @@ class SkippedFigure:
 
 def subtitle_of(run: Run) -> str:
     """Model, machine and options that no label repeats, under a title; an unfinished run says so in every picture."""
-    device = str(run.info.environment.get("gpu") or "CPU")
+    device = shortened(str(run.info.environment.get("gpu") or "CPU"), most=80)
     shared = shared_options([method.label for method in run.info.methods])
     device += "".join(f"; every {name}: {', '.join(parts)}" for name, parts in shared.items())
     state = coverage(run)
+    model = shortened(run.info.model, most=120)
     if state.complete:
-        return f"{run.info.model} on {device}"
+        return f"{model} on {device}"
     rows = f"{state.samples_present} of {state.samples_expected} sample rows"
     if state.footprint_expected:
         rows += f", {state.footprint_present} of {state.footprint_expected} footprint rows"
-    return f"{run.info.model} on {device}; unfinished run ({rows})"
+    return f"{model} on {device}; unfinished run ({rows})"
 
 
 def length_axis(axes: Axes, lengths: Sequence[int], *, pad: float = 0.45) -> None:
@@ -95,12 +101,6 @@ def byte_axis(axes: Axes, low_bytes: float, high_bytes: float, *, which: str, mo
     axis.set_minor_locator(NullLocator())
 
 
-def shift(place: int, count: int) -> float:
-    """Factor on a log2 x axis that sets `count` methods side by side, 0.075 octaves apart or, if many, closer."""
-    step = min(0.075, 0.7 / max(1, count - 1))
-    return float(2 ** (step * (place - (count - 1) / 2)))
-
-
 def key_entry(text: str, *, marker: str = "None", line: Line = "None", color: str = FAINT) -> Line2D:
     """A handle for the key above the panels."""
     return Line2D(
@@ -110,22 +110,22 @@ def key_entry(text: str, *, marker: str = "None", line: Line = "None", color: st
         marker=marker,
         linestyle=line,
         markersize=6,
-        label=text,
+        # matplotlib leaves labels that begin with an underscore out of keys.
+        label=f" {text}" if text.startswith("_") else text,
         mec=TEXT,
         mew=0.4,
     )
 
 
-def points(axes: Axes, x: list[float], y: list[float], style: MethodStyle, *, line: bool) -> None:
-    """Draw a method's points in its own style, joined by its line or not."""
+def points(axes: Axes, x: list[float], y: list[float], style: MethodStyle) -> None:
+    """Draw a method's points in its own style."""
     axes.plot(
         x,
         y,
         color=style.color,
         marker=style.marker,
         markersize=style.size,
-        linestyle=style.dash if line else "None",
-        linewidth=1.4,
+        linestyle="None",
         markeredgecolor="white",
         markeredgewidth=0.7,
         zorder=3,

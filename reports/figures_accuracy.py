@@ -1,5 +1,7 @@
 """Accuracy figures: by length and by task."""
 
+from collections.abc import Mapping
+
 import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -17,12 +19,13 @@ from kvscope.reports.canvas import (
 )
 from kvscope.reports.cells import ALL_TASKS, pool_notes, pooled_cells, pooled_tasks
 from kvscope.reports.figure_parts import (
+    NESTED,
     ReportFigure,
     SkippedFigure,
     length_axis,
-    shift,
     subtitle_of,
 )
+from kvscope.reports.overlap import draw_lines, draw_markers
 from kvscope.reports.theme import MethodStyle, figure_names, method_styles, short_lines, theme
 from kvscope.reports.units import length_text
 from kvscope.results.frames import Run, records
@@ -60,17 +63,17 @@ def accuracy_by_length(run: Run, cells: pd.DataFrame) -> ReportFigure | SkippedF
                 title=title,
                 subtitle=subtitle,
             )
-            ends = []
-            for place, label in enumerate(labels):
-                rows = data[data["method_label"] == label]
-                factor = shift(place, len(labels))
-                _line(axes, rows, styles[label], factor=factor, width=1.6)
-                last = rows.iloc[-1]
-                x = float(last["length_tokens"]) * factor
-                ends.append(Label(styles[label].text, x, 100 * float(last["accuracy"]), styles[label].color))
             _percent_axis(axes)
             length_axis(axes, lengths)
-            end_labels(axes, ends)
+            _lines(axes, {label: data[data["method_label"] == label] for label in labels}, styles, width=1.6)
+            ends = [(label, data[data["method_label"] == label].iloc[-1]) for label in labels]
+            end_labels(
+                axes,
+                [
+                    Label(styles[label].text, row["length_tokens"], 100 * row["accuracy"], styles[label].color)
+                    for label, row in ends
+                ],
+            )
         else:
             names = figure_names([method.label for method in run.info.methods])
             titles = [short_lines(names[label], width=34) for label in labels]
@@ -88,13 +91,13 @@ def accuracy_by_length(run: Run, cells: pd.DataFrame) -> ReportFigure | SkippedF
                 if label != "dense" and len(dense):
                     at = dense["length_tokens"].to_numpy(float)
                     axes.plot(at, 100 * dense["accuracy"].to_numpy(float), color="#AAAAAA", linewidth=3.5, zorder=1)
-                _line(axes, data[data["method_label"] == label], styles[label], factor=1.0, width=1.4)
-                axes.set_title(text, color=styles[label].color, fontweight="bold")
                 _percent_axis(axes)
                 length_axis(axes, lengths)
+                _lines(axes, {label: data[data["method_label"] == label]}, styles, width=1.4)
+                axes.set_title(text, color=styles[label].color, fontweight="bold")
     caption = (
-        "Accuracy pooled over tasks, with 95 % intervals (Wilson for 0/1 scores, bootstrap for graded ones). Points "
-        "of one length stand side by side so that equal values stay visible. Prompts without a score (out of memory, "
+        "Accuracy pooled over tasks, with 95 % intervals (Wilson for 0/1 scores, bootstrap for graded ones). "
+        f"{NESTED} Prompts without a score (out of memory, "
         "failed) are left out, never counted as wrong."
     )
     caption = " ".join([caption, *pool_notes(run.info)])
@@ -120,10 +123,10 @@ def _by_length_and_task(run: Run, cells: pd.DataFrame, *, name: str, title: str)
             subtitle=f"{subtitle_of(run)}; {_counts_text(data)} prompts a point; bars: 95 % intervals",
         )
         for task, axes in zip(tasks, all_axes, strict=True):
-            _line(axes, data[data["task"] == task], style, factor=1.0, width=1.4)
-            axes.set_title(task, fontweight="bold")
             _percent_axis(axes)
             length_axis(axes, list(run.info.lengths_tokens))
+            _lines(axes, {label: data[data["task"] == task]}, {label: style}, width=1.4)
+            axes.set_title(short_lines(task, width=34), fontweight="bold")
     caption = (
         f"Accuracy of {label} by task, with 95 % intervals (Wilson for 0/1 scores, bootstrap for graded ones). Prompts "
         "without a score (out of memory, failed) are left out, never counted as wrong; n of each point is in the "
@@ -153,7 +156,7 @@ def accuracy_by_task(run: Run, cells: pd.DataFrame) -> ReportFigure | SkippedFig
     # Of one method the tasks are the rows of one panel.
     alone = labels[0] if len(labels) == 1 else None
     rows = tasks if alone else labels
-    texts = tasks if alone else texts
+    texts = [short_lines(task) for task in tasks] if alone else texts
     groups = [tasks] if alone else [[task] for task in tasks]
     with theme(name):
         figure, all_axes = panels(
@@ -176,29 +179,25 @@ def accuracy_by_task(run: Run, cells: pd.DataFrame) -> ReportFigure | SkippedFig
             heat_panel(axes, filled, lengths=lengths, rows=len(rows))
             axes.yaxis.set_major_locator(FixedLocator([row + 0.5 for row in range(len(rows))]))
             axes.set_yticklabels(texts)
-            axes.set_title(alone or group[0], fontweight="bold")
+            axes.set_title(short_lines(alone or group[0], width=34), fontweight="bold")
     caption = "Accuracy (%) and number of scored prompts n of each task. Intervals are in the accuracy table."
     return ReportFigure(name, title, caption, figure, data.reset_index(drop=True))
 
 
-def _line(axes: Axes, rows: pd.DataFrame, style: MethodStyle, *, factor: float, width: float) -> None:
-    x = rows["length_tokens"].to_numpy(float) * factor
-    y = 100 * rows["accuracy"].to_numpy(float)
-    axes.plot(
-        x,
-        y,
-        color=style.color,
-        marker=style.marker,
-        linestyle=style.dash,
-        linewidth=width,
-        markersize=style.size,
-        markeredgecolor="white",
-        markeredgewidth=0.7,
-        clip_on=False,
-        zorder=3,
-    )
-    low, high = 100 * rows["ci_low"].to_numpy(float), 100 * rows["ci_high"].to_numpy(float)
-    axes.vlines(x, low, high, color=style.color, linewidth=1.1, alpha=0.55, zorder=2)
+def _lines(axes: Axes, tables: Mapping[str, pd.DataFrame], styles: Mapping[str, MethodStyle], *, width: float) -> None:
+    """One line a method with its points and intervals, all at their own length."""
+    paths = {
+        label: [(float(row["length_tokens"]), 100 * row["accuracy"]) for row in records(rows)]
+        for label, rows in tables.items()
+    }
+    draw_lines(axes, paths, styles, width=width)
+    draw_markers(axes, paths, styles)
+    for place, (label, rows) in enumerate(tables.items()):
+        low, high = 100 * rows["ci_low"].to_numpy(float), 100 * rows["ci_high"].to_numpy(float)
+        x = rows["length_tokens"].to_numpy(float)
+        # Of bars on top of each other the earlier method's is the wider.
+        bar = 1.1 + 1.4 * (len(tables) - 1 - place)
+        axes.vlines(x, low, high, color=styles[label].color, linewidth=bar, alpha=0.55, zorder=1.9)
 
 
 def _percent_axis(axes: Axes) -> None:

@@ -1,31 +1,28 @@
 """Figures with bytes or time by length: memory, and time per output token."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator
+from matplotlib.ticker import FixedLocator, NullLocator
 
 from kvscope.reports.canvas import Label, Margins, end_labels, end_labels_height_in, panels, text_width_in
 from kvscope.reports.cells import footprint_cells, memory_source, predicted_cells, step_note
 from kvscope.reports.families import families, family_note, family_styles
 from kvscope.reports.figure_parts import (
+    NESTED,
     ReportFigure,
     SkippedFigure,
     byte_axis,
     key_entry,
     length_axis,
-    points,
-    shift,
     subtitle_of,
 )
+from kvscope.reports.overlap import draw_crosses, draw_lines, draw_markers
 from kvscope.reports.theme import MethodStyle, theme
 from kvscope.reports.units import number
 from kvscope.results.frames import Run, records
-
-SIDE_BY_SIDE = "Points of one length stand side by side, so that equal values stay visible."
-
 
 ESTIMATED = (
     "A threshold keeps what the text asks for: its line is an estimate, or all it could hold where no indexer says how "
@@ -54,7 +51,7 @@ def memory_by_length(run: Run) -> ReportFigure | SkippedFigure:
         isinstance(config, dict) and config.get("mode") == "threshold"
         for config in (*run.footprint["config"], *run.samples["config"])
     )
-    remarks = [SIDE_BY_SIDE] if len(labels) > 1 else []
+    remarks = [NESTED] if len(labels) > 1 else []
     remarks += [about] if about else []
     note = " ".join([*remarks, *([ESTIMATED] if chosen_by_text else []), source.caption])
     with theme(name):
@@ -80,13 +77,8 @@ def memory_by_length(run: Run) -> ReportFigure | SkippedFigure:
         length_axis(axes, lengths)
         byte_axis(axes, float(values.min()) / 1.8, float(values.max()) * 1.8, which="y", most=9)
         axes.set_ylabel(source.axis)
-        ends = []
-        for place, label in enumerate(labels):
-            rows = data[data["method_label"] == label].sort_values("length_tokens")
-            end = _memory_line(axes, rows, styles[label], factor=shift(place, len(labels)))
-            if end is not None:
-                ends.append(end)
-        end_labels(axes, ends)
+        rows = {label: data[data["method_label"] == label].sort_values("length_tokens") for label in labels}
+        end_labels(axes, _memory_lines(axes, rows, styles))
     caption = (
         "Bytes of the KV cache against length, both axes logarithmic. Lines are predictions made before the run, "
         f"markers are measurements, crosses are cells that ran out of memory. {note}"
@@ -109,6 +101,9 @@ def tpot_by_length(run: Run) -> ReportFigure | SkippedFigure:
         "dtype",
         "backend",
         "step_backend",
+        "tpot_p10_s",
+        "tpot_p90_s",
+        "time_doubts",
     ]
     data = cells[columns]
     timed = data[data["status"] == "ok"]
@@ -120,6 +115,11 @@ def tpot_by_length(run: Run) -> ReportFigure | SkippedFigure:
     steps = sorted(set(timed["tpot_steps"]))
     step_text = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]}-{steps[-1]}"
     failed = data[data["status"] == "oom"]
+    doubted = {
+        (row["method_label"], row["length_tokens"]): row["time_doubts"] for row in records(timed) if row["time_doubts"]
+    }
+    doubts = f"Hollow: not to be trusted ({'; '.join(dict.fromkeys(doubted.values()))})." if doubted else ""
+    spread = "bars: 10th to 90th percentile" if timed["tpot_p10_s"].notna().any() else "their spread was not recorded"
     with theme(name):
         figure, (axes,) = panels(
             1,
@@ -128,60 +128,62 @@ def tpot_by_length(run: Run) -> ReportFigure | SkippedFigure:
             height_in=max(3.8 if len(labels) <= 5 else 4.6, _labels_in(styles, labels)),
             margins=Margins(left=0.8, right=_label_margin_in(styles), top=0.15),
             title=title,
-            subtitle=f"{subtitle_of(run)}; median of {step_text} decode steps, batch 1",
-            note=f"{SIDE_BY_SIDE} {about}".strip() if len(labels) > 1 else "",
+            subtitle=f"{subtitle_of(run)}; median of {step_text} decode steps, batch 1; {spread}",
+            note=" ".join(filter(None, [NESTED if len(labels) > 1 else "", about, doubts])),
             key=[key_entry("out of memory (no time)", marker="x")] if len(failed) else [],
         )
         length_axis(axes, lengths)
-        top = _time_axis(axes, [1000 * value for value in timed["tpot_s"]])
-        ends = []
-        for place, label in enumerate(labels):
-            style, factor = styles[label], shift(place, len(labels))
-            rows = timed[timed["method_label"] == label]
-            x = [factor * length for length in rows["length_tokens"]]
-            y = [1000 * value for value in rows["tpot_s"]]
-            points(axes, x, y, style, line=True)
-            for length in failed[failed["method_label"] == label]["length_tokens"]:
-                axes.plot(factor * length, top, marker="x", color=style.color, mew=2, markersize=7, clip_on=False)
-            if x:
-                ends.append(Label(style.text, x[-1], y[-1], style.color))
-        end_labels(axes, ends)
+        shown = [*timed["tpot_s"], *timed["tpot_p10_s"].dropna(), *timed["tpot_p90_s"].dropna()]
+        top = _time_axis(axes, [1000 * value for value in shown])
+        paths = {
+            label: [(float(row["length_tokens"]), 1000 * row["tpot_s"]) for row in records(rows)]
+            for label in labels
+            if len(rows := timed[timed["method_label"] == label])
+        }
+        draw_lines(axes, paths, styles, width=1.4)
+        hollow = [(label, i) for label, path in paths.items() for i, (x, _) in enumerate(path) if (label, x) in doubted]
+        draw_markers(axes, paths, styles, hollow=hollow)
+        for row in records(timed):
+            if row["tpot_p10_s"] is not None and row["tpot_p90_s"] is not None:
+                low, high = 1000 * row["tpot_p10_s"], 1000 * row["tpot_p90_s"]
+                axes.vlines(
+                    row["length_tokens"], low, high, color=styles[row["method_label"]].color, lw=1.1, alpha=0.55
+                )
+        crosses = {
+            label: [(float(length), top) for length in failed[failed["method_label"] == label]["length_tokens"]]
+            for label in labels
+        }
+        draw_crosses(axes, crosses, styles)
+        end_labels(axes, [Label(styles[label].text, *path[-1], styles[label].color) for label, path in paths.items()])
     caption = (
         "Time per output token: the median decode step of a run without the memory sampler, batch 1. A measurement of "
-        f"this machine and build, not of the method as such. {step_note(run)} {SIDE_BY_SIDE}"
+        f"this machine and build, not of the method as such. {step_note(run)} {NESTED} {doubts}".rstrip()
     )
     return ReportFigure(name, title, caption, figure, data.reset_index(drop=True))
 
 
-def _memory_line(axes: Axes, rows: pd.DataFrame, style: MethodStyle, *, factor: float) -> Label | None:
-    """One method's predicted line, measured points and crosses; returns the label for the line's right end."""
-    predicted = [
-        (factor * row["length_tokens"], float(row["predicted_bytes"]))
+def _memory_lines(axes: Axes, rows: Mapping[str, pd.DataFrame], styles: Mapping[str, MethodStyle]) -> list[Label]:
+    """Predicted lines, measured points and crosses by method; returns the labels for the lines' right ends."""
+    predicted = {label: _places(table, "predicted_bytes") for label, table in rows.items()}
+    measured = {label: _places(table, "measured_bytes") for label, table in rows.items()}
+    crosses = {label: _places(table[table["status"] == "oom"], "predicted_bytes") for label, table in rows.items()}
+    draw_lines(axes, {label: path for label, path in predicted.items() if len(path) > 1}, styles, width=1.1, alpha=0.8)
+    for label, path in predicted.items():
+        if len(path) == 1:
+            axes.plot(*zip(*path, strict=True), color=styles[label].color, marker="_", ms=26, alpha=0.8, zorder=2)
+    draw_markers(axes, measured, styles)
+    draw_crosses(axes, crosses, styles)
+    ends = {label: predicted[label] or measured[label] for label in rows}
+    return [Label(styles[label].text, *max(path), styles[label].color) for label, path in ends.items() if path]
+
+
+def _places(rows: pd.DataFrame, column: str) -> list[tuple[float, float]]:
+    """(length, bytes) where there are any; a logarithmic axis has no place for nil."""
+    return [
+        (float(row["length_tokens"]), float(row[column]))
         for row in records(rows)
-        if row["predicted_bytes"]
+        if row[column] is not None and row[column] > 0
     ]
-    if predicted:
-        xs, ys = zip(*predicted, strict=True)
-        alone = "_" if len(xs) == 1 else "None"
-        axes.plot(xs, ys, color=style.color, ls=style.dash, lw=1.1, alpha=0.8, marker=alone, ms=26, zorder=2)
-    measured = [
-        (factor * row["length_tokens"], float(row["measured_bytes"]))
-        for row in records(rows)
-        if row["measured_bytes"] is not None and row["measured_bytes"] > 0
-    ]
-    points(axes, [x for x, _ in measured], [y for _, y in measured], style, line=False)
-    crosses = [
-        (factor * row["length_tokens"], float(row["predicted_bytes"]))
-        for row in records(rows)
-        if row["status"] == "oom" and row["predicted_bytes"]
-    ]
-    for x, y in crosses:
-        axes.plot(x, y, marker="x", color=style.color, mew=2, markersize=7.5, zorder=4)
-    ends = predicted or measured
-    if not ends:
-        return None
-    x, y = max(ends)
-    return Label(style.text, x, y, style.color)
 
 
 def _styles(run: Run) -> tuple[dict[str, MethodStyle], str]:
@@ -215,5 +217,6 @@ def _time_axis(axes: Axes, values_ms: list[float]) -> float:
     first, last = math.floor(math.log2(low / 1.6)), math.ceil(math.log2(top))
     stride = math.ceil((last - first + 1) / 8)
     axes.yaxis.set_major_locator(FixedLocator([2.0**power for power in range(first, last + 1, stride)]))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(lambda value, _: number(value))
     return top

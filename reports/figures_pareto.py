@@ -168,6 +168,6 @@ def _pareto_panel(
         if row["ci_low"] is not None:
             bars.append([(x, 100 * row["ci_low"]), (x, 100 * row["ci_high"])])
             axes.plot(*zip(*bars[-1], strict=True), color=style.color, linewidth=1, alpha=0.35)
-        points(axes, [x], [y], style, line=False)
+        points(axes, [x], [y], style)
         labels.append(Label(style.text, x, y, style.color))
     free_labels(axes, labels, lines=[steps, *bars, *(path for path in paths if path)])

@@ -9,16 +9,18 @@ from kvscope.reports.cells import (
     footprint_cells,
     memory_source,
     pool_notes,
+    pooled_answers,
     pooled_cells,
     pooled_tasks,
     step_note,
 )
 from kvscope.reports.coverage import coverage
 from kvscope.reports.figure_parts import subtitle_of
-from kvscope.reports.table_parts import Table, excluded_notes
+from kvscope.reports.legible import legible
+from kvscope.reports.table_parts import Notes, Table, excluded_notes
 from kvscope.reports.tables_limits import limit_tables
-from kvscope.reports.units import byte_unit, length_text, measured, number
-from kvscope.results.comparisons import baseline_label
+from kvscope.reports.units import byte_unit, length_text, milliseconds, number, points, with_interval
+from kvscope.results.comparisons import baseline_label, compare_pooled
 from kvscope.results.frames import Run, records
 
 _INTERVALS_UP_TO = 5
@@ -26,14 +28,19 @@ _INTERVALS_UP_TO = 5
 
 
 def summary_text(run: Run) -> str:
-    """Accuracy, memory and time by method and length as plain text, and what is missing."""
+    """Accuracy, difference to dense, bytes, verdict and time by method and length as text, and what is missing."""
+    run = legible(run)
     parts = [subtitle_of(run)]
     if run.info.tasks:
-        parts.append(_accuracy(run))
+        cells = accuracy_cells(run)
+        parts.append(_accuracy(run, cells))
+        parts.append(_differences(run, cells))
     searched = run.info.config.get("find_max") is True
     if not searched and (len(run.footprint) or run.info.footprint_lengths_tokens):
         parts.append(_memory(run))
         parts.append(_time(run))
+    elif run.info.tasks:
+        parts.append(_memory_of_samples(run))
     parts += [f"{table.title}\n{text_of(table)}" for table in limit_tables(run)]
     parts += excluded_notes(run.info)
     parts += coverage(run).sentences()
@@ -50,9 +57,8 @@ def text_of(table: Table) -> str:
     return "\n".join([grid, table.caption, *table.notes])
 
 
-def _accuracy(run: Run) -> str:
+def _accuracy(run: Run, cells: pd.DataFrame) -> str:
     """Accuracy by method, pooled over tasks; of a single method by task."""
-    cells = accuracy_cells(run)
     pooled = pooled_cells(run, cells)
     by_task = len(run.info.methods) == 1 and len(run.info.tasks) > 1
     shown = cells[cells["task"] != ALL_TASKS] if by_task else pooled
@@ -62,9 +68,8 @@ def _accuracy(run: Run) -> str:
         if cell["accuracy"] is None:
             text = "-" if cell["reason"] == "not asked for" else _status(cell["reason"].split(":")[0])
         else:
-            text = f"{100 * cell['accuracy']:.1f}"
-            if intervals and cell["ci_low"] is not None:
-                text += f" [{100 * cell['ci_low']:.0f}-{100 * cell['ci_high']:.0f}]"
+            ends = (cell["ci_low"], cell["ci_high"]) if intervals else (None, None)
+            text = with_interval(cell["accuracy"], *ends)
         texts[cell["task" if by_task else "method_label"], cell["length_tokens"]] = text
     counts = sorted(set(shown["n"]) - {0}) or [0]
     n_text = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
@@ -75,6 +80,27 @@ def _accuracy(run: Run) -> str:
         return f"{title}: {run.info.methods[0].label} by task; -: not asked for\n{grid}"
     text = f"{title}: {', '.join(pooled_tasks(run.info))}\n{_methods_grid(run, texts, lengths)}"
     return "\n".join([text, *pool_notes(run.info)])
+
+
+def _differences(run: Run, cells: pd.DataFrame) -> str:
+    """Paired difference to dense by method and length; over all prompts with its interval and what it proves."""
+    title = "Accuracy minus dense (points, paired)"
+    baseline = baseline_label(run.info)
+    others = [method.label for method in run.info.methods if method.label != baseline]
+    if baseline is None or not others:
+        return f"{title}: none, the run has {'no dense' if baseline is None else 'dense alone'}."
+    texts = {}
+    for cell in records(pooled_cells(run, cells)):
+        text = "no pairs" if cell["n_missing"] == 0 else "not run"
+        if cell["difference_to_dense"] is not None:
+            text = points(cell["difference_to_dense"])
+        texts[cell["method_label"], cell["length_tokens"]] = text
+    last = dict.fromkeys(others, "no pairs")
+    for found in compare_pooled(run.samples, info=run.info):
+        whole = found.paired.difference
+        last[found.method_label] = f"{with_interval(whole.mean, whole.low, whole.high, text=points)} {found.verdict}"
+    grid = _grid(others, "method", texts, list(run.info.lengths_tokens), last=("all prompts", last))
+    return f"{title} by length in tokens; over all prompts with 95 % interval and verdict\n{grid}"
 
 
 def _memory(run: Run) -> str:
@@ -96,19 +122,66 @@ def _memory(run: Run) -> str:
             text = f"{number(cell[column] / unit.size_bytes)}{share}"
         texts[cell["method_label"], cell["length_tokens"]] = text
     title = f"{source.axis}, {unit.name} (share of dense where it was measured), by length in tokens"
-    return f"{title}\n{_methods_grid(run, texts, _footprint_lengths(cells))}\n{source.caption}"
+    verdicts = _verdicts(cells)
+    grid = _methods_grid(run, texts, _footprint_lengths(cells), last=("verdict", verdicts) if verdicts else None)
+    return f"{title}\n{grid}\n{source.caption}{'' if verdicts else ' So there is no verdict on the savings.'}"
+
+
+def _verdicts(cells: pd.DataFrame) -> dict[str, str]:
+    """What NVML says of each method's saving, by length where it differs; empty where it was measured nowhere."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for cell in records(cells):
+        verdict = cell["verdict"] if cell["status"] == "ok" else None
+        if verdict is not None:
+            lengths = found.setdefault(cell["method_label"], {}).setdefault(verdict, [])
+            lengths.append(length_text(cell["length_tokens"]))
+    if all(set(verdicts) == {"not_measured"} for verdicts in found.values()):
+        return {}
+    return {
+        label: next(iter(verdicts))
+        if len(verdicts) == 1
+        else "; ".join(f"{verdict} at {', '.join(lengths)}" for verdict, lengths in verdicts.items())
+        for label, verdicts in found.items()
+    }
+
+
+def _memory_of_samples(run: Run) -> str:
+    """Bytes of a run without a footprint pass: the ledger's, mean over the prompts behind the pooled accuracies."""
+    ok = pooled_answers(run)
+    key = ["method_label", "length_tokens"]
+    held = (ok["resident_kv_bytes"] + ok["metadata_bytes"]).astype("float64")
+    shown = ok[key].assign(held=held, dense=ok["dense_kv_bytes"].astype("float64")).groupby(key).mean().reset_index()
+    unit = byte_unit(shown["dense"].tolist())
+    texts = {
+        (row["method_label"], row["length_tokens"]): f"{number(row['held'] / unit.size_bytes)} "
+        f"({100 * row['held'] / row['dense']:.1f} %)"
+        for row in records(shown)
+        if row["dense"]
+    }
+    grid = _methods_grid(run, texts, list(run.info.lengths_tokens), absent="not run")
+    return (
+        f"KV cache on the device (ledger, not NVML), {unit.name} (share of dense), by length in tokens\n{grid}\n"
+        "Mean over the scored prompts, metadata included. No footprint pass: no times, and no verdict on the savings."
+    )
 
 
 def _time(run: Run) -> str:
     cells = footprint_cells(run)
-    texts = {
-        (cell["method_label"], cell["length_tokens"]): (
-            _status(cell["status"]) if cell["tpot_s"] is None else measured(1000 * cell["tpot_s"])
-        )
-        for cell in records(cells)
-    }
-    grid = _methods_grid(run, texts, _footprint_lengths(cells))
-    return f"Time per output token (ms, median) by length in tokens\n{grid}\n{step_note(run)}".rstrip()
+    lengths = _footprint_lengths(cells)
+    known = bool(cells["tpot_p10_s"].notna().any())
+    spread = known and len(lengths) <= _INTERVALS_UP_TO
+    notes = Notes()
+    texts = {}
+    for cell in records(cells):
+        text = _status(cell["status"])
+        if cell["tpot_s"] is not None:
+            ends = (cell["tpot_p10_s"], cell["tpot_p90_s"]) if spread else (None, None)
+            text = notes.doubted(milliseconds(cell["tpot_s"], *ends), cell["time_doubts"])
+        texts[cell["method_label"], cell["length_tokens"]] = text
+    how = "median [10th, 90th percentile]" if spread else "median" if known else "median; spread not recorded"
+    grid = _methods_grid(run, texts, lengths)
+    return "\n".join(filter(None, [f"Time per output token (ms, {how}) by length in tokens", grid, *notes.lines(),
+                                   step_note(run)]))  # fmt: skip
 
 
 def _status(status: str) -> str:
@@ -119,12 +192,32 @@ def _footprint_lengths(cells: pd.DataFrame) -> list[int]:
     return sorted(set(cells["length_tokens"]))
 
 
-def _methods_grid(run: Run, texts: dict[tuple[str, int], str], lengths: list[int]) -> str:
-    return _grid([method.label for method in run.info.methods], "method", texts, lengths)
+def _methods_grid(
+    run: Run,
+    texts: dict[tuple[str, int], str],
+    lengths: list[int],
+    *,
+    last: tuple[str, dict[str, str]] | None = None,
+    absent: str = "not asked",
+) -> str:
+    return _grid([method.label for method in run.info.methods], "method", texts, lengths, last=last, absent=absent)
 
 
-def _grid(names: list[str], what: str, texts: dict[tuple[str, int], str], lengths: list[int]) -> str:
-    rows = [[name, *(texts.get((name, length), "not asked") for length in lengths)] for name in names]
+def _grid(
+    names: list[str],
+    what: str,
+    texts: dict[tuple[str, int], str],
+    lengths: list[int],
+    *,
+    last: tuple[str, dict[str, str]] | None = None,
+    absent: str = "not asked",
+) -> str:
+    """A row a name and a column a length; `last` is the header of one more column and its texts by name."""
+    rows = [[name, *(texts.get((name, length), absent) for length in lengths)] for name in names]
     headers = [what, *map(length_text, lengths)]
-    aligned = ("left", *("right" for _ in lengths))
+    aligned = ["left", *("right" for _ in lengths)]
+    if last is not None:
+        headers.append(last[0])
+        aligned.append("left")
+        rows = [[*row, last[1].get(row[0], "-")] for row in rows]
     return tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True, colalign=aligned)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
+from kvscope.results.plain_text import shortened
 from kvscope.results.schema import RunInfo
 
 
@@ -23,21 +24,36 @@ class Table:
     """`(a) why`, in the order of their letters, and other remarks."""
 
 
+_MOST_REASON_CHARS = 400
+
+
 @dataclass
 class Notes:
-    """Hands out one letter a reason."""
+    """Hands out one letter a reason: why something was not measured, or why a time is not to be trusted."""
 
     letters: dict[str, str] = field(default_factory=dict)
 
     def mark(self, reason: str) -> str:
-        reason = reason.rstrip(".").removeprefix("missing: ")
-        if reason not in self.letters:
-            place = len(self.letters)
-            self.letters[reason] = (chr(96 + place // 26) if place >= 26 else "") + chr(97 + place % 26)
-        return f"n/m ({self.letters[reason]})"
+        """Return what stands in the place of a value: `n/m (a)`."""
+        reason = shortened(reason.rstrip(".").removeprefix("missing: "), most=_MOST_REASON_CHARS)
+        return f"n/m ({self._letter(f'not measured: {reason}')})"
+
+    def doubted(self, time: str, doubts: str) -> str:
+        """Return a time as it is quoted: with a letter where it is not to be trusted."""
+        return f"{time} ({self._letter(f'time not to be trusted: {doubts}')})" if doubts else time
 
     def lines(self) -> tuple[str, ...]:
-        return tuple(f"({letter}) not measured: {reason}." for reason, letter in self.letters.items())
+        """Return one note a letter."""
+        return tuple(f"({letter}) {text}." for text, letter in self.letters.items())
+
+    def _letter(self, text: str) -> str:
+        if text not in self.letters:
+            number, letters = len(self.letters), ""
+            while number >= 0:
+                number, last = number // 26 - 1, number % 26
+                letters = chr(97 + last) + letters
+            self.letters[text] = letters
+        return self.letters[text]
 
 
 def excluded_notes(info: RunInfo) -> tuple[str, ...]:

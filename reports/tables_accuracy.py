@@ -6,7 +6,7 @@ import pandas as pd
 
 from kvscope.reports.cells import ALL_TASKS, pool_notes
 from kvscope.reports.table_parts import Notes, Table, excluded_notes
-from kvscope.reports.units import length_text, number, p_text, percent, points
+from kvscope.reports.units import length_text, number, p_text, percent, points, with_interval
 from kvscope.results.comparisons import baseline_label, compare_methods
 from kvscope.results.frames import Run, records
 
@@ -51,19 +51,15 @@ def accuracy_table(run: Run, cells: pd.DataFrame) -> Table:
 def _accuracy_text(cell: dict[str, Any], notes: Notes) -> str:
     if cell["accuracy"] is None:
         return notes.mark(cell["reason"] or "no prompt was asked for")
-    interval = "" if cell["ci_low"] is None else f" [{percent(cell['ci_low'])}, {percent(cell['ci_high'])}]"
     lacking = cell["n_not_measured"] + cell["n_missing"]
     count = f"n={cell['n']}" + (f" of {cell['n'] + lacking}" if lacking else "")
-    return f"{percent(cell['accuracy'])}{interval} {count}"
+    return f"{with_interval(cell['accuracy'], cell['ci_low'], cell['ci_high'])} {count}"
 
 
 def _difference_text(cell: dict[str, Any], notes: Notes) -> str:
     if cell["difference_to_dense"] is None:
         return notes.mark(cell["note"])
-    if cell["difference_low"] is None:
-        return points(cell["difference_to_dense"])
-    low, high = points(cell["difference_low"]), points(cell["difference_high"])
-    return f"{points(cell['difference_to_dense'])} [{low}, {high}]"
+    return with_interval(cell["difference_to_dense"], cell["difference_low"], cell["difference_high"], text=points)
 
 
 STATISTICS_COLUMNS = [
@@ -133,7 +129,6 @@ def statistics_table(run: Run) -> Table:
                 "sentence": found.sentence,
             }
         )
-        interval = "" if difference.low is None else f" [{points(difference.low)}, {points(difference.high or 0)}]"
         needed = "" if safe.pairs_needed is None else f" (needs about {safe.pairs_needed:,} pairs)"
         texts.append(
             {
@@ -142,7 +137,7 @@ def statistics_table(run: Run) -> Table:
                 "pairs": str(paired.n_pairs),
                 "accuracy (%)": percent(found.method_mean),
                 "dense (%)": percent(found.baseline_mean),
-                "difference (points)": f"{points(difference.mean)}{interval}",
+                "difference (points)": with_interval(difference.mean, difference.low, difference.high, text=points),
                 "lost / won": f"{paired.lost} / {paired.won}",
                 "p": p_text(paired.p_value),
                 "p (Holm)": p_text(found.p_holm),
@@ -171,4 +166,4 @@ def statistics_table(run: Run) -> Table:
 
 def _scope_text(scope: str) -> str:
     number_of, _, unit = scope.partition(" ")
-    return f"{length_text(int(number_of))} tokens" if unit == "tokens" else scope
+    return f"{length_text(int(number_of))} tokens" if unit == "tokens" and number_of.isdecimal() else scope

@@ -5,7 +5,8 @@ from typing import Any
 import pandas as pd
 
 from kvscope.reports.table_parts import Notes, Table
-from kvscope.reports.units import bytes_text, length_text, measured
+from kvscope.reports.trust import with_doubts
+from kvscope.reports.units import ByteUnit, byte_unit, bytes_text, length_text, measured
 from kvscope.results.comparisons import baseline_label
 from kvscope.results.frames import Run, records
 
@@ -65,7 +66,8 @@ def max_context_table(run: Run) -> Table:
 
 def throughput_table(run: Run) -> Table:
     """Largest batch and decode tokens a second by method and length."""
-    data = run.throughput.copy()
+    data = with_doubts(run.throughput)
+    data["held_bytes"] = data["resident_kv_bytes"] + data["metadata_bytes"]
     baseline = baseline_label(run.info)
     whole = {
         row["length_tokens"]: row["tokens_per_s"]
@@ -73,7 +75,11 @@ def throughput_table(run: Run) -> Table:
         if row["method_label"] == baseline and row["tokens_per_s"] is not None
     }
     notes = Notes()
-    rows = [_throughput_text(row, whole.get(row["length_tokens"]), notes) for row in records(data)]
+    unit = byte_unit(data["held_bytes"].dropna().tolist())
+    rows = [_throughput_text(row, whole.get(row["length_tokens"]), unit, notes) for row in records(data)]
+    if data["step_p10_s"].notna().any():
+        for text, row in zip(rows, records(data), strict=True):
+            text["step: mean, 10th to 90th percentile (ms)"] = _step_text(row, notes)
     caption = (
         "Decode throughput of the largest batch that fits: one forward of the model a step for the whole batch, "
         "attention sequence by sequence, refreshes of the resident set included. Pages of random values instead of a "
@@ -100,7 +106,18 @@ def _eager_notes(data: pd.DataFrame) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _throughput_text(row: dict[str, Any], dense_tokens_per_s: float | None, notes: Notes) -> dict[str, str]:
+def _step_text(row: dict[str, Any], notes: Notes) -> str:
+    if row["step_s"] is None:
+        return notes.mark(f"{row['status']}: {row['reason']}")
+    mean = notes.doubted(measured(1000 * row["step_s"]), row["time_doubts"])
+    if row["step_p10_s"] is None or row["step_p90_s"] is None:
+        return mean
+    return f"{mean}, {measured(1000 * row['step_p10_s'])} to {measured(1000 * row['step_p90_s'])}"
+
+
+def _throughput_text(
+    row: dict[str, Any], dense_tokens_per_s: float | None, unit: ByteUnit, notes: Notes
+) -> dict[str, str]:
     why = f"{row['status']}: {row['reason']}"
     known = row["tokens_per_s"] is not None
     return {
@@ -108,11 +125,16 @@ def _throughput_text(row: dict[str, Any], dense_tokens_per_s: float | None, note
         "length (tokens)": length_text(row["length_tokens"]),
         "largest batch": str(row["largest_batch"]) if known else notes.mark(why),
         "bound by": BOUNDS[row["batch_bound"]] if known else notes.mark(why),
-        "tokens/s": measured(row["tokens_per_s"]) if known else notes.mark(why),
+        f"KV of the batch ({unit.name})": unit.text(row["held_bytes"])
+        if row["held_bytes"] is not None
+        else notes.mark(why if not known else "the row does not say"),
+        "tokens/s": notes.doubted(measured(row["tokens_per_s"]), row["time_doubts"]) if known else notes.mark(why),
         "of dense": f"{row['tokens_per_s'] / dense_tokens_per_s:.2f}x"
         if known and dense_tokens_per_s
         else notes.mark(why if not known else "dense has no throughput at this length"),
-        "tokens/s at batch 1": measured(row["tokens_per_s_at_1"]) if known else notes.mark(why),
+        "tokens/s at batch 1": notes.doubted(measured(row["tokens_per_s_at_1"]), row["time_doubts"])
+        if known and row["tokens_per_s_at_1"] is not None
+        else notes.mark(why if not known else "not timed"),
         "steps": (row["step_backend"] or "eager").partition(":")[0] if known else notes.mark(why),
         "selection": row["selection"],
     }

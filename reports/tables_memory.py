@@ -6,7 +6,17 @@ import pandas as pd
 
 from kvscope.reports.cells import footprint_cells, pooled_answers, step_note
 from kvscope.reports.table_parts import Notes, Table, excluded_notes
-from kvscope.reports.units import ByteUnit, byte_unit, length_text, measured, percent
+from kvscope.reports.trust import time_doubts
+from kvscope.reports.units import (
+    ByteUnit,
+    byte_unit,
+    length_text,
+    measured,
+    milliseconds,
+    percent,
+    points,
+    with_interval,
+)
 from kvscope.results.frames import Run, records
 from kvscope.results.schema import NVML_COLUMNS
 
@@ -30,7 +40,8 @@ def footprint_table(run: Run) -> Table:
         "One fresh process per row. Resident KV, metadata and host bytes are the ledger's (exact sizes of live "
         "tensors, mean over decode steps); read a step: the bytes of keys, values and metadata that one decode step "
         "reads, counted. NVML is the driver's reading of the process. TTFT: time to first token; TPOT: median time per "
-        "output token, batch 1; after a synthetic prefill TTFT holds no prefill. Torch peaks, host memory and FLOPs "
+        "output token, batch 1, with the steps' 10th and 90th percentile where they were recorded; "
+        "after a synthetic prefill TTFT holds no prefill. Torch peaks, host memory and FLOPs "
         "are in the CSV."
     )
     text = pd.DataFrame(rows) if rows else pd.DataFrame(columns=["method", "length (tokens)", "status"])
@@ -67,8 +78,10 @@ def _footprint_text(row: dict[str, Any], unit: ByteUnit, *, nvml: bool, labels: 
             f"decode peak NVML ({unit.name})": amount("decode_peak_nvml_bytes", row["nvml_reason"]),
         }
     text |= {
-        "TTFT (s)": notes.mark(why or "no time") if row["ttft_s"] is None else measured(row["ttft_s"]),
-        "TPOT (ms)": notes.mark(why or "no time") if row["tpot_s"] is None else measured(1000 * row["tpot_s"]),
+        "TTFT (s)": notes.mark(why or "no time")
+        if row["ttft_s"] is None
+        else notes.doubted(measured(row["ttft_s"]), row["time_doubts"]),
+        "TPOT (ms)": notes.mark(why or "no time") if row["tpot_s"] is None else _tpot_text(row, notes),
         "verdict": row["verdict"] or "not run yet",
     }
     if labels:
@@ -76,7 +89,21 @@ def _footprint_text(row: dict[str, Any], unit: ByteUnit, *, nvml: bool, labels: 
     return text
 
 
+def _tpot_text(row: dict[str, Any], notes: Notes) -> str:
+    return notes.doubted(milliseconds(row["tpot_s"], row["tpot_p10_s"], row["tpot_p90_s"]), row["time_doubts"])
+
+
 READ_COLUMNS = ("bytes_read_per_step", "attention_flops_per_step")
+FOOTPRINT_COLUMNS = (
+    "kv_nvml_bytes",
+    "host_kv_bytes",
+    "tpot_s",
+    "tpot_p10_s",
+    "tpot_p90_s",
+    "verdict",
+    *READ_COLUMNS,
+)
+DIFFERENCE_COLUMNS = ("difference_to_dense", "difference_low", "difference_high")
 STAYS_COLUMNS = [
     "method_label",
     "stays",
@@ -92,10 +119,18 @@ STAYS_COLUMNS = [
     "kv_nvml_bytes",
     "host_kv_bytes",
     "tpot_s",
+    "tpot_p10_s",
+    "tpot_p90_s",
+    "time_doubts",
+    "verdict",
     "accuracy",
     "ci_low",
     "ci_high",
     "n",
+    "difference_to_dense",
+    "difference_low",
+    "difference_high",
+    "difference_note",
     "not_measured",
     "source",
 ]
@@ -123,7 +158,9 @@ def stays_table(run: Run, cells: pd.DataFrame) -> Table:
     caption = (
         f"What each method keeps on the GPU and what that saves; {where}: bytes, time and accuracy of one setting. "
         "Bytes are the ledger's, keys, values and metadata; 100 % is what dense holds, or reads in one decode step, at "
-        "the same length. Accuracy is pooled over tasks, with its 95 % interval."
+        "the same length. Accuracy is pooled over tasks, with its 95 % interval; minus dense: the paired difference on "
+        "the prompts both answered. TPOT: median time per output token, with the steps' 10th and 90th percentile "
+        "where they were recorded. Verdict: whether NVML confirms the claimed saving."
     )
     if not nvml and len(timed):
         caption += f" NVML was not measured: {', '.join(dict.fromkeys(timed['nvml_reason'].dropna()))}."
@@ -155,7 +192,8 @@ def _stays_cell(run: Run, label: str, length: int | None, pooled: pd.DataFrame) 
             "read_of_dense": _share(found[0]["bytes_read_per_step"], _dense_reads(run.footprint, length)),
             "bytes_from": "footprint",
         }
-        cell |= {key: found[0][key] for key in ("kv_nvml_bytes", "host_kv_bytes", "tpot_s", *READ_COLUMNS)}
+        cell |= {key: found[0][key] for key in FOOTPRINT_COLUMNS}
+        cell["time_doubts"] = time_doubts(found[0])
         if found[0]["kv_nvml_bytes"] is None:
             reasons.append(f"NVML: {found[0]['nvml_reason']}")
     elif found:
@@ -170,7 +208,8 @@ def _stays_cell(run: Run, label: str, length: int | None, pooled: pd.DataFrame) 
             cell |= {key: float(ok[key].mean()) for key in READ_COLUMNS}
             cell |= {"read_of_dense": _share(cell["bytes_read_per_step"], _dense_reads(answers, length))}
     for scores in records(pooled[(pooled["method_label"] == label) & (pooled["length_tokens"] == length)]):
-        cell |= {key: scores[key] for key in ("accuracy", "ci_low", "ci_high", "n")}
+        cell |= {key: scores[key] for key in ("accuracy", "ci_low", "ci_high", "n", *DIFFERENCE_COLUMNS)}
+        cell["difference_note"] = scores["note"]
         if scores["accuracy"] is None:
             reasons.append(f"accuracy: {scores['reason'] or 'no prompt was asked for'}")
     return {**cell, "not_measured": "; ".join(reasons)}
@@ -194,16 +233,14 @@ def _stays_text(row: dict[str, Any], unit: ByteUnit, *, nvml: bool, notes: Notes
             return shown
         named = {"kv_nvml_bytes": "NVML: ", "accuracy": "accuracy: "}.get(column)
         fitting = [reason for reason in reasons if named and reason.startswith(named)] or reasons
-        return notes.mark(fitting[0].removeprefix(named or ""))
+        return notes.mark(fitting[0].removeprefix(named or "") or "no prompt was asked for")
 
     def amount(column: str) -> str:
         return value(column, unit.text(row[column] or 0))
 
-    interval = "" if row["ci_low"] is None else f" [{percent(row['ci_low'])}, {percent(row['ci_high'])}]"
+    accuracy = "" if row["accuracy"] is None else with_interval(row["accuracy"], row["ci_low"], row["ci_high"])
     text = {
         "method": row["method_label"],
-        "stays on the GPU": row["stays"],
-        "saves": row["saves"],
         f"resident ({unit.name})": amount("held_bytes"),
         "of dense (%)": value("held_of_dense", percent(row["held_of_dense"] or 0)),
         f"read a step ({unit.name})": amount("bytes_read_per_step"),
@@ -215,7 +252,13 @@ def _stays_text(row: dict[str, Any], unit: ByteUnit, *, nvml: bool, notes: Notes
         text[f"KV by NVML ({unit.name})"] = amount("kv_nvml_bytes")
     return text | {
         f"host ({unit.name})": amount("host_kv_bytes"),
-        "TPOT (ms)": value("tpot_s", measured(1000 * (row["tpot_s"] or 0))),
-        "accuracy (%)": value("accuracy", f"{percent(row['accuracy'] or 0)}{interval} n={row['n']}"),
+        "TPOT (ms)": value("tpot_s", "") if row["tpot_s"] is None else _tpot_text(row, notes),
+        "verdict": value("verdict", row["verdict"] or ""),
+        "accuracy (%)": value("accuracy", f"{accuracy} n={row['n']}"),
+        "minus dense (points)": notes.mark(row["difference_note"] or "no prompt was asked for")
+        if row["difference_to_dense"] is None
+        else with_interval(row["difference_to_dense"], row["difference_low"], row["difference_high"], text=points),
+        "stays on the GPU": row["stays"],
+        "saves": row["saves"],
         "source": row["source"],
     }

@@ -5,7 +5,7 @@ from typing import Any
 import pandas as pd
 
 from kvscope.reports.table_parts import Notes, Table, excluded_notes
-from kvscope.reports.units import length_text, percent
+from kvscope.reports.units import length_text, with_interval
 from kvscope.results.comparisons import cluster_names
 from kvscope.results.frames import Run, records
 from kvscope.results.statistics import mean_interval
@@ -89,5 +89,4 @@ def _accuracy(rows: list[dict[str, Any]]) -> dict[str, object]:
 def _text(cell: dict[str, Any], notes: Notes) -> str:
     if cell["accuracy"] is None:
         return notes.mark(cell["reason"])
-    interval = "" if cell["ci_low"] is None else f" [{percent(cell['ci_low'])}, {percent(cell['ci_high'])}]"
-    return f"{percent(cell['accuracy'])}{interval} n={cell['n']}"
+    return f"{with_interval(cell['accuracy'], cell['ci_low'], cell['ci_high'])} n={cell['n']}"

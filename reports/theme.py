@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import matplotlib as mpl
 
+from kvscope.results.plain_text import shortened
+
 DENSE_COLOR = "#000000"
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999933", "#882255")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "*", "<", ">", "h")
@@ -19,6 +21,8 @@ Dash = Literal["-", "--", ":"]
 DASHES: tuple[Dash, ...] = ("-", "--", ":")
 GRID, FAINT, TEXT = "#DDDDDD", "#666666", "#222222"
 PNG_DPI = 160
+_MOST_LABEL_CHARS = 160
+_MOST_LINE_CHARS = 48
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ def short_lines(label: str, *, width: int = 20) -> str:
     """Break `name:key=value,key=value` after the colon and commas so that no line exceeds `width` where avoidable."""
     if len(label) <= width:
         return label
+    label = shortened(label, most=_MOST_LABEL_CHARS)
     name, colon, options = label.partition(":")
     lines = [name + colon]
     for part in options.split(",") if options else []:
@@ -94,7 +99,7 @@ def short_lines(label: str, *, width: int = 20) -> str:
             if len(lines) > 1:
                 lines[-1] += ","
             lines.append(part)
-    return "\n".join(lines)
+    return "\n".join(shortened(line, most=max(width, _MOST_LINE_CHARS)) for line in lines)
 
 
 @contextmanager
@@ -124,6 +129,8 @@ def theme(name: str) -> Iterator[None]:
         "figure.dpi": 100,
         "savefig.dpi": PNG_DPI,
         "svg.fonttype": "path",
+        # A dollar sign in a name is a dollar sign, no formula.
+        "text.parse_math": False,
         "svg.hashsalt": f"kvscope-{name}",
     }
     with mpl.rc_context(settings):

@@ -1,12 +1,13 @@
 """How numbers are written in reports: lengths in K tokens, bytes in MiB or GiB (powers of 1024), never in GB."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import pandas as pd
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+_TINY = 1e-6
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,9 @@ def length_text(length_tokens: int) -> str:
 
 
 def number(value: float) -> str:
-    """Three significant digits without an exponent: 0.0123, 1.23, 12.3, 123, 1,234."""
-    if value == 0:
-        return "0"
+    """Three significant digits, without an exponent from a millionth on: 0.0123, 1.23, 12.3, 123, 1,234."""
+    if value == 0 or abs(value) < _TINY:
+        return "0" if value == 0 else f"{value:.2e}"
     digits = max(0, 2 - math.floor(math.log10(abs(value))))
     text = f"{value:,.{digits}f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
@@ -54,8 +55,8 @@ def number(value: float) -> str:
 
 def measured(value: float) -> str:
     """A measured number with three significant digits, zeros kept, so that a column lines up: 9.70, 15.5, 103."""
-    if value == 0:
-        return "0"
+    if value == 0 or abs(value) < _TINY:
+        return "0" if value == 0 else f"{value:.2e}"
     return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
 
 
@@ -68,6 +69,31 @@ def points(fraction: float) -> str:
     """A difference in percentage points, with its sign; nil has none."""
     text = f"{100 * fraction:+.1f}"
     return "0.0" if text in ("+0.0", "-0.0") else text
+
+
+def with_interval(
+    value: float, low: float | None, high: float | None, *, text: Callable[[float], str] = percent
+) -> str:
+    """`12.5 [10.1, 15.0]`: estimate and both ends rounded alike, so that what is printed holds its estimate, too.
+
+    The estimate alone where there are no ends.
+    """
+    return text(value) if low is None or high is None else f"{text(value)} [{text(low)}, {text(high)}]"
+
+
+def milliseconds(middle_s: float, low_s: float | None, high_s: float | None) -> str:
+    """A time in ms with its 10th and 90th percentile where they are known: `9.70 [9.65, 9.81]`.
+
+    The ends have as many decimals as the middle, so that what is printed holds it.
+    """
+    value = 1000 * middle_s
+    digits = max(0, 2 - math.floor(math.log10(value))) if value > _TINY else 2
+    return with_interval(
+        value,
+        None if low_s is None else 1000 * low_s,
+        None if high_s is None else 1000 * high_s,
+        text=lambda ms: measured(ms) if 0 < ms < _TINY else f"{ms:,.{digits}f}",
+    )
 
 
 def p_text(p_value: float) -> str:

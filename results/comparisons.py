@@ -105,8 +105,7 @@ def compare_methods(samples: pd.DataFrame, *, info: RunInfo, margin: float = DEF
     if baseline is None:
         return []
     samples = pooled(samples, info)[SCORE_COLUMNS]
-    others = [method.label for method in info.methods if method.label != baseline]
-    tables = {label: pairs(samples, method=label, baseline=baseline) for label in others}
+    tables = _paired_tables(samples, info, baseline=baseline)
     lengths, tasks = sorted(samples["length_tokens"].unique()), list(dict.fromkeys(samples["task"]))
     found = _compare_within("all prompts", tables, baseline=baseline, margin=margin)
     for length in lengths if len(lengths) > 1 else []:
@@ -118,11 +117,26 @@ def compare_methods(samples: pd.DataFrame, *, info: RunInfo, margin: float = DEF
     return found
 
 
+def compare_pooled(samples: pd.DataFrame, *, info: RunInfo, margin: float = DEFAULT_MARGIN) -> list[Comparison]:
+    """Compare every method with the baseline over all prompts: the first scope of `compare_methods`, alone."""
+    baseline = baseline_label(info)
+    if baseline is None:
+        return []
+    tables = _paired_tables(pooled(samples, info)[SCORE_COLUMNS], info, baseline=baseline)
+    return _compare_within("all prompts", tables, baseline=baseline, margin=margin)
+
+
+def _paired_tables(samples: pd.DataFrame, info: RunInfo, *, baseline: str) -> dict[str, pd.DataFrame]:
+    """Method label -> its pairs with the baseline."""
+    others = [method.label for method in info.methods if method.label != baseline]
+    return {label: pairs(samples, method=label, baseline=baseline) for label in others}
+
+
 def cluster_names(context_ids: Sequence[str | None]) -> list[str] | None:
     """Cluster names for resampling, or None when no row has a shared context. A row without one stands alone."""
     if all(name is None for name in context_ids):
         return None
-    return [f"row {index}" if name is None else name for index, name in enumerate(context_ids)]
+    return [f"row {index}" if name is None else f"context {name}" for index, name in enumerate(context_ids)]
 
 
 def _compare_within(scope: str, tables: dict[str, pd.DataFrame], *, baseline: str, margin: float) -> list[Comparison]:

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 from pydantic import BaseModel
 
+from kvscope.results.belonging import refuse_strangers
 from kvscope.results.columns import plain_kinds
 from kvscope.results.schema import FootprintRow, MaxContextRow, RunInfo, SampleRow, ThroughputRow
 from kvscope.results.store import RunStore
@@ -35,9 +36,11 @@ class Run:
 def load_run(folder: str | Path) -> Run:
     """Read a run folder, also one that is still being written.
 
-    Raises UsageError when the folder holds no run, a corrupt line or the same cell twice.
+    Raises UsageError when the folder holds no run, a corrupt line, the same cell twice, or rows that its run.json did
+    not ask for.
     """
     store = RunStore.open(folder)
+    refuse_strangers(store.rows(), store.info, folder=store.folder)
     return make_run(
         store.samples(),
         store.footprints(),

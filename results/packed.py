@@ -6,21 +6,27 @@ see `results/merge.py`.
 """
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from kvscope.errors import UsageError
 from kvscope.results.columns import plain_kinds
+from kvscope.results.limits import MOST_ROWS_FILE_BYTES
+from kvscope.results.plain_text import shortened
+from kvscope.results.reading import parse_json, read_regular
+from kvscope.results.rowfile import check_version, first_problem
 from kvscope.results.schema import FootprintRow, MaxContextRow, RunInfo, SampleRow, ThroughputRow
 
 PROMPTS_FILE = "prompts.parquet"
 SAMPLES_FILE = "samples.parquet"
 PROMPT_KEY = ("task", "length_tokens", "sample")
 PROMPT_COLUMNS = ("question_type", "seed", "depth", "context_id", "prompt_sha256", "prompt_tokens", "targets")
+_MEND = "Restore the folder from its source."
 _ARROW = {bool: "bool", int: "int64", float: "float64", str: "string"}
 
 
@@ -43,7 +49,7 @@ _OTHER_FILES: dict[str, tuple[str, type[BaseModel]]] = {
 
 def is_packed(folder: Path) -> bool:
     """Whether a folder holds a packed run."""
-    return any((folder / name).is_file() for name in (SAMPLES_FILE, *_OTHER_FILES))
+    return any(os.path.lexists(folder / name) for name in (SAMPLES_FILE, *_OTHER_FILES))
 
 
 def write_packed(folder: Path, info: RunInfo, rows: Rows) -> None:
@@ -81,21 +87,34 @@ def read_packed(folder: Path) -> Rows:
     """Read the rows of a packed run.
 
     Raises:
-        UsageError: a file is damaged, or a row refers to a prompt that is not there.
+        UsageError: a file is damaged or too large, lacks a column, or names a prompt that is not there.
     """
     rows = Rows()
-    if (folder / SAMPLES_FILE).is_file():
-        prompts = {tuple(p[name] for name in PROMPT_KEY): p for p in _read(folder / PROMPTS_FILE, SampleRow)}
-        for value in _read(folder / SAMPLES_FILE, SampleRow):
+    values = _read(folder / SAMPLES_FILE, SampleRow, needed=PROMPT_KEY)
+    if values is not None:
+        prompts = _prompts(folder / PROMPTS_FILE)
+        for value in values:
             key = tuple(value[name] for name in PROMPT_KEY)
             if key not in prompts:
-                raise UsageError(f"{folder / PROMPTS_FILE} lacks prompt {key}. Restore the folder from its source.")
+                raise UsageError(f"{folder / PROMPTS_FILE} lacks prompt {key}. {_MEND}")
             rows.samples.append(_valid({**prompts[key], **value}, SampleRow, folder / SAMPLES_FILE))
     for name, (attribute, kind) in _OTHER_FILES.items():
-        if (folder / name).is_file():
-            found = [_valid(value, kind, folder / name) for value in _read(folder / name, kind)]
-            setattr(rows, attribute, found)
+        found = _read(folder / name, kind)
+        if found is not None:
+            setattr(rows, attribute, [_valid(value, kind, folder / name) for value in found])
     return rows
+
+
+def _prompts(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
+    values = _read(path, SampleRow, needed=(*PROMPT_KEY, *PROMPT_COLUMNS))
+    if values is None:
+        raise UsageError(f"{path} is not there. {_MEND}")
+    prompts: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for value in values:
+        key = tuple(value[name] for name in PROMPT_KEY)
+        if prompts.setdefault(key, value) is not value:
+            raise UsageError(f"{path} holds prompt {key} twice. {_MEND}")
+    return prompts
 
 
 def _write(path: Path, values: list[dict[str, Any]], kind: type[BaseModel], names: Sequence[str]) -> None:
@@ -112,27 +131,59 @@ def _write(path: Path, values: list[dict[str, Any]], kind: type[BaseModel], name
     pq.write_table(pa.table(columns), path, compression="zstd", compression_level=19)
 
 
-def _read(path: Path, kind: type[BaseModel]) -> list[dict[str, Any]]:
+def _read(path: Path, kind: type[BaseModel], *, needed: Sequence[str] = ()) -> list[dict[str, Any]] | None:
+    """Rows of a file as plain values, nested ones parsed; None where the file is not there."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    data = read_regular(path, most_bytes=MOST_ROWS_FILE_BYTES)
+    if data is None:
+        return None
     try:
-        values: list[dict[str, Any]] = pq.read_table(path).to_pylist()
-    except (OSError, pa.ArrowException) as error:
-        raise UsageError(f"{path} cannot be read: {error}. Restore it from its source.") from error
-    nested = [name for name in kind.model_fields if _scalar(kind, name) is None]
+        file = pq.ParquetFile(pa.BufferReader(data))
+        size_bytes = sum(file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups))
+        if size_bytes > MOST_ROWS_FILE_BYTES:
+            raise UsageError(f"{path} unpacks to {size_bytes:,} bytes, at most {MOST_ROWS_FILE_BYTES:,} are read.")
+        columns = [name for name in file.schema_arrow.names if name in kind.model_fields]
+        unknown = sorted(set(file.schema_arrow.names) - set(columns))
+        lacking = [name for name in needed if name not in columns]
+        if unknown or lacking or len(set(columns)) < len(columns):
+            what = f"lacks column {lacking[0]}" if lacking else f"has columns that no row has: {_listed(unknown)}"
+            raise UsageError(f"{path} {what}. {_MEND}")
+        values: list[dict[str, Any]] = file.read().to_pylist()
+    except (OSError, ValueError, pa.ArrowException) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"{path} cannot be read: {_one_line(error)}. {_MEND}") from error
+    nested = [name for name in columns if _scalar(kind, name) is None]
     for value in values:
         for name in nested:
-            if value.get(name) is not None:
-                value[name] = json.loads(value[name])
+            if value[name] is not None:
+                value[name] = _parsed(value[name], name, path)
     return values
 
 
+def _parsed(text: Any, name: str, path: Path) -> Any:
+    try:
+        return parse_json(text)
+    except (ValueError, AttributeError) as error:
+        raise UsageError(f"{path} holds a {name} that is not valid: {_one_line(error)}. {_MEND}") from error
+
+
 def _valid(value: dict[str, Any], kind: type[Any], path: Path) -> Any:
+    check_version(value, str(path))
     try:
         return kind.model_validate(value)
-    except ValueError as error:
-        raise UsageError(f"{path} holds a row that is not valid: {' '.join(str(error).split())[:300]}.") from error
+    except ValidationError as error:
+        raise UsageError(f"{path} holds a row that is not valid: {first_problem(error)}. {_MEND}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return shortened(" ".join(str(error).split()).rstrip("."), most=200)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return shortened(", ".join(names), most=120)
 
 
 def _scalar(kind: type[BaseModel], name: str) -> type | None:

@@ -1,6 +1,5 @@
 """Reading and appending JSON lines that survive being killed: one write a row, a torn last line recognised."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any, TypeVar
@@ -8,6 +7,9 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from kvscope.errors import EnvironmentProblem, UsageError
+from kvscope.results.limits import MOST_LINE_BYTES, MOST_ROWS_FILE_BYTES
+from kvscope.results.plain_text import shortened
+from kvscope.results.reading import parse_json, read_regular
 from kvscope.results.schema import SCHEMA_VERSION, FootprintRow, MaxContextRow, SampleRow, ThroughputRow
 
 RowT = TypeVar("RowT", SampleRow, FootprintRow, MaxContextRow, ThroughputRow)
@@ -56,13 +58,15 @@ def sync_folder(folder: Path) -> None:
 
 
 def read_rows(path: Path, kind: type[RowT], *, messages: list[str], mend: bool) -> dict[Any, RowT]:
-    """Rows by key. A torn last line is left out; with `mend` it is also cut off the file."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
+    """Rows by key. A torn last line is left out; with `mend` it is also cut off the file.
+
+    Raises:
+        UsageError: no regular file, or one that is too large; a line that is no row, too long, or of another version; a
+            cell twice.
+    """
+    data = read_regular(path, most_bytes=MOST_ROWS_FILE_BYTES)
+    if data is None:
         return {}
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}.") from error
     rows: dict[Any, RowT] = {}
     lines_of: dict[Any, int] = {}
     start = 0
@@ -72,11 +76,13 @@ def read_rows(path: Path, kind: type[RowT], *, messages: list[str], mend: bool) 
         end = data.find(b"\n", start)
         line = data[start:] if end < 0 else data[start:end]
         after = len(data) if end < 0 else end + 1
-        parsed = _parse(line)
+        if len(line) > MOST_LINE_BYTES:
+            raise UsageError(f"{path}, line {number} has {len(line):,} bytes, at most {MOST_LINE_BYTES:,} are read.")
+        parsed, fault = _parse(line)
         if end < 0 or (parsed is None and after == len(data)):
             _drop_tail(path, start, number, messages=messages, mend=mend)
             break
-        row = _row(parsed, kind, path=path, number=number)
+        row = _row(parsed, fault, kind, path=path, number=number)
         if row.key in rows:
             raise UsageError(
                 f"{path}, line {number} holds the same cell as line {lines_of[row.key]}: {row.key}. Delete one of them."
@@ -87,18 +93,19 @@ def read_rows(path: Path, kind: type[RowT], *, messages: list[str], mend: bool) 
     return rows
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def _parse(line: bytes) -> tuple[dict[str, Any] | None, str]:
+    """The object of a line, or None and why it is none."""
     try:
-        value = json.loads(line)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
+        value = parse_json(line)
+    except ValueError as error:
+        return None, f"not a JSON object: {error}"
+    return (value, "") if isinstance(value, dict) else (None, "not a JSON object")
 
 
-def _row(parsed: dict[str, Any] | None, kind: type[RowT], *, path: Path, number: int) -> RowT:
+def _row(parsed: dict[str, Any] | None, fault: str, kind: type[RowT], *, path: Path, number: int) -> RowT:
     mend = "Delete that line and run the same command again: the cell is measured anew"
     if parsed is None:
-        raise UsageError(f"{path}, line {number} is corrupt (not a JSON object). {mend}.")
+        raise UsageError(f"{path}, line {number} is corrupt ({fault}). {mend}.")
     check_version(parsed, f"{path}, line {number}")
     try:
         return kind.model_validate(parsed)
@@ -126,15 +133,18 @@ def _drop_tail(path: Path, start: int, number: int, *, messages: list[str], mend
 def check_version(data: Any, where: str) -> None:
     """Raise UsageError when `data` was written by a later schema than this one."""
     version = data.get("schema_version") if isinstance(data, dict) else None
-    if isinstance(version, int) and version > SCHEMA_VERSION:
+    if isinstance(version, int) and not isinstance(version, bool) and version > SCHEMA_VERSION:
         raise UsageError(
-            f"{where} has schema version {version}, this kvscope knows version {SCHEMA_VERSION}. Upgrade kvscope."
+            f"{where} has schema version {shortened(str(version), most=20)}, this kvscope knows version "
+            f"{SCHEMA_VERSION}. Upgrade kvscope."
         )
 
 
 def first_problem(error: ValidationError) -> str:
     """The first thing pydantic objects to, in a clause."""
     first = error.errors(include_url=False, include_input=False)[0]
-    place = ".".join(str(part) for part in first["loc"])
+    place = shortened(".".join(str(part) for part in first["loc"]), most=120)
     more = error.error_count() - 1
-    return f"{place + ': ' if place else ''}{first['msg']}" + (f" (and {more} more problems)" if more else "")
+    return f"{place + ': ' if place else ''}{shortened(first['msg'], most=300)}" + (
+        f" (and {more} more problems)" if more else ""
+    )

@@ -7,9 +7,12 @@ goes unexplained: the row says why in `reason` (the whole cell was not measured)
 Units are part of the names: `_bytes`, `_s`, `_tokens`. One byte unit everywhere: bytes; GiB and GB appear in no row.
 """
 
+from collections import Counter
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+
+from kvscope.results import limits
 
 SCHEMA_VERSION = 1
 
@@ -27,9 +30,17 @@ Bound = Literal["device", "device_budget", "host", "model_maximum", "limit", "no
 BatchBound = Literal["device", "device_budget", "max_batch"]
 Forecast = Literal["fits", "oom", "unsupported", "unknown"]
 
-Count = Annotated[int, Field(ge=0)]
-Seconds = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=0, le=limits.MOST_COUNT)]
+Positive = Annotated[int, Field(ge=1, le=limits.MOST_COUNT)]
+Length = Annotated[int, Field(ge=1, le=limits.MOST_LENGTH_TOKENS)]
+Seed = Annotated[int, Field(ge=limits.LEAST_SEED, le=limits.MOST_SEED)]
+Seconds = Annotated[float, Field(ge=0.0, le=limits.MOST_SECONDS)]
+Speed = Annotated[float, Field(gt=0.0, le=1e15)]
+Load = Annotated[float, Field(ge=0.0, le=1e6)]
 Text = Annotated[str, Field(min_length=1)]
+Name = Annotated[str, Field(min_length=1, max_length=limits.MOST_NAME_CHARS)]
+Tasks = Annotated[tuple[Name, ...], Field(max_length=limits.MOST_TASKS)]
+Lengths = Annotated[tuple[Length, ...], Field(max_length=limits.MOST_LENGTHS)]
 
 
 class _Record(BaseModel):
@@ -41,28 +52,40 @@ class _Record(BaseModel):
             raise ValueError(f"{', '.join(absent)} must not be null {why}")
 
 
+def _in_order(low: float | None, middle: float | None, high: float | None, rule: str) -> None:
+    known = [value for value in (low, middle, high) if value is not None]
+    if known != sorted(known):
+        raise ValueError(f"{rule} does not hold: {', '.join(map(str, known))}")
+
+
 class ResidencyRecord(_Record):
     """How a resident set that changes while decoding behaved: one entry a refresh, the first filling included."""
 
-    tau: Annotated[int, Field(ge=1)]
+    tau: Positive
     """Decode steps between refreshes."""
     prompt_tokens: Count
     """Tokens of the prompt that the resident set is a part of."""
-    resident_tokens: tuple[Count, ...]
+    resident_tokens: Annotated[tuple[Count, ...], Field(max_length=limits.MOST_REFRESHES)]
     """Prompt tokens on the device after each refresh, mean over layers."""
-    recalled_bytes: tuple[Count, ...]
+    recalled_bytes: Annotated[tuple[Count, ...], Field(max_length=limits.MOST_REFRESHES)]
     """Bytes copied host -> device for each refresh."""
     hit_rate: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
     """Share of the chunks chosen by later refreshes that were resident already; null when there was one refresh only,
     or nothing was chosen."""
     fallbacks: Count
     """Refreshes that made everything resident because more than `fallback_ratio` was chosen."""
-    indexer: Text | None = None
+    indexer: Name | None = None
     """Trained indexer, as name@hash; null when none chose."""
-    indexer_tau: Annotated[int, Field(ge=1)] | None = None
+    indexer_tau: Positive | None = None
     """Interval that indexer was trained for; null when none chose."""
     indexer_bytes: Count = 0
     """Device bytes of the indexer's weights. Like the model's they serve every sequence: no footprint holds them."""
+
+    @model_validator(mode="after")
+    def _one_entry_a_refresh(self) -> Self:
+        if len(self.resident_tokens) != len(self.recalled_bytes):
+            raise ValueError("resident_tokens and recalled_bytes are of different lengths: one entry a refresh each")
+        return self
 
 
 class _CellRow(_Record):
@@ -70,15 +93,15 @@ class _CellRow(_Record):
 
     schema_version: Literal[1] = 1
     """Version of this schema; a reader refuses a version it does not know."""
-    model: Text
+    model: Name
     """The model as asked for: `reference`, a Hugging Face id, a folder's name or `preset:name`."""
-    method: Text
+    method: Name
     """Registry name of the method, e.g. `random`."""
-    method_label: Text
+    method_label: Name
     """The method with its options, unique within the run, e.g. `random:fraction=0.1`. Part of the row's key."""
     config: dict[str, JsonValue]
     """The method's settings as used at this length (`recency_tokens` resolved to a number, and so on)."""
-    length_tokens: Annotated[int, Field(ge=1)]
+    length_tokens: Length
     """Length asked for: prompt tokens plus the task's `max_new_tokens`. Part of the row's key."""
     status: Status
     """`ok`: measured. `unsupported`: the method cannot run here. `oom`: out of memory. `failed`: anything else."""
@@ -134,17 +157,17 @@ class _CellRow(_Record):
 class SampleRow(_CellRow):
     """One prompt answered under one method (accuracy pass). Key: task, length_tokens, sample, method_label."""
 
-    task: Text
+    task: Name
     """Task name, e.g. `niah_single_1`. Part of the row's key."""
-    question_type: Text
+    question_type: Name
     """The task's own kind of question; the task's name where it has one kind."""
     sample: Count
     """Index of the prompt within its (task, length) cell. Part of the row's key."""
-    seed: int
+    seed: Seed
     """Seed the prompt was drawn with."""
     depth: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
     """Place of the evidence in the prompt: 0 = start, 1 = end; null when the question needs no single place."""
-    context_id: Text | None = None
+    context_id: Name | None = None
     """Names the context that several questions share, for clustered intervals; null when the prompt has its own."""
     prompt_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     """SHA-256 of the prompt, so that methods and runs can be paired on the very same tokens."""
@@ -158,7 +181,7 @@ class SampleRow(_CellRow):
     """The task's score of the output, 0 to 1; null when status is not ok."""
     stop_reason: StopReason | None = None
     """Why generation ended: end-of-sequence token, stop string, or the token limit."""
-    answer_nll: float | None = None
+    answer_nll: Annotated[float, Field(ge=-1e30, le=1e30)] | None = None
     """Mean negative log-likelihood of the target under the method, nats per token, teacher-forced."""
     answer_nll_reason: Text | None = None
     """Why answer_nll is null in an ok row (`not requested`, ...)."""
@@ -226,7 +249,7 @@ class FootprintRow(_CellRow):
     """NVML, this process: highest reading during prefill."""
     decode_peak_nvml_bytes: Count | None = None
     """NVML, this process: highest reading during decode, after `empty_cache`."""
-    kv_nvml_bytes: int | None = None
+    kv_nvml_bytes: Annotated[int, Field(ge=-limits.MOST_COUNT, le=limits.MOST_COUNT)] | None = None
     """decode_peak_nvml_bytes - baseline_nvml_bytes: the KV cache as the driver sees it, metadata included. Can be
     negative for caches under the driver's resolution."""
     nvml_reason: Text | None = None
@@ -255,8 +278,17 @@ class FootprintRow(_CellRow):
     """Time to first token: prefill plus the first decode step, seconds."""
     tpot_s: Seconds | None = None
     """Time per output token: median over decode steps of a run without the NVML sampler, seconds."""
+    tpot_p10_s: Seconds | None = None
+    """10th percentile of the same steps; null in rows of earlier versions."""
+    tpot_p90_s: Seconds | None = None
+    """90th percentile of the same steps; null in rows of earlier versions."""
     tpot_steps: Count | None = None
     """Decode steps behind tpot_s."""
+    load_1min: Load | None = None
+    """The host's load average over the minute before the timing began, this process included, where the system tells
+    it."""
+    cpu_cores: Positive | None = None
+    """Cores that this process may use: a load above them spoils times."""
     step_backend: Text | None = None
     """How the decode steps of tpot_s ran: `cuda graph`, `eager`, or `eager: ` and why they were no graph."""
     step_captures: Count | None = None
@@ -269,7 +301,7 @@ class FootprintRow(_CellRow):
     """Device bytes this process held when it stopped (NVML, else the torch allocator), where that could be read."""
     oom_of: OomOf | None = None
     """What ran out in an oom cell: the `device`, the `device_budget` it was held to, or the `host`'s memory."""
-    gpu_budget_bytes: Annotated[int, Field(ge=1)] | None = None
+    gpu_budget_bytes: Positive | None = None
     """Most device bytes the process was allowed (context and weights included); null without a budget."""
     other_processes: Count | None = None
     """Other processes on the GPU when the cell began: their work spoils times, their bytes can cause an oom."""
@@ -296,6 +328,7 @@ class FootprintRow(_CellRow):
                     raise ValueError(f"{', '.join(absent)} null, so {reason} must say why")
             if self.kv_nvml_bytes is None and self.verdict != "not_measured":
                 raise ValueError(f"verdict is {self.verdict}, but kv_nvml_bytes was not measured")
+            _in_order(self.tpot_p10_s, self.tpot_s, self.tpot_p90_s, "tpot_p10_s <= tpot_s <= tpot_p90_s")
         elif self.verdict != "not_measured":
             raise ValueError(f"status is {self.status}, so the verdict cannot be {self.verdict}")
         return self
@@ -306,13 +339,13 @@ class MaxContextRow(_Record):
 
     schema_version: Literal[1] = 1
     """Version of this schema."""
-    model: Text
+    model: Name
     """The model as asked for."""
-    method_label: Text
+    method_label: Name
     """The method with its options. The row's key."""
     longest_tokens: Count
     """Longest length that was measured to fit; 0 when not even the shortest did."""
-    shortest_failing_tokens: Annotated[int, Field(ge=1)] | None = None
+    shortest_failing_tokens: Length | None = None
     """Shortest length that was measured not to fit; null when the model's maximum fits."""
     bound: Bound
     """What bounds it: the `device`, the `device_budget`, the `host` mirror, the `model_maximum`; `limit`: nothing, up
@@ -320,9 +353,9 @@ class MaxContextRow(_Record):
     failed for another reason."""
     reason: Text | None = None
     """The reason of the try that did not fit."""
-    tries: tuple[Annotated[int, Field(ge=1)], ...]
+    tries: Lengths
     """Lengths tried, in order; each is a footprint row of the run."""
-    gpu_budget_bytes: Annotated[int, Field(ge=1)] | None = None
+    gpu_budget_bytes: Positive | None = None
     """Device bytes each try was allowed; null: the whole card."""
     resolution: Annotated[float, Field(gt=0.0)]
     """The search ended when the two lengths lay this close: (failing - longest) / longest."""
@@ -352,18 +385,28 @@ class ThroughputRow(_CellRow):
     """Most sequences that were open and decoding at once."""
     batch_bound: BatchBound | None = None
     """What the next sequence would have exceeded; `max_batch`: nothing, the search stopped there."""
-    tokens_per_s: Annotated[float, Field(gt=0.0)] | None = None
+    tokens_per_s: Speed | None = None
     """Decode tokens a second of the largest batch: batch / mean step."""
     step_s: Seconds | None = None
     """Mean seconds of a step of the largest batch, refreshes of the resident set included."""
-    tokens_per_s_at_1: Annotated[float, Field(gt=0.0)] | None = None
+    tokens_per_s_at_1: Speed | None = None
     """The same with one sequence."""
+    step_p10_s: Seconds | None = None
+    """10th percentile of the same steps; null in rows of earlier versions."""
+    step_p90_s: Seconds | None = None
+    """90th percentile of the same steps; null in rows of earlier versions."""
     steps: Count | None = None
     """Steps behind the mean."""
+    load_1min: Load | None = None
+    """The host's load average over the minute before the timing began, where the system tells it."""
+    cpu_cores: Positive | None = None
+    """Cores that this process may use: a load above them spoils times."""
+    other_processes: Count | None = None
+    """Other processes on the GPU when the cell began; null in rows of earlier versions."""
     step_backend: Text | None = None
     """How the steps of the largest batch ran: `cuda graph`, `eager`, or `eager: ` and why they were no graph. Null in
     rows of earlier versions, where every step was eager."""
-    gpu_budget_bytes: Annotated[int, Field(ge=1)] | None = None
+    gpu_budget_bytes: Positive | None = None
     """Device bytes the process was allowed; null: the whole card."""
     batch_peak_nvml_bytes: Count | None = None
     """NVML, this process: highest reading while the largest batch decoded."""
@@ -383,15 +426,16 @@ class ThroughputRow(_CellRow):
     def _measured_when_ok(self) -> Self:
         if self.status == "ok":
             self._demand(("largest_batch", "batch_bound", "tokens_per_s", "step_s", "steps"), "in an ok row")
+            _in_order(self.step_p10_s, self.step_p90_s, None, "step_p10_s <= step_p90_s")
         return self
 
 
 class MethodInfo(_Record):
     """One method of the run in words, so that a report needs nothing but the run folder."""
 
-    label: Text
+    label: Name
     """The method with its options; equals `method_label` of its rows."""
-    name: Text
+    name: Name
     """Registry name."""
     options: dict[str, JsonValue] = Field(default_factory=dict)
     """The options as asked for."""
@@ -410,9 +454,9 @@ class MethodInfo(_Record):
 class PlannedCell(_Record):
     """What the plan said of one (method, length) before anything ran."""
 
-    method_label: Text
+    method_label: Name
     """The method with its options."""
-    length_tokens: Annotated[int, Field(ge=1)]
+    length_tokens: Length
     """Length asked for."""
     predicted_kv_bytes: Count | None = None
     """Predicted device bytes of keys and values; null when the forecast is `unsupported`."""
@@ -444,13 +488,13 @@ class Resumption(_Record):
 class ExcludedType(_Record):
     """A kind of question that the dense model cannot do, so that pooled scores leave it out, by name."""
 
-    task: Text
+    task: Name
     """Task of the question type."""
-    question_type: Text
+    question_type: Name
     """The question type."""
     dense_percent: Annotated[float, Field(ge=0.0, le=100.0)]
     """Accuracy of dense on training seeds, which decided it."""
-    n: Annotated[int, Field(ge=1)]
+    n: Positive
     """Prompts behind that."""
 
     @property
@@ -465,9 +509,9 @@ class ExcludedType(_Record):
 class CutCell(_Record):
     """A (task, length) of a part that has fewer prompts than the part was asked for."""
 
-    task: Text
+    task: Name
     """Task name."""
-    length_tokens: Annotated[int, Field(ge=1)]
+    length_tokens: Length
     """Length."""
     samples: Count
     """Prompts that are there, each with a row of every method."""
@@ -481,13 +525,13 @@ class RunPart(_Record):
     Parts packed by a kvscope that did not yet keep a record a part have none: that of the whole run is theirs.
     """
 
-    tasks: tuple[Text, ...]
+    tasks: Tasks
     """Task names."""
-    lengths_tokens: tuple[Annotated[int, Field(ge=1)], ...]
+    lengths_tokens: Lengths
     """Lengths."""
     samples: Count
     """Prompts per (task, length) asked for, over all seeds. As many are there, but for the cells in `cut`."""
-    seeds: tuple[int, ...] = ()
+    seeds: tuple[Seed, ...] = ()
     """Seeds whose prompts these are."""
     fewer: Text | None = None
     """Why it was asked for fewer prompts than usual."""
@@ -534,21 +578,21 @@ class RunInfo(_Record):
     """Commit of the kvscope checkout; null outside a checkout."""
     dirty: bool | None = None
     """Whether that checkout had uncommitted changes; null outside a checkout."""
-    model: Text
+    model: Name
     """The model as asked for."""
     model_revision: str | None = None
     """Commit or hash of the weights, where known."""
-    tasks: tuple[Text, ...]
+    tasks: Tasks
     """Task names asked for."""
-    lengths_tokens: tuple[Annotated[int, Field(ge=1)], ...]
+    lengths_tokens: Lengths
     """Lengths of the accuracy pass."""
     samples: Count
     """Prompts per (task, length)."""
-    footprint_lengths_tokens: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    footprint_lengths_tokens: Lengths = ()
     """Lengths of the footprint pass; empty when it was not asked for."""
-    methods: tuple[MethodInfo, ...]
+    methods: Annotated[tuple[MethodInfo, ...], Field(min_length=1, max_length=limits.MOST_METHODS)]
     """The methods in the order asked for."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the run."""
     config: dict[str, JsonValue]
     """The whole configuration, for the record."""
@@ -556,7 +600,7 @@ class RunInfo(_Record):
     """The part of the configuration that decides the rows: the folder is resumed only by an equal one."""
     environment: dict[str, JsonValue]
     """Versions, GPU, driver, CPU, attention backend. No host name, user name or absolute path."""
-    plan: tuple[PlannedCell, ...] = ()
+    plan: Annotated[tuple[PlannedCell, ...], Field(max_length=limits.MOST_CELLS)] = ()
     """Predicted bytes per (method, length)."""
     excluded_types: tuple[ExcludedType, ...] = ()
     """Question types that pooled scores leave out, as the model's folder names them (see `passes/pooling.py`). Rows are
@@ -573,11 +617,16 @@ class RunInfo(_Record):
         return sum(part.expected_samples(task, length_tokens) for part in parts)
 
     @model_validator(mode="after")
-    def _labels_are_unique(self) -> Self:
-        labels = [method.label for method in self.methods]
-        twice = sorted({label for label in labels if labels.count(label) > 1})
+    def _cells_can_be_told_apart(self) -> Self:
+        counts = Counter(method.label for method in self.methods)
+        twice = sorted(label for label, count in counts.items() if count > 1)
         if twice:
             raise ValueError(f"two methods share the label {', '.join(twice)}: rows could not be told apart")
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ValueError("a task stands there twice: rows could not be told apart")
+        cells = len(self.methods) * max(1, len(self.tasks)) * max(1, len(self.lengths_tokens))
+        if cells > limits.MOST_CELLS:
+            raise ValueError(f"{cells:,} cells (methods x tasks x lengths), at most {limits.MOST_CELLS:,} are possible")
         return self
 
     def pools(self, task: str, question_type: str) -> bool:

@@ -29,13 +29,30 @@ _FEW_KINDS = 64
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its confidence interval; `low` and `high` are None when `kind` is `none` (too few values)."""
+    """A mean with its confidence interval; `low` and `high` are None when `kind` is `none` (too few values).
+
+    The interval holds its mean: see `interval_of`.
+    """
 
     mean: float
     low: float | None
     high: float | None
     n: int
     kind: IntervalKind
+
+    def __post_init__(self) -> None:
+        if self.low is not None and self.high is not None and not self.low <= self.mean <= self.high:
+            raise ValueError(f"the interval {self.low} to {self.high} does not hold its mean {self.mean}")
+
+
+def interval_of(mean: float, ends: tuple[float, float], *, n: int, kind: IntervalKind) -> Interval:
+    """An interval whose ends are moved out to the mean where they leave it outside.
+
+    Rounding can put an end a hair inside (Wilson at 0 or 1, equal values in a bootstrap), and a percentile bootstrap of
+    clusters of very different sizes can miss its mean altogether.
+    """
+    low, high = ends
+    return Interval(mean, min(mean, low), max(mean, high), n, kind)
 
 
 @dataclass(frozen=True)
@@ -82,8 +99,7 @@ def mean_interval(
     mean = float(values.mean())
     if _is_binary(values) and not _shared(clusters):
         low, high = proportion_confint(int(values.sum()), len(values), alpha=1 - confidence, method="wilson")
-        # Rounding leaves the end at 0 or 1 a hair inside; the interval must hold its own mean.
-        return Interval(mean, min(mean, max(0.0, float(low))), max(mean, min(1.0, float(high))), len(values), "wilson")
+        return interval_of(mean, (max(0.0, float(low)), min(1.0, float(high))), n=len(values), kind="wilson")
     return bootstrap_interval(values, clusters=clusters, confidence=confidence)
 
 
@@ -95,8 +111,7 @@ def bootstrap_interval(
     means = bootstrap_means(values, clusters=clusters)
     if means is None:
         return Interval(float(values.mean()), None, None, len(values), "none")
-    low, high = _quantiles(means, confidence)
-    return Interval(float(values.mean()), low, high, len(values), "bootstrap")
+    return interval_of(float(values.mean()), _quantiles(means, confidence), n=len(values), kind="bootstrap")
 
 
 def paired_difference(
@@ -228,8 +243,8 @@ def _difference_interval(
 ) -> Interval:
     mean, n = float(differences.mean()), len(differences)
     if score:
-        low, high = tango_interval(lost=lost, won=won, n_pairs=n, confidence=c)
-        return Interval(mean, low, high, n, "score")
+        ends = tango_interval(lost=lost, won=won, n_pairs=n, confidence=c)
+        return interval_of(mean, ends, n=n, kind="score")
     if lost + won == 0:
         return Interval(mean, None, None, n, "none")
     return bootstrap_interval(differences, clusters=clusters, confidence=c)

@@ -19,8 +19,18 @@ from typing import Any, Self
 from pydantic import ValidationError
 
 from kvscope.errors import EnvironmentProblem, UsageError
+from kvscope.results.limits import MOST_RUN_FILE_BYTES
 from kvscope.results.packed import Rows, is_packed, read_packed
-from kvscope.results.rowfile import append_line, check_version, first_problem, open_for_append, read_rows, sync_folder
+from kvscope.results.reading import parse_json, read_regular
+from kvscope.results.rowfile import (
+    RowT,
+    append_line,
+    check_version,
+    first_problem,
+    open_for_append,
+    read_rows,
+    sync_folder,
+)
 from kvscope.results.schema import FootprintRow, MaxContextRow, Resumption, RunInfo, SampleRow, ThroughputRow
 
 RUN_FILE = "run.json"
@@ -65,10 +75,10 @@ class RunStore:
         if writable:
             raise UsageError(f"{self.folder} holds a packed run, which is only read. Give --out another folder.")
         rows = read_packed(self.folder)
-        self._samples = {row.key: row for row in rows.samples}
-        self._footprints = {row.key: row for row in rows.footprints}
-        self._max_contexts = {row.key: row for row in rows.max_contexts}
-        self._throughputs = {row.key: row for row in rows.throughputs}
+        self._samples = _by_key(rows.samples, self.folder)
+        self._footprints = _by_key(rows.footprints, self.folder)
+        self._max_contexts = _by_key(rows.max_contexts, self.folder)
+        self._throughputs = _by_key(rows.throughputs, self.folder)
 
     @classmethod
     def create(cls, folder: str | Path, info: RunInfo) -> "RunStore":
@@ -193,15 +203,12 @@ def read_info(folder: str | Path) -> RunInfo:
     """Read `run.json`. Raises UsageError when it is absent, corrupt or of a version this kvscope does not know."""
     folder = Path(folder)
     path = folder / RUN_FILE
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
+    text = read_regular(path, most_bytes=MOST_RUN_FILE_BYTES) if folder.is_dir() else None
+    if text is None:
         there = "holds no run (there is no run.json in it)" if folder.is_dir() else "does not exist"
-        raise UsageError(f"{folder} {there}. Give the folder that `kvscope run --out` wrote.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read: {error}.") from error
+        raise UsageError(f"{folder} {there}. Give the folder that `kvscope run --out` wrote.")
     try:
-        data = json.loads(text)
+        data = parse_json(text)
     except ValueError as error:
         raise UsageError(
             f"{path} is corrupt: {error}. Restore it from a copy, or give --out another folder and run again."
@@ -220,12 +227,23 @@ def run_folders(folder: str | Path) -> list[Path]:
         UsageError: there is none.
     """
     folder = Path(folder)
-    if not (folder / RUN_FILE).exists() and folder.is_dir():
-        found = sorted(path.parent for path in folder.glob(f"*/{RUN_FILE}"))
+    if not os.path.lexists(folder / RUN_FILE) and folder.is_dir():
+        try:
+            found = sorted(path for path in folder.iterdir() if os.path.lexists(path / RUN_FILE))
+        except OSError as error:
+            raise UsageError(f"{folder} cannot be read: {error.strerror}.") from error
         if found:
             return found
     read_info(folder)
     return [folder]
+
+
+def _by_key(rows: list[RowT], folder: Path) -> dict[Any, RowT]:
+    found: dict[Any, RowT] = {}
+    for row in rows:
+        if found.setdefault(row.key, row) is not row:
+            raise UsageError(f"{folder} holds two rows of one cell: {row.key}. Restore it from its source.")
+    return found
 
 
 def identity_differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:

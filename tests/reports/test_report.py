@@ -45,7 +45,7 @@ def test_every_table_and_figure_in_every_format(demo: tuple[Path, list[Path]]) -
     assert names == expected | {"report.html"}
     assert all(path.stat().st_size > 100 for path in paths)
     there = {path for path in (folder / "report").rglob("*") if path.is_file()}
-    assert there == set(paths), "nothing is left over"
+    assert there == {*paths, folder / "report/.manifest.json"}, "nothing is left over"
 
 
 def test_the_same_rows_give_the_same_bytes(demo: tuple[Path, list[Path]]) -> None:
@@ -129,7 +129,7 @@ def test_text_of_a_run_cannot_break_the_page(tmp_path: Path) -> None:
     odd = "<b>odd</b> & co"
     rows = (
         [row.model_copy(update={"model": odd}) for row in samples],
-        footprints,
+        [row.model_copy(update={"model": odd}) for row in footprints],
         info.model_copy(update={"model": odd}),
     )
     make_report(stored(tmp_path, rows))
@@ -145,7 +145,7 @@ def test_bad_folders_are_named(tmp_path: Path) -> None:
         make_report(tmp_path)
     stored(tmp_path, single_rows())
     (tmp_path / "report").write_text("in the way")
-    with pytest.raises(UsageError, match="report folder"):
+    with pytest.raises(UsageError, match="is in the way"):
         make_report(tmp_path)
 
 
@@ -157,7 +157,23 @@ def test_summary_of_the_demo() -> None:
     assert re.search(r"^random +3\.75 \(15\.6 %\) +11 \(11\.4 %\)$", text, re.MULTILINE)
     assert "ledger, not NVML" in text
     assert "NVML was not measured: no NVIDIA GPU" in text
+    assert "there is no verdict on the savings" in text
+    assert re.search(r"^random +-\d.*-\d+\.\d \[-\d+\.\d, -\d+\.\d\] worse$", text, re.MULTILINE)
     assert max(len(line) for line in text.splitlines() if line.startswith(("method", "dense", "random"))) < 100
+
+
+def test_summary_without_a_footprint_pass_has_the_bytes_of_the_prompts() -> None:
+    samples, _, info = demo_rows()
+    run = make_run(samples, [], info=info.model_copy(update={"footprint_lengths_tokens": ()}), folder=".")
+    text = summary_text(run)
+    assert re.search(r"^random +2\.55 \(21\.3 %\) .* 11 \(11\.4 %\)$", text, re.MULTILINE)
+    assert "No footprint pass: no times, and no verdict on the savings." in text
+
+
+def test_summary_of_dense_alone_says_why_there_is_no_difference() -> None:
+    samples, footprints, info = single_rows()
+    text = summary_text(make_run(samples, footprints, info=info, folder="."))
+    assert "Accuracy minus dense (points, paired): none, the run has dense alone." in text
 
 
 def test_summary_of_a_run_with_failures_and_gaps() -> None:
@@ -167,3 +183,5 @@ def test_summary_of_a_run_with_failures_and_gaps() -> None:
     assert re.search(r"^lsa:threshold=0.5,tau=64 .* not run$", text, re.MULTILINE)
     assert "Unfinished run: 4311 of 4320 sample rows and 71 of 72 footprint rows are there." in text
     assert "KV cache on the GPU (NVML), MiB" in text
+    assert re.search(r"^random .* freed$", text, re.MULTILINE)
+    assert re.search(r"^quest .* resident$", text, re.MULTILINE)

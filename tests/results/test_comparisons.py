@@ -88,5 +88,8 @@ def test_nll_is_compared_where_both_have_it() -> None:
 
 
 def test_clusters_name_shared_contexts_and_keep_the_rest_apart() -> None:
-    assert cluster_names(["a", None, "a", None]) == ["a", "row 1", "a", "row 3"]
+    assert cluster_names(["a", None, "a", None]) == ["context a", "row 1", "context a", "row 3"]
+    names = cluster_names(["row 1", None])
+    assert names is not None
+    assert len(set(names)) == 2, "a context of such a name is no other row's"
     assert cluster_names([None, None]) is None

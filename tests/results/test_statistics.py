@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, bootstrap, norm
 
+from kvscope.reports.units import percent, points, with_interval
 from kvscope.results.statistics import (
+    Interval,
     bootstrap_interval,
     bootstrap_means,
     holm,
@@ -102,6 +105,62 @@ def test_tango_interval_holds_the_estimate_and_mirrors(lost: int, won: int, same
     low, high = tango_interval(lost=lost, won=won, n_pairs=n)
     assert -1 <= low <= (won - lost) / n <= high <= 1
     assert tango_interval(lost=won, won=lost, n_pairs=n) == pytest.approx((-high, -low), abs=1e-6)
+
+
+clusters = st.lists(st.tuples(st.integers(1, 40), st.sampled_from([0.0, 0.1, 0.25, 1 / 3, 0.7, 1.0])), min_size=1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(groups=clusters, shared=st.booleans(), binary=st.booleans())
+def test_every_interval_of_a_mean_holds_it_printed_too(
+    groups: list[tuple[int, float]], shared: bool, binary: bool
+) -> None:
+    values = [float(score > 0.3) if binary else score for size, score in groups for _ in range(size)]
+    names = [f"c{i}" for i, (size, _) in enumerate(groups) for _ in range(size)]
+    for found in (mean_interval(values, clusters=names if shared else None), bootstrap_interval(values)):
+        holds(found)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lost=st.integers(0, 40),
+    won=st.integers(0, 40),
+    same=st.integers(0, 400),
+    grade=st.sampled_from([1.0, 0.3, 1 / 3]),
+    per_context=st.integers(1, 9),
+)
+def test_every_interval_of_a_difference_holds_it_printed_too(
+    lost: int, won: int, same: int, grade: float, per_context: int
+) -> None:
+    method, baseline = scores(lost, won, same + 1)
+    names = [f"c{i // per_context}" for i in range(len(method))]
+    graded = paired_difference([grade * x for x in method], [grade * x for x in baseline], clusters=names)
+    for found in (graded.difference, paired_difference(method, baseline).difference):
+        holds(found)
+
+
+def test_one_large_cluster_does_not_leave_its_mean_outside() -> None:
+    values, names = [1.0] * 400 + [0.0] * 3, ["a"] * 400 + ["b", "c", "d"]
+    holds(mean_interval(values, clusters=names))
+
+
+def holds(found: Interval) -> None:
+    if found.low is None or found.high is None:
+        assert found.kind == "none"
+        return
+    assert found.low <= found.mean <= found.high
+    for text in (percent, points):
+        middle, low, high = map(float, re.findall(r"[-+]?[\d.]+", with_interval(*ends(found), text=text)))
+        assert low <= middle <= high
+
+
+def ends(found: Interval) -> tuple[float, float | None, float | None]:
+    return found.mean, found.low, found.high
+
+
+def test_an_interval_beside_its_mean_is_refused() -> None:
+    with pytest.raises(ValueError, match="does not hold its mean"):
+        Interval(0.998, 0.999, 1.0, 10, "wilson")
 
 
 def test_tango_z_at_nil_difference_is_mcnemars() -> None:
