@@ -21,50 +21,134 @@ _MIN_LAYERS = 4
 _SIZES: dict[str, int] = {
     **dict.fromkeys(("vocab_size", "unpadded_vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
     **dict.fromkeys(
-        ("hidden_size", "d_model", "n_embd", "emb_dim", "embedding_size", "embedding_dim", "input_embedding_size",
-         "output_embedding_size", "lru_width", "attention_hidden_size", "word_embed_proj_dim"), _HIDDEN,
+        (
+            "hidden_size",
+            "d_model",
+            "n_embd",
+            "emb_dim",
+            "embedding_size",
+            "embedding_dim",
+            "input_embedding_size",
+            "output_embedding_size",
+            "lru_width",
+            "attention_hidden_size",
+            "word_embed_proj_dim",
+        ),
+        _HIDDEN,
     ),
     **dict.fromkeys(
-        ("intermediate_size", "ffn_dim", "d_inner", "dff", "dim_ff", "decoder_ffn_dim", "encoder_ffn_dim",
-         "ffn_hidden_size", "intermediate_size_mlp", "dense_intermediate_size", "feed_forward_size", "n_inner"),
+        (
+            "intermediate_size",
+            "ffn_dim",
+            "d_inner",
+            "dff",
+            "dim_ff",
+            "decoder_ffn_dim",
+            "encoder_ffn_dim",
+            "ffn_hidden_size",
+            "intermediate_size_mlp",
+            "dense_intermediate_size",
+            "feed_forward_size",
+            "n_inner",
+        ),
         _INTERMEDIATE,
     ),
     **dict.fromkeys(
-        ("moe_intermediate_size", "expert_ffn_hidden_size", "shared_expert_intermediate_size",
-         "shared_intermediate_size", "moe_shared_expert_intermediate_size"), 32,
+        (
+            "moe_intermediate_size",
+            "expert_ffn_hidden_size",
+            "shared_expert_intermediate_size",
+            "shared_intermediate_size",
+            "moe_shared_expert_intermediate_size",
+        ),
+        32,
     ),
     **dict.fromkeys(
-        ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads", "decoder_attention_heads",
-         "encoder_attention_heads", "swa_num_attention_heads", "num_global_attention_heads"), _HEADS,
+        (
+            "num_attention_heads",
+            "n_head",
+            "n_heads",
+            "num_heads",
+            "attention_heads",
+            "decoder_attention_heads",
+            "encoder_attention_heads",
+            "swa_num_attention_heads",
+            "num_global_attention_heads",
+        ),
+        _HEADS,
     ),
     **dict.fromkeys(("num_key_value_heads", "swa_num_key_value_heads", "num_global_key_value_heads"), _KV_HEADS),
-    **dict.fromkeys(
-        ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts"), 4
-    ),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k"), 2),
     **dict.fromkeys(("n_group", "topk_group", "num_expert_group"), 1),
     **dict.fromkeys(("zero_expert_num", "num_zero_experts"), 2),
     **dict.fromkeys(
-        ("sliding_window", "sliding_window_size", "window_size", "local_attention", "attention_window_size",
-         "attention_chunk_size", "local_attention_window_len"), WINDOW_TOKENS,
+        (
+            "sliding_window",
+            "sliding_window_size",
+            "window_size",
+            "local_attention",
+            "attention_window_size",
+            "attention_chunk_size",
+            "local_attention_window_len",
+        ),
+        WINDOW_TOKENS,
     ),
     **dict.fromkeys(
-        ("max_position_embeddings", "n_positions", "n_ctx", "model_max_length", "max_target_positions",
-         "max_source_positions", "context_length", "max_seq_len"), MAX_POSITIONS,
+        (
+            "max_position_embeddings",
+            "n_positions",
+            "n_ctx",
+            "model_max_length",
+            "max_target_positions",
+            "max_source_positions",
+            "context_length",
+            "max_seq_len",
+        ),
+        MAX_POSITIONS,
     ),
-    "kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16,
-    "index_n_heads": 2, "index_head_dim": 32, "index_topk": 16,
-    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
-    "linear_head_dim": 16, "linear_num_heads": 4, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_ssm": 128,
-    "mamba_num_heads": 8, "mamba_head_dim": 16, "mamba_d_state": 16, "state_size": 16, "ssm_state_size": 16,
-    "mamba_n_groups": 1, "n_groups": 1,
-    "rotary_dim": 8, "encoder_hash_byte_group_vocab": 1000, "pronunciation_vocab_size": 64, "shape_vocab_size": 64,
-    "pronunciation_embed_dim": 32, "shape_embed_dim": 32, "attention_head_size": 16,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 32,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "index_n_heads": 2,
+    "index_head_dim": 32,
+    "index_topk": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_head_dim": 16,
+    "linear_num_heads": 4,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_d_ssm": 128,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "mamba_d_state": 16,
+    "state_size": 16,
+    "ssm_state_size": 16,
+    "mamba_n_groups": 1,
+    "n_groups": 1,
+    "rotary_dim": 8,
+    "encoder_hash_byte_group_vocab": 1000,
+    "pronunciation_vocab_size": 64,
+    "shape_vocab_size": 64,
+    "pronunciation_embed_dim": 32,
+    "shape_embed_dim": 32,
+    "attention_head_size": 16,
 }
 # Fields whose value follows from others: left to the config.
 _DERIVED = {"qk_head_dim", "time_step_rank", "mamba_dt_rank", "attention_layers", "attn_layers"}
 _LAYER_COUNTS = (
-    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers", "num_blocks",
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "decoder_layers",
+    "encoder_layers",
+    "num_blocks",
 )
 _META = {"architectures", "transformers_version", "model_type", "torch_dtype", "dtype", "id2label", "label2id"}
 
@@ -72,22 +156,38 @@ _META = {"architectures", "transformers_version", "model_type", "torch_dtype", "
 _MIX = ["sliding_attention", "full_attention"] * 2
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _DOTS3 = {
-    "head_dim": 32, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 32,
-    "swa_kv_lora_rank": 32, "swa_head_dim": 32, "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 16,
+    "head_dim": 32,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 4,
+    "swa_q_lora_rank": 32,
+    "swa_kv_lora_rank": 32,
+    "swa_head_dim": 32,
+    "swa_qk_nope_head_dim": 16,
+    "swa_v_head_dim": 16,
 }
 _QWEN4 = {
-    "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 16,
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 16,
     "indexer_compress_ratio": 4,
 }
 _GEMMA4 = {"global_head_dim": 32, "hidden_size_per_layer_input": 16}
 _GEMMA4_UNIFIED = {"global_head_dim": 32}
 _GEMMA4_ASSISTANT = {
-    "layer_types": _MIX, "num_kv_shared_layers": 4, "hidden_size_per_layer_input": 0,
-    "vocab_size_per_layer_input": 0, "global_head_dim": 32,
+    "layer_types": _MIX,
+    "num_kv_shared_layers": 4,
+    "hidden_size_per_layer_input": 0,
+    "vocab_size_per_layer_input": 0,
+    "global_head_dim": 32,
 }
 _GEMMA3N = {
-    "layer_types": _MIX, "num_kv_shared_layers": 2, "laurel_rank": 8, "hidden_size_per_layer_input": 16,
-    "activation_sparsity_pattern": [0.0] * 4, "intermediate_size": [_INTERMEDIATE] * 4,
+    "layer_types": _MIX,
+    "num_kv_shared_layers": 2,
+    "laurel_rank": 8,
+    "hidden_size_per_layer_input": 16,
+    "activation_sparsity_pattern": [0.0] * 4,
+    "intermediate_size": [_INTERMEDIATE] * 4,
 }
 _OVERRIDES: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {
@@ -97,13 +197,20 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
             "full_attention": {**_ROPE, "mrope_section": [4, 2, 2]},
         },
     },
-    "dbrx": {"rope_parameters": _ROPE, "attn_config.kv_n_heads": 2, "attn_config.rope_theta": 1e4,
-             "attn_config.clip_qkv": 8.0},
+    "dbrx": {
+        "rope_parameters": _ROPE,
+        "attn_config.kv_n_heads": 2,
+        "attn_config.rope_theta": 1e4,
+        "attn_config.clip_qkv": 8.0,
+    },
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "dots3_note": {
-        **{f"text_config.{key}": value for key, value in _DOTS3.items()}, "vision_config.adapter_in_dim": _HIDDEN, "vision_config.adapter_out_dim": _HIDDEN,
-        "audio_config.adapter_input_size": _HIDDEN, "audio_config.adapter_out_dim": _HIDDEN,
+        **{f"text_config.{key}": value for key, value in _DOTS3.items()},
+        "vision_config.adapter_in_dim": _HIDDEN,
+        "vision_config.adapter_out_dim": _HIDDEN,
+        "audio_config.adapter_input_size": _HIDDEN,
+        "audio_config.adapter_out_dim": _HIDDEN,
     },
     "dots3_note_text": _DOTS3,
     "falcon_h1": {"mamba_d_ssm": 64},
@@ -117,11 +224,29 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma4_unified_text": _GEMMA4_UNIFIED,
     "gemma3n": {f"text_config.{key}": value for key, value in _GEMMA3N.items()},
     "gemma3n_text": _GEMMA3N,
-    "blt": {"global_config.hidden_size": _HIDDEN, "encoder_config.hidden_size_global": _HIDDEN,
-            "decoder_config.hidden_size_global": _HIDDEN},
+    "blt": {
+        "global_config.hidden_size": _HIDDEN,
+        "encoder_config.hidden_size_global": _HIDDEN,
+        "decoder_config.hidden_size_global": _HIDDEN,
+    },
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "hunyuan_v1_dense": {"head_dim": _HEAD_DIM},
     "hunyuan_v1_moe": {"head_dim": _HEAD_DIM, "num_experts": 4, "moe_topk": 2},
+    # Query heads, K and V heads and widths that differ by layer.
+    "laguna": {"layer_types": _MIX, "num_attention_heads_per_layer": [4, 8, 4, 8]},
+    "mimo_v2_flash": {
+        "layer_types": _MIX,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "v_head_dim": 16,
+    },
+    "mellum": {"layer_types": _MIX},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "minimax_m3_vl_text": {
+        "layer_types": ["full_attention", "minimax_m3_sparse"] * 2,
+        "index_block_size": 4,
+        "index_topk_blocks": 4,
+    },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "ministral": {"head_dim": _HEAD_DIM, "layer_types": _MIX},
@@ -129,10 +254,19 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen4_exp": {f"text_config.{key}": value for key, value in _QWEN4.items()},
     "qwen4_exp_text": _QWEN4,
     "reformer": {
-        "axial_pos_shape": [16, 32], "axial_pos_embds_dim": [32, 32], "local_attn_chunk_length": 16,
-        "lsh_attn_chunk_length": 16, "attn_layers": ["local", "lsh"] * 2, "num_buckets": 4,
+        "axial_pos_shape": [16, 32],
+        "axial_pos_embds_dim": [32, 32],
+        "local_attn_chunk_length": 16,
+        "lsh_attn_chunk_length": 16,
+        "attn_layers": ["local", "lsh"] * 2,
+        "num_buckets": 4,
     },
-    "zamba": {"attention_hidden_size": 2 * _HIDDEN, "attention_head_dim": 2 * _HEAD_DIM, "layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
+    "zamba": {
+        "attention_hidden_size": 2 * _HIDDEN,
+        "attention_head_dim": 2 * _HEAD_DIM,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "num_hidden_layers": 4,
+    },
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
     "xmod": {"default_language": "en_XX"},
 }
@@ -212,7 +346,8 @@ def _kept_layers(values: dict[str, Any]) -> list[int]:
     if not n_layers:
         return []
     per_layer = [
-        value for value in values.values()
+        value
+        for value in values.values()
         if isinstance(value, list) and len(value) == n_layers and len({str(item) for item in value}) <= 4
     ]
     first: dict[tuple[str, ...], int] = {}
@@ -236,6 +371,8 @@ def _default(cls: Any) -> Any:
     return cls(text_config=text)
 
 
+# Initial weights are so small that attention hardly moves a logit.
+_WEIGHT_GAIN, _EMBEDDING_GAIN = 8.0, 2.0
 # AutoModelForCausalLM takes no config of these types: the class takes the config inside.
 _INNER = {"musicgen": "decoder", "musicgen_melody": "decoder", "gemma3n": "text_config"}
 
@@ -252,12 +389,13 @@ def build_tiny(config: Any) -> Any:
     else:
         name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type].replace("ForConditionalGeneration", "ForCausalLM")
         model = getattr(transformers, name)._from_config(getattr(config, inner), attn_implementation="eager")
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.is_floating_point():
                 continue
             if parameter.dim() >= 2:
-                parameter.mul_(3.0)
+                parameter.mul_(_EMBEDDING_GAIN if id(parameter) in embeddings else _WEIGHT_GAIN)
             else:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return model.float().eval()

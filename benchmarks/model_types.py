@@ -29,13 +29,19 @@ LIMIT_S = 120.0
 # The reasons a type may be refused for, and how its message tells. docs/models.md explains them.
 REASONS = {
     "encoder-decoder": "encoder-decoder",
-    "latent (MLA)": "latent attention",
+    "latent": "latent attention",
     "shared KV": "read another layer's KV",
     "own selection": "backend of its own",
-    "linear, conv or chunked layers": "keep a state that is not",
+    "chunked attention": "chunked_attention",
+    "state": "keep a state that is not",
+    "no KV": "names no attention heads",
     "windows only": "every layer is a sliding-window layer",
-    "layers not in .layers": "layers in `.layers`",
-    "no attention interface": "do not use transformers' attention interface",
+    "cross attention": "attend to images",
+    "attends twice": "attend more than once",
+    "layers in cycles": "layers run several times",
+    "own mask": "asks for attention",
+    "no interface": "transformers' attention interface",
+    "layers not found": "layers in `.layers`",
 }
 GOOD = ("equal", "refused")
 
@@ -44,7 +50,9 @@ def main() -> int:
     """Run the sweep and print its table."""
     args = _arguments()
     versions = {
-        "transformers": transformers.__version__, "torch": torch.__version__, "python": platform.python_version(),
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
     }
     done: dict[str, dict[str, Any]] = {}
     if args.resume and args.out.is_file():
@@ -59,7 +67,10 @@ def main() -> int:
         outcome["reason"] = _reason(outcome)
         done[model_type] = outcome
         spent_s = time.monotonic() - started_s
-        print(f"[{index}/{len(wanted)}] {model_type}: {outcome['status']} {_detail(outcome)} ({spent_s:.1f} s)", flush=True)
+        print(
+            f"[{index}/{len(wanted)}] {model_type}: {outcome['status']} {_detail(outcome)} ({spent_s:.1f} s)",
+            flush=True,
+        )
         args.out.write_text(json.dumps({"versions": versions, "types": done}, indent=1) + "\n")
     return _summary({name: done[name] for name in wanted})
 
