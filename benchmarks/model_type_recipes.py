@@ -10,11 +10,10 @@ import dataclasses
 from typing import Any
 
 import torch
+from model_type_overrides import HEAD_DIM, HEADS, HIDDEN, INTERMEDIATE, KV_HEADS, OVERRIDES, VOCABULARY
 
-VOCABULARY = 320
 WINDOW_TOKENS = 24
 MAX_POSITIONS = 512
-_HIDDEN, _HEADS, _KV_HEADS, _HEAD_DIM, _INTERMEDIATE = 64, 4, 2, 16, 96
 _MIN_LAYERS = 4
 
 # Field -> its small value, wherever a config has the field and the default is a number.
@@ -34,7 +33,7 @@ _SIZES: dict[str, int] = {
             "attention_hidden_size",
             "word_embed_proj_dim",
         ),
-        _HIDDEN,
+        HIDDEN,
     ),
     **dict.fromkeys(
         (
@@ -51,7 +50,7 @@ _SIZES: dict[str, int] = {
             "feed_forward_size",
             "n_inner",
         ),
-        _INTERMEDIATE,
+        INTERMEDIATE,
     ),
     **dict.fromkeys(
         (
@@ -75,9 +74,9 @@ _SIZES: dict[str, int] = {
             "swa_num_attention_heads",
             "num_global_attention_heads",
         ),
-        _HEADS,
+        HEADS,
     ),
-    **dict.fromkeys(("num_key_value_heads", "swa_num_key_value_heads", "num_global_key_value_heads"), _KV_HEADS),
+    **dict.fromkeys(("num_key_value_heads", "swa_num_key_value_heads", "num_global_key_value_heads"), KV_HEADS),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k"), 2),
     **dict.fromkeys(("n_group", "topk_group", "num_expert_group"), 1),
@@ -152,131 +151,12 @@ _LAYER_COUNTS = (
 )
 _META = {"architectures", "transformers_version", "model_type", "torch_dtype", "dtype", "id2label", "label2id"}
 
-# What the recipe does not get right by itself. Keys with a dot belong to a config inside the config.
-_MIX = ["sliding_attention", "full_attention"] * 2
-_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-_DOTS3 = {
-    "head_dim": 32,
-    "swa_num_attention_heads": 4,
-    "swa_num_key_value_heads": 4,
-    "swa_q_lora_rank": 32,
-    "swa_kv_lora_rank": 32,
-    "swa_head_dim": 32,
-    "swa_qk_nope_head_dim": 16,
-    "swa_v_head_dim": 16,
-}
-_QWEN4 = {
-    "indexer_n_heads": 2,
-    "indexer_kv_heads": 1,
-    "indexer_head_dim": 16,
-    "indexer_budget": 16,
-    "indexer_compress_ratio": 4,
-}
-_GEMMA4 = {"global_head_dim": 32, "hidden_size_per_layer_input": 16}
-_GEMMA4_UNIFIED = {"global_head_dim": 32}
-_GEMMA4_ASSISTANT = {
-    "layer_types": _MIX,
-    "num_kv_shared_layers": 4,
-    "hidden_size_per_layer_input": 0,
-    "vocab_size_per_layer_input": 0,
-    "global_head_dim": 32,
-}
-_GEMMA3N = {
-    "layer_types": _MIX,
-    "num_kv_shared_layers": 2,
-    "laurel_rank": 8,
-    "hidden_size_per_layer_input": 16,
-    "activation_sparsity_pattern": [0.0] * 4,
-    "intermediate_size": [_INTERMEDIATE] * 4,
-}
-_OVERRIDES: dict[str, dict[str, Any]] = {
-    "cohere_compass_text": {
-        "layer_types": _MIX,
-        "rope_parameters": {
-            "sliding_attention": {**_ROPE, "mrope_section": [4, 2, 2]},
-            "full_attention": {**_ROPE, "mrope_section": [4, 2, 2]},
-        },
-    },
-    "dbrx": {
-        "rope_parameters": _ROPE,
-        "attn_config.kv_n_heads": 2,
-        "attn_config.rope_theta": 1e4,
-        "attn_config.clip_qkv": 8.0,
-    },
-    "deepseek_v2": {"num_experts_per_tok": 2},
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
-    "dots3_note": {
-        **{f"text_config.{key}": value for key, value in _DOTS3.items()},
-        "vision_config.adapter_in_dim": _HIDDEN,
-        "vision_config.adapter_out_dim": _HIDDEN,
-        "audio_config.adapter_input_size": _HIDDEN,
-        "audio_config.adapter_out_dim": _HIDDEN,
-    },
-    "dots3_note_text": _DOTS3,
-    "falcon_h1": {"mamba_d_ssm": 64},
-    "gemma4": {f"text_config.{key}": value for key, value in _GEMMA4.items()},
-    "gemma4_text": _GEMMA4,
-    "gemma4_assistant": {f"text_config.{key}": value for key, value in _GEMMA4_ASSISTANT.items()},
-    "gemma4_unified": {f"text_config.{key}": value for key, value in _GEMMA4_UNIFIED.items()},
-    "gemma4_unified_assistant": {
-        f"text_config.{key}": value for key, value in _GEMMA4_ASSISTANT.items() if "per_layer" not in key
-    },
-    "gemma4_unified_text": _GEMMA4_UNIFIED,
-    "gemma3n": {f"text_config.{key}": value for key, value in _GEMMA3N.items()},
-    "gemma3n_text": _GEMMA3N,
-    "blt": {
-        "global_config.hidden_size": _HIDDEN,
-        "encoder_config.hidden_size_global": _HIDDEN,
-        "decoder_config.hidden_size_global": _HIDDEN,
-    },
-    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
-    "hunyuan_v1_dense": {"head_dim": _HEAD_DIM},
-    "hunyuan_v1_moe": {"head_dim": _HEAD_DIM, "num_experts": 4, "moe_topk": 2},
-    # Query heads, K and V heads and widths that differ by layer.
-    "laguna": {"layer_types": _MIX, "num_attention_heads_per_layer": [4, 8, 4, 8]},
-    "mimo_v2_flash": {
-        "layer_types": _MIX,
-        "num_key_value_heads": 1,
-        "head_dim": 32,
-        "v_head_dim": 16,
-    },
-    "mellum": {"layer_types": _MIX},
-    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
-    "minimax_m3_vl_text": {
-        "layer_types": ["full_attention", "minimax_m3_sparse"] * 2,
-        "index_block_size": 4,
-        "index_topk_blocks": 4,
-    },
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
-    "mamba2": {"num_heads": 8, "head_dim": 16},
-    "ministral": {"head_dim": _HEAD_DIM, "layer_types": _MIX},
-    "mistral": {"sliding_window": None},
-    "qwen4_exp": {f"text_config.{key}": value for key, value in _QWEN4.items()},
-    "qwen4_exp_text": _QWEN4,
-    "reformer": {
-        "axial_pos_shape": [16, 32],
-        "axial_pos_embds_dim": [32, 32],
-        "local_attn_chunk_length": 16,
-        "lsh_attn_chunk_length": 16,
-        "attn_layers": ["local", "lsh"] * 2,
-        "num_buckets": 4,
-    },
-    "zamba": {
-        "attention_hidden_size": 2 * _HIDDEN,
-        "attention_head_dim": 2 * _HEAD_DIM,
-        "layers_block_type": ["linear_attention", "hybrid"] * 2,
-        "num_hidden_layers": 4,
-    },
-    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
-    "xmod": {"default_language": "en_XX"},
-}
-
 
 def tiny_config(model_type: str) -> Any:
     """Return the small config of a model type."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    changes = _OVERRIDES.get(model_type, {})
+    changes = OVERRIDES.get(model_type, {})
     return _shrunk(CONFIG_MAPPING[model_type], None, changes)
 
 
@@ -292,7 +172,7 @@ def _shrunk(cls: Any, default: Any, changes: dict[str, Any]) -> Any:
         new = _small_value(name, value, declared[name], values, kept)
         if new is not _SAME:
             small[name] = new
-    for name, sub_cls in getattr(cls, "sub_configs", {}).items():
+    for name in getattr(cls, "sub_configs", {}):
         inner = getattr(default, name, None)
         if inner is not None:
             prefix = f"{name}."
@@ -314,11 +194,11 @@ def _small_value(name: str, value: Any, declared: Any, values: dict[str, Any], k
     if name.endswith(("_token_id", "_token_ids", "_token_index")):
         return _small_token(name, value)
     if name == "head_dim":
-        return _SAME if declared is None else _HEAD_DIM
+        return _SAME if declared is None else HEAD_DIM
     if name in ("num_key_value_heads", "n_head_kv", "num_kv_heads"):
         if values.get("kv_lora_rank") or value == 1:
-            return _HEADS if value != 1 else 1
-        return _KV_HEADS
+            return HEADS if value != 1 else 1
+        return KV_HEADS
     if isinstance(value, list) and len(value) == _n_layers(values) and kept:
         chosen = [value[index] for index in kept]
         return [_SIZES[name]] * len(kept) if name in _SIZES and isinstance(value[0], int) else chosen
