@@ -18,11 +18,12 @@ import torch
 from model_type_recipes import VOCABULARY, build_tiny, tiny_config
 
 from kvscope.errors import KvscopeError, UsageError
-from kvscope.harness.engine.decode import DecodeSession
+from kvscope.harness.engine.backend import backend_of
 from kvscope.harness.engine.loaded import LoadedModel
-from kvscope.harness.engine.models import load_config, load_model
+from kvscope.harness.engine.models import load_model
+from kvscope.harness.engine.names import load_config
 from kvscope.harness.engine.prefill import prefill
-from kvscope.harness.engine.shapes import model_shape
+from kvscope.harness.engine.session import Session
 from kvscope.methods.base import union_collectors
 from kvscope.methods.registry import create_method
 
@@ -105,7 +106,8 @@ def _try(found: Outcome, methods: bool) -> None:
         found.stage = "build"
         built = _build(found, config, folder)
         found.stage = "shape"
-        model_shape(load_config(str(folder)), element_bytes=4, page_tokens=PAGE_TOKENS)
+        from_config = load_config(str(folder))
+        backend_of(from_config).shape(from_config, element_bytes=4, page_tokens=PAGE_TOKENS)
         if built is None:
             raise RuntimeError(f"not refused from its config, and its weights cannot be built: {found.notes}")
         found.stage = "load"
@@ -122,7 +124,7 @@ def _try(found: Outcome, methods: bool) -> None:
     chunked = _own_cached_logits(built, ids, CHUNK_TOKENS)
     found.own_chunked_error = _difference(chunked, own, scale)
     found.stage = "prefill"
-    runnable = [create_method(spec) for spec in FULL_BUDGET if methods]
+    runnable = [loaded.backend.form_of(create_method(spec), loaded.shape) for spec in FULL_BUDGET if methods]
     runnable = [method for method in runnable if not method.unsupported(loaded.shape, loaded.device)]
     collectors = union_collectors(runnable, loaded.shape.layers)
     prompt = prefill(loaded, ids[:N_PREFILLED], collectors=collectors, chunk_tokens=CHUNK_TOKENS)
@@ -214,12 +216,12 @@ def _own_cached_logits(model: Any, ids: list[int], chunk_tokens: int) -> torch.T
 
 
 def _logits(loaded: LoadedModel, spec: str, prompt: Any, ids: list[int], found: Outcome | None = None) -> torch.Tensor:
-    with DecodeSession(loaded, create_method(spec), copy.copy(prompt), reserve_tokens=N_STEPS) as session:
-        logits = torch.stack([session.step(token) for token in ids[N_PREFILLED:]])
+    with Session(loaded) as session:
+        member = session.add(create_method(spec), copy.copy(prompt), reserve_tokens=N_STEPS)
+        logits = torch.stack([session.step([token])[0].clone() for token in ids[N_PREFILLED:]])
         if found is not None:
-            held_bytes = session.sequence.footprint().kv_bytes
-            predicted_bytes = loaded.shape.dense_kv_bytes(N_PREFILLED, N_STEPS)
-            found.held_of_predicted_bytes = held_bytes / predicted_bytes
+            held_bytes = member.cache.footprint().kv_bytes
+            found.held_of_predicted_bytes = held_bytes / loaded.shape.dense_kv_bytes(N_PREFILLED, N_STEPS)
         return logits
 
 
