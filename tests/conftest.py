@@ -7,12 +7,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
     # Before anything imports Triton, which reads it then: without a GPU, kernels run in Triton's interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from tiny import one_thread, small, tiny_model
+
+# The same examples on every machine, and as much time for them as a loaded one needs.
+settings.register_profile("kvscope", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("kvscope")
 
 __all__ = ["one_thread", "small", "tiny_model"]
 

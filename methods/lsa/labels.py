@@ -65,12 +65,13 @@ def chunk_mass(
 def top_p_mask(mass_XM: torch.Tensor, top_p: float) -> torch.Tensor:
     """Return the fewest entries of the last dimension that hold at least ``top_p`` (above 0) of its sum, as a mask.
 
-    Equal entries are taken in order.
+    Equal entries are taken in order, those of no mass never.
     """
     order = torch.argsort(mass_XM, dim=-1, descending=True, stable=True)
     sorted_mass = mass_XM.gather(-1, order)
-    before = sorted_mass.cumsum(-1) - sorted_mass
-    taken = before < top_p * mass_XM.sum(-1, keepdim=True)
+    total = sorted_mass.cumsum(-1)
+    # One sum serves both sides, and nothing is not weighed: at 1.0 the rounding of another sum would decide on it.
+    taken = (total - sorted_mass < top_p * total[..., -1:]) & (sorted_mass > 0)
     return torch.zeros_like(taken).scatter(-1, order, taken)
 
 

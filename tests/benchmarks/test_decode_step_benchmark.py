@@ -14,7 +14,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 def test_every_part_runs_in_the_small_size(tmp_path):
     out = tmp_path / "decode_step.json"
     command = [sys.executable, str(FOLDER / "decode_step.py"), "--smoke", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())
     rows = found["rows"]

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-import time
+import threading
 import types
 from typing import Any
 
@@ -215,10 +215,17 @@ def test_renumbered_devices_are_found(monkeypatch: pytest.MonkeyPatch, visible: 
 
 
 def test_the_sampler_keeps_a_peak_that_has_gone_again() -> None:
-    value = [10]
-    with PeakSampler(lambda: value[0], interval_s=0.001) as sampler:
+    value, seen = [10], threading.Event()
+
+    def read() -> int:
+        found = value[0]
+        if found == 99:
+            seen.set()
+        return found
+
+    with PeakSampler(read, interval_s=0.001) as sampler:
         value[0] = 99
-        time.sleep(0.05)
+        seen.wait()
         value[0] = 20
     assert sampler.peak_bytes == 99
     assert sampler.readings > 2
@@ -238,16 +245,17 @@ def test_no_reading_is_none_not_zero() -> None:
 
 
 def test_an_error_in_the_thread_is_raised() -> None:
-    calls = []
+    calls, again = [], threading.Event()
 
     def read() -> int:
         calls.append(1)
         if len(calls) > 1:
+            again.set()
             raise OSError("gone")
         return 1
 
     with pytest.raises(OSError, match="gone"), PeakSampler(read, interval_s=0.001):
-        time.sleep(0.1)
+        again.wait()
 
 
 def test_the_rss_peak_of_a_child_is_its_own() -> None:

@@ -35,7 +35,10 @@ def drive(progress: Progress) -> None:
         progress.end_cell("dense 0.50")
 
 
-def test_plain_lines_are_one_a_cell_with_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plain_lines_are_one_a_cell_with_time_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "PLAIN_INTERVAL_S", float("inf"))
     drive(PlainProgress())
     out, err = capsys.readouterr()
     assert out == ""

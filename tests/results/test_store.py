@@ -6,7 +6,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -251,6 +250,7 @@ with RunStore.create(sys.argv[1], info) as store:
     for row in samples:
         if not store.has_sample(row.key):
             store.append_sample(row)
+            print("row", flush=True)
 """
 
 
@@ -265,13 +265,17 @@ def test_killed_writers_lose_and_repeat_nothing(tmp_path: Path, rows: Rows) -> N
         )
         assert writer.stdout is not None
         assert writer.stdout.readline() == "open\n"
+        said = 0
         if attempt < 5:
-            time.sleep(chance.uniform(0.0, 0.02))
+            kill_after = chance.randrange(len(samples) // 8)
+            while said < kill_after:
+                assert writer.stdout.readline() == "row\n"
+                said += 1
             writer.kill()
-        writer.communicate()
+        said += writer.communicate()[0].count("row\n")
         now = RunStore.open(tmp_path).samples()
         assert now == samples[: len(now)]
-        assert len(now) >= seen
+        assert seen + said <= len(now) <= seen + said + 1, "only the row that was being written may be there unsaid"
         seen = len(now)
     assert seen == len(samples)
 

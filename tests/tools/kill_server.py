@@ -1,13 +1,14 @@
 """Starts sweeps that a test kills: imports everything once, then forks one child per line on stdin.
 
-Protocol: a line comes in, the child's process id goes out, then ``ended <status>`` when it is gone. The child writes
-one line to the marker file as soon as a prompt is finished.
+Protocol: ``N`` comes in. Out go ``pid P``, one line for every step of the child's progress (``done CELL STEP`` as soon
+as a prompt is finished), and ``ended STATUS`` when the child is gone. After N lines the child waits to be killed:
+however late the test looks, a sweep never comes to its end.
 """
 
 import json
 import os
+import signal
 import sys
-from pathlib import Path
 
 import torch
 
@@ -19,46 +20,52 @@ from kvscope.harness.passes.sweep import run
 from kvscope.methods.registry import METHODS, method_class
 
 
-class Marker(Progress):
-    """Writes the names of finished prompts, unbuffered."""
+def say(text: str) -> None:
+    """Answer the test: one write, whole or not at all."""
+    os.write(1, (text + "\n").encode())
 
-    def __init__(self, path: Path) -> None:
-        self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+
+class Steps(Progress):
+    """Says every step at once; waits to be killed after ``n_steps``."""
+
+    def __init__(self, n_steps: int) -> None:
+        self._left = n_steps
         self._cell = self._step = ""
 
-    def begin(self, *, cells: int, work_tokens: int) -> None:
-        os.write(self._fd, b"begin\n")
+    def _say(self, text: str) -> None:
+        say(text)
+        self._left -= 1
+        while self._left <= 0:
+            signal.pause()
 
     def begin_cell(self, name: str, *, steps: int) -> None:
         self._cell = name
 
     def begin_step(self, name: str, *, parts: int = 0) -> None:
         self._step = name
+        self._say("begin")
+
+    def part(self, name: str) -> None:
+        self._say("part")
 
     def end_step(self, *, work_tokens: int) -> None:
-        os.write(self._fd, f"done {self._cell} {self._step}\n".encode())
-
-
-def say(text: str) -> None:
-    """Answer the test."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+        self._say(f"done {self._cell} {self._step}")
 
 
 def main() -> None:
-    values, marker = json.loads(sys.argv[1]), Path(sys.argv[2])
+    values = json.loads(sys.argv[1])
     torch.set_num_threads(1)
     for name in METHODS:
         method_class(name)
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401 - loaded before the first fork
     from transformers.models.llama import modeling_llama  # noqa: F401
 
-    for _ in sys.stdin:
+    for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
-            run(make_config(values), progress=Marker(marker))
+            run(make_config(values), progress=Steps(int(line)))
             os._exit(0)
-        say(f"{pid}")
+        say(f"pid {pid}")
         _, status = os.waitpid(pid, 0)
         say(f"ended {status}")
 

@@ -72,7 +72,10 @@ def test_what_was_the_threshold_is_a_half(data, begun, tmp_path, threshold):
     found = run(data, begun, tmp_path / "out", threshold=threshold)
     before, after = logits_of(begun, data), logits_of(tmp_path / "out", data)
     wanted = before >= logit(threshold)
-    assert torch.equal(after >= logit(0.5), wanted)
+    # The shift is added to a bias: whoever lies within its rounding of the threshold may cross it.
+    clear = (before - logit(threshold)).abs() > 1e-5
+    assert torch.equal((after >= logit(0.5))[clear], wanted[clear])
+    assert clear.float().mean() > 0.99
     assert 0 < wanted.sum() < wanted.numel()
     assert (threshold == 0.5) == torch.equal(before >= logit(0.5), wanted), "or this shows nothing"
     torch.testing.assert_close(after, before - logit(threshold), atol=1e-5, rtol=0)

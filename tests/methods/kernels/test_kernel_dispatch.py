@@ -68,9 +68,7 @@ found = decode_backend("cpu", dtype=torch.float32, head_dim=16, n_q_heads=2, n_k
 assert found.name == "torch", found
 assert any("Triton cannot be imported" in reason for reason in found.reasons), found
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=os.environ, check=False, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=os.environ, check=False)
     assert done.returncode == 0, done.stderr
 
 
