@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvscope.errors import UsageError, did_you_mean, shown
+from kvscope.errors import UsageError, did_you_mean, shown, shown_path
 from kvscope.tasks.answers import METRICS
 
 MOST_LINE_BYTES = 32 * 1024**2
@@ -56,19 +56,19 @@ def read_jsonl(path: Path) -> tuple[tuple[Line, ...], str]:
                 lines.append(_line(values))
                 _check_id(values, ids, number)
             except _Fault as fault:
-                raise UsageError(f"Line {number} of {shown(str(path))} {fault}.") from None
+                raise UsageError(f"Line {number} of {shown_path(path)} {fault}.") from None
     except OSError as error:
-        raise UsageError(f"The file {shown(str(path))} cannot be read: {error.strerror}.") from error
+        raise UsageError(f"The file {shown_path(path)} cannot be read: {error.strerror}.") from error
     if not lines:
-        raise UsageError(f"The file {shown(str(path))} holds no prompt: write one JSON object a line.")
+        raise UsageError(f"The file {shown_path(path)} holds no prompt: write one JSON object a line.")
     return tuple(lines), digest.hexdigest()
 
 
 def _raw_lines(path: Path) -> Iterator[bytes]:
     if not path.exists():
-        raise UsageError(f"There is no file {shown(str(path))}: write jsonl:FILE, with a JSON object a line in it.")
+        raise UsageError(f"There is no file {shown_path(path)}: write jsonl:FILE, with a JSON object a line in it.")
     if not stat.S_ISREG(path.stat().st_mode):
-        raise UsageError(f"{shown(str(path))} is not a regular file: write jsonl:FILE with one.")
+        raise UsageError(f"{shown_path(path)} is not a regular file: write jsonl:FILE with one.")
     with path.open("rb") as file:
         while raw := file.readline(MOST_LINE_BYTES + 1):
             yield raw

@@ -340,8 +340,10 @@ def _sentence(error: ValidationError, *, source: str) -> str:
         whole = not key or key in ("methods", "tasks") or text.startswith(f"{key}:")
         return text if whole else f"{key}: {text}"
     expected, hint = EXPECTED.get(problem["type"]) or expected_text(problem), ""
+    given = problem["input"]
     if isinstance(inner, BadValue):
         expected, hint = inner.expected, inner.hint
+        given = given if inner.item is None else inner.item
     if key in ("methods", "tasks"):
         expected = f"a list of names such as {'dense' if key == 'methods' else 'niah_single_1'}"
-    return f"{key} in {source} is {shown(problem['input'])}, expected {expected}{hint}."
+    return f"{key} in {source} is {shown(given)}, expected {expected}{hint}."

@@ -5,6 +5,7 @@ import reprlib
 from collections.abc import Iterable
 
 SHOWN_CHARACTERS = 80
+PATH_CHARACTERS = 500
 
 
 class KvscopeError(Exception):
@@ -57,5 +58,13 @@ class _ShortRepr(reprlib.Repr):
 
 def shown(value: object) -> str:
     """Return a value as a message quotes it: at most about 80 characters, control characters escaped."""
-    text = _ShortRepr().repr(value)
-    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 23]}...{text[-20:]}"
+    return _shortened(_ShortRepr().repr(value), SHOWN_CHARACTERS)
+
+
+def shown_path(path: object) -> str:
+    """Return a path as a message quotes it: whole, so that it can be opened, unless nobody could read it."""
+    return _shortened(repr(str(path)), PATH_CHARACTERS)
+
+
+def _shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 23]}...{text[-20:]}"

@@ -29,7 +29,10 @@ class BadValue(ValueError):  # noqa: N818 - it says what is wrong
     Attributes:
         expected: what it should be, in words that follow ``expected``.
         hint: how to write one, after a colon; empty where that is plain.
+        item: the one of several values that is wrong.
     """
+
+    item: object = None
 
     def __init__(self, expected: str, hint: str = "") -> None:
         super().__init__(f"expected {expected}")
@@ -55,13 +58,21 @@ def read_value(declared: Any, given: object) -> Any:
     base, unit = _base(inner)
     if typing.get_origin(base) is tuple:
         items = given if isinstance(given, list | tuple) else [given]
-        return tuple(read_value(typing.get_args(base)[0], item) for item in items)
+        return tuple(_read_item(typing.get_args(base)[0], item) for item in items)
     value = _read_base(base, unit, given)
     try:
         # What is left are bounds, choices and types that are not ours.
         return _adapter(inner).validate_python(value)
     except ValidationError as error:
         raise BadValue(expected_text(error.errors()[0])) from None
+
+
+def _read_item(declared: Any, item: object) -> Any:
+    try:
+        return read_value(declared, item)
+    except BadValue as error:
+        error.item = item
+        raise
 
 
 def read_options(owner: str, declared: Mapping[str, Any], options: Mapping[str, object]) -> dict[str, Any]:

@@ -93,7 +93,8 @@ def test_length_too_small_for_the_task(refuse: Refuse, tiny: list[str]) -> None:
 
 
 def test_length_that_is_none(refuse: Refuse, tiny: list[str]) -> None:
-    assert "'4q' is not a length" in refuse(*tiny, "-l", "4q")
+    text = refuse(*tiny, "-l", "4q")
+    assert text.startswith("lengths_tokens in the options is '4q', expected a whole number: write tokens as 4096, 4k")
 
 
 @pytest.mark.parametrize("samples", ["0", "-3"])
@@ -104,7 +105,7 @@ def test_no_samples(refuse: Refuse, tiny: list[str], samples: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--samples", "many"], "--samples"),
+        (["--samples", "many"], "samples in the options is 'many', expected a whole number."),
         (["--set", "samples=many"], "samples in --set is 'many', expected a whole number."),
         (["--set", "footprint=maybe"], "footprint in --set is 'maybe', expected true or false."),
         (["--dtype", "int4"], "dtype in the options is 'int4'"),

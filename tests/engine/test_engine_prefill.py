@@ -148,7 +148,7 @@ def test_the_model_is_put_back_even_after_an_error(monkeypatch):
     def failing(*args, **kwargs):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(layer_major, "chunk_attention", failing)
+    monkeypatch.setattr(layer_major, "called_attention", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
         prefill(loaded, prompt_ids(40))
     monkeypatch.setattr(loaded.model.model.embed_tokens, "forward", failing)

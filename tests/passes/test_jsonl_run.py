@@ -10,6 +10,7 @@ from tiny import MakeConfig
 
 import kvscope
 from kvscope.errors import UsageError
+from kvscope.harness.passes.footprint import FootprintPass
 from kvscope.harness.passes.plan import make_plan
 
 
@@ -39,11 +40,9 @@ def test_two_files_are_two_tasks_of_one_run(small: MakeConfig, tmp_path: Path) -
 
 
 def test_footprint_prompts_have_the_length_asked_for(small: MakeConfig, tmp_path: Path) -> None:
-    from kvscope.harness.passes.footprint import make_job
-
     path = write(tmp_path / "q.jsonl", 2)
     plan = make_plan(small(tasks=[f"jsonl:{path}"], methods=["dense"], footprint=True, footprint_decode_tokens=4))
-    job = make_job(plan, plan.methods[0], 512)
+    job = FootprintPass().job(plan, plan.methods[0], 512)
     assert len(job.context_ids) + len(job.forced_ids) == 512 - 4
 
 

@@ -249,5 +249,5 @@ def test_type_option_says_what_is_wrong() -> None:
         create_task("long_qa", types="hops_2+hops_2")
     with pytest.raises(UsageError, match="no question type 'mrcr'"):
         create_task("long_qa", types="mrcr")
-    with pytest.raises(UsageError, match="no option 'types'"):
+    with pytest.raises(UsageError, match="has no options, so 'types' cannot be set"):
         create_task("long_qa_mrcr", types="mrcr")

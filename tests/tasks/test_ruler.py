@@ -224,5 +224,5 @@ def test_answers_have_room(tokenizer: PreTrainedTokenizerFast, gpt2_like: PreTra
 
 @pytest.mark.parametrize("name", RULER)
 def test_they_take_no_options(name: str) -> None:
-    with pytest.raises(UsageError, match="no option 'data'"):
+    with pytest.raises(UsageError, match="has no options, so 'data' cannot be set"):
         create_task(name, data="x.txt")

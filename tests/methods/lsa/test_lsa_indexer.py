@@ -263,7 +263,7 @@ def test_no_indexer_names_the_way_to_one():
     [
         ("threshold=0", "threshold must lie between 0 and 1"),
         ("threshold=1", "threshold must lie between 0 and 1"),
-        ("threshold=nan", "threshold must lie between 0 and 1"),
+        ("threshold=nan", "option 'threshold' expects a number, got 'nan'"),
         ("tau=0", "tau must be 1 or more, got 0"),
         ("tau=-3", "tau must be 1 or more"),
         ("mode=all", "mode must be threshold or budget, got 'all'"),
