@@ -53,11 +53,11 @@ def test_ranks_and_reads_are_the_formulas(case, spec, monkeypatch):
     seen = {}
     attend = module.Shadow.attend
 
-    def noting(self, layer, mass_QA, answer, step, q, k, v, **options):
-        attend(self, layer, mass_QA, answer, step, q, k, v, **options)
+    def noting(self, layer, call, mass_QA, answer, step):
+        attend(self, layer, call, mass_QA, answer, step)
         pages, n_tokens = self.sequence._pool.pages[layer], self.sequence._pool.lengths[layer]
         keys = pages[:, :, 0].transpose(0, 1).flatten(1, 2)[:, :n_tokens].clone()
-        seen[layer, step] = q[0, :, 0].clone(), keys, mass_QA.clone(), options["scale"]
+        seen[layer, step] = call.query[0, :, 0].clone(), keys, mass_QA.clone(), call.scale
 
     monkeypatch.setattr(module.Shadow, "attend", noting)
     (method,) = block_methods([spec], [])
