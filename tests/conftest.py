@@ -22,6 +22,12 @@ settings.load_profile("kvscope")
 __all__ = ["one_thread", "small", "tiny_model"]
 
 
+@pytest.fixture(autouse=True)
+def same_draws() -> None:
+    """Draws without a generator are the same whichever tests ran before in this process."""
+    torch.manual_seed(0)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
