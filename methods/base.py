@@ -239,6 +239,14 @@ class CacheMethod(ABC, Generic[ConfigT]):
             UsageError: a trained part is missing or belongs to another model.
         """
 
+    def trained_part(self, shape: ModelShape) -> str | None:
+        """Return the hash of the trained files that choose on this model; None where none do, or none are there.
+
+        A run folder keeps it: files changed in place make other rows.
+        """
+        del shape
+        return None
+
     def unsupported(self, shape: ModelShape, device: torch.device | str) -> list[str]:
         """Return every reason why the method cannot run on this model and device; empty when it can."""
         del shape, device

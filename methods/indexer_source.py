@@ -110,6 +110,16 @@ class IndexerSource(Generic[ConfigT, ModuleT]):
         folder = self.folder()
         return f"{folder.name}@{indexer_hash(folder)}"
 
+    def files_hash(self, shape: ModelShape) -> str | None:
+        """Return the hash of the trained indexer's files on a model; None for a synthetic one, or without one."""
+        if self._synthetic:
+            return None
+        try:
+            self.config(shape)
+            return indexer_hash(self.folder())
+        except UsageError:
+            return None  # ``require`` and ``unsupported`` say why
+
     @property
     def keys_id(self) -> str:
         """What tells this indexer's keys from another's, for the names of collectors."""

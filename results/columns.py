@@ -15,3 +15,23 @@ def plain_kinds(annotation: Any) -> set[Any]:
     if origin is typing.Literal:
         return {type(value) for value in typing.get_args(annotation)}
     return {origin or annotation}
+
+
+TIME_COLUMNS = frozenset(
+    {
+        "prefill_s",
+        "decode_s",
+        "ttft_s",
+        "tpot_s",
+        "tpot_p10_s",
+        "tpot_p90_s",
+        "step_s",
+        "step_p10_s",
+        "step_p90_s",
+        "tokens_per_s",
+        "tokens_per_s_at_1",
+    }
+)
+"""Columns of rows that are times, or made of them: two runs of one configuration differ in these."""
+SURROUNDINGS_COLUMNS = frozenset({"load_1min", "host_rss_peak_bytes", "other_processes", "other_processes_nvml_bytes"})
+"""Columns that tell what else machine and process were doing: two runs differ in these, too, and in no others."""

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import ValidationError
 
@@ -12,7 +12,7 @@ from kvscope.results.plain_text import shortened
 from kvscope.results.reading import parse_json, read_regular
 from kvscope.results.schema import SCHEMA_VERSION, FootprintRow, MaxContextRow, SampleRow, ThroughputRow
 
-RowT = TypeVar("RowT", SampleRow, FootprintRow, MaxContextRow, ThroughputRow)
+RowT = TypeVar("RowT", bound=SampleRow | FootprintRow | MaxContextRow | ThroughputRow)
 
 
 def open_for_append(path: Path) -> int:
@@ -58,11 +58,11 @@ def sync_folder(folder: Path) -> None:
 
 
 def read_rows(path: Path, kind: type[RowT], *, messages: list[str], mend: bool) -> dict[Any, RowT]:
-    """Rows by key. A torn last line is left out; with `mend` it is also cut off the file.
+    """Rows by key, the later of two rows of a cell. A torn last line is left out; with `mend` it is cut off the file.
 
     Raises:
         UsageError: no regular file, or one that is too large; a line that is no row, too long, or of another version; a
-            cell twice.
+            second row of a cell whose first is a result.
     """
     data = read_regular(path, most_bytes=MOST_ROWS_FILE_BYTES)
     if data is None:
@@ -83,14 +83,22 @@ def read_rows(path: Path, kind: type[RowT], *, messages: list[str], mend: bool) 
             _drop_tail(path, start, number, messages=messages, mend=mend)
             break
         row = _row(parsed, fault, kind, path=path, number=number)
-        if row.key in rows:
+        if not put(rows, row):
             raise UsageError(
                 f"{path}, line {number} holds the same cell as line {lines_of[row.key]}: {row.key}. Delete one of them."
             )
-        rows[row.key] = row
         lines_of[row.key] = number
         start = after
     return rows
+
+
+def put(rows: dict[Any, RowT], row: RowT) -> bool:
+    """Add a row that was read; the later of two rows of a cell counts. False where the earlier one is a result."""
+    earlier = rows.get(row.key)
+    if earlier is not None and earlier.is_result:
+        return False
+    rows[row.key] = row
+    return True
 
 
 def _parse(line: bytes) -> tuple[dict[str, Any] | None, str]:
@@ -108,7 +116,7 @@ def _row(parsed: dict[str, Any] | None, fault: str, kind: type[RowT], *, path: P
         raise UsageError(f"{path}, line {number} is corrupt ({fault}). {mend}.")
     check_version(parsed, f"{path}, line {number}")
     try:
-        return kind.model_validate(parsed)
+        return cast("RowT", kind.model_validate(parsed))
     except ValidationError as error:
         raise UsageError(f"{path}, line {number} is not a valid row: {first_problem(error)}. {mend}.") from error
 

@@ -141,6 +141,15 @@ class _CellRow(_Record):
     null on models that keep K and V of tokens and nothing else, or when the cell was not measured."""
     residency: ResidencyRecord | None = None
     """How the resident set changed while decoding; null where it is fixed at opening, or the cell was not measured."""
+    transformers_version: Text | None = None
+    """Version of transformers that computed; null in rows of earlier versions."""
+    torch_version: Text | None = None
+    """Version of torch; null in rows of earlier versions."""
+
+    @property
+    def is_result(self) -> bool:
+        """Whether the cell was measured: a row that is no result may be followed by one that is."""
+        return self.status == "ok"
 
     @model_validator(mode="after")
     def _status_is_explained(self) -> Self:
@@ -365,6 +374,11 @@ class MaxContextRow(_Record):
         """method_label: unique within a run folder."""
         return self.method_label
 
+    @property
+    def is_result(self) -> bool:
+        """Whether the search ended by itself: one that a failed try ended may be followed by another."""
+        return self.bound != "failed"
+
 
 class ThroughputRow(_CellRow):
     """Largest batch that fits and its decode throughput, one fresh process. Key: method_label, length_tokens.
@@ -565,8 +579,41 @@ class RunPart(_Record):
         return inside and (not self.seeds or seed in self.seeds)
 
 
+class Call(_Record):
+    """What one call asked for, of a folder whose calls asked for different things."""
+
+    started_utc: Text
+    """ISO 8601 time of the first such call."""
+    tasks: Tasks
+    """Task names, as rows have them."""
+    lengths_tokens: Lengths
+    """Lengths of the accuracy pass."""
+    samples: Count
+    """Prompts per (task, length)."""
+    footprint_lengths_tokens: Lengths = ()
+    """Lengths of the footprint pass."""
+    methods: Annotated[tuple[Name, ...], Field(max_length=limits.MOST_METHODS)]
+    """Method labels."""
+    config: dict[str, JsonValue]
+    """The whole configuration, for the record."""
+
+    def covers(self, other: "Call") -> bool:
+        """Whether another call asks for nothing more."""
+        return other.samples <= self.samples and all(
+            set(getattr(other, name)) <= set(getattr(self, name))
+            for name in ("tasks", "lengths_tokens", "footprint_lengths_tokens", "methods")
+        )
+
+    def expected_samples(self, task: str, length_tokens: int) -> int:
+        """Return how many prompts of a (task, length) it asked for."""
+        return self.samples if task in self.tasks and length_tokens in self.lengths_tokens else 0
+
+
 class RunInfo(_Record):
-    """`run.json`: what was asked, and where it ran. Written once, before the first row."""
+    """`run.json`: what was asked, and where it ran.
+
+    Written before the first row, when the model has loaded, and again when a later call asks for more.
+    """
 
     schema_version: Literal[1] = 1
     """Version of this schema."""
@@ -607,12 +654,17 @@ class RunInfo(_Record):
     measured and written all the same."""
     resumptions: tuple[Resumption, ...] = ()
     """Later starts whose surroundings differed."""
+    calls: tuple[Call, ...] = ()
+    """What each call asked for, where a later one asked for more; the fields above then hold all of it. Empty where all
+    asked for the same."""
     parts: tuple[RunPart, ...] = ()
     """Of a run merged from several: what each part was asked for and what measured it. Empty for any other, where every
     (task, length) has `samples` prompts."""
 
     def expected_samples(self, task: str, length_tokens: int) -> int:
         """Return how many prompts of a (task, length) were asked for."""
+        if self.calls and not self.parts:
+            return max(call.expected_samples(task, length_tokens) for call in self.calls)
         parts = self.parts or (RunPart(tasks=self.tasks, lengths_tokens=self.lengths_tokens, samples=self.samples),)
         return sum(part.expected_samples(task, length_tokens) for part in parts)
 

@@ -3,15 +3,14 @@
 
 A row is on disk, whole, before `append_*` returns: one `os.write` on an `O_APPEND` descriptor, then `fsync`. A process
 killed in the middle of that write leaves a last line that is cut short; the next opening drops that line (and says so)
-and the cell is simply measured again. One writer at a time holds an exclusive `flock`; readers need none.
+and the cell is simply measured again. A cell that failed may have a later row, which then counts. One writer at a time
+holds an exclusive `flock`; readers need none.
 """
 
 import fcntl
-import json
 import logging
 import os
-from collections.abc import Mapping
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,19 +18,13 @@ from typing import Any, Self
 from pydantic import ValidationError
 
 from kvscope.errors import EnvironmentProblem, UsageError
+from kvscope.results.continuing import continued
 from kvscope.results.limits import MOST_RUN_FILE_BYTES
 from kvscope.results.packed import Rows, is_packed, read_packed
 from kvscope.results.reading import parse_json, read_regular
-from kvscope.results.rowfile import (
-    RowT,
-    append_line,
-    check_version,
-    first_problem,
-    open_for_append,
-    read_rows,
-    sync_folder,
-)
-from kvscope.results.schema import FootprintRow, MaxContextRow, Resumption, RunInfo, SampleRow, ThroughputRow
+from kvscope.results.row_table import RowTable, by_key
+from kvscope.results.rowfile import RowT, check_version, first_problem, read_rows, sync_folder
+from kvscope.results.schema import FootprintRow, MaxContextRow, RunInfo, SampleRow, ThroughputRow
 
 RUN_FILE = "run.json"
 SAMPLES_FILE = "samples.jsonl"
@@ -48,55 +41,68 @@ _log = logging.getLogger(__name__)
 
 
 class RunStore:
-    """One run folder. `create` and `resume` write (and lock); `open` only reads.
+    """One run folder. `create` writes (and locks); `open` only reads.
 
-    `messages` holds what a user should hear about the opening (a torn last line that was dropped).
+    Attributes:
+        messages: what a user should hear about the opening (a torn last line that was dropped, what a folder of an
+            earlier version cannot be compared by).
+        sample_rows, footprint_rows, max_context_rows, throughput_rows: the rows of each kind.
     """
 
-    def __init__(self, folder: Path, info: RunInfo, *, lock_fd: int | None) -> None:
+    def __init__(self, folder: Path, info: RunInfo, *, lock_fd: int | None, messages: Sequence[str] = ()) -> None:
         """Use `create` or `open`."""
         self.folder = folder
         self.info = info
-        self.messages: list[str] = []
+        self.messages: list[str] = list(messages)
         self._lock_fd = lock_fd
-        self._fds: dict[str, int] = {}
-        writable = lock_fd is not None
+        self._unwritten = lock_fd is not None
         if is_packed(folder):
-            self._take_packed(writable=writable)
+            if lock_fd is not None:
+                raise UsageError(f"{folder} holds a packed run, which is only read. Give --out another folder.")
+            packed = read_packed(folder)
+            self.sample_rows = _table(folder, SAMPLES_FILE, packed.samples)
+            self.footprint_rows = _table(folder, FOOTPRINT_FILE, packed.footprints)
+            self.max_context_rows = _table(folder, MAX_CONTEXT_FILE, packed.max_contexts)
+            self.throughput_rows = _table(folder, THROUGHPUT_FILE, packed.throughputs)
             return
-        self._samples = read_rows(folder / SAMPLES_FILE, SampleRow, messages=self.messages, mend=writable)
-        self._footprints = read_rows(folder / FOOTPRINT_FILE, FootprintRow, messages=self.messages, mend=writable)
-        self._max_contexts = read_rows(folder / MAX_CONTEXT_FILE, MaxContextRow, messages=self.messages, mend=writable)
-        self._throughputs = read_rows(folder / THROUGHPUT_FILE, ThroughputRow, messages=self.messages, mend=writable)
-        for message in self.messages:
-            _log.warning(message)
+        self.sample_rows = self._read(SAMPLES_FILE, SampleRow)
+        self.footprint_rows = self._read(FOOTPRINT_FILE, FootprintRow)
+        self.max_context_rows = self._read(MAX_CONTEXT_FILE, MaxContextRow)
+        self.throughput_rows = self._read(THROUGHPUT_FILE, ThroughputRow)
 
-    def _take_packed(self, *, writable: bool) -> None:
-        if writable:
-            raise UsageError(f"{self.folder} holds a packed run, which is only read. Give --out another folder.")
-        rows = read_packed(self.folder)
-        self._samples = _by_key(rows.samples, self.folder)
-        self._footprints = _by_key(rows.footprints, self.folder)
-        self._max_contexts = _by_key(rows.max_contexts, self.folder)
-        self._throughputs = _by_key(rows.throughputs, self.folder)
+    def _read(self, name: str, kind: type[RowT]) -> RowTable[RowT]:
+        messages: list[str] = []
+        path = self.folder / name
+        rows = read_rows(path, kind, messages=messages, mend=self._lock_fd is not None)
+        for message in messages:
+            _log.warning(message)
+        self.messages += messages
+        return RowTable(path, rows)
 
     @classmethod
-    def create(cls, folder: str | Path, info: RunInfo) -> "RunStore":
-        """Open `folder` for writing: start it with `info`, or resume it when it already holds the same run.
+    def create(
+        cls, folder: str | Path, info: RunInfo, *, earlier_identity: Mapping[str, Any] | None = None
+    ) -> "RunStore":
+        """Open `folder` for writing: start it with `info`, or continue it when it already holds the same run.
+
+        `run.json` is written by `begin`, or with the first row: a run that ends before has left none.
+
+        Args:
+            earlier_identity: the identity that versions to 0.2 would have given the run.
 
         Raises UsageError when the folder cannot be written, is being written by another process, or holds a run whose
-        `identity` differs (the message names the keys that differ, with both values).
+        `identity` differs in what must be equal (the message names the keys that differ, with both values).
         """
         folder = Path(folder)
         _make_folder(folder)
         lock_fd = _lock(folder)
+        messages: list[str] = []
         try:
             if (folder / RUN_FILE).exists():
-                info = _resumed(folder, info)
+                info, messages = continued(folder, read_info(folder), info, earlier_identity=earlier_identity)
             else:
                 _refuse_orphan_rows(folder)
-                _write_info(folder, info)
-            return cls(folder, info, lock_fd=lock_fd)
+            return cls(folder, info, lock_fd=lock_fd, messages=messages)
         except BaseException:
             os.close(lock_fd)
             raise
@@ -110,57 +116,57 @@ class RunStore:
         folder = Path(folder)
         return cls(folder, read_info(folder), lock_fd=None)
 
+    def begin(self) -> None:
+        """Write `run.json`, unless it says the same already. Raises ValueError for a folder that is only read."""
+        if self._lock_fd is None:
+            raise ValueError(f"{self.folder} was opened for reading (or closed): no row can be written")
+        if self._unwritten:
+            _write_info(self.folder, self.info)
+            self._unwritten = False
+
     def append_sample(self, row: SampleRow) -> None:
-        """Put one sample row on disk. Raises ValueError for a key that is already there."""
-        self._append(SAMPLES_FILE, row.key, row.model_dump_json(), self._samples)
-        self._samples[row.key] = row
+        """Put one sample row on disk. Raises ValueError for a cell that is done."""
+        self.begin()
+        self.sample_rows.append(row)
 
     def append_footprint(self, row: FootprintRow) -> None:
-        """Put one footprint row on disk. Raises ValueError for a key that is already there."""
-        self._append(FOOTPRINT_FILE, row.key, row.model_dump_json(), self._footprints)
-        self._footprints[row.key] = row
+        """Put one footprint row on disk. Raises ValueError for a cell that is done."""
+        self.begin()
+        self.footprint_rows.append(row)
 
     def append_max_context(self, row: MaxContextRow) -> None:
         """Put the longest context of a method on disk. Raises ValueError for a method that has one."""
-        self._append(MAX_CONTEXT_FILE, row.key, row.model_dump_json(), self._max_contexts)
-        self._max_contexts[row.key] = row
+        self.begin()
+        self.max_context_rows.append(row)
 
     def append_throughput(self, row: ThroughputRow) -> None:
-        """Put one throughput row on disk. Raises ValueError for a key that is already there."""
-        self._append(THROUGHPUT_FILE, row.key, row.model_dump_json(), self._throughputs)
-        self._throughputs[row.key] = row
+        """Put one throughput row on disk. Raises ValueError for a cell that is done."""
+        self.begin()
+        self.throughput_rows.append(row)
 
     def max_contexts(self) -> list[MaxContextRow]:
         """The longest contexts found, in the order written."""
-        return list(self._max_contexts.values())
+        return self.max_context_rows.values()
 
     def throughputs(self) -> list[ThroughputRow]:
         """All throughput rows, in the order written."""
-        return list(self._throughputs.values())
-
-    def has_max_context(self, method_label: str) -> bool:
-        """Whether a method's longest context is found."""
-        return method_label in self._max_contexts
-
-    def has_throughput(self, key: FootprintKey) -> bool:
-        """Whether (method_label, length_tokens) is done, with whatever status."""
-        return key in self._throughputs
+        return self.throughput_rows.values()
 
     def samples(self) -> list[SampleRow]:
         """All sample rows, in the order written."""
-        return list(self._samples.values())
+        return self.sample_rows.values()
 
     def footprints(self) -> list[FootprintRow]:
         """All footprint rows, in the order written."""
-        return list(self._footprints.values())
+        return self.footprint_rows.values()
 
     def has_sample(self, key: SampleKey) -> bool:
         """Whether (task, length_tokens, sample, method_label) is done, with whatever status."""
-        return key in self._samples
+        return self.sample_rows.has(key)
 
     def has_footprint(self, key: FootprintKey) -> bool:
         """Whether (method_label, length_tokens) is done, with whatever status."""
-        return key in self._footprints
+        return self.footprint_rows.has(key)
 
     def rows(self) -> Rows:
         """Every row of the run."""
@@ -173,9 +179,8 @@ class RunStore:
 
     def close(self) -> None:
         """Release the lock and the descriptors. Safe to call twice."""
-        for fd in self._fds.values():
-            os.close(fd)
-        self._fds.clear()
+        for table in (self.sample_rows, self.footprint_rows, self.max_context_rows, self.throughput_rows):
+            table.close()
         if self._lock_fd is not None:
             os.close(self._lock_fd)
             self._lock_fd = None
@@ -187,16 +192,6 @@ class RunStore:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _append(self, name: str, key: tuple[Any, ...] | str, text: str, known: Mapping[Any, Any]) -> None:
-        if self._lock_fd is None:
-            raise ValueError(f"{self.folder} was opened for reading (or closed): no row can be written")
-        if key in known:
-            raise ValueError(f"{name} already holds a row with key {key}")
-        path = self.folder / name
-        if name not in self._fds:
-            self._fds[name] = open_for_append(path)
-        append_line(self._fds[name], text, path=path)
 
 
 def read_info(folder: str | Path) -> RunInfo:
@@ -238,34 +233,11 @@ def run_folders(folder: str | Path) -> list[Path]:
     return [folder]
 
 
-def _by_key(rows: list[RowT], folder: Path) -> dict[Any, RowT]:
-    found: dict[Any, RowT] = {}
-    for row in rows:
-        if found.setdefault(row.key, row) is not row:
-            raise UsageError(f"{folder} holds two rows of one cell: {row.key}. Restore it from its source.")
-    return found
-
-
-def identity_differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
-    """Name every key whose value differs, with both values; nested keys are joined by dots."""
-    left, right = _flatten(stored), _flatten(asked)
-    lines = []
-    for key in sorted(left.keys() | right.keys()):
-        old, new = left.get(key, "(absent)"), right.get(key, "(absent)")
-        if old != new:
-            lines.append(f"{key} (there: {old}, asked: {new})")
-    return lines
-
-
-def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for key, inner in value.items():
-        name = f"{prefix}{key}"
-        if isinstance(inner, Mapping) and inner:
-            flat.update(_flatten(inner, f"{name}."))
-        else:
-            flat[name] = json.dumps(inner, sort_keys=True)
-    return flat
+def _table(folder: Path, name: str, rows: list[RowT]) -> RowTable[RowT]:
+    found, twice = by_key(rows)
+    if twice is not None:
+        raise UsageError(f"{folder} holds two rows of one cell: {twice}. Restore it from its source.")
+    return RowTable(folder / name, found)
 
 
 def _make_folder(folder: Path) -> None:
@@ -305,32 +277,6 @@ def _lock(folder: Path) -> int:
     os.ftruncate(fd, 0)
     os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
     return fd
-
-
-def _resumed(folder: Path, info: RunInfo) -> RunInfo:
-    """The stored info, after checking that it describes the same run; a change of surroundings is noted in it."""
-    stored = read_info(folder)
-    asked = json.loads(info.model_dump_json(include={"identity"}))["identity"]
-    differences = identity_differences(stored.identity, asked)
-    if differences:
-        raise UsageError(
-            f"{folder} holds another configuration; it differs in: {'; '.join(differences)}. "
-            "Give --out another folder, or ask for the same configuration to resume."
-        )
-    last = stored.resumptions[-1] if stored.resumptions else stored
-    now = (info.kvscope_version, info.commit, info.dirty, info.environment)
-    if now == (last.kvscope_version, last.commit, last.dirty, last.environment):
-        return stored
-    note = Resumption(
-        started_utc=datetime.now(UTC).isoformat(timespec="seconds"),
-        kvscope_version=info.kvscope_version,
-        commit=info.commit,
-        dirty=info.dirty,
-        environment=info.environment,
-    )
-    updated = stored.model_copy(update={"resumptions": (*stored.resumptions, note)})
-    _write_info(folder, updated)
-    return updated
 
 
 def _refuse_orphan_rows(folder: Path) -> None:

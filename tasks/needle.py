@@ -8,7 +8,6 @@ in the training data of the reference model (kvscope.tasks.words).
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -70,7 +69,6 @@ def _listing(keys: Sequence[str]) -> str:
     return keys[0] if len(keys) == 1 else ", ".join(keys[:-1]) + ", and " + keys[-1]
 
 
-@lru_cache(maxsize=4)
 def _data_lines(path: Path) -> tuple[str, ...]:
     """Read an essay file: plain text, or RULER's JSON ``{"text": ...}``; one line a sentence group."""
     try:
@@ -111,13 +109,14 @@ class NeedleTask(Task):
         self.data = Path(data) if data is not None else None
         if self.spec.haystack in ("noise", "needle") and self.data is not None:
             raise UsageError(f"{name} takes no data file: its haystack is fixed. Remove data=.")
-        if self.spec.haystack == "essay":
-            if self.data is None:
-                raise UsageError(
-                    f"{name} hides its needle in essays, which kvscope does not ship: pass a text file (or RULER's "
-                    f"PaulGrahamEssays.json) as {name}:data=PATH."
-                )
-            _data_lines(self.data)
+        if self.spec.haystack == "essay" and self.data is None:
+            raise UsageError(
+                f"{name} hides its needle in essays, which kvscope does not ship: pass a text file (or RULER's "
+                f"PaulGrahamEssays.json) as {name}:data=PATH."
+            )
+        # Read once: every prompt of a run comes from the same text.
+        self._essay = () if self.data is None else _data_lines(self.data)
+        self.data_sha256 = text_sha256("".join(self._essay)) if self._essay else None
 
     def min_length_tokens(self, tokenizer: Tokenizer) -> int:
         """Return the answer room plus twice the tokens of a sample's fixed parts, in steps of 64."""
@@ -150,7 +149,7 @@ class NeedleTask(Task):
         if self.spec.haystack == "noise":
             return lambda _: NOISE + "\n"
         if self.data is not None:
-            lines = _data_lines(self.data)
+            lines = self._essay
             start = draws.below(len(lines))
             return lambda i: lines[(start + i) % len(lines)]
         if self.spec.haystack == "prose":

@@ -11,8 +11,9 @@ from kvscope.harness.engine.backend import backend_of
 from kvscope.harness.engine.configs import max_length_tokens
 from kvscope.harness.engine.devices import resolve_device, resolve_dtype
 from kvscope.harness.engine.glue import decoder_of
+from kvscope.harness.engine.identity import eos_ids
 from kvscope.harness.engine.loaded import LoadedModel
-from kvscope.harness.engine.names import cannot_load, load_config, model_revision, resolve_model
+from kvscope.harness.engine.names import cannot_load, load_config, resolve_model, sampled_revision
 from kvscope.harness.engine.presets import build_preset, is_preset
 from kvscope.methods.shape import DEFAULT_PAGE_TOKENS
 
@@ -58,7 +59,7 @@ def load_model(
         spec=spec,
         name=name,
         page_tokens=page_tokens,
-        revision=model_revision(where, config),
+        revision=sampled_revision(where, config),
     )
 
 
@@ -98,7 +99,7 @@ def wrap_model(
         backend=backend,
         max_length_tokens=max_length_tokens(model.config),
         revision=revision,
-        eos_ids=_eos_ids(model, tokenizer),
+        eos_ids=eos_ids(getattr(model, "generation_config", None), model.config, tokenizer),
     )
 
 
@@ -114,12 +115,3 @@ def _no_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    found: set[int] = set()
-    sources = (getattr(model, "generation_config", None), model.config, tokenizer)
-    for source in sources:
-        ids = getattr(source, "eos_token_id", None)
-        found.update([ids] if isinstance(ids, int) else ids or [])
-    return frozenset(found)

@@ -92,11 +92,13 @@ def cannot_load(spec: str, error: Exception) -> str:
     )
 
 
-def model_revision(where: str, config: Any) -> str:
-    """Return the hub commit of a model, or for a folder a hash of its config and its weights.
+def sampled_revision(where: str, config: Any) -> str:
+    """Return the hub commit of a model, or for a folder a hash of its config and of samples of its weights.
 
     Of every weights file its name, size, ends and evenly spread samples are read: training changes all of them, and a
     model of any size is told apart in milliseconds. Of a preset: how its weights are drawn.
+
+    Trained indexers name their model by it. A run's rows are held to more: see ``identity.model_parts``.
     """
     if is_preset(where):
         return preset_revision()

@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 from kvscope.errors import UsageError
 from kvscope.harness.passes.answering import Prompt, load, release_memory
-from kvscope.harness.passes.base import Left, Plan, failed_lines
+from kvscope.harness.passes.base import Left, Plan, failed_lines, is_open
 from kvscope.harness.passes.config import RunConfig
 from kvscope.harness.passes.deadline import Deadline
 from kvscope.harness.passes.facts import ModelFacts
 from kvscope.harness.passes.progress import Progress
+from kvscope.harness.passes.prompt_check import PromptCheck, build
 from kvscope.units import format_length
 
 if TYPE_CHECKING:
@@ -46,13 +47,14 @@ class AccuracyPass:
                         f"{least_tokens:,} tokens."
                     )
 
-    def cells(self, plan: Plan) -> "list[tuple[Task, int]]":
-        """Return every (task, length in tokens), shortest length first."""
-        return [(task, length_tokens) for length_tokens in plan.config.lengths_tokens for task in plan.tasks]
+    def cells(self, plan: Plan) -> "list[tuple[Task, str, int]]":
+        """Return every (task, what rows call it, length in tokens), shortest length first."""
+        tasks = list(zip(plan.tasks, plan.task_names, strict=True))
+        return [(task, name, length_tokens) for length_tokens in plan.config.lengths_tokens for task, name in tasks]
 
     def prefill_tokens(self, plan: Plan) -> int:
         """Return the tokens to prefill: one prefill a prompt, whatever the number of methods."""
-        return sum(length_tokens for _, length_tokens in self.cells(plan)) * plan.config.samples
+        return sum(length_tokens for _, _, length_tokens in self.cells(plan)) * plan.config.samples
 
     def text(self, plan: Plan) -> list[str]:
         """Return its line of the plan."""
@@ -69,16 +71,28 @@ class AccuracyPass:
         if not plan.tasks:
             return {}
         return {
-            "tasks": tuple(task.name for task in plan.tasks),
+            "tasks": plan.task_names,
             "lengths_tokens": plan.config.lengths_tokens,
             "samples": plan.config.samples,
         }
 
+    def reopen(self, plan: Plan, store: "RunStore") -> int:
+        """Reopen the rows of prompts that were not answered."""
+        n_reopened = 0
+        for _, name, length_tokens in self.cells(plan):
+            for index in range(plan.config.samples):
+                for method in plan.methods:
+                    key = (name, length_tokens, index, method.label)
+                    if is_open(store.sample_rows.get(key), unsupported=plan.unsupported(method.label, length_tokens)):
+                        store.sample_rows.reopen(key)
+                        n_reopened += 1
+        return n_reopened
+
     def left(self, plan: Plan, store: "RunStore") -> Left:
         """Count the prompts that lack a row of a method."""
         left = Left()
-        for task, length_tokens in self.cells(plan):
-            pending = pending_samples(plan, store, task, length_tokens)
+        for _, name, length_tokens in self.cells(plan):
+            pending = pending_samples(plan, store, name, length_tokens)
             work_tokens = sum(prompt_work_tokens(length_tokens, methods=len(methods)) for _, methods in pending)
             left += Left(cells=bool(pending), prompts=len(pending), work_tokens=work_tokens)
         return left
@@ -90,22 +104,23 @@ class AccuracyPass:
 
     def _answer(self, plan: Plan, store: "RunStore", progress: Progress, deadline: Deadline) -> None:
         loaded: LoadedModel | None = None  # loads only when something is to do
-        for task, length_tokens in self.cells(plan):
-            pending = pending_samples(plan, store, task, length_tokens)
+        prompts = PromptCheck(store)
+        for task, name, length_tokens in self.cells(plan):
+            pending = pending_samples(plan, store, name, length_tokens)
             if not pending:
                 continue
             if loaded is None:
                 loaded = load(plan)
-            progress.begin_cell(f"{task.name} {format_length(length_tokens)}", steps=len(pending))
+                store.begin()  # not before: weights that do not load leave no run behind
+            progress.begin_cell(f"{name} {format_length(length_tokens)}", steps=len(pending))
             for index, methods in pending:
                 deadline.check()
                 progress.begin_step(f"{index + 1} of {plan.config.samples}", parts=len(methods) + 1)
-                sample = task.build(
-                    plan.facts.tokenizer, length_tokens=length_tokens, sample=index, seed=plan.config.seed
-                )
+                sample = build(plan, task, name, length_tokens, index)
+                prompts.compare(sample)
                 Prompt(plan, loaded, task, sample, progress).answer(methods, store)
                 progress.end_step(work_tokens=prompt_work_tokens(length_tokens, methods=len(methods)))
-            progress.end_cell(cell_summary(plan, store, task.name, length_tokens))
+            progress.end_cell(cell_summary(plan, store, name, length_tokens))
 
     def failures(self, run: "Run") -> list[str]:
         """Return one line per method and status of rows that failed."""
@@ -117,11 +132,11 @@ def prompt_work_tokens(length_tokens: int, *, methods: int) -> int:
     return length_tokens + methods * DECODE_WORK_TOKENS
 
 
-def pending_samples(plan: Plan, store: "RunStore", task: "Task", length_tokens: int) -> Pending:
+def pending_samples(plan: Plan, store: "RunStore", task_name: str, length_tokens: int) -> Pending:
     """Return (sample index, methods without a row) of one (task, length); prompts that are done are left out."""
     found = []
     for index in range(plan.config.samples):
-        methods = [m for m in plan.methods if not store.has_sample((task.name, length_tokens, index, m.label))]
+        methods = [m for m in plan.methods if not store.has_sample((task_name, length_tokens, index, m.label))]
         if methods:
             found.append((index, methods))
     return found

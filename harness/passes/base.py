@@ -5,7 +5,7 @@ differs between them is a method of the pass, so the plan, the progress, the run
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,13 +14,15 @@ from kvscope.harness.passes.deadline import Deadline
 from kvscope.harness.passes.facts import ModelFacts
 from kvscope.harness.passes.plan_text import forecast_tables, lengths_text
 from kvscope.harness.passes.progress import Progress
-from kvscope.results.schema import ExcludedType, PlannedCell
+from kvscope.results.continuing import recorded_tasks, without_hash
+from kvscope.results.schema import ExcludedType, PlannedCell, RunInfo
 from kvscope.specs import Spec
 from kvscope.units import format_bytes, format_length
 
 if TYPE_CHECKING:
     from kvscope.methods.base import CacheMethod
     from kvscope.results.frames import Run
+    from kvscope.results.schema import FootprintRow, SampleRow, ThroughputRow
     from kvscope.results.store import RunStore
     from kvscope.tasks.base import Task
 
@@ -72,6 +74,9 @@ class Pass(Protocol):
     def info(self, plan: "Plan") -> dict[str, Any]:
         """Return its fields of ``run.json``."""
 
+    def reopen(self, plan: "Plan", store: "RunStore") -> int:
+        """Let its rows that are no results be measured again by this call; return how many."""
+
     def left(self, plan: "Plan", store: "RunStore") -> Left:
         """Return what a folder lacks of it."""
 
@@ -96,6 +101,28 @@ class Plan:
     """Label of a method -> the spec that a fresh process makes it from."""
     excluded_types: tuple[ExcludedType, ...] = ()
     """Question types of these tasks that pooled scores leave out, as the model's folder says."""
+    task_names: tuple[str, ...] = ()
+    """What rows call each task."""
+    first_task: str | None = None
+    """The task whose prompts the folder's footprints are of, as the folder's first call asked for it; None: the first
+    of these."""
+
+    def in_folder(self, info: RunInfo) -> "Plan":
+        """Return the plan as a folder has it, which may have been begun by a call that asked for other things.
+
+        Rows call the model and its tasks what the first call did, and footprints are of the same task's prompts.
+        """
+        named = dict(zip(map(without_hash, recorded_tasks(info)), info.tasks, strict=True))
+        mine = [without_hash(spec.label) for spec in self.config.tasks]
+        first = recorded_tasks(info)[:1]
+        given = info.config.get("tasks")
+        other = bool(first) and bool(mine) and without_hash(first[0]) != mine[0] and isinstance(given, list)
+        return replace(
+            self,
+            facts=replace(self.facts, name=info.model),
+            task_names=tuple(named[label] for label in mine),
+            first_task=str(given[0]) if other and isinstance(given, list) else None,
+        )
 
     @cached_property
     def _by_key(self) -> dict[tuple[str, int], PlannedCell]:
@@ -193,3 +220,14 @@ def failed_lines(what: str, frame: Any) -> list[str]:
         f"{what}: {label}: {len(group)} {status}: {group['reason'].iloc[0]}"
         for (label, status), group in bad.groupby(["method_label", "status"], sort=False)
     ]
+
+
+def is_open(row: "SampleRow | FootprintRow | ThroughputRow | None", *, unsupported: str | None) -> bool:
+    """Whether a row is one to measure again: it failed, ran out of memory, or was unsupported and no longer is.
+
+    Args:
+        unsupported: why the plan cannot run its cell.
+    """
+    if row is None or row.is_result:
+        return False
+    return row.status != "unsupported" or unsupported is None

@@ -15,12 +15,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from kvscope.errors import UsageError, did_you_mean, shown
 from kvscope.harness.engine.presets import is_preset
 from kvscope.harness.passes.yaml_text import read_yaml, yaml_value
-from kvscope.specs import BARE_OPTIONS, MethodSpec, Spec, TaskSpec, parse_spec, split_items, unquoted
+from kvscope.results import limits
+from kvscope.specs import MethodSpec, Spec, TaskSpec, parse_spec, split_items, unquoted
 from kvscope.units import Bytes, Tokens
 from kvscope.values import BadValue, expected_text, read_value
 
 SWEEP_PATTERN = re.compile(r"([^=]+)\.([A-Za-z_]\w*)\s*=(.+)", re.DOTALL)
 MOST_SAMPLES = 1_000_000
+
+Length = Annotated[Tokens, Field(ge=1, le=limits.MOST_LENGTH_TOKENS)]
 
 #: Key -> why nothing is scored where it is set (``model``: to a preset).
 _UNSCORED = {
@@ -47,23 +50,29 @@ class RunConfig(BaseModel):
         default=tuple(map(Spec, ("niah_single_1", "niah_multikey_2"))),
         description="tasks, as name or name:key=value,key=value",
     )
-    lengths_tokens: tuple[Annotated[Tokens, Field(ge=1)], ...] = Field(
-        default=(1024, 2048, 4096, 8192), description="prompt + answer lengths, as 4096, 4k or 1M"
+    lengths_tokens: tuple[Length, ...] = Field(
+        default=(1024, 2048, 4096, 8192),
+        max_length=limits.MOST_LENGTHS,
+        description="prompt + answer lengths, as 4096, 4k or 1M",
     )
     samples: int = Field(default=20, ge=1, le=MOST_SAMPLES, description="prompts per task and length")
-    seed: int = Field(default=0, ge=0, description="seed of prompts and of random choices")
+    seed: int = Field(default=0, ge=0, le=limits.MOST_SEED, description="seed of prompts and of random choices")
     method_from: Literal["last_token", "question"] = Field(
         default="last_token",
         description="first token fed under the method: the last of the prompt, or the first of the question",
     )
     answer_nll: bool = Field(default=False, description="also measure the teacher-forced NLL of the reference answer")
-    max_new_tokens: Tokens | None = Field(default=None, ge=1, description="new tokens per sample (default: the task's)")
+    max_new_tokens: Tokens | None = Field(
+        default=None, ge=1, le=limits.MOST_LENGTH_TOKENS, description="new tokens per sample (default: the task's)"
+    )
     paper_settings: bool = Field(
         default=False, description="fix recency_tokens at 8192, blocks and budgets at their papers' values"
     )
     footprint: bool = Field(default=True, description="measure memory and latency, a fresh process per cell")
-    footprint_lengths_tokens: tuple[Annotated[Tokens, Field(ge=1)], ...] | None = Field(
-        default=None, description="lengths of the footprint pass (default: lengths_tokens)"
+    footprint_lengths_tokens: tuple[Length, ...] | None = Field(
+        default=None,
+        max_length=limits.MOST_LENGTHS,
+        description="lengths of the footprint pass (default: lengths_tokens)",
     )
     kv: Literal["prefill", "synthetic"] = Field(
         default="prefill",
@@ -72,6 +81,7 @@ class RunConfig(BaseModel):
     gpu_budget_bytes: Bytes | None = Field(
         default=None,
         ge=1,
+        le=limits.MOST_COUNT,
         description="most device bytes a footprint process may take, as 24GiB (default: the whole card)",
     )
     find_max: bool = Field(
@@ -84,16 +94,26 @@ class RunConfig(BaseModel):
         description="the search ends when the next length would differ by less than this share",
     )
     find_max_limit_tokens: Tokens | None = Field(
-        default=None, ge=1, description="longest length that search tries (default: the model's maximum)"
+        default=None,
+        ge=1,
+        le=limits.MOST_LENGTH_TOKENS,
+        description="longest length that search tries (default: the model's maximum)",
     )
     throughput: bool = Field(
         default=False, description="only find each method's largest batch, with synthetic KV, and its tokens a second"
     )
-    max_batch: int = Field(default=64, ge=1, description="where the search for the largest batch stops")
+    max_batch: int = Field(
+        default=64, ge=1, le=limits.MOST_COUNT, description="where the search for the largest batch stops"
+    )
     time_limit_s: float | None = Field(
         default=None, gt=0, description="stop before the next row after this time; the same command continues"
     )
-    footprint_decode_tokens: Tokens = Field(default=32, ge=2, description="decode steps per footprint cell")
+    retry: bool = Field(
+        default=True, description="measure cells again whose rows are no results (failed, oom), once a call"
+    )
+    footprint_decode_tokens: Tokens = Field(
+        default=32, ge=2, le=limits.MOST_LENGTH_TOKENS, description="decode steps per footprint cell"
+    )
     footprint_timeout_s: float = Field(default=3600.0, gt=0, description="longest time of one footprint cell")
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -173,9 +193,7 @@ class RunConfig(BaseModel):
                 "footprint is off, so this run would measure no memory, which its other options ask for: leave out "
                 "--no-footprint."
             )
-        # Rows name a task without its options, a method with them; a task of a file takes its name from that.
-        names = [spec.label if spec.name in BARE_OPTIONS else spec.name for spec in self.tasks]
-        for key, labels in (("methods", list(self.method_labels)), ("tasks", names)):
+        for key, labels in (("methods", list(self.method_labels)), ("tasks", list(self.task_labels))):
             twice = sorted({label for label in labels if labels.count(label) > 1})
             if twice:
                 raise UsageError(f"{key}: {twice[0]!r} is given twice: keep one.")
@@ -209,9 +227,9 @@ class RunConfig(BaseModel):
         return tuple(spec.label for spec in self.tasks)
 
     def identity(self) -> dict[str, Any]:
-        """Return what must be equal for a folder to be continued: everything but ``out`` and the time limits."""
+        """Return what decides the rows: everything but ``out``, the time limits and ``retry``."""
         values = self.model_dump(
-            mode="json", exclude={"out", "footprint_timeout_s", "time_limit_s", "methods", "tasks"}
+            mode="json", exclude={"out", "footprint_timeout_s", "time_limit_s", "retry", "methods", "tasks"}
         )
         values["footprint_lengths_tokens"] = list(self.footprint_cells_tokens)
         if not self.accuracy_graph:

@@ -68,11 +68,11 @@ def describe_model(
 
     from kvscope.harness.engine.configs import max_length_tokens, text_config
     from kvscope.harness.engine.devices import resolve_device, resolve_dtype
-    from kvscope.harness.engine.names import load_config, model_revision, resolve_model
+    from kvscope.harness.engine.names import load_config, resolve_model, sampled_revision
 
     where, name = resolve_model(spec)
     config = load_config(spec)
-    revision = model_revision(where, config)
+    revision = sampled_revision(where, config)
     target = indexed(resolve_device(device))
     element_type = resolve_dtype(dtype, target)
     backend = backend_of(config)

@@ -53,14 +53,31 @@ class FindMaxPass:
         del plan
         return {}
 
+    def reopen(self, plan: Plan, store: "RunStore") -> int:
+        """Reopen the searches that a failed try ended, with that try. A try that does not fit is a result here."""
+        n_reopened = 0
+        for method in self.cells(plan):
+            tries = [row for row in store.footprints() if row.method_label == method.label]
+            failed = [row for row in tries if row.status in ("failed", "unsupported")]
+            found = store.max_context_rows.get(method.label)
+            stays = bool(method.unsupported(plan.facts.shape, plan.facts.device))
+            if stays or not (failed or (found is not None and not found.is_result)):
+                continue
+            for row in failed:
+                store.footprint_rows.reopen(row.key)
+            if found is not None and not found.is_result:
+                store.max_context_rows.reopen(method.label)
+            n_reopened += 1
+        return n_reopened
+
     def left(self, plan: Plan, store: "RunStore") -> Left:
         """Count the methods without a result; how many tries that takes, nobody knows."""
-        return Left(cells=sum(not store.has_max_context(method.label) for method in self.cells(plan)))
+        return Left(cells=sum(not store.max_context_rows.has(method.label) for method in self.cells(plan)))
 
     def run(self, plan: Plan, store: "RunStore", progress: Progress, deadline: Deadline) -> None:
         """Find the longest context of every method that has no result yet."""
         for method in self.cells(plan):
-            if store.has_max_context(method.label):
+            if store.max_context_rows.has(method.label):
                 continue
             reasons = method.unsupported(plan.facts.shape, plan.facts.device)
             if reasons:
@@ -76,12 +93,14 @@ class FindMaxPass:
         """Return a function that measures one length, or finds its row from before."""
 
         def measure(length_tokens: int) -> FootprintRow:
-            for row in store.footprints():
-                if row.key == (method.label, length_tokens):
-                    return row
+            key = (method.label, length_tokens)
+            there = store.footprint_rows.get(key)
+            if there is not None and store.footprint_rows.has(key):
+                return there
             deadline.check()
+            store.begin()
             row = self._tries.measure(plan, method, length_tokens, progress)
-            self._tries.append(store, row)
+            store.append_footprint(row)
             return row
 
         return measure

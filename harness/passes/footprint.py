@@ -11,7 +11,9 @@ from kvscope.harness.passes.job import FootprintJob
 from kvscope.harness.passes.plan_text import lengths_text
 from kvscope.harness.passes.process_pass import ProcessPass, job_fields
 from kvscope.harness.passes.prompt import Ids, random_ids, split_ids
+from kvscope.results.row_table import RowTable
 from kvscope.results.schema import FootprintRow
+from kvscope.specs import parse_spec
 from kvscope.units import format_bytes
 
 if TYPE_CHECKING:
@@ -101,13 +103,9 @@ class FootprintPass(ProcessPass[FootprintRow]):
             )
         )
 
-    def has(self, store: "RunStore", method_label: str, length_tokens: int) -> bool:
-        """Whether a folder holds the row of a cell."""
-        return store.has_footprint((method_label, length_tokens))
-
-    def append(self, store: "RunStore", row: FootprintRow) -> None:
-        """Put a row on disk."""
-        store.append_footprint(row)
+    def rows(self, store: "RunStore") -> RowTable[FootprintRow]:
+        """Return a folder's footprint rows."""
+        return store.footprint_rows
 
     def summary(self, row: FootprintRow) -> str:
         """Return a row in a few words."""
@@ -132,10 +130,21 @@ def footprint_prompt(plan: Plan, length_tokens: int) -> tuple[Ids, Ids]:
     if not plan.tasks:
         ids = random_ids(plan.facts.vocab_size, length_tokens - config.footprint_decode_tokens, seed=config.seed)
         return ids[:-1], ids[-1:]
-    task = plan.tasks[0]
+    task = plan.tasks[0] if plan.first_task is None else _task_of(plan, plan.first_task)
     prompt_tokens = length_tokens - config.footprint_decode_tokens
     ids, question_start = task.fill(plan.facts.tokenizer, prompt_tokens=prompt_tokens, seed=config.seed)
     return split_ids(ids, question_start, config.method_from)
+
+
+def _task_of(plan: Plan, given: str) -> "Task":
+    """Return the task that the folder's first call gave, which may not be asked for now."""
+    from kvscope.tasks.registry import create_task
+
+    spec = parse_spec(given, kind="task")
+    for asked, task in zip(plan.config.tasks, plan.tasks, strict=True):
+        if asked.label == spec.label:
+            return task
+    return create_task(spec)
 
 
 def mismatch_lines(run: "Run") -> list[str]:

@@ -134,6 +134,10 @@ class RunOptions:
             "--time-limit", metavar="SECONDS", help="Stop before the next row after this; the same continues."
         ),
     ]
+    retry: Annotated[
+        bool | None,
+        typer.Option("--retry/--no-retry", help="Measure failed and oom rows again, once a call.  [default: retry]"),
+    ]
     device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.  [default: auto]")]
     dtype: Annotated[
         str | None,

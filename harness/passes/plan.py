@@ -7,7 +7,7 @@ configuration and tokenizer files, never weights.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from kvscope.errors import UsageError
+from kvscope.errors import UsageError, shown
 from kvscope.harness.passes.accuracy import AccuracyPass
 from kvscope.harness.passes.base import Pass, Plan
 from kvscope.harness.passes.config import RunConfig
@@ -16,7 +16,9 @@ from kvscope.harness.passes.find_max import FindMaxPass
 from kvscope.harness.passes.footprint import FootprintPass
 from kvscope.harness.passes.forecast import device_rooms, plan_cell
 from kvscope.harness.passes.pooling import excluded_types
+from kvscope.harness.passes.task_names import row_names
 from kvscope.harness.passes.throughput_pass import ThroughputPass
+from kvscope.results.limits import MOST_NAME_CHARS
 
 if TYPE_CHECKING:
     from kvscope.tasks.base import Task
@@ -35,6 +37,7 @@ def make_plan(config: RunConfig) -> Plan:
     methods = tuple(create_method(spec, paper_settings=config.paper_settings) for spec in config.methods)
     check_one_class_a_name(list(methods))
     check_unique([method.label for method in methods])
+    check_lengths_of_names([*(method.label for method in methods), *config.task_labels, config.model])
     specs = {method.label: spec for method, spec in zip(methods, config.methods, strict=True)}
     tasks = []
     for spec in config.tasks:
@@ -42,7 +45,8 @@ def make_plan(config: RunConfig) -> Plan:
         if config.max_new_tokens is not None:
             task.max_new_tokens = config.max_new_tokens
         tasks.append(task)
-    check_tasks(tasks, config.samples)
+    names = row_names(config.tasks, tasks)
+    check_tasks(tasks, config.samples, names=names)
     facts = describe_model(config.model, device=config.device, dtype=config.dtype, page_tokens=config.page_tokens)
     check_synthetic(config, facts)
     methods = tuple(facts.backend.form_of(method, facts.shape) for method in methods)
@@ -59,8 +63,12 @@ def make_plan(config: RunConfig) -> Plan:
         for method in methods
         for length_tokens in lengths
     ]
-    asked = {(task.name, kind) for task in tasks for kind in task.question_types}
-    excluded = tuple(each for each in excluded_types(config.model) if (each.task, each.question_type) in asked)
+    excluded = [
+        each.model_copy(update={"task": name})
+        for task, name in zip(tasks, names, strict=True)
+        for each in excluded_types(config.model)
+        if each.task == task.name and each.question_type in task.question_types
+    ]
     return Plan(
         config=config,
         facts=facts,
@@ -69,7 +77,8 @@ def make_plan(config: RunConfig) -> Plan:
         passes=passes,
         cells=tuple(cells),
         specs=specs,
-        excluded_types=excluded,
+        excluded_types=tuple(excluded),
+        task_names=names,
     )
 
 
@@ -112,16 +121,29 @@ def check_unique(labels: Sequence[str]) -> None:
             raise UsageError(f"Method {label!r} is asked for twice (options equal to the defaults count): keep one.")
 
 
-def check_tasks(tasks: "Sequence[Task]", samples: int) -> None:
-    """Refuse two tasks of one name, which rows could not tell apart, and more samples than a task has.
+def check_lengths_of_names(names: Sequence[str]) -> None:
+    """Refuse names that rows could not carry.
+
+    Raises:
+        UsageError: naming it and the limit.
+    """
+    for name in names:
+        if len(name) > MOST_NAME_CHARS:
+            raise UsageError(
+                f"{shown(name)} has {len(name):,} characters, and rows hold names of {MOST_NAME_CHARS:,} at most: give "
+                "it a shorter path or fewer options."
+            )
+
+
+def check_tasks(tasks: "Sequence[Task]", samples: int, *, names: Sequence[str]) -> None:
+    """Refuse two tasks that rows could not tell apart, and more samples than a task has.
 
     Raises:
         UsageError: naming the task.
     """
-    names = [task.name for task in tasks]
-    for task in tasks:
-        if names.count(task.name) > 1:
-            raise UsageError(f"Two tasks are called {task.name!r}, so rows could not be told apart: give one a label=.")
+    for task, name in zip(tasks, names, strict=True):
+        if names.count(name) > 1:
+            raise UsageError(f"Two tasks are called {name!r}, so rows could not be told apart: give one a label=.")
         if task.n_samples is not None and samples > task.n_samples:
             raise UsageError(
                 f"Task {task.name!r} has {task.n_samples:,} prompts, and {samples:,} samples are asked for: use "

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Generic
 
 from kvscope.errors import UsageError
-from kvscope.harness.passes.base import Left, Plan
+from kvscope.harness.passes.base import Left, Plan, is_open
 from kvscope.harness.passes.config import RunConfig
 from kvscope.harness.passes.deadline import Deadline
 from kvscope.harness.passes.facts import ModelFacts
@@ -16,6 +16,7 @@ from kvscope.harness.passes.prompt import Ids
 from kvscope.harness.passes.row_columns import cell_columns
 from kvscope.methods.registry import is_own
 from kvscope.plugins import search_path
+from kvscope.results.row_table import RowTable
 from kvscope.units import format_length
 
 if TYPE_CHECKING:
@@ -40,12 +41,8 @@ class ProcessPass(ABC, Generic[RowT]):
         """Return what the worker of one cell is asked for."""
 
     @abstractmethod
-    def has(self, store: "RunStore", method_label: str, length_tokens: int) -> bool:
-        """Whether a folder holds the row of a cell, with whatever status."""
-
-    @abstractmethod
-    def append(self, store: "RunStore", row: RowT) -> None:
-        """Put a row on disk."""
+    def rows(self, store: "RunStore") -> RowTable[RowT]:
+        """Return the rows of its kind that a folder holds."""
 
     @abstractmethod
     def summary(self, row: RowT) -> str:
@@ -70,17 +67,30 @@ class ProcessPass(ABC, Generic[RowT]):
         """Return every (method, length in tokens), shortest length first."""
         return [(method, length) for length in self.lengths_tokens(plan.config) for method in plan.methods]
 
+    def reopen(self, plan: Plan, store: "RunStore") -> int:
+        """Reopen the rows of cells that were not measured."""
+        rows, n_reopened = self.rows(store), 0
+        for method, length_tokens in self.cells(plan):
+            key = (method.label, length_tokens)
+            if is_open(rows.get(key), unsupported=plan.unsupported(*key)):
+                rows.reopen(key)
+                n_reopened += 1
+        return n_reopened
+
     def left(self, plan: Plan, store: "RunStore") -> Left:
         """Count the cells that have no row."""
-        lengths = [length for method, length in self.cells(plan) if not self.has(store, method.label, length)]
+        rows = self.rows(store)
+        lengths = [length for method, length in self.cells(plan) if not rows.has((method.label, length))]
         return Left(cells=len(lengths), processes=len(lengths), work_tokens=sum(map(process_work_tokens, lengths)))
 
     def run(self, plan: Plan, store: "RunStore", progress: Progress, deadline: Deadline) -> None:
         """Measure every cell that has no row yet, until the deadline."""
+        rows = self.rows(store)
         for method, length_tokens in self.cells(plan):
-            if not self.has(store, method.label, length_tokens):
+            if not rows.has((method.label, length_tokens)):
                 deadline.check()
-                self.append(store, self.measure(plan, method, length_tokens, progress))
+                store.begin()
+                rows.append(self.measure(plan, method, length_tokens, progress))
 
     def measure(self, plan: Plan, method: "CacheMethod[Any]", length_tokens: int, progress: Progress) -> RowT:
         """Measure one cell, and tell the progress."""

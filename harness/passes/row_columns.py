@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from kvscope.errors import DeviceBudgetExceeded
 from kvscope.harness.engine.oom import is_oom
+from kvscope.harness.passes.environment import package_version
 from kvscope.results.schema import OomOf, ResidencyRecord, SampleRow
 
 if TYPE_CHECKING:
@@ -73,6 +74,8 @@ def cell_columns(
         "selection": getattr(method, "selection", "free"),
         "dtype": dtype,
         "device": device,
+        "transformers_version": package_version("transformers"),
+        "torch_version": package_version("torch"),
     }
 
 

@@ -1,26 +1,22 @@
 """``kvscope run``: check, open the folder, measure every pass. The same configuration again continues."""
 
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import kvscope
 from kvscope.errors import UsageError
 from kvscope.harness.passes.base import Left, Plan
 from kvscope.harness.passes.config import RunConfig, make_config
 from kvscope.harness.passes.deadline import Deadline
-from kvscope.harness.passes.environment import capture_environment
 from kvscope.harness.passes.plan import make_plan, passes_for
 from kvscope.harness.passes.progress import Progress, make_progress
-from kvscope.results.schema import MethodInfo, RunInfo
+from kvscope.harness.passes.prompt_check import check_first_prompts
+from kvscope.harness.passes.recording import earlier_identity, run_info
 from kvscope.results.store import RunStore
-from kvscope.specs import Spec
 from kvscope.units import format_length
 
 if TYPE_CHECKING:
     from kvscope.results.frames import Run
-    from kvscope.tasks.base import Task
 
 
 def run(
@@ -45,15 +41,19 @@ def run(
         raise UsageError("Say where the results go: --out DIR, or `out` in the configuration.")
     with as_progress(progress) as shown:
         plan = make_plan(config)
-        with RunStore.create(folder, run_info(plan)) as store:
-            measure(plan, store, shown)
+        with RunStore.create(folder, run_info(plan), earlier_identity=earlier_identity(plan)) as store:
+            measure(plan.in_folder(store.info), store, shown)
     from kvscope.results.frames import load_run
 
     return load_run(folder)
 
 
 def measure(plan: Plan, store: RunStore, progress: Progress) -> None:
-    """Run every pass into an open store."""
+    """Run every pass into an open store.
+
+    Raises:
+        UsageError: a prompt is another than that of the rows that are there.
+    """
     for message in store.messages:
         progress.note(message)
     for warning in plan.warnings:
@@ -63,9 +63,11 @@ def measure(plan: Plan, store: RunStore, progress: Progress) -> None:
             where = f"{cell.method_label} at {format_length(cell.length_tokens)}"
             progress.note(f"note: {where} is not expected to fit: {cell.reason}.")
     deadline = Deadline(plan.config.time_limit_s)
+    check_first_prompts(plan, store)
     begin(plan, store, progress)
     for each in plan.passes:
         each.run(plan, store, progress, deadline)
+    store.begin()  # where nothing was left to do
 
 
 def as_progress(progress: bool | Progress) -> Progress:
@@ -75,6 +77,10 @@ def as_progress(progress: bool | Progress) -> Progress:
 
 def begin(plan: Plan, store: RunStore, progress: Progress) -> None:
     """Count what is left to do and tell the progress, and the user when it is a continuation."""
+    reopened = sum(each.reopen(plan, store) for each in plan.passes) if plan.config.retry else 0
+    if reopened:
+        rows = "1 failed row is" if reopened == 1 else f"{reopened} failed rows are"
+        progress.note(f"{rows} measured again; --no-retry keeps {'it' if reopened == 1 else 'them'}.")
     left = sum((each.left(plan, store) for each in plan.passes), Left())
     done = len(store.samples()) + len(store.footprints()) + len(store.throughputs())
     if done and (left.prompts or left.processes):
@@ -85,57 +91,6 @@ def begin(plan: Plan, store: RunStore, progress: Progress) -> None:
     elif done and not left.cells:
         progress.note(f"All {done} rows are there already: nothing left to measure.")
     progress.begin(cells=left.cells, work_tokens=left.work_tokens)
-
-
-def run_info(plan: Plan) -> RunInfo:
-    """Return what ``run.json`` says: the configuration, the plan, and where it runs."""
-    config, facts = plan.config, plan.facts
-    environment = capture_environment(device=facts.device, attention_backend=planned_backend(plan))
-    measured: dict[str, Any] = {"tasks": (), "lengths_tokens": (), "samples": 0}
-    for each in plan.passes:
-        measured |= each.info(plan)
-    # Resolved, so that `auto` on another machine does not continue this machine's rows.
-    identity = {
-        **config.identity(),
-        "methods": [method.label for method in plan.methods],
-        "tasks": [recorded_task(spec, task) for spec, task in zip(config.tasks, plan.tasks, strict=True)],
-        "device": facts.device,
-        "dtype": facts.dtype,
-        "model_revision": facts.revision,
-    }
-    return RunInfo(
-        kvscope_version=kvscope.__version__,
-        started_utc=datetime.now(UTC).isoformat(timespec="seconds"),
-        commit=environment["commit"],
-        dirty=environment["dirty"],
-        model=facts.name,
-        model_revision=facts.revision,
-        methods=tuple(MethodInfo(**method.describe()) for method in plan.methods),
-        seed=config.seed,
-        config=config.model_dump(mode="json", exclude={"out"}),
-        identity=identity,
-        environment=environment,
-        plan=plan.cells,
-        excluded_types=plan.excluded_types,
-        **measured,
-    )
-
-
-def recorded_task(spec: Spec, task: "Task") -> str:
-    """Return a task as a run folder keeps it: as asked for, and the hash of the data its prompts come from."""
-    if task.data_sha256 is None:
-        return spec.label
-    return spec.with_option("sha256", task.data_sha256).label
-
-
-def planned_backend(plan: Plan) -> str | None:
-    """Name what will compute attention; None where only the loaded model can tell."""
-    import torch
-
-    from kvscope.harness.engine.devices import resolve_dtype
-
-    facts, device = plan.facts, torch.device(plan.facts.device)
-    return facts.backend.attention_text(facts.shape, device, resolve_dtype(facts.dtype, device))
 
 
 def failures(run: "Run") -> list[str]:

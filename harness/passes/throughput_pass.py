@@ -8,6 +8,7 @@ from kvscope.harness.passes.job import ThroughputJob
 from kvscope.harness.passes.plan_text import lengths_text
 from kvscope.harness.passes.process_pass import ProcessPass, job_fields
 from kvscope.harness.passes.prompt import random_ids
+from kvscope.results.row_table import RowTable
 from kvscope.results.schema import ThroughputRow
 
 if TYPE_CHECKING:
@@ -51,13 +52,9 @@ class ThroughputPass(ProcessPass[ThroughputRow]):
         )
         return ThroughputJob(**fields, max_batch=config.max_batch)
 
-    def has(self, store: "RunStore", method_label: str, length_tokens: int) -> bool:
-        """Whether a folder holds the row of a cell."""
-        return store.has_throughput((method_label, length_tokens))
-
-    def append(self, store: "RunStore", row: ThroughputRow) -> None:
-        """Put a row on disk."""
-        store.append_throughput(row)
+    def rows(self, store: "RunStore") -> RowTable[ThroughputRow]:
+        """Return a folder's throughput rows."""
+        return store.throughput_rows
 
     def summary(self, row: ThroughputRow) -> str:
         """Return a row in a few words."""

@@ -187,6 +187,9 @@ class DSA(BlockSparse[DSAConfig]):
         n_bytes = n_tokens * shape.n_kv_heads * shape.head_dim * shape.element_bytes
         return n_bytes, 2 * n_tokens * shape.n_q_heads * shape.head_dim
 
+    def trained_part(self, shape: ModelShape) -> str | None:
+        return None if self.oracle else self._source.files_hash(shape)
+
     def effective_config(self, n_tokens: int, shape: ModelShape | None = None) -> dict[str, Any]:
         values = {**super().effective_config(n_tokens, shape), "indexer": self._indexer_name(shape)}
         if self.config.selection == "synthetic":

@@ -344,6 +344,9 @@ class Lsa(CacheMethod[LsaConfig]):
             attention_flops_per_step=shape.attention_flops(n_read) + shape.stock_attention_flops(n_total),
         )
 
+    def trained_part(self, shape: ModelShape) -> str | None:
+        return None if self.config.indexer == ORACLE else self._source.files_hash(shape)
+
     def effective_config(self, n_tokens: int, shape: ModelShape | None = None) -> dict[str, Any]:
         self._source.see(shape)
         layout, config = self.layout(n_tokens), self.config

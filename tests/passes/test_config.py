@@ -93,7 +93,10 @@ def test_text_and_mapping_are_the_same_spec() -> None:
 
 def test_identity_ignores_where_the_rows_go_but_nothing_that_changes_them() -> None:
     base = make_config({"out": "a"})
-    assert base.identity() == make_config({"out": "b", "footprint_timeout_s": 5.0, "time_limit_s": 9.0}).identity()
+    assert (
+        base.identity()
+        == make_config({"out": "b", "footprint_timeout_s": 5.0, "time_limit_s": 9.0, "retry": False}).identity()
+    )
     changed = {
         "model": "other",
         "methods": ["dense"],
@@ -122,7 +125,7 @@ def test_identity_ignores_where_the_rows_go_but_nothing_that_changes_them() -> N
         "decode_graph": "off",
         "accuracy_graph": True,
     }
-    assert set(changed) == set(RunConfig.model_fields) - {"out", "footprint_timeout_s", "time_limit_s"}
+    assert set(changed) == set(RunConfig.model_fields) - {"out", "footprint_timeout_s", "time_limit_s", "retry"}
     for key, value in changed.items():
         assert make_config({key: value}).identity() != base.identity(), key
 

@@ -16,7 +16,8 @@ from kvscope.harness.passes.deadline import Deadline
 from kvscope.harness.passes.find_max import find_max, predicted_max
 from kvscope.harness.passes.plan import Plan, make_plan
 from kvscope.harness.passes.progress import Progress
-from kvscope.harness.passes.sweep import failures, run, run_info
+from kvscope.harness.passes.recording import run_info
+from kvscope.harness.passes.sweep import failures, run
 from kvscope.methods.shape import tensor_bytes
 from kvscope.results.frames import load_run
 from kvscope.results.store import RunStore

@@ -11,8 +11,9 @@ from kvscope import cli
 from kvscope.errors import UsageError
 from kvscope.harness.passes.plan import make_plan
 from kvscope.harness.passes.pooling import EXCLUDED_FILE, excluded_types, exclusion_list
-from kvscope.harness.passes.sweep import run_info
+from kvscope.harness.passes.recording import run_info
 from kvscope.results.store import read_info
+from kvscope.specs import parse_spec
 
 COMMAND = ["backbone", "exclude-types"]
 
@@ -108,7 +109,7 @@ def test_a_run_copies_the_list_and_keeps_its_own(small: MakeConfig, tmp_path: Pa
         plan = make_plan(config)
         assert run_info(plan).excluded_types == made.excluded
         assert f"note       {made.excluded[0].sentence}." in plan.text()
-        other = config.model_copy(update={"tasks": ("long_qa:types=single_fact",)})
+        other = config.model_copy(update={"tasks": (parse_spec("long_qa:types=single_fact", kind="task"),)})
         assert make_plan(other).excluded_types == (), "no prompt is of that type"
         run(config, out=tmp_path / "run", progress=False)
     finally:

@@ -6,30 +6,16 @@ from typing import Any
 
 import pytest
 import stand_ins
+from notes import Notes
 from tiny import MakeConfig
 
 import kvscope
 from kvscope.errors import UsageError
 from kvscope.harness.engine import prefill as prefill_module
-from kvscope.harness.passes.progress import Progress
 from kvscope.harness.passes.sweep import failures, run
 from kvscope.methods import registry
 
 SAMPLES = "samples.jsonl"
-
-
-class Notes(Progress):
-    """Keeps what a user would be told."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-        self.cells: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.said.append(text)
-
-    def end_cell(self, summary: str) -> None:
-        self.cells.append(summary)
 
 
 @pytest.fixture
@@ -190,17 +176,6 @@ def test_another_configuration_is_refused_and_named(small: MakeConfig) -> None:
     run(small(samples=1), progress=False)
     with pytest.raises(UsageError, match=r"seed \(there: 0, asked: 7\)"):
         run(small(samples=1, seed=7), progress=False)
-
-
-def test_other_weights_in_the_same_folder_are_another_configuration(small: MakeConfig, tiny_model: str) -> None:
-    run(small(samples=1), progress=False)
-    weights = Path(tiny_model) / "extra.safetensors"
-    weights.write_bytes(b"0")
-    try:
-        with pytest.raises(UsageError, match="model_revision"):
-            run(small(samples=1), progress=False)
-    finally:
-        weights.unlink()
 
 
 def test_options_equal_to_the_defaults_are_the_same_run(small: MakeConfig) -> None:

@@ -17,6 +17,7 @@ from kvscope.results.store import RunStore
 
 def stored(folder: Path, rows: Rows, *, samples: int | None = None, footprints: int | None = None) -> Path:
     with RunStore.create(folder, rows[2]) as store:
+        store.begin()
         for row in rows[0][:samples]:
             store.append_sample(row)
         for cell in rows[1][:footprints]:

@@ -34,7 +34,8 @@ def test_load_run_gives_two_frames(tmp_path: Path) -> None:
 
 
 def test_frames_of_an_empty_run_have_their_columns_and_types(tmp_path: Path) -> None:
-    RunStore.create(tmp_path, demo_rows()[2]).close()
+    with RunStore.create(tmp_path, demo_rows()[2]) as store:
+        store.begin()
     run = load_run(tmp_path)
     assert run.samples.empty
     assert run.samples["resident_kv_bytes"].dtype == "Int64"

@@ -12,8 +12,9 @@ import pytest
 from synthetic_rows import KINDS, Rows, demo_rows, footprint_row, sample_row
 
 from kvscope.errors import EnvironmentProblem, UsageError
+from kvscope.results.continuing import identity_differences
 from kvscope.results.schema import RunInfo, SampleRow
-from kvscope.results.store import RunStore, identity_differences
+from kvscope.results.store import RunStore
 
 
 @pytest.fixture(scope="module")

@@ -84,6 +84,12 @@ class LsaEntries(OverEntries, Lsa):
             _check(self._loaded, shape)
         return self._loaded
 
+    def trained_part(self, shape: ModelShape) -> str | None:
+        del shape
+        options = self.config
+        trained = options.selection == "trained" and options.indexer not in (None, ORACLE)
+        return compressed_indexer_hash(str(options.indexer)).rpartition("@")[2] if trained else None
+
     def observed_layers(self, shape: ModelShape) -> tuple[int, ...]:
         indexer = self.compressed_indexer()
         return tuple(indexer.layers) if indexer else ()

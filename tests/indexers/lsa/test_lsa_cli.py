@@ -5,7 +5,7 @@ import json
 import pytest
 
 from kvscope import cli
-from kvscope.harness.engine.names import model_revision
+from kvscope.harness.engine.names import sampled_revision
 from kvscope.results.frames import load_run
 
 
@@ -102,7 +102,7 @@ def test_an_indexer_of_another_model_is_refused_naming_both(indexer, tmp_path, c
     assert "it was trained for model 'tiny'" in said
     from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
 
-    assert model_revision(str(REFERENCE_MODEL_FOLDER), None) in said
+    assert sampled_revision(str(REFERENCE_MODEL_FOLDER), None) in said
 
 
 def test_synthetic_is_planned_and_marked(tiny_model, tmp_path, capsys):

@@ -13,7 +13,7 @@ from masked import masking
 from kvscope import cli
 from kvscope.errors import UsageError
 from kvscope.harness.engine.models import load_model
-from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER, model_revision
+from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER, sampled_revision
 from kvscope.harness.engine.prefill import prefill
 from kvscope.harness.indexers.lsa.lineage import calibration_ids, data_ids, records
 from kvscope.harness.passes.config import load_config
@@ -74,7 +74,7 @@ def test_it_loads_and_is_one_of_the_reference_model_as_it_is(kind, name):
     """Training the model anew makes its indexers another model's: this is where that shows."""
     folder = KINDS[kind].folder(name)
     config = KINDS[kind].load(folder).config
-    assert (config.model, config.model_revision) == ("reference", model_revision(str(REFERENCE_MODEL_FOLDER), None))
+    assert (config.model, config.model_revision) == ("reference", sampled_revision(str(REFERENCE_MODEL_FOLDER), None))
     # A calibrated indexer was trained where it came from: a record that breaks off before names no training.
     trainings = [record for record in records(config.trained) if "calibration" not in record]
     assert trainings

@@ -1,0 +1,78 @@
+"""The rows of one kind in a run folder: what is there, what may be measured again, and putting more on disk."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Generic
+
+from kvscope.results.rowfile import RowT, append_line, open_for_append, put
+
+
+class RowTable(Generic[RowT]):
+    """Rows by key, in the order in which their cells were first written.
+
+    A row that is no result (failed, out of memory, unsupported) can be reopened: its cell counts as missing until a new
+    row is there. The file is only appended to; of two rows of one cell the later counts.
+    """
+
+    def __init__(self, path: Path, rows: dict[Any, RowT]) -> None:
+        self.path = path
+        self._rows = rows
+        self._reopened: set[Any] = set()
+        self._fd: int | None = None
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def values(self) -> list[RowT]:
+        """Return all rows."""
+        return list(self._rows.values())
+
+    def get(self, key: Any) -> RowT | None:
+        """Return the row of a cell, also of one that was reopened."""
+        return self._rows.get(key)
+
+    def has(self, key: Any) -> bool:
+        """Whether a cell is done, with whatever status."""
+        return key in self._rows and key not in self._reopened
+
+    def reopen(self, key: Any) -> None:
+        """Let a cell be measured again. Its row stays until then.
+
+        Raises:
+            ValueError: it has no row, or its row is a result.
+        """
+        row = self._rows.get(key)
+        if row is None or row.is_result:
+            raise ValueError(f"{self.path.name} holds {'a result' if row else 'no row'} of {key}: it stays")
+        self._reopened.add(key)
+
+    def append(self, row: RowT) -> None:
+        """Put a row on disk, whole, before this returns.
+
+        Raises:
+            ValueError: its cell is done.
+            EnvironmentProblem: the disk is full or broken.
+        """
+        if self.has(row.key):
+            raise ValueError(f"{self.path.name} already holds a row with key {row.key}")
+        if self._fd is None:
+            self._fd = open_for_append(self.path)
+        append_line(self._fd, row.model_dump_json(), path=self.path)
+        self._rows[row.key] = row
+        self._reopened.discard(row.key)
+
+    def close(self) -> None:
+        """Release the descriptor. Safe to call twice."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+
+def by_key(rows: Iterable[RowT]) -> tuple[dict[Any, RowT], Any]:
+    """Return (rows by key, the key of the first row behind a result of the same cell; None without one)."""
+    found: dict[Any, RowT] = {}
+    for row in rows:
+        if not put(found, row):
+            return found, row.key
+    return found, None

@@ -1,0 +1,26 @@
+"""A program that runs a configuration (JSON, the first argument) and prints its rows; tests vary its surroundings."""
+
+import io
+import json
+import sys
+from typing import Any
+
+from kvscope.harness.passes import measurement, process_pass
+from kvscope.harness.passes.sweep import run
+from kvscope.results.frames import records
+
+
+def main() -> None:
+    """Measure footprints in this process: the same measurement without another start."""
+
+    def run_worker(job: Any, **options: Any) -> Any:
+        return measurement.measure(job, say=io.StringIO())
+
+    process_pass.run_worker = run_worker  # type: ignore[assignment]
+    values = json.loads(sys.argv[1])
+    result = run(values, progress=False)
+    sys.stdout.write(json.dumps({"samples": records(result.samples), "footprint": records(result.footprint)}))
+
+
+if __name__ == "__main__":
+    main()
