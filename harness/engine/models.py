@@ -10,7 +10,7 @@ from kvscope.errors import KvscopeError, UsageError
 from kvscope.harness.engine.backend import backend_of
 from kvscope.harness.engine.configs import max_length_tokens
 from kvscope.harness.engine.devices import resolve_device, resolve_dtype
-from kvscope.harness.engine.glue import decoder_of
+from kvscope.harness.engine.glue import decoder_of, layers_of
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.names import cannot_load, load_config, model_revision, resolve_model
 from kvscope.harness.engine.presets import build_preset, is_preset
@@ -79,11 +79,11 @@ def wrap_model(
     backend = backend_of(model.config)
     element_bytes = next(model.parameters()).dtype.itemsize
     shape = backend.shape(model.config, element_bytes=element_bytes, page_tokens=page_tokens, revision=revision)
-    n_decoder_layers = len(getattr(decoder_of(model), "layers", ()))
+    n_decoder_layers = len(layers_of(decoder_of(model)))
     if n_decoder_layers != shape.n_layers:
         raise UsageError(
-            f"Model '{name}' cannot be run: its decoder has {n_decoder_layers} layers in `.layers`, its config "
-            f"{shape.n_layers}."
+            f"Model '{name}' cannot be run: its decoder has {n_decoder_layers} layers in `.layers`, `.h` or "
+            f"`.blocks`, its config {shape.n_layers}."
         )
     model.eval()
     try:
