@@ -14,6 +14,7 @@ from kvscope.harness.engine.glue import decoder_of, layers_of
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.names import cannot_load, load_config, model_revision, resolve_model
 from kvscope.harness.engine.presets import build_preset, is_preset
+from kvscope.harness.engine.weights import check_weights
 from kvscope.methods.shape import DEFAULT_PAGE_TOKENS
 
 
@@ -48,10 +49,17 @@ def load_model(
         try:
             with _no_progress_bars():
                 # Some models refuse sdpa when built (gpt-oss), none refuses eager; the switch comes after.
-                model = AutoModelForCausalLM.from_pretrained(where, dtype=target_dtype, attn_implementation="eager")
+                model, loading = AutoModelForCausalLM.from_pretrained(
+                    where,
+                    dtype=target_dtype,
+                    attn_implementation="eager",
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # they are refused below, by name
+                )
                 tokenizer = AutoTokenizer.from_pretrained(where)
         except (OSError, ValueError) as error:
             raise UsageError(cannot_load(spec, error)) from error
+        check_weights(name, model, loading)
     return wrap_model(
         model.to(target),
         tokenizer,

@@ -70,7 +70,7 @@ class RopeRotation:
         width = cos.shape[-1] if self._partial else x.shape[-1]
         # q and k together in most models, one tensor at a time in some (Gemma 4).
         rotated = self._apply(*[x[..., :width]] * self._n_inputs, cos, sin)
-        turned = rotated[0] if isinstance(rotated, tuple) else rotated
+        turned: torch.Tensor = rotated[0] if isinstance(rotated, tuple) else rotated
         if self._partial:
             turned = torch.cat([turned, x[..., width:]], -1)
         return turned.to(x_BHSD.dtype)

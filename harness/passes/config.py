@@ -110,6 +110,11 @@ class RunConfig(BaseModel):
         default=False,
         description="accuracy pass: decode steps as a CUDA graph where that can be done and pays; rows say which",
     )
+    self_check: bool = Field(
+        default=True,
+        description="accuracy pass: compare the model through kvscope's cache with its own forward before anything is "
+        "measured; rows say whether",
+    )
     out: str | None = Field(default=None, description="folder of the run")
 
     @field_validator("*", mode="before")
@@ -209,9 +214,9 @@ class RunConfig(BaseModel):
         return tuple(spec.label for spec in self.tasks)
 
     def identity(self) -> dict[str, Any]:
-        """Return what must be equal for a folder to be continued: everything but ``out`` and the time limits."""
+        """Return what must be equal for a folder to be continued: everything but ``out``, time limits, self-check."""
         values = self.model_dump(
-            mode="json", exclude={"out", "footprint_timeout_s", "time_limit_s", "methods", "tasks"}
+            mode="json", exclude={"out", "footprint_timeout_s", "time_limit_s", "self_check", "methods", "tasks"}
         )
         values["footprint_lengths_tokens"] = list(self.footprint_cells_tokens)
         if not self.accuracy_graph:

@@ -80,7 +80,7 @@ class FindMaxPass:
                 if row.key == (method.label, length_tokens):
                     return row
             deadline.check()
-            row = self._tries.measure(plan, method, length_tokens, progress)
+            row = self._tries.measure(plan, store, method, length_tokens, progress)
             self._tries.append(store, row)
             return row
 

@@ -122,7 +122,7 @@ def test_identity_ignores_where_the_rows_go_but_nothing_that_changes_them() -> N
         "decode_graph": "off",
         "accuracy_graph": True,
     }
-    assert set(changed) == set(RunConfig.model_fields) - {"out", "footprint_timeout_s", "time_limit_s"}
+    assert set(changed) == set(RunConfig.model_fields) - {"out", "footprint_timeout_s", "time_limit_s", "self_check"}
     for key, value in changed.items():
         assert make_config({key: value}).identity() != base.identity(), key
 
