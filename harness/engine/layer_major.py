@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from kvscope.harness.engine.backend import ReadyModel
+from kvscope.harness.engine.finite import require_finite_layers, total
 from kvscope.harness.engine.glue import (
     EngineCache,
     EngineLayer,
@@ -83,6 +84,7 @@ class _LayerMajor:
         self.stock: dict[int, Any] = {layer: StockLayer(shape.sliding_window) for layer in shape.sliding_layers}
         self.last_hidden: dict[int, torch.Tensor] = {}
         self.peak_device_kv_bytes = 0
+        self._totals: dict[int, list[torch.Tensor]] = {}
 
     def execute(self) -> None:
         shape = self.ready.shape
@@ -112,8 +114,13 @@ class _LayerMajor:
                     collector.chunk(k_BHSD, v_BHSD, hidden_BSM, start_tokens=start)
                 if out_BSM is not None:
                     hidden_BSM.copy_(out_BSM)  # in place: one copy of the prompt's hidden states
+            # Read once, behind the last layer: nothing waits here.
+            out_total = total(hidden_BNM)
+            kv_totals = [total(x_BHTD) for x_BHTD in buffer] if layer in shape.layers else [out_total, out_total]
+            self._totals[layer] = [*kv_totals, out_total]
             live = [buffer, *(x for state in self.stock.values() for x in (state.keys, state.values))]
             self.peak_device_kv_bytes = max(self.peak_device_kv_bytes, tensor_bytes(live))
+        require_finite_layers(self._totals, ("K", "V", "the output"), self.ready.dtype)
         for state in self.stock.values():
             # What a stock layer keeps is a view of the last chunk's keys; a copy lets go of the rest.
             state.keys, state.values = state.keys.clone(), state.values.clone()
