@@ -127,9 +127,8 @@ def test_indexer_weights_that_are_not_finite_are_refused(tmp_path):
     damaged = next(iter(weights))
     weights[damaged].view(-1)[0] = math.nan
     save_file(weights, folder / "indexer.safetensors")
-    method = create_method(f"lsa:budget_fraction=0.5,indexer={folder}")
     with pytest.raises(UsageError, match=r"Indexer weights .* are not finite"):
-        method.collectors(loaded.shape.layers[0])
+        _opened(loaded, f"lsa:budget_fraction=0.5,indexer={folder}")
 
 
 def test_compressed_entries_that_are_not_finite_are_refused():
