@@ -25,6 +25,7 @@ from transformers import DynamicCache, PretrainedConfig
 
 from kvscope.errors import KvscopeError, UsageError
 from kvscope.harness.engine.configs import text_config
+from kvscope.harness.engine.glue import decoder_of
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.prefill import prefill
 from kvscope.harness.engine.session import Session
@@ -122,7 +123,8 @@ def _short_windows(loaded: LoadedModel) -> Iterator[LoadedModel]:
 @contextmanager
 def _own_attention(model: Any) -> Iterator[None]:
     """Let the model attend by itself, eagerly, and put the backend's attention back."""
-    before = model.config._attn_implementation
+    # The decoder's: the config around that of several models keeps a name of its own.
+    before = decoder_of(model).config._attn_implementation
     model.set_attn_implementation("eager")
     try:
         yield

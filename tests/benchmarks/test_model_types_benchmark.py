@@ -39,7 +39,7 @@ def test_a_plain_a_windowed_and_a_refused_type(swept):
 
 
 def test_a_type_of_every_kind_that_once_was_wrong_or_raised(swept):
-    equal = ["bart", "phi", "gpt2", "gemma4_text", "mimo_v2_flash"]
+    equal = ["bart", "phi", "gpt2", "gemma4_text", "mimo_v2_flash", "got_ocr2"]
     refused = {"diffllama": "attends twice", "hrm_text": "layers in cycles", "rwkv": "no KV"}
     done, types = swept("--only", *equal, *refused)
     assert done.returncode == 0, done.stdout + done.stderr
