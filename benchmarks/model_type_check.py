@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 import tempfile
 import traceback
 from dataclasses import asdict, dataclass, field
@@ -246,4 +247,5 @@ def _shape_text(loaded: LoadedModel) -> str:
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:400]
+    # Without the temporary folder, so that two runs give the same text.
+    return re.sub(rf"{re.escape(tempfile.gettempdir())}/\w+/", "", " ".join(str(error).split()))[:400]

@@ -82,13 +82,13 @@ def self_check(loaded: LoadedModel) -> SelfCheck:
         if not found.passed and small.shape.sliding_window < loaded.shape.sliding_window:
             # A model that reads its window elsewhere, too, differs for that reason alone.
             found = _checked(loaded)
-    except KvscopeError:
+    except UsageError:
         raise
     except Exception as error:
-        what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        what = str(error) if isinstance(error, KvscopeError) else f"its check ended in {type(error).__name__}: {error}"
+        what = " ".join(what.split())[:300].rstrip(".")
         raise UsageError(
-            f"Model '{loaded.name}' cannot be measured: the check of its logits ended in {what}; --no-self-check runs "
-            "it all the same."
+            f"Model '{loaded.name}' cannot be measured: {what}; --no-self-check runs it all the same."
         ) from error
     if not found.passed:
         raise UsageError(
