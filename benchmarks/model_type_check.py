@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 import tempfile
 import traceback
 from dataclasses import asdict, dataclass, field
@@ -23,6 +24,7 @@ from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.models import load_model
 from kvscope.harness.engine.names import load_config
 from kvscope.harness.engine.prefill import prefill
+from kvscope.harness.engine.self_check import self_check
 from kvscope.harness.engine.session import Session
 from kvscope.methods.base import union_collectors
 from kvscope.methods.registry import create_method
@@ -51,13 +53,15 @@ class Outcome:
     Attributes:
         status: equal, refused, wrong, unproven (equal, but the logits hardly depend on the far context), failed (an
             error of kvscope's own, after loading), traceback, timeout, or not_built.
-        stage: where it ended: config (ours), build, shape (kvscope's, from the config), load, prefill, decode, compare.
+        stage: where it ended: config (ours), build, shape (kvscope's, from the config), load, self-check, prefill,
+            decode, compare.
         message: the refusal or the error, one line.
         error: largest difference of kvscope's logits to the model's own, as a share of the largest logit.
         own_cache_error: the same of the model's own forward with its own cache.
         own_chunked_error: the same in the chunks that kvscope prefills in.
         context_effect: the same of the model's own forward when an early token is another one.
         held_of_predicted_bytes: KV bytes dense holds after the steps over what the model's shape foretells.
+        self_check: what the check at load found, as a share of the logits.
         methods: full-budget method -> its largest difference to dense, or why it did not run.
         notes: what is odd about the model itself.
     """
@@ -72,6 +76,7 @@ class Outcome:
     own_chunked_error: float | None = None
     context_effect: float | None = None
     held_of_predicted_bytes: float | None = None
+    self_check: float | None = None
     methods: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     shape: str = ""
@@ -113,6 +118,8 @@ def _try(found: Outcome, methods: bool) -> None:
         found.stage = "load"
         loaded = load_model(str(folder), device="cpu", dtype="float32", page_tokens=PAGE_TOKENS)
     found.shape = _shape_text(loaded)
+    found.stage = "self-check"
+    found.self_check = self_check(loaded).difference
     ids = torch.randint(3, 250, (N_PREFILLED + N_STEPS,), generator=torch.Generator().manual_seed(1)).tolist()
     own = _own_logits(built, ids)
     scale = float(own.abs().max())
@@ -240,4 +247,5 @@ def _shape_text(loaded: LoadedModel) -> str:
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:400]
+    # Without the temporary folder, so that two runs give the same text.
+    return re.sub(rf"{re.escape(tempfile.gettempdir())}/\w+/", "", " ".join(str(error).split()))[:400]

@@ -130,6 +130,10 @@ class SequenceCache(ABC):
         """Return what computes the method's own parts beside attention, one text each, for the row."""
         return ()
 
+    def scored(self) -> torch.Tensor | None:
+        """Return a scalar on the device that is not finite where a score that was chosen by is not; None: no scores."""
+        return None
+
     def static_reasons(self) -> list[str]:
         """Return every reason why steps cannot run at fixed addresses, as a CUDA graph needs; empty when they can."""
         return ["the method's step depends on counts that only the host knows"]

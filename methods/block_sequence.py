@@ -51,6 +51,7 @@ class BlockSparseSequence(SequenceCache):
         self._pool.load(prompt, [(0, prompt.n_tokens)])
         self._store = method.open_store(prompt, device, reserve_tokens=reserve_tokens)
         self._reads: dict[int, Reads] = {}
+        self._scored: torch.Tensor | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -75,6 +76,8 @@ class BlockSparseSequence(SequenceCache):
             q_HGD=call.query.view(H, -1, D), kept=kept, pages=pages, n_tokens=n_tokens, plan=self._plan, call=call
         )
         scored = self._method.score(query)
+        total = scored.scores_HGN.sum(dtype=torch.float32)
+        self._scored = total if self._scored is None else self._scored + total
         chosen = choose(scored.scores_HGN, n_chosen=self._plan.n_blocks - 1, current=query.n_before, n_kv_heads=H)
         part, n_read = self._attend_chosen(query, chosen)
         self._reads[layer] = Reads(n_read, scored.n_bytes, scored.n_flops)
@@ -102,6 +105,9 @@ class BlockSparseSequence(SequenceCache):
             n_read = keep_HT.sum()
         part = token_partial(query.q_HGD, k_HTD, v_HTD, scale=call.scale, softcap=call.softcap, keep_HT=keep_HT)
         return part, n_read
+
+    def scored(self) -> torch.Tensor | None:
+        return self._scored
 
     def backends(self) -> tuple[str, ...]:
         method, shape = self._method, self.shape

@@ -141,6 +141,9 @@ class IndexerFiles(Generic[ConfigT, ModuleT]):
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:300]
             raise UsageError(f"'{path}' does not fit its {CONFIG_FILE}: {reason}") from error
+        damaged = sorted(name for name, value in weights.items() if not bool(value.isfinite().all()))
+        if damaged:
+            raise UsageError(f"Indexer weights '{path}' are not finite ({', '.join(damaged[:3])}); train it again.")
         return indexer.float().eval()
 
     def save(self, indexer: ModuleT, folder: Path) -> None:

@@ -19,12 +19,15 @@ class ModelShape:
     Attributes:
         layers: indices of the full-attention layers, whose KV a method manages.
         n_layers: all decoder layers.
-        n_q_heads, n_kv_heads, head_dim: heads of one layer (the same in every layer).
+        n_q_heads, n_kv_heads, head_dim: heads of one managed layer (the same in each). V is padded with zeros to the
+            width of K where it is narrower: a page has one width.
         hidden_size: width of the hidden states.
         element_bytes: bytes of one stored KV element.
         page_tokens: tokens in one page [n_kv_heads, 2, page_tokens, head_dim].
         sliding_layers: indices of the model's own sliding-window layers; they keep their stock cache.
         sliding_window: tokens one query of such a layer sees, itself included; 0 without such layers.
+        sliding_n_kv_heads: KV heads of such a layer; 0 where they are those of the managed layers.
+        sliding_kv_width: elements of K and V of one of its heads together; 0 where they are 2 * head_dim.
         unknown_rotation_layers: layers whose position encoding was measured at load and is not a rotation
             that can be undone; a method that re-places keys is unsupported there.
         revision: identity of the weights, which trained parts of a method name; empty when unknown.
@@ -40,6 +43,8 @@ class ModelShape:
     page_tokens: int = DEFAULT_PAGE_TOKENS
     sliding_layers: tuple[int, ...] = ()
     sliding_window: int = 0
+    sliding_n_kv_heads: int = 0
+    sliding_kv_width: int = 0
     unknown_rotation_layers: tuple[int, ...] = ()
     revision: str = ""
 
@@ -47,6 +52,18 @@ class ModelShape:
     def layer_bytes_per_token(self) -> int:
         """Bytes of one token's K and V in one layer."""
         return 2 * self.n_kv_heads * self.head_dim * self.element_bytes
+
+    @property
+    def sliding_is_uniform(self) -> bool:
+        """Whether a sliding-window layer has the heads and widths of a managed one."""
+        own = (self.sliding_n_kv_heads or self.n_kv_heads, self.sliding_kv_width or 2 * self.head_dim)
+        return own == (self.n_kv_heads, 2 * self.head_dim)
+
+    @property
+    def sliding_layer_bytes_per_token(self) -> int:
+        """Bytes of one token's K and V in one sliding-window layer."""
+        n_heads = self.sliding_n_kv_heads or self.n_kv_heads
+        return n_heads * (self.sliding_kv_width or 2 * self.head_dim) * self.element_bytes
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -68,7 +85,7 @@ class ModelShape:
         written, and that tensor stays alive until the next step.
         """
         held = min(n_tokens, self.sliding_window - 1) if n_new_tokens == 0 else n_tokens + n_new_tokens
-        return len(self.sliding_layers) * min(held, self.sliding_window) * self.layer_bytes_per_token
+        return len(self.sliding_layers) * min(held, self.sliding_window) * self.sliding_layer_bytes_per_token
 
     def dense_kv_bytes(self, n_tokens: int, n_new_tokens: int = 0) -> int:
         """Bytes the ``dense`` method keeps on the device: every token, in whole pages, stock layers included."""
@@ -80,7 +97,7 @@ class ModelShape:
 
     def stock_read_bytes(self, n_tokens: int) -> int:
         """Bytes one decode step reads in the sliding-window layers at ``n_tokens`` of context."""
-        return len(self.sliding_layers) * min(n_tokens, self.sliding_window) * self.layer_bytes_per_token
+        return len(self.sliding_layers) * min(n_tokens, self.sliding_window) * self.sliding_layer_bytes_per_token
 
     def attention_flops(self, n_tokens: int) -> int:
         """FLOPs of QK^T and PV in one decode step over ``n_tokens`` in every managed layer (a MAC is two)."""
@@ -88,7 +105,8 @@ class ModelShape:
 
     def stock_attention_flops(self, n_tokens: int) -> int:
         """FLOPs of QK^T and PV of one decode step in the sliding-window layers."""
-        return len(self.sliding_layers) * 4 * self.n_q_heads * self.head_dim * min(n_tokens, self.sliding_window)
+        width = self.sliding_kv_width or 2 * self.head_dim
+        return len(self.sliding_layers) * 2 * self.n_q_heads * width * min(n_tokens, self.sliding_window)
 
 
 @dataclass(frozen=True, kw_only=True)

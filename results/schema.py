@@ -25,6 +25,7 @@ DecodeGraph = Literal["auto", "on", "off"]
 """Whether decode steps are a CUDA graph: where that can be done, always (or fail), or never."""
 Selection = Literal["trained", "synthetic", "free"]
 FailurePhase = Literal["start", "load", "prefill", "decode"]
+SelfCheckState = Literal["passed", "skipped", "not_run"]
 OomOf = Literal["device", "device_budget", "host"]
 Bound = Literal["device", "device_budget", "host", "model_maximum", "limit", "none_fits", "failed"]
 BatchBound = Literal["device", "device_budget", "max_batch"]
@@ -122,6 +123,10 @@ class _CellRow(_Record):
     """Element type of the model's weights and KV cache, e.g. `float32`, `bfloat16`."""
     device: Text
     """Where the KV cache lived, e.g. `cpu`, `cuda:0`."""
+    self_check: SelfCheckState | None = None
+    """Whether the accuracy process found the model's logits through kvscope's cache equal to its own forward's before
+    anything was measured: `passed`; `skipped` by `--no-self-check`; `not_run`: a run without that process. Null in rows
+    of earlier versions."""
     resident_kv_bytes: Count | None = None
     """Ledger: bytes of keys and values held on the device, mean over the decode steps, metadata not included."""
     metadata_bytes: Count | None = None

@@ -151,6 +151,10 @@ class Backend(Protocol[ShapeT]):
             intermediate_size: width of the MLP.
         """
 
+    def reach_tokens(self, shape: ShapeT) -> int:
+        """Return how many tokens back a cache does anything new: a check of it takes a longer prompt."""
+        return shape.sliding_window
+
     def synthetic_gap(self, shape: ShapeT) -> str | None:
         """Return what of the cache a prompt of random pages leaves empty; None where it fills all of it.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+_LENGTH_NAMES = ("max_position_embeddings", "max_target_positions", "n_positions", "max_seq_len")
 
 
 def text_config(config: Any) -> Any:
@@ -27,7 +28,7 @@ def max_length_tokens(config: Any) -> int:
     prompt differently, so such a model is held to that original length.
     """
     text = text_config(config)
-    longest = int(text.max_position_embeddings)
+    longest = next(int(value) for name in _LENGTH_NAMES if (value := getattr(text, name, None)))
     rope = getattr(text, "rope_parameters", None) or {}
     nested = [rope, *(value for value in rope.values() if isinstance(value, dict))]
     for parameters in nested:

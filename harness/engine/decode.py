@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from kvscope.errors import UsageError
 from kvscope.harness.engine.decode_graph import EAGER
+from kvscope.harness.engine.finite import finite_tokens
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.session import Session
 from kvscope.methods.base import CacheMethod, Footprint, Residency
@@ -92,6 +93,7 @@ def decode(
     Raises:
         UsageError: no forced token, no new token, stop strings without a tokenizer, an unsupported method, or a graph
             demanded where there can be none.
+        NotFinite: logits, or scores that the method chose by, are NaN or infinite.
     """
     _check(loaded, prompt_kv, forced_ids, max_new_tokens)
     if stop_strings and loaded.tokenizer is None:
@@ -110,7 +112,7 @@ def decode(
         while True:
             token = pending.pop(0)
             started_s = time.perf_counter()
-            chosen = int(session.step([token])[0].argmax())  # reading the number waits for the device
+            _, [chosen] = finite_tokens(session, session.step([token]), step=len(step_s))
             step_s.append(time.perf_counter() - started_s)
             last = member.cache.footprint()
             footprints += last
@@ -179,6 +181,7 @@ def answer_nll(
 
     Raises:
         UsageError: no forced token, no answer token, or an unsupported method.
+        NotFinite: as ``decode``.
     """
     _check(loaded, prompt_kv, forced_ids, len(answer_ids))
     fed = [*forced_ids, *answer_ids[:-1]]
@@ -186,7 +189,9 @@ def answer_nll(
     with Session(loaded, decode_graph=decode_graph) as session:
         session.add(method, prompt_kv, reserve_tokens=len(fed))
         for index, token in enumerate(fed):
-            logits = session.step([token])[0]
+            logits_1V = session.step([token])
+            finite_tokens(session, logits_1V, step=index)
+            logits = logits_1V[0]
             answered = index - (len(forced_ids) - 1)
             if answered >= 0:
                 target = torch.tensor(answer_ids[answered], device=logits.device)

@@ -77,15 +77,21 @@ def kvscope_attention(
 
 def called_attention(call: AttentionCall, *, window: int | None = None) -> torch.Tensor:
     """Return ``chunk_attention`` of a call whose key and value are those of all tokens."""
-    return chunk_attention(
+    out = chunk_attention(
         call.query,
         call.key,
-        call.value,
+        widened(call.value, call.key.shape[-1]),
         scale=call.scale,
         window=window,
         softcap=call.softcap,
         sink_logits=call.sink_logits,
     )
+    return out[..., : call.value.shape[-1]]
+
+
+def widened(value: torch.Tensor, width: int) -> torch.Tensor:
+    """Return V padded with zeros to ``width``, that of K and of a page; where it has that width, V itself."""
+    return value if value.shape[-1] == width else torch.nn.functional.pad(value, (0, width - value.shape[-1]))
 
 
 class EngineLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped
@@ -93,9 +99,11 @@ class EngineLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is unt
 
     Attributes:
         rotation: of the layer's queries, for calls to carry; None where no method may ask for it.
+        recorded_tokens: the length to answer while calls of a prefill are recorded and layers hold nothing yet.
     """
 
     rotation: Rotation | None = None
+    recorded_tokens: int | None = None
 
     is_sliding = False
     is_compileable = False
@@ -141,6 +149,11 @@ class StockLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]  # transforme
     # transformers registers a subclass under this name for every model; this one is for kvscope's caches alone.
     _layer_type = None
     rotation: Rotation | None = None
+    recorded_tokens: int | None = None
+
+    def get_seq_length(self) -> int:
+        held: int = super().get_seq_length()
+        return held if self.recorded_tokens is None else self.recorded_tokens
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         keys, values = super().update(key_states, value_states, *args, **kwargs)
@@ -160,8 +173,30 @@ class EngineCache(Cache):  # type: ignore[misc]  # transformers is untyped
 
 
 def decoder_of(model: Any) -> Any:
-    """Return the module that holds embeddings and decoder layers (``.layers``)."""
-    return model.get_decoder()
+    """Return the module that holds embeddings and decoder layers."""
+    found = model.get_decoder()
+    # Some models call their output projection `decoder`.
+    return found if _layers_name(found) else model.base_model
+
+
+_LAYER_NAMES = ("layers", "h", "blocks")
+
+
+def _layers_name(decoder: Any) -> str | None:
+    return next((name for name in _LAYER_NAMES if isinstance(getattr(decoder, name, None), torch.nn.ModuleList)), None)
+
+
+def layers_of(decoder: Any) -> Any:
+    """Return the list of a decoder's layers; empty where it has none under a known name."""
+    name = _layers_name(decoder)
+    return () if name is None else getattr(decoder, name)
+
+
+def set_layers(decoder: Any, layers: torch.nn.ModuleList) -> None:
+    """Put another list in the place of a decoder's layers."""
+    name = _layers_name(decoder)
+    assert name is not None
+    setattr(decoder, name, layers)
 
 
 @contextmanager
@@ -171,7 +206,7 @@ def observing(model: Any, layers: tuple[int, ...], callback: Callable[[int, torc
     The hook sits on the decoder layer: a hook on its attention would see the normed input on some architectures and
     the raw residual on others.
     """
-    modules = decoder_of(model).layers
+    modules = layers_of(decoder_of(model))
     with _hooked({layer: modules[layer] for layer in layers}, callback):
         yield
 
@@ -184,7 +219,7 @@ def observing_attention(
 
     Its decoder layers take several residual streams.
     """
-    modules = decoder_of(model).layers
+    modules = layers_of(decoder_of(model))
     with _hooked({layer: modules[layer].self_attn for layer in layers}, callback):
         yield
 

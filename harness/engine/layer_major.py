@@ -19,7 +19,17 @@ import torch
 from torch import nn
 
 from kvscope.harness.engine.backend import ReadyModel
-from kvscope.harness.engine.glue import EngineCache, EngineLayer, StockLayer, called_attention, decoder_of
+from kvscope.harness.engine.finite import require_finite_layers, total
+from kvscope.harness.engine.glue import (
+    EngineCache,
+    EngineLayer,
+    StockLayer,
+    called_attention,
+    decoder_of,
+    layers_of,
+    set_layers,
+    widened,
+)
 from kvscope.methods.base import AttentionCall, Collector
 from kvscope.methods.shape import tensor_bytes
 from kvscope.methods.store import PromptKV, empty_host_pages
@@ -74,6 +84,7 @@ class _LayerMajor:
         self.stock: dict[int, Any] = {layer: StockLayer(shape.sliding_window) for layer in shape.sliding_layers}
         self.last_hidden: dict[int, torch.Tensor] = {}
         self.peak_device_kv_bytes = 0
+        self._totals: dict[int, list[torch.Tensor]] = {}
 
     def execute(self) -> None:
         shape = self.ready.shape
@@ -90,7 +101,7 @@ class _LayerMajor:
         if shape.n_layers - 1 in shape.layers:
             states[shape.n_layers - 1].ends_prefill = True
         hidden_BNM, calls = self._record(EngineCache([states[layer] for layer in range(shape.n_layers)]))
-        for layer, module in enumerate(decoder_of(self.ready.model).layers):
+        for layer, module in enumerate(layers_of(decoder_of(self.ready.model))):
             self.last_hidden[layer] = hidden_BNM[:, -1].clone()
             for (start, end), chunk_calls in zip(self.spans, calls, strict=True):
                 hidden_BSM = hidden_BNM[:, start:end]
@@ -103,8 +114,13 @@ class _LayerMajor:
                     collector.chunk(k_BHSD, v_BHSD, hidden_BSM, start_tokens=start)
                 if out_BSM is not None:
                     hidden_BSM.copy_(out_BSM)  # in place: one copy of the prompt's hidden states
+            # Read once, behind the last layer: nothing waits here.
+            out_total = total(hidden_BNM)
+            kv_totals = [total(x_BHTD) for x_BHTD in buffer] if layer in shape.layers else [out_total, out_total]
+            self._totals[layer] = [*kv_totals, out_total]
             live = [buffer, *(x for state in self.stock.values() for x in (state.keys, state.values))]
             self.peak_device_kv_bytes = max(self.peak_device_kv_bytes, tensor_bytes(live))
+        require_finite_layers(self._totals, ("K", "V", "the output"), self.ready.dtype)
         for state in self.stock.values():
             # What a stock layer keeps is a view of the last chunk's keys; a copy lets go of the rest.
             state.keys, state.values = state.keys.clone(), state.values.clone()
@@ -117,6 +133,9 @@ class _LayerMajor:
         calls = []
         with _stand_ins(decoder) as log:
             for start, end in self.spans:
+                # Models without position_ids take positions from the cache's length (BART).
+                for state in cache.layers:
+                    state.recorded_tokens = start
                 decoder(
                     input_ids=self.ids_N[None, start:end],
                     position_ids=torch.arange(start, end, device=device)[None],
@@ -129,6 +148,8 @@ class _LayerMajor:
                 hidden_BNM[:, start:end] = embedded
                 calls.append([_Call(entry.args, entry.kwargs) for entry in log])
                 log.clear()
+        for state in cache.layers:
+            state.recorded_tokens = None
         assert hidden_BNM is not None
         return hidden_BNM, calls
 
@@ -176,13 +197,13 @@ class _StandIn(nn.Module):
 @contextmanager
 def _stand_ins(decoder: Any) -> Iterator[list[_Recorded]]:
     """Put stand-ins in the decoder's place of layers, and the layers back whatever happens."""
-    real = decoder.layers
+    real = layers_of(decoder)
     log: list[_Recorded] = []
-    decoder.layers = nn.ModuleList([_StandIn(layer, log) for layer in real])
+    set_layers(decoder, nn.ModuleList([_StandIn(layer, log) for layer in real]))
     try:
         yield log
     finally:
-        decoder.layers = real
+        set_layers(decoder, real)
 
 
 class PrefillLayer(EngineLayer):
@@ -197,20 +218,21 @@ class PrefillLayer(EngineLayer):
         self._n_tokens = 0
 
     def get_seq_length(self) -> int:
-        return self._n_tokens
+        return self._n_tokens if self.recorded_tokens is None else self.recorded_tokens
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         start, self._n_tokens = self._n_tokens, self._n_tokens + key_states.shape[2]
         self._buffer[0, :, :, start : self._n_tokens] = key_states
-        self._buffer[1, :, :, start : self._n_tokens] = value_states
+        wide_states = widened(value_states, self._buffer.shape[-1])
+        self._buffer[1, :, :, start : self._n_tokens] = wide_states
         first, last = start // self._page_tokens, -(-self._n_tokens // self._page_tokens)
         target = self._host_pages[first:last]
         if key_states.device.type == "cpu":
-            _fill_pages(target, key_states, value_states)
+            _fill_pages(target, key_states, wide_states)
         else:
             # Pages are put together on the device so that the copy to the host is one contiguous transfer.
             staged = torch.zeros_like(target, device=key_states.device)
-            _fill_pages(staged, key_states, value_states)
+            _fill_pages(staged, key_states, wide_states)
             target.copy_(staged, non_blocking=True)
         return super().update(key_states, value_states)
 
@@ -219,7 +241,7 @@ class PrefillLayer(EngineLayer):
         if self.ends_prefill:
             raise _PrefillEnds
         k_BHTD, v_BHTD = self._buffer[:, :, :, : self._n_tokens]
-        return called_attention(call.over(k_BHTD, v_BHTD))
+        return called_attention(call.over(k_BHTD, v_BHTD))[..., : call.value.shape[-1]]
 
 
 def _fill_pages(pages: torch.Tensor, k_BHSD: torch.Tensor, v_BHSD: torch.Tensor) -> None:

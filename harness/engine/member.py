@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from kvscope.harness.engine.glue import EngineCache, EngineLayer
+from kvscope.harness.engine.glue import EngineCache, EngineLayer, widened
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.static_stock import Rings
 from kvscope.methods.base import AttentionCall, CacheMethod, Rotation, SequenceCache
@@ -75,7 +75,11 @@ class Member:
             return self._rings.attend(layer, call)
         stock = self.cache.stock.get(layer)
         if stock is None:
-            return self.cache.attend(layer, call)
+            k_width, v_width = call.key.shape[-1], call.value.shape[-1]
+            if k_width == v_width:
+                return self.cache.attend(layer, call)
+            wide = call.over(call.key, widened(call.value, k_width))
+            return self.cache.attend(layer, wide)[..., :v_width]
         attended: torch.Tensor = stock.attend(call.over(*stock.update(call.key, call.value)))
         return attended
 

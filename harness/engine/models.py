@@ -10,11 +10,12 @@ from kvscope.errors import KvscopeError, UsageError
 from kvscope.harness.engine.backend import backend_of
 from kvscope.harness.engine.configs import max_length_tokens
 from kvscope.harness.engine.devices import resolve_device, resolve_dtype
-from kvscope.harness.engine.glue import decoder_of
+from kvscope.harness.engine.glue import decoder_of, layers_of
 from kvscope.harness.engine.identity import eos_ids
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.names import cannot_load, load_config, resolve_model, sampled_revision
 from kvscope.harness.engine.presets import build_preset, is_preset
+from kvscope.harness.engine.weights import check_weights
 from kvscope.methods.shape import DEFAULT_PAGE_TOKENS
 
 
@@ -49,10 +50,17 @@ def load_model(
         try:
             with _no_progress_bars():
                 # Some models refuse sdpa when built (gpt-oss), none refuses eager; the switch comes after.
-                model = AutoModelForCausalLM.from_pretrained(where, dtype=target_dtype, attn_implementation="eager")
+                model, loading = AutoModelForCausalLM.from_pretrained(
+                    where,
+                    dtype=target_dtype,
+                    attn_implementation="eager",
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # they are refused below, by name
+                )
                 tokenizer = AutoTokenizer.from_pretrained(where)
         except (OSError, ValueError) as error:
             raise UsageError(cannot_load(spec, error)) from error
+        check_weights(name, model, loading)
     return wrap_model(
         model.to(target),
         tokenizer,
@@ -80,11 +88,11 @@ def wrap_model(
     backend = backend_of(model.config)
     element_bytes = next(model.parameters()).dtype.itemsize
     shape = backend.shape(model.config, element_bytes=element_bytes, page_tokens=page_tokens, revision=revision)
-    n_decoder_layers = len(getattr(decoder_of(model), "layers", ()))
+    n_decoder_layers = len(layers_of(decoder_of(model)))
     if n_decoder_layers != shape.n_layers:
         raise UsageError(
-            f"Model '{name}' cannot be run: its decoder has {n_decoder_layers} layers in `.layers`, its config "
-            f"{shape.n_layers}."
+            f"Model '{name}' cannot be run: its decoder has {n_decoder_layers} layers in `.layers`, `.h` or "
+            f"`.blocks`, its config {shape.n_layers}."
         )
     model.eval()
     try:

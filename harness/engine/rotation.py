@@ -1,7 +1,8 @@
 """The position encoding of each layer, measured rather than assumed.
 
 One token alone attends to itself with weight one at any position, so all hidden states of a one-token forward are the
-same at position 0 and at position 5, in every layer, and the queries of a layer differ by its rotation only. Equal
+same at position 0 and at position 5, in every layer, and the queries of a layer differ by its rotation only. Its
+embedding is random: a row of the model's own table may be zero, and a zero turns into itself under any rotation. Equal
 queries: no positions in this layer. Queries the model's own rotation turns back: rotary. Anything else is reported as
 unknown, and methods that re-place keys are unsupported on that layer.
 """
@@ -10,14 +11,17 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from kvscope.errors import KvscopeError, UsageError
 from kvscope.harness.engine.configs import text_config
-from kvscope.harness.engine.glue import EngineCache, EngineLayer, called_attention, decoder_of
+from kvscope.harness.engine.glue import EngineCache, EngineLayer, called_attention, decoder_of, layers_of
 from kvscope.methods.base import AttentionCall
+from kvscope.methods.shape import ModelShape
 
 _PROBE_POSITION = 5
 
@@ -25,11 +29,18 @@ _PROBE_POSITION = 5
 class RopeRotation:
     """Turns queries of layers that share one rotary table, with the model's own rotation function."""
 
-    def __init__(self, rotary: Any, apply: Any, layer_type: str | None, device: torch.device) -> None:
+    def __init__(self, rotary: Any, apply: Any, layer_type: str | None, device: torch.device, *, partial: bool) -> None:
+        """Wrap a model's tables and its function.
+
+        Args:
+            partial: turn the first channels alone, as many as the tables have: the module splits heads itself.
+        """
         self._rotary = rotary
         self._apply = apply
         self._layer_type = layer_type
         self._device = device
+        self._partial = partial
+        self._n_inputs = list(inspect.signature(apply).parameters).index("cos")
         self._last: tuple[int, torch.Tensor, torch.Tensor] | None = None
 
     def back(self, q_BQ1D: torch.Tensor, n_tokens: int) -> torch.Tensor:
@@ -46,17 +57,23 @@ class RopeRotation:
 
     def back_by(self, q_BQ1D: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Return the query turned back by ``angles``; the product is taken in fp32."""
-        q = q_BQ1D.float()
-        turned: torch.Tensor = self._apply(q, q, cos, -sin)[0]
-        return turned.to(q_BQ1D.dtype)
+        return self._turned(q_BQ1D, cos, -sin)
 
     def undo(self, k_BHSD: torch.Tensor, *, start_tokens: int) -> torch.Tensor:
         """Return keys of positions ``start_tokens`` and up as they were before rotation; the product is in fp32."""
         position = torch.arange(start_tokens, start_tokens + k_BHSD.shape[2], device=k_BHSD.device)
         cos, sin = self._tables(position[None])
-        k = k_BHSD.float()
-        turned: torch.Tensor = self._apply(k, k, cos, -sin)[1]
-        return turned.to(k_BHSD.dtype)
+        return self._turned(k_BHSD, cos, -sin)
+
+    def _turned(self, x_BHSD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        x = x_BHSD.float()
+        width = cos.shape[-1] if self._partial else x.shape[-1]
+        # q and k together in most models, one tensor at a time in some (Gemma 4).
+        rotated = self._apply(*[x[..., :width]] * self._n_inputs, cos, sin)
+        turned: torch.Tensor = rotated[0] if isinstance(rotated, tuple) else rotated
+        if self._partial:
+            turned = torch.cat([turned, x[..., width:]], -1)
+        return turned.to(x_BHSD.dtype)
 
     def _tables(self, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         like = torch.empty(1, dtype=torch.float32, device=self._device)
@@ -87,49 +104,92 @@ class UnknownRotation:
 
 
 class _ProbeLayer(EngineLayer):
-    """Records the query of a one-token forward."""
+    """Records the calls of a one-token forward."""
 
-    query: torch.Tensor | None = None
-    attention: torch.nn.Module | None = None
+    def __init__(self, index: int, position: int) -> None:
+        super().__init__(index)
+        self.recorded_tokens = position  # models without position_ids take the position from here
+        self.calls: list[AttentionCall] = []
+
+    def get_seq_length(self) -> int:
+        return self.recorded_tokens or 0
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
-        self.query, self.attention = call.query, call.module
+        self.calls.append(call)
         return called_attention(call)
 
 
 @torch.inference_mode()
-def probe_rotations(model: Any) -> dict[int, RopeRotation | UnknownRotation | None]:
+def probe_rotations(model: Any, shape: ModelShape) -> dict[int, RopeRotation | UnknownRotation | None]:
     """Return how each decoder layer encodes positions: a rotation, None (not at all) or unknown.
 
     Raises:
-        UsageError: a layer never called kvscope's attention, so nothing about it could be measured or managed.
+        UsageError: a layer does not attend once by kvscope's attention, or keeps other K and V than the shape says.
     """
-    at_zero, at_five = (_queries(model, position) for position in (0, _PROBE_POSITION))
-    missing = [layer for layer, probe in enumerate(at_zero) if probe.query is None]
-    if missing:
-        raise UsageError(f"its layers {missing} do not use transformers' attention interface.")
-    shared: dict[tuple[int, str | None], RopeRotation] = {}
+    at_zero, at_five = (_calls(model, position) for position in (0, _PROBE_POSITION))
+    _check_calls(at_zero, shape)
+    shared: dict[tuple[int, str | None], list[RopeRotation]] = {}
     found: dict[int, RopeRotation | UnknownRotation | None] = {}
-    for layer, (first, later) in enumerate(zip(at_zero, at_five, strict=True)):
-        assert first.query is not None
-        assert later.query is not None
+    for layer, ([first], [later]) in enumerate(zip(at_zero, at_five, strict=True)):
         if _same(first.query, later.query):
             found[layer] = None
             continue
-        rotation = _rotation_of(model, later.attention, layer, shared)
-        undone = None if rotation is None else rotation.back(later.query, _PROBE_POSITION)
-        found[layer] = rotation if undone is not None and _same(undone, first.query) else UnknownRotation(layer)
+        rotations = _rotations_of(model, later.module, layer, shared)
+        fits = (each for each in rotations if _turns_back(each, later.query, first.query))
+        found[layer] = next(fits, UnknownRotation(layer))
     return found
 
 
-def _queries(model: Any, position: int) -> list[_ProbeLayer]:
+def _check_calls(layers: list[list[AttentionCall]], shape: ModelShape) -> None:
+    missing = [layer for layer, calls in enumerate(layers) if not calls]
+    if missing:
+        raise UsageError(f"its layers {missing} do not use transformers' attention interface.")
+    twice = [layer for layer, calls in enumerate(layers) if len(calls) > 1]
+    if twice:
+        raise UsageError(f"its layers {twice} attend more than once, so that their K and V are not all they read.")
+    for layer, [call] in enumerate(layers):
+        n_heads, k_width, v_width = call.key.shape[1], call.key.shape[-1], call.value.shape[-1]
+        if layer in shape.layers:
+            found, expected = (n_heads, max(k_width, v_width)), (shape.n_kv_heads, shape.head_dim)
+        else:
+            found = (n_heads, k_width + v_width)
+            own_width = shape.sliding_kv_width or 2 * shape.head_dim
+            expected = (shape.sliding_n_kv_heads or shape.n_kv_heads, own_width)
+        if found != expected or v_width > k_width:
+            raise UsageError(
+                f"its layer {layer} keeps {n_heads} KV heads, K {k_width} and V {v_width} wide, and its config says "
+                f"otherwise, so bytes would be wrong."
+            )
+
+
+def _calls(model: Any, position: int) -> list[list[AttentionCall]]:
     decoder = decoder_of(model)
-    probes = [_ProbeLayer(index) for index in range(len(decoder.layers))]
+    probes = [_ProbeLayer(index, position) for index in range(len(layers_of(decoder)))]
     device = next(model.parameters()).device
-    token = torch.tensor([[1]], device=device)
-    at = torch.tensor([[position]], device=device)
-    decoder(input_ids=token, position_ids=at, past_key_values=EngineCache(probes), use_cache=True)
-    return probes
+    token, at = (torch.tensor([[value]], device=device) for value in (1, position))
+    try:
+        with _random_embedding(model):
+            decoder(input_ids=token, position_ids=at, past_key_values=EngineCache(probes), use_cache=True)
+    except KvscopeError:
+        raise
+    except Exception as error:
+        raise UsageError(f"its forward of one token fails ({type(error).__name__}: {error}).") from error
+    return [probe.calls for probe in probes]
+
+
+@contextmanager
+def _random_embedding(model: Any) -> Iterator[None]:
+    """Have the model's embedding give random vectors, the same each time, whatever the token."""
+
+    def replaced(module: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
+        noise = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
+        return noise.to(out.device, out.dtype)
+
+    handle = model.get_input_embeddings().register_forward_hook(replaced)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -137,17 +197,27 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool((a.float() - b.float()).norm() <= tolerance * b.float().norm())
 
 
-def _rotation_of(
-    model: Any, attention: Any, layer: int, shared: dict[tuple[int, str | None], RopeRotation]
-) -> RopeRotation | None:
+def _turns_back(rotation: RopeRotation, later: torch.Tensor, first: torch.Tensor) -> bool:
+    try:
+        return _same(rotation.back(later, _PROBE_POSITION), first)
+    except (RuntimeError, KeyError):
+        # The tables have another width than the heads, or there are none for this type of layer.
+        return False
+
+
+def _rotations_of(
+    model: Any, attention: Any, layer: int, shared: dict[tuple[int, str | None], list[RopeRotation]]
+) -> list[RopeRotation]:
+    """Return the model's own rotation on whole heads, and on their first part where the module splits them."""
     rotary = getattr(decoder_of(model), "rotary_emb", None)
     apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
     if rotary is None or apply is None:
-        return None
+        return []
     layer_type = None
     if "layer_type" in inspect.signature(rotary.forward).parameters:
         layer_type = text_config(model.config).layer_types[layer]
     key = (id(apply), layer_type)
     if key not in shared:
-        shared[key] = RopeRotation(rotary, apply, layer_type, next(model.parameters()).device)
+        device = next(model.parameters()).device
+        shared[key] = [RopeRotation(rotary, apply, layer_type, device, partial=partial) for partial in (False, True)]
     return shared[key]

@@ -200,6 +200,28 @@ class Session:
         logits: torch.Tensor = out.logits[:, -1]
         return logits
 
+    @torch.inference_mode()
+    def first_not_finite(self, tokens: Sequence[int]) -> str:
+        """Return which layer gave NaN or infinity, as a clause, by another step; the sequences are of no use after it.
+
+        Empty where that step does not tell.
+        """
+        loaded = self._loaded
+        entered: dict[int, torch.Tensor] = {}
+
+        def note(layer: int, hidden_nM: torch.Tensor) -> None:
+            entered[layer] = hidden_nM.isfinite().all()
+
+        try:
+            with self._turn(), loaded.backend.observe(loaded.model, tuple(range(loaded.shape.n_layers)), note):
+                self._eager_step(tokens)
+        except Exception:  # noqa: BLE001 - the error that led here is the one to tell
+            return ""
+        first = next((layer for layer in sorted(entered) if not bool(entered[layer])), None)
+        if first is None:
+            return f", behind layer {loaded.shape.n_layers - 1}"
+        return ", from the embedding on" if first == 0 else f", from layer {first - 1} on"
+
     # -- graphs
 
     def _make_static(self, member: Member) -> None:

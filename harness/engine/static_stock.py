@@ -21,7 +21,10 @@ from kvscope.methods.static_step import unsupported_step, write_token
 
 def unsupported_stock(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> list[str]:
     """Return every reason why the model's sliding-window layers cannot run at fixed addresses."""
-    return [f"sliding-window layers: {reason}" for reason in unsupported_step(shape, device, dtype)]
+    reasons = unsupported_step(shape, device, dtype)
+    if not shape.sliding_is_uniform:
+        reasons = [*reasons, "their KV heads or widths are not those of the managed layers"]
+    return [f"sliding-window layers: {reason}" for reason in reasons]
 
 
 class Rings:

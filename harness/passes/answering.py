@@ -20,11 +20,20 @@ if TYPE_CHECKING:
 
 
 def load(plan: Plan) -> "LoadedModel":
-    """Load the planned model's weights."""
-    from kvscope.harness.engine.models import load_model
+    """Load the planned model's weights, and check that the engine computes what the model does.
 
-    config = plan.config
-    return load_model(config.model, device=plan.facts.device, dtype=plan.facts.dtype, page_tokens=config.page_tokens)
+    Raises:
+        UsageError: it does not, or the weights cannot be loaded.
+    """
+    from kvscope.harness.engine.models import load_model
+    from kvscope.harness.engine.self_check import self_check
+
+    config, facts = plan.config, plan.facts
+    loaded = load_model(config.model, device=facts.device, dtype=facts.dtype, page_tokens=config.page_tokens)
+    if config.self_check:
+        self_check(loaded)
+        release_memory()
+    return loaded
 
 
 class Prompt:
@@ -156,6 +165,7 @@ class Prompt:
             context_tokens=len(self.context_ids),
             dtype=self.plan.facts.dtype,
             device=self.plan.facts.device,
+            self_check="passed" if self.plan.config.self_check else "skipped",
         )
 
     def _failed(self, method: "CacheMethod[Any]", status: FailureStatus, reason: str) -> SampleRow:

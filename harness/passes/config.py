@@ -130,6 +130,11 @@ class RunConfig(BaseModel):
         default=False,
         description="accuracy pass: decode steps as a CUDA graph where that can be done and pays; rows say which",
     )
+    self_check: bool = Field(
+        default=True,
+        description="accuracy pass: compare the model through kvscope's cache with its own forward before anything is "
+        "measured; rows say whether",
+    )
     out: str | None = Field(default=None, description="folder of the run")
 
     @field_validator("*", mode="before")
@@ -227,9 +232,10 @@ class RunConfig(BaseModel):
         return tuple(spec.label for spec in self.tasks)
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides the rows: everything but ``out``, the time limits and ``retry``."""
+        """Return what decides the rows: everything but ``out``, the time limits, ``retry`` and the self-check."""
         values = self.model_dump(
-            mode="json", exclude={"out", "footprint_timeout_s", "time_limit_s", "retry", "methods", "tasks"}
+            mode="json",
+            exclude={"out", "footprint_timeout_s", "time_limit_s", "retry", "self_check", "methods", "tasks"},
         )
         values["footprint_lengths_tokens"] = list(self.footprint_cells_tokens)
         if not self.accuracy_graph:

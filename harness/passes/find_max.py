@@ -99,7 +99,7 @@ class FindMaxPass:
                 return there
             deadline.check()
             store.begin()
-            row = self._tries.measure(plan, method, length_tokens, progress)
+            row = self._tries.measure(plan, store, method, length_tokens, progress)
             store.append_footprint(row)
             return row
 

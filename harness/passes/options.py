@@ -90,6 +90,13 @@ class RunOptions:
             help="Answer with decode steps as a CUDA graph, where that can be done and pays.",
         ),
     ]
+    self_check: Annotated[
+        bool | None,
+        typer.Option(
+            "--self-check/--no-self-check",
+            help="Compare the model through kvscope's cache with its own forward before anything is answered.",
+        ),
+    ]
     paper_settings: Annotated[
         bool | None,
         typer.Option(

@@ -17,6 +17,7 @@ from kvscope.harness.passes.row_columns import cell_columns
 from kvscope.methods.registry import is_own
 from kvscope.plugins import search_path
 from kvscope.results.row_table import RowTable
+from kvscope.results.schema import SelfCheckState
 from kvscope.units import format_length
 
 if TYPE_CHECKING:
@@ -90,15 +91,25 @@ class ProcessPass(ABC, Generic[RowT]):
             if not rows.has((method.label, length_tokens)):
                 deadline.check()
                 store.begin()
-                rows.append(self.measure(plan, method, length_tokens, progress))
+                rows.append(self.measure(plan, store, method, length_tokens, progress))
 
-    def measure(self, plan: Plan, method: "CacheMethod[Any]", length_tokens: int, progress: Progress) -> RowT:
+    def measure(
+        self, plan: Plan, store: "RunStore", method: "CacheMethod[Any]", length_tokens: int, progress: Progress
+    ) -> RowT:
         """Measure one cell, and tell the progress."""
         progress.begin_cell(f"{self.name} {method.label} {format_length(length_tokens)}", steps=1)
         job = self.job(plan, method, length_tokens)
+        job = job.model_copy(update={"cell": {**job.cell, "self_check": self_check_state(plan, store)}})
         row = run_job(plan, job, plan.unsupported(method.label, length_tokens), progress)
         progress.end_cell(self.summary(row))
         return row
+
+
+def self_check_state(plan: Plan, store: "RunStore") -> SelfCheckState:
+    """Return what a fresh process can say of the model's self-check, which would spoil its own readings of memory."""
+    if not plan.config.self_check:
+        return "skipped"
+    return "passed" if any(row.self_check == "passed" for row in store.samples()) else "not_run"
 
 
 def run_job(plan: Plan, job: Job[RowT], unsupported: str | None, progress: Progress) -> RowT:
@@ -145,6 +156,7 @@ def job_fields(
         context_tokens=context_tokens,
         dtype=facts.dtype,
         device=facts.device,
+        self_check="not_run",
         prefill="synthetic" if config.synthetic_kv else "dense",
     )
     return {

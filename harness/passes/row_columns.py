@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from kvscope.errors import DeviceBudgetExceeded
 from kvscope.harness.engine.oom import is_oom
 from kvscope.harness.passes.environment import package_version
-from kvscope.results.schema import OomOf, ResidencyRecord, SampleRow
+from kvscope.results.schema import OomOf, ResidencyRecord, SampleRow, SelfCheckState
 
 if TYPE_CHECKING:
     from kvscope.harness.engine.decode import DecodeResult
@@ -54,12 +54,14 @@ def cell_columns(
     context_tokens: int,
     dtype: str,
     device: str,
+    self_check: SelfCheckState,
     prefill: Literal["dense", "synthetic"] = "dense",
 ) -> dict[str, Any]:
     """Columns that sample rows and footprint rows of one (method, length) have in common.
 
     Args:
         context_tokens: tokens that are prefilled, which options given as a share are a share of.
+        self_check: what is known of the model's.
     """
     return {
         "model": model,
@@ -76,6 +78,7 @@ def cell_columns(
         "device": device,
         "transformers_version": package_version("transformers"),
         "torch_version": package_version("torch"),
+        "self_check": self_check,
     }
 
 

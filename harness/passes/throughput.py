@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvscope.harness.engine.finite import finite_tokens
 from kvscope.harness.engine.oom import is_oom
 from kvscope.harness.engine.session import Session
 from kvscope.harness.passes.job import ThroughputJob
@@ -105,8 +106,7 @@ class ThroughputMeasurement(Measurement[ThroughputRow]):
         with PeakSampler(self._nvml_bytes, interval_s=0.05) as sampler:
             for step in range(self.job.decode_tokens):
                 started_s = time.perf_counter()
-                tokens_n = session.step(tokens_n).argmax(-1)
-                tokens_n.tolist()  # waits for the device
+                tokens_n, _ = finite_tokens(session, session.step(tokens_n), step=step)  # waits for the device
                 if step:
                     seconds += time.perf_counter() - started_s
         self.check_budget("The batch", sampler.peak_bytes, ledger_bytes=session.footprint().device_bytes)

@@ -261,7 +261,7 @@ class CompressedSelector(Selector):
         if not self._keys:
             return torch.empty(0, dtype=torch.long)
         cos_P, sin_P = self._angles(self._position)
-        return self._rule.of_logits(self._indexer.logits(self._states, cos_P, sin_P, self._keys))
+        return self._rule.of_logits(self.watch(self._indexer.logits(self._states, cos_P, sin_P, self._keys)))
 
     def close(self) -> None:
         self._keys, self._states, self._incoming = {}, {}, {}

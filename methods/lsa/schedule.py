@@ -59,6 +59,9 @@ class LsaSequence(SequenceCache):
     def n_tokens(self) -> int:
         return self._layout.n_tokens + self._n_fed[self.shape.layers[-1]]
 
+    def scored(self) -> torch.Tensor | None:
+        return self._selector.scored
+
     def observe(self, layer: int, hidden_BM: torch.Tensor) -> None:
         self._selector.observe(layer, hidden_BM)
 

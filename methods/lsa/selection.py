@@ -74,10 +74,12 @@ class Selector:
         metadata_bytes: device bytes of what it keeps.
         refresh_bytes, refresh_flops: what one choice reads and computes.
         n_chosen: size of every choice, where it is fixed.
+        scored: a scalar on the device that is not finite where a score is not; None before there are any.
     """
 
     reads_mass = False
     n_chosen: int | None = None
+    scored: torch.Tensor | None = None
     metadata_bytes = 0
     refresh_bytes = 0
     refresh_flops = 0
@@ -108,6 +110,12 @@ class Selector:
     def choose_by_mass(self, mass_n: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
         """The same from one layer's attention mass over the candidates, and the mass of everything else."""
         raise NotImplementedError
+
+    def watch(self, scores: torch.Tensor) -> torch.Tensor:
+        """Take scores into ``scored``; return them."""
+        found = scores.sum(dtype=torch.float32)
+        self.scored = found if self.scored is None else self.scored + found
+        return scores
 
     def close(self) -> None:
         """Drop every tensor."""
@@ -201,7 +209,7 @@ class IndexerSelector(Selector):
         return logits_LWs.flatten(0, 1)
 
     def choose(self) -> torch.Tensor:
-        logits_Rn = self.logits()
+        logits_Rn = self.watch(self.logits())
         if self.kernel_reasons or self._rule.n_chunks is not None:
             return self._rule.of_logits(logits_Rn.amax(0))
         from kvscope.methods.kernels.select.kernel import empty_selection
@@ -215,7 +223,7 @@ class IndexerSelector(Selector):
         return found.chunks_K[:n_chosen].long().cpu()
 
     def choose_into(self, out: "Selection") -> int:
-        logits_Rn = self.logits()
+        logits_Rn = self.watch(self.logits())
         if self._rule.n_chunks is None:
             self._select(logits_Rn, out)
             n_chosen = int(out.n)
@@ -250,7 +258,7 @@ class MassSelector(Selector):
         self._rule = rule
 
     def choose_by_mass(self, mass_n: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
-        return self._rule.of_mass(mass_n, rest)
+        return self._rule.of_mass(self.watch(mass_n), rest)
 
 
 class ScriptedSelector(Selector):

@@ -38,6 +38,16 @@ def test_a_plain_a_windowed_and_a_refused_type(swept):
     assert all(difference < 1e-5 for difference in windowed["methods"].values()), "full budget equals dense"
 
 
+def test_a_type_of_every_kind_that_once_was_wrong_or_raised(swept):
+    equal = ["bart", "phi", "gpt2", "gemma4_text", "mimo_v2_flash", "got_ocr2"]
+    refused = {"diffllama": "attends twice", "hrm_text": "layers in cycles", "rwkv": "no KV"}
+    done, types = swept("--only", *equal, *refused)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {name: types[name]["status"] for name in equal} == dict.fromkeys(equal, "equal")
+    assert {name: types[name]["reason"] for name in refused} == refused
+    assert all(types[name]["held_of_predicted_bytes"] == 1.0 for name in equal)
+
+
 def test_a_second_call_resumes_what_is_done(swept):
     swept("--only", "llama")
     done, types = swept("--only", "llama", "deepseek_v3", "--resume")

@@ -106,8 +106,11 @@ def test_dtypes_are_checked(tmp_path):
         (lambda: transformers.DeepseekV3Config(), "latent attention"),
         (lambda: transformers.DeepseekV32Config(), "backend of its own"),
         (lambda: transformers.Qwen3NextConfig(), "not a KV cache"),
+        (lambda: transformers.BloomConfig(), "attention interface"),
+        (lambda: transformers.RwkvConfig(), "names no attention heads"),
+        (lambda: transformers.Llama4TextConfig(), "see their own chunk of the text only"),
     ],
-    ids=["t5", "mistral_sliding", "deepseek_v3", "deepseek_v32", "qwen3_next"],
+    ids=["t5", "mistral_sliding", "deepseek_v3", "deepseek_v32", "qwen3_next", "bloom", "rwkv", "llama4"],
 )
 def test_architectures_that_cannot_be_run_are_refused(config, reason):
     with pytest.raises(UsageError, match=reason):
@@ -115,8 +118,9 @@ def test_architectures_that_cannot_be_run_are_refused(config, reason):
 
 
 def test_a_model_without_decoder_layers_is_refused():
-    config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=50)
-    with pytest.raises(UsageError, match="cannot be run"):
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32, "intermediate_size": 32}
+    config = transformers.BertConfig(vocab_size=50, is_decoder=True, **sizes)
+    with pytest.raises(UsageError, match="its decoder has 0 layers in"):
         wrap_model(transformers.AutoModelForCausalLM.from_config(config), None)
 
 

@@ -6,12 +6,12 @@ import sys
 import pytest
 import torch
 from tiny_models import ARCHITECTURES, build_stock, loaded_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Glm4Config, PersimmonConfig, PhiConfig, StableLmConfig
 
-from kvscope.errors import KvscopeError
+from kvscope.errors import KvscopeError, UsageError
 from kvscope.harness.engine.models import wrap_model
 from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
-from kvscope.harness.engine.rotation import RopeRotation, UnknownRotation, _queries
+from kvscope.harness.engine.rotation import RopeRotation, UnknownRotation, _calls
 from kvscope.methods.registry import create_method, method_names
 
 
@@ -19,16 +19,16 @@ from kvscope.methods.registry import create_method, method_names
 def test_turning_back_gives_the_query_of_the_earlier_position(name):
     loaded = loaded_model(name)
     with torch.inference_mode():
-        earlier, later = _queries(loaded.model, 310), _queries(loaded.model, 1001)
+        earlier, later = ([call.query for [call] in _calls(loaded.model, at)] for at in (310, 1001))
     for layer, rotation in loaded.rotations.items():
         if rotation is None:
-            torch.testing.assert_close(later[layer].query, earlier[layer].query)
+            torch.testing.assert_close(later[layer], earlier[layer])
         else:
             with torch.inference_mode():
-                turned = rotation.back(later[layer].query, 1001 - 310)
+                turned = rotation.back(later[layer], 1001 - 310)
             # fp32 angles near 1000 radians are good to about 1e-4.
-            torch.testing.assert_close(turned, earlier[layer].query, atol=2e-3, rtol=1e-3)
-            assert (later[layer].query - earlier[layer].query).abs().max() > 0.1
+            torch.testing.assert_close(turned, earlier[layer], atol=2e-3, rtol=1e-3)
+            assert (later[layer] - earlier[layer]).abs().max() > 0.1
 
 
 def test_layers_without_positions_are_found():
@@ -50,6 +50,35 @@ def test_the_reference_model_s_managed_layers_have_no_positions():
     for spec in method_names():
         # A method may still ask for its trained part; the layers' positions are in nobody's way.
         assert not [why for why in create_method(spec).unsupported(loaded.shape, "cpu") if "position" in why]
+
+
+def test_an_embedding_row_of_zeros_hides_no_rotation():
+    model = build_stock("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:4].zero_()
+    assert all(isinstance(each, RopeRotation) for each in wrap_model(model, None).rotations.values())
+
+
+@pytest.mark.parametrize("config", [PhiConfig, StableLmConfig, PersimmonConfig, Glm4Config])
+def test_a_rotation_of_the_first_channels_alone_is_turned_back(config):
+    sizes = {"vocab_size": 257, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "head_dim": 16, "num_key_value_heads": 4, "pad_token_id": 0}
+    model = AutoModelForCausalLM.from_config(config(**sizes, **heads), attn_implementation="eager").eval()
+    loaded = wrap_model(model, None)
+    for layer, rotation in loaded.rotations.items():
+        with torch.inference_mode():
+            [earlier], [later] = (_calls(loaded.model, at)[layer] for at in (3, 40))
+            torch.testing.assert_close(rotation.back(later.query, 37), earlier.query, atol=1e-5, rtol=1e-4)
+            start_keys = rotation.undo(later.key, start_tokens=40)
+            torch.testing.assert_close(start_keys, rotation.undo(earlier.key, start_tokens=3), atol=1e-5, rtol=1e-4)
+    assert create_method("sliding_window").unsupported(loaded.shape, "cpu") == []
+
+
+def test_kv_heads_unlike_the_config_are_refused():
+    model = build_stock("llama")
+    model.config.num_key_value_heads = 4
+    with pytest.raises(UsageError, match="its layer 0 keeps 2 KV heads, K 16 and V 16 wide, and its config says"):
+        wrap_model(model, None)
 
 
 def test_layers_of_one_kind_share_a_table():

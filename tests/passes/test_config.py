@@ -125,7 +125,13 @@ def test_identity_ignores_where_the_rows_go_but_nothing_that_changes_them() -> N
         "decode_graph": "off",
         "accuracy_graph": True,
     }
-    assert set(changed) == set(RunConfig.model_fields) - {"out", "footprint_timeout_s", "time_limit_s", "retry"}
+    assert set(changed) == set(RunConfig.model_fields) - {
+        "out",
+        "footprint_timeout_s",
+        "time_limit_s",
+        "retry",
+        "self_check",
+    }
     for key, value in changed.items():
         assert make_config({key: value}).identity() != base.identity(), key
 

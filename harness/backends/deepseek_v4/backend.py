@@ -104,6 +104,10 @@ class DeepseekV4(Backend[CompressedModelShape]):
     ) -> int:
         return shape.prefill_peak_bytes(n_tokens, chunk_tokens=chunk_tokens)
 
+    def reach_tokens(self, shape: CompressedModelShape) -> int:
+        """Return the longer of the window and the tokens of one HCA entry."""
+        return max(shape.cache.window_tokens, shape.cache.hca_rate)
+
     def synthetic_gap(self, shape: CompressedModelShape) -> str:
         return "compressed entries, which are"
 

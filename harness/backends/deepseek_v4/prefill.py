@@ -17,6 +17,7 @@ from transformers.masking_utils import eager_mask
 from kvscope.harness.backends.deepseek_v4.cache import Angles, live_bytes, move_rest, take_entries
 from kvscope.harness.backends.deepseek_v4.shape import CompressedModelShape
 from kvscope.harness.engine.backend import ReadyModel
+from kvscope.harness.engine.finite import require_finite_layers, total
 from kvscope.harness.engine.glue import observing_attention
 from kvscope.methods.store import PromptKV
 
@@ -111,6 +112,8 @@ def compressed_prefill(
     like = {name: torch.empty((1, 0, width), dtype=ready.dtype) for name, width in widths.items()}
     pinned = ready.device.type == "cuda"
     host = {layer: take_entries(cache.layers[layer], like, pinned=pinned) for layer in shape.layers}
+    totals = {layer: [total(host[layer][name]) for name in widths] for layer in shape.layers}
+    require_finite_layers(totals, [f"what the {name} keeps" for name in widths], ready.dtype)
     # On the host as well: what stays on the device is a sequence's own copy, and counted there.
     move_rest(cache, torch.device("cpu"))
 

@@ -87,6 +87,9 @@ class CompressedSequence(SequenceCache):
         if self._choice is not None:
             self._choice.selector.observe(layer, hidden_BM)
 
+    def scored(self) -> torch.Tensor | None:
+        return None if self._choice is None else self._choice.selector.scored
+
     def begin_step(self) -> None:
         """Refresh where it is due, with the states of the step before."""
         if self._choice is not None:

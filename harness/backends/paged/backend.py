@@ -44,7 +44,7 @@ class Paged(Backend[ModelShape]):
         """Switch the attention to kvscope's and measure how each layer encodes positions."""
         register_attention()
         model.set_attn_implementation(ATTENTION_NAME)
-        rotations = probe_rotations(model)
+        rotations = probe_rotations(model, shape)
         unknown = tuple(layer for layer in shape.layers if isinstance(rotations[layer], UnknownRotation))
         parameter = next(model.parameters())
         return ReadyModel(

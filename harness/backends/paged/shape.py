@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from kvscope.errors import UsageError
@@ -32,13 +33,34 @@ def unsupported_reasons(config: Any) -> list[str]:
     if getattr(text, "kv_lora_rank", None):
         reasons.append("multi-head latent attention caches a compressed latent, not K and V")
     if getattr(text, "num_kv_shared_layers", None):
-        reasons.append("some of its layers read another layer's KV, so its layers cannot be prefilled one at a time")
+        # At once: transformers 5.23 fails to name the layers of such a config (Gemma 4's assistants).
+        return [*reasons, "some of its layers read another layer's KV, so its layers cannot be prefilled one at a time"]
+    if not all(getattr(text, name, None) for name in ("num_hidden_layers", "num_attention_heads")):
+        return ["its config names no attention heads: it keeps no KV cache of K and V"]
+    if getattr(text, "H_cycles", None):
+        return ["its layers run several times a token, so they cannot be prefilled one at a time"]
+    if getattr(text, "cross_attention_layers", None):
+        return ["some of its layers attend to images, not to the text before"]
+    if not _has_interface(config, text):
+        return ["its attention does not go through transformers' attention interface"]
     kinds = set(layer_kinds(config)) - {"full_attention", "sliding_attention"}
-    if kinds:
+    if "chunked_attention" in kinds:
+        reasons.append("its chunked_attention layers see their own chunk of the text only")
+    elif kinds:
         reasons.append(f"its layers of type {', '.join(sorted(kinds))} keep a state that is not a KV cache of K and V")
     elif "full_attention" not in layer_kinds(config):
         reasons.append("every layer is a sliding-window layer, so no layer has a cache that grows with the length")
     return reasons
+
+
+def _has_interface(config: Any, text: Any) -> bool:
+    """Whether the modelling code of this config calls its attention by name. Loads no weights."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    names = {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(part.model_type) for part in (config, text)} - {None}
+    modules = [sys.modules[getattr(transformers, name).__module__] for name in names]
+    return not modules or any(hasattr(module, "ALL_ATTENTION_FUNCTIONS") for module in modules)
 
 
 def paged_shape(config: Any, *, element_bytes: int, page_tokens: int, revision: str) -> ModelShape:
@@ -51,18 +73,37 @@ def paged_shape(config: Any, *, element_bytes: int, page_tokens: int, revision: 
         raise UsageError(f"page_tokens must be 1 or more, got {page_tokens}.")
     text = text_config(config)
     kinds = layer_kinds(config)
-    n_q_heads = int(text.num_attention_heads)
+    managed = {_layer_kv(text, i) for i, kind in enumerate(kinds) if kind == "full_attention"}
+    windows = {_layer_kv(text, i) for i, kind in enumerate(kinds) if kind == "sliding_attention"} or managed
+    if len(managed) > 1 or len(windows) > 1:
+        raise UsageError(
+            f"Model '{config.model_type}' cannot be run: its layers of one kind differ in KV heads or width."
+        )
+    (n_kv_heads, k_width, v_width), (sliding_n_kv_heads, *sliding_widths) = next(iter(managed)), next(iter(windows))
     sliding = tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
     return ModelShape(
         layers=tuple(i for i, kind in enumerate(kinds) if kind == "full_attention"),
         n_layers=len(kinds),
-        n_q_heads=n_q_heads,
-        n_kv_heads=int(getattr(text, "num_key_value_heads", None) or n_q_heads),
-        head_dim=int(getattr(text, "head_dim", None) or text.hidden_size // n_q_heads),
+        n_q_heads=int(text.num_attention_heads),
+        n_kv_heads=n_kv_heads,
+        head_dim=max(k_width, v_width),
         hidden_size=int(text.hidden_size),
         element_bytes=element_bytes,
         page_tokens=page_tokens,
         sliding_layers=sliding,
         sliding_window=int(text.sliding_window) if sliding else 0,
+        sliding_n_kv_heads=sliding_n_kv_heads if sliding else 0,
+        sliding_kv_width=sum(sliding_widths) if sliding else 0,
         revision=revision,
     )
+
+
+def _layer_kv(text: Any, layer: int) -> tuple[int, int, int]:
+    """Return KV heads, K width and V width of one layer."""
+    config = text.per_layer_config[layer] if hasattr(type(text), "per_layer_config") else text
+    n_q_heads = int(config.num_attention_heads)
+    n_kv_heads = int(getattr(config, "num_key_value_heads", None) or n_q_heads)
+    if text.model_type == "mimo_v2_flash" and text.layer_types[layer] == "sliding_attention":
+        n_kv_heads *= 2  # its modelling code says so, its config does not
+    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // n_q_heads)
+    return n_kv_heads, head_dim, int(getattr(config, "v_head_dim", None) or head_dim)

@@ -19,6 +19,7 @@ import torch
 from kvscope.errors import EnvironmentProblem, UsageError
 from kvscope.harness.engine.backend import require_token_attention
 from kvscope.harness.engine.decode import answer_end
+from kvscope.harness.engine.finite import finite_tokens
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.models import load_model
 from kvscope.harness.engine.prefill import DEFAULT_CHUNK_TOKENS, prefill
@@ -322,11 +323,11 @@ def record(
         sequence = session.add(recorder, prompt, reserve_tokens=reserve_tokens).cache
         assert isinstance(sequence, RecordingSequence)
         while pending:
-            logits = session.step([pending.pop(0)])[0]
+            _, [best] = finite_tokens(session, session.step([pending.pop(0)]), step=len(records))
             records.append(sequence.take())
             if own_answer is None or pending:
                 continue
-            own.append(int(logits.argmax()))
+            own.append(best)
             if not answer_end(loaded, own, max_new_tokens=own_answer.max_new_tokens, stop_strings=own_answer.stop):
                 pending.append(own[-1])
     before = torch.stack([_padded(prompt, layer, info.state_tokens) for layer in info.layers], 1)
