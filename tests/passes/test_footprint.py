@@ -16,6 +16,7 @@ from kvscope.harness.passes.job import FootprintJob
 from kvscope.harness.passes.plan import Plan, make_plan
 from kvscope.harness.passes.process import run_worker, worker_environment
 from kvscope.harness.passes.sweep import failures, run
+from kvscope.harness.passes.timing import usable_cores
 from kvscope.methods import registry
 
 # A worker that hangs is told by pytest's own limit; how long a loaded machine takes is no matter here.
@@ -66,6 +67,9 @@ def test_a_pass_measures_every_cell_once_and_resumes(small: MakeConfig, monkeypa
         assert "CPU" in row["torch_reason"]
         assert row["tpot_steps"] == 7
         assert min(row["tpot_s"], row["ttft_s"]) > 0
+        assert 0 < row["tpot_p10_s"] <= row["tpot_s"] <= row["tpot_p90_s"]
+        assert row["cpu_cores"] == usable_cores()
+        assert row["load_1min"] >= 0
         assert (row["step_backend"], row["step_captures"]) == ("eager: the device is cpu", 0)
         assert row["host_rss_peak_bytes"] > 10 * 2**20
         assert row["prompt_tokens"] == 631
