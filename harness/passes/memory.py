@@ -52,7 +52,7 @@ class NvmlProcessMemory:
             pynvml.nvmlInit()
             self._handle = nvml_handle(pynvml, device_index)
             self._nvml = pynvml
-            self._before = set(self._processes())
+            self._before = set(self._processes() or ())
         except pynvml.NVMLError as error:
             self.reason = f"NVML is not available: {error}"
 
@@ -61,7 +61,7 @@ class NvmlProcessMemory:
         if self.reason is not None:
             return
         processes = self._processes()
-        if self.reason is not None:
+        if processes is None:
             return
         appeared = sorted(set(processes) - self._before)
         if os.getpid() in processes and in_host_pid_namespace():
@@ -82,7 +82,8 @@ class NvmlProcessMemory:
         """Return the bytes used now, or None when there is no reading (``reason`` says why)."""
         if self.reason is not None or self._pid is None:
             return None
-        return self._processes().get(self._pid)
+        processes = self._processes()
+        return None if processes is None else processes.get(self._pid)
 
     def others(self) -> tuple[int, int | None] | None:
         """Return (other processes on the GPU, bytes they hold or None where the driver does not tell).
@@ -94,14 +95,14 @@ class NvmlProcessMemory:
             return None
         own = {self._pid, os.getppid()} if in_host_pid_namespace() else {self._pid}
         processes = self._processes()
-        if self._pid not in processes:
+        if processes is None or self._pid not in processes:
             return None
         used = [used_bytes for pid, used_bytes in processes.items() if pid not in own]
         known = [used_bytes for used_bytes in used if used_bytes is not None]
         return len(used), sum(known) if len(known) == len(used) else None
 
-    def _processes(self) -> dict[int, int | None]:
-        """Return process id -> bytes, None where the driver does not tell.
+    def _processes(self) -> dict[int, int | None] | None:
+        """Return process id -> bytes, None where the driver does not tell; None where it lists none (``reason``).
 
         A GPU cut into instances (MIG) lists a process once an instance: its bytes are their sum.
         """
@@ -110,7 +111,7 @@ class NvmlProcessMemory:
             listed = self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
         except self._nvml.NVMLError as error:
             self.reason = f"NVML does not list processes: {error}"
-            return {}
+            return None
         for process in listed:
             used_bytes, other_bytes = process.usedGpuMemory, found.get(process.pid, 0)
             found[process.pid] = None if used_bytes is None or other_bytes is None else other_bytes + used_bytes

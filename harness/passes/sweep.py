@@ -13,6 +13,7 @@ from kvscope.harness.passes.deadline import Deadline
 from kvscope.harness.passes.environment import capture_environment
 from kvscope.harness.passes.plan import make_plan, passes_for
 from kvscope.harness.passes.progress import Progress, make_progress
+from kvscope.paths import check_out, user_path
 from kvscope.results.schema import MethodInfo, RunInfo
 from kvscope.results.store import RunStore
 from kvscope.specs import Spec
@@ -43,6 +44,8 @@ def run(
     folder = out or config.out
     if folder is None:
         raise UsageError("Say where the results go: --out DIR, or `out` in the configuration.")
+    folder = user_path(folder, what="out")
+    check_out(folder)
     with as_progress(progress) as shown:
         plan = make_plan(config)
         with RunStore.create(folder, run_info(plan)) as store:
