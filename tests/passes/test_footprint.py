@@ -121,6 +121,30 @@ def test_a_worker_that_exits_says_its_last_words(job: FootprintJob) -> None:
     assert row.reason == "start: the worker exited with 5: the library is missing"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "ImportError: libtorch_cpu.so: failed to map segment from shared object",
+        "MemoryError",
+        "RuntimeError: can't start new thread",
+        "terminate called after throwing an instance of 'std::bad_alloc'",
+    ],
+)
+@pytest.mark.parametrize("end", ["sys.exit(1)", "os.kill(os.getpid(), signal.SIGABRT)"])
+def test_a_worker_that_dies_for_want_of_memory_is_out_of_memory(job: FootprintJob, words: str, end: str) -> None:
+    told = script(f"print({words!r}, file=sys.stderr, flush=True); {end}")
+    row = run_worker(job, timeout_s=NEVER_S, command=told)
+    assert (row.status, row.oom_of, row.failure_phase) == ("oom", "host", "start")
+    assert words in str(row.reason)
+
+
+def test_a_worker_too_small_to_load_torch_is_out_of_memory(job: FootprintJob) -> None:
+    limit = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_AS, (150 << 20,) * 2)"
+    small = (sys.executable, "-c", f"{limit}; os.execv(sys.argv[1], sys.argv[1:])", *process.WORKER_COMMAND)
+    row = run_worker(job, timeout_s=NEVER_S, command=small)
+    assert (row.status, row.oom_of) == ("oom", "host")
+
+
 def test_a_worker_that_does_not_even_read_its_job_is_a_row(job: FootprintJob) -> None:
     big = job.model_copy(update={"context_ids": tuple(range(100_000))})
     row = run_worker(big, timeout_s=NEVER_S, command=(sys.executable, "-c", "import sys; sys.exit(9)"))
