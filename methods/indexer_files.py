@@ -7,14 +7,15 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from kvscope.errors import UsageError, did_you_mean, shown
+from kvscope.errors import EnvironmentProblem, UsageError, did_you_mean, shown
 from kvscope.methods.shape import ModelShape
 from kvscope.paths import user_path
 from kvscope.results.reading import parse_json, read_regular
@@ -182,18 +183,20 @@ class IndexerFiles(Generic[ConfigT, ModuleT]):
         return indexer.float().eval()
 
     def save(self, indexer: ModuleT, folder: Path) -> None:
-        """Write an indexer; each file appears whole or not at all."""
+        """Write an indexer; each file appears whole or not at all.
+
+        Raises:
+            EnvironmentProblem: the disk is full, or files may not be so large.
+        """
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / (WEIGHTS_FILE + ".tmp")
-        save_file({name: value.contiguous() for name, value in indexer.state_dict().items()}, temporary)
-        os.replace(temporary, folder / WEIGHTS_FILE)
-        temporary = folder / (CONFIG_FILE + ".tmp")
+        with whole_file(folder / WEIGHTS_FILE) as temporary:
+            save_file({name: value.contiguous() for name, value in indexer.state_dict().items()}, temporary)
         values = dataclasses.asdict(indexer.config)  # type: ignore[call-overload]
         values = {"format": FORMAT, "kind": self.kind, **values, "layers": list(values["layers"])}
-        temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, folder / CONFIG_FILE)
+        with whole_file(folder / CONFIG_FILE) as temporary:
+            temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
     def find_shipped(self, misfit: Callable[[ConfigT], str | None]) -> Path | None:
         """Return the first shipped indexer for which ``misfit`` finds nothing wrong."""
@@ -201,6 +204,27 @@ class IndexerFiles(Generic[ConfigT, ModuleT]):
             if misfit(self.read_config(self.shipped_folder / name)) is None:
                 return self.shipped_folder / name
         return None
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a place to write a file to, which then appears as ``path``: whole or not at all.
+
+    Raises:
+        EnvironmentProblem: it could not be written, as on a full disk; nothing is left of it.
+    """
+    from safetensors import SafetensorError
+
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise EnvironmentProblem(
+            f"'{path}' could not be written ({first_line(error)}); make room, then run the same command again."
+        ) from error
 
 
 @dataclass(frozen=True)
