@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvscope.errors import KvscopeError, UsageError, did_you_mean
+from kvscope.harness.engine.oom import is_oom
 from kvscope.harness.indexers.dsa.cli import app as dsa_app
 from kvscope.harness.indexers.lsa.cli import app as lsa_app
 from kvscope.harness.passes.options import with_run_options
@@ -238,6 +239,9 @@ def run_cli(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # noqa: BLE001 - the last resort: a traceback helps no user
         # typer's usage errors: their classes moved between versions, their method did not.
         format_message = getattr(error, "format_message", None)
+        if format_message is None and is_oom(error):
+            complain(f"memory ran out ({type(error).__name__}: {error}); free some, or allow this process more.")
+            return EXIT_ENVIRONMENT
         if format_message is None:
             report_fault(error)
             return EXIT_FAULT

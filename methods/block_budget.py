@@ -16,10 +16,13 @@ class BlockPlan:
     Attributes:
         block_tokens: tokens of a block; block ``i`` holds tokens ``i * block_tokens`` and on, from the prompt's start.
         n_blocks: blocks one query reads, the current one (the query's own, maybe partly filled) included.
+        whole_tokens: a context of up to this many tokens is read whole: a budget that was given holds it, even where it
+            ends inside a block.
     """
 
     block_tokens: int
     n_blocks: int
+    whole_tokens: int = 0
 
     @property
     def budget_tokens(self) -> int:
@@ -31,8 +34,8 @@ class BlockPlan:
         return -(-n_tokens // self.block_tokens)
 
     def reads_all(self, n_tokens: int) -> bool:
-        """Whether the query at the end of ``n_tokens`` has no more blocks than it may read."""
-        return self.count(n_tokens) <= self.n_blocks
+        """Whether the query at the end of ``n_tokens`` has no more blocks, or no more tokens, than it may read."""
+        return self.count(n_tokens) <= self.n_blocks or n_tokens <= self.whole_tokens
 
     def tail_tokens(self, n_tokens: int) -> int:
         """Tokens of the current block, of ``n_tokens`` in all (at least one)."""
@@ -68,7 +71,7 @@ def plan_blocks(
         power = log2(max(1, budget * paper_block_tokens / paper_budget_tokens))
         block_tokens = min(paper_block_tokens, 2 ** (round(power) if automatic else int(power)))
     n_blocks = round(budget / block_tokens) if automatic else budget // block_tokens
-    return BlockPlan(block_tokens=block_tokens, n_blocks=max(2, n_blocks))
+    return BlockPlan(block_tokens=block_tokens, n_blocks=max(2, n_blocks), whole_tokens=0 if automatic else budget)
 
 
 def check_blocks(block_tokens: int | None, budget_tokens: int | None) -> None:

@@ -7,19 +7,25 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-from kvscope.errors import UsageError, did_you_mean
+from pydantic import TypeAdapter, ValidationError
+
+from kvscope.errors import EnvironmentProblem, UsageError, did_you_mean, shown
 from kvscope.methods.shape import ModelShape
+from kvscope.paths import user_path
+from kvscope.results.reading import parse_json, read_regular
 
 if TYPE_CHECKING:
     from torch import nn
 
 FORMAT = 1
 WEIGHTS_FILE, CONFIG_FILE = "indexer.safetensors", "config.json"
+MOST_CONFIG_BYTES = 16 * 2**20
 
 
 class TrainedConfig(Protocol):
@@ -72,7 +78,7 @@ class IndexerFiles(Generic[ConfigT, ModuleT]):
         Raises:
             UsageError: neither exists.
         """
-        folder = Path(spec).expanduser()
+        folder = user_path(spec, what="indexer")
         if (folder / CONFIG_FILE).is_file():
             return folder
         names = self.shipped_names()
@@ -99,7 +105,7 @@ class IndexerFiles(Generic[ConfigT, ModuleT]):
         """
         path = folder / CONFIG_FILE
         try:
-            values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            values: dict[str, Any] = parse_json(read_regular(path, most_bytes=MOST_CONFIG_BYTES) or b"")
             version, kind = values.pop("format"), values.pop("kind", "lsa")
             if version != FORMAT:
                 raise UsageError(f"Indexer '{folder}' has format {version}, this kvscope knows {FORMAT}; train again.")
@@ -108,15 +114,56 @@ class IndexerFiles(Generic[ConfigT, ModuleT]):
                     f"Indexer '{folder}' is one for {kind}, {self.kind} was asked for; give a folder that "
                     f"{self.train_command} wrote."
                 )
-            values["layers"] = tuple(values["layers"])
             known = {f.name for f in dataclasses.fields(self.config_type)}  # type: ignore[arg-type]
             if unknown := sorted(set(values) - known):
-                raise ValueError(f"unknown keys {', '.join(unknown)}")
-            return self.config_type(**values)
+                raise ValueError(f"unknown keys {', '.join(unknown)[:200]}")
+            return TypeAdapter(self.config_type).validate_json(json.dumps(values), strict=True)
         except UsageError:
             raise
+        except ValidationError as error:
+            problem = error.errors()[0]
+            key = ".".join(map(str, problem["loc"])) or "it"
+            why = str(problem["msg"]).removeprefix("Value error, ")
+            raise UsageError(f"'{path}' is not an indexer's configuration ({key}: {why}); train it again.") from None
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UsageError(f"'{path}' is not an indexer's configuration ({error}); train it again.") from error
+            why = first_line(error)
+            raise UsageError(f"'{path}' is not an indexer's configuration ({why}); train it again.") from error
+
+    def check_weights(self, folder: Path, config: ConfigT) -> ModuleT:
+        """Check what the weights' header says against the configuration; no weights are read.
+
+        Returns:
+            The module that they fit, on the meta device.
+
+        Raises:
+            UsageError: the file is missing or cut, or has other tensors, shapes or types.
+        """
+        import torch
+
+        path = folder / WEIGHTS_FILE
+        found = tensor_headers(path)
+        try:
+            with torch.device("meta"):
+                indexer = self.module_type(config)
+        except (RuntimeError, TypeError, OverflowError) as error:  # sizes that no tensor has
+            raise UsageError(
+                f"'{folder / CONFIG_FILE}' asks for an indexer that cannot be made ({first_line(error)}); train it "
+                "again."
+            ) from error
+        expected = {name: tuple(value.shape) for name, value in indexer.state_dict().items()}
+        for name in (*expected, *found):
+            if name not in found:
+                why = f"tensor {shown(name)} is missing"
+            elif name not in expected:
+                why = f"tensor {shown(name)} is none of its own"
+            elif found[name].shape != expected[name]:
+                why = f"tensor {shown(name)} has shape {list(found[name].shape)}, expected {list(expected[name])}"
+            elif not found[name].is_float:
+                why = f"tensor {shown(name)} has type {found[name].dtype}, expected floating-point numbers"
+            else:
+                continue
+            raise UsageError(f"'{path}' does not fit its {CONFIG_FILE}: {why}; train the indexer again.")
+        return indexer
 
     def load(self, folder: Path) -> ModuleT:
         """Load an indexer on the CPU, fp32, in eval mode.
@@ -124,41 +171,35 @@ class IndexerFiles(Generic[ConfigT, ModuleT]):
         Raises:
             UsageError: files missing, truncated, or of other shapes than the configuration says.
         """
-        import torch
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        config = self.read_config(folder)
+        indexer = self.check_weights(folder, self.read_config(folder))
         path = folder / WEIGHTS_FILE
         try:
-            weights = load_file(path)
+            indexer.load_state_dict(load_file(path), assign=True)
         except (OSError, SafetensorError) as error:
-            raise UsageError(f"Indexer weights '{path}' cannot be read ({error}); train the indexer again.") from error
-        with torch.device("meta"):
-            indexer = self.module_type(config)
-        try:
-            indexer.load_state_dict(weights, assign=True)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UsageError(f"'{path}' does not fit its {CONFIG_FILE}: {reason}") from error
-        damaged = sorted(name for name, value in weights.items() if not bool(value.isfinite().all()))
+            raise cannot_read(path, error) from error
+        damaged = sorted(name for name, value in indexer.state_dict().items() if not bool(value.isfinite().all()))
         if damaged:
             raise UsageError(f"Indexer weights '{path}' are not finite ({', '.join(damaged[:3])}); train it again.")
         return indexer.float().eval()
 
     def save(self, indexer: ModuleT, folder: Path) -> None:
-        """Write an indexer; each file appears whole or not at all."""
+        """Write an indexer; each file appears whole or not at all.
+
+        Raises:
+            EnvironmentProblem: the disk is full, or files may not be so large.
+        """
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / (WEIGHTS_FILE + ".tmp")
-        save_file({name: value.contiguous() for name, value in indexer.state_dict().items()}, temporary)
-        os.replace(temporary, folder / WEIGHTS_FILE)
-        temporary = folder / (CONFIG_FILE + ".tmp")
+        with whole_file(folder / WEIGHTS_FILE) as temporary:
+            save_file({name: value.contiguous() for name, value in indexer.state_dict().items()}, temporary)
         values = dataclasses.asdict(indexer.config)  # type: ignore[call-overload]
         values = {"format": FORMAT, "kind": self.kind, **values, "layers": list(values["layers"])}
-        temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, folder / CONFIG_FILE)
+        with whole_file(folder / CONFIG_FILE) as temporary:
+            temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
     def find_shipped(self, misfit: Callable[[ConfigT], str | None]) -> Path | None:
         """Return the first shipped indexer for which ``misfit`` finds nothing wrong."""
@@ -166,6 +207,73 @@ class IndexerFiles(Generic[ConfigT, ModuleT]):
             if misfit(self.read_config(self.shipped_folder / name)) is None:
                 return self.shipped_folder / name
         return None
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a place to write a file to, which then appears as ``path``: whole or not at all.
+
+    Raises:
+        EnvironmentProblem: it could not be written, as on a full disk; nothing is left of it.
+    """
+    from safetensors import SafetensorError
+
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise EnvironmentProblem(
+            f"'{path}' could not be written ({first_line(error)}); make room, then run the same command again."
+        ) from error
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """What the header of a safetensors file says of a tensor.
+
+    Attributes:
+        shape: its sizes.
+        dtype: its type as the format names it: ``F32``, ``I8``.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it holds floating-point numbers that need no scale."""
+        return self.dtype in ("F64", "F32", "F16", "BF16")
+
+
+def tensor_headers(path: Path) -> dict[str, TensorHeader]:
+    """Return the tensors of a safetensors file by name, from its header alone.
+
+    Raises:
+        UsageError: it is missing, no regular file, cut, or of another format.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if path.exists() and not path.is_file():
+        raise UsageError(f"Indexer weights '{path}' are no regular file; give a safetensors file.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            return {name: TensorHeader(tuple(each.get_shape()), each.get_dtype()) for name, each in slices.items()}
+    except (OSError, SafetensorError) as error:
+        raise cannot_read(path, error) from error
+
+
+def cannot_read(path: Path, error: Exception) -> UsageError:
+    """Return the error of weights that cannot be read."""
+    return UsageError(f"Indexer weights '{path}' cannot be read ({first_line(error)}); train the indexer again.")
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text, cut to what a sentence holds."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def indexer_hash(folder: Path) -> str:

@@ -39,6 +39,7 @@ class IndexerSource(Generic[ConfigT, ModuleT]):
         self._synthetic, self._seed, self._untrained = synthetic, seed, untrained
         self._misfit, self._missing = misfit, missing
         self._placed: dict[torch.device, ModuleT] = {}
+        self._checked: set[Path] = set()
         self._shape: ModelShape | None = None
 
     @functools.cached_property
@@ -77,7 +78,7 @@ class IndexerSource(Generic[ConfigT, ModuleT]):
         """Return the configuration of the indexer that chooses on this model.
 
         Raises:
-            UsageError: there is none, or it belongs to another model.
+            UsageError: there is none, it belongs to another model, or its weights are not what its configuration says.
         """
         self._shape = shape
         if self._synthetic:
@@ -87,6 +88,9 @@ class IndexerSource(Generic[ConfigT, ModuleT]):
         why = self._misfit(config, shape)
         if why is not None:
             raise UsageError(f"Indexer '{folder.name}' cannot be used here: {why}; {self._files.how_to_train}.")
+        if folder not in self._checked:
+            self._files.check_weights(folder, config)
+            self._checked.add(folder)
         return config
 
     def module(self, device: torch.device) -> ModuleT:

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 from pydantic import BaseModel
 
+from kvscope.paths import user_path
 from kvscope.results.belonging import refuse_strangers
 from kvscope.results.columns import plain_kinds
 from kvscope.results.schema import FootprintRow, MaxContextRow, RunInfo, SampleRow, ThroughputRow
@@ -39,7 +40,7 @@ def load_run(folder: str | Path) -> Run:
     Raises UsageError when the folder holds no run, a corrupt line, the same cell twice, or rows that its run.json did
     not ask for.
     """
-    store = RunStore.open(folder)
+    store = RunStore.open(user_path(folder, what="The run folder"))
     refuse_strangers(store.rows(), store.info, folder=store.folder)
     return make_run(
         store.samples(),

@@ -11,31 +11,35 @@ from typing import Any, NoReturn
 from kvscope.errors import UsageError
 from kvscope.results.limits import MOST_NESTED
 
+MEND = "Restore it from its source."
 
-def read_regular(path: Path, *, most_bytes: int) -> bytes | None:
+
+def read_regular(path: Path, *, most_bytes: int, mend: str = MEND) -> bytes | None:
     """Return what a file holds; None where there is nothing of that name.
+
+    Args:
+        mend: what to do where it cannot be read, as a sentence; empty for nothing.
 
     Raises:
         UsageError: it is a folder, pipe, device or socket, larger than `most_bytes`, or cannot be read.
     """
+    mend = f" {mend}" if mend else ""
     try:
         # Without O_NONBLOCK the opening of a pipe would wait for a writer.
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     except FileNotFoundError:
         if os.path.lexists(path):
-            raise UsageError(f"{path} is a link to nothing. Restore it from its source.") from None
+            raise UsageError(f"{path} is a link to nothing.{mend}") from None
         return None
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}.") from error
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
         os.close(fd)
-        raise UsageError(f"{path} is no regular file. Restore it from its source.")
+        raise UsageError(f"{path} is no regular file.{mend}")
     with os.fdopen(fd, "rb") as file:
         if status.st_size > most_bytes:
-            raise UsageError(
-                f"{path} has {status.st_size:,} bytes, at most {most_bytes:,} are read. Restore it from its source."
-            )
+            raise UsageError(f"{path} has {status.st_size:,} bytes, at most {most_bytes:,} are read.{mend}")
         try:
             return file.read(most_bytes)
         except OSError as error:

@@ -1,4 +1,4 @@
-"""How an answer is scored, by the names the field uses. Every score is in [0, 1]."""
+"""Where an answer ends, and how it is scored by the names the field uses. Every score is in [0, 1]."""
 
 import re
 import string
@@ -8,6 +8,22 @@ from collections.abc import Callable, Mapping, Sequence
 from kvscope.tasks.base import contains_all_score
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def stop_index(text: str, stop: Sequence[str]) -> int | None:
+    """Return where the first stop string begins in a text; None when there is none.
+
+    White space before an answer is no answer yet, so a stop string of white space does not count there: a model that
+    begins with a new line is judged by what follows.
+    """
+    blank = len(text) - len(text.lstrip())
+    found = [text.find(string, max(0, blank - len(string) + 1)) for string in stop]
+    return min((index for index in found if index >= 0), default=None)
+
+
+def answer_of(text: str, stop: Sequence[str]) -> str:
+    """Return what of a text is the answer: up to the first stop string, without white space around it."""
+    return text[: stop_index(text, stop)].strip()
 
 
 def contains_any_score(targets: Sequence[str], output: str) -> float:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from kvscope.errors import UsageError, shown
+from kvscope.paths import user_path
 from kvscope.tasks.answers import METRICS
 from kvscope.tasks.base import Sample, Task, Tokenizer, text_sha256
 from kvscope.tasks.jsonl_file import read_jsonl
@@ -44,7 +45,7 @@ class JsonlTask(Task):
         label = Path(data).stem if label is None else label
         self.name = f"{name}:{re.sub(r'[^A-Za-z0-9_.-]', '_', label)[:MOST_LABEL_CHARACTERS]}"
         self.max_new_tokens = new_tokens
-        self._lines, self.data_sha256 = read_jsonl(Path(data))
+        self._lines, self.data_sha256 = read_jsonl(user_path(data, what="data"))
         self.n_samples = len(self._lines)
         self._metrics = [line.metric or metric for line in self._lines]
         # By question type, so that reports never add up scores of two kinds without a word.

@@ -5,13 +5,14 @@ deciles instead of drawn from one fixed seed, and every sample logs its evidence
 in the training data of the reference model (kvscope.tasks.words).
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from kvscope.errors import UsageError
+from kvscope.paths import user_path
+from kvscope.results.reading import parse_json, read_regular
 from kvscope.tasks import prose
 from kvscope.tasks.assembly import assemble
 from kvscope.tasks.base import Sample, Task, Tokenizer, contains_all_score, text_sha256
@@ -26,6 +27,7 @@ NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. The
 # vocabulary, so any length can be met.
 TRIM_WORDS = tuple(("There we go and there and back again and " * 12).split())
 NEW_TOKENS = 128
+MOST_ESSAY_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,19 +73,25 @@ def _listing(keys: Sequence[str]) -> str:
 
 def _data_lines(path: Path) -> tuple[str, ...]:
     """Read an essay file: plain text, or RULER's JSON ``{"text": ...}``; one line a sentence group."""
-    try:
-        raw = path.read_text(encoding="utf-8")
-    except OSError as error:
+    data = read_regular(
+        user_path(path, what="data"), most_bytes=MOST_ESSAY_BYTES, mend="Pass a text file with data=PATH."
+    )
+    if data is None:
         raise UsageError(
-            f"Cannot read the essay file '{path}' ({error.strerror}): pass an existing text file with data=PATH."
-        ) from error
+            f"Cannot read the essay file '{path}' (No such file or directory): pass an existing text file with "
+            "data=PATH."
+        )
+    try:
+        raw = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(f"The essay file '{path}' is not UTF-8 text: convert it, or pass another one.") from error
     if path.suffix == ".json":
         try:
-            raw = json.loads(raw)["text"]
+            raw = parse_json(raw)["text"]
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f"The essay file '{path}' is not JSON with a 'text' field, as RULER's is.") from error
+        if not isinstance(raw, str):
+            raise UsageError(f"The 'text' of the essay file '{path}' is not text.")
     lines = tuple(" ".join(part.split()) + "\n" for part in raw.splitlines() if part.strip())
     if not lines:
         raise UsageError(f"The essay file '{path}' holds no text: pass one with at least one line.")

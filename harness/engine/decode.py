@@ -22,6 +22,7 @@ from kvscope.harness.engine.session import Session
 from kvscope.methods.base import CacheMethod, Footprint, Residency
 from kvscope.methods.store import PromptKV
 from kvscope.results.schema import DecodeGraph, StopReason
+from kvscope.tasks.answers import stop_index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,8 @@ class DecodeResult:
 
     Attributes:
         ids: generated tokens, the one that ended the answer included.
-        text: their text up to the first stop string, special tokens left out; empty without a tokenizer.
+        text: their text up to the first stop string (``tasks.answers.stop_index``), special tokens left out; empty
+            without a tokenizer.
         open_s: seconds to open the method on the prompt.
         decode_s: seconds of all steps together, forced ones included.
         step_s: seconds of each step, forced ones first.
@@ -131,7 +133,7 @@ def decode(
         residency = member.cache.residency()  # first: it enters what the device has counted
         return DecodeResult(
             ids=ids,
-            text=text[: _stop_index(text, stop_strings)],
+            text=text[: stop_index(text, stop_strings)],
             open_s=member.open_s,
             decode_s=sum(step_s),
             step_s=step_s,
@@ -160,7 +162,9 @@ def answer_end(
     """Return why an answer ends with the last of these tokens; None when it goes on. Arguments as ``decode``."""
     if stop_at_eos and ids[-1] in loaded.eos_ids:
         return "eos"
-    if stop_strings and _stop_index(_text(loaded, ids), stop_strings) is not None:
+    if stop_strings and (
+        stop_index(_text(loaded, ids), stop_strings) is not None or _special_text(loaded, ids[-1]) in stop_strings
+    ):
         return "stop"
     return "length" if len(ids) == max_new_tokens else None
 
@@ -218,6 +222,9 @@ def _text(loaded: LoadedModel, ids: list[int]) -> str:
     return text
 
 
-def _stop_index(text: str, stop_strings: Sequence[str]) -> int | None:
-    found = [text.index(stop) for stop in stop_strings if stop in text]
-    return min(found) if found else None
+def _special_text(loaded: LoadedModel, token: int) -> str | None:
+    """Return how a token that texts leave out is written; None for any other."""
+    if loaded.tokenizer.decode([token], skip_special_tokens=True):
+        return None
+    text: str = loaded.tokenizer.decode([token])
+    return text

@@ -8,6 +8,7 @@ from typing import Any
 
 from kvscope.errors import UsageError, did_you_mean
 from kvscope.harness.engine.presets import PRESETS, find_preset, is_preset, preset_config, preset_revision
+from kvscope.paths import user_path
 
 REFERENCE_MODEL_FOLDER = Path(__file__).parents[1] / "reference_model" / "weights"
 
@@ -46,7 +47,7 @@ def resolve_model(spec: str) -> tuple[str, str]:
                 "Face id."
             )
         return str(REFERENCE_MODEL_FOLDER), spec
-    folder = Path(spec).expanduser()
+    folder = user_path(spec, what="--model")
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UsageError(f"Model folder '{spec}' has no config.json, so transformers cannot load it.")

@@ -33,10 +33,10 @@ class AccuracyPass:
         return () if config.unscored else config.lengths_tokens
 
     def check(self, config: RunConfig, facts: ModelFacts, tasks: "Sequence[Task]") -> None:
-        """Refuse a length at which a task cannot be built.
+        """Refuse a length at which a task cannot be built, and a task whose first prompt cannot be.
 
         Raises:
-            UsageError: naming the length, the task and the least it takes.
+            UsageError: naming the length, the task and the least it takes, or what is in the way.
         """
         for task in tasks:
             least_tokens = task.min_length_tokens(facts.tokenizer)
@@ -46,6 +46,7 @@ class AccuracyPass:
                         f"Length {length_tokens:,} is too short for task {task.name!r}: it needs at least "
                         f"{least_tokens:,} tokens."
                     )
+            task.build(facts.tokenizer, length_tokens=config.lengths_tokens[0], sample=0, seed=config.seed)
 
     def cells(self, plan: Plan) -> "list[tuple[Task, str, int]]":
         """Return every (task, what rows call it, length in tokens), shortest length first."""

@@ -9,6 +9,7 @@ from kvscope.harness.passes.progress import Progress
 from kvscope.harness.passes.prompt import split_prompt
 from kvscope.harness.passes.row_columns import FailureStatus, cell_columns, failed_sample_row, failure, sample_row
 from kvscope.results.schema import DecodeGraph, SampleRow
+from kvscope.tasks.answers import answer_of
 from kvscope.units import format_length
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ class Prompt:
             self._cell(method),
             sample,
             result,
-            score=self.task.score(sample, result.text),
+            score=self.task.score(sample, answer_of(result.text, sample.stop)),
             prefill_s=prompt_kv.prefill_s,
             # Room for every step is reserved at opening, whether or not the answer ends early.
             dense_kv_bytes=self.loaded.shape.dense_kv_bytes(

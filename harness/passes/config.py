@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from kvscope.errors import UsageError, did_you_mean, shown
 from kvscope.harness.engine.presets import is_preset
 from kvscope.harness.passes.yaml_text import read_yaml, yaml_value
+from kvscope.paths import user_path
 from kvscope.results import limits
 from kvscope.specs import MethodSpec, Spec, TaskSpec, parse_spec, split_items, unquoted
 from kvscope.units import Bytes, Tokens
@@ -172,14 +173,17 @@ class RunConfig(BaseModel):
     @field_validator("device")
     @classmethod
     def _device(cls, value: str) -> str:
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
-            raise UsageError(f"device: {value!r} is not a device: write auto, cpu, cuda or cuda:N.")
+        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", value):
+            raise UsageError(f"device: {shown(value)} is not a device: write auto, cpu, cuda or cuda:N.")
         return value
 
     @field_validator("out", mode="before")
     @classmethod
     def _out(cls, value: object) -> object:
-        return str(value) if isinstance(value, Path) else value
+        if isinstance(value, str | Path):
+            user_path(value, what="out")
+            return str(value)
+        return value
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -263,6 +267,11 @@ def make_config(values: Mapping[str, Any], *, source: str = "the configuration")
     Raises:
         UsageError: an unknown key (with the nearest known one), or a value of the wrong type or range.
     """
+    if not isinstance(values, Mapping):
+        raise UsageError(
+            f"{source[0].upper()}{source[1:]} is {shown(values)}, expected a mapping of keys such as "
+            '{"methods": ["dense"], "samples": 5}, or a RunConfig.'
+        )
     for key in values:
         if key not in RunConfig.model_fields:
             raise UsageError(f"Unknown key {shown(key)} in {source}.{did_you_mean(str(key), config_keys())}")

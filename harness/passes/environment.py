@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import kvscope
+from kvscope.harness.passes.timing import usable_cores
 
 #: Where a copy without its repository is told the commit it was made of.
 COMMIT_VARIABLE = "KVSCOPE_COMMIT"
@@ -27,7 +28,7 @@ def capture_environment(*, device: str | None = None, attention_backend: str | N
         "python": platform.python_version(),
         "os": f"{platform.system()} {platform.release().split('-')[0]} {platform.machine()}",
         "cpu": cpu_name(),
-        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu_cores": usable_cores(),
         "host_memory_bytes": host_memory_bytes(),
         "packages": {name: package_version(name) for name in PACKAGES},
         "device": device,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from kvscope.harness.passes.measurement import Measurement
 from kvscope.harness.passes.memory import PeakSampler, verdict
 from kvscope.harness.passes.row_columns import ledger_columns
+from kvscope.harness.passes.timing import host_load, spread_s
 from kvscope.results.schema import FootprintRow
 
 if TYPE_CHECKING:
@@ -59,10 +60,12 @@ class FootprintMeasurement(Measurement[FootprintRow]):
 
         self.enter("timing")
         self._torch.free()
+        self.columns |= host_load()
         timed = decode(loaded, method, prompt_kv, forced_ids, **arguments)
         first_steps, later_s = len(forced_ids), timed.step_s[len(forced_ids) :]
         prefill_s = 0.0 if job.kv == "synthetic" else prompt_kv.prefill_s
         self.columns["tpot_s"] = statistics.median(later_s)
+        self.columns["tpot_p10_s"], self.columns["tpot_p90_s"] = spread_s(later_s)
         self.columns["tpot_steps"] = len(later_s)
         self.columns["step_backend"], self.columns["step_captures"] = timed.step_backend, timed.captures
         self.backend = "; ".join((self.backend, *timed.backends))

@@ -5,6 +5,7 @@ tensors (the methods). A reading that cannot be taken is None with the reason, n
 """
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -22,13 +23,16 @@ RESOLUTION_BYTES = 256 * MIB
 CONFIRMED_SHARE = 0.9
 #: How far NVML may be from the ledger: a share of the ledger, and what blocks and workspaces add at any size.
 AGREEMENT_SHARE, AGREEMENT_BYTES = 0.03, 64 * MIB
+#: Inode of the first process id namespace, the same on every Linux (PROC_PID_INIT_INO).
+_HOST_PID_NAMESPACE = 0xEFFFFFFC
 
 
 class NvmlProcessMemory:
     """Bytes that this process holds on one GPU, as the driver counts them.
 
-    Make it before the CUDA context exists: inside a container NVML may report process ids of another namespace, and
-    then the one process that appears between construction and :meth:`identify` is this one.
+    Make it before the CUDA context exists: NVML reports the host's process ids, and those of a container are others. A
+    process there may have our id and be a stranger, so that the one that appears between construction and
+    :meth:`identify` is this one. Only in the host's own namespace an id says enough.
 
     ``reason`` is None when :meth:`read_bytes` works, else one clause that says why it does not.
     """
@@ -48,7 +52,7 @@ class NvmlProcessMemory:
             pynvml.nvmlInit()
             self._handle = nvml_handle(pynvml, device_index)
             self._nvml = pynvml
-            self._before = set(self._processes())
+            self._before = set(self._processes() or ())
         except pynvml.NVMLError as error:
             self.reason = f"NVML is not available: {error}"
 
@@ -57,42 +61,71 @@ class NvmlProcessMemory:
         if self.reason is not None:
             return
         processes = self._processes()
+        if processes is None:
+            return
         appeared = sorted(set(processes) - self._before)
-        if os.getpid() in processes:
-            self._pid = os.getpid()
+        if os.getpid() in processes and in_host_pid_namespace():
+            found = os.getpid()
         elif len(appeared) == 1:
-            self._pid = appeared[0]
+            found = appeared[0]
         else:
             self.reason = (
                 f"NVML does not list this process ({len(appeared)} processes appeared on the GPU while its context was "
                 "created): process ids of a container cannot be told apart"
             )
             return
-        if processes[self._pid] is None:
+        self._pid = found
+        if not processes[found]:  # a context takes memory: zero is no reading
             self.reason = "this driver does not report memory per process"
 
     def read_bytes(self) -> int | None:
         """Return the bytes used now, or None when there is no reading (``reason`` says why)."""
         if self.reason is not None or self._pid is None:
             return None
-        return self._processes().get(self._pid)
+        processes = self._processes()
+        return None if processes is None else processes.get(self._pid)
 
     def others(self) -> tuple[int, int | None] | None:
         """Return (other processes on the GPU, bytes they hold or None where the driver does not tell).
 
-        The sweep that started this process is none of them: it waits. None when NVML could not be asked, or does not
-        say which process is this one.
+        The sweep that started this process is none of them: it waits. In a container it cannot be told from strangers,
+        and counts. None when NVML could not be asked, or does not say which process is this one.
         """
         if self._nvml is None or self._pid is None:
             return None
-        own = (self._pid, os.getppid())
-        used = [used_bytes for pid, used_bytes in self._processes().items() if pid not in own]
+        own = {self._pid, os.getppid()} if in_host_pid_namespace() else {self._pid}
+        processes = self._processes()
+        if processes is None or self._pid not in processes:
+            return None
+        used = [used_bytes for pid, used_bytes in processes.items() if pid not in own]
         known = [used_bytes for used_bytes in used if used_bytes is not None]
         return len(used), sum(known) if len(known) == len(used) else None
 
-    def _processes(self) -> dict[int, int | None]:
-        listed = self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
-        return {process.pid: process.usedGpuMemory for process in listed}
+    def _processes(self) -> dict[int, int | None] | None:
+        """Return process id -> bytes, None where the driver does not tell; None where it lists none (``reason``).
+
+        A GPU cut into instances (MIG) lists a process once an instance: its bytes are their sum.
+        """
+        found: dict[int, int | None] = {}
+        try:
+            listed = self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
+        except self._nvml.NVMLError as error:
+            self.reason = f"NVML does not list processes: {error}"
+            return None
+        for process in listed:
+            used_bytes, other_bytes = process.usedGpuMemory, found.get(process.pid, 0)
+            found[process.pid] = None if used_bytes is None or other_bytes is None else other_bytes + used_bytes
+        return found
+
+
+def in_host_pid_namespace() -> bool:
+    """Whether process ids here are those that NVML reports. False where that cannot be told."""
+    if not sys.platform.startswith("linux"):
+        return True
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino == _HOST_PID_NAMESPACE
+    except OSError:
+        return False
 
 
 def nvml_handle(pynvml: Any, device_index: int) -> Any:

@@ -65,7 +65,7 @@ class RunOptions:
         typer.Option("--seed", metavar="INTEGER", help="Seed of prompts and of random choices.  [default: 0]"),
     ]
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Folder of the run; the same again resumes.")
+        str | None, typer.Option("--out", "-o", metavar="DIR", help="Folder of the run; the same again resumes.")
     ]
     method_from: Annotated[
         str | None,

@@ -18,6 +18,7 @@ from kvscope.harness.passes.forecast import device_rooms, plan_cell
 from kvscope.harness.passes.pooling import excluded_types
 from kvscope.harness.passes.task_names import row_names
 from kvscope.harness.passes.throughput_pass import ThroughputPass
+from kvscope.paths import check_out, user_path
 from kvscope.results.limits import MOST_NAME_CHARS
 
 if TYPE_CHECKING:
@@ -29,11 +30,13 @@ def make_plan(config: RunConfig) -> Plan:
 
     Raises:
         UsageError: an unknown method, task, model or option; a trained part of a method that is missing or belongs to
-            another model; a length too long for the model or too short for a task.
+            another model; a length too long for the model or too short for a task; results in a place that is none.
     """
     from kvscope.methods.registry import check_one_class_a_name, create_method
     from kvscope.tasks.registry import create_task
 
+    if config.out is not None:
+        check_out(user_path(config.out, what="out"))
     methods = tuple(create_method(spec, paper_settings=config.paper_settings) for spec in config.methods)
     check_one_class_a_name(list(methods))
     check_unique([method.label for method in methods])

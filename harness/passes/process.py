@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import kvscope
+from kvscope.harness.engine.oom import says_oom
 from kvscope.harness.passes.job import Job, RowT
 from kvscope.harness.passes.row_columns import FailureStatus
 from kvscope.results.schema import OomOf
@@ -122,11 +123,17 @@ def _death(return_code: int, phase: str, stderr: IO[str], *, oom_kills: int) -> 
         name = signal.Signals(-return_code).name
         if -return_code == signal.SIGKILL and oom_kills > 0:
             return "oom", f"{phase}: the kernel killed the worker for want of host memory ({name})"
-        return "failed", f"{phase}: the worker was killed by {name}"
+        ended = f"was killed by {name}"
+    else:
+        ended = f"exited with {return_code}"
     stderr.seek(0, os.SEEK_END)
     stderr.seek(max(0, stderr.tell() - STDERR_TAIL_CHARACTERS))
     lines = [line.strip() for line in stderr.read().splitlines() if line.strip()]
-    return "failed", f"{phase}: the worker exited with {return_code}: {lines[-1] if lines else 'it said nothing'}"
+    last = lines[-1] if lines else "it said nothing"
+    # A process too small to load torch cannot make its own row; Python and C++ name the error in one of the last lines.
+    if telling := next((line for line in lines[-3:] if says_oom(line) or line.startswith("MemoryError")), None):
+        return "oom", f"{phase}: the worker {ended}: {telling}"
+    return "failed", f"{phase}: the worker {ended}" + (f": {last}" if return_code >= 0 else "")
 
 
 def kernel_oom_kills() -> int:

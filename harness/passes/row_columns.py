@@ -4,7 +4,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
 from kvscope.errors import DeviceBudgetExceeded
-from kvscope.harness.engine.oom import is_oom
+from kvscope.harness.engine.oom import is_oom, is_torch_oom
 from kvscope.harness.passes.environment import package_version
 from kvscope.results.schema import OomOf, ResidencyRecord, SampleRow, SelfCheckState
 
@@ -29,11 +29,9 @@ def oom_of(error: BaseException, *, budgeted: bool) -> OomOf:
     Args:
         budgeted: whether the process was held to a device budget: then that is what the device ran out of.
     """
-    import torch
-
     if isinstance(error, DeviceBudgetExceeded):
         return "device_budget"
-    if isinstance(error, torch.OutOfMemoryError) or "CUDA" in str(error):
+    if is_torch_oom(error) or "CUDA" in str(error):
         return "device_budget" if budgeted else "device"
     return "host"
 

@@ -12,6 +12,7 @@ from kvscope.harness.passes.plan import make_plan, passes_for
 from kvscope.harness.passes.progress import Progress, make_progress
 from kvscope.harness.passes.prompt_check import check_first_prompts
 from kvscope.harness.passes.recording import earlier_identity, run_info
+from kvscope.paths import check_out, user_path
 from kvscope.results.store import RunStore
 from kvscope.units import format_length
 
@@ -39,6 +40,8 @@ def run(
     folder = out or config.out
     if folder is None:
         raise UsageError("Say where the results go: --out DIR, or `out` in the configuration.")
+    folder = user_path(folder, what="out")
+    check_out(folder)
     with as_progress(progress) as shown:
         plan = make_plan(config)
         with RunStore.create(folder, run_info(plan), earlier_identity=earlier_identity(plan)) as store:

@@ -7,6 +7,7 @@ serves every sequence.
 
 from __future__ import annotations
 
+import statistics
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from kvscope.harness.engine.session import Session
 from kvscope.harness.passes.job import ThroughputJob
 from kvscope.harness.passes.measurement import Measurement
 from kvscope.harness.passes.memory import PeakSampler
+from kvscope.harness.passes.timing import host_load, spread_s
 from kvscope.methods.base import Footprint
 from kvscope.results.schema import BatchBound, ThroughputRow
 
@@ -43,6 +45,7 @@ class ThroughputMeasurement(Measurement[ThroughputRow]):
         self.enter("prefill")
         prompt_kv = self.prompt(loaded, method)
         self.enter("decode")
+        load = host_load()
         open_session = partial(Session, loaded, decode_graph=job.decode_graph)
         for _ in range(2):  # twice: kernels of a refresh compile when it first comes, which no warm-up reaches
             with open_session() as session:
@@ -78,6 +81,7 @@ class ThroughputMeasurement(Measurement[ThroughputRow]):
             recalled_bytes=recalled_bytes,
             step_backend=step_backend,
             peak_nvml_bytes=peak_nvml_bytes,
+            load=load,
         )
 
     def _device_bound(self) -> BatchBound:
@@ -98,19 +102,19 @@ class ThroughputMeasurement(Measurement[ThroughputRow]):
                 return n_open
         return batch
 
-    def _decode(self, session: Session) -> tuple[float, int | None]:
-        """Decode; return mean seconds of a step behind the first, and NVML's peak."""
+    def _decode(self, session: Session) -> tuple[list[float], int | None]:
+        """Decode; return the seconds of each step behind the first, and NVML's peak."""
         device = session.members[0].cache.device
         tokens_n = torch.full((len(session.members),), self.job.forced_ids[-1], device=device)
-        seconds = 0.0
+        step_s = []
         with PeakSampler(self._nvml_bytes, interval_s=0.05) as sampler:
             for step in range(self.job.decode_tokens):
                 started_s = time.perf_counter()
                 tokens_n, _ = finite_tokens(session, session.step(tokens_n), step=step)  # waits for the device
                 if step:
-                    seconds += time.perf_counter() - started_s
+                    step_s.append(time.perf_counter() - started_s)
         self.check_budget("The batch", sampler.peak_bytes, ledger_bytes=session.footprint().device_bytes)
-        return seconds / (self.job.decode_tokens - 1), sampler.peak_bytes
+        return step_s, sampler.peak_bytes
 
     def _throughput_row(
         self,
@@ -119,24 +123,30 @@ class ThroughputMeasurement(Measurement[ThroughputRow]):
         *,
         batch: int,
         bound: BatchBound,
-        step_s: float,
-        alone_s: float,
+        step_s: list[float],
+        alone_s: list[float],
         footprint: Footprint,
         recalled_bytes: int,
         step_backend: str,
         peak_nvml_bytes: int | None,
+        load: dict[str, Any],
     ) -> ThroughputRow:
-        job = self.job
+        job, mean_s = self.job, statistics.fmean(step_s)
+        step_p10_s, step_p90_s = spread_s(step_s)
         return ThroughputRow(
             **job.cell,
+            **load,
             status="ok",
             backend=self.backend,
             largest_batch=batch,
             batch_bound=bound,
-            tokens_per_s=batch / step_s,
-            step_s=step_s,
-            tokens_per_s_at_1=1.0 / alone_s,
-            steps=job.decode_tokens - 1,
+            tokens_per_s=batch / mean_s,
+            step_s=mean_s,
+            step_p10_s=step_p10_s,
+            step_p90_s=step_p90_s,
+            tokens_per_s_at_1=1.0 / statistics.fmean(alone_s),
+            steps=len(step_s),
+            other_processes=self.columns.get("other_processes"),
             step_backend=step_backend,
             gpu_budget_bytes=job.gpu_budget_bytes,
             batch_peak_nvml_bytes=peak_nvml_bytes,

@@ -10,6 +10,8 @@ from typing import Any
 import yaml
 
 from kvscope.errors import UsageError, shown
+from kvscope.paths import user_path
+from kvscope.results.reading import read_regular
 
 MOST_CHARACTERS = 1_000_000
 DEEPEST = 20
@@ -33,14 +35,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UsageError: missing, unreadable, not YAML, or not a mapping.
     """
     source = f"Configuration file {shown(str(path))}"
+    data = read_regular(user_path(path, what="The configuration file"), most_bytes=4 * MOST_CHARACTERS, mend="")
+    if data is None:
+        raise UsageError(f"{source} does not exist.")
     try:
-        with path.open(encoding="utf-8") as file:
-            text = file.read(MOST_CHARACTERS + 1)
-    except FileNotFoundError:
-        raise UsageError(f"{source} does not exist.") from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UsageError(f"{source} cannot be read: {reason}.") from None
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise UsageError(f"{source} cannot be read: it is not UTF-8 text.") from None
     values = yaml_value(text, source=source)
     if values is None:
         return {}

@@ -16,6 +16,7 @@ import torch
 
 from kvscope.harness.reference_model.evaluate import prompts
 from kvscope.results.statistics import mean_interval
+from kvscope.tasks.answers import answer_of
 from kvscope.tasks.base import Sample, Task
 from kvscope.tasks.long_qa.guards import chance, closed_book_text, oracle_text
 from kvscope.tasks.long_qa.questions import PLANNERS
@@ -57,9 +58,7 @@ def score_control(
     """
     by_type: dict[str, list[float]] = defaultdict(list)
     for sample, output in zip(samples, outputs, strict=True):
-        for stop in sample.stop:
-            output = output.split(stop)[0]
-        by_type[sample.question_type].append(task.score(sample, output))
+        by_type[sample.question_type].append(task.score(sample, answer_of(output, sample.stop)))
     counted = [kind for kind in sorted(by_type) if kind not in left_out]
 
     def verdict(scores: Sequence[float], guessed: float) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvscope.errors import UsageError
 from kvscope.harness.reference_model import attention
+from kvscope.tasks.answers import answer_of
 from kvscope.tasks.base import Sample
 from kvscope.tasks.registry import create_task
 
@@ -88,7 +89,7 @@ def evaluate(
                 **inputs, do_sample=False, max_new_tokens=batch[0].max_new_tokens, pad_token_id=tokenizer.pad_token_id
             )
             answers = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            scores += [task.score(s, _until(s.stop, a)) for s, a in zip(batch, answers, strict=True)]
+            scores += [task.score(s, answer_of(a, s.stop)) for s, a in zip(batch, answers, strict=True)]
             types += [s.question_type for s in batch]
         rows.append(
             {
@@ -104,12 +105,6 @@ def evaluate(
         )
         note(rows[-1])
     return rows
-
-
-def _until(stop: Sequence[str], answer: str) -> str:
-    for string in stop:
-        answer = answer.split(string)[0]
-    return answer
 
 
 def _by_type(types: Sequence[str], scores: Sequence[float]) -> dict[str, float]:

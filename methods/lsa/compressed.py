@@ -24,7 +24,9 @@ import torch
 
 from kvscope.errors import UsageError
 from kvscope.methods.fp8_keys import dequantize, quantize
+from kvscope.methods.indexer_files import tensor_headers
 from kvscope.methods.lsa.selection import Rule, Selector
+from kvscope.paths import user_path
 
 NORM_EPS = 1e-6
 MATRICES = ("W_DQ", "norm", "W_IUQ", "W_w")
@@ -282,6 +284,9 @@ def load_compressed_indexer(path: str | Path) -> CompressedIndexer:
 
     found: dict[int, dict[str, torch.Tensor]] = {}
     for file in _weight_files(path):
+        for name, header in tensor_headers(file).items():
+            if not header.is_float:
+                raise UsageError(f"'{file}': '{name}' has type {header.dtype}, expected floating-point numbers.")
         try:
             tensors = load_file(file)
         except (OSError, SafetensorError) as error:
@@ -322,7 +327,7 @@ def compressed_indexer_hash(path: str | Path) -> str:
 
 
 def _weight_files(path: str | Path) -> list[Path]:
-    place = Path(path).expanduser()
+    place = user_path(path, what="indexer")
     if not place.is_dir():
         return [place]
     files = sorted(place.glob("*.safetensors"))

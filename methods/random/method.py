@@ -18,7 +18,7 @@ class RandomConfig:
     """Options of ``random``.
 
     Attributes:
-        fraction: of the chunks before the recency window that stays.
+        fraction: of the chunks before the recency window that stays; 1 keeps every token.
         chunk_tokens: tokens of a chunk.
         recency_tokens: prompt tokens that always stay; None: min(8192, max(128, length / 64)).
         seed: mixed with the sample's seed and its prompt's hash.
@@ -56,10 +56,19 @@ class RandomChunks(StaticResidency[RandomConfig]):
     Config = RandomConfig
 
     def n_resident_tokens(self, n_tokens: int, shape: ModelShape | None) -> int:
+        if self.keeps_all(n_tokens, shape):
+            return n_tokens
         recency_tokens, n_drawn, _ = self._split(n_tokens, shape)
         return recency_tokens + n_drawn * self.config.chunk_tokens
 
+    def keeps_all(self, n_tokens: int, shape: ModelShape | None) -> bool:
+        """Whether the options ask for every token of a prompt, those in no chunk included."""
+        budgeted = budget_tokens(self.name, n_tokens, options=self.config, shape=shape)
+        return self.config.fraction == 1 if budgeted is None else budgeted >= n_tokens
+
     def resident_ranges(self, prompt: PromptKV) -> list[TokenRange]:
+        if self.keeps_all(prompt.n_tokens, prompt.shape):
+            return [(0, prompt.n_tokens)]
         recency_tokens, n_drawn, n_chunks = self._split(prompt.n_tokens, prompt.shape)
         text = f"{self.config.seed}/{prompt.seed}/{prompt.prompt_sha256}"
         draw = random.Random(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big"))
@@ -75,7 +84,7 @@ class RandomChunks(StaticResidency[RandomConfig]):
             "chunk_tokens": self.config.chunk_tokens,
             "chunks_drawn": n_drawn,
             "chunks_before_window": n_chunks,
-            "fraction": n_drawn / n_chunks if n_chunks else 0.0,
+            "fraction": 1.0 if self.keeps_all(n_tokens, shape) else n_drawn / n_chunks if n_chunks else 0.0,
             "seed": self.config.seed,
             "budget_bytes": self.config.budget_bytes,
             "budget_fraction": self.config.budget_fraction,
@@ -85,7 +94,7 @@ class RandomChunks(StaticResidency[RandomConfig]):
         """Return recency tokens, chunks to draw, and whole chunks before the window to draw them from.
 
         Tokens between the last whole chunk and the window are in no chunk: fewer than ``chunk_tokens``, and a draw of
-        unequal chunks would make the bytes depend on the draw.
+        unequal chunks would make the bytes depend on the draw. They stay where everything does.
         """
         wanted = self.config.recency_tokens
         recency_tokens = min(n_tokens, default_recency_tokens(n_tokens) if wanted is None else wanted)

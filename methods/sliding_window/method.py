@@ -13,6 +13,9 @@ from kvscope.methods.sliding_window.sequence import StreamingSequence
 from kvscope.methods.store import PromptKV
 from kvscope.units import Bytes, Tokens
 
+_ENDLESS_TOKENS = 2**40
+"""A window that no context fills."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SlidingWindowConfig:
@@ -22,7 +25,8 @@ class SlidingWindowConfig:
         sinks: first tokens of the prompt that always stay.
         window: last tokens that stay, the current one included; None: min(8192, max(128, length / 64)).
         budget_bytes: bytes for the prompt's KV over all layers, sinks included, instead of ``window``.
-        budget_fraction: fraction of the prompt's tokens that stays, sinks included, instead of ``window``.
+        budget_fraction: fraction of the prompt's tokens that stays, sinks included, instead of ``window``. A budget
+            that holds the whole prompt evicts nothing, tokens decoded later included.
     """
 
     sinks: Tokens = 4
@@ -71,10 +75,11 @@ class SlidingWindow(CacheMethod[SlidingWindowConfig]):
                 f"Method 'sliding_window': the budget holds {budgeted} of {n_tokens} tokens and the sinks take "
                 f"{taken}, so no window is left; raise the budget."
             )
-        return budgeted - taken
+        return _ENDLESS_TOKENS if budgeted - taken >= n_tokens - self.config.sinks else budgeted - taken
 
     def is_noop(self, n_tokens: int, shape: ModelShape | None = None) -> bool:
-        return self.config.sinks + self.window_tokens(n_tokens, shape) >= n_tokens
+        # The first query's own token is in the window, too.
+        return self.config.sinks + self.window_tokens(n_tokens, shape) > n_tokens
 
     def predict(self, shape: ModelShape, n_tokens: int, n_new_tokens: int = 0) -> Footprint:
         W = self.window_tokens(n_tokens, shape)
@@ -89,9 +94,10 @@ class SlidingWindow(CacheMethod[SlidingWindowConfig]):
         )
 
     def effective_config(self, n_tokens: int, shape: ModelShape | None = None) -> dict[str, Any]:
+        window_tokens = self.window_tokens(n_tokens, shape)
         return {
             "sinks": min(self.config.sinks, n_tokens),
-            "window": self.window_tokens(n_tokens, shape),
+            "window": None if window_tokens == _ENDLESS_TOKENS else window_tokens,
             "budget_bytes": self.config.budget_bytes,
             "budget_fraction": self.config.budget_fraction,
         }

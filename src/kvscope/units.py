@@ -56,7 +56,8 @@ def whole_number(value: object, unit: Unit = PLAIN) -> int | None:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     number = _whole_text(value, unit) if isinstance(value, str) else value
-    if number is None or not math.isfinite(number) or number != int(number):
+    # Only a float can be infinite or have a fraction, and a large int fits none.
+    if number is None or (isinstance(number, float) and not number.is_integer()):
         return None
     return int(number) if abs(number) <= LARGEST_WHOLE else None
 

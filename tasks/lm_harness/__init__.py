@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kvscope.errors import UsageError
+from kvscope.tasks.answers import answer_of
 from kvscope.tasks.base import Tokenizer, contains_all_score
 from kvscope.tasks.registry import create_task
 
@@ -62,6 +63,7 @@ def build(
             {
                 "text": made.text,
                 "targets": list(made.targets),
+                "stop": list(made.stop),
                 "question_type": made.question_type,
                 "length_tokens": made.length_tokens,
                 "depth": made.depth,
@@ -73,11 +75,11 @@ def build(
 
 def process_results(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
     """Score one answer: the share of the targets found (RULER's string_match_all)."""
-    return {"recall": contains_all_score(doc["targets"], results[0])}
+    return {"recall": contains_all_score(doc["targets"], answer_of(results[0], doc["stop"]))}
 
 
 def process_long_qa(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
     """Score one answer of a long_qa task, as ``kvscope run`` does."""
     from kvscope.tasks.long_qa.score import score_answer
 
-    return {"score": score_answer(doc["question_type"], doc["targets"], results[0])}
+    return {"score": score_answer(doc["question_type"], doc["targets"], answer_of(results[0], doc["stop"]))}

@@ -202,6 +202,11 @@ def raises(error: BaseException) -> Callable[..., Any]:
     ("error", "code", "words"),
     [
         (EnvironmentProblem("The disk is full."), 3, "kvscope: The disk is full."),
+        (
+            RuntimeError("can't start new thread"),
+            3,
+            "kvscope: memory ran out (RuntimeError: can't start new thread); free some, or allow this process more.",
+        ),
         (KeyboardInterrupt(), 130, "kvscope: interrupted; every finished row is kept, and the same command continues."),
     ],
 )

@@ -17,9 +17,8 @@ SHARED = [
     "--accuracy-graph", "--answer-nll", "--device", "--dtype", "--find-max", "--footprint", "--footprint-length",
     "--gpu-budget", "--kv", "--length", "--max-new-tokens", "--method", "--method-from", "--model",
     "--no-accuracy-graph", "--no-answer-nll", "--no-footprint", "--no-paper-settings", "--no-retry",
-    "--no-self-check", "--out",
-    "--paper-settings", "--retry", "--samples", "--seed", "--self-check", "--set", "--sweep", "--task", "--throughput", "--time-limit",
-    "-l", "-m", "-n", "-o", "-t", "config",
+    "--no-self-check", "--out", "--paper-settings", "--retry", "--samples", "--seed", "--self-check", "--set",
+    "--sweep", "--task", "--throughput", "--time-limit", "-l", "-m", "-n", "-o", "-t", "config",
 ]  # fmt: skip
 SURFACE = {
     "run": sorted([*SHARED, "--no-report", "--quiet", "--report", "-q"]),

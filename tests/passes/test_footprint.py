@@ -16,6 +16,7 @@ from kvscope.harness.passes.job import FootprintJob
 from kvscope.harness.passes.plan import Plan, make_plan
 from kvscope.harness.passes.process import run_worker, worker_environment
 from kvscope.harness.passes.sweep import failures, run
+from kvscope.harness.passes.timing import usable_cores
 from kvscope.methods import registry
 
 # A worker that hangs is told by pytest's own limit; how long a loaded machine takes is no matter here.
@@ -66,6 +67,9 @@ def test_a_pass_measures_every_cell_once_and_resumes(small: MakeConfig, monkeypa
         assert "CPU" in row["torch_reason"]
         assert row["tpot_steps"] == 7
         assert min(row["tpot_s"], row["ttft_s"]) > 0
+        assert 0 < row["tpot_p10_s"] <= row["tpot_s"] <= row["tpot_p90_s"]
+        assert row["cpu_cores"] == usable_cores()
+        assert row["load_1min"] >= 0
         assert (row["step_backend"], row["step_captures"]) == ("eager: the device is cpu", 0)
         assert row["host_rss_peak_bytes"] > 10 * 2**20
         assert row["prompt_tokens"] == 631
@@ -115,6 +119,30 @@ def test_a_worker_that_exits_says_its_last_words(job: FootprintJob) -> None:
         job, timeout_s=NEVER_S, command=script("print('the library is missing', file=sys.stderr); sys.exit(5)")
     )
     assert row.reason == "start: the worker exited with 5: the library is missing"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "ImportError: libtorch_cpu.so: failed to map segment from shared object",
+        "MemoryError",
+        "RuntimeError: can't start new thread",
+        "terminate called after throwing an instance of 'std::bad_alloc'",
+    ],
+)
+@pytest.mark.parametrize("end", ["sys.exit(1)", "os.kill(os.getpid(), signal.SIGABRT)"])
+def test_a_worker_that_dies_for_want_of_memory_is_out_of_memory(job: FootprintJob, words: str, end: str) -> None:
+    told = script(f"print({words!r}, file=sys.stderr, flush=True); {end}")
+    row = run_worker(job, timeout_s=NEVER_S, command=told)
+    assert (row.status, row.oom_of, row.failure_phase) == ("oom", "host", "start")
+    assert words in str(row.reason)
+
+
+def test_a_worker_too_small_to_load_torch_is_out_of_memory(job: FootprintJob) -> None:
+    limit = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_AS, (150 << 20,) * 2)"
+    small = (sys.executable, "-c", f"{limit}; os.execv(sys.argv[1], sys.argv[1:])", *process.WORKER_COMMAND)
+    row = run_worker(job, timeout_s=NEVER_S, command=small)
+    assert (row.status, row.oom_of) == ("oom", "host")
 
 
 def test_a_worker_that_does_not_even_read_its_job_is_a_row(job: FootprintJob) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from kvscope.harness.passes import memory as memory_module
 from kvscope.harness.passes.memory import (
     RESOLUTION_BYTES,
     NvmlProcessMemory,
@@ -16,6 +17,7 @@ from kvscope.harness.passes.memory import (
     free_device_bytes,
     host_rss_bytes,
     host_rss_peak_bytes,
+    in_host_pid_namespace,
     verdict,
 )
 
@@ -98,6 +100,7 @@ class Driver(types.ModuleType):
         super().__init__("pynvml")
         self.processes = processes
         self.broken = broken
+        self.instances: list[tuple[int, int | None]] = []  # what a GPU in instances lists again
         self.asked: list[object] = []
 
     def nvmlInit(self) -> None:  # noqa: N802 - NVML's name
@@ -113,7 +116,8 @@ class Driver(types.ModuleType):
         return uuid
 
     def nvmlDeviceGetComputeRunningProcesses(self, handle: object) -> list[Any]:  # noqa: N802
-        return [types.SimpleNamespace(pid=pid, usedGpuMemory=used) for pid, used in self.processes.items()]
+        listed = [*self.processes.items(), *self.instances]
+        return [types.SimpleNamespace(pid=pid, usedGpuMemory=used) for pid, used in listed]
 
 
 def with_driver(monkeypatch: pytest.MonkeyPatch, driver: Driver) -> Driver:
@@ -143,6 +147,7 @@ def test_other_processes_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     driver.processes = {os.getpid(): 620 * MIB}
     assert memory.others() == (0, 0)
     driver.processes = {os.getpid(): 620 * MIB, os.getppid(): 518 * MIB}
+    in_a_container(monkeypatch, inside=False)
     assert memory.others() == (0, 0)  # the sweep that started this process waits
 
 
@@ -180,6 +185,75 @@ def test_in_a_container_the_process_that_appeared_is_ours(monkeypatch: pytest.Mo
     assert (memory.reason, memory.read_bytes()) == (None, 620 * MIB)
 
 
+def in_a_container(monkeypatch: pytest.MonkeyPatch, inside: bool = True) -> None:
+    monkeypatch.setattr(memory_module, "in_host_pid_namespace", lambda: not inside)
+
+
+def test_in_a_container_a_stranger_with_our_process_id_is_not_us(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_a_container(monkeypatch)
+    driver = with_driver(monkeypatch, Driver({os.getpid(): 9000 * MIB, os.getppid(): 70 * MIB}))
+    memory = NvmlProcessMemory()
+    driver.processes[2_000_001] = 620 * MIB
+    memory.identify()
+    assert (memory.reason, memory.read_bytes()) == (None, 620 * MIB)
+    assert memory.others() == (2, 9070 * MIB)
+
+
+def test_in_a_container_a_stranger_with_our_process_id_that_grows_is_not_us(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_a_container(monkeypatch)
+    driver = with_driver(monkeypatch, Driver({os.getpid(): 100 * MIB}))
+    memory = NvmlProcessMemory()
+    driver.processes[os.getpid()] = 720 * MIB
+    memory.identify()
+    assert memory.reason is not None
+    assert "0 processes appeared" in memory.reason
+    assert (memory.read_bytes(), memory.others()) == (None, None)
+
+
+def test_in_a_container_our_process_id_may_have_appeared_with_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = with_driver(monkeypatch, Driver({}))
+    memory = NvmlProcessMemory()
+    driver.processes.update({os.getpid(): 620 * MIB, 77: 500 * MIB})
+    in_a_container(monkeypatch)
+    memory.identify()
+    assert memory.reason is not None
+    assert "2 processes appeared" in memory.reason
+    on_the_host = NvmlProcessMemory()
+    in_a_container(monkeypatch, inside=False)
+    on_the_host.identify()
+    assert (on_the_host.reason, on_the_host.read_bytes()) == (None, 620 * MIB)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_process_listed_once_an_instance_has_the_sum(monkeypatch: pytest.MonkeyPatch, inside: bool) -> None:
+    in_a_container(monkeypatch, inside)
+    driver = with_driver(monkeypatch, Driver({7: 5 * MIB}))
+    memory = NvmlProcessMemory()
+    driver.processes[os.getpid()] = 400 * MIB
+    driver.instances = [(os.getpid(), 220 * MIB), (7, 3 * MIB)]
+    memory.identify()
+    assert (memory.reason, memory.read_bytes()) == (None, 620 * MIB)
+    assert memory.others() == (1, 8 * MIB)
+    driver.instances = [(os.getpid(), None)]
+    assert memory.read_bytes() is None
+
+
+def test_the_namespace_is_that_of_the_host_by_its_inode(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+
+    def stat(path: object) -> Any:
+        seen.append(path)
+        return types.SimpleNamespace(st_ino=inode)
+
+    monkeypatch.setattr(memory_module.sys, "platform", "linux")
+    monkeypatch.setattr(memory_module.os, "stat", stat)
+    inode = 4026531836
+    assert in_host_pid_namespace()
+    inode = 4026532500
+    assert not in_host_pid_namespace()
+    assert seen == ["/proc/self/ns/pid"] * 2
+
+
 def test_two_that_appeared_cannot_be_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = with_driver(monkeypatch, Driver({}))
     memory = NvmlProcessMemory()
@@ -190,12 +264,30 @@ def test_two_that_appeared_cannot_be_told_apart(monkeypatch: pytest.MonkeyPatch)
     assert memory.read_bytes() is None
 
 
-def test_a_driver_without_per_process_memory_gives_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("told", [None, 0])
+def test_a_driver_without_per_process_memory_gives_a_reason(monkeypatch: pytest.MonkeyPatch, told: int | None) -> None:
     driver = with_driver(monkeypatch, Driver({}))
     memory = NvmlProcessMemory()
-    driver.processes[os.getpid()] = None
+    driver.processes[os.getpid()] = told
     memory.identify()
     assert memory.reason == "this driver does not report memory per process"
+
+
+def test_a_driver_that_lists_no_processes_gives_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = with_driver(monkeypatch, Driver({}))
+    memory = NvmlProcessMemory()
+    driver.processes[os.getpid()] = 620 * MIB
+    memory.identify()
+
+    def refuse(handle: object) -> list[Any]:
+        raise driver.NVMLError("Not Supported")
+
+    monkeypatch.setattr(driver, "nvmlDeviceGetComputeRunningProcesses", refuse)
+    assert (memory.read_bytes(), memory.others()) == (None, None)
+    assert memory.reason == "NVML does not list processes: Not Supported"
+    fresh = NvmlProcessMemory()
+    fresh.identify()
+    assert fresh.reason == "NVML does not list processes: Not Supported"
 
 
 def test_no_driver_gives_a_reason_and_never_zero(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import torch
 from in_process import MIB, run_here
 
 from kvscope import cli
+from kvscope.harness.passes import timing
 from kvscope.harness.passes.sweep import failures, run
 from kvscope.methods.dense.method import Dense
 from kvscope.methods.resident import ResidentSequence
@@ -26,6 +27,8 @@ VALUES = {
 def test_rows_say_how_large_how_fast_and_why_not_more(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The budget holds dense to fewer sequences than lsa."""
     jobs = run_here(monkeypatch)
+    monkeypatch.setattr(timing, "load_1min", lambda: 2.5)
+    monkeypatch.setattr(timing, "usable_cores", lambda: 3)
     values = {**VALUES, "gpu_budget_bytes": "2MiB"}
     result = run(values, out=tmp_path / "run", progress=False)
     assert failures(result) == []
@@ -39,6 +42,8 @@ def test_rows_say_how_large_how_fast_and_why_not_more(tmp_path: Any, monkeypatch
     for row in (dense, lsa):
         assert row["tokens_per_s"] == pytest.approx(row["largest_batch"] / row["step_s"])
         assert row["tokens_per_s_at_1"] > 0
+        assert 0 < row["step_p10_s"] <= row["step_p90_s"]
+        assert (row["cpu_cores"], row["load_1min"]) == (3, 2.5)
         assert (row["steps"], row["prefill"], row["batching"]) == (5, "synthetic", "batched_step")
         assert row["step_backend"] == "eager: the device is cpu"
     assert dense["resident_kv_bytes"] == 3 * 32 * 64 * 256

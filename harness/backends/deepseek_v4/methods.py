@@ -116,6 +116,8 @@ class RandomEntries(OverEntries, RandomChunks):
 
     def n_fixed(self, n_tokens: int) -> int:
         rate = self.entry_shape.page_tokens
+        if self.keeps_all(n_tokens, self.entry_shape):
+            return n_tokens // rate
         recency_tokens, n_drawn, _ = self._split(n_tokens, self.entry_shape)
         window = n_tokens // rate - (n_tokens - recency_tokens) // rate
         drawn: int = n_drawn * self.config.chunk_tokens // rate

@@ -1,7 +1,6 @@
 """What ``lsa collect`` stores, on disk: safetensors shards with a manifest. No model is loaded."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -12,6 +11,7 @@ from safetensors.torch import save_file
 
 from kvscope.errors import UsageError
 from kvscope.harness.indexers.collection.document import CollectionInfo, Document, DocumentInfo
+from kvscope.methods.indexer_files import whole_file
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -94,15 +94,18 @@ def check_shard(path: Path, *, size_bytes: int, info: CollectionInfo) -> None:
 
 
 def write_shard(path: Path, documents: Sequence[Document], info: CollectionInfo) -> int:
-    """Write a shard; it appears whole or not at all. Returns its bytes."""
+    """Write a shard; it appears whole or not at all. Returns its bytes.
+
+    Raises:
+        EnvironmentProblem: the disk is full, or files may not be so large.
+    """
     tensors = {
         f"{number}/{name}": getattr(document, name).contiguous()
         for number, document in enumerate(documents)
         for name in _tensor_names(info)
     }
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata={"collection": info.id})
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        save_file(tensors, temporary, metadata={"collection": info.id})
     return path.stat().st_size
 
 
@@ -125,8 +128,7 @@ def _tensor_names(info: CollectionInfo) -> tuple[str, ...]:
 
 
 def write_manifest(folder: Path, info: CollectionInfo, shards: Sequence[Mapping[str, Any]], *, complete: bool) -> None:
-    """Write the manifest; it appears whole or not at all."""
+    """Write the manifest; it appears whole or not at all. Errors as ``write_shard``."""
     manifest = {"format": FORMAT, "complete": complete, "collection": asdict(info), "shards": list(shards)}
-    temporary = folder / (MANIFEST + ".tmp")
-    temporary.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / MANIFEST)
+    with whole_file(folder / MANIFEST) as temporary:
+        temporary.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")

@@ -25,6 +25,7 @@ from kvscope.methods.dense.method import Dense
 from kvscope.methods.lsa.method import ORACLE, Lsa, LsaConfig
 from kvscope.methods.lsa.selection import ScriptedSelector
 from kvscope.methods.store import PromptKV
+from kvscope.tasks.answers import answer_of
 
 LEAST_SHARE = 0.98
 
@@ -122,7 +123,7 @@ def gate(
                     loaded, each, prompt, sample.ids[-1:], max_new_tokens=sample.max_new_tokens,
                     stop_strings=sample.stop,
                 )  # fmt: skip
-                found.append(task.score(sample, result.text))
+                found.append(task.score(sample, answer_of(result.text, sample.stop)))
                 if result.residency is not None:
                     resident = result.residency.resident_tokens
                     kept = sum(resident) / len(resident) / max(1, result.residency.prompt_tokens)

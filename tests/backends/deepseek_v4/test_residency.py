@@ -51,7 +51,9 @@ def test_everything_resident_generates_what_stock_generates(loaded, whole_prompt
     assert len(set(answer)) > 3
 
 
-@pytest.mark.parametrize("spec", ["dense", f"{LSA},budget_fraction=1.0,tau=4", "random:fraction=1.0,chunk_tokens=4"])
+@pytest.mark.parametrize(
+    "spec", ["dense", f"{LSA},budget_fraction=1.0,tau=4", "random:fraction=1.0,chunk_tokens=4", "random:fraction=1.0"]
+)
 def test_logits_with_everything_resident_are_stock_bit_for_bit(loaded, stock_model, whole_prompt, ids, answer, spec):
     tokens = [ids[-1], *answer]
     with torch.inference_mode():
