@@ -19,7 +19,14 @@ import torch
 from torch import nn
 
 from kvscope.harness.engine.backend import ReadyModel
-from kvscope.harness.engine.glue import EngineCache, EngineLayer, StockLayer, called_attention, decoder_of
+from kvscope.harness.engine.glue import (
+    EngineCache,
+    EngineLayer,
+    StockLayer,
+    cache_argument,
+    called_attention,
+    decoder_of,
+)
 from kvscope.methods.base import AttentionCall, Collector
 from kvscope.methods.shape import tensor_bytes
 from kvscope.methods.store import PromptKV, empty_host_pages
@@ -120,8 +127,8 @@ class _LayerMajor:
                 decoder(
                     input_ids=self.ids_N[None, start:end],
                     position_ids=torch.arange(start, end, device=device)[None],
-                    past_key_values=cache,
                     use_cache=True,
+                    **{cache_argument(decoder): cache},
                 )
                 embedded = log[0].hidden
                 if hidden_BNM is None:

@@ -16,7 +16,7 @@ import torch
 
 from kvscope.errors import KvscopeError, UsageError
 from kvscope.harness.engine.configs import text_config
-from kvscope.harness.engine.glue import EngineCache, EngineLayer, called_attention, decoder_of
+from kvscope.harness.engine.glue import EngineCache, EngineLayer, cache_argument, called_attention, decoder_of
 from kvscope.methods.base import AttentionCall
 
 _PROBE_POSITION = 5
@@ -128,7 +128,7 @@ def _queries(model: Any, position: int) -> list[_ProbeLayer]:
     device = next(model.parameters()).device
     token = torch.tensor([[1]], device=device)
     at = torch.tensor([[position]], device=device)
-    decoder(input_ids=token, position_ids=at, past_key_values=EngineCache(probes), use_cache=True)
+    decoder(input_ids=token, position_ids=at, use_cache=True, **{cache_argument(decoder): EngineCache(probes)})
     return probes
 
 
