@@ -169,16 +169,16 @@ def cache_argument(module: Any) -> str:
     Raises:
         KvscopeError: neither name is there; the message is a clause that ends a sentence.
     """
-    return _cache_argument(type(module))
+    return _cache_argument(type(module).forward)
 
 
 @cache
-def _cache_argument(kind: type[Any]) -> str:
-    parameters = signature(kind.forward).parameters
+def _cache_argument(forward: Callable[..., Any]) -> str:
+    parameters = signature(forward).parameters
     for name in ("cache", "past_key_values"):
         if name in parameters:
             return name
-    raise KvscopeError(f"the forward of {kind.__name__} takes no cache.")
+    raise KvscopeError(f"{forward.__qualname__} takes no cache.")
 
 
 def decoder_of(model: Any) -> Any:

@@ -12,9 +12,11 @@ from kvscope.harness.engine.configs import max_length_tokens
 from kvscope.harness.engine.devices import resolve_device, resolve_dtype
 from kvscope.harness.engine.glue import decoder_of
 from kvscope.harness.engine.loaded import LoadedModel
-from kvscope.harness.engine.names import cannot_load, load_config, model_revision, resolve_model
+from kvscope.harness.engine.loading import check_quantization, explained, load_config, load_tokenizer, meta_model
+from kvscope.harness.engine.names import model_revision, resolve_model
 from kvscope.harness.engine.presets import build_preset, is_preset
-from kvscope.methods.shape import DEFAULT_PAGE_TOKENS
+from kvscope.harness.engine.weight_files import check_weight_files
+from kvscope.methods.shape import DEFAULT_PAGE_TOKENS, ModelShape
 
 
 def load_model(
@@ -32,7 +34,7 @@ def load_model(
         UsageError: no such model, or an architecture or setting that cannot be run.
         EnvironmentProblem: the device asked for is not there.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     where, name = resolve_model(spec)
     target = resolve_device(device)
@@ -40,18 +42,20 @@ def load_model(
     config = load_config(spec)
     # Before the weights: a refusal should not cost a download.
     backend = backend_of(config)
-    backend.shape(config, element_bytes=target_dtype.itemsize, page_tokens=page_tokens)
+    with explained(spec):
+        backend.shape(config, element_bytes=target_dtype.itemsize, page_tokens=page_tokens)
     backend.check_dtype(str(target_dtype).removeprefix("torch."))
     if is_preset(spec):
         model, tokenizer = build_preset(spec, device=target, dtype=target_dtype), None
     else:
-        try:
-            with _no_progress_bars():
-                # Some models refuse sdpa when built (gpt-oss), none refuses eager; the switch comes after.
-                model = AutoModelForCausalLM.from_pretrained(where, dtype=target_dtype, attn_implementation="eager")
-                tokenizer = AutoTokenizer.from_pretrained(where)
-        except (OSError, ValueError) as error:
-            raise UsageError(cannot_load(spec, error)) from error
+        tokenizer = load_tokenizer(spec, where, config)
+        check_quantization(spec, config)
+        check_weight_files(spec, where, config, meta_model(spec, config))
+        with explained(spec), _no_progress_bars():
+            # Some models refuse sdpa when built (gpt-oss), none refuses eager; the switch comes after.
+            model = AutoModelForCausalLM.from_pretrained(
+                where, dtype=target_dtype, attn_implementation="eager", trust_remote_code=False
+            )
     return wrap_model(
         model.to(target),
         tokenizer,
@@ -79,12 +83,7 @@ def wrap_model(
     backend = backend_of(model.config)
     element_bytes = next(model.parameters()).dtype.itemsize
     shape = backend.shape(model.config, element_bytes=element_bytes, page_tokens=page_tokens, revision=revision)
-    n_decoder_layers = len(getattr(decoder_of(model), "layers", ()))
-    if n_decoder_layers != shape.n_layers:
-        raise UsageError(
-            f"Model '{name}' cannot be run: its decoder has {n_decoder_layers} layers in `.layers`, its config "
-            f"{shape.n_layers}."
-        )
+    check_layers(model, shape, name=name)
     model.eval()
     try:
         ready = backend.prepare(model, shape)
@@ -100,6 +99,20 @@ def wrap_model(
         revision=revision,
         eos_ids=_eos_ids(model, tokenizer),
     )
+
+
+def check_layers(model: Any, shape: ModelShape, *, name: str) -> None:
+    """Refuse a decoder whose layers are not where kvscope finds them; the model may be one without storage.
+
+    Raises:
+        UsageError: with both counts.
+    """
+    n_decoder_layers = len(getattr(decoder_of(model), "layers", ()))
+    if n_decoder_layers != shape.n_layers:
+        raise UsageError(
+            f"Model '{name}' cannot be run: its decoder has {n_decoder_layers} layers in `.layers`, its config "
+            f"{shape.n_layers}."
+        )
 
 
 @contextmanager
