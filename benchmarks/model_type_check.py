@@ -21,8 +21,8 @@ from model_type_recipes import VOCABULARY, build_tiny, tiny_config
 from kvscope.errors import KvscopeError, UsageError
 from kvscope.harness.engine.backend import backend_of
 from kvscope.harness.engine.loaded import LoadedModel
+from kvscope.harness.engine.loading import load_config
 from kvscope.harness.engine.models import load_model
-from kvscope.harness.engine.names import load_config
 from kvscope.harness.engine.prefill import prefill
 from kvscope.harness.engine.self_check import self_check
 from kvscope.harness.engine.session import Session

@@ -19,6 +19,7 @@ import torch
 
 from kvscope.errors import UsageError
 from kvscope.harness.engine.configs import text_config
+from kvscope.harness.engine.glue import cache_argument
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.member import Member
 from kvscope.harness.engine.oom import is_oom
@@ -135,9 +136,9 @@ class GraphStep:
         out = self._model(
             input_ids=self._tokens_n1,
             position_ids=self._positions_n1,
-            past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
+            **{cache_argument(self._model): self._cache},
         )
         logits: torch.Tensor = out.logits[:, -1]
         return logits

@@ -12,6 +12,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from inspect import signature
 from typing import Any
 
 import torch
@@ -170,6 +172,26 @@ class EngineCache(Cache):  # type: ignore[misc]  # transformers is untyped
 
     def __init__(self, layers: list[Any]) -> None:
         super().__init__(layers=layers)
+
+
+def cache_argument(module: Any) -> str:
+    """Return what the forward of a model, or of its decoder, calls its cache: ``cache`` from transformers 5.24 on.
+
+    Older ones swallow a ``cache`` without a word and store nothing, so the name is read from the signature.
+
+    Raises:
+        KvscopeError: neither name is there; the message is a clause that ends a sentence.
+    """
+    return _cache_argument(type(module).forward)
+
+
+@cache
+def _cache_argument(forward: Callable[..., Any]) -> str:
+    parameters = signature(forward).parameters
+    for name in ("cache", "past_key_values"):
+        if name in parameters:
+            return name
+    raise KvscopeError(f"{forward.__qualname__} takes no cache.")
 
 
 def decoder_of(model: Any) -> Any:

@@ -24,6 +24,7 @@ from kvscope.harness.engine.glue import (
     EngineCache,
     EngineLayer,
     StockLayer,
+    cache_argument,
     called_attention,
     decoder_of,
     layers_of,
@@ -139,8 +140,8 @@ class _LayerMajor:
                 decoder(
                     input_ids=self.ids_N[None, start:end],
                     position_ids=torch.arange(start, end, device=device)[None],
-                    past_key_values=cache,
                     use_cache=True,
+                    **{cache_argument(decoder): cache},
                 )
                 embedded = log[0].hidden
                 if hidden_BNM is None:

@@ -13,10 +13,12 @@ from kvscope.harness.engine.devices import resolve_device, resolve_dtype
 from kvscope.harness.engine.glue import decoder_of, layers_of
 from kvscope.harness.engine.identity import eos_ids
 from kvscope.harness.engine.loaded import LoadedModel
-from kvscope.harness.engine.names import cannot_load, load_config, resolve_model, sampled_revision
+from kvscope.harness.engine.loading import check_quantization, explained, load_config, load_tokenizer, meta_model
+from kvscope.harness.engine.names import resolve_model, sampled_revision
 from kvscope.harness.engine.presets import build_preset, is_preset
+from kvscope.harness.engine.weight_files import check_weight_files
 from kvscope.harness.engine.weights import check_weights
-from kvscope.methods.shape import DEFAULT_PAGE_TOKENS
+from kvscope.methods.shape import DEFAULT_PAGE_TOKENS, ModelShape
 
 
 def load_model(
@@ -34,7 +36,7 @@ def load_model(
         UsageError: no such model, or an architecture or setting that cannot be run.
         EnvironmentProblem: the device asked for is not there.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     where, name = resolve_model(spec)
     target = resolve_device(device)
@@ -42,24 +44,25 @@ def load_model(
     config = load_config(spec)
     # Before the weights: a refusal should not cost a download.
     backend = backend_of(config)
-    backend.shape(config, element_bytes=target_dtype.itemsize, page_tokens=page_tokens)
+    with explained(spec):
+        backend.shape(config, element_bytes=target_dtype.itemsize, page_tokens=page_tokens)
     backend.check_dtype(str(target_dtype).removeprefix("torch."))
     if is_preset(spec):
         model, tokenizer = build_preset(spec, device=target, dtype=target_dtype), None
     else:
-        try:
-            with _no_progress_bars():
-                # Some models refuse sdpa when built (gpt-oss), none refuses eager; the switch comes after.
-                model, loading = AutoModelForCausalLM.from_pretrained(
-                    where,
-                    dtype=target_dtype,
-                    attn_implementation="eager",
-                    output_loading_info=True,
-                    ignore_mismatched_sizes=True,  # they are refused below, by name
-                )
-                tokenizer = AutoTokenizer.from_pretrained(where)
-        except (OSError, ValueError) as error:
-            raise UsageError(cannot_load(spec, error)) from error
+        tokenizer = load_tokenizer(spec, where, config)
+        check_quantization(spec, config)
+        check_weight_files(spec, where, config, meta_model(spec, config))
+        with explained(spec), _no_progress_bars():
+            # Some models refuse sdpa when built (gpt-oss), none refuses eager; the switch comes after.
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                where,
+                dtype=target_dtype,
+                attn_implementation="eager",
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+            )
         check_weights(name, model, loading)
     return wrap_model(
         model.to(target),
@@ -88,12 +91,7 @@ def wrap_model(
     backend = backend_of(model.config)
     element_bytes = next(model.parameters()).dtype.itemsize
     shape = backend.shape(model.config, element_bytes=element_bytes, page_tokens=page_tokens, revision=revision)
-    n_decoder_layers = len(layers_of(decoder_of(model)))
-    if n_decoder_layers != shape.n_layers:
-        raise UsageError(
-            f"Model '{name}' cannot be run: its decoder has {n_decoder_layers} layers in `.layers`, `.h` or "
-            f"`.blocks`, its config {shape.n_layers}."
-        )
+    check_layers(model, shape, name=name)
     model.eval()
     try:
         ready = backend.prepare(model, shape)
@@ -109,6 +107,20 @@ def wrap_model(
         revision=revision,
         eos_ids=eos_ids(getattr(model, "generation_config", None), model.config, tokenizer),
     )
+
+
+def check_layers(model: Any, shape: ModelShape, *, name: str) -> None:
+    """Refuse a decoder whose layers are not where kvscope finds them; the model may be one without storage.
+
+    Raises:
+        UsageError: with both counts.
+    """
+    n_decoder_layers = len(layers_of(decoder_of(model)))
+    if n_decoder_layers != shape.n_layers:
+        raise UsageError(
+            f"Model '{name}' cannot be run: its decoder has {n_decoder_layers} layers in `.layers`, `.h` or "
+            f"`.blocks`, its config {shape.n_layers}."
+        )
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kvscope.errors import UsageError, did_you_mean
-from kvscope.harness.engine.presets import PRESETS, find_preset, is_preset, preset_config, preset_revision
+from kvscope.harness.engine.presets import PRESETS, find_preset, is_preset, preset_revision
 from kvscope.paths import user_path
 
 REFERENCE_MODEL_FOLDER = Path(__file__).parents[1] / "reference_model" / "weights"
@@ -50,7 +50,9 @@ def resolve_model(spec: str) -> tuple[str, str]:
     folder = user_path(spec, what="--model")
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise UsageError(f"Model folder '{spec}' has no config.json, so transformers cannot load it.")
+            raise UsageError(
+                f"Model folder '{spec}' has no config.json, so transformers cannot load it{_instead(folder)}."
+            )
         return str(folder), folder.resolve().name
     if spec.startswith((".", "/", "~")) or spec.count("/") > 1:
         raise UsageError(f"There is no model folder '{spec}'. Check the path, or pass a Hugging Face id (owner/name).")
@@ -62,28 +64,21 @@ def resolve_model(spec: str) -> tuple[str, str]:
     return spec, spec
 
 
-def load_config(spec: str) -> Any:
-    """Return the transformers config of a model without loading its weights.
-
-    Raises:
-        UsageError: as ``resolve_model``, or transformers cannot read the config.
-    """
-    from transformers import AutoConfig
-
-    where, _ = resolve_model(spec)
-    if is_preset(spec):
-        return preset_config(spec)
-    try:
-        return AutoConfig.from_pretrained(where)
-    except (OSError, ValueError) as error:
-        raise UsageError(cannot_load(spec, error)) from error
+def _instead(folder: Path) -> str:
+    """Say what a folder without a config.json holds, where that is known."""
+    if (folder / "adapter_config.json").is_file():
+        return ": it holds an adapter, which has to be merged into its model first"
+    if (folder / "model_index.json").is_file():
+        return ": it holds a diffusers pipeline, not a language model"
+    if any(folder.glob("*.gguf")):
+        return ": it holds a GGUF file, which has to be saved as a transformers model first"
+    return ""
 
 
-def cannot_load(spec: str, error: Exception) -> str:
+def cannot_load(spec: str, reason: str) -> str:
     """Return the sentence for a model that transformers does not load."""
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if Path(spec).expanduser().is_dir() or spec == "reference":
-        return f"Model '{spec}' cannot be loaded: {reason}"
+        return f"Model '{spec}' cannot be loaded: {reason.rstrip('.')}."
     hint = did_you_mean(spec, _KNOWN)
     near = hint if hint.startswith(" Did") else ""
     return (

@@ -19,7 +19,14 @@ import torch
 
 from kvscope.errors import KvscopeError, UsageError
 from kvscope.harness.engine.configs import text_config
-from kvscope.harness.engine.glue import EngineCache, EngineLayer, called_attention, decoder_of, layers_of
+from kvscope.harness.engine.glue import (
+    EngineCache,
+    EngineLayer,
+    cache_argument,
+    called_attention,
+    decoder_of,
+    layers_of,
+)
 from kvscope.methods.base import AttentionCall
 from kvscope.methods.shape import ModelShape
 
@@ -169,7 +176,7 @@ def _calls(model: Any, position: int) -> list[list[AttentionCall]]:
     token, at = (torch.tensor([[value]], device=device) for value in (1, position))
     try:
         with _random_embedding(model):
-            decoder(input_ids=token, position_ids=at, past_key_values=EngineCache(probes), use_cache=True)
+            decoder(input_ids=token, position_ids=at, use_cache=True, **{cache_argument(decoder): EngineCache(probes)})
     except KvscopeError:
         raise
     except Exception as error:

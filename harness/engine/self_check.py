@@ -25,7 +25,7 @@ from transformers import DynamicCache, PretrainedConfig
 
 from kvscope.errors import KvscopeError, UsageError
 from kvscope.harness.engine.configs import text_config
-from kvscope.harness.engine.glue import decoder_of
+from kvscope.harness.engine.glue import cache_argument, decoder_of
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.prefill import prefill
 from kvscope.harness.engine.session import Session
@@ -208,7 +208,7 @@ def _own_chunked_logits(loaded: LoadedModel, ids: Sequence[int], chunk_tokens: i
     logits = []
     for start, end in pairwise([0, *ends]):
         part = torch.tensor([list(ids[start:end])], device=loaded.device)
-        out = loaded.model(input_ids=part, past_key_values=cache, use_cache=True)
+        out = loaded.model(input_ids=part, use_cache=True, **{cache_argument(loaded.model): cache})
         logits.append(out.logits[0, -1].float())
     return torch.stack(logits[-_N_STEPS:])
 

@@ -22,6 +22,7 @@ import torch
 
 from kvscope.errors import UsageError
 from kvscope.harness.engine.decode_graph import EAGER, GraphStep, capture_failed, graph_demanded
+from kvscope.harness.engine.glue import cache_argument
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.member import Member, session_cache
 from kvscope.methods.base import CacheMethod, Footprint
@@ -191,9 +192,9 @@ class Session:
         out = self._loaded.model(
             input_ids=tokens[:, None],
             position_ids=torch.tensor([[member.n_tokens] for member in self.members], device=device),
-            past_key_values=self._cache if own is None else own,
             use_cache=True,
             logits_to_keep=1,
+            **{cache_argument(self._loaded.model): self._cache if own is None else own},
         )
         for member in self.members:
             member.end_step()

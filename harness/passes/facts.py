@@ -3,12 +3,11 @@
 ``plan`` needs no more, and ``run`` refuses a bad length in a second instead of after minutes of loading.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvscope.errors import UsageError
 from kvscope.harness.engine.backend import Backend, backend_of
-from kvscope.harness.engine.presets import is_preset
 from kvscope.methods.shape import DEFAULT_PAGE_TOKENS, ModelShape
 
 if TYPE_CHECKING:
@@ -64,38 +63,43 @@ def describe_model(
         UsageError: no such model, an architecture that cannot be run, or a bad device or dtype.
         EnvironmentProblem: the device asked for is not there.
     """
-    from transformers import AutoTokenizer
-
     from kvscope.harness.engine.configs import max_length_tokens, text_config
     from kvscope.harness.engine.devices import resolve_device, resolve_dtype
-    from kvscope.harness.engine.names import load_config, resolve_model, sampled_revision
+    from kvscope.harness.engine.loading import check_quantization, explained, load_config, load_tokenizer, meta_model
+    from kvscope.harness.engine.models import check_layers
+    from kvscope.harness.engine.names import resolve_model, sampled_revision
+    from kvscope.harness.engine.weight_files import check_weight_files
 
     where, name = resolve_model(spec)
     config = load_config(spec)
-    revision = sampled_revision(where, config)
     target = indexed(resolve_device(device))
     element_type = resolve_dtype(dtype, target)
     backend = backend_of(config)
-    shape = backend.shape(config, element_bytes=element_type.itemsize, page_tokens=page_tokens, revision=revision)
+    with explained(spec):
+        shape = backend.shape(config, element_bytes=element_type.itemsize, page_tokens=page_tokens)
+        longest_tokens = max_length_tokens(config)
     dtype_name = str(element_type).removeprefix("torch.")
     backend.check_dtype(dtype_name)
     text = text_config(config)
-    try:
-        tokenizer = None if is_preset(spec) else AutoTokenizer.from_pretrained(where)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"The tokenizer of model {spec!r} cannot be loaded: {_first_line(error)}") from error
+    tokenizer = load_tokenizer(spec, where, config)
+    check_quantization(spec, config)
+    model = meta_model(spec, config)
+    if model is not None:
+        check_layers(model, shape, name=spec)
+    check_weight_files(spec, where, config, model)
+    revision = sampled_revision(where, config)
     return ModelFacts(
         spec=spec,
         name=name,
         device=str(target),
         dtype=dtype_name,
         backend=backend,
-        shape=shape,
+        shape=dataclasses.replace(shape, revision=revision),
         tokenizer=tokenizer,
-        max_length_tokens=max_length_tokens(config),
+        max_length_tokens=longest_tokens,
         intermediate_size=int(getattr(text, "intermediate_size", None) or 4 * shape.hidden_size),
         vocab_size=int(text.vocab_size),
-        weights_bytes=weights_bytes(config, element_bytes=element_type.itemsize),
+        weights_bytes=None if model is None else _weights_bytes(model, element_type.itemsize),
         revision=revision,
     )
 
@@ -109,18 +113,5 @@ def indexed(device: "torch.device") -> "torch.device":
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def weights_bytes(config: Any, *, element_bytes: int) -> int | None:
-    """Return the bytes of a model's weights, counted on a copy without storage; None when it cannot be built so."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    except (ValueError, RuntimeError, NotImplementedError, ImportError):
-        return None
+def _weights_bytes(model: Any, element_bytes: int) -> int:
     return element_bytes * sum(int(parameter.numel()) for parameter in model.parameters())
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -53,7 +53,8 @@ def identity(plan: Plan) -> dict[str, Any]:
         UsageError: a file of the model cannot be read.
     """
     from kvscope.harness.engine.identity import model_parts
-    from kvscope.harness.engine.names import load_config, resolve_model
+    from kvscope.harness.engine.loading import load_config
+    from kvscope.harness.engine.names import resolve_model
 
     facts = plan.facts
     where, _ = resolve_model(facts.spec)

@@ -123,5 +123,7 @@ def load_checkpoint(folder: Path) -> tuple[Any, Any]:
     cuda = torch.cuda.is_available()
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder} is no model folder: it has no config.json.")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if cuda else torch.float32)
-    return model.to("cuda" if cuda else "cpu").eval(), AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16 if cuda else torch.float32, trust_remote_code=False
+    )
+    return model.to("cuda" if cuda else "cpu").eval(), AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

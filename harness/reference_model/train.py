@@ -332,7 +332,7 @@ def train(
     model = build_model(config or reference_config(), seed=seed)
     if resume is not None:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(resume)
-        loaded = AutoModelForCausalLM.from_pretrained(resume, dtype=torch.float32)
+        loaded = AutoModelForCausalLM.from_pretrained(resume, dtype=torch.float32, trust_remote_code=False)
         model.load_state_dict(loaded.state_dict())
     else:
         if team.leads and not (out / "tokenizer.json").exists():

@@ -21,7 +21,7 @@ FOLDER = Path(__file__).parent
 def _tokenizer(name: str) -> Tokenizer:
     from transformers import AutoTokenizer
 
-    made: Tokenizer = AutoTokenizer.from_pretrained(name)
+    made: Tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     return made
 
 

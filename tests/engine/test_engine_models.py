@@ -10,8 +10,9 @@ from kvscope.harness.engine import names
 from kvscope.harness.engine.backend import backend_of
 from kvscope.harness.engine.configs import max_length_tokens
 from kvscope.harness.engine.glue import kvscope_attention
+from kvscope.harness.engine.loading import load_config
 from kvscope.harness.engine.models import load_model, wrap_model
-from kvscope.harness.engine.names import known_models, load_config
+from kvscope.harness.engine.names import known_models
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_oss", "smollm3", "afmoe"])

@@ -13,7 +13,8 @@ from tiny import save_tiny_model
 
 from kvscope.errors import UsageError
 from kvscope.harness.engine.identity import eos_ids, model_parts, weights_files
-from kvscope.harness.engine.names import load_config, resolve_model
+from kvscope.harness.engine.loading import load_config
+from kvscope.harness.engine.names import resolve_model
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import torch
 from transformers import DynamicCache
 
 from kvscope.harness.engine.backend import Backend, NoForm, ReadyModel
-from kvscope.harness.engine.glue import observing
+from kvscope.harness.engine.glue import cache_argument, observing
 from kvscope.methods.base import AttentionCall, SequenceCache
 from kvscope.methods.dense.method import Dense
 from kvscope.methods.recency.method import Recency
@@ -120,7 +120,7 @@ class Plain(Backend[ModelShape]):
         with self.observe(ready.model, ready.shape.layers, last_hidden.__setitem__):
             for start in range(0, len(ids_N), chunk_tokens):
                 part = ids_N[None, start : start + chunk_tokens].to(ready.device)
-                ready.model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                ready.model(input_ids=part, use_cache=True, logits_to_keep=1, **{cache_argument(ready.model): cache})
         return PlainPrompt(
             shape=ready.shape,
             n_tokens=len(ids_N),

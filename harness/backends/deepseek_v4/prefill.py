@@ -18,7 +18,7 @@ from kvscope.harness.backends.deepseek_v4.cache import Angles, live_bytes, move_
 from kvscope.harness.backends.deepseek_v4.shape import CompressedModelShape
 from kvscope.harness.engine.backend import ReadyModel
 from kvscope.harness.engine.finite import require_finite_layers, total
-from kvscope.harness.engine.glue import observing_attention
+from kvscope.harness.engine.glue import cache_argument, observing_attention
 from kvscope.methods.store import PromptKV
 
 ATTENTION_NAME = "kvscope_deepseek_v4"
@@ -106,7 +106,7 @@ def compressed_prefill(
     with observing_attention(model, shape.layers, last_hidden.__setitem__):
         for start in range(0, len(ids_N), chunk_tokens):
             part = ids_N[None, start : start + chunk_tokens].to(ready.device)
-            model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(input_ids=part, use_cache=True, logits_to_keep=1, **{cache_argument(model): cache})
     peak_bytes = sum(live_bytes(cache).values())
     widths = {"compressor": shape.head_dim, "indexer": shape.index_key_dim}
     like = {name: torch.empty((1, 0, width), dtype=ready.dtype) for name, width in widths.items()}

@@ -1,0 +1,246 @@
+"""Damaged models: ``plan`` refuses each in one sentence, from headers alone, and no code of a model ever runs."""
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tiny_models import save_tiny
+
+from kvscope import cli
+from kvscope.errors import UsageError
+from kvscope.harness.engine import models
+from kvscope.harness.engine.models import load_model
+from kvscope.harness.passes.facts import describe_model
+
+Damage = Callable[[Path], Any]
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("models") / "good")
+
+
+@pytest.fixture
+def folder(good: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(good, tmp_path / "tiny"))
+
+
+@pytest.fixture(autouse=True)
+def nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(*args: Any) -> str:
+        raise AssertionError(f"the terminal was asked: {args}")
+
+    monkeypatch.setattr("builtins.input", asked)
+
+
+def config(**changes: Any) -> Damage:
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return change
+
+
+def write(name: str, content: bytes | str) -> Damage:
+    return lambda folder: (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def weights(change: Callable[[bytes], bytes]) -> Damage:
+    return lambda folder: (folder / WEIGHTS).write_bytes(change((folder / WEIGHTS).read_bytes()))
+
+
+def index(shard: str) -> Damage:
+    """One file becomes two by an index: the file, and ``shard``."""
+
+    def change(folder: Path) -> None:
+        (folder / WEIGHTS).rename(folder / "model-1.safetensors")
+        weight_map = {"model.norm.weight": "model-1.safetensors", "no.such.tensor": shard}
+        (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+    return change
+
+
+def pickled(content: Any) -> Damage:
+    def change(folder: Path) -> None:
+        (folder / WEIGHTS).unlink()
+        torch.save(content, folder / "pytorch_model.bin")
+
+    return change
+
+
+class Planted:
+    """What runs a command when it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("planted",)
+
+
+def only(name: str) -> Damage:
+    """Leave an empty JSON file of this name, and nothing else."""
+
+    def change(folder: Path) -> None:
+        shutil.rmtree(folder)
+        folder.mkdir()
+        (folder / name).write_text("{}")
+
+    return change
+
+
+def remote_code(folder: Path) -> None:
+    config(model_type="own", auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"})(folder)
+    (folder / "own.py").write_text("import os\nos.mkdir('planted')\n")
+
+
+def remote_tokenizer(folder: Path) -> None:
+    (folder / "own.py").write_text("import os\nos.mkdir('planted')\n")
+    auto_map = {"AutoTokenizer": ["own.Tokenizer", None]}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Own", "auto_map": auto_map}))
+
+
+def no_tokenizer(folder: Path) -> None:
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
+def more_tokens(folder: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"<word{index}>" for index in range(50)])
+    tokenizer.save_pretrained(folder)
+
+
+def ends_with_eos(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    text, eos = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<eos>", "type_id": 0}}
+    special = {"<eos>": {"id": "<eos>", "ids": [0], "tokens": ["<eos>"]}}
+    template = {"type": "TemplateProcessing", "single": [text, eos], "pair": [text], "special_tokens": special}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "post_processor": template}))
+
+
+def of_type(name: str, **sizes: Any) -> Damage:
+    return lambda folder: getattr(transformers, name)(**sizes).save_pretrained(folder)
+
+
+DAMAGES: dict[str, tuple[Damage, str]] = {
+    "config-json": (write("config.json", "{bad"), "config.json is not valid JSON"),
+    "config-nested": (write("config.json", "[" * 100_000), "config.json is not valid JSON"),
+    "config-list": (write("config.json", "[]"), "config.json holds no JSON object"),
+    "config-bytes": (write("config.json", b"\xff\xfe\x00"), "config.json is not valid JSON"),
+    "no-model-type": (write("config.json", "{}"), "no model_type"),
+    "unknown-model-type": (config(model_type="nosuch"), "`nosuch`"),
+    "size-of-a-wrong-type": (config(num_hidden_layers="four"), "'num_hidden_layers' expected int"),
+    "negative-layers": (config(num_hidden_layers=-2), "num_hidden_layers is -2"),
+    "millions-of-layers": (config(num_hidden_layers=3_000_000), "num_hidden_layers is 3,000,000"),
+    "no-heads": (config(num_attention_heads=0), "num_attention_heads is 0"),
+    "heads-that-do-not-divide": (config(num_key_value_heads=3), "no multiple of its 3 KV heads"),
+    "negative-vocabulary": (config(vocab_size=-5), "vocab_size is -5"),
+    "unknown-rope": (config(rope_parameters={"rope_type": "nosuch"}), "'nosuch'"),
+    "unknown-activation": (config(hidden_act="nosuch"), "'nosuch'"),
+    "remote-code": (remote_code, "kvscope runs no code that comes with a model"),
+    "remote-tokenizer": (remote_tokenizer, "kvscope runs no code that comes with a model"),
+    "no-tokenizer": (no_tokenizer, "no tokenizer.json"),
+    "tokenizer-json": (write("tokenizer.json", "{bad"), "tokenizer.json is not valid JSON"),
+    "tokenizer-config-json": (write("tokenizer_config.json", "{"), "tokenizer_config.json is not valid JSON"),
+    "tokenizer-above-the-embedding": (more_tokens, "token ids up to 306"),
+    "tokenizer-ends-prompts": (ends_with_eos, "ends every prompt with '<eos>'"),
+    "weights-cut": (weights(lambda held: held[: len(held) // 2]), "cut off or damaged"),
+    "weights-header-length": (weights(lambda held: struct.pack("<Q", 1 << 60) + held[8:]), "cut off or damaged"),
+    "weights-header": (weights(lambda held: held[:8] + b"x" * 50 + held[58:]), "cut off or damaged"),
+    "weights-empty": (weights(lambda held: b""), "cut off or damaged"),
+    "weights-lfs": (write(WEIGHTS, "version https://git-lfs.github.com/spec/v1\nsize 1\n"), "Git LFS pointer"),
+    "weights-gone": (lambda folder: (folder / WEIGHTS).unlink(), "neither model.safetensors nor pytorch_model.bin"),
+    "shard-gone": (index("model-2.safetensors"), "lacks model-2.safetensors"),
+    "shard-lacks-a-tensor": (index("model-1.safetensors"), "model-1.safetensors lacks no.such.tensor"),
+    "pickle-with-code": (pickled({"lm_head.weight": Planted()}), "which could run code"),
+    "pickle-garbage": (lambda folder: (pickled({})(folder), write("pytorch_model.bin", "bad")(folder)), "damaged"),
+    "kv-heads": (config(num_key_value_heads=4), r"k_proj.weight as \[32, 64\], and its config makes it \[64, 64\]"),
+    "layers-without-weights": (config(num_hidden_layers=5), "its weights lack model.layers.4"),
+    "gptq": (config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantisation .*requires"),
+    "unknown-quantisation": (config(quantization_config={"quant_method": "nosuch"}), "no quant_method 'nosuch'"),
+    "quantisation-of-a-wrong-type": (config(quantization_config="4 bits"), "quantization_config in its config"),
+    "adapter": (only("adapter_config.json"), "it holds an adapter"),
+    "gguf": (only("model.gguf"), "it holds a GGUF file"),
+    "diffusers": (only("model_index.json"), "a diffusers pipeline"),
+    "not-a-language-model": (of_type("ViTConfig"), "a vit is no causal language model"),
+    "state-space": (of_type("RwkvConfig"), "cannot be"),
+    "layers-of-bert": (of_type("BertConfig", num_hidden_layers=2, is_decoder=True), "has 0 layers"),
+}
+
+
+@pytest.mark.parametrize(("damage", "reason"), DAMAGES.values(), ids=list(DAMAGES))
+def test_a_damaged_model_is_one_sentence_to_plan_and_to_load(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Damage, reason: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    damage(folder)
+    with pytest.raises(UsageError, match=reason) as planned:
+        describe_model(str(folder), device="cpu")
+    assert "\n" not in str(planned.value)
+    assert str(folder) in str(planned.value)
+    with pytest.raises(UsageError, match=reason):
+        load_model(str(folder), device="cpu")
+    assert not (tmp_path / "planted").exists()
+
+
+def test_a_run_over_damaged_weights_leaves_no_folder(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "load_model", lambda *args, **options: pytest.fail("weights were loaded"))
+    DAMAGES["weights-cut"][0](folder)
+    arguments = ("--model", str(folder), "-m", "dense", "--task", "niah_single_1", "-l", "512", "-n", "1")
+    for command in (["plan"], ["run", "--out", str(tmp_path / "run")]):
+        assert cli.run_cli([*command, *arguments, "--device", "cpu"]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def special_token(folder: Path) -> None:
+    """An image token above the embedding, as Gemma 3's text models have: no text makes it."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(folder)
+
+
+def known_code(folder: Path) -> None:
+    """A type that transformers knows, with code of its own beside: the code is left alone."""
+    config(auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"})(folder)
+    (folder / "own.py").write_text("import os\nos.mkdir('planted')\n")
+
+
+def pickled_weights(folder: Path) -> None:
+    from safetensors.torch import load_file
+
+    pickled(load_file(folder / WEIGHTS))(folder)
+
+
+@pytest.mark.parametrize("change", [special_token, known_code, pickled_weights])
+def test_what_is_odd_but_whole_loads(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Damage
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    change(folder)
+    facts = describe_model(str(folder), device="cpu")
+    assert load_model(str(folder), device="cpu").revision == facts.revision
+    assert not (tmp_path / "planted").exists()
+
+
+@pytest.mark.parametrize("spec", ["~nobody-of-this-name/x", "x" * 300, "/" + "x" * 300])
+def test_names_that_no_folder_can_have(spec: str) -> None:
+    with pytest.raises(UsageError, match="There is no model"):
+        describe_model(spec)
+
+
+def test_the_end_of_memory_is_no_fault_of_the_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **options: Any) -> Any:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_model(str(folder), device="cpu")
