@@ -27,6 +27,7 @@ from kvscope.errors import KvscopeError, UsageError
 from kvscope.harness.engine.configs import text_config
 from kvscope.harness.engine.glue import cache_argument, decoder_of
 from kvscope.harness.engine.loaded import LoadedModel
+from kvscope.harness.engine.oom import is_oom
 from kvscope.harness.engine.prefill import prefill
 from kvscope.harness.engine.session import Session
 from kvscope.methods.dense.method import Dense
@@ -75,6 +76,7 @@ def self_check(loaded: LoadedModel) -> SelfCheck:
     Raises:
         UsageError: the engine's logits are not the model's, its cache does not fill, or its forward fails; the message
             gives the size.
+        Exception: memory ended, as it was raised.
     """
     try:
         with _short_windows(loaded) as small:
@@ -85,6 +87,8 @@ def self_check(loaded: LoadedModel) -> SelfCheck:
     except UsageError:
         raise
     except Exception as error:
+        if is_oom(error):
+            raise  # no property of the model
         what = str(error) if isinstance(error, KvscopeError) else f"its check ended in {type(error).__name__}: {error}"
         what = " ".join(what.split())[:300].rstrip(".")
         raise UsageError(

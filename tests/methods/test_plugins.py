@@ -13,7 +13,7 @@ import pytest
 from kvscope import plugins
 from kvscope.errors import UsageError
 from kvscope.harness.info.catalog import list_text
-from kvscope.harness.passes.footprint import worker_environment
+from kvscope.harness.passes.process import worker_environment
 from kvscope.methods.registry import check_one_class_a_name, create_method, method_class
 from kvscope.tasks.registry import create_task, task_class
 

@@ -170,7 +170,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "diffusers": (only("model_index.json"), "a diffusers pipeline"),
     "not-a-language-model": (of_type("ViTConfig"), "a vit is no causal language model"),
     "state-space": (of_type("RwkvConfig"), "cannot be"),
-    "layers-of-bert": (of_type("BertConfig", num_hidden_layers=2, is_decoder=True), "has 0 layers"),
+    "layers-of-bert": (of_type("BertConfig", num_hidden_layers=2, is_decoder=True), "has 0 layers|its weights lack"),
 }
 
 
@@ -233,7 +233,7 @@ def test_what_is_odd_but_whole_loads(
 
 @pytest.mark.parametrize("spec", ["~nobody-of-this-name/x", "x" * 300, "/" + "x" * 300])
 def test_names_that_no_folder_can_have(spec: str) -> None:
-    with pytest.raises(UsageError, match="There is no model"):
+    with pytest.raises(UsageError, match=r"no such user has a home here|too long to be a path"):
         describe_model(spec)
 
 

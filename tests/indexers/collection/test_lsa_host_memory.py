@@ -30,8 +30,8 @@ def test_a_run_says_so_first_and_its_rows_are_oom(tiny_model, tmp_path, capsys, 
     monkeypatch.setattr(prefill, "free_host_bytes", lambda: 1000)
     command = [
         "run", "--model", tiny_model, "-m", "lsa:selection=synthetic,budget_fraction=0.5", "--task", "niah_single_1",
-        "-l", "512", "-n", "1", "--max-new-tokens", "2", "--no-footprint", "--device", "cpu", "--out",
-        str(tmp_path / "run"),
+        "-l", "512", "-n", "1", "--max-new-tokens", "2", "--no-footprint", "--no-self-check", "--device", "cpu",
+        "--out", str(tmp_path / "run"),
     ]  # fmt: skip
     assert cli.run_cli(command) == 1
     err = capsys.readouterr().err

@@ -316,7 +316,7 @@ def test_scores_that_are_no_numbers_are_refused(data, tmp_path):
     with torch.no_grad():
         indexer.layer(3).bias.fill_(torch.nan)
     FILES.save(indexer, folder)
-    with pytest.raises(UsageError, match="scores that are no finite numbers"):
+    with pytest.raises(UsageError, match=r"are not finite \(layers.3.bias\)"):
         run(data, folder, tmp_path / "out", threshold=0.4)
 
 
