@@ -11,7 +11,7 @@ from kvscope.errors import UsageError
 from kvscope.methods.registry import create_method
 from kvscope.results.merge import Piece, merge_pieces
 from kvscope.results.packed import Rows, is_packed, write_packed
-from kvscope.results.schema import RunInfo, RunPart
+from kvscope.results.run_schema import RunInfo, RunPart
 from kvscope.results.store import RUN_FILE, RunStore
 
 MAX_PACKED_BYTES = 5_000_000

@@ -8,7 +8,7 @@ import pandas as pd
 from kvscope.reports.trust import with_doubts
 from kvscope.results.comparisons import SCORE_COLUMNS, answered, baseline_label, cluster_names, pairs, pooled
 from kvscope.results.frames import Run, records
-from kvscope.results.schema import RunInfo
+from kvscope.results.run_schema import RunInfo
 from kvscope.results.statistics import mean_interval, paired_difference
 
 ALL_TASKS = "all tasks"

@@ -14,7 +14,7 @@ from kvscope.reports.figure_parts import ReportFigure, SkippedFigure
 from kvscope.reports.table_parts import Table
 from kvscope.reports.units import length_text
 from kvscope.results.frames import Run
-from kvscope.results.schema import RunPart
+from kvscope.results.run_schema import RunPart
 
 _NUMBER = re.compile(r"^[+\-]?[\d,.]+( |$|%)|^n/m |^< |^\d+ / \d+")
 

@@ -11,7 +11,7 @@ from kvscope.errors import UsageError
 from kvscope.results.frames import Run
 from kvscope.results.plain_text import visible
 from kvscope.results.rowfile import first_problem
-from kvscope.results.schema import RunInfo
+from kvscope.results.run_schema import RunInfo
 
 
 def legible(run: Run) -> Run:

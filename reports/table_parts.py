@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 from kvscope.results.plain_text import shortened
-from kvscope.results.schema import RunInfo
+from kvscope.results.run_schema import RunInfo
 
 
 @dataclass(frozen=True)

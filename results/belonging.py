@@ -8,7 +8,7 @@ from kvscope.errors import UsageError
 from kvscope.results.limits import MOST_QUESTION_TYPES
 from kvscope.results.packed import Rows
 from kvscope.results.plain_text import shortened, visible
-from kvscope.results.schema import RunInfo
+from kvscope.results.run_schema import RunInfo
 
 
 def refuse_strangers(rows: Rows, info: RunInfo, *, folder: Path) -> None:

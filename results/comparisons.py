@@ -7,7 +7,7 @@ from typing import Literal
 import pandas as pd
 
 from kvscope.errors import UsageError
-from kvscope.results.schema import RunInfo
+from kvscope.results.run_schema import RunInfo
 from kvscope.results.statistics import Interval, PairedDifference, bootstrap_interval, holm, paired_difference
 
 PAIR_KEY = ["task", "length_tokens", "sample"]

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from kvscope.errors import UsageError
 from kvscope.results.rowfile import first_problem
-from kvscope.results.schema import Call, PlannedCell, Resumption, RunInfo
+from kvscope.results.run_schema import Call, PlannedCell, Resumption, RunInfo
 
 GROWING_LISTS = ("methods", "tasks", "lengths_tokens", "footprint_lengths_tokens")
 """Keys of an identity whose lists become what all calls asked for: each entry has rows of its own."""

@@ -12,7 +12,8 @@ from pydantic import BaseModel
 from kvscope.paths import user_path
 from kvscope.results.belonging import refuse_strangers
 from kvscope.results.columns import plain_kinds
-from kvscope.results.schema import FootprintRow, MaxContextRow, RunInfo, SampleRow, ThroughputRow
+from kvscope.results.run_schema import RunInfo
+from kvscope.results.schema import FootprintRow, MaxContextRow, SampleRow, ThroughputRow
 from kvscope.results.store import RunStore
 
 

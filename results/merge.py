@@ -11,7 +11,8 @@ from typing import Any
 
 from kvscope.errors import UsageError
 from kvscope.results.packed import Rows
-from kvscope.results.schema import CutCell, Resumption, RunInfo, RunPart, SampleRow
+from kvscope.results.run_schema import CutCell, Resumption, RunInfo, RunPart
+from kvscope.results.schema import SampleRow
 
 #: Identity keys that pieces of one run may differ in.
 PIECE_KEYS = {"seed", "tasks", "lengths_tokens", "samples"}

@@ -20,7 +20,8 @@ from kvscope.results.limits import MOST_ROWS_FILE_BYTES
 from kvscope.results.plain_text import shortened
 from kvscope.results.reading import parse_json, read_regular
 from kvscope.results.rowfile import check_version, first_problem
-from kvscope.results.schema import FootprintRow, MaxContextRow, RunInfo, SampleRow, ThroughputRow
+from kvscope.results.run_schema import RunInfo
+from kvscope.results.schema import FootprintRow, MaxContextRow, SampleRow, ThroughputRow
 
 PROMPTS_FILE = "prompts.parquet"
 SAMPLES_FILE = "samples.parquet"

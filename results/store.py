@@ -24,7 +24,8 @@ from kvscope.results.packed import Rows, is_packed, read_packed
 from kvscope.results.reading import parse_json, read_regular
 from kvscope.results.row_table import RowTable, by_key
 from kvscope.results.rowfile import RowT, check_version, first_problem, read_rows, sync_folder
-from kvscope.results.schema import FootprintRow, MaxContextRow, RunInfo, SampleRow, ThroughputRow
+from kvscope.results.run_schema import RunInfo
+from kvscope.results.schema import FootprintRow, MaxContextRow, SampleRow, ThroughputRow
 
 RUN_FILE = "run.json"
 SAMPLES_FILE = "samples.jsonl"

@@ -15,7 +15,7 @@ from kvscope.harness.passes.facts import ModelFacts
 from kvscope.harness.passes.plan_text import forecast_tables, lengths_text
 from kvscope.harness.passes.progress import Progress
 from kvscope.results.continuing import recorded_tasks, without_hash
-from kvscope.results.schema import ExcludedType, PlannedCell, RunInfo
+from kvscope.results.run_schema import ExcludedType, PlannedCell, RunInfo
 from kvscope.specs import Spec
 from kvscope.units import format_bytes, format_length
 

@@ -7,7 +7,8 @@ from kvscope.harness.passes.config import RunConfig
 from kvscope.harness.passes.device_budget import CONTEXT_BYTES
 from kvscope.harness.passes.facts import ModelFacts
 from kvscope.harness.passes.memory import free_device_bytes
-from kvscope.results.schema import Forecast, PlannedCell
+from kvscope.results.run_schema import PlannedCell
+from kvscope.results.schema import Forecast
 from kvscope.units import format_bytes
 
 if TYPE_CHECKING:

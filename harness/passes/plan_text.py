@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from tabulate import tabulate
 
-from kvscope.results.schema import PlannedCell
+from kvscope.results.run_schema import PlannedCell
 from kvscope.units import format_length
 
 MIB = 1024**2

@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kvscope.errors import UsageError
-from kvscope.results.schema import ExcludedType
+from kvscope.results.run_schema import ExcludedType
 
 EXCLUDED_FILE = "excluded_types.json"
 LEAST_PERCENT = 60.0

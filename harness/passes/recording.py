@@ -11,7 +11,7 @@ from kvscope.harness.passes.base import Plan
 from kvscope.harness.passes.environment import capture_environment
 from kvscope.harness.passes.task_names import recorded_task
 from kvscope.results.rowfile import first_problem
-from kvscope.results.schema import MethodInfo, RunInfo
+from kvscope.results.run_schema import MethodInfo, RunInfo
 
 
 def run_info(plan: Plan) -> RunInfo:

@@ -20,7 +20,8 @@ from kvscope.reports.families import families, family_note, family_styles
 from kvscope.reports.figure_parts import ReportFigure, SkippedFigure
 from kvscope.reports.theme import COLORS, DENSE_COLOR, figure_names, method_styles, short_lines
 from kvscope.results.frames import make_run
-from kvscope.results.schema import MethodInfo, ResidencyRecord, SampleRow
+from kvscope.results.run_schema import MethodInfo
+from kvscope.results.schema import ResidencyRecord, SampleRow
 
 NAMES = [
     "accuracy_against_memory",

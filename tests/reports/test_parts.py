@@ -14,7 +14,8 @@ from kvscope.reports.summary import summary_text
 from kvscope.reports.tables import all_tables
 from kvscope.results.frames import Run, make_run
 from kvscope.results.packed import Rows, write_packed
-from kvscope.results.schema import CutCell, RunPart, SampleRow
+from kvscope.results.run_schema import CutCell, RunPart
+from kvscope.results.schema import SampleRow
 
 TASKS = ("niah_single_1", "niah_multikey_2", "cwe")
 LENGTHS = (1 * K, 4 * K, 16 * K)

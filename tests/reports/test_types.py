@@ -13,7 +13,7 @@ from kvscope.reports.tables import all_tables
 from kvscope.reports.tables_types import type_cells
 from kvscope.results.comparisons import compare_methods
 from kvscope.results.frames import Run, make_run
-from kvscope.results.schema import ExcludedType
+from kvscope.results.run_schema import ExcludedType
 
 NAME = "hops_3 of long_qa counts in no pooled score: dense answers 41 % of it on training seeds (n=400)"
 

@@ -10,7 +10,8 @@ from kvscope.reports.coverage import coverage
 from kvscope.results.frames import make_run
 from kvscope.results.merge import Piece, merge_pieces
 from kvscope.results.packed import Rows
-from kvscope.results.schema import ResidencyRecord, RunInfo, SampleRow
+from kvscope.results.run_schema import RunInfo
+from kvscope.results.schema import ResidencyRecord, SampleRow
 
 SAMPLES, FOOTPRINTS, INFO = demo_rows()
 ONE, OTHER = INFO.lengths_tokens[0], INFO.lengths_tokens[-1]

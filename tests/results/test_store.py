@@ -13,7 +13,8 @@ from synthetic_rows import KINDS, Rows, demo_rows, footprint_row, sample_row
 
 from kvscope.errors import EnvironmentProblem, UsageError
 from kvscope.results.continuing import identity_differences
-from kvscope.results.schema import RunInfo, SampleRow
+from kvscope.results.run_schema import RunInfo
+from kvscope.results.schema import SampleRow
 from kvscope.results.store import RunStore
 
 

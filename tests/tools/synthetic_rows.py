@@ -10,7 +10,8 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from kvscope.results.schema import FootprintRow, MethodInfo, PlannedCell, RunInfo, SampleRow
+from kvscope.results.run_schema import MethodInfo, PlannedCell, RunInfo
+from kvscope.results.schema import FootprintRow, SampleRow
 
 K = 1024
 CPU_NVML_REASON = "no NVIDIA GPU on this machine (libnvidia-ml.so.1 not found)"
