@@ -17,8 +17,8 @@ from kvscope.methods.kernels.paged_decode.merge import merge_kernel
 from kvscope.methods.kernels.paged_decode.split import split_kernel
 
 _LOG2E = 1.4426950408889634
-_MIN_TILES = 4  # below this many tiles a program costs more than it hides
-_MERGE_ROWS = 64
+MIN_TILES = 4  # below this many tiles a program costs more than it hides
+MERGE_ROWS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ def paged_decode(
         "G": G,
         "D": D,
         "D_PAD": D_PAD,
-        "MIN_TILES": _MIN_TILES,
+        "MIN_TILES": MIN_TILES,
         "DEPENDENT": dependent,
         **({"launch_pdl": True} if dependent else {}),
     }
@@ -95,7 +95,7 @@ def paged_decode(
         tile_tokens = tile_size(store, tuning)
         # No more programs than the capacity could ever keep busy: short contexts launch small grids.
         most_tiles = B * H * -(-store.capacity_tokens // tile_tokens)
-        programs = max(1, min(n_programs, -(-most_tiles // _MIN_TILES)))
+        programs = max(1, min(n_programs, -(-most_tiles // MIN_TILES)))
         n_partials = (B * H + programs) * G
         out = torch.empty((n_partials, D), dtype=torch.float32, device=device)
         lse = torch.empty((n_partials,), dtype=torch.float32, device=device)
@@ -154,7 +154,7 @@ def paged_decode(
     ]
     # As many as an even split leaves of a row: more would be masked out, fewer take a second round.
     most_programs = max(programs for *_, programs, _ in parts)
-    merge_rows = min(_MERGE_ROWS, triton.next_power_of_2(-(-most_programs // (B * H)) + 2))
+    merge_rows = min(MERGE_ROWS, triton.next_power_of_2(-(-most_programs // (B * H)) + 2))
     merge_kernel[(B * Q,)](
         result,
         result_lse,

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kvscope.methods.kernels.paged_decode.work import begin_of, share_of_work
+from kvscope.methods.kernels.paged_decode.work import begin_of, counts_of, share_of_work
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -36,21 +36,17 @@ def _partials_of(
 ):
     """Return the first and the last program with a partial result of a row in one store; where there is none, the first
     is the greater."""
-    _n, tiles_of, ends, total, used = share_of_work(
-        lengths_ptr,
-        n_tokens,
-        capacity,
-        n_counts,
-        rows_each,
-        stride_lb,
-        stride_lh,
-        n_kv_heads,
-        n_programs,
-        COUNTS,
-        N,
-        MIN_TILES,
-        DEVICE_LENGTHS,
+    n_of = counts_of(
+        lengths_ptr, n_tokens, capacity, n_counts, rows_each, stride_lb, stride_lh, n_kv_heads, COUNTS, DEVICE_LENGTHS
     )
+    tiles_of, ends, total, used = share_of_work(n_of, n_counts, rows_each, n_programs, N, MIN_TILES)
+    return partials_of_row(row, tiles_of, ends, total, used, rows_each, COUNTS)
+
+
+@triton.jit
+def partials_of_row(row, tiles_of, ends, total, used, rows_each, COUNTS: tl.constexpr):
+    """Return the first and the last program with a partial result of a row; where there is none, the first is the
+    greater."""
     n_tiles, row_begin = begin_of(row, tiles_of, ends, rows_each, COUNTS)
     # Program p begins at tile floor(p * total / used); the last one that begins at or before a tile holds it.
     row_begin = row_begin.to(tl.int64)
@@ -61,7 +57,7 @@ def _partials_of(
 
 
 @triton.jit
-def _gather_partials(
+def gather_partials(
     top,
     weight_sum,
     acc,
@@ -94,6 +90,21 @@ def _gather_partials(
         acc = acc * fade + tl.sum(part * weights[:, None], 0)
         top = new_top
     return top, weight_sum, acc
+
+
+@triton.jit
+def finish(top, weight_sum, acc, sink_ptr, query_head, HAS_SINK: tl.constexpr):
+    """Return the output and the natural log-sum-exp of a running softmax, with the head's sink logit if there is one."""
+    if HAS_SINK:
+        sink = tl.load(sink_ptr + query_head).to(tl.float32) * LOG2E
+        new_top = tl.maximum(top, sink)
+        fade = tl.exp2(top - new_top)
+        weight_sum = weight_sum * fade + tl.exp2(sink - new_top)
+        acc = acc * fade
+        top = new_top
+    safe_sum = tl.where(weight_sum > 0, weight_sum, 1.0)
+    lse = tl.where(weight_sum > 0, (top + tl.log2(safe_sum)) * LN2, float("-inf"))
+    return acc / safe_sum, lse
 
 
 @triton.jit(do_not_specialize=_MERGE_VARY)
@@ -181,26 +192,18 @@ def merge_kernel(
         )
     if DEPENDENT:
         gdc_wait()
-    d = tl.arange(0, D_PAD)
     # A finite floor: where nothing was read at all, differences of -inf would be NaN.
     top = tl.full([], -1e30, tl.float32)
     weight_sum = tl.full([], 0.0, tl.float32)
     acc = tl.zeros([D_PAD], tl.float32)
-    top, weight_sum, acc = _gather_partials(
+    top, weight_sum, acc = gather_partials(
         top, weight_sum, acc, row, head, first_a, last_a, out_a, lse_a, G, D, D_PAD, MERGE_ROWS
     )
     if TWO_STORES:
-        top, weight_sum, acc = _gather_partials(
+        top, weight_sum, acc = gather_partials(
             top, weight_sum, acc, row, head, first_b, last_b, out_b, lse_b, G, D, D_PAD, MERGE_ROWS
         )
-    if HAS_SINK:
-        sink = tl.load(sink_ptr + query % (n_kv_heads * G)).to(tl.float32) * LOG2E
-        new_top = tl.maximum(top, sink)
-        fade = tl.exp2(top - new_top)
-        weight_sum = weight_sum * fade + tl.exp2(sink - new_top)
-        acc = acc * fade
-        top = new_top
-    safe_sum = tl.where(weight_sum > 0, weight_sum, 1.0)
-    lse = tl.where(weight_sum > 0, (top + tl.log2(safe_sum)) * LN2, float("-inf"))
+    out, lse = finish(top, weight_sum, acc, sink_ptr, query % (n_kv_heads * G), HAS_SINK)
+    d = tl.arange(0, D_PAD)
     tl.store(result_lse_ptr + query, lse)
-    tl.store(result_ptr + query.to(tl.int64) * D + d, (acc / safe_sum).to(result_ptr.dtype.element_ty), mask=d < D)
+    tl.store(result_ptr + query.to(tl.int64) * D + d, out.to(result_ptr.dtype.element_ty), mask=d < D)

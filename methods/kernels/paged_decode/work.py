@@ -9,7 +9,7 @@ import triton.language as tl
 
 
 @triton.jit
-def share_of_work(
+def counts_of(
     lengths,
     n_tokens,
     capacity,
@@ -18,18 +18,10 @@ def share_of_work(
     stride_lb,
     stride_lh,
     n_kv_heads,
-    n_programs,
     COUNTS: tl.constexpr,
-    N: tl.constexpr,
-    MIN_TILES: tl.constexpr,
     DEVICE_LENGTHS: tl.constexpr,
 ):
-    """Return, for every count of tokens, the count, its tiles and where its rows' tiles end on the line of all; and the
-    length of that line, and how many programs share it.
-
-    A row is a sequence and KV head; ``rows_each`` rows in turn have one count. Both kernels derive the split from this
-    alone, so nothing of it passes through memory.
-    """
+    """Return the counts of tokens of one store, one for ``rows_each`` rows in turn; a row is a sequence and KV head."""
     count = tl.arange(0, COUNTS)
     if DEVICE_LENGTHS:
         row = count * rows_each
@@ -38,6 +30,16 @@ def share_of_work(
         n = tl.minimum(tl.maximum(n, 0), capacity)
     else:
         n = tl.where(count < n_counts, n_tokens, 0)
+    return n
+
+
+@triton.jit
+def share_of_work(n, n_counts, rows_each, n_programs, N: tl.constexpr, MIN_TILES: tl.constexpr):
+    """Return, for every count of tokens, its tiles and where its rows' tiles end on the line of all; and the length of
+    that line, and how many programs share it.
+
+    Both kernels derive the split from the counts alone, so nothing of it passes through memory.
+    """
     tiles = (n + N - 1) // N
     ends = tl.cumsum(tiles * rows_each, 0)
     total = tl.sum(tiles * rows_each, 0)
@@ -46,7 +48,7 @@ def share_of_work(
     n_rows = n_counts * rows_each
     equal = tl.max(tiles, 0) * n_rows == total
     used = tl.where(equal & (used >= n_rows) & (used * 15 <= n_rows * 16), n_rows, used)
-    return n, tiles, ends, total, used
+    return tiles, ends, total, used
 
 
 @triton.jit

@@ -125,7 +125,7 @@ def test_about_as_many_equal_rows_as_programs_are_not_split(n_rows, whole, monke
     q = randn(n_rows, 2, 1, 64, seed=54)
     found, _ = check(q, [PagedKV(pages=pages, n_tokens=n, page_table=slots)], tuning=tuning)
     # One program reads a row in the order of its tokens, whatever the others do.
-    monkeypatch.setattr(kernel, "_MIN_TILES", 8)
+    monkeypatch.setattr(kernel, "MIN_TILES", 8)
     alone = []
     for i in range(n_rows):
         store = PagedKV(pages=pages, n_tokens=n[i : i + 1], page_table=slots[i : i + 1])

@@ -1,0 +1,227 @@
+"""Decode attention of many sequences in one launch, each with pages, tables and counts of its own.
+
+``kernel.paged_decode`` takes one tensor of pages for all sequences; here every sequence keeps its own, so that each is
+freed by itself. Where they are is written into a table on the device once; the step that is captured reads it.
+
+Shapes: B sequences, X stores a sequence (one or two), Q query heads, H KV heads, D head size, P tokens a page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from kvscope.methods.kernels.grid import launches_dependents, n_sms
+from kvscope.methods.kernels.paged_decode.inputs import MAX_STORES, PagedKV
+from kvscope.methods.kernels.paged_decode.kernel import DEFAULT, MERGE_ROWS, MIN_TILES, Tuning, tile_size
+from kvscope.methods.kernels.paged_decode.rows_kernel import (
+    CAPACITY,
+    COUNT,
+    COUNT_STRIDE,
+    FIELDS,
+    HAS_TABLE_KIND,
+    HAS_TOKENS_KIND,
+    KINDS,
+    OFFSET,
+    PAGE_TOKENS,
+    PAGES,
+    SLOT,
+    TABLE,
+    TABLE_STRIDE,
+    TOKENS,
+    TOKENS_STRIDE,
+    append_rows_kernel,
+    merge_rows_kernel,
+    split_rows_kernel,
+)
+
+_LOG2E = 1.4426950408889634
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenPlace:
+    """Where a step's token goes, known to the device.
+
+    Attributes:
+        pages: [S, H, 2, P, D].
+        slot_1, offset_1: its page and its place in it, int32 [1].
+    """
+
+    pages: torch.Tensor
+    slot_1: torch.Tensor
+    offset_1: torch.Tensor
+
+
+class RowTable:
+    """One layer's stores of every sequence of a step.
+
+    Tables, token lists and counts are read when the kernels run, so that a captured step replays with what was written
+    into them since. The tensors themselves are held: they cannot be freed while the table names them.
+    """
+
+    def __init__(
+        self, stores: Sequence[Sequence[PagedKV]], places: Sequence[TokenPlace], *, tuning: Tuning = DEFAULT
+    ) -> None:
+        """Write the table.
+
+        Args:
+            stores: of each sequence one or two, each of one sequence: indices begin with [1, ...] and are int32.
+            places: where each sequence's token goes: into the pages of its first store.
+
+        Raises:
+            ValueError: shapes, dtypes or devices that do not fit.
+        """
+        _check(stores, places)
+        pages = stores[0][0].pages
+        self._held = (tuple(map(tuple, stores)), tuple(places))
+        self._tuning, self._n = tuning, len(stores)
+        self._two = any(len(each) == MAX_STORES for each in stores)
+        self._H, self._D = pages.shape[1], pages.shape[4]
+        device = pages.device
+        self._anchor = pages.new_zeros(16)
+        self._ints = torch.zeros(16, dtype=torch.int32, device=device)  # the first is a count of no tokens
+        self._counts: list[torch.Tensor] = []
+        rows = [self._fields(each[0], place) for each, place in zip(stores, places, strict=True)]
+        if self._two:
+            rows += [self._fields(each[1], None) if len(each) == MAX_STORES else _no_store() for each in stores]
+        self._table = torch.tensor(rows, dtype=torch.int64, device=device)
+        flat = [store for each in stores for store in each]
+        self._has_table = any(store.page_table is not None for store in flat)
+        self._has_tokens = any(store.tokens is not None for store in flat)
+        sizes = {store.pages.shape[3] for store in flat}
+        self._page_tokens = sizes.pop() if len(sizes) == 1 else 0
+        self._tile_tokens = min(tile_size(store, tuning) for store in flat)
+        shared = all(store.n_tokens.shape[1] == 1 for store in flat if isinstance(store.n_tokens, torch.Tensor))
+        self._rows_each = self._H if shared else 1
+        self._n_counts = len(rows) * self._H // self._rows_each
+        capacity = sum(-(-store.capacity_tokens // self._tile_tokens) for store in flat) * self._H
+        most = tuning.programs_per_sm * n_sms(device)
+        self._programs = max(1, min(most, -(-capacity // MIN_TILES)))
+
+    def _fields(self, store: PagedKV, place: TokenPlace | None) -> list[int]:
+        row = [0] * FIELDS
+        row[PAGES] = _distance(store.pages, self._anchor)
+        row[PAGE_TOKENS], row[CAPACITY] = store.pages.shape[3], store.capacity_tokens
+        count = store.n_tokens
+        if isinstance(count, int):
+            count = torch.full((1, 1), count, dtype=torch.int32, device=store.pages.device)
+            self._counts.append(count)
+        row[COUNT], row[COUNT_STRIDE] = _distance(count, self._ints), _head_stride(count)
+        if store.page_table is not None:
+            row[KINDS] |= HAS_TABLE_KIND
+            row[TABLE] = _distance(store.page_table, self._ints)
+            row[TABLE_STRIDE] = _head_stride(store.page_table)
+        if store.tokens is not None:
+            row[KINDS] |= HAS_TOKENS_KIND
+            row[TOKENS], row[TOKENS_STRIDE] = _distance(store.tokens, self._ints), _head_stride(store.tokens)
+        if place is not None:
+            row[SLOT], row[OFFSET] = _distance(place.slot_1, self._ints), _distance(place.offset_1, self._ints)
+        return row
+
+    def append(self, k_BH1D: torch.Tensor, v_BH1D: torch.Tensor) -> None:
+        """Store the step's token of every sequence."""
+        if k_BH1D.stride(3) != 1:
+            k_BH1D = k_BH1D.contiguous()
+        if v_BH1D.stride(3) != 1:
+            v_BH1D = v_BH1D.contiguous()
+        append_rows_kernel[(self._n, self._H)](
+            k_BH1D, v_BH1D, self._anchor, self._ints, self._table, self._H,
+            k_BH1D.stride(0), k_BH1D.stride(1), v_BH1D.stride(0), v_BH1D.stride(1),
+            D=self._D, D_PAD=triton.next_power_of_2(self._D), num_warps=1,
+        )  # fmt: skip
+
+    def attend(
+        self,
+        q_BQ1D: torch.Tensor,
+        *,
+        scale: float,
+        softcap: float | None = None,
+        sink_logits: torch.Tensor | None = None,
+        turned_BQ1D: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend one query a sequence to its stores; arguments and result [B, Q, 1, D] as ``paged_decode``'s.
+
+        Args:
+            turned_BQ1D: the queries that second stores are read with, where they are not the same.
+
+        Raises:
+            ValueError: queries of another shape or dtype.
+        """
+        B, Q, _, D = q_BQ1D.shape
+        if B != self._n or D != self._D or Q % self._H or q_BQ1D.dtype != self._anchor.dtype:
+            raise ValueError(
+                f"queries {tuple(q_BQ1D.shape)} of {q_BQ1D.dtype} do not fit {self._n} sequences of {self._H} KV heads "
+                f"of {self._D} in {self._anchor.dtype}"
+            )
+        q_BQ1D = q_BQ1D.contiguous()
+        turned = q_BQ1D if turned_BQ1D is None or not self._two else turned_BQ1D.contiguous()
+        G, device = Q // self._H, q_BQ1D.device
+        dependent = launches_dependents(device)
+        common = {
+            "G": G,
+            "D": D,
+            "D_PAD": max(16, triton.next_power_of_2(D)),
+            "N": self._tile_tokens,
+            "COUNTS": max(2, triton.next_power_of_2(self._n_counts)),
+            "MIN_TILES": MIN_TILES,
+            "DEPENDENT": dependent,
+            **({"launch_pdl": True} if dependent else {}),
+        }
+        n_partials = (self._table.shape[0] * self._H + self._programs) * G
+        out = torch.empty((n_partials, D), dtype=torch.float32, device=device)
+        lse = torch.empty((n_partials,), dtype=torch.float32, device=device)
+        split_rows_kernel[(self._programs,)](
+            q_BQ1D, turned, self._anchor, self._ints, self._table, out, lse,
+            scale if softcap is not None else scale * _LOG2E, 1.0 if softcap is None else softcap,
+            self._n_counts, self._rows_each, self._H, B,
+            G_PAD=max(16, triton.next_power_of_2(G)), P=self._page_tokens, HAS_TABLE=self._has_table,
+            HAS_TOKENS=self._has_tokens, HAS_TURNED=turned is not q_BQ1D, HAS_SOFTCAP=softcap is not None,
+            PRECISION="ieee", num_warps=self._tuning.num_warps, num_stages=self._tuning.num_stages, **common,
+        )  # fmt: skip
+        result = torch.empty((B, Q, 1, D), dtype=q_BQ1D.dtype, device=device)
+        merge_rows = min(MERGE_ROWS, triton.next_power_of_2(-(-self._programs // (B * self._H)) + 2))
+        merge_rows_kernel[(B * Q,)](
+            result, result if sink_logits is None else sink_logits, out, lse, self._ints, self._table,
+            self._n_counts, self._rows_each, self._H, B, self._programs,
+            TWO_STORES=self._two, HAS_SINK=sink_logits is not None, MERGE_ROWS=merge_rows,
+            num_warps=4 if merge_rows > 8 else 1, **common,
+        )  # fmt: skip
+        return result
+
+
+def _no_store() -> list[int]:
+    """Return the row of a sequence without a second store: a count of no tokens."""
+    row = [0] * FIELDS
+    row[PAGE_TOKENS] = 1
+    return row
+
+
+def _distance(tensor: torch.Tensor, anchor: torch.Tensor) -> int:
+    """Return how far a tensor's first element is behind the anchor's, in elements."""
+    return (tensor.data_ptr() - anchor.data_ptr()) // anchor.element_size()
+
+
+def _head_stride(index: torch.Tensor) -> int:
+    return index.stride(1) if index.shape[1] > 1 else 0
+
+
+def _check(stores: Sequence[Sequence[PagedKV]], places: Sequence[TokenPlace]) -> None:
+    if not stores or len(stores) != len(places) or not all(1 <= len(each) <= MAX_STORES for each in stores):
+        raise ValueError(f"one place and one to {MAX_STORES} stores a sequence, at least one sequence")
+    first = stores[0][0].pages
+    for each in stores:
+        for store in each:
+            pages = store.pages
+            alike = pages.shape[1] == first.shape[1] and pages.shape[4] == first.shape[4]
+            if not alike or pages.dtype != first.dtype or pages.device != first.device or not pages.is_contiguous():
+                raise ValueError(f"pages {tuple(pages.shape)} of {pages.dtype} are unlike {tuple(first.shape)}")
+            for name, index in (("page_table", store.page_table), ("tokens", store.tokens), ("n_tokens", store.n_tokens)):
+                if not isinstance(index, torch.Tensor):
+                    continue
+                if index.dtype != torch.int32 or index.shape[0] != 1 or index.shape[1] not in (1, first.shape[1]):
+                    raise ValueError(f"{name} must be int32 of one sequence, got {index.dtype}, {tuple(index.shape)}")
+                if index.ndim == 3 and index.stride(2) != 1:
+                    raise ValueError(f"{name} must be contiguous in its last dimension")
