@@ -20,6 +20,8 @@ from kvscope.results.schema import SavingKind
 if TYPE_CHECKING:
     import torch
 
+    from kvscope.methods.step_batch import StepReads
+    from kvscope.methods.step_counters import StepCounters
     from kvscope.methods.store import PromptKV
 
 __all__ = [
@@ -138,11 +140,21 @@ class SequenceCache(ABC):
         """Return every reason why steps cannot run at fixed addresses, as a CUDA graph needs; empty when they can."""
         return ["the method's step depends on counts that only the host knows"]
 
-    def make_static(self) -> None:
+    def make_static(self, counters: StepCounters) -> None:
         """From here on, run steps at fixed addresses: ``begin_step`` writes what changes, ``attend`` changes nothing
         that Python knows, ``end_step`` counts. Call it before the first step, and not with ``static_reasons``.
+
+        Args:
+            counters: where what changes is written; the caller sends it to the device.
         """
         raise NotImplementedError
+
+    def step_reads(self, layer: int) -> StepReads | None:
+        """Return where a step of fixed addresses stores its token in a managed layer and what it reads there, so that
+        many sequences attend in one launch; None: the sequence attends by itself.
+        """
+        del layer
+        return None
 
     def begin_step(self) -> None:  # noqa: B027 - most methods choose at opening, or when attending
         """A token is about to be fed."""

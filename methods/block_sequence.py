@@ -3,19 +3,32 @@
 Shapes: Q query heads, H KV heads, D head size, N blocks, T tokens.
 """
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from kvscope.methods.attention import Partial, kernel_runs, merge_partials, paged_attention, stored_partial
-from kvscope.methods.base import AttentionCall, SequenceCache
+from kvscope.methods.attention import (
+    Partial,
+    kernel_runs,
+    merge_partials,
+    paged_attention,
+    stored_attention,
+    stored_partial,
+)
+from kvscope.methods.base import AttentionCall
 from kvscope.methods.block_budget import BlockPlan
 from kvscope.methods.block_query import Query, Reads, Scored, read_footprint
 from kvscope.methods.gather import Chosen, choose, chosen_store, gather_blocks, token_partial
 from kvscope.methods.kernels.dispatch import unsupported_block_scores
 from kvscope.methods.shape import Footprint, ModelShape
+from kvscope.methods.static_step import PagedSequence, write_token
+from kvscope.methods.step_batch import StepReads
 from kvscope.methods.store import PagePool, PromptKV
 from kvscope.methods.summaries import MetadataStore, Summary
+
+if TYPE_CHECKING:
+    from kvscope.methods.block_rows import ChoiceRows
+    from kvscope.methods.step_counters import StepCounters
 
 
 class BlockChooser(Protocol):
@@ -23,6 +36,15 @@ class BlockChooser(Protocol):
 
     @property
     def score_kernel(self) -> bool: ...
+
+    @property
+    def per_query_head(self) -> bool: ...
+
+    @property
+    def scores_room(self) -> bool: ...
+
+    @property
+    def one_choice(self) -> bool: ...
 
     def blocks(self, n_tokens: int) -> BlockPlan: ...
 
@@ -34,10 +56,12 @@ class BlockChooser(Protocol):
 
     def score(self, query: Query) -> Scored: ...
 
+    def layer_reads(self, shape: ModelShape, n_tokens: int, plan: BlockPlan) -> Reads: ...
+
     def predict(self, shape: ModelShape, n_tokens: int, n_new_tokens: int = 0) -> Footprint: ...
 
 
-class BlockSparseSequence(SequenceCache):
+class BlockSparseSequence(PagedSequence):
     """Every token in one pool of pages, summaries beside it; what a query reads is gathered into a small tensor."""
 
     def __init__(
@@ -52,6 +76,8 @@ class BlockSparseSequence(SequenceCache):
         self._store = method.open_store(prompt, device, reserve_tokens=reserve_tokens)
         self._reads: dict[int, Reads] = {}
         self._scored: torch.Tensor | None = None
+        self._last_tokens = prompt.n_tokens + reserve_tokens
+        self._choices: dict[int, tuple[ChoiceRows, int]] = {}
 
     @property
     def n_tokens(self) -> int:
@@ -61,7 +87,128 @@ class BlockSparseSequence(SequenceCache):
         if self._store is not None:
             self._store.observe(layer, hidden_BM)
 
+    # -- steps at fixed addresses
+
+    @property
+    def _appended(self) -> PagePool:
+        return self._pool
+
+    @property
+    def count_11(self) -> torch.Tensor:
+        assert self._step is not None
+        return self._step.count_11
+
+    @property
+    def plan(self) -> BlockPlan:
+        return self._plan
+
+    @property
+    def choice_key(self) -> object:
+        return (id(self._method), self._plan.block_tokens)
+
+    @property
+    def choice_heads(self) -> tuple[int, int]:
+        H = self.shape.n_kv_heads
+        if self._method.one_choice:
+            return 1, 1
+        return H, self.shape.n_q_heads // H if self._method.per_query_head else 1
+
+    def pages_of(self, layer: int) -> torch.Tensor:
+        return self._pool.pages[layer]
+
+    def static_reasons(self) -> list[str]:
+        reasons = super().static_reasons()
+        if self.device.type != "cuda":
+            reasons.append("a step that chooses blocks needs the kernels, which a GPU has")
+        if not self._method.scores_room:
+            reasons.append("the attention oracle weighs blocks against each other, which only the host counts")
+        if self._plan.reads_all(self.n_tokens + 1) != self._plan.reads_all(self._last_tokens):
+            reasons.append("the context outgrows what a query reads while it decodes")
+        return reasons
+
+    def make_static(self, counters: "StepCounters") -> None:
+        super().make_static(counters)
+        if self._store is not None:
+            self._store.make_static(self.count_11)
+
+    def step_reads(self, layer: int) -> StepReads | None:
+        if self._step is None:
+            return None
+        place = self._step.place_of(layer)
+        if not self._chooses(layer):
+            return StepReads(place=place, stores=(self._step.store(layer),))
+        return StepReads(place=place, chooser=self)
+
+    def room_scores(self, layer: int, call: AttentionCall) -> torch.Tensor:
+        pages, block = self._pool.pages[layer], self._plan.block_tokens
+        n_blocks = len(pages) * self.shape.page_tokens // block
+        query = Query(
+            q_HGD=call.query.view(self.shape.n_kv_heads, -1, self.shape.head_dim),
+            kept=None if self._store is None else self._store.before(layer, n_blocks),
+            pages=pages,
+            n_tokens=n_blocks * block + 1,
+            plan=self._plan,
+            call=call,
+        )
+        return self._method.score(query).scores_HGN
+
+    def chose(self, layer: int, choice: "ChoiceRows", row: int) -> None:
+        self._choices[layer] = (choice, row)
+
+    def begin_step(self) -> None:
+        if self._step is None:
+            return
+        if self._store is not None:
+            # A block that the last token filled is scored from this step on.
+            for layer in self._sparse:
+                self._store.appended(layer, self._pool.pages[layer], self.n_tokens)
+        self._step.place()
+
+    def end_step(self) -> None:
+        if self._step is None:
+            return
+        self._step.placed()
+        if self._store is not None:
+            self._store.end_step()
+
+    def _chooses(self, layer: int) -> bool:
+        return layer in self._sparse and not self._plan.reads_all(self._last_tokens)
+
+    def _attend_static(self, layer: int, call: AttentionCall) -> torch.Tensor:
+        """Attend as a batch of one."""
+        from kvscope.methods.block_rows import ChoiceRows
+
+        reads = self.step_reads(layer)
+        assert reads is not None
+        write_token(reads.place, call.key, call.value)
+        stores = reads.stores
+        if reads.chooser is not None:
+            if layer not in self._choices:
+                ChoiceRows([self], layer)
+            choice, _ = self._choices[layer]
+            choice.choose(call, [0])
+            stores = (choice.store(0),)
+        return stored_attention(call, stores)
+
+    def _static_reads(self) -> list[Reads]:
+        """Return what the last step read, layer by layer; before the first, what one would."""
+        found = []
+        for layer in self.shape.layers:
+            if not self._chooses(layer):
+                found.append(Reads(self.shape.n_kv_heads * self.n_tokens))
+                continue
+            reads = self._method.layer_reads(self.shape, self.n_tokens, self._plan)
+            if self._method.per_query_head and layer in self._choices:
+                choice, row = self._choices[layer]
+                reads = Reads(choice.read_R[row], reads.scan_bytes, reads.scan_flops)
+            found.append(reads)
+        return found
+
+    # -- steps as they come
+
     def attend(self, layer: int, call: AttentionCall) -> torch.Tensor:
+        if self._step is not None:
+            return self._attend_static(layer, call)
         self._pool.append(layer, call.key, call.value)
         pages, n_tokens = self._pool.pages[layer], self._pool.lengths[layer]
         H, D = self.shape.n_kv_heads, self.shape.head_dim
@@ -107,7 +254,10 @@ class BlockSparseSequence(SequenceCache):
         return part, n_read
 
     def scored(self) -> torch.Tensor | None:
-        return self._scored
+        if not self._choices:
+            return self._scored
+        found = [choice.checked_R[row] for choice, row in self._choices.values()]
+        return torch.stack(found).sum()
 
     def backends(self) -> tuple[str, ...]:
         method, shape = self._method, self.shape
@@ -123,7 +273,10 @@ class BlockSparseSequence(SequenceCache):
         return (f"torch: block scores ({'; '.join(reasons)})",) if reasons else ("triton: block_scores",)
 
     def managed_footprint(self) -> Footprint:
-        reads = [self._reads[layer] for layer in self.shape.layers if layer in self._reads]
+        if self._step is None:
+            reads = [self._reads[layer] for layer in self.shape.layers if layer in self._reads]
+        else:
+            reads = self._static_reads()
         metadata_bytes = 0 if self._store is None else self._store.n_bytes
         found = read_footprint(self.shape, reads, kv_bytes=self._pool.n_bytes, metadata_bytes=metadata_bytes)
         if reads:
@@ -139,6 +292,8 @@ class BlockSparseSequence(SequenceCache):
         )
 
     def close(self) -> None:
+        self._release_step()
+        self._choices.clear()
         self._pool.clear()
         self._reads.clear()
         if self._store is not None:

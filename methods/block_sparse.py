@@ -35,6 +35,9 @@ class BlockSparse(CacheMethod[ConfigT]):
     Class attributes:
         paper_block_tokens, paper_budget_tokens: the defaults of the paper, used from 32K tokens on.
         score_kernel: whether the ``block_scores`` kernels know its scores.
+        scores_room: whether scores of blocks behind the last token do no harm, so that a step of fixed addresses may
+            make them.
+        one_choice: whether one choice serves all KV heads.
         per_query_head: whether query heads choose alone, so that a KV head reads the union of its group's choices.
     """
 
@@ -43,6 +46,8 @@ class BlockSparse(CacheMethod[ConfigT]):
     paper_budget_tokens: ClassVar[int] = 2048
     score_kernel: ClassVar[bool] = True
     per_query_head: ClassVar[bool] = False
+    scores_room: bool = True
+    one_choice: bool = False
 
     def summary(self) -> Summary | None:
         """Return what is kept of each block's keys, or None."""

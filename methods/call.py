@@ -23,6 +23,10 @@ class Rotation(Protocol):
         """Return cosine and sine of a turn by ``n_tokens`` positions, new tensors of the same shapes every time."""
         ...
 
+    def angles_at(self, n_tokens_B1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return ``angles`` of B turns whose positions (int64) the device knows; ``back_by`` takes them for B queries."""
+        ...
+
     def back_by(self, q_BQ1D: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """``back``, by angles that are on the device already."""
         ...

@@ -12,6 +12,7 @@ from kvscope.methods.attention import paged_attention, stored_attention
 from kvscope.methods.base import AttentionCall, CacheMethod, SequenceCache
 from kvscope.methods.shape import Footprint, ModelShape
 from kvscope.methods.static_step import PagedSequence
+from kvscope.methods.step_batch import StepReads
 from kvscope.methods.store import PagePool, PromptKV, TokenRange
 
 ConfigT = TypeVar("ConfigT")
@@ -91,6 +92,12 @@ class ResidentSequence(PagedSequence):
             attention_flops_per_step=self.shape.attention_flops(self._n_resident),
         )
 
+    def step_reads(self, layer: int) -> StepReads | None:
+        if self._step is None:
+            return None
+        return StepReads(place=self._step.place_of(layer), stores=(self._step.store(layer),))
+
     def close(self) -> None:
+        self._release_step()
         self.pool.clear()
         super().close()

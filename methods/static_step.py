@@ -1,7 +1,8 @@
 """What a step of fixed addresses needs of a page pool: the place of the next token and the count, on the device.
 
 A step whose every address and shape is fixed can be captured in a CUDA graph and replayed. What changes from step to
-step is written into small tensors between replays; ``attend`` then changes nothing that Python knows.
+step is written into small tensors between replays (``step_counters``); ``attend`` then changes nothing that Python
+knows.
 
 Shapes: B batch (1), H KV heads, D head size, S slots (pages), P tokens a page.
 """
@@ -14,8 +15,9 @@ import torch
 
 from kvscope.methods.base import SequenceCache
 from kvscope.methods.kernels.dispatch import unsupported_decode
-from kvscope.methods.kernels.paged_decode.inputs import PagedKV
+from kvscope.methods.kernels.paged_decode.inputs import PagedKV, TokenPlace
 from kvscope.methods.shape import ModelShape
+from kvscope.methods.step_counters import StepCounters
 from kvscope.methods.store import PagePool
 
 
@@ -47,12 +49,17 @@ class PagedSequence(SequenceCache):
     def static_reasons(self) -> list[str]:
         return unsupported_step(self.shape, self.device, self._appended.dtype)
 
-    def make_static(self) -> None:
-        self._step = StepPages(self._appended, self.device)
+    def make_static(self, counters: StepCounters) -> None:
+        self._step = StepPages(self._appended, counters)
 
     @property
     def static_version(self) -> int:
         return 0 if self._step is None else self._step.version
+
+    def _release_step(self) -> None:
+        if self._step is not None:
+            self._step.release()
+            self._step = None
 
 
 class StepPages:
@@ -60,16 +67,16 @@ class StepPages:
 
     Attributes:
         version: changes when pages moved: what was captured before must be captured again.
+        count_11: tokens stored with the step's, int32 [1, 1].
     """
 
-    def __init__(self, pool: PagePool, device: torch.device) -> None:
+    def __init__(self, pool: PagePool, counters: StepCounters) -> None:
         self.version = 0
         self._pool = pool
         self._layers = pool.shape.layers
         self._page_tokens = pool.shape.page_tokens
-        self._count_11 = torch.zeros((1, 1), dtype=torch.int32, device=device)
-        self._slot_1 = torch.zeros(1, dtype=torch.long, device=device)
-        self._offset_1 = torch.zeros(1, dtype=torch.long, device=device)
+        self._count, self._slot, self._offset = (counters.take() for _ in range(3))
+        self.count_11 = self._count.device_1[None]
 
     def place(self, index: int | None = None) -> None:
         """Before a step: make room for its token and tell the device where that is.
@@ -83,10 +90,9 @@ class StepPages:
         if self._pool.reserve(n_stored):
             self.version += 1
         slot, offset = divmod(index, self._page_tokens)
-        # A scalar travels as an argument of the kernel: no transfer, and nothing waits.
-        self._slot_1.fill_(slot)
-        self._offset_1.fill_(offset)
-        self._count_11.fill_(n_stored)
+        self._slot.set(slot)
+        self._offset.set(offset)
+        self._count.set(n_stored)
 
     def placed(self) -> None:
         """After a step: its token is stored in every layer."""
@@ -95,15 +101,22 @@ class StepPages:
 
     def append(self, layer: int, k_BH1D: torch.Tensor, v_BH1D: torch.Tensor) -> None:
         """Store the step's token."""
-        write_token(self._pool.pages[layer], self._slot_1, self._offset_1, k_BH1D, v_BH1D)
+        write_token(self.place_of(layer), k_BH1D, v_BH1D)
+
+    def place_of(self, layer: int) -> TokenPlace:
+        """Return where the step's token goes."""
+        return TokenPlace(pages=self._pool.pages[layer], slot_1=self._slot.device_1, offset_1=self._offset.device_1)
 
     def store(self, layer: int) -> PagedKV:
         """Return what attention reads, the step's token included."""
-        return PagedKV(pages=self._pool.pages[layer], n_tokens=self._count_11)
+        return PagedKV(pages=self._pool.pages[layer], n_tokens=self.count_11)
+
+    def release(self) -> None:
+        """Give the counters back."""
+        for counter in (self._count, self._slot, self._offset):
+            counter.release()
 
 
-def write_token(
-    pages: torch.Tensor, slot_1: torch.Tensor, offset_1: torch.Tensor, k_BH1D: torch.Tensor, v_BH1D: torch.Tensor
-) -> None:
-    """Write one token's K and V into pages [S, H, 2, P, D] at a slot and an offset that the device knows."""
-    pages[slot_1, :, :, offset_1] = torch.stack((k_BH1D[:, :, 0], v_BH1D[:, :, 0]), 2)
+def write_token(place: TokenPlace, k_BH1D: torch.Tensor, v_BH1D: torch.Tensor) -> None:
+    """Write one token's K and V where the device knows."""
+    place.pages[place.slot_1, :, :, place.offset_1] = torch.stack((k_BH1D[:, :, 0], v_BH1D[:, :, 0]), 2)

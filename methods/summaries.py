@@ -73,6 +73,12 @@ class MetadataStore(ABC):
     def observe(self, layer: int, hidden_BM: torch.Tensor) -> None:  # noqa: B027 - most are made of keys
         """Take the current token's hidden state entering a layer, before its K and V are appended."""
 
+    def make_static(self, count_11: torch.Tensor) -> None:  # noqa: B027 - most are written between steps
+        """From here on, ``observe`` runs at fixed addresses, its place read from ``count_11``: tokens with the step's."""
+
+    def end_step(self) -> None:  # noqa: B027 - most are made of keys
+        """A step of fixed addresses has ended."""
+
     def appended(self, layer: int, pages: torch.Tensor, n_tokens: int) -> None:  # noqa: B027 - most: of keys alone
         """Take note that the layer's pages hold ``n_tokens`` now."""
 
@@ -130,10 +136,10 @@ class SummaryStore(MetadataStore):
         self._lengths = dict.fromkeys(layers, n_found)
 
     def appended(self, layer: int, pages: torch.Tensor, n_tokens: int) -> None:
-        """The same; a block that was just filled gets its summary."""
-        if n_tokens % self._block:
-            return
+        """The same; a block that was just filled gets its summary, once."""
         index = self._lengths[layer]
+        if n_tokens % self._block or index == n_tokens // self._block:
+            return
         old = self.summaries[layer]
         if index == old.shape[0]:
             self.summaries[layer] = torch.cat([old, old.new_zeros((1, *old.shape[1:]))])

@@ -21,10 +21,11 @@ from kvscope.errors import UsageError
 from kvscope.harness.engine.configs import text_config
 from kvscope.harness.engine.glue import cache_argument
 from kvscope.harness.engine.loaded import LoadedModel
-from kvscope.harness.engine.member import Member
+from kvscope.harness.engine.member import Rows
 from kvscope.harness.engine.oom import is_oom
 from kvscope.harness.engine.static_stock import unsupported_stock
 from kvscope.methods.base import SequenceCache
+from kvscope.methods.step_counters import StepCounters
 
 #: How a step ran, as rows say it; an eager one may give its reasons behind a colon.
 GRAPH, EAGER = "cuda graph", "eager"
@@ -75,15 +76,17 @@ class GraphStep:
             reasons.append(f"the device is {loaded.device.type}")
         return reasons + static_reasons(loaded, cache)
 
-    def __init__(self, loaded: LoadedModel, members: Sequence[Member], cache: Any) -> None:
+    def __init__(self, loaded: LoadedModel, rows: Rows, counters: StepCounters, cache: Any) -> None:
         """Prepare; nothing runs yet.
 
         Args:
-            members: static already.
+            rows: static already.
+            counters: of their steps.
             cache: what the model is called with.
         """
         self.captures, self.capture_s = 0, 0.0
-        self._model, self._members, self._cache = loaded.model, tuple(members), cache
+        self._rows, self._counters = rows, counters
+        self._model, self._members, self._cache = loaded.model, tuple(rows.members), cache
         size = (len(self._members), 1)
         self._tokens_n1 = torch.zeros(size, dtype=torch.long, device=loaded.device)
         self._positions_n1 = torch.zeros(size, dtype=torch.long, device=loaded.device)
@@ -108,13 +111,16 @@ class GraphStep:
             self._capture()
         self._replay()
         for member in self._members:
-            member.end_step()
+            if not member.rests:
+                member.end_step()
         assert self._logits_nV is not None
         return self._logits_nV
 
     def _begin(self) -> None:
         for member in self._members:
-            member.begin_step()
+            if not member.rests:
+                member.begin_step()
+        self._counters.send()
 
     def _static_versions(self) -> list[int]:
         return [member.cache.static_version for member in self._members]
@@ -133,6 +139,8 @@ class GraphStep:
             held_n1.copy_(torch.tensor(values)[:, None])
 
     def _forward(self) -> torch.Tensor:
+        if self._rows.batch is not None:
+            self._rows.batch.begin()
         out = self._model(
             input_ids=self._tokens_n1,
             position_ids=self._positions_n1,
@@ -151,6 +159,7 @@ class GraphStep:
         started_s = time.perf_counter()
         device = self._tokens_n1.device
         self.release()
+        self._rows.make_batch()
         memory = _memory_of(self._model)
         side = memory.stream
         side.wait_stream(torch.cuda.current_stream(device))

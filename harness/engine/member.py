@@ -5,7 +5,6 @@ Shapes: n sequences, Q query heads, H KV heads, D head size, M hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +14,8 @@ from kvscope.harness.engine.glue import EngineCache, EngineLayer, widened
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.static_stock import Rings
 from kvscope.methods.base import AttentionCall, CacheMethod, Rotation, SequenceCache
+from kvscope.methods.step_batch import StepBatch, StepReads
+from kvscope.methods.step_counters import StepCounters
 from kvscope.methods.store import PromptKV
 
 
@@ -27,6 +28,7 @@ class Member:
         method, prompt: what was opened.
         observed: layers whose entering hidden states the method wants at each step.
         is_fed: whether a token was fed.
+        rests: whether steps leave it as it is, though it has a row in them.
         open_s: seconds it took to open.
     """
 
@@ -35,7 +37,7 @@ class Member:
         self.method, self.prompt = method, prompt
         self.observed = frozenset(method.observed_layers(loaded.shape))
         self.is_fed, self.open_s = False, 0.0
-        self._has_begun = False
+        self.rests = self._has_begun = False
         self._open = partial(method.open, prompt, loaded.device, reserve_tokens=reserve_tokens)
         self.cache: SequenceCache = self._open()
         self._rings: Rings | None = None
@@ -45,10 +47,16 @@ class Member:
         """The position of the next token."""
         return self.cache.n_tokens
 
-    def make_static(self, dtype: torch.dtype) -> None:
+    def make_static(self, dtype: torch.dtype, counters: StepCounters) -> None:
         """Fix the addresses of the sequence's steps, those of the model's own sliding-window layers included."""
-        self.cache.make_static()
-        self._rings = Rings(self.cache, dtype)
+        self.cache.make_static(counters)
+        self._rings = Rings(self.cache, dtype, counters)
+
+    def step_reads(self, layer: int) -> StepReads | None:
+        """Return what a step does in a layer, where its addresses are fixed; None: the sequence attends by itself."""
+        if self._rings is not None and layer in self._rings.pages:
+            return self._rings.reads(layer)
+        return None if layer in self.cache.stock else self.cache.step_reads(layer)
 
     def reopen(self) -> None:
         """Open the prompt anew, as it was at first: addresses are not fixed, what was fed is gone."""
@@ -91,36 +99,59 @@ class Member:
         self.cache.close()
 
 
-class SessionLayer(EngineLayer):
-    """One layer of a session. The queries of all its sequences arrive here together, [n, Q, 1, D].
+class Rows:
+    """What the layers of a session share: its sequences, and how they attend together.
 
-    Each sequence attends by itself. One launch for all of them would stand in ``attend``.
+    Attributes:
+        members: the sequences, in the order of a step's rows; they come and go.
+        batch: of all of them while a step of fixed addresses runs; None: each attends by itself.
     """
 
-    def __init__(self, index: int, members: Sequence[Member], *, rotation: Rotation | None, managed: bool) -> None:
+    def __init__(self) -> None:
+        self.members: list[Member] = []
+        self.batch: StepBatch | None = None
+
+    def make_batch(self) -> None:
+        """Let all sequences attend together, where each can and there are several."""
+        self.batch = None
+        layers = range(self.members[0].cache.shape.n_layers)
+        if len(self.members) > 1 and all(
+            member.step_reads(layer) is not None for member in self.members for layer in layers
+        ):
+            self.batch = StepBatch(self.members)
+
+
+class SessionLayer(EngineLayer):
+    """One layer of a session. The queries of all its sequences arrive here together, [n, Q, 1, D]."""
+
+    def __init__(self, index: int, rows: Rows, *, rotation: Rotation | None, managed: bool) -> None:
         super().__init__(index)
         self.rotation = rotation
-        self._members, self._managed = members, managed
+        self._rows, self._managed = rows, managed
 
     def get_seq_length(self) -> int:
-        return max((member.n_tokens for member in self._members), default=0)
+        return max((member.n_tokens for member in self._rows.members), default=0)
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
         if self._managed:
             self._refuse_window(call)
-        if len(self._members) == 1:
-            return self._members[0].attend(self.index, call)
-        return torch.cat([member.attend(self.index, call.row(b)) for b, member in enumerate(self._members)])
+        members, batch = self._rows.members, self._rows.batch
+        if batch is not None:
+            k_width, v_width = call.key.shape[-1], call.value.shape[-1]
+            return batch.attend(self.index, call.over(call.key, widened(call.value, k_width)))[..., :v_width]
+        if len(members) == 1:
+            return members[0].attend(self.index, call)
+        return torch.cat([member.attend(self.index, call.row(b)) for b, member in enumerate(members)])
 
 
-def session_cache(loaded: LoadedModel, members: Sequence[Member]) -> EngineCache:
-    """Return the cache a model is called with for ``members``, which may come and go."""
+def session_cache(loaded: LoadedModel, rows: Rows) -> EngineCache:
+    """Return the cache a model is called with for the sequences of ``rows``."""
     managed = set(loaded.shape.layers)
     return EngineCache(
         [
             SessionLayer(
                 layer,
-                members,
+                rows,
                 rotation=loaded.rotations.get(layer) if layer in managed else None,
                 managed=layer in managed,
             )

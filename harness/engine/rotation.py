@@ -60,7 +60,11 @@ class RopeRotation:
 
     def angles(self, n_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cosine and sine of a turn by ``n_tokens`` positions, fp32."""
-        return self._tables(torch.tensor([[n_tokens]], device=self._device))
+        return self.angles_at(torch.tensor([[n_tokens]], device=self._device))
+
+    def angles_at(self, n_tokens_B1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same for B turns, of positions [B, 1] that the device knows."""
+        return self._tables(n_tokens_B1)
 
     def back_by(self, q_BQ1D: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Return the query turned back by ``angles``; the product is taken in fp32."""
@@ -101,6 +105,9 @@ class UnknownRotation:
         raise KvscopeError(f"The position encoding of layer {self._layer} cannot be undone.")
 
     def angles(self, n_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        raise KvscopeError(f"The position encoding of layer {self._layer} cannot be undone.")
+
+    def angles_at(self, n_tokens_B1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         raise KvscopeError(f"The position encoding of layer {self._layer} cannot be undone.")
 
     def back_by(self, q_BQ1D: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

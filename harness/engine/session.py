@@ -1,4 +1,4 @@
-"""Sequences that decode together: one forward of the model a step, attention sequence by sequence.
+"""Sequences that decode together: one forward of the model a step; where steps are graphs, one attention a layer.
 
 The weights are read once a step for all of them, as a server reads them; each sequence keeps and reads its own cache.
 Prompts, methods and positions may differ. Sequences come by ``add`` and leave by ``remove``, between any two steps. A
@@ -24,8 +24,9 @@ from kvscope.errors import UsageError
 from kvscope.harness.engine.decode_graph import EAGER, GraphStep, capture_failed, graph_demanded
 from kvscope.harness.engine.glue import cache_argument
 from kvscope.harness.engine.loaded import LoadedModel
-from kvscope.harness.engine.member import Member, session_cache
+from kvscope.harness.engine.member import Member, Rows, session_cache
 from kvscope.methods.base import CacheMethod, Footprint
+from kvscope.methods.step_counters import StepCounters
 from kvscope.methods.store import PromptKV
 from kvscope.results.schema import DecodeGraph
 
@@ -48,11 +49,13 @@ class Session:
         Args:
             decode_graph: ``auto`` captures the step in a CUDA graph where that can be done, ``on`` demands it.
         """
-        self.members: list[Member] = []
+        self._rows = Rows()
+        self.members = self._rows.members
         self.step_backend = EAGER
         self._loaded, self._asked = loaded, decode_graph
         self._is_static = decode_graph != "off"
-        self._cache = session_cache(loaded, self.members)
+        self._cache = session_cache(loaded, self._rows)
+        self._counters = StepCounters(loaded.device)
         self._hooks, self._hooked = ExitStack(), set[int]()
         self._in_turn = False
         self._step: GraphStep | None = None
@@ -120,6 +123,17 @@ class Session:
         self.members.remove(member)
         member.close()
 
+    @property
+    def captured(self) -> bool:
+        """Whether the step is a graph now: sequences that come or go cost another capture."""
+        return self._step is not None
+
+    def rest(self, member: Member) -> None:
+        """Leave a sequence as it is from here on: it keeps its row in captured steps, its token means nothing."""
+        if not self.captured:
+            raise ValueError("only a captured step has rows to spare: remove the sequence")
+        member.rests = True
+
     def close(self) -> None:
         """Close every sequence and take the hooks out of the model."""
         self._drop_step()
@@ -158,7 +172,7 @@ class Session:
         """
         if not self._is_static or self._step is not None or not self.members:
             return
-        step = self.graph_step(self._loaded, self.members, self._cache)
+        step = self.graph_step(self._loaded, self._rows, self._counters, self._cache)
         try:
             with self._turn():
                 step.prepare()
@@ -186,6 +200,7 @@ class Session:
         device = self._loaded.device
         for member in self.members:
             member.begin_step()
+        self._counters.send()
         own = self.members[0].cache.model_cache
         if not isinstance(tokens, torch.Tensor):
             tokens = torch.tensor(tokens, device=device)
@@ -229,7 +244,7 @@ class Session:
         """Fix a new sequence's addresses, here so that what it takes counts in how many fit; or note why not."""
         reasons = self.graph_step.reasons(self._loaded, member.cache)
         if not reasons:
-            member.make_static(self._loaded.dtype)
+            member.make_static(self._loaded.dtype, self._counters)
         elif self._asked == "on":
             raise graph_demanded(reasons, member.method.label)
         else:
@@ -248,6 +263,7 @@ class Session:
             self._captures, self._capture_s = self.captures, self.capture_s
             self._step.release()
             self._step = None
+        self._rows.batch = None
 
     # -- hidden states
 

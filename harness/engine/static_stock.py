@@ -14,9 +14,11 @@ import torch
 
 from kvscope.methods.attention import stored_attention
 from kvscope.methods.base import AttentionCall, SequenceCache
-from kvscope.methods.kernels.paged_decode.inputs import PagedKV
+from kvscope.methods.kernels.paged_decode.inputs import PagedKV, TokenPlace
 from kvscope.methods.shape import ModelShape
 from kvscope.methods.static_step import unsupported_step, write_token
+from kvscope.methods.step_batch import StepReads
+from kvscope.methods.step_counters import StepCounters
 
 
 def unsupported_stock(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> list[str]:
@@ -34,15 +36,13 @@ class Rings:
         pages: layer -> its ring [S, H, 2, P, D].
     """
 
-    def __init__(self, sequence: SequenceCache, dtype: torch.dtype) -> None:
+    def __init__(self, sequence: SequenceCache, dtype: torch.dtype, counters: StepCounters) -> None:
         """Take over the stock layers' tensors; the sequence's own hold the rings' memory afterwards."""
         shape = sequence.shape
         self._window = shape.sliding_window
         self._page_tokens = shape.page_tokens
         device = sequence.device
-        self._count_11 = torch.zeros((1, 1), dtype=torch.int32, device=device)
-        self._slot_1 = torch.zeros(1, dtype=torch.long, device=device)
-        self._offset_1 = torch.zeros(1, dtype=torch.long, device=device)
+        self._count, self._slot, self._offset = (counters.take() for _ in range(3))
         self.pages: dict[int, torch.Tensor] = {}
         for layer, state in sequence.stock.items():
             pages = self._filled(sequence.shape, state, dtype, device, n_tokens=sequence.n_tokens)
@@ -55,19 +55,29 @@ class Rings:
         if not self.pages:
             return
         slot, offset = divmod(position % self._window, self._page_tokens)
-        self._slot_1.fill_(slot)
-        self._offset_1.fill_(offset)
-        self._count_11.fill_(min(position + 1, self._window))
+        self._slot.set(slot)
+        self._offset.set(offset)
+        self._count.set(min(position + 1, self._window))
 
     def attend(self, layer: int, call: AttentionCall) -> torch.Tensor:
         """Store the step's token over the oldest, then attend to all there is. Returns [1, Q, 1, D]."""
+        reads = self.reads(layer)
+        write_token(reads.place, call.key, call.value)
+        return stored_attention(call, reads.stores)
+
+    def reads(self, layer: int) -> StepReads:
+        """Return where the step's token goes and what attention reads."""
         pages = self.pages[layer]
-        write_token(pages, self._slot_1, self._offset_1, call.key, call.value)
-        return stored_attention(call, [PagedKV(pages=pages, n_tokens=self._count_11)])
+        return StepReads(
+            place=TokenPlace(pages=pages, slot_1=self._slot.device_1, offset_1=self._offset.device_1),
+            stores=(PagedKV(pages=pages, n_tokens=self._count.device_1[None]),),
+        )
 
     def clear(self) -> None:
-        """Free the rings."""
+        """Free the rings, and give the counters back."""
         self.pages.clear()
+        for counter in (self._count, self._slot, self._offset):
+            counter.release()
 
     def _filled(
         self, shape: ModelShape, state: Any, dtype: torch.dtype, device: torch.device, *, n_tokens: int

@@ -66,6 +66,7 @@ class TokenKeyStore(MetadataStore):
         self._scales: dict[int, torch.Tensor] = {}
         self._lengths = dict.fromkeys(indexer.config.layers, n_tokens)
         self._queries: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._count_11: torch.Tensor | None = None
         for layer in indexer.config.layers:
             self._keys[layer] = torch.zeros((n_room, indexer.config.key_dim), dtype=KEY_DTYPE, device=device)
             self._scales[layer] = torch.zeros(n_room, device=device)
@@ -76,8 +77,18 @@ class TokenKeyStore(MetadataStore):
                 keys, scale = unpack(packed)
                 self._keys[layer][:n_tokens], self._scales[layer][:n_tokens] = keys.to(device), scale.to(device)
 
+    def make_static(self, count_11: torch.Tensor) -> None:
+        self._count_11 = count_11
+
+    def end_step(self) -> None:
+        for layer in self._lengths:
+            self._lengths[layer] += 1
+
     @torch.inference_mode()
     def observe(self, layer: int, hidden_BM: torch.Tensor) -> None:
+        if self._count_11 is not None:
+            self._observe_static(layer, hidden_BM, self._count_11)
+            return
         indexer, at = self._indexer.layer(layer), self._lengths[layer]
         if at == len(self._scales[layer]):
             self._keys[layer] = _grown(self._keys[layer], self._page_tokens)
@@ -88,7 +99,18 @@ class TokenKeyStore(MetadataStore):
         self._keys[layer][at], self._scales[layer][at] = keys[0], scale[0]
         self._lengths[layer] = at + 1
 
+    def _observe_static(self, layer: int, hidden_BM: torch.Tensor, count_11: torch.Tensor) -> None:
+        indexer, at_1 = self._indexer.layer(layer), count_11[0].long() - 1
+        q_XIE, weight_XI = indexer.queries(hidden_BM)
+        self._queries[layer] = q_XIE[0], weight_XI[0]
+        keys, scale = quantize(indexer.keys(hidden_BM))
+        # As bytes: an index of fp8 is not written everywhere.
+        self._keys[layer].view(torch.uint8).index_copy_(0, at_1, keys.view(torch.uint8))
+        self._scales[layer].index_copy_(0, at_1, scale)
+
     def before(self, layer: int, n_blocks: int) -> Index:
+        if self._count_11 is not None:
+            return Index(self._indexer.config, *self._queries[layer], self._keys[layer], self._scales[layer])
         assert self._lengths[layer] == n_blocks + 1, "the current token was observed before it is attended to"
         keys, scales = self._keys[layer][:n_blocks], self._scales[layer][:n_blocks]
         return Index(self._indexer.config, *self._queries[layer], keys, scales)

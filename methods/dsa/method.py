@@ -78,6 +78,7 @@ class DSA(BlockSparse[DSAConfig]):
     )
     paper_block_tokens = 1
     score_kernel = False
+    one_choice = True
     paper_options: ClassVar[dict[str, Any]] = {"budget_tokens": 2048}
     Config = DSAConfig
 
@@ -98,6 +99,11 @@ class DSA(BlockSparse[DSAConfig]):
     def oracle(self) -> bool:
         """Whether the model's own attention chooses."""
         return self.config.indexer == ORACLE
+
+    @property
+    def scores_room(self) -> bool:  # type: ignore[override]
+        """Whether keys behind the last token may be scored: not by the oracle, whose mass they would take."""
+        return not self.oracle
 
     @property
     def selection(self) -> str:

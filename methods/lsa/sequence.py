@@ -14,7 +14,9 @@ from kvscope.methods.lsa.pool import ChunkPool, Copier, Copy, Move
 from kvscope.methods.lsa.schedule import LsaSequence, Schedule
 from kvscope.methods.lsa.selection import Selector
 from kvscope.methods.shape import Footprint, tensor_bytes
-from kvscope.methods.static_step import StepPages, unsupported_step
+from kvscope.methods.static_step import StepPages, unsupported_step, write_token
+from kvscope.methods.step_batch import StepReads
+from kvscope.methods.step_counters import StepCounters
 from kvscope.methods.store import PagePool, PromptKV
 
 if TYPE_CHECKING:
@@ -73,10 +75,10 @@ class RecallingSequence(LsaSequence):
         reasons = unsupported_step(self.shape, self.device, self._static.dtype)
         return reasons + unsupported_slots(self._mirror, self._pools)
 
-    def make_static(self) -> None:
+    def make_static(self, counters: StepCounters) -> None:
         from kvscope.methods.lsa.slots import ChunkSlots
 
-        self._step = StepPages(self._static, self.device)
+        self._step = StepPages(self._static, counters)
         self._first_chosen = len(next(iter(self._pools.values())).ids)
         budgeted = self._selector.n_chosen is not None
         if self._layout.n_candidates and not (budgeted and not self._first_chosen):
@@ -97,11 +99,18 @@ class RecallingSequence(LsaSequence):
     def attend(self, layer: int, call: AttentionCall) -> torch.Tensor:
         if self._step is None:
             return super().attend(layer, call)
-        self._step.append(layer, call.key, call.value)
+        reads = self.step_reads(layer)
+        assert reads is not None
+        write_token(reads.place, call.key, call.value)
+        return stored_attention(call, reads.stores)
+
+    def step_reads(self, layer: int) -> StepReads | None:
+        if self._step is None:
+            return None
         stores = [self._step.store(layer)]
         if self._slots is not None:
             stores.append(self._slots.store(layer))
-        return stored_attention(call, stores)
+        return StepReads(place=self._step.place_of(layer), stores=tuple(stores))
 
     def begin_step(self) -> None:
         if self._step is None:
@@ -214,6 +223,8 @@ class RecallingSequence(LsaSequence):
         if self._slots is not None:
             self.settle()  # the record outlives the tensors
             self._slots.close()
+        if self._step is not None:
+            self._step.release()
         self._static.clear()
         for pool in self._pools.values():
             pool.clear()

@@ -13,6 +13,8 @@ from kvscope.methods.base import AttentionCall, Rotation
 from kvscope.methods.kernels.paged_decode.inputs import PagedKV
 from kvscope.methods.shape import Footprint
 from kvscope.methods.static_step import PagedSequence, StepPages
+from kvscope.methods.step_batch import StepReads
+from kvscope.methods.step_counters import Counter, StepCounters
 from kvscope.methods.store import PagePool, PromptKV
 
 
@@ -35,6 +37,7 @@ class StreamingSequence(PagedSequence):
         self._ring.load(prompt, [(prompt.n_tokens - n_kept, prompt.n_tokens)])
         self._oldest = dict.fromkeys(self.shape.layers, 0)
         self._angles: dict[Rotation, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._evicted: Counter | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -74,9 +77,23 @@ class StreamingSequence(PagedSequence):
         n_ring = min(self._ring.lengths[self.shape.layers[-1]] + 1, self._window)
         return self.n_tokens + 1 - self._sinks - n_ring
 
+    def make_static(self, counters: StepCounters) -> None:
+        super().make_static(counters)
+        self._evicted = counters.take()
+
+    def step_reads(self, layer: int) -> StepReads | None:
+        if self._step is None or self._evicted is None:
+            return None
+        place, ring = self._step.place_of(layer), self._step.store(layer)
+        if not self._sinks:
+            return StepReads(place=place, stores=(ring,))
+        sinks = PagedKV(pages=self._sink_pool.pages[layer], n_tokens=self._sinks)
+        return StepReads(place=place, stores=(ring, sinks), turn_1=self._evicted.device_1)
+
     def begin_step(self) -> None:
-        if self._step is None:
+        if self._step is None or self._evicted is None:
             return
+        self._evicted.set(self._n_evicted())
         self._step.place(self._oldest[self.shape.layers[-1]] if self._full else None)
         for rotation, held in self._angles.items():
             for tensor, new in zip(held, rotation.angles(self._n_evicted()), strict=True):
@@ -115,6 +132,10 @@ class StreamingSequence(PagedSequence):
         )
 
     def close(self) -> None:
+        if self._evicted is not None:
+            self._evicted.release()
+            self._evicted = None
+        self._release_step()
         self._angles.clear()
         self._sink_pool.clear()
         self._ring.clear()

@@ -4,6 +4,7 @@ from kvscope.harness.engine.decode_graph import EAGER, GraphStep, static_reasons
 from kvscope.harness.engine.session import Session
 
 UNCAPTURED = "uncaptured"
+TOGETHER = "together"
 
 
 class UncapturedStep(GraphStep):
@@ -23,14 +24,35 @@ class UncapturedStep(GraphStep):
         self._logits_nV = self._forward()
 
 
+class TogetherStep(UncapturedStep):
+    """The same, its sequences attending in one launch a layer, as on a GPU; elsewhere in Triton's interpreter."""
+
+    @classmethod
+    def reasons(cls, loaded, cache):
+        # Only kernels choose blocks at fixed addresses, and here they are interpreted.
+        return [reason for reason in static_reasons(loaded, cache) if "which a GPU has" not in reason]
+
+    def _capture(self):
+        self._rows.make_batch()
+        super()._capture()
+
+
 class UncapturedSession(Session):
     """A session whose steps have fixed addresses and are no graph."""
 
     graph_step = UncapturedStep
 
 
+class TogetherSession(Session):
+    """The same, in one launch a layer."""
+
+    graph_step = TogetherStep
+
+
 def new_session(loaded, decode_graph="off"):
-    """A session; ``uncaptured`` demands the step of a graph, and runs it as it is."""
+    """A session; ``uncaptured`` demands the step of a graph and runs it as it is, ``together`` in one launch a layer."""
+    if decode_graph == TOGETHER:
+        return TogetherSession(loaded, decode_graph="on")
     if decode_graph == UNCAPTURED:
         return UncapturedSession(loaded, decode_graph="on")
     return Session(loaded, decode_graph=decode_graph)

@@ -39,6 +39,20 @@ class PagedKV:
         return n_pages * self.pages.shape[3]
 
 
+@dataclass(frozen=True, kw_only=True)
+class TokenPlace:
+    """Where a step's token goes, known to the device.
+
+    Attributes:
+        pages: [S, H, 2, P, D].
+        slot_1, offset_1: its page and its place in it, int32 [1].
+    """
+
+    pages: torch.Tensor
+    slot_1: torch.Tensor
+    offset_1: torch.Tensor
+
+
 def check_inputs(q_BQ1D: torch.Tensor, stores: Sequence[PagedKV]) -> None:
     """Check shapes and devices.
 

@@ -94,7 +94,7 @@ def gather_partials(
 
 @triton.jit
 def finish(top, weight_sum, acc, sink_ptr, query_head, HAS_SINK: tl.constexpr):
-    """Return the output and the natural log-sum-exp of a running softmax, with the head's sink logit if there is one."""
+    """Return output and natural log-sum-exp of a running softmax, with the head's sink logit if there is one."""
     if HAS_SINK:
         sink = tl.load(sink_ptr + query_head).to(tl.float32) * LOG2E
         new_top = tl.maximum(top, sink)

@@ -9,13 +9,12 @@ Shapes: B sequences, X stores a sequence (one or two), Q query heads, H KV heads
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
 
 from kvscope.methods.kernels.grid import launches_dependents, n_sms
-from kvscope.methods.kernels.paged_decode.inputs import MAX_STORES, PagedKV
+from kvscope.methods.kernels.paged_decode.inputs import MAX_STORES, PagedKV, TokenPlace
 from kvscope.methods.kernels.paged_decode.kernel import DEFAULT, MERGE_ROWS, MIN_TILES, Tuning, tile_size
 from kvscope.methods.kernels.paged_decode.rows_kernel import (
     CAPACITY,
@@ -39,20 +38,6 @@ from kvscope.methods.kernels.paged_decode.rows_kernel import (
 )
 
 _LOG2E = 1.4426950408889634
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenPlace:
-    """Where a step's token goes, known to the device.
-
-    Attributes:
-        pages: [S, H, 2, P, D].
-        slot_1, offset_1: its page and its place in it, int32 [1].
-    """
-
-    pages: torch.Tensor
-    slot_1: torch.Tensor
-    offset_1: torch.Tensor
 
 
 class RowTable:
@@ -151,7 +136,7 @@ class RowTable:
             ValueError: queries of another shape or dtype.
         """
         B, Q, _, D = q_BQ1D.shape
-        if B != self._n or D != self._D or Q % self._H or q_BQ1D.dtype != self._anchor.dtype:
+        if self._n != B or D != self._D or Q % self._H or q_BQ1D.dtype != self._anchor.dtype:
             raise ValueError(
                 f"queries {tuple(q_BQ1D.shape)} of {q_BQ1D.dtype} do not fit {self._n} sequences of {self._H} KV heads "
                 f"of {self._D} in {self._anchor.dtype}"
@@ -218,7 +203,11 @@ def _check(stores: Sequence[Sequence[PagedKV]], places: Sequence[TokenPlace]) ->
             alike = pages.shape[1] == first.shape[1] and pages.shape[4] == first.shape[4]
             if not alike or pages.dtype != first.dtype or pages.device != first.device or not pages.is_contiguous():
                 raise ValueError(f"pages {tuple(pages.shape)} of {pages.dtype} are unlike {tuple(first.shape)}")
-            for name, index in (("page_table", store.page_table), ("tokens", store.tokens), ("n_tokens", store.n_tokens)):
+            for name, index in (
+                ("page_table", store.page_table),
+                ("tokens", store.tokens),
+                ("n_tokens", store.n_tokens),
+            ):
                 if not isinstance(index, torch.Tensor):
                     continue
                 if index.dtype != torch.int32 or index.shape[0] != 1 or index.shape[1] not in (1, first.shape[1]):

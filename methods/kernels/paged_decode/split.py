@@ -177,9 +177,7 @@ def attend_tiles(
         else:
             k = tl.load(head + at[:, None] + d[None, :], mask=keep, other=0.0)
             v = tl.load(head + P * D + at[:, None] + d[None, :], mask=keep, other=0.0)
-        slot, offset = _locate(
-            tile + 1, t, n, table, tokens, n_table, n_tokens, P, N, HAS_TABLE, HAS_TOKENS, IN_PAGE
-        )
+        slot, offset = _locate(tile + 1, t, n, table, tokens, n_table, n_tokens, P, N, HAS_TABLE, HAS_TOKENS, IN_PAGE)
 
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=tl.float32) * scale
         if HAS_SOFTCAP:

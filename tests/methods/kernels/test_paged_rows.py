@@ -7,10 +7,10 @@ import pytest
 import torch
 from kernel_tools import DEVICE, DTYPES, FP32_ERROR, generator, randn
 
-from kvscope.methods.kernels.paged_decode.inputs import PagedKV
+from kvscope.methods.kernels.paged_decode.inputs import PagedKV, TokenPlace
 from kvscope.methods.kernels.paged_decode.kernel import Tuning
 from kvscope.methods.kernels.paged_decode.reference import paged_decode_reference
-from kvscope.methods.kernels.paged_decode.rows import RowTable, TokenPlace
+from kvscope.methods.kernels.paged_decode.rows import RowTable
 
 SMALL_TILES = Tuning(tile_bytes=2048)
 
@@ -132,9 +132,7 @@ def test_counts_written_after_the_table_are_read():
     counts[1].fill_(1000)  # past the capacity: everything
     got = rows.attend(q, scale=0.2)
     for b, n in enumerate((70, 96)):
-        exact, _ = paged_decode_reference(
-            q[b : b + 1], [PagedKV(pages=stores[b][0].pages, n_tokens=n)], scale=0.2
-        )
+        exact, _ = paged_decode_reference(q[b : b + 1], [PagedKV(pages=stores[b][0].pages, n_tokens=n)], scale=0.2)
         assert (got[b : b + 1].double() - exact).abs().max() <= FP32_ERROR
 
 
@@ -154,6 +152,8 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="unlike"):
         RowTable([[store], [PagedKV(pages=pages.half(), n_tokens=3)]], [place(pages)] * 2)
     with pytest.raises(ValueError, match="int32 of one sequence"):
-        RowTable([[PagedKV(pages=pages, n_tokens=torch.ones((1, 1), dtype=torch.int64, device=DEVICE))]], [place(pages)])
+        RowTable(
+            [[PagedKV(pages=pages, n_tokens=torch.ones((1, 1), dtype=torch.int64, device=DEVICE))]], [place(pages)]
+        )
     with pytest.raises(ValueError, match="do not fit"):
         RowTable([[store]], [place(pages)]).attend(randn(2, 4, 1, 64, seed=1), scale=1.0)

@@ -1,0 +1,99 @@
+"""One launch a layer for sequences of every method: the tokens, choices, reads and bytes of each alone.
+
+On a CPU the kernels run in Triton's interpreter; on a GPU steps are captured.
+"""
+
+import pytest
+import torch
+from sessions import TOGETHER, new_session
+
+from kvscope.harness.engine.decode import decode
+from kvscope.harness.engine.models import load_model
+from kvscope.harness.engine.session import Session
+from kvscope.harness.engine.synthetic import synthetic_prompt
+from kvscope.methods.base import union_collectors
+from kvscope.methods.dsa import method as dsa
+from kvscope.methods.dsa.lightning import lightning_scores
+from kvscope.methods.registry import create_method
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SPECS = [
+    "dense",
+    "recency:budget_fraction=0.3",
+    "random:budget_fraction=0.6",
+    "sliding_window:sinks=4,window=64",
+    "quest:budget_tokens=96",
+    "moba:budget_tokens=128,block_tokens=32",
+    "msa:budget_tokens=128,block_tokens=32",
+    "dsa:selection=synthetic,budget_tokens=48",
+    "lsa:tau=2,budget_tokens=128,recency_tokens=32,selection=synthetic,chunk_tokens=32",
+]
+N_STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_model("preset:tiny", device=DEVICE, dtype="float32")
+
+
+def prompts_of(loaded, methods, lengths):
+    assert not [reason for method in methods for reason in method.unsupported(loaded.shape, loaded.device)]
+    collectors = [union_collectors(methods, loaded.shape.layers) for _ in lengths]
+    return [
+        synthetic_prompt(loaded, n_tokens, mirror=True, collectors=each, seed=n_tokens)
+        for n_tokens, each in zip(lengths, collectors, strict=True)
+    ]
+
+
+def together(loaded, pairs, *, n_steps=N_STEPS, first=5):
+    """Decode (method, prompt) pairs in one session; return tokens, last footprints and residencies of each."""
+    session = Session(loaded, decode_graph="on") if DEVICE == "cuda" else new_session(loaded, TOGETHER)
+    with session:
+        members = [session.add(method, prompt, reserve_tokens=n_steps) for method, prompt in pairs]
+        tokens_n = torch.full((len(pairs),), first, device=loaded.device)
+        rows, footprints = [], []
+        for _ in range(n_steps):
+            tokens_n = session.step(tokens_n).argmax(-1)
+            rows.append(tokens_n.tolist())
+            footprints.append([member.cache.footprint() for member in members])
+        assert session._rows.batch is not None
+        scored = [member.cache.scored() for member in members]
+        assert all(total is None or bool(total.isfinite()) for total in scored)
+        residencies = [member.cache.residency() for member in members]
+    ids = [list(column) for column in zip(*rows, strict=True)]
+    return ids, footprints, residencies
+
+
+def without_ties(q_XIE, k_TE, weight_XI):
+    scores = lightning_scores(q_XIE, k_TE, weight_XI)
+    return scores - 1e-5 * torch.arange(scores.shape[-1], device=scores.device)
+
+
+def test_every_method_and_two_prompts_in_one_step(tiny, monkeypatch):
+    # Keys that no index head likes score 0 alike; which of them a CPU's top-k takes depends on how many there are.
+    monkeypatch.setattr(dsa, "lightning_scores", without_ties)
+    methods = [create_method(spec) for spec in SPECS]
+    prompts = prompts_of(tiny, methods, (300, 331))
+    pairs = [(method, prompt) for prompt in prompts for method in methods]
+    ids, footprints, residencies = together(tiny, pairs)
+    for row, (method, prompt) in enumerate(pairs):
+        alone = decode(tiny, method, prompt, [5], max_new_tokens=N_STEPS, stop_at_eos=False)
+        assert ids[row] == alone.ids, method.label
+        last = footprints[-1][row]
+        if method.name != "lsa":  # a step of fixed addresses holds tables and spare slots
+            assert last == alone.footprint_last, method.label
+        read_bytes = [each[row].bytes_read_per_step for each in footprints]
+        assert sum(read_bytes) / N_STEPS == pytest.approx(alone.footprint_mean.bytes_read_per_step, abs=1), method.label
+        if alone.residency is not None:
+            assert residencies[row] == alone.residency
+    assert len({tuple(each) for each in ids}) > 4  # methods differ: what one reads reaches no other
+
+
+def test_a_block_that_fills_up_is_chosen_from_the_next_step_on(tiny):
+    methods = [create_method("quest:budget_tokens=64"), create_method("moba:budget_tokens=64,block_tokens=16")]
+    [prompt] = prompts_of(tiny, methods, (158,))
+    pairs = [(method, prompt) for method in methods]
+    ids, _, _ = together(tiny, pairs, n_steps=20)
+    for row, (method, _) in enumerate(pairs):
+        alone = decode(tiny, method, prompt, [5], max_new_tokens=20, stop_at_eos=False)
+        assert ids[row] == alone.ids, method.label
