@@ -24,7 +24,7 @@ class Rotation(Protocol):
         ...
 
     def angles_at(self, n_tokens_B1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return ``angles`` of B turns whose positions (int64) the device knows; ``back_by`` takes them for B queries."""
+        """Return ``angles`` of B turns, their positions (int64) on the device; ``back_by`` takes them for B queries."""
         ...
 
     def back_by(self, q_BQ1D: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

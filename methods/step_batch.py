@@ -1,4 +1,4 @@
-"""The attention of one step for many sequences whose addresses are fixed: a few launches a layer, however many there are.
+"""The attention of one step for many sequences at fixed addresses: a few launches a layer, however many there are.
 
 Shapes: B sequences, Q query heads, H KV heads, D head size.
 """

@@ -1,4 +1,4 @@
-"""Small numbers that change from step to step: written on the host, sent to the device in one copy for all sequences."""
+"""Small numbers that change from step to step: written on the host, sent to the device in one copy for all."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class TogetherSession(Session):
 
 
 def new_session(loaded, decode_graph="off"):
-    """A session; ``uncaptured`` demands the step of a graph and runs it as it is, ``together`` in one launch a layer."""
+    """A session; ``uncaptured`` demands a graph's step and runs it as it is, ``together`` in one launch a layer."""
     if decode_graph == TOGETHER:
         return TogetherSession(loaded, decode_graph="on")
     if decode_graph == UNCAPTURED:

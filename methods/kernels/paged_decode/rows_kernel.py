@@ -114,17 +114,18 @@ def split_rows_kernel(
         table = ints_ptr + tl.load(fields + _TABLE) + h * tl.load(fields + _TABLE_STRIDE)
         tokens = ints_ptr + tl.load(fields + _TOKENS) + h * tl.load(fields + _TOKENS_STRIDE)
         pages = tl.multiple_of(tl.load(fields + _PAGES), 16)
+        in_table, in_tokens = n * (kinds & 1), n * (kinds >> 1)
         if P == 0:
             page_tokens = tl.load(fields + _PAGE_TOKENS).to(tl.int32)
             top, weight_sum, acc = attend_tiles(
-                q, anchor_ptr + pages + h * (2 * page_tokens * D), table, tokens, n * (kinds & 1), n * (kinds >> 1), n, tile_begin,
+                q, anchor_ptr + pages + h * (2 * page_tokens * D), table, tokens, in_table, in_tokens, n, tile_begin,
                 tile_end, n_kv_heads, scale, softcap, page_tokens, G_PAD, D, D_PAD, N, HAS_TABLE, HAS_TOKENS, False,
                 HAS_SOFTCAP, PRECISION,
             )  # fmt: skip
         else:
             top, weight_sum, acc = attend_tiles(
-                q, anchor_ptr + pages + h * (2 * P * D), table, tokens, n * (kinds & 1), n * (kinds >> 1), n, tile_begin,
-                tile_end, n_kv_heads, scale, softcap, P, G_PAD, D, D_PAD, N, HAS_TABLE, HAS_TOKENS,
+                q, anchor_ptr + pages + h * (2 * P * D), table, tokens, in_table, in_tokens, n, tile_begin, tile_end,
+                n_kv_heads, scale, softcap, P, G_PAD, D, D_PAD, N, HAS_TABLE, HAS_TOKENS,
                 (P % N == 0) and not HAS_TOKENS, HAS_SOFTCAP, PRECISION,
             )  # fmt: skip
         safe_sum = tl.where(weight_sum > 0, weight_sum, 1.0)

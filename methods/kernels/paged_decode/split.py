@@ -154,9 +154,9 @@ def attend_tiles(
     """Attend one group of queries [G_PAD, D_PAD] to tiles of one row: return the greatest logit, the sum of the weights
     and the weighted values, in base 2.
 
-    ``head`` points to the KV head in the first page. ``n_table`` and ``n_tokens`` are ``n`` where this row has
-    the table or the list that ``HAS_TABLE`` and ``HAS_TOKENS`` say some row has, else 0. ``IN_PAGE``: a tile lies in one page, every row
-    reads runs of tokens.
+    ``head`` points to the KV head in the first page. ``n_table`` and ``n_tokens`` are ``n`` where this row has the
+    table or the list that ``HAS_TABLE`` and ``HAS_TOKENS`` say some row has, else 0. ``IN_PAGE``: a tile lies in one
+    page, and every row reads runs of tokens.
     """
     d = tl.arange(0, D_PAD)
     t = tl.arange(0, N)

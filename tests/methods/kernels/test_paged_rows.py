@@ -33,8 +33,7 @@ def table(H, S, n_slots, *, seed):
 
 
 def mixed(*, H, P, D, dtype, small=8):
-    """A sequence of every kind: a run, two stores, a table of each head, a list of tokens, counts of each head, nothing,
-    pages of another size."""
+    """A sequence of every kind: a run, two stores, a table or a list of each head, nothing, pages of another size."""
     pages = [randn(9, H, 2, P, D, seed=seed, dtype=dtype) for seed in range(8)]
     listed = torch.stack([torch.randperm(9 * P, generator=generator(h))[: 3 * P] for h in range(H)])[None]
     return [
