@@ -74,7 +74,7 @@ class MetadataStore(ABC):
         """Take the current token's hidden state entering a layer, before its K and V are appended."""
 
     def make_static(self, count_11: torch.Tensor) -> None:  # noqa: B027 - most are written between steps
-        """From here on, ``observe`` runs at fixed addresses; its place is before ``count_11``, tokens with the step's."""
+        """From here on, ``observe`` runs at fixed addresses; ``count_11`` are the tokens, the step's included."""
 
     def end_step(self) -> None:  # noqa: B027 - most are made of keys
         """A step of fixed addresses has ended."""
