@@ -98,11 +98,14 @@ class IndexerFiles(Generic[ConfigT, ModuleT]):
         raise UsageError(f"There is no indexer '{spec}': neither a folder nor a shipped name.{known}")
 
     def read_config(self, folder: Path) -> ConfigT:
-        """Read and check ``config.json``.
+        """Read and check ``config.json``; once, while the file stays as it is: every sequence asks for it.
 
         Raises:
             UsageError: unreadable, of another kind or format, or with values that make no sense.
         """
+        return _kept((self.kind, self.config_type), folder / CONFIG_FILE, lambda: self._read_config(folder))
+
+    def _read_config(self, folder: Path) -> ConfigT:
         path = folder / CONFIG_FILE
         try:
             values: dict[str, Any] = parse_json(read_regular(path, most_bytes=MOST_CONFIG_BYTES) or b"")
@@ -278,10 +281,38 @@ def first_line(error: Exception) -> str:
 
 def indexer_hash(folder: Path) -> str:
     """Return the first 12 hex digits of SHA-256 over configuration and weights: what a row names."""
-    digest = hashlib.sha256()
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        digest.update((folder / name).read_bytes())
-    return digest.hexdigest()[:12]
+
+    def digest() -> str:
+        found = hashlib.sha256()
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            found.update((folder / name).read_bytes())
+        return found.hexdigest()[:12]
+
+    return _kept(("hash", folder / CONFIG_FILE, _stamp(folder / CONFIG_FILE)), folder / WEIGHTS_FILE, digest)
+
+
+_ValueT = TypeVar("_ValueT")
+_values: dict[tuple[object, Path], tuple[object, Any]] = {}
+
+
+def _kept(what: object, path: Path, make: Callable[[], _ValueT]) -> _ValueT:
+    """Return what ``make`` reads of a file, made anew where the file is another than the last time."""
+    stamp = _stamp(path)
+    found = _values.get((what, path))
+    if found is not None and found[0] == stamp and stamp is not None:
+        return found[1]  # type: ignore[no-any-return]
+    value = make()
+    _values[what, path] = (stamp, value)
+    return value
+
+
+def _stamp(path: Path) -> object:
+    """Return what changes when a file is written; None where there is no such file."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def owner_mismatch(config: TrainedConfig, shape: ModelShape) -> str | None:
