@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
@@ -119,6 +119,8 @@ class Footprint:
         host_bytes: pinned host memory the method needs while decoding.
         bytes_read_per_step: bytes of K, V and metadata that attention of one decode step over this state reads.
         attention_flops_per_step: FLOPs of that step's attention and selection.
+        spare_kv_bytes, spare_metadata_bytes: of the bytes above, room that only steps at fixed addresses keep: slots
+            beyond what was chosen, and the tables that name them.
     """
 
     kv_bytes: int = 0
@@ -126,6 +128,8 @@ class Footprint:
     host_bytes: int = 0
     bytes_read_per_step: int = 0
     attention_flops_per_step: int = 0
+    spare_kv_bytes: int = 0
+    spare_metadata_bytes: int = 0
 
     def __add__(self, other: Footprint) -> Footprint:
         return Footprint(
@@ -134,6 +138,18 @@ class Footprint:
             host_bytes=self.host_bytes + other.host_bytes,
             bytes_read_per_step=self.bytes_read_per_step + other.bytes_read_per_step,
             attention_flops_per_step=self.attention_flops_per_step + other.attention_flops_per_step,
+            spare_kv_bytes=self.spare_kv_bytes + other.spare_kv_bytes,
+            spare_metadata_bytes=self.spare_metadata_bytes + other.spare_metadata_bytes,
+        )
+
+    def without_spare(self) -> Footprint:
+        """Return what the same sequence holds where its steps run as they come."""
+        return replace(
+            self,
+            kv_bytes=self.kv_bytes - self.spare_kv_bytes,
+            metadata_bytes=self.metadata_bytes - self.spare_metadata_bytes,
+            spare_kv_bytes=0,
+            spare_metadata_bytes=0,
         )
 
     @property
@@ -149,6 +165,8 @@ class Footprint:
             host_bytes=round(self.host_bytes / n),
             bytes_read_per_step=round(self.bytes_read_per_step / n),
             attention_flops_per_step=round(self.attention_flops_per_step / n),
+            spare_kv_bytes=round(self.spare_kv_bytes / n),
+            spare_metadata_bytes=round(self.spare_metadata_bytes / n),
         )
 
 

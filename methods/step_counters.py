@@ -7,10 +7,20 @@ import torch
 _BLOCK = 1024
 
 
-class StepCounters:
-    """The numbers of the sequences of a session, int32, at addresses on the device that stay."""
+#: Room beyond a choice whose size changes, as a share of it.
+SPARE_SHARE = 0.25
 
-    def __init__(self, device: torch.device) -> None:
+
+class StepCounters:
+    """The numbers of the sequences of a session, int32, at addresses on the device that stay.
+
+    Attributes:
+        spare_share: room that sequences keep beyond a choice whose size changes: one that outgrows it costs another
+            capture of the step.
+    """
+
+    def __init__(self, device: torch.device, *, spare_share: float = SPARE_SHARE) -> None:
+        self.spare_share = spare_share
         self._device = device
         self._blocks: list[_Block] = []
 

@@ -26,7 +26,7 @@ from kvscope.harness.engine.glue import cache_argument
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.member import Member, Rows, session_cache
 from kvscope.methods.base import CacheMethod, Footprint
-from kvscope.methods.step_counters import StepCounters
+from kvscope.methods.step_counters import SPARE_SHARE, StepCounters
 from kvscope.methods.store import PromptKV
 from kvscope.results.schema import DecodeGraph
 
@@ -43,11 +43,15 @@ class Session:
 
     graph_step: ClassVar[type[GraphStep]] = GraphStep
 
-    def __init__(self, loaded: LoadedModel, *, decode_graph: DecodeGraph = "off") -> None:
+    def __init__(
+        self, loaded: LoadedModel, *, decode_graph: DecodeGraph = "off", spare_share: float = SPARE_SHARE
+    ) -> None:
         """Begin with no sequence.
 
         Args:
             decode_graph: ``auto`` captures the step in a CUDA graph where that can be done, ``on`` demands it.
+            spare_share: as ``StepCounters``: more where many sequences share a captured step, and each would capture
+                it anew for all.
         """
         self._rows = Rows()
         self.members = self._rows.members
@@ -55,7 +59,7 @@ class Session:
         self._loaded, self._asked = loaded, decode_graph
         self._is_static = decode_graph != "off"
         self._cache = session_cache(loaded, self._rows)
-        self._counters = StepCounters(loaded.device)
+        self._counters = StepCounters(loaded.device, spare_share=spare_share)
         self._hooks, self._hooked = ExitStack(), set[int]()
         self._in_turn = False
         self._step: GraphStep | None = None

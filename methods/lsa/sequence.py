@@ -89,6 +89,7 @@ class RecallingSequence(LsaSequence):
                 budgeted=budgeted,
                 stale=self._schedule.stale,
                 fallback_ratio=self._schedule.fallback_ratio,
+                spare_share=counters.spare_share,
             )
 
     @property
@@ -207,7 +208,12 @@ class RecallingSequence(LsaSequence):
         static_tokens = self._static.lengths[self.shape.layers[-1]]
         if self._slots is not None:
             kv_bytes = self._static.n_bytes + self._slots.kv_bytes
-            tables = Footprint(metadata_bytes=self._slots.table_bytes)
+            table_bytes = self._slots.table_bytes
+            tables = Footprint(
+                metadata_bytes=table_bytes,
+                spare_metadata_bytes=table_bytes,
+                spare_kv_bytes=self._slots.spare_bytes,
+            )
             return self._reads(kv_bytes=kv_bytes, static_tokens=static_tokens) + tables
         slots = [pool.slots for pool in self._pools.values()]
         staged = [arrival.move.staged for arrival in self._arriving.values()]

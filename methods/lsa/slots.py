@@ -29,9 +29,6 @@ from kvscope.methods.lsa.pool import ChunkPool
 from kvscope.methods.lsa.selection import Selector
 from kvscope.methods.shape import tensor_bytes
 
-#: Room beyond the first choice where a threshold decides, so that not every larger choice needs another capture.
-_SPARE = 4
-
 
 @dataclass(frozen=True, kw_only=True)
 class _Choice:
@@ -88,6 +85,7 @@ class ChunkSlots:
         budgeted: bool,
         stale: bool,
         fallback_ratio: float | None,
+        spare_share: float,
     ) -> None:
         """Take over what the pools hold; they are empty afterwards.
 
@@ -98,6 +96,8 @@ class ChunkSlots:
             budgeted: whether every choice is as large as the first.
             stale: whether what a refresh chooses is read one interval later; spare slots for what arrives then.
             fallback_ratio: a choice of more than this share of the candidates becomes all of them.
+            spare_share: room beyond a choice that is not budgeted, as a share of it, so that not every larger choice
+                needs another capture.
         """
         first_pool = next(iter(pools.values()))
         self.version = self.fallbacks = 0
@@ -107,7 +107,8 @@ class ChunkSlots:
         self._per_chunk = first_pool.slots_per_chunk
         ids = first_pool.ids - layout.first
         n_held = len(ids)
-        self._set_capacity(n_held if budgeted else n_held + n_held // _SPARE)
+        self._spare_share = spare_share
+        self._set_capacity(n_held if budgeted else n_held + int(n_held * spare_share))
         self._move: dict[int, HostGather] = {}
         self.slots: dict[int, torch.Tensor] = {}
         for layer, pool in pools.items():
@@ -140,6 +141,14 @@ class ChunkSlots:
     def kv_bytes(self) -> int:
         """Bytes of the slots, spare ones included."""
         return tensor_bytes(self.slots.values())
+
+    @property
+    def spare_bytes(self) -> int:
+        """Bytes of slots beyond the chunks that are read or on their way. Waits for the device while some are."""
+        held = self.n_tokens // self._layout.chunk_tokens
+        if self._arriving is not None:
+            held += self.counts().missing[-1]
+        return self.kv_bytes - held * self.chunk_bytes * len(self.slots)
 
     @property
     def table_bytes(self) -> int:
@@ -266,7 +275,7 @@ class ChunkSlots:
 
     def _grow(self, n_chunks: int) -> None:
         """Make room for a larger choice; nothing is on its way now. Slots keep their numbers."""
-        self._set_capacity(n_chunks + n_chunks // _SPARE)
+        self._set_capacity(n_chunks + int(n_chunks * self._spare_share))
         for layer in list(self.slots):
             del self._move[layer]
             self._place_layer(layer, self.slots[layer])
