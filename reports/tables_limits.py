@@ -135,6 +135,9 @@ def _throughput_text(
         "tokens/s at batch 1": notes.doubted(measured(row["tokens_per_s_at_1"]), row["time_doubts"])
         if known and row["tokens_per_s_at_1"] is not None
         else notes.mark(why if not known else "not timed"),
+        "of its floor": f"{100 * row['floor_s'] / row['step_s']:.0f} %"
+        if known and row["floor_s"] is not None
+        else notes.mark(why if not known else "the row does not say"),
         "steps": (row["step_backend"] or "eager").partition(":")[0] if known else notes.mark(why),
         "selection": row["selection"],
     }

@@ -30,6 +30,9 @@ TIME_COLUMNS = frozenset(
         "step_p90_s",
         "tokens_per_s",
         "tokens_per_s_at_1",
+        "floor_s",
+        "copy_bytes_per_s",
+        "bus_bytes_per_s",
     }
 )
 """Columns of rows that are times, or made of them: two runs of one configuration differ in these."""

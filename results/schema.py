@@ -394,8 +394,9 @@ class ThroughputRow(_CellRow):
     """Tokens of each sequence's prompt."""
     backend: Text
     """Attention implementation that really ran."""
-    batching: Literal["batched_step"] = "batched_step"
-    """How the batch decodes: one forward of the model for all sequences, attention sequence by sequence."""
+    batching: Literal["batched_step", "one_launch"] = "batched_step"
+    """How the batch decodes: one forward of the model for all sequences; attention sequence by sequence or in one launch
+    a layer."""
     mirror: Literal["shared", "none"]
     """The sequences share one prompt: methods that recall have one host mirror between them, and each recalls its own
     chunks from it. `none`: nothing is recalled."""
@@ -409,6 +410,18 @@ class ThroughputRow(_CellRow):
     """Mean seconds of a step of the largest batch, refreshes of the resident set included."""
     tokens_per_s_at_1: Speed | None = None
     """The same with one sequence."""
+    floor_s: Seconds | None = None
+    """Least seconds of such a step: bytes of weights and of the ledger's reads over `copy_bytes_per_s`, and recalled
+    bytes over `bus_bytes_per_s`: added where a step waits for the recall, the longer where it runs behind. This and the
+    next four are null in rows of earlier versions."""
+    weights_read_bytes: Count | None = None
+    """Bytes of weights that a step reads: all but an embedding table that is no output projection, too."""
+    recalled_bytes_per_step: Count | None = None
+    """Bytes recalled from host memory, mean over the steps; the first filling is none of them."""
+    copy_bytes_per_s: Speed | None = None
+    """Bandwidth of a copy in the device's memory just before, bytes read and written."""
+    bus_bytes_per_s: Speed | None = None
+    """Bandwidth of a copy from pinned host memory just before; null without a bus."""
     step_p10_s: Seconds | None = None
     """10th percentile of the same steps; null in rows of earlier versions."""
     step_p90_s: Seconds | None = None

@@ -128,6 +128,11 @@ class Session:
         member.close()
 
     @property
+    def attends_together(self) -> bool:
+        """Whether the sequences attend in one launch a layer."""
+        return self._rows.batch is not None
+
+    @property
     def captured(self) -> bool:
         """Whether the step is a graph now: sequences that come or go cost another capture."""
         return self._step is not None

@@ -10,13 +10,14 @@ from __future__ import annotations
 import statistics
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from kvscope.harness.engine.finite import finite_tokens
 from kvscope.harness.engine.oom import is_oom
 from kvscope.harness.engine.session import Session
+from kvscope.harness.passes.floor import bus_bytes_per_s, copy_bytes_per_s, floor_s, weights_read_bytes
 from kvscope.harness.passes.job import ThroughputJob
 from kvscope.harness.passes.measurement import Measurement
 from kvscope.harness.passes.memory import PeakSampler
@@ -46,6 +47,11 @@ class ThroughputMeasurement(Measurement[ThroughputRow]):
         prompt_kv = self.prompt(loaded, method)
         self.enter("decode")
         load = host_load()
+        bandwidths = {
+            "copy_bytes_per_s": copy_bytes_per_s(loaded.device),
+            "bus_bytes_per_s": bus_bytes_per_s(loaded.device),
+        }
+        self.quiet_bytes()
         open_session = partial(Session, loaded, decode_graph=job.decode_graph)
         for _ in range(2):  # twice: kernels of a refresh compile when it first comes, which no warm-up reaches
             with open_session() as session:
@@ -58,10 +64,12 @@ class ThroughputMeasurement(Measurement[ThroughputRow]):
                 opened = self._open(session, batch, method=method, prompt_kv=prompt_kv)
                 if opened < batch:
                     batch, bound = opened, self._device_bound()
+                filled_bytes = session.bytes_recalled()
                 try:
                     step_s, peak_nvml_bytes = self._decode(session)
                     footprint = session.footprint()
                     recalled_bytes, step_backend = session.bytes_recalled(), session.step_backend
+                    one_launch = session.attends_together
                 except Exception as error:
                     if not is_oom(error) or batch <= 1:
                         raise
@@ -79,6 +87,10 @@ class ThroughputMeasurement(Measurement[ThroughputRow]):
             alone_s=alone_s,
             footprint=footprint,
             recalled_bytes=recalled_bytes,
+            recalled_bytes_per_step=(recalled_bytes - filled_bytes) // job.decode_tokens,
+            bandwidths=bandwidths,
+            recalls_behind=getattr(method.config, "refresh", None) == "stale1",
+            batching="one_launch" if one_launch else "batched_step",
             step_backend=step_backend,
             peak_nvml_bytes=peak_nvml_bytes,
             load=load,
@@ -127,15 +139,30 @@ class ThroughputMeasurement(Measurement[ThroughputRow]):
         alone_s: list[float],
         footprint: Footprint,
         recalled_bytes: int,
+        recalled_bytes_per_step: int,
+        bandwidths: dict[str, Any],
+        recalls_behind: bool,
+        batching: Literal["batched_step", "one_launch"],
         step_backend: str,
         peak_nvml_bytes: int | None,
         load: dict[str, Any],
     ) -> ThroughputRow:
         job, mean_s = self.job, statistics.fmean(step_s)
         step_p10_s, step_p90_s = spread_s(step_s)
+        weights_bytes = weights_read_bytes(loaded)
         return ThroughputRow(
             **job.cell,
             **load,
+            **bandwidths,
+            batching=batching,
+            floor_s=floor_s(
+                weights_bytes + footprint.bytes_read_per_step,
+                recalled_bytes_per_step,
+                recalls_behind=recalls_behind,
+                **bandwidths,
+            ),
+            weights_read_bytes=weights_bytes,
+            recalled_bytes_per_step=recalled_bytes_per_step,
             status="ok",
             backend=self.backend,
             largest_batch=batch,

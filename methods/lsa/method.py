@@ -28,6 +28,7 @@ from kvscope.methods.lsa.selection import (
     NothingToChoose,
     Rule,
     Selector,
+    SyntheticSelector,
     metadata_bytes,
     refresh_bytes,
 )
@@ -39,6 +40,8 @@ from kvscope.units import Tokens
 DEFAULT_CHUNK_TOKENS = 64
 DEFAULT_TAU = 64
 ORACLE = "oracle"
+#: Share of the resident chunks that a refresh of the reference model's trained indexer replaces.
+TRAINED_CHURN = 0.11
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +73,8 @@ class LsaConfig:
             for this model and chunk size.
         selection: trained, or synthetic (an indexer of random weights: right bytes and times, meaningless accuracy).
         seed: of the synthetic indexer.
+        churn: with selection=synthetic, share of the resident chunks that a refresh replaces, between 0 and 1; none:
+            what the reference model's trained indexer was measured to replace (docs/measurement.md).
     """
 
     tau: int | None = None
@@ -86,6 +91,7 @@ class LsaConfig:
     indexer: str | None = None
     selection: str = "trained"
     seed: int = 0
+    churn: float | None = None
 
     def __post_init__(self) -> None:
         budgeted = self.budget_tokens is not None or self.budget_fraction is not None
@@ -128,6 +134,10 @@ class LsaConfig:
             raise ValueError(f"fallback_ratio must lie between 0 and 1, both excluded, got {self.fallback_ratio}")
         if self.selection == "synthetic" and self.indexer is not None:
             raise ValueError("selection=synthetic draws its own indexer, so indexer cannot be given")
+        if self.churn is not None and not 0 <= self.churn <= 1:
+            raise ValueError(f"churn must be between 0 and 1, got {self.churn}")
+        if self.churn is not None and self.selection != "synthetic":
+            raise ValueError("churn belongs to selection=synthetic: a trained indexer replaces what it chooses to")
         if self.selection == "synthetic" and not budgeted:
             raise ValueError(
                 "selection=synthetic needs a budget: the scores of random weights mean nothing to a threshold"
@@ -154,6 +164,7 @@ class Lsa(CacheMethod[LsaConfig]):
     def __init__(self, config: LsaConfig | None = None, *, label: str | None = None) -> None:
         super().__init__(config, label=label)
         chunk = f" for chunks of {self.config.chunk_tokens} tokens" if self.config.chunk_tokens else ""
+        self._n_opened = 0
         self._source = IndexerSource(
             FILES,
             spec=None if self.config.indexer == ORACLE else self.config.indexer,
@@ -369,6 +380,8 @@ class Lsa(CacheMethod[LsaConfig]):
             "selection": self.selection,
             "seed": config.seed,
         }
+        if config.selection == "synthetic":
+            values["churn"] = self._churn
         if self._source.shape is None and config.selection == "trained" and config.indexer is None:
             # Asked without a model, and the model decides which indexer there is: counts are those of 64 tokens.
             left = {name for name in ("tau", "chunk_tokens") if getattr(config, name) is None}
@@ -403,7 +416,7 @@ class Lsa(CacheMethod[LsaConfig]):
 
     def schedule(self, shape: ModelShape, selector: Selector) -> Schedule:
         """Return when this selector's choices are made and how they arrive."""
-        config = self._indexer_config(shape) if isinstance(selector, IndexerSelector) else None
+        config = self._indexer_config(shape) if isinstance(selector, IndexerSelector | SyntheticSelector) else None
         trained = config is not None and self.config.selection == "trained"
         return Schedule(
             tau=self.tau(),
@@ -423,15 +436,18 @@ class Lsa(CacheMethod[LsaConfig]):
         self._source.config(prompt.shape)
         indexer = self._source.module(device)
         width = indexer.config.lookback_tokens
-        return IndexerSelector(
-            indexer,
-            prompt,
-            device,
-            layout=layout,
-            rule=rule,
-            keys_name=self._keys_name(),
-            states_name=None if width == 1 else f"last_states_{width}",
+        states_name = None if width == 1 else f"last_states_{width}"
+        found = IndexerSelector(
+            indexer, prompt, device, layout=layout, rule=rule, keys_name=self._keys_name(), states_name=states_name
         )
+        if self.config.selection != "synthetic":
+            return found
+        self._n_opened += 1
+        return SyntheticSelector(found, churn=self._churn, seed=self.config.seed + self._n_opened)
+
+    @property
+    def _churn(self) -> float:
+        return TRAINED_CHURN if self.config.churn is None else self.config.churn
 
 
 def synthetic_layers(shape: ModelShape) -> tuple[int, ...]:

@@ -249,6 +249,69 @@ class IndexerSelector(Selector):
         self._threshold = None
 
 
+class SyntheticSelector(Selector):
+    """Scores as an indexer of random weights does, for the bytes and the time of it, then draws: at each choice a share
+    of the chunks chosen before is replaced by others, as a trained indexer's choices were measured to move.
+
+    The weights' own choices would follow noise, and move nearly everything.
+    """
+
+    def __init__(self, indexer: IndexerSelector, *, churn: float, seed: int) -> None:
+        """Draw for one sequence.
+
+        Args:
+            indexer: with a budget: every choice has the same size K.
+            churn: share of K that a choice replaces; fewer where too few others are there.
+        """
+        assert indexer.n_chosen is not None
+        self._indexer, self.n_chosen = indexer, indexer.n_chosen
+        self.metadata_bytes, self.refresh_bytes = indexer.metadata_bytes, indexer.refresh_bytes
+        self.refresh_flops = indexer.refresh_flops
+        self._churn = churn
+        self._seed = seed
+        self._generator: torch.Generator | None = None
+        self._is_held_n: torch.Tensor | None = None
+
+    def backends(self) -> tuple[str, ...]:
+        return self._indexer.backends()
+
+    def observe(self, layer: int, hidden_BM: torch.Tensor) -> None:
+        self._indexer.observe(layer, hidden_BM)
+
+    def end_step(self) -> None:
+        self._indexer.end_step()
+
+    def choose(self) -> torch.Tensor:
+        return self._draw().cpu()
+
+    def choose_into(self, out: "Selection") -> int:
+        fill_selection(out, self._draw())
+        assert self.n_chosen is not None
+        return self.n_chosen
+
+    def _draw(self) -> torch.Tensor:
+        """Return the next choice, ascending, on the device; nothing waits for the device."""
+        scores_n = self.watch(self._indexer.logits()).amax(0)
+        n, K = len(scores_n), self.n_chosen
+        assert K is not None
+        if self._generator is None:
+            self._generator = torch.Generator(scores_n.device).manual_seed(self._seed)
+        draw_n = torch.rand(n, generator=self._generator, device=scores_n.device)
+        n_new = K if self._is_held_n is None else min(round(self._churn * K), n - K)
+        held_n = (
+            torch.zeros(n, dtype=torch.bool, device=scores_n.device) if self._is_held_n is None else self._is_held_n
+        )
+        others = draw_n.masked_fill(held_n, -1.0).topk(n_new).indices
+        stay = draw_n.masked_fill(~held_n, -1.0).topk(K - n_new).indices
+        chosen = torch.cat((stay, others)).sort().values
+        self._is_held_n = torch.zeros_like(held_n).index_fill_(0, chosen, value=True)
+        return chosen
+
+    def close(self) -> None:
+        self._indexer.close()
+        self._is_held_n = None
+
+
 class MassSelector(Selector):
     """The upper bound: the model's own attention at the step, over everything in the mirror. Each layer for itself."""
 
