@@ -40,8 +40,9 @@ from kvscope.units import Tokens
 DEFAULT_CHUNK_TOKENS = 64
 DEFAULT_TAU = 64
 ORACLE = "oracle"
-#: Share of the resident chunks that a refresh of the reference model's trained indexer replaces.
-TRAINED_CHURN = 0.11
+#: Share of the resident chunks that a refresh replaces, by the steps between refreshes: 1 - hit rate of the reference
+#: model's trained indexer at 16K (docs/measurement.md).
+TRAINED_CHURN = {4: 0.09, 16: 0.24, 64: 0.55}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,7 @@ class LsaConfig:
         selection: trained, or synthetic (an indexer of random weights: right bytes and times, meaningless accuracy).
         seed: of the synthetic indexer.
         churn: with selection=synthetic, share of the resident chunks that a refresh replaces, between 0 and 1; none:
-            what the reference model's trained indexer was measured to replace (docs/measurement.md).
+            what the reference model's trained indexer was measured to replace at this tau (docs/measurement.md).
     """
 
     tau: int | None = None
@@ -164,7 +165,6 @@ class Lsa(CacheMethod[LsaConfig]):
     def __init__(self, config: LsaConfig | None = None, *, label: str | None = None) -> None:
         super().__init__(config, label=label)
         chunk = f" for chunks of {self.config.chunk_tokens} tokens" if self.config.chunk_tokens else ""
-        self._n_opened = 0
         self._source = IndexerSource(
             FILES,
             spec=None if self.config.indexer == ORACLE else self.config.indexer,
@@ -442,12 +442,16 @@ class Lsa(CacheMethod[LsaConfig]):
         )
         if self.config.selection != "synthetic":
             return found
-        self._n_opened += 1
-        return SyntheticSelector(found, churn=self._churn, seed=self.config.seed + self._n_opened)
+        # Of the prompt, not of the opening: what is opened twice chooses the same twice.
+        return SyntheticSelector(found, layout=layout, churn=self._churn, seed=self.config.seed + prompt.seed)
 
     @property
     def _churn(self) -> float:
-        return TRAINED_CHURN if self.config.churn is None else self.config.churn
+        """Share of the resident chunks that a refresh of a synthetic selection replaces."""
+        if self.config.churn is not None:
+            return self.config.churn
+        nearest = min(TRAINED_CHURN, key=lambda tau: abs(math.log(tau / self.tau())))
+        return TRAINED_CHURN[nearest]
 
 
 def synthetic_layers(shape: ModelShape) -> tuple[int, ...]:

@@ -74,11 +74,13 @@ class Selector:
         metadata_bytes: device bytes of what it keeps.
         refresh_bytes, refresh_flops: what one choice reads and computes.
         n_chosen: size of every choice, where it is fixed.
+        most_new: chunks of a choice that the one before had not, where that is bounded.
         scored: a scalar on the device that is not finite where a score is not; None before there are any.
     """
 
     reads_mass = False
     n_chosen: int | None = None
+    most_new: int | None = None
     scored: torch.Tensor | None = None
     metadata_bytes = 0
     refresh_bytes = 0
@@ -256,7 +258,7 @@ class SyntheticSelector(Selector):
     The weights' own choices would follow noise, and move nearly everything.
     """
 
-    def __init__(self, indexer: IndexerSelector, *, churn: float, seed: int) -> None:
+    def __init__(self, indexer: IndexerSelector, *, layout: ChunkLayout, churn: float, seed: int) -> None:
         """Draw for one sequence.
 
         Args:
@@ -267,7 +269,8 @@ class SyntheticSelector(Selector):
         self._indexer, self.n_chosen = indexer, indexer.n_chosen
         self.metadata_bytes, self.refresh_bytes = indexer.metadata_bytes, indexer.refresh_bytes
         self.refresh_flops = indexer.refresh_flops
-        self._churn = churn
+        n_others = layout.n_candidates - self.n_chosen
+        self.most_new = min(round(churn * self.n_chosen), n_others)
         self._seed = seed
         self._generator: torch.Generator | None = None
         self._is_held_n: torch.Tensor | None = None
@@ -297,7 +300,8 @@ class SyntheticSelector(Selector):
         if self._generator is None:
             self._generator = torch.Generator(scores_n.device).manual_seed(self._seed)
         draw_n = torch.rand(n, generator=self._generator, device=scores_n.device)
-        n_new = K if self._is_held_n is None else min(round(self._churn * K), n - K)
+        n_new = K if self._is_held_n is None else self.most_new
+        assert n_new is not None
         held_n = (
             torch.zeros(n, dtype=torch.bool, device=scores_n.device) if self._is_held_n is None else self._is_held_n
         )

@@ -90,6 +90,7 @@ class RecallingSequence(LsaSequence):
                 stale=self._schedule.stale,
                 fallback_ratio=self._schedule.fallback_ratio,
                 spare_share=counters.spare_share,
+                most_new=self._selector.most_new,
             )
 
     @property

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kvscope.methods.kernels.host_gather.gather import HostGather, unsupported_gather
+from kvscope.methods.kernels.host_gather.gather import LayersGather, unsupported_gather
 from kvscope.methods.kernels.paged_decode.inputs import PagedKV
 from kvscope.methods.kernels.select import ops
 from kvscope.methods.kernels.select.kernel import (
@@ -86,6 +86,7 @@ class ChunkSlots:
         stale: bool,
         fallback_ratio: float | None,
         spare_share: float,
+        most_new: int | None = None,
     ) -> None:
         """Take over what the pools hold; they are empty afterwards.
 
@@ -98,6 +99,7 @@ class ChunkSlots:
             fallback_ratio: a choice of more than this share of the candidates becomes all of them.
             spare_share: room beyond a choice that is not budgeted, as a share of it, so that not every larger choice
                 needs another capture.
+            most_new: chunks that a choice never has more of than the one before had not; None: all may be new.
         """
         first_pool = next(iter(pools.values()))
         self.version = self.fallbacks = 0
@@ -107,14 +109,15 @@ class ChunkSlots:
         self._per_chunk = first_pool.slots_per_chunk
         ids = first_pool.ids - layout.first
         n_held = len(ids)
-        self._spare_share = spare_share
+        self._spare_share, self._most_new = spare_share, most_new
         self._set_capacity(n_held if budgeted else n_held + int(n_held * spare_share))
-        self._move: dict[int, HostGather] = {}
+        self._move: LayersGather | None = None
         self.slots: dict[int, torch.Tensor] = {}
         for layer, pool in pools.items():
             # One layer after another: only one is held twice at a time.
             self._place_layer(layer, pool.slots)
             pool.clear()
+        self._make_move()
         n, device = layout.n_candidates, self.device
         self._slot_table = empty_slots(n, self._n_slots, device)
         self._slot_table.slot_of_chunk_n[ids.to(device)] = torch.arange(n_held, dtype=torch.int32, device=device)
@@ -198,8 +201,8 @@ class ChunkSlots:
             self.n_tokens = self._n_coming_tokens
 
     def _copy(self, choice: _Choice) -> None:
-        for move in self._move.values():
-            move(choice.missing_K, choice.delta.free_S, choice.delta.n_missing)
+        assert self._move is not None
+        self._move(choice.missing_K, choice.delta.free_S, choice.delta.n_missing)
 
     def _copy_behind(self, choice: _Choice) -> None:
         stream = self._stream
@@ -237,7 +240,8 @@ class ChunkSlots:
     def _set_capacity(self, n_chunks: int) -> None:
         n = self._layout.n_candidates
         self._capacity = min(n, max(1, n_chunks))
-        self._n_slots = min(n, 2 * self._capacity) if self._stale else self._capacity
+        most_new = self._capacity if self._most_new is None else self._most_new
+        self._n_slots = min(n, self._capacity + most_new) if self._stale else self._capacity
 
     def _place_layer(self, layer: int, held: torch.Tensor) -> None:
         """Put a layer's slots where they stay: the tensor they are in, if it is of the right size."""
@@ -247,11 +251,13 @@ class ChunkSlots:
             slots = held.new_zeros((n_pages, *held.shape[1:]))
             slots[: len(held)] = held
         self.slots[layer] = slots
-        whole = self._layout.chunk_tokens % self._mirror[layer].shape[3] == 0
-        self._move[layer] = HostGather(
-            self._mirror[layer],
-            slots,
-            backend="uva",
+
+    def _make_move(self) -> None:
+        mirrors = [self._mirror[layer] for layer in self.slots]
+        whole = self._layout.chunk_tokens % mirrors[0].shape[3] == 0
+        self._move = LayersGather(
+            mirrors,
+            list(self.slots.values()),
             units_per_chunk=self._per_chunk,
             # Pages in one piece keep the bus busy with few programs, and leave the multiprocessors to the decode.
             n_programs=12 if whole else 48,
@@ -276,9 +282,10 @@ class ChunkSlots:
     def _grow(self, n_chunks: int) -> None:
         """Make room for a larger choice; nothing is on its way now. Slots keep their numbers."""
         self._set_capacity(n_chunks + int(n_chunks * self._spare_share))
+        self._move = None
         for layer in list(self.slots):
-            del self._move[layer]
             self._place_layer(layer, self.slots[layer])
+        self._make_move()
         old = self._slot_table
         self._slot_table = empty_slots(len(old.slot_of_chunk_n), self._n_slots, self.device)
         self._slot_table.slot_of_chunk_n.copy_(old.slot_of_chunk_n)
@@ -293,6 +300,6 @@ class ChunkSlots:
         if self._landed is not None:
             self._landed.synchronize()
         self._arriving, self._landed = None, None
-        self._move.clear()
+        self._move = None
         self.slots.clear()
         self._mirror = {}

@@ -5,6 +5,7 @@ Shapes: N host pages of P tokens, S slots of U tokens (U divides P), H KV heads,
 """
 
 import math
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -48,6 +49,62 @@ def gather_backend(mirror: torch.Tensor, slots: torch.Tensor) -> GatherBackend:
     return "copies" if whole and unit_bytes >= LEAST_COPY_BYTES and mirror.is_pinned() else "contiguous"
 
 
+class LayersGather:
+    """Brings the same chunks of several layers' mirrors into the same slots of each, in one launch.
+
+    Pages and slots are alike in all layers. On a CPU, layer by layer.
+    """
+
+    def __init__(
+        self,
+        mirrors: Sequence[torch.Tensor],
+        slots: Sequence[torch.Tensor],
+        *,
+        units_per_chunk: int = 1,
+        n_programs: int = N_PROGRAMS,
+    ) -> None:
+        """Check and remember; arguments as ``HostGather``'s, of each layer.
+
+        Raises:
+            ValueError: every reason why the kernel cannot do it.
+        """
+        for mirror, held in zip(mirrors, slots, strict=True):
+            reasons = unsupported_gather("uva", mirror, held)
+            if mirror.shape[1:] != mirrors[0].shape[1:] or held.shape != slots[0].shape:
+                reasons.append("layers differ in their pages or slots")
+            if reasons:
+                raise ValueError(f"chunks cannot be gathered by 'uva': {'; '.join(reasons)}")
+        self._mirrors, self._slots = list(mirrors), list(slots)
+        self._per_chunk, self._n_programs = units_per_chunk, n_programs
+        self._layers_L2: torch.Tensor | None = None
+        if slots[0].is_cuda:
+            from kvscope.methods.kernels.host_gather.kernel import layer_distances
+
+            self._layers_L2 = layer_distances(self._mirrors, self._slots)
+
+    def __call__(self, chunks: torch.Tensor, chunk_slots: torch.Tensor, n: torch.Tensor) -> None:
+        """Copy in every layer; arguments as ``HostGather``'s, on the device."""
+        if self._layers_L2 is not None:
+            from kvscope.methods.kernels.host_gather.kernel import gather
+
+            gather(
+                self._mirrors[0],
+                self._slots[0],
+                chunks,
+                chunk_slots,
+                n,
+                layers_L2=self._layers_L2,
+                units_per_chunk=self._per_chunk,
+                n_programs=self._n_programs,
+            )
+            return
+        n_listed = min(int(n), chunks.shape[0])
+        for mirror, held in zip(self._mirrors, self._slots, strict=True):
+            host_gather_reference(
+                mirror, held, chunks[:n_listed], chunk_slots[:n_listed], units_per_chunk=self._per_chunk
+            )
+
+
 class HostGather:
     """Brings chunks of one mirror into the slots of one layer. Keeps what its copies need alive.
 
@@ -83,6 +140,7 @@ class HostGather:
         self.backend: str = backend if slots.device.type == "cuda" else "reference"
         self._mirror, self._slots = mirror, slots
         self._per_chunk, self._n_programs = units_per_chunk, n_programs
+        self._layers_L2: torch.Tensor | None = None
         self._staging: torch.Tensor | None = None
         self._sent: torch.cuda.Event | None = None
 
@@ -95,14 +153,17 @@ class HostGather:
             n: int32 [1], beside them.
         """
         if self.backend == "uva":
-            from kvscope.methods.kernels.host_gather.kernel import gather
+            from kvscope.methods.kernels.host_gather.kernel import gather, layer_distances
 
+            if self._layers_L2 is None:
+                self._layers_L2 = layer_distances([self._mirror], [self._slots])
             gather(
                 self._mirror,
                 self._slots,
                 chunks,
                 chunk_slots,
                 n,
+                layers_L2=self._layers_L2,
                 units_per_chunk=self._per_chunk,
                 n_programs=self._n_programs,
             )

@@ -6,7 +6,7 @@ from kernel_tools import DEVICE, generator, randn
 
 from kvscope.methods.kernels.host_gather import gather as gather_module
 from kvscope.methods.kernels.host_gather.gather import HostGather, gather_backend, unsupported_gather
-from kvscope.methods.kernels.host_gather.kernel import gather
+from kvscope.methods.kernels.host_gather.kernel import gather, layer_distances
 from kvscope.methods.kernels.host_gather.reference import host_gather_reference
 
 ON_GPU = DEVICE.type == "cuda"
@@ -26,13 +26,33 @@ def store(*, P, U, dtype=torch.float16, n_pages=12, n_slots=20, H=2, D=16):
 def run(backend, mirror, slots, chunks, chunk_slots, n, *, units_per_chunk=1, n_programs=3):
     """The kernel itself on either device; the host backends through their interface, on a GPU."""
     if backend == "uva":
-        options = {"units_per_chunk": units_per_chunk, "n_programs": n_programs}
+        layers_L2 = layer_distances([mirror], [slots])
+        options = {"units_per_chunk": units_per_chunk, "n_programs": n_programs, "layers_L2": layers_L2}
         gather(mirror, slots, ints(chunks), ints(chunk_slots), ints([n]), **options)
     else:
         move = HostGather(mirror, slots, backend=backend, units_per_chunk=units_per_chunk)
         move(ints(chunks, "cpu"), ints(chunk_slots, "cpu"), ints([n], "cpu"))
     if ON_GPU:
         torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize(("P", "U"), [(16, 16), (16, 4)])
+def test_several_layers_in_one_launch(P, U):
+    stores = [store(P=P, U=U, n_slots=6) for _ in range(3)]
+    mirrors, slots = [mirror * (layer + 1) for layer, (mirror, _) in enumerate(stores)], [held for _, held in stores]
+    if ON_GPU:
+        mirrors = [mirror.pin_memory() for mirror in mirrors]
+    chunks, chunk_slots, n = [7, 0, 3, 9], [4, 0, 5, 2], 3
+    expected = [held.clone() for held in slots]
+    for mirror, held in zip(mirrors, expected, strict=True):
+        host_gather_reference(mirror, held, ints(chunks[:n]), ints(chunk_slots[:n]), units_per_chunk=1)
+    layers_L2 = layer_distances(mirrors, slots)
+    gather(mirrors[0], slots[0], ints(chunks), ints(chunk_slots), ints([n]),
+           layers_L2=layers_L2, units_per_chunk=1, n_programs=3)  # fmt: skip
+    if ON_GPU:
+        torch.cuda.synchronize()
+    for held, wanted in zip(slots, expected, strict=True):
+        assert torch.equal(held.view(torch.int16), wanted.view(torch.int16))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
