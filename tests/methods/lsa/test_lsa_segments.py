@@ -17,16 +17,16 @@ from kvscope.harness.engine.prefill import prefill
 from kvscope.harness.indexers.collection.collect import CollectConfig, collect, make_tasks
 from kvscope.harness.indexers.collection.reading import Collection
 from kvscope.harness.indexers.lsa.objective import (
-    TrainConfig,
-    calibrate,
     document_loss,
     draw_negatives,
     example,
     focal_loss,
     near,
     row_logits,
+    shift_to_recall,
 )
 from kvscope.harness.indexers.lsa.train import indexer_config
+from kvscope.harness.indexers.lsa.train_config import TrainConfig
 from kvscope.harness.indexers.lsa.warm_start import warm_start
 from kvscope.harness.passes.progress import Progress
 from kvscope.methods.fp8_keys import dequantize, quantize
@@ -167,7 +167,7 @@ def test_a_warm_start_lets_one_chunk_in_twenty_pass_and_calibration_sets_the_rec
             yield row_logits(indexer, found, torch.arange(6), 2, chunks=chunks), found.positives
 
     assert float((torch.cat([logits for logits, _ in scores()]) >= 0).float().mean()) == pytest.approx(0.05, abs=0.01)
-    calibrate(indexer, places, config, target_recall=0.7)
+    shift_to_recall(indexer, places, config, target_recall=0.7)
     kept = torch.cat([logits[golden] >= 0 for logits, golden in scores()])
     assert float(kept.float().mean()) == pytest.approx(0.7, abs=0.03)
 
