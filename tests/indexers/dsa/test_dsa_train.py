@@ -178,7 +178,7 @@ def test_collect_stores_the_states_and_the_attention_of_the_model(collected, tin
     """Against the stock model in eager attention, whole prompt at once."""
     from transformers import AutoModelForCausalLM
 
-    from kvscope.harness.indexers.collection.collect import answer_ids
+    from kvscope.harness.indexers.collection.make_document import answer_ids
     from kvscope.tasks.registry import create_task
 
     collection = Collection(collected)

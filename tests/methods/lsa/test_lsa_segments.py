@@ -208,7 +208,7 @@ def test_decoding_chooses_by_the_formula(tmp_path, shape):
 
 def test_training_scores_what_decoding_scores(tiny_model, tmp_path, monkeypatch):
     """A collection in chunks of 16 seen in chunks of 48, against the selector at opening."""
-    for module in ("collect", "recorder"):  # bf16 would differ by more than scores of random weights do
+    for module in ("make_document", "recorder"):  # bf16 would differ by more than scores of random weights do
         monkeypatch.setattr(f"kvscope.harness.indexers.collection.{module}.STORED_DTYPE", torch.float32)
     config = CollectConfig(model=tiny_model, tasks=("niah_single_1",), lengths_tokens=(512,), samples=1, seed=3,
                            chunk_tokens=16, device="cpu")  # fmt: skip
