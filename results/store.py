@@ -20,12 +20,13 @@ from pydantic import ValidationError
 from kvscope.errors import EnvironmentProblem, UsageError
 from kvscope.results.continuing import continued
 from kvscope.results.limits import MOST_RUN_FILE_BYTES
+from kvscope.results.memory_rows import FootprintRow, MaxContextRow
 from kvscope.results.packed import Rows, is_packed, read_packed
 from kvscope.results.reading import parse_json, read_regular
 from kvscope.results.row_table import RowTable, by_key
 from kvscope.results.rowfile import RowT, check_version, first_problem, read_rows, sync_folder
 from kvscope.results.run_schema import RunInfo
-from kvscope.results.schema import FootprintRow, MaxContextRow, SampleRow, ThroughputRow
+from kvscope.results.schema import SampleRow, ThroughputRow
 
 RUN_FILE = "run.json"
 SAMPLES_FILE = "samples.jsonl"
