@@ -14,9 +14,8 @@ import torch
 from kvscope.errors import UsageError
 from kvscope.harness.engine.devices import resolve_device
 from kvscope.harness.indexers.collection.places import data_record, note_unfinished
-from kvscope.harness.indexers.collection.reading import Collection, open_collections
 from kvscope.harness.indexers.lsa.lineage import data_ids, origin
-from kvscope.harness.indexers.lsa.measuring import EvalConfig, check_match, measuring_options
+from kvscope.harness.indexers.lsa.measuring import EvalConfig, matching_collections, measuring_options
 from kvscope.harness.indexers.lsa.objective import shift_bias
 from kvscope.harness.indexers.lsa.refreshes import Refreshes, cut_for_kept, cut_for_recall, measures, score
 from kvscope.methods.lsa.indexer import Indexer, IndexerConfig, logit
@@ -96,9 +95,7 @@ def calibrate(
     indexer.config = in_chunks(indexer.config, config.chunk_tokens, folder=str(folder))
     if config.cap_tokens is not None:
         indexer.config = replace(indexer.config, cap_tokens=config.cap_tokens)
-    for each in folders:
-        check_match(indexer.config, Collection(each).info, folder=str(folder))
-    collections = open_collections(folders, chunk_tokens=indexer.config.chunk_tokens, layers=indexer.config.layers)
+    collections = matching_collections(folders, indexer.config, folder=str(folder))
     note_unfinished(collections, note)
     trained_on = data_ids(indexer.config.trained)
     for collection in collections:

@@ -16,11 +16,10 @@ import torch
 
 from kvscope.harness.engine.devices import resolve_device
 from kvscope.harness.indexers.collection.places import Place, places_of
-from kvscope.harness.indexers.collection.reading import Collection, open_collections
 from kvscope.harness.indexers.lsa.lineage import calibration_ids, data_ids
 from kvscope.harness.indexers.lsa.measuring import (
     EvalConfig,
-    check_match,
+    matching_collections,
     measuring_options,
     ranks,
     shares_of,
@@ -85,9 +84,7 @@ def evaluate(
     """
     folder = indexer_folder(indexer_spec)
     indexer = load_indexer(folder).to(resolve_device(device))
-    for each in folders:
-        check_match(indexer.config, Collection(each).info, folder=str(folder))
-    collections = open_collections(folders, chunk_tokens=indexer.config.chunk_tokens, layers=indexer.config.layers)
+    collections = matching_collections(folders, indexer.config, folder=str(folder))
     info = collections[0].info
     trained_on = data_ids(indexer.config.trained)
     set_on = calibration_ids(indexer.config.trained)

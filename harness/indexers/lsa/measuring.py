@@ -1,12 +1,15 @@
 """How an indexer is measured on shards: by which labels, at what cost, and whether it belongs to them at all."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
 
 from kvscope.errors import UsageError
 from kvscope.harness.indexers.collection.document import CollectionInfo
 from kvscope.harness.indexers.collection.label_choice import LabelChoice
+from kvscope.harness.indexers.collection.reading import Collection, open_collections
 from kvscope.harness.indexers.collection.rechunk import serves
 from kvscope.harness.indexers.lsa.objective import Example
 from kvscope.harness.indexers.lsa.train_config import TrainConfig
@@ -66,6 +69,20 @@ def shares_of(found: Example, info: CollectionInfo, config: IndexerConfig, optio
         chunk=layout.chunk_tokens / layout.n_tokens,
         metadata=extra_bytes / (layout.n_tokens * info.kv_bytes_per_token),
     )
+
+
+def matching_collections(folders: Sequence[str | Path], config: IndexerConfig, *, folder: str) -> list[Collection]:
+    """Open the collections to measure an indexer on, seen in its chunks.
+
+    Args:
+        folder: of the indexer, for messages.
+
+    Raises:
+        UsageError: as ``check_match`` and ``open_collections``.
+    """
+    for each in folders:
+        check_match(config, Collection(each).info, folder=folder)
+    return open_collections(folders, chunk_tokens=config.chunk_tokens, layers=config.layers)
 
 
 def check_match(config: IndexerConfig, info: CollectionInfo, *, folder: str) -> None:
