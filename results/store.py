@@ -37,7 +37,6 @@ ROW_FILES = (SAMPLES_FILE, FOOTPRINT_FILE, MAX_CONTEXT_FILE, THROUGHPUT_FILE)
 LOCK_FILE = ".lock"
 
 SampleKey = tuple[str, int, int, str]
-FootprintKey = tuple[str, int]
 
 _log = logging.getLogger(__name__)
 
@@ -141,11 +140,6 @@ class RunStore:
         self.begin()
         self.max_context_rows.append(row)
 
-    def append_throughput(self, row: ThroughputRow) -> None:
-        """Put one throughput row on disk. Raises ValueError for a cell that is done."""
-        self.begin()
-        self.throughput_rows.append(row)
-
     def max_contexts(self) -> list[MaxContextRow]:
         """The longest contexts found, in the order written."""
         return self.max_context_rows.values()
@@ -165,10 +159,6 @@ class RunStore:
     def has_sample(self, key: SampleKey) -> bool:
         """Whether (task, length_tokens, sample, method_label) is done, with whatever status."""
         return self.sample_rows.has(key)
-
-    def has_footprint(self, key: FootprintKey) -> bool:
-        """Whether (method_label, length_tokens) is done, with whatever status."""
-        return self.footprint_rows.has(key)
 
     def rows(self) -> Rows:
         """Every row of the run."""
