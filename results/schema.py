@@ -240,8 +240,8 @@ class ThroughputRow(CellRow):
     backend: Text
     """Attention implementation that really ran."""
     batching: Literal["batched_step", "one_launch"] = "batched_step"
-    """How the batch decodes: one forward of the model for all sequences; attention sequence by sequence or in one launch
-    a layer."""
+    """How the batch decodes: one forward of the model for all sequences; attention sequence by sequence or in one
+    launch a layer."""
     mirror: Literal["shared", "none"]
     """The sequences share one prompt: methods that recall have one host mirror between them, and each recalls its own
     chunks from it. `none`: nothing is recalled."""
