@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
@@ -65,11 +64,7 @@ def _check_class(place: plugins.Place, found: object) -> None:
     """
     from kvscope.methods.base import CacheMethod
 
-    if not (isinstance(found, type) and issubclass(found, CacheMethod)):
-        raise plugins.broken(place, "it is not a subclass of kvscope.methods.base.CacheMethod")
-    if inspect.isabstract(found):
-        raise plugins.broken(place, f"it does not define {', '.join(sorted(found.__abstractmethods__))}")
-    plugins.check_name(place, getattr(found, "name", None), METHODS)
+    plugins.check_class(place, found, base=CacheMethod, own=METHODS)
     for word in _WORDS:
         text = getattr(found, word, None)
         if not isinstance(text, str) or not text.strip():

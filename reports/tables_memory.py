@@ -18,7 +18,7 @@ from kvscope.reports.units import (
     with_interval,
 )
 from kvscope.results.frames import Run, records
-from kvscope.results.schema import NVML_COLUMNS
+from kvscope.results.memory_rows import NVML_COLUMNS
 
 
 def footprint_table(run: Run) -> Table:

@@ -12,8 +12,9 @@ from pydantic import BaseModel
 from kvscope.paths import user_path
 from kvscope.results.belonging import refuse_strangers
 from kvscope.results.columns import plain_kinds
+from kvscope.results.memory_rows import FootprintRow, MaxContextRow
 from kvscope.results.run_schema import RunInfo
-from kvscope.results.schema import FootprintRow, MaxContextRow, SampleRow, ThroughputRow
+from kvscope.results.schema import SampleRow, ThroughputRow
 from kvscope.results.store import RunStore
 
 

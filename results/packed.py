@@ -17,11 +17,12 @@ from pydantic import BaseModel, ValidationError
 from kvscope.errors import UsageError
 from kvscope.results.columns import plain_kinds
 from kvscope.results.limits import MOST_ROWS_FILE_BYTES
+from kvscope.results.memory_rows import FootprintRow, MaxContextRow
 from kvscope.results.plain_text import shortened
 from kvscope.results.reading import parse_json, read_regular
 from kvscope.results.rowfile import check_version, first_problem
 from kvscope.results.run_schema import RunInfo
-from kvscope.results.schema import FootprintRow, MaxContextRow, SampleRow, ThroughputRow
+from kvscope.results.schema import SampleRow, ThroughputRow
 
 PROMPTS_FILE = "prompts.parquet"
 SAMPLES_FILE = "samples.parquet"

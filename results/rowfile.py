@@ -8,9 +8,10 @@ from pydantic import ValidationError
 
 from kvscope.errors import EnvironmentProblem, UsageError
 from kvscope.results.limits import MOST_LINE_BYTES, MOST_ROWS_FILE_BYTES
+from kvscope.results.memory_rows import FootprintRow, MaxContextRow
 from kvscope.results.plain_text import shortened
 from kvscope.results.reading import parse_json, read_regular
-from kvscope.results.schema import SCHEMA_VERSION, FootprintRow, MaxContextRow, SampleRow, ThroughputRow
+from kvscope.results.schema import SCHEMA_VERSION, SampleRow, ThroughputRow
 
 RowT = TypeVar("RowT", bound=SampleRow | FootprintRow | MaxContextRow | ThroughputRow)
 

@@ -13,15 +13,15 @@ from kvscope.results.schema import (
     Lengths,
     Name,
     Positive,
+    Record,
     SavingKind,
     Seed,
     Tasks,
     Text,
-    _Record,
 )
 
 
-class MethodInfo(_Record):
+class MethodInfo(Record):
     """One method of the run in words, so that a report needs nothing but the run folder."""
 
     label: Name
@@ -42,7 +42,7 @@ class MethodInfo(_Record):
     """The method's byte formula as text."""
 
 
-class PlannedCell(_Record):
+class PlannedCell(Record):
     """What the plan said of one (method, length) before anything ran."""
 
     method_label: Name
@@ -61,7 +61,7 @@ class PlannedCell(_Record):
     """Why not, where the forecast is `oom` or `unsupported`."""
 
 
-class Resumption(_Record):
+class Resumption(Record):
     """The surroundings of a later start on the same folder, noted when they differ from the start before."""
 
     started_utc: Text
@@ -76,7 +76,7 @@ class Resumption(_Record):
     """Environment then."""
 
 
-class ExcludedType(_Record):
+class ExcludedType(Record):
     """A kind of question that the dense model cannot do, so that pooled scores leave it out, by name."""
 
     task: Name
@@ -97,7 +97,7 @@ class ExcludedType(_Record):
         )
 
 
-class CutCell(_Record):
+class CutCell(Record):
     """A (task, length) of a part that has fewer prompts than the part was asked for."""
 
     task: Name
@@ -110,7 +110,7 @@ class CutCell(_Record):
     """Why the others are not."""
 
 
-class RunPart(_Record):
+class RunPart(Record):
     """One part of a merged run: what was asked for, and what measured it (see `results/merge.py`).
 
     Parts packed by a kvscope that did not yet keep a record a part have none: that of the whole run is theirs.
@@ -156,7 +156,7 @@ class RunPart(_Record):
         return inside and (not self.seeds or seed in self.seeds)
 
 
-class Call(_Record):
+class Call(Record):
     """What one call asked for, of a folder whose calls asked for different things."""
 
     started_utc: Text
@@ -186,7 +186,7 @@ class Call(_Record):
         return self.samples if task in self.tasks and length_tokens in self.lengths_tokens else 0
 
 
-class RunInfo(_Record):
+class RunInfo(Record):
     """`run.json`: what was asked, and where it ran.
 
     Written before the first row, when the model has loaded, and again when a later call asks for more.

@@ -20,12 +20,13 @@ from pydantic import ValidationError
 from kvscope.errors import EnvironmentProblem, UsageError
 from kvscope.results.continuing import continued
 from kvscope.results.limits import MOST_RUN_FILE_BYTES
+from kvscope.results.memory_rows import FootprintRow, MaxContextRow
 from kvscope.results.packed import Rows, is_packed, read_packed
 from kvscope.results.reading import parse_json, read_regular
 from kvscope.results.row_table import RowTable, by_key
 from kvscope.results.rowfile import RowT, check_version, first_problem, read_rows, sync_folder
 from kvscope.results.run_schema import RunInfo
-from kvscope.results.schema import FootprintRow, MaxContextRow, SampleRow, ThroughputRow
+from kvscope.results.schema import SampleRow, ThroughputRow
 
 RUN_FILE = "run.json"
 SAMPLES_FILE = "samples.jsonl"
@@ -36,7 +37,6 @@ ROW_FILES = (SAMPLES_FILE, FOOTPRINT_FILE, MAX_CONTEXT_FILE, THROUGHPUT_FILE)
 LOCK_FILE = ".lock"
 
 SampleKey = tuple[str, int, int, str]
-FootprintKey = tuple[str, int]
 
 _log = logging.getLogger(__name__)
 
@@ -140,11 +140,6 @@ class RunStore:
         self.begin()
         self.max_context_rows.append(row)
 
-    def append_throughput(self, row: ThroughputRow) -> None:
-        """Put one throughput row on disk. Raises ValueError for a cell that is done."""
-        self.begin()
-        self.throughput_rows.append(row)
-
     def max_contexts(self) -> list[MaxContextRow]:
         """The longest contexts found, in the order written."""
         return self.max_context_rows.values()
@@ -164,10 +159,6 @@ class RunStore:
     def has_sample(self, key: SampleKey) -> bool:
         """Whether (task, length_tokens, sample, method_label) is done, with whatever status."""
         return self.sample_rows.has(key)
-
-    def has_footprint(self, key: FootprintKey) -> bool:
-        """Whether (method_label, length_tokens) is done, with whatever status."""
-        return self.footprint_rows.has(key)
 
     def rows(self) -> Rows:
         """Every row of the run."""

@@ -7,7 +7,8 @@ from typing import Literal
 from kvscope.errors import UsageError, shown
 from kvscope.paths import user_path
 from kvscope.tasks.answers import METRICS
-from kvscope.tasks.base import Sample, Task, Tokenizer, text_sha256
+from kvscope.tasks.assembly import Assembled
+from kvscope.tasks.base import Sample, Task, Tokenizer
 from kvscope.tasks.jsonl_file import read_jsonl
 from kvscope.units import Tokens
 
@@ -68,20 +69,16 @@ class JsonlTask(Task):
                 f"Line {sample + 1} of {self.name} has {len(ids):,} tokens, which with {self.max_new_tokens} for the "
                 f"answer is over the length {length_tokens:,}: use a larger --length."
             )
-        return Sample(
-            task=self.name,
+        question_start = _question_start(ids, _ids(tokenizer, line.context) if line.context else ids)
+        made = Assembled(ids, line.text, line_spans=[], body_start=0, body_end=question_start)
+        return made.sample(
+            self,
             question_type=self._metrics[sample],
             length_tokens=length_tokens,
             sample=sample,
             seed=seed,
-            ids=ids,
-            text=line.text,
-            question_start=_question_start(ids, _ids(tokenizer, line.context) if line.context else ids),
-            evidence_spans=(),
-            depth=None,
-            prompt_sha256=text_sha256(line.text),
+            evidence=(),
             targets=line.answers,
-            max_new_tokens=self.max_new_tokens,
             stop=() if any("\n" in answer for answer in line.answers) else ("\n",),
         )
 

@@ -209,23 +209,14 @@ class NeedleTask(Task):
             tail=tail,
             prompt_tokens=length_tokens - self.max_new_tokens,
         )
-        evidence = sorted(made.line_spans[:n_evidence])
-        haystack_tokens = made.body_end - made.body_start
-        depth = sum(start - made.body_start for start, _ in evidence) / len(evidence) / haystack_tokens
-        return Sample(
-            task=self.name,
+        return made.sample(
+            self,
             question_type=self.question_types[0],
             length_tokens=length_tokens,
             sample=sample,
             seed=seed,
-            ids=made.ids,
-            text=made.text,
-            question_start=made.body_end,
-            evidence_spans=tuple(evidence),
-            depth=depth,
-            prompt_sha256=text_sha256(made.text),
-            targets=tuple(values[:n_evidence]),
-            max_new_tokens=self.max_new_tokens,
+            evidence=sorted(made.line_spans[:n_evidence]),
+            targets=values[:n_evidence],
         )
 
     def score(self, sample: Sample, output: str) -> float:

@@ -79,11 +79,7 @@ def _check_class(place: plugins.Place, found: object) -> None:
     """
     from kvscope.tasks.base import Task
 
-    if not (isinstance(found, type) and issubclass(found, Task)):
-        raise plugins.broken(place, "it is not a subclass of kvscope.tasks.base.Task")
-    if inspect.isabstract(found):
-        raise plugins.broken(place, f"it does not define {', '.join(sorted(found.__abstractmethods__))}")
-    plugins.check_name(place, getattr(found, "name", None), TASKS)
+    plugins.check_class(place, found, base=Task, own=TASKS)
     types = getattr(found, "question_types", None)
     if not (isinstance(types, tuple) and types and all(isinstance(each, str) and each for each in types)):
         raise plugins.broken(place, "its class attribute 'question_types' must be a tuple of one name or more")

@@ -9,7 +9,7 @@ import string
 from itertools import pairwise
 
 from kvscope.tasks.assembly import assemble
-from kvscope.tasks.base import Sample, Task, Tokenizer, contains_all_score, text_sha256
+from kvscope.tasks.base import Sample, Task, Tokenizer, contains_all_score
 from kvscope.tasks.draws import Draws, stratified_depth
 from kvscope.tasks.needle import NOISE, TRIM_WORDS
 
@@ -99,21 +99,14 @@ class VariableTrackingTask(Task):
         )
         evidence = made.line_spans[: HOPS + 1]
         assert evidence == sorted(evidence), "a name must be given its number before it is copied"
-        starts = [start - made.body_start for start, _ in evidence]
-        return Sample(
-            task=self.name,
+        return made.sample(
+            self,
             question_type=self.question_types[0],
             length_tokens=length_tokens,
             sample=sample,
             seed=seed,
-            ids=made.ids,
-            text=made.text,
-            question_start=made.body_end,
-            evidence_spans=tuple(evidence),
-            depth=sum(starts) / len(starts) / (made.body_end - made.body_start),
-            prompt_sha256=text_sha256(made.text),
-            targets=tuple(chains[0]),
-            max_new_tokens=self.max_new_tokens,
+            evidence=evidence,
+            targets=chains[0],
             stop=(),
         )
 

@@ -12,7 +12,7 @@ import string
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
-from kvscope.tasks.base import Sample, Task, Tokenizer, contains_all_score, text_sha256
+from kvscope.tasks.base import Sample, Task, Tokenizer, contains_all_score
 from kvscope.tasks.counted import Body, assemble_counted
 from kvscope.tasks.draws import Draws
 from kvscope.tasks.needle import TRIM_WORDS
@@ -88,21 +88,14 @@ class _CountingTask(Task):
             tail=self.tail,
             prompt_tokens=length_tokens - self.max_new_tokens,
         )
-        starts = [start - made.body_start for start, _ in made.line_spans]
-        return Sample(
-            task=self.name,
+        return made.sample(
+            self,
             question_type=self.question_types[0],
             length_tokens=length_tokens,
             sample=sample,
             seed=seed,
-            ids=made.ids,
-            text=made.text,
-            question_start=made.body_end,
-            evidence_spans=tuple(made.line_spans),
-            depth=sum(starts) / len(starts) / (made.body_end - made.body_start),
-            prompt_sha256=text_sha256(made.text),
-            targets=tuple(targets),
-            max_new_tokens=self.max_new_tokens,
+            evidence=made.line_spans,
+            targets=targets,
             stop=(),
         )
 

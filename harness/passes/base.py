@@ -22,7 +22,8 @@ from kvscope.units import format_bytes, format_length
 if TYPE_CHECKING:
     from kvscope.methods.base import CacheMethod
     from kvscope.results.frames import Run
-    from kvscope.results.schema import FootprintRow, SampleRow, ThroughputRow
+    from kvscope.results.memory_rows import FootprintRow
+    from kvscope.results.schema import SampleRow, ThroughputRow
     from kvscope.results.store import RunStore
     from kvscope.tasks.base import Task
 

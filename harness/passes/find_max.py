@@ -16,7 +16,8 @@ from kvscope.harness.passes.facts import ModelFacts
 from kvscope.harness.passes.footprint import FootprintPass, mismatch_lines
 from kvscope.harness.passes.forecast import device_rooms, needed_bytes_by_device
 from kvscope.harness.passes.progress import Progress
-from kvscope.results.schema import Bound, FootprintRow, MaxContextRow
+from kvscope.results.memory_rows import FootprintRow, MaxContextRow
+from kvscope.results.schema import Bound
 
 if TYPE_CHECKING:
     from kvscope.methods.base import CacheMethod

@@ -11,8 +11,8 @@ from kvscope.harness.passes.job import FootprintJob
 from kvscope.harness.passes.plan_text import lengths_text
 from kvscope.harness.passes.process_pass import ProcessPass, job_fields
 from kvscope.harness.passes.prompt import Ids, random_ids, split_ids
+from kvscope.results.memory_rows import FootprintRow
 from kvscope.results.row_table import RowTable
-from kvscope.results.schema import FootprintRow
 from kvscope.specs import parse_spec
 from kvscope.units import format_bytes
 

@@ -12,7 +12,7 @@ from kvscope.harness.passes.measurement import Measurement
 from kvscope.harness.passes.memory import PeakSampler, verdict
 from kvscope.harness.passes.row_columns import ledger_columns
 from kvscope.harness.passes.timing import host_load, spread_s
-from kvscope.results.schema import FootprintRow
+from kvscope.results.memory_rows import FootprintRow
 
 if TYPE_CHECKING:
     from kvscope.harness.engine.loaded import LoadedModel

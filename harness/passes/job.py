@@ -7,7 +7,8 @@ from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from kvscope.harness.passes.row_columns import FailureStatus, one_line
-from kvscope.results.schema import DecodeGraph, FootprintRow, OomOf, ThroughputRow
+from kvscope.results.memory_rows import FootprintRow
+from kvscope.results.schema import DecodeGraph, OomOf, ThroughputRow
 from kvscope.specs import MethodSpec
 
 WARM_UP_TOKENS = 256

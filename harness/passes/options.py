@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 ResultT = TypeVar("ResultT")
 
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto (float32 on a CPU, bfloat16 on a GPU), float32, ...")]
+
 
 class RunOptions:
     """One annotation an option, in the order of the help. Names are keys of the configuration, but for the last two.
@@ -181,22 +184,43 @@ def build_config(given: Mapping[str, Any]) -> "RunConfig":
     return load_config(path, flags=flags, sets=sets, sweeps=sweeps)
 
 
+def with_options(
+    name: str, holder: type, build: Callable[[dict[str, Any]], Any]
+) -> Callable[[Callable[..., ResultT]], Callable[..., ResultT]]:
+    """Give a command the options of a class in place of one of its parameters.
+
+    Args:
+        name: of that parameter.
+        holder: one annotation an option; its attributes are the defaults, None where there is none.
+        build: makes of all of them, by name, what the parameter gets.
+    """
+    shared = get_type_hints(holder, include_extras=True)
+
+    def decorate(command: Callable[..., ResultT]) -> Callable[..., ResultT]:
+        @wraps(command)
+        def wrapper(**given: Any) -> ResultT:
+            made = build({option: given.pop(option) for option in shared})
+            return command(**{name: made}, **given)
+
+        kind = inspect.Parameter.KEYWORD_ONLY
+        parameters: list[inspect.Parameter] = []
+        for own in inspect.signature(command).parameters.values():
+            if own.name != name:
+                parameters.append(own.replace(kind=kind))
+                continue
+            for option, annotation in shared.items():
+                default = getattr(holder, option, None)
+                parameters.append(inspect.Parameter(option, kind, default=default, annotation=annotation))
+        wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return wrapper
+
+    return decorate
+
+
 def with_run_options(command: Callable[..., ResultT]) -> Callable[..., ResultT]:
-    """Give a command the options of a run before its own; it is called with the configuration they make."""
-    shared = get_type_hints(RunOptions, include_extras=True)
-    _, *own = inspect.signature(command).parameters.values()
-
-    @wraps(command)
-    def wrapper(**given: Any) -> ResultT:
-        config = build_config({name: given.pop(name) for name in shared})
-        return command(config, **given)
-
-    kind = inspect.Parameter.KEYWORD_ONLY
-    parameters = [inspect.Parameter(name, kind, default=None, annotation=shared[name]) for name in shared]
-    parameters += [parameter.replace(kind=kind) for parameter in own]
-    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return wrapper
+    """Give a command the options of a run in place of ``config``, the configuration they make."""
+    return with_options("config", RunOptions, build_config)(command)
 
 
 def lengths_of(texts: Sequence[str]) -> tuple[int, ...]:

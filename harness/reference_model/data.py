@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from kvscope.harness.reference_model.curriculum import Phase, RowMaker
+from kvscope.harness.reference_model.curriculum import Phase
+from kvscope.harness.reference_model.row_maker import RowMaker
 from kvscope.tasks.draws import Draws
 
 

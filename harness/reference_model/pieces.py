@@ -8,6 +8,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerFast
 
 from kvscope.harness.reference_model.templates import FILLERS, TYPES
+from kvscope.harness.reference_model.tokenizer import SPECIAL_TOKENS
 from kvscope.tasks.draws import Draws
 from kvscope.tasks.words import words
 
@@ -55,6 +56,11 @@ class Pieces:
 
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def any_token(self, draws: Draws) -> int:
+        """Draw any token but the special ones."""
+        low = len(SPECIAL_TOKENS)
+        return low + draws.below(self.vocab_tokens - low)
 
     def word(self, word: str, lead: str) -> tuple[int, ...]:
         """Return a training-split word with what stands before it ('', ' ' or '-')."""

@@ -5,278 +5,31 @@ fixed number of steps or a time budget, from which the number of steps is set on
 the learning rate depends on the step alone, and the number is written to the log so that the run can be repeated.
 """
 
-import copy
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import transformers
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from kvscope.harness.reference_model.architecture import build_model, reference_config
-from kvscope.harness.reference_model.curriculum import Phase, RowMaker
-from kvscope.harness.reference_model.data import Batch, PhaseData, batches
+from kvscope.harness.reference_model.curriculum import Phase
+from kvscope.harness.reference_model.data import PhaseData, batches
 from kvscope.harness.reference_model.documents import DocumentMaker
 from kvscope.harness.reference_model.documents_long_qa import LongQADocuments
 from kvscope.harness.reference_model.documents_ruler import coded_words, common_words, variable_chains
-from kvscope.harness.reference_model.muon import Muon
 from kvscope.harness.reference_model.phases import PHASES
 from kvscope.harness.reference_model.pieces import Pieces
 from kvscope.harness.reference_model.replicas import Replicas
-from kvscope.harness.reference_model.tokenizer import save_tokenizer, write_tokenizer
-from kvscope.terminal import say
-
-LOG_STEPS = 100
-AGREE_STEPS = 8
-# Each shape's forward is held against the stock model's, on so many tokens, before its first step.
-CHECK_TOKENS = 1024
-CHECK_TOLERANCE = 0.1
-# Rows longer than this compute their activations twice instead of keeping them (64K rows peak at 14 GiB). Attention,
-# nearly all of such a row's time, is kept all the same: its output is small.
-KEEP_TOKENS = 65_536
-# Rows this long run without compilation: attention is most of their time, and compiling a shape takes 15 to 20 s.
-EAGER_TOKENS = 131_072
-_KEPT_OPERATIONS = [
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-]
-WEIGHT_DECAY = 0.02
-# Muon's learning rate over AdamW's (its updates are scaled to the root mean square of AdamW's).
-MUON_LR = 2.0
-STATE_FILE = "training_state.json"
-# Shards stay small so that each can be moved on its own.
-SHARD_BYTES = "15MB"
-
-
-class FamilyAccuracy:
-    """Share of scored tokens predicted right, by row family: summed on the device, which only reading waits for."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.names: dict[str, int] = {}
-        self.sums_F2 = torch.zeros(64, 2, device=device)
-
-    def add(self, batch: Batch, right_N: torch.Tensor) -> None:
-        """Count one batch: ``right_N`` says which of its scored tokens were right."""
-        ids = torch.tensor([self.names.setdefault(name, len(self.names)) for name in batch.families])
-        family_N = ids[batch.at_N // batch.ids_BT.shape[1]].to(self.sums_F2.device, non_blocking=True)
-        self.sums_F2.index_add_(0, family_N, torch.stack((right_N.float(), torch.ones_like(right_N).float()), 1))
-
-    def read(self) -> dict[str, float]:
-        """Return the shares since the last reading."""
-        sums = self.sums_F2.tolist()
-        self.sums_F2.zero_()
-        return {name: round(sums[at][0] / sums[at][1], 4) for name, at in sorted(self.names.items()) if sums[at][1]}
-
-
-class Trainer:
-    """Holds model, optimizer and log of one training run."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        *,
-        device: torch.device,
-        out: Path,
-        compile_layers: bool,
-        replicas: Replicas | None = None,
-    ) -> None:
-        self.model, self.device, self.out = model.to(device).train(), device, out
-        self.replicas = replicas or Replicas(1)
-        self._parameters = list(model.parameters())
-        matrices = [p for name, p in model.named_parameters() if p.dim() >= 2 and "layers." in name]
-        hidden = {id(p) for p in matrices}
-        rest = [p for p in model.parameters() if id(p) not in hidden]
-        self.muon = Muon(matrices, weight_decay=WEIGHT_DECAY)
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": [p for p in rest if p.dim() >= 2], "weight_decay": WEIGHT_DECAY},
-                {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
-            ],
-            lr=0.0,
-            betas=(0.9, 0.95),
-            fused=device.type == "cuda",
-        )
-        if compile_layers:
-            torch._dynamo.config.cache_size_limit = 128
-            for layer in model.model.layers:
-                layer.compile(dynamic=False)
-        self.step = self.start_step = 0
-        self.history: list[dict[str, Any]] = []
-        self._log_file = (out / "train_log.jsonl").open("a", encoding="utf-8") if self.replicas.leads else None
-
-    def log(self, **fields: Any) -> None:
-        """Write one line to the log file and to standard output (the first process only)."""
-        if self._log_file is None:
-            return
-        line = json.dumps(fields)
-        self._log_file.write(line + "\n")
-        self._log_file.flush()
-        say(line)
-
-    def _last_hidden(self, ids_BT: torch.Tensor) -> torch.Tensor:
-        """[B, T, M] behind the last layer, before the final norm; every row starts at position 0."""
-        base = self.model.model
-        x_BTM: torch.Tensor = base.embed_tokens(ids_BT)
-        rotary = base.rotary_emb(x_BTM, torch.arange(ids_BT.shape[1], device=self.device)[None])
-        for layer in base.layers:
-            if ids_BT.shape[1] > KEEP_TOKENS:
-                x_BTM = checkpoint(
-                    layer, x_BTM, attention_mask=None, position_embeddings=rotary, use_reentrant=False,
-                    context_fn=partial(create_selective_checkpoint_contexts, _KEPT_OPERATIONS),
-                )  # fmt: skip
-            else:
-                x_BTM = layer(x_BTM, attention_mask=None, position_embeddings=rotary)
-        return x_BTM
-
-    def check_against_stock(self, batch: Batch) -> float:
-        """Compare training's forward with the stock model's on a row's beginning; returns the relative difference.
-
-        A training forward that sees more than the released model does would learn from what it should not see.
-
-        Raises:
-            RuntimeError: they differ by more than bf16 explains.
-        """
-        stock = self._stock_copy(torch.float32, "eager")
-        stock = stock.to(self.device).eval()
-        ids_BT = batch.ids_BT.to(self.device)
-        with (
-            torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"),
-            torch.compiler.set_stance("force_eager" if ids_BT.shape[1] >= EAGER_TOKENS else "default"),
-        ):
-            # With gradients, as in training: without, another graph would be compiled and checked.
-            ours_BTM = self._last_hidden(ids_BT)[:1, :CHECK_TOKENS].detach()
-            with torch.no_grad():
-                ours_BTM = self.model.model.norm(ours_BTM).float()
-                stock_BTM = stock.model(ids_BT[:1, :CHECK_TOKENS]).last_hidden_state.float()
-        difference: float = ((ours_BTM - stock_BTM).norm() / stock_BTM.norm()).item()
-        if not difference < CHECK_TOLERANCE:
-            raise RuntimeError(f"training's forward differs from the stock model's by {difference:.3f} (relative norm)")
-        return difference
-
-    def _loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean cross entropy over the scored tokens, and which of them are predicted right [N]."""
-        ids_BT = batch.ids_BT.to(self.device, non_blocking=True)
-        at_N = batch.at_N.to(self.device, non_blocking=True)
-        targets_N = batch.targets_N.to(self.device, non_blocking=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            x_NM = self.model.model.norm(self._last_hidden(ids_BT).flatten(0, 1)[at_N])
-            logits_NV = self.model.lm_head(x_NM).float()
-        loss = F.cross_entropy(logits_NV, targets_N)
-        return loss, logits_NV.detach().argmax(-1) == targets_N
-
-    def gradients(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add the gradients of one batch; returns its loss, and which of its scored tokens are predicted right [N]."""
-        # Around the backward pass, too: checkpointed layers run again there.
-        with torch.compiler.set_stance("force_eager" if batch.ids_BT.shape[1] >= EAGER_TOKENS else "default"):
-            loss, right_N = self._loss(batch)
-            loss.backward()  # type: ignore[no-untyped-call]
-        return loss.detach(), right_N
-
-    def seconds_per_step(self, batch: Batch) -> float:
-        """Time forward and backward without an update (compilation happens here, too)."""
-        long = batch.ids_BT.shape[1] >= EAGER_TOKENS
-        warm_ups, tries = (1, 1) if long else (3, 12)
-        for i in range(warm_ups + tries):
-            if i == warm_ups:
-                self._sync()
-                start = time.perf_counter()
-            self.gradients(batch)
-            self.model.zero_grad(set_to_none=True)
-        self._sync()
-        return (time.perf_counter() - start) / tries
-
-    def _sync(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def run_phase(self, phase: Phase, source: Iterator[Batch], *, deadline: float | None) -> int:
-        """Train one phase; returns the steps done (fewer than planned only past the deadline).
-
-        Args:
-            source: the batches of this process's replicas, step by step.
-            deadline: on the clock of ``time.perf_counter``; looked at every few steps where processes must agree.
-        """
-        start, done, tokens = time.perf_counter(), 0, 0
-        recent: dict[int, list[torch.Tensor]] = {}
-        by_family = FamilyAccuracy(self.device)
-        fields: dict[str, Any] = {}
-        try:
-            for i in range(phase.steps):
-                lr = phase.lr[0] + (phase.lr[1] - phase.lr[0]) * i / max(1, phase.steps - 1)
-                warm_lr = lr * min(1.0, (self.step - self.start_step + 1) / phase.warmup_steps)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = warm_lr
-                for _ in self.replicas.mine:
-                    batch = next(source)
-                    loss, right_N = self.gradients(batch)
-                    tokens += batch.ids_BT.numel()
-                    recent.setdefault(batch.ids_BT.shape[1], []).append(torch.stack((loss, right_N.float().mean())))
-                    by_family.add(batch, right_N)
-                late = deadline is not None and time.perf_counter() > deadline
-                raised = self.replicas.average([p.grad for p in self._parameters if p.grad is not None], late)
-                norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-                self.optimizer.step()
-                self.muon.step(warm_lr * MUON_LR)
-                self.model.zero_grad(set_to_none=True)
-                self.step += 1
-                done += 1
-                if done % max(1, min(LOG_STEPS, phase.steps // 12)) == 0 or done == phase.steps:
-                    means = {length: torch.stack(part).mean(0).tolist() for length, part in sorted(recent.items())}
-                    recent.clear()
-                    took = time.perf_counter() - start
-                    fields = {
-                        "phase": phase.name, "phase_step": done, "step": self.step, "lr": round(lr, 7),
-                        "loss": {length: round(mean[0], 4) for length, mean in means.items()},
-                        "token_accuracy": {length: round(mean[1], 4) for length, mean in means.items()},
-                        "token_accuracy_by_family": by_family.read(),
-                        "grad_norm": round(norm.item(), 3), "phase_s": round(took, 1),
-                        "tokens_per_s": round(tokens * self.replicas.world / took),
-                    }  # fmt: skip
-                    self.log(**fields)
-                if raised is not None:  # reading it waits for the device, so only now and then
-                    late = done % AGREE_STEPS == 0 and raised.item() > 0
-                if late:
-                    break
-        finally:
-            self.history.append(
-                {
-                    **asdict(phase),
-                    "replicas": self.replicas.total,
-                    "steps_done": done,
-                    "loss": fields.get("loss"),
-                    "token_accuracy": fields.get("token_accuracy"),
-                    "seconds": round(time.perf_counter() - start, 1),
-                }
-            )
-        return done
-
-    def _stock_copy(self, dtype: torch.dtype, implementation: str) -> PreTrainedModel:
-        # from_config writes the implementation into the configuration it is given: training's own must not change.
-        config = copy.deepcopy(self.model.config)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=implementation
-        )
-        weights = {name: value.detach().to(dtype) for name, value in self.model.state_dict().items()}
-        model.load_state_dict(weights)
-        return model
-
-    def save(self, tokenizer: PreTrainedTokenizerFast, **state: Any) -> None:
-        """Write a released-form checkpoint (bf16 shards, tokenizer) with the training state beside it."""
-        if not self.replicas.leads:
-            return
-        shell = self._stock_copy(torch.bfloat16, "sdpa")
-        shell.save_pretrained(self.out, max_shard_size=SHARD_BYTES)
-        write_tokenizer(tokenizer, self.out)
-        state |= {"step": self.step, "phases": self.history}
-        (self.out / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+from kvscope.harness.reference_model.row_maker import RowMaker
+from kvscope.harness.reference_model.tokenizer import save_tokenizer
+from kvscope.harness.reference_model.trainer import STATE_FILE, Trainer
 
 
 def document_makers() -> dict[str, DocumentMaker]:

@@ -32,7 +32,7 @@ from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.models import load_model
 from kvscope.harness.engine.prefill import prefill
 from kvscope.harness.engine.session import Session
-from kvscope.harness.indexers.collection.collect import answer_ids
+from kvscope.harness.indexers.collection.make_document import answer_ids
 from kvscope.harness.passes.config import sweep_methods
 from kvscope.harness.studies.attention_mass import answer_positions
 from kvscope.methods.base import AttentionCall, SequenceCache, union_collectors

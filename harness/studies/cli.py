@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from kvscope.errors import UsageError
-from kvscope.harness.passes.options import lengths_of
+from kvscope.harness.passes.options import Device, Dtype, lengths_of
 from kvscope.terminal import say, tell
 
 app = typer.Typer(
@@ -22,8 +22,6 @@ Lengths = Annotated[
 ]
 Samples = Annotated[int, typer.Option("--samples", "-n", min=1, help="Prompts per task and length.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the prompts.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
-Dtype = Annotated[str, typer.Option("--dtype", help="auto (float32 on a CPU, bfloat16 on a GPU), float32, ...")]
 Out = Annotated[Path, typer.Option("--out", "-o", metavar="CSV", help="File to write; it must not exist.")]
 
 

@@ -118,6 +118,19 @@ def broken(place: Place, why: str, hint: str = "") -> UsageError:
     return UsageError(f"{place.kind.capitalize()} {place.name!r}{where} cannot be used: {why}.{hint}")
 
 
+def check_class(place: Place, found: object, *, base: type, own: Mapping[str, str]) -> None:
+    """Check that a class from outside derives from ``base``, defines all that is left open there, and is named.
+
+    Raises:
+        UsageError: naming the first thing it lacks.
+    """
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise broken(place, f"it is not a subclass of {base.__module__}.{base.__qualname__}")
+    if undefined := getattr(found, "__abstractmethods__", ()):
+        raise broken(place, f"it does not define {', '.join(sorted(undefined))}")
+    check_name(place, getattr(found, "name", None), own)
+
+
 def check_name(place: Place, name: object, own: Mapping[str, str]) -> None:
     """Check the ``name`` of a class from outside: rows carry it, so it must be one, and no other's.
 

@@ -104,18 +104,6 @@ def parse_length(value: object) -> int:
     return length_tokens
 
 
-def parse_bytes(value: object) -> int:
-    """Return bytes from a whole number, ``"24GiB"`` (binary units) or ``"24GB"`` (decimal units).
-
-    Raises:
-        UsageError: not a positive size.
-    """
-    size_bytes = whole_number(value, BYTES)
-    if size_bytes is None or size_bytes <= 0:
-        raise UsageError(f"{shown(value)} is not a size: {BYTES.hint}.")
-    return size_bytes
-
-
 def format_length(length_tokens: int) -> str:
     """Return the short form of a length: ``4096`` -> ``4K``, ``1048576`` -> ``1M``, ``1000`` -> ``1000``."""
     for unit_tokens, suffix in ((LENGTH_UNITS["m"], "M"), (LENGTH_UNITS["k"], "K")):

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from functools import cache
 
 from kvscope.errors import UsageError, did_you_mean
-from kvscope.tasks.assembly import Assembled, PieceEncoder, assemble
-from kvscope.tasks.base import Sample, Task, Tokenizer, text_sha256
+from kvscope.tasks.assembly import PieceEncoder, assemble
+from kvscope.tasks.base import Sample, Task, Tokenizer
 from kvscope.tasks.draws import Draws
 from kvscope.tasks.long_qa.lexicon import lexicon
 from kvscope.tasks.long_qa.plan import Author, Plan
@@ -129,21 +129,14 @@ class LongQATask(Task):
             tail=tail,
             prompt_tokens=prompt_tokens,
         )
-        evidence = sorted(made.line_spans[i] for i in plan.evidence)
-        return Sample(
-            task=self.name,
+        return made.sample(
+            self,
             question_type=kind,
             length_tokens=length_tokens,
             sample=sample,
             seed=seed,
-            ids=made.ids,
-            text=made.text,
-            question_start=made.body_end,
-            evidence_spans=tuple(evidence),
-            depth=_mean_depth(made, evidence),
-            prompt_sha256=text_sha256(made.text),
+            evidence=sorted(made.line_spans[i] for i in plan.evidence),
             targets=plan.asked[0].answer,
-            max_new_tokens=self.max_new_tokens,
         )
 
     def _depth(self, kind: str, seed: int, length_tokens: int, k: int) -> float:
@@ -155,13 +148,6 @@ class LongQATask(Task):
     def score(self, sample: Sample, output: str) -> float:
         """Score one answer (see kvscope.tasks.long_qa.score)."""
         return score_answer(sample.question_type, sample.targets, output)
-
-
-def _mean_depth(made: Assembled, evidence: Sequence[tuple[int, int]]) -> float | None:
-    if not evidence:
-        return None
-    tokens = made.body_end - made.body_start
-    return sum(start - made.body_start for start, _ in evidence) / len(evidence) / tokens
 
 
 def _depths(plan: Plan, depth: float, draws: Draws) -> list[float]:

@@ -19,7 +19,7 @@ from kvscope.harness.passes.process import run_worker, worker_environment
 from kvscope.harness.passes.row_columns import oom_of
 from kvscope.harness.passes.sweep import failures, run
 from kvscope.methods.dense.method import Dense
-from kvscope.results.schema import FootprintRow
+from kvscope.results.memory_rows import FootprintRow
 
 VALUES = {
     "model": "preset:tiny",

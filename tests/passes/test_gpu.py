@@ -12,7 +12,7 @@ from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
 from kvscope.harness.passes.memory import host_rss_bytes
 from kvscope.harness.passes.sweep import failures, run
 from kvscope.methods.pinned import empty_pinned
-from kvscope.results.schema import NVML_COLUMNS, TORCH_COLUMNS
+from kvscope.results.memory_rows import NVML_COLUMNS, TORCH_COLUMNS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 MIB = 1024**2

@@ -8,7 +8,8 @@ from typing import Any
 
 from kvscope.harness.passes.process import worker_environment
 from kvscope.results.columns import SURROUNDINGS_COLUMNS, TIME_COLUMNS
-from kvscope.results.schema import FootprintRow, SampleRow, ThroughputRow
+from kvscope.results.memory_rows import FootprintRow
+from kvscope.results.schema import SampleRow, ThroughputRow
 
 PROGRAM = Path(__file__).resolve().parents[1] / "tools" / "one_run.py"
 CONFIG = {

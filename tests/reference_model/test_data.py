@@ -14,12 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
 from kvscope.harness.reference_model import templates
 from kvscope.harness.reference_model.architecture import WINDOW_TOKENS, reference_config
-from kvscope.harness.reference_model.curriculum import Phase, RowMaker, Shape
+from kvscope.harness.reference_model.curriculum import Phase, Shape
 from kvscope.harness.reference_model.data import Batch, PhaseData, batches
 from kvscope.harness.reference_model.documents import Document
 from kvscope.harness.reference_model.phases import PHASES
 from kvscope.harness.reference_model.pieces import Pieces
-from kvscope.harness.reference_model.tokenizer import EOS_ID, VOCAB_TOKENS, save_tokenizer
+from kvscope.harness.reference_model.row_maker import RowMaker
+from kvscope.harness.reference_model.tokenizer import VOCAB_TOKENS, save_tokenizer
 from kvscope.harness.reference_model.train import document_makers, train
 from kvscope.tasks.draws import Draws
 from kvscope.tasks.needle import SPECS
@@ -68,10 +69,10 @@ def test_rows_are_canonical_text(tokenizer: PreTrainedTokenizerFast, maker: RowM
     pieces = maker.pieces
     for i in range(300):
         draws = Draws("canonical", i)
-        key_kind, value_kind = maker._kinds(draws)
+        key_kind, value_kind = maker.needle_rows.kinds(draws)
         if key_kind == "pieces":
             continue
-        key, value = maker._key(key_kind, draws, []), maker._value(value_kind, draws)
+        key, value = maker.needle_rows.key(key_kind, draws, []), maker.needle_rows.value(value_kind, draws)
         form = draws.pick(templates.NEEDLES)
         ids = pieces.render(form, draws, kind=draws.pick(templates.TYPES), fill={"key": key, "value": value})
         assert tokenizer(tokenizer.decode(ids), add_special_tokens=False)["input_ids"] == ids
@@ -82,9 +83,9 @@ def test_rows_are_canonical_text(tokenizer: PreTrainedTokenizerFast, maker: RowM
 def test_answers_stand_in_the_haystack(tokenizer: PreTrainedTokenizerFast, maker: RowMaker) -> None:
     checked = 0
     for i in range(40):
-        row = maker._needles(PHASE, SHAPE, Draws("answers", i))
-        if EOS_ID not in row.ids:
-            continue  # fell back to recall
+        row = maker.needle_rows.make(PHASE, SHAPE, Draws("answers", i))
+        if row is None:
+            continue  # a row of recall instead
         scored = [row.ids[at + 1] for at in row.answer_at]
         answers = tokenizer.decode(scored, skip_special_tokens=False).split("<|eos|>")[:-1]
         body = tokenizer.decode(row.ids[: row.answer_at[0]])

@@ -11,10 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
-from kvscope.harness.reference_model.curriculum import Phase, RowMaker, Shape
+from kvscope.harness.reference_model.curriculum import Phase, Shape
 from kvscope.harness.reference_model.data import PhaseData
 from kvscope.harness.reference_model.pieces import Pieces
 from kvscope.harness.reference_model.replicas import Replicas
+from kvscope.harness.reference_model.row_maker import RowMaker
 
 RUN = """
 import sys

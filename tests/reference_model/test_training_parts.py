@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, Pr
 
 from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
 from kvscope.harness.reference_model import attention, train
+from kvscope.harness.reference_model import trainer as trainers
 from kvscope.harness.reference_model.architecture import GLOBAL_LAYERS, build_model, reference_config
 from kvscope.harness.reference_model.curriculum import Phase, Shape
 from kvscope.harness.reference_model.data import Batch
@@ -182,8 +183,8 @@ def test_weights_without_a_gradient_s_push_decay() -> None:
 
 
 @pytest.fixture
-def trainer(tmp_path: Path) -> train.Trainer:
-    return train.Trainer(tiny_model(), device=torch.device("cpu"), out=tmp_path, compile_layers=False)
+def trainer(tmp_path: Path) -> trainers.Trainer:
+    return trainers.Trainer(tiny_model(), device=torch.device("cpu"), out=tmp_path, compile_layers=False)
 
 
 @pytest.fixture(scope="module")
@@ -198,15 +199,15 @@ def some_batch(n_tokens: int = 80) -> Batch:
 
 
 def test_long_rows_are_not_compiled_not_even_where_their_layers_run_again(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(train, "EAGER_TOKENS", 64)
-    monkeypatch.setattr(train, "KEEP_TOKENS", 64)
+    monkeypatch.setattr(trainers, "EAGER_TOKENS", 64)
+    monkeypatch.setattr(trainers, "KEEP_TOKENS", 64)
     torch._dynamo.utils.counters.clear()
-    trainer = train.Trainer(tiny_model(), device=torch.device("cpu"), out=tmp_path, compile_layers=True)
+    trainer = trainers.Trainer(tiny_model(), device=torch.device("cpu"), out=tmp_path, compile_layers=True)
     loss, _ = trainer.gradients(some_batch(80))
     assert not torch._dynamo.utils.counters["frames"]
     kept = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
     trainer.model.zero_grad(set_to_none=True)
-    monkeypatch.setattr(train, "KEEP_TOKENS", 100)
+    monkeypatch.setattr(trainers, "KEEP_TOKENS", 100)
     again, _ = trainer.gradients(some_batch(80))
     assert again == loss
     for name, parameter in trainer.model.named_parameters():
@@ -214,14 +215,14 @@ def test_long_rows_are_not_compiled_not_even_where_their_layers_run_again(tmp_pa
 
 
 def test_accuracy_is_counted_by_family() -> None:
-    counts = train.FamilyAccuracy(torch.device("cpu"))
+    counts = trainers.FamilyAccuracy(torch.device("cpu"))
     batch = Batch(random_ids(3, 10), torch.tensor([1, 4, 12, 25, 26]), torch.zeros(5), ("vt", "needles", "vt"))
     counts.add(batch, torch.tensor([True, False, True, True, True]))
     assert counts.read() == {"needles": 1.0, "vt": 0.75}
     assert counts.read() == {}
 
 
-def test_a_fresh_model_passes_the_guard(trainer: train.Trainer) -> None:
+def test_a_fresh_model_passes_the_guard(trainer: trainers.Trainer) -> None:
     assert trainer.check_against_stock(some_batch()) < 1e-4
 
 
@@ -239,14 +240,14 @@ def sees_everything_before(q_BQTD, k_BHTD, v_BHTD, *, window: int, scale: float)
 
 @pytest.mark.parametrize("tampered", [sees_the_future, sees_everything_before])
 def test_the_guard_finds_attention_that_sees_too_much(
-    trainer: train.Trainer, monkeypatch: pytest.MonkeyPatch, tampered: Any
+    trainer: trainers.Trainer, monkeypatch: pytest.MonkeyPatch, tampered: Any
 ) -> None:
     monkeypatch.setattr(attention, "sliding_attention", tampered)
     with pytest.raises(RuntimeError, match="differs from the stock model's"):
         trainer.check_against_stock(some_batch())
 
 
-def test_the_guard_finds_layers_switched_to_another_implementation(trainer: train.Trainer) -> None:
+def test_the_guard_finds_layers_switched_to_another_implementation(trainer: trainers.Trainer) -> None:
     """The bug it was written for: without a mask, stock sdpa lets local layers see the whole row."""
     trainer.model.config._attn_implementation = "sdpa"
     with pytest.raises(RuntimeError, match="differs from the stock model's"):
@@ -254,7 +255,7 @@ def test_the_guard_finds_layers_switched_to_another_implementation(trainer: trai
 
 
 def test_saving_and_checking_leave_training_s_attention_alone(
-    trainer: train.Trainer, tokenizer: PreTrainedTokenizerFast
+    trainer: trainers.Trainer, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """Building the copy to be saved once switched the trainer's own local layers to full attention."""
     with torch.no_grad():
@@ -286,7 +287,7 @@ def test_a_failing_source_of_data_leaves_a_checkpoint(
     phase = Phase(name="broken", shapes=(shape,), steps=5, lr=(1e-2, 1e-2), copy_share=1.0)
     with pytest.raises(OSError, match="a worker died"):
         train.train(out=tmp_path, phases=(phase,), seed=3, config=reference_config(layers=2, hidden=128))
-    state = json.loads((tmp_path / train.STATE_FILE).read_text(encoding="utf-8"))
+    state = json.loads((tmp_path / trainers.STATE_FILE).read_text(encoding="utf-8"))
     assert (state["step"], state["phases"][-1]["steps_done"], state["phases"][-1]["name"]) == (2, 2, "broken")
     learned = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).state_dict()
     fresh = build_model(reference_config(layers=2, hidden=128), seed=3).state_dict()

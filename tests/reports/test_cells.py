@@ -7,7 +7,7 @@ from synthetic_rows import CPU_NVML_REASON, H100, KINDS, K, demo_rows, footprint
 from kvscope.reports.cells import ALL_TASKS, accuracy_cells, footprint_cells, memory_source, predicted_cells
 from kvscope.reports.coverage import coverage
 from kvscope.results.frames import Run, make_run
-from kvscope.results.schema import FootprintRow
+from kvscope.results.memory_rows import FootprintRow
 
 
 def run_of(rows: tuple, *, samples: int | None = None, footprints: int | None = None) -> Run:

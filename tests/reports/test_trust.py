@@ -15,7 +15,7 @@ from kvscope.reports.tables import all_tables
 from kvscope.reports.trust import time_doubts
 from kvscope.reports.units import milliseconds
 from kvscope.results.frames import Run, make_run
-from kvscope.results.schema import FootprintRow
+from kvscope.results.memory_rows import FootprintRow
 
 OTHERS = "2 other processes on the GPU"
 

@@ -7,7 +7,8 @@ from synthetic_rows import demo_rows, wide_rows
 
 import kvscope
 from kvscope.results.frames import load_run, make_run
-from kvscope.results.schema import FootprintRow, SampleRow
+from kvscope.results.memory_rows import FootprintRow
+from kvscope.results.schema import SampleRow
 from kvscope.results.store import RunStore
 
 

@@ -7,8 +7,9 @@ import pytest
 from pydantic import BaseModel, ValidationError
 from synthetic_rows import CPU, H100, KINDS, demo_rows, footprint_row, sample_row
 
+from kvscope.results.memory_rows import NVML_COLUMNS, TORCH_COLUMNS, FootprintRow
 from kvscope.results.run_schema import MethodInfo, PlannedCell, Resumption, RunInfo
-from kvscope.results.schema import NVML_COLUMNS, TORCH_COLUMNS, FootprintRow, SampleRow
+from kvscope.results.schema import SampleRow
 
 SAMPLE = sample_row(KINDS["recency"], task="niah_single_1", length=2048, sample=3)
 ON_CPU = footprint_row(KINDS["recency"], machine=CPU, length=2048)

@@ -46,7 +46,7 @@ def test_rows_survive_in_order(tmp_path: Path, rows: Rows) -> None:
         assert {row.key for row in store.footprints()} == {footprints[0].key}
         assert store.has_sample(samples[0].key)
         assert not store.has_sample(samples[6].key)
-        assert store.has_footprint(footprints[0].key)
+        assert store.footprint_rows.has(footprints[0].key)
         assert store.messages == []
 
 

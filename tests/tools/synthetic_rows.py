@@ -10,8 +10,9 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
+from kvscope.results.memory_rows import FootprintRow
 from kvscope.results.run_schema import MethodInfo, PlannedCell, RunInfo
-from kvscope.results.schema import FootprintRow, SampleRow
+from kvscope.results.schema import SampleRow
 
 K = 1024
 CPU_NVML_REASON = "no NVIDIA GPU on this machine (libnvidia-ml.so.1 not found)"

@@ -17,6 +17,7 @@ from kvscope.methods.base import CacheMethod, Collector, SequenceCache
 from kvscope.methods.dense.method import Dense
 from kvscope.methods.random.method import RandomChunks
 from kvscope.methods.recency.method import Recency
+from kvscope.methods.resident import StaticResidency
 from kvscope.methods.shape import Footprint, ModelShape
 from kvscope.methods.store import PromptKV, TokenRange
 
@@ -55,16 +56,11 @@ class OverEntries(CacheMethod[Any]):
         assert isinstance(prompt, CompressedPrompt)
         return self.open_entries(prompt, torch.device(device), reserve_tokens=reserve_tokens)
 
+    @abstractmethod
     def open_entries(
         self, prompt: CompressedPrompt, device: torch.device, *, reserve_tokens: int
     ) -> CompressedSequence:
-        """Open a prompt with a fixed resident set."""
-        fixed = self._entries(self.kept_ranges(prompt), prompt)
-        return CompressedSequence(prompt, device, fixed=fixed, reserve_tokens=reserve_tokens)
-
-    def kept_ranges(self, prompt: CompressedPrompt) -> list[TokenRange]:
-        """Return the prompt's tokens whose entries always stay."""
-        raise NotImplementedError
+        """Open a prompt; arguments as ``open``."""
 
     @staticmethod
     def _entries(ranges: list[TokenRange], prompt: CompressedPrompt) -> torch.Tensor:
@@ -76,7 +72,17 @@ class OverEntries(CacheMethod[Any]):
         return keep.nonzero()[:, 0]
 
 
-class DenseEntries(OverEntries, Dense):
+class FixedEntries(OverEntries, StaticResidency[Any]):
+    """A residency chosen once, at opening: the entries that hold any token its method keeps."""
+
+    def open_entries(
+        self, prompt: CompressedPrompt, device: torch.device, *, reserve_tokens: int
+    ) -> CompressedSequence:
+        fixed = self._entries(self.resident_ranges(prompt), prompt)
+        return CompressedSequence(prompt, device, fixed=fixed, reserve_tokens=reserve_tokens)
+
+
+class DenseEntries(FixedEntries, Dense):
     """Every entry resident."""
 
     stays = "every compressed entry and indexer key"
@@ -85,11 +91,8 @@ class DenseEntries(OverEntries, Dense):
     def n_fixed(self, n_tokens: int) -> int:
         return n_tokens // self.entry_shape.page_tokens
 
-    def kept_ranges(self, prompt: CompressedPrompt) -> list[TokenRange]:
-        return self.resident_ranges(prompt)
 
-
-class RecencyEntries(OverEntries, Recency):
+class RecencyEntries(FixedEntries, Recency):
     """The entries of the last tokens of the prompt."""
 
     stays = "CSA entries of the last tokens of the prompt and of every decoded token; HCA entries and windows"
@@ -100,11 +103,8 @@ class RecencyEntries(OverEntries, Recency):
         window = self.n_resident_tokens(n_tokens, self.entry_shape)
         return n_tokens // rate - (n_tokens - window) // rate
 
-    def kept_ranges(self, prompt: CompressedPrompt) -> list[TokenRange]:
-        return self.resident_ranges(prompt)
 
-
-class RandomEntries(OverEntries, RandomChunks):
+class RandomEntries(FixedEntries, RandomChunks):
     """The same, and the entries of chunks drawn once a sequence."""
 
     stays = "CSA entries of the last tokens, of a random tenth of the chunks before and of decoded tokens; HCA, windows"
@@ -122,6 +122,3 @@ class RandomEntries(OverEntries, RandomChunks):
         window = n_tokens // rate - (n_tokens - recency_tokens) // rate
         drawn: int = n_drawn * self.config.chunk_tokens // rate
         return window + drawn
-
-    def kept_ranges(self, prompt: CompressedPrompt) -> list[TokenRange]:
-        return self.resident_ranges(prompt)

@@ -1,11 +1,6 @@
-"""``kvscope lsa collect``: run the model once over documents and store what an indexer is trained on.
+"""``kvscope lsa collect``: run the model once over documents and store what an indexer is trained on, shard by shard.
 
-Every document is a task's prompt with its answer. The prompt is prefilled as for any method; its last token and the
-answer are then fed one by one, as decode would, and every such step leaves the hidden states entering the indexed
-layers and the attention of the managed layers, reduced to masses of chunks.
-
-The answer is the model's own, greedily decoded, unless the task's reference answer is asked for: which chunks the next
-steps need depends on what they say, and a model may say the same in other words and another order.
+A shard is on disk whole or not at all; the same call again continues after the last whole one.
 """
 
 import shutil
@@ -14,27 +9,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-import torch
-
 from kvscope.errors import EnvironmentProblem, UsageError
 from kvscope.harness.engine.backend import require_token_attention
-from kvscope.harness.engine.decode import answer_end
-from kvscope.harness.engine.finite import finite_tokens
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.models import load_model
-from kvscope.harness.engine.prefill import DEFAULT_CHUNK_TOKENS, prefill
 from kvscope.harness.engine.presets import refuse_preset
-from kvscope.harness.engine.session import Session
-from kvscope.harness.indexers.collection.document import (
-    STORED_DTYPE,
-    Answers,
-    CollectionInfo,
-    Document,
-    DocumentInfo,
-    document_bytes,
-)
+from kvscope.harness.indexers.collection.document import Answers, CollectionInfo, Document, document_bytes
 from kvscope.harness.indexers.collection.label_rule import LabelRule
-from kvscope.harness.indexers.collection.recorder import Recorder, RecordingSequence, StepRecord
+from kvscope.harness.indexers.collection.make_document import Job, make_document
+from kvscope.harness.indexers.collection.recorder import Recorder
 from kvscope.harness.indexers.collection.shards import (
     check_shard,
     collection_info,
@@ -42,15 +25,13 @@ from kvscope.harness.indexers.collection.shards import (
     write_manifest,
     write_shard,
 )
-from kvscope.harness.indexers.collection.token_records import token_tensors
 from kvscope.harness.passes.progress import Progress
-from kvscope.methods.base import union_collectors
 from kvscope.methods.lsa.indexer import Features
 from kvscope.methods.lsa.labels import Voters
 from kvscope.units import format_bytes, format_length, parse_length
 
 if TYPE_CHECKING:
-    from kvscope.tasks.base import Sample, Task
+    from kvscope.tasks.base import Task
 
 DISK_MARGIN = 1.1
 
@@ -111,15 +92,6 @@ class CollectConfig:
             raise UsageError(f"answers must be {' or '.join(get_args(Answers))}, got {self.answers!r}.")
         if not self.tasks or not self.lengths_tokens:
             raise UsageError("At least one task and one length are needed: --task NAME --length TOKENS.")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One document to make."""
-
-    task: "Task"
-    length_tokens: int
-    sample: int
 
 
 def collect(config: CollectConfig, out: str | Path, *, progress: Progress) -> Path:
@@ -265,103 +237,6 @@ def check_disk(folder: Path, need_bytes: int) -> None:
             f"The collection needs about {format_bytes(need_bytes)} and the disk of '{folder}' has "
             f"{format_bytes(free_bytes(folder))} free; take fewer samples, shorter lengths or --features stats."
         )
-
-
-def answer_ids(loaded: LoadedModel, sample: "Sample") -> list[int]:
-    """Return the reference answer as tokens, in the form whose likelihood ``run --answer-nll`` measures."""
-    text = " " + ", ".join(sample.targets)
-    ids: list[int] = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
-
-
-def make_document(loaded: LoadedModel, recorder: Recorder, info: CollectionInfo, job: Job, *, seed: int) -> Document:
-    """Prefill a prompt, feed its last token and an answer, and return what was recorded."""
-    sample = job.task.build(loaded.tokenizer, length_tokens=job.length_tokens, sample=job.sample, seed=seed)
-    context_ids, fed_ids = sample.ids[:-1], [sample.ids[-1]]
-    if info.answers == "reference":
-        fed_ids += answer_ids(loaded, sample)
-    return record(
-        loaded, recorder, info, context_ids, fed_ids, task=sample.task, question_type=sample.question_type,
-        length_tokens=job.length_tokens, sample=job.sample,
-        own_answer=sample if info.answers == "own" else None,
-    )  # fmt: skip
-
-
-@torch.inference_mode()
-def record(
-    loaded: LoadedModel,
-    recorder: Recorder,
-    info: CollectionInfo,
-    context_ids: Sequence[int],
-    fed_ids: Sequence[int],
-    *,
-    task: str,
-    question_type: str,
-    length_tokens: int,
-    sample: int,
-    own_answer: "Sample | None" = None,
-) -> Document:
-    """Record one document.
-
-    Args:
-        context_ids: tokens to prefill.
-        fed_ids: tokens fed as decode steps.
-        own_answer: the sample whose answer the model goes on to decode behind ``fed_ids``; None: it ends with them.
-    """
-    chunk_tokens = min(
-        DEFAULT_CHUNK_TOKENS, -(-len(context_ids) // loaded.shape.page_tokens) * loaded.shape.page_tokens
-    )
-    prompt = prefill(
-        loaded, context_ids, collectors=union_collectors([recorder], loaded.shape.layers),
-        chunk_tokens=max(chunk_tokens, loaded.shape.page_tokens),
-    )  # fmt: skip
-    records: list[StepRecord] = []
-    own: list[int] = []
-    pending = list(fed_ids)
-    reserve_tokens = len(fed_ids) + (0 if own_answer is None else own_answer.max_new_tokens - 1)
-    with Session(loaded) as session:
-        sequence = session.add(recorder, prompt, reserve_tokens=reserve_tokens).cache
-        assert isinstance(sequence, RecordingSequence)
-        while pending:
-            _, [best] = finite_tokens(session, session.step([pending.pop(0)]), step=len(records))
-            records.append(sequence.take())
-            if own_answer is None or pending:
-                continue
-            own.append(best)
-            if not answer_end(loaded, own, max_new_tokens=own_answer.max_new_tokens, stop_strings=own_answer.stop):
-                pending.append(own[-1])
-    before = torch.stack([_padded(prompt, layer, info.state_tokens) for layer in info.layers], 1)
-    during = torch.stack([each.hidden_LM for each in records])
-    counts = torch.tensor([len(each.values) for each in records])
-    name = recorder.features_name
-    return Document(
-        info=DocumentInfo(
-            task=task,
-            question_type=question_type,
-            length_tokens=length_tokens,
-            sample=sample,
-            prompt_tokens=prompt.n_tokens,
-            n_steps=len(records),
-        ),
-        features=torch.stack([prompt.metadata[name][layer] for layer in info.layers]).to(STORED_DTYPE),
-        hidden=torch.cat([before, during]).to(STORED_DTYPE).cpu(),
-        steps=torch.arange(len(records), dtype=torch.int32),
-        segments=torch.zeros(len(records), dtype=torch.int32),  # one answer
-        indptr=torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int().cpu(),
-        indices=torch.cat([each.chunks for each in records]).int().cpu(),
-        voters=torch.cat([each.voters for each in records]).to(torch.int16).cpu(),
-        values=torch.cat([each.values for each in records]).half().cpu(),
-        rest=torch.stack([each.rest_V for each in records]).half().cpu(),
-        mass=torch.stack([each.mass_M for each in records]).half().cpu(),
-        queries=torch.stack([each.queries_LF for each in records]).to(STORED_DTYPE).cpu(),
-        **token_tensors(prompt, [each.token_mass_LN for each in records], info, n_steps=len(records), sample=sample),
-    )
-
-
-def _padded(prompt: Any, layer: int, width: int) -> torch.Tensor:
-    states: torch.Tensor = prompt.metadata[f"last_states_{width}"][layer]
-    missing = width - len(states)
-    return states if missing <= 0 else torch.cat([states[:1].expand(missing, -1), states])
 
 
 def positive_text(documents: Sequence[Document], info: CollectionInfo) -> str:

@@ -14,10 +14,8 @@ import torch
 
 from kvscope.errors import UsageError
 from kvscope.harness.indexers.collection.label_rule import LabelRule, count_votes, wanted_voters
-from kvscope.methods.budget import default_recency_tokens
 from kvscope.methods.lsa.indexer import Features
 from kvscope.methods.lsa.labels import Voters
-from kvscope.methods.lsa.layout import ChunkLayout
 
 Answers = Literal["own", "reference"]
 
@@ -160,16 +158,6 @@ class Document:
     def n_states(self) -> int:
         """W."""
         return len(self.hidden) - self.info.n_steps
-
-    def layout(self, chunk_tokens: int, *, sink_tokens: int, recency_tokens: int | None) -> ChunkLayout:
-        """Return how its prompt is cut."""
-        n_tokens = self.info.prompt_tokens
-        return ChunkLayout(
-            n_tokens=n_tokens,
-            chunk_tokens=chunk_tokens,
-            sink_tokens=sink_tokens,
-            recency_tokens=default_recency_tokens(n_tokens) if recency_tokens is None else recency_tokens,
-        )
 
     def votes(self, rule: LabelRule, info: CollectionInfo) -> torch.Tensor:
         """Return the votes of every chunk at every recorded step, [R, n']."""

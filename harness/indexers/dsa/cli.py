@@ -5,7 +5,22 @@ from typing import Annotated
 
 import typer
 
-from kvscope.harness.indexers.lsa.cli import DataFolders, Device, Quiet, silence
+from kvscope.harness.indexers.options import (
+    BatchDocuments,
+    BatchRows,
+    DataFolders,
+    Epochs,
+    HeldOut,
+    IndexerOut,
+    LearningRate,
+    Patience,
+    Quiet,
+    RandomSeed,
+    WarmStart,
+    WeightDecay,
+    silence,
+)
+from kvscope.harness.passes.options import Device
 from kvscope.terminal import say, tell
 
 app = typer.Typer(
@@ -19,23 +34,21 @@ app = typer.Typer(
 @app.command(short_help="Train a lightning indexer from shards; the model is never loaded.")
 def train(
     data: DataFolders,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the indexer.")],
-    epochs: Annotated[int, typer.Option("--epochs", help="Passes over the documents at most.")] = 10,
-    lr: Annotated[float, typer.Option("--lr", help="Learning rate.")] = 3e-4,
-    weight_decay: Annotated[float, typer.Option("--weight-decay", help="AdamW's.")] = 0.01,
-    batch_documents: Annotated[int, typer.Option("--batch-documents", help="Documents a step.")] = 4,
-    batch_rows: Annotated[int, typer.Option("--batch-rows", help="Decode steps of a document.")] = 32,
+    out: IndexerOut,
+    epochs: Epochs = 10,
+    lr: LearningRate = 3e-4,
+    weight_decay: WeightDecay = 0.01,
+    batch_documents: BatchDocuments = 4,
+    batch_rows: BatchRows = 32,
     heads: Annotated[
         int | None, typer.Option("--heads", help="Index heads.  [default: the model's, at most 64]")
     ] = None,
     key_dim: Annotated[
         int | None, typer.Option("--key-dim", help="Index key size.  [default: half a head, at most 128]")
     ] = None,
-    warm_start: Annotated[
-        bool, typer.Option("--warm-start/--cold-start", help="Begin at the model's own queries and keys.")
-    ] = True,
-    held_out: Annotated[float, typer.Option("--held-out", help="Share of documents to measure with.")] = 0.1,
-    patience: Annotated[int, typer.Option("--patience", help="Epochs without gain before it stops.")] = 3,
+    warm_start: WarmStart = True,
+    held_out: HeldOut = 0.1,
+    patience: Patience = 3,
     seed: Annotated[int, typer.Option("--seed", help="Of weights and order.")] = 0,
     device: Device = "auto",
     quiet: Quiet = False,
@@ -59,7 +72,7 @@ def evaluate(
     data: DataFolders,
     indexer: Annotated[str, typer.Option("--indexer", help="Folder or shipped name.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the tables.")],
-    seed: Annotated[int, typer.Option("--seed", help="Of the random policy.")] = 0,
+    seed: RandomSeed = 0,
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:

@@ -8,8 +8,6 @@ the share of the oracle's tokens among them. Collections that hold a sample of t
 Shapes: R rows (recorded steps), S stored tokens.
 """
 
-import csv
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
+from kvscope.harness.engine.devices import resolve_device
 from kvscope.harness.indexers.collection.reading import open_collections
 from kvscope.harness.indexers.dsa.objective import (
     TokenExample,
@@ -27,7 +26,7 @@ from kvscope.harness.indexers.dsa.objective import (
     layer_scores,
     share_taken,
 )
-from kvscope.harness.indexers.lsa.objective import compute_device
+from kvscope.harness.indexers.tables import write_tables
 from kvscope.methods.dsa.indexer_files import FILES
 from kvscope.methods.dsa.lightning import Lightning
 from kvscope.methods.indexer_files import indexer_hash
@@ -35,7 +34,6 @@ from kvscope.units import format_length
 
 BUDGETS_TOKENS = (64, 128, 256, 512, 1024, 2048, 4096)
 POLICIES = ("indexer", "oracle", "recency", "random")
-CSV_FILE, MARKDOWN_FILE, JSON_FILE = "recall.csv", "recall.md", "recall.json"
 COLUMNS = ("length_tokens", "task", "layer", "policy", "budget_tokens", "mass", "overlap", "rows")
 Key = tuple[int, str, str, str, int]
 
@@ -65,7 +63,7 @@ def evaluate(
     check_tokens(collections)
     info = collections[0].info
     folder = FILES.folder(indexer_spec)
-    indexer = FILES.load(folder).to(compute_device(device))
+    indexer = FILES.load(folder).to(resolve_device(device))
     check_model(indexer.config, info, folder=str(folder))
     seen = {entry["id"] for entry in indexer.config.trained.get("data", ())}
     sums: dict[Key, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
@@ -88,7 +86,9 @@ def evaluate(
         "documents": sum(map(len, collections)),
         "tokens": "every one" if exact else "a sample, so estimates",
     }
-    write_tables(Path(out), rows, about)
+    write_tables(
+        Path(out), rows, about, columns=COLUMNS, title="Attention held by the chosen tokens", summary=summary_text
+    )
     return rows
 
 
@@ -139,20 +139,6 @@ def table_rows(sums: dict[Key, list[float]]) -> list[dict[str, Any]]:
         values = (*key, round(mass / n, 5), round(overlap / n, 5), int(n))
         rows.append(dict(zip(COLUMNS, values, strict=True)))
     return rows
-
-
-def write_tables(folder: Path, rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
-    """Write the table as CSV and JSON, and its summary as Markdown."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / CSV_FILE).open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    (folder / JSON_FILE).write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-    lines = ["# Attention held by the chosen tokens", "", *(f"- {key}: {value}" for key, value in about.items()), ""]
-    (folder / MARKDOWN_FILE).write_text(
-        "\n".join([*lines, summary_text(rows, tablefmt="github"), ""]), encoding="utf-8"
-    )
 
 
 def summary_text(rows: Iterable[dict[str, Any]], *, tablefmt: str = "simple") -> str:

@@ -14,8 +14,9 @@ import torch
 
 from kvscope.errors import UsageError
 from kvscope.harness.indexers.collection.document import CollectionInfo
+from kvscope.harness.indexers.collection.places import Place
 from kvscope.harness.indexers.collection.reading import Collection
-from kvscope.harness.indexers.lsa.objective import Place
+from kvscope.harness.indexers.training import TrainingOptions
 from kvscope.methods.block_budget import default_budget_tokens
 from kvscope.methods.dsa.lightning import Lightning, LightningLayer, lightning_scores
 from kvscope.methods.fp8_keys import rounded
@@ -25,46 +26,12 @@ COLLECT_AGAIN = "collect with kvscope lsa collect --token-samples 2048"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DsaTrainConfig:
-    """How to train.
-
-    Attributes:
-        epochs: passes over the documents at most.
-        lr, weight_decay, clip: AdamW, gradient norm.
-        batch_documents, batch_rows: documents a step, and rows of each.
-        heads, key_dim: sizes; None: see ``methods.dsa.lightning.default_sizes``.
-        warm_start: begin at the model's own match of queries and keys, not at random weights.
-        held_out: share of the documents kept for measuring; at least one.
-        patience: epochs without a lower held-out loss before it stops.
-        seed: of weights and order.
-        device: ``cpu``, ``cuda`` or ``auto``.
-    """
+class DsaTrainConfig(TrainingOptions):
+    """How to train: as every indexer, sizes as in ``methods.dsa.lightning.default_sizes``."""
 
     epochs: int = 10
     lr: float = 3e-4
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    batch_documents: int = 4
-    batch_rows: int = 32
-    heads: int | None = None
-    key_dim: int | None = None
-    warm_start: bool = True
-    held_out: float = 0.1
     patience: int = 3
-    seed: int = 0
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_documents", "batch_rows", "patience"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be 1 or more, got {getattr(self, name)}.")
-        for name in ("heads", "key_dim"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UsageError(f"{name} must be 1 or more, got {getattr(self, name)}.")
-        if not 0 < self.held_out < 1:
-            raise UsageError(f"held_out must lie between 0 and 1, both excluded, got {self.held_out}.")
-        if not self.lr > 0:
-            raise UsageError(f"lr must be positive, got {self.lr}.")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ DSA-style: DeepSeek-V3.2 first trains its indexer this way, against the attentio
 frozen, and then trains the model along with the chosen tokens; the second half is left out.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,13 +11,13 @@ from typing import Any
 
 import torch
 
+from kvscope.harness.engine.devices import resolve_device
 from kvscope.harness.indexers.collection.document import CollectionInfo
+from kvscope.harness.indexers.collection.places import Place, data_record, note_unfinished, places_of, split
 from kvscope.harness.indexers.collection.reading import open_collections
 from kvscope.harness.indexers.dsa.objective import DsaTrainConfig, check_tokens, document_loss, example, measure
 from kvscope.harness.indexers.dsa.warm_start import warm_start
-from kvscope.harness.indexers.lsa.fit import fit
-from kvscope.harness.indexers.lsa.objective import Place, compute_device, split
-from kvscope.harness.indexers.lsa.train import LOG_FILE, data_record, note_unfinished
+from kvscope.harness.indexers.training import opening_record, train_epochs, training_log
 from kvscope.methods.dsa.indexer_files import FILES
 from kvscope.methods.dsa.lightning import Lightning, LightningConfig, default_sizes
 from kvscope.methods.indexer_files import listed
@@ -45,32 +44,19 @@ def train(
     check_tokens(collections)
     note_unfinished(collections, note)
     info = collections[0].info
-    device = compute_device(config.device)
-    where = [(collection, index) for collection in collections for index in range(len(collection))]
-    training, held_out = split(where, share=config.held_out)
+    device = resolve_device(config.device)
+    training, held_out = split(places_of(collections), share=config.held_out)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         indexer = Lightning(indexer_config(info, config)).to(device)
     draws = torch.Generator().manual_seed(config.seed)
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
 
     def loss_of(place: Place) -> torch.Tensor:
         return document_loss(indexer, example(place, device), config, draws)
 
-    with (folder / LOG_FILE).open("w", encoding="utf-8") as log:
-
-        def say(**fields: Any) -> None:
-            log.write(json.dumps(fields) + "\n")
-            log.flush()
-
-        say(
-            collections=[collection.id for collection in collections],
-            documents=len(training),
-            held_out=len(held_out),
-            weights=sum(p.numel() for p in indexer.parameters()),
-            config=asdict(config),
-        )
+    with training_log(folder) as say:
+        say(**opening_record(collections, indexer, config, training=training, held_out=held_out))
         if config.warm_start:
             fits, start = warm_start(indexer, training), measure(indexer, held_out)
             say(warm_start=fits, held_out=start)
@@ -80,14 +66,14 @@ def train(
                     f"{found['key_fit']:.1%} of the keys"
                 )
             note(f"warm start: held-out {measures_text(start)}")
-        best = fit(
+        best = train_epochs(
             indexer,
             training,
             config,
             loss_of=loss_of,
             measure=lambda: measure(indexer, held_out),
             save=lambda target: FILES.save(indexer, target),
-            text=lambda epoch, fields, since_s: epoch_text(epoch, config.epochs, fields, since_s=since_s),
+            text=measures_text,
             folder=folder,
             say=say,
             note=note,
@@ -136,15 +122,6 @@ def measures_text(fields: dict[str, Any]) -> str:
     return (
         f"KL {fields['held_out_loss']:.4f}, attention held {fields['mass_recall']:.1%} (the best choice "
         f"{fields['oracle_recall']:.1%})"
-    )
-
-
-def epoch_text(epoch: int, epochs: int, fields: dict[str, Any], *, since_s: float) -> str:
-    """Return an epoch in one line."""
-    left_s = since_s / epoch * (epochs - epoch)
-    return (
-        f"[{epoch}/{epochs}] loss {fields['loss']:.4f}, held-out {measures_text(fields)} ({since_s:.0f} s, about "
-        f"{left_s:.0f} s left)"
     )
 
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
+from kvscope.harness.indexers.collection.places import Place
 from kvscope.harness.indexers.dsa.objective import TokenExample, divergence, example, layer_scores
-from kvscope.harness.indexers.lsa.objective import Place
 from kvscope.harness.indexers.lsa.warm_start import MOST_DOCUMENTS, Moments, match, ridge, unit_rms
 from kvscope.methods.dsa.lightning import Lightning, LightningLayer
 

@@ -6,7 +6,24 @@ from typing import Annotated, Any
 import typer
 
 from kvscope.errors import UsageError
-from kvscope.harness.passes.options import lengths_of
+from kvscope.harness.indexers.options import (
+    BatchDocuments,
+    BatchRows,
+    DataFolders,
+    Epochs,
+    HeldOut,
+    IndexerOut,
+    LearningRate,
+    Patience,
+    Quiet,
+    RandomSeed,
+    WarmStart,
+    WeightDecay,
+    parse_layers,
+    silence,
+    with_labels,
+)
+from kvscope.harness.passes.options import Device, Dtype, lengths_of
 from kvscope.terminal import say, tell
 
 app = typer.Typer(
@@ -15,55 +32,10 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-DataFolders = Annotated[
-    list[Path], typer.Option("--data", metavar="DIR", help="Folder that lsa collect wrote; repeatable.")
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; results and paths only.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
-Dtype = Annotated[str, typer.Option("--dtype", help="auto (float32 on a CPU, bfloat16 on a GPU), float32, ...")]
 Layers = Annotated[
     str | None, typer.Option("--layers", metavar="N,N", help="Layers, comma-separated.  [default: all there are]")
 ]
 Tau = Annotated[int, typer.Option("--tau", help="Decode steps between refreshes: how far labels look ahead.")]
-Sinks = Annotated[int, typer.Option("--sink-tokens", help="First prompt tokens that always stay.")]
-Recency = Annotated[
-    int | None,
-    typer.Option("--recency-tokens", help="Last prompt tokens that always stay.  [default: as in the method]"),
-]
-TopP = Annotated[
-    float | None, typer.Option("--top-p", help="Share of attention a voter's chunks hold.  [default: the collection's]")
-]
-Voters = Annotated[
-    str | None, typer.Option("--voters", help="layer (head-summed) or head.  [default: the collection's]")
-]
-Votes = Annotated[
-    int | None, typer.Option("--votes", help="Votes that make a chunk positive.  [default: the collection's]")
-]
-LeastMass = Annotated[
-    float | None, typer.Option("--least-mass", help="Least attention a vote needs.  [default: the collection's]")
-]
-LabelLayers = Annotated[
-    str | None, typer.Option("--label-layers", metavar="N,N", help="Layers that vote.  [default: all recorded]")
-]
-
-
-def silence(text: str) -> None:
-    """Print nothing."""
-    del text
-
-
-def parse_layers(text: str | None) -> tuple[int, ...] | None:
-    """Read ``3,7``.
-
-    Raises:
-        UsageError: not whole numbers.
-    """
-    if text is None:
-        return None
-    try:
-        return tuple(sorted({int(part) for part in text.split(",")}))
-    except ValueError:
-        raise UsageError(f"--layers {text!r} is not a list of layers: write for example --layers 3,7.") from None
 
 
 @app.command(short_help="Run the model once over documents and store what an indexer learns from.")
@@ -114,21 +86,23 @@ def collect(
 
 
 @app.command(short_help="Train an indexer from shards; the model is never loaded.")
+@with_labels
 def train(
+    *,
     data: DataFolders,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the indexer.")],
+    out: IndexerOut,
     tau: Tau = 64,
     chunk_tokens: Annotated[
         int | None, typer.Option("--chunk-tokens", help="A multiple of the collections'.  [default: theirs]")
     ] = None,
     layers: Layers = None,
-    epochs: Annotated[int, typer.Option("--epochs", help="Passes over the documents at most.")] = 5,
-    lr: Annotated[float, typer.Option("--lr", help="Learning rate.")] = 1e-4,
-    weight_decay: Annotated[float, typer.Option("--weight-decay", help="AdamW's.")] = 0.01,
+    epochs: Epochs = 5,
+    lr: LearningRate = 1e-4,
+    weight_decay: WeightDecay = 0.01,
     gamma: Annotated[float, typer.Option("--gamma", help="Of the focal loss.")] = 2.0,
     negatives: Annotated[int, typer.Option("--negatives", help="Random negatives a positive.")] = 3,
-    batch_documents: Annotated[int, typer.Option("--batch-documents", help="Documents a step.")] = 4,
-    batch_rows: Annotated[int, typer.Option("--batch-rows", help="Decode steps of a document.")] = 32,
+    batch_documents: BatchDocuments = 4,
+    batch_rows: BatchRows = 32,
     heads: Annotated[int | None, typer.Option("--heads", help="Indexer heads.  [default: the model's]")] = None,
     key_dim: Annotated[int | None, typer.Option("--key-dim", help="Key size.  [default: at most 128]")] = None,
     rank: Annotated[int | None, typer.Option("--rank", help="Query rank.  [default: half the width]")] = None,
@@ -147,22 +121,14 @@ def train(
     start: Annotated[
         str | None, typer.Option("--start", metavar="INDEXER", help="Train this one further; same sizes and layers.")
     ] = None,
-    warm_start: Annotated[
-        bool, typer.Option("--warm-start/--cold-start", help="Begin at the model's own queries and keys.")
-    ] = True,
-    top_p: TopP = None,
-    voters: Voters = None,
-    votes: Votes = None,
-    least_mass: LeastMass = None,
-    label_layers: LabelLayers = None,
-    sink_tokens: Sinks = 4,
-    recency_tokens: Recency = None,
-    held_out: Annotated[float, typer.Option("--held-out", help="Share of documents to measure with.")] = 0.1,
+    warm_start: WarmStart = True,
+    labels: dict[str, Any],
+    held_out: HeldOut = 0.1,
     keep: Annotated[
         str,
         typer.Option("--keep", help="Epoch kept: loss (lowest held-out) or recall (best tenth at refreshes, highest)."),
     ] = "loss",
-    patience: Annotated[int, typer.Option("--patience", help="Epochs without gain before it stops.")] = 2,
+    patience: Patience = 2,
     target_recall: Annotated[
         float | None, typer.Option("--target-recall", help="Set threshold 0.5 to this held-out golden recall.")
     ] = None,
@@ -171,18 +137,16 @@ def train(
     quiet: Quiet = False,
 ) -> None:
     """Fit the dual encoder with focal loss; held-out recall and precision every epoch, the best (--keep) stays."""
-    from kvscope.harness.indexers.lsa.objective import TrainConfig
     from kvscope.harness.indexers.lsa.train import train as run_train
+    from kvscope.harness.indexers.lsa.train_config import TrainConfig
 
     config = TrainConfig(
         tau=tau, chunk_tokens=chunk_tokens, layers=parse_layers(layers), epochs=epochs, lr=lr,
         weight_decay=weight_decay, gamma=gamma, negatives=negatives, start=start, warm_start=warm_start,
         batch_documents=batch_documents, batch_rows=batch_rows, heads=heads, key_dim=key_dim, rank=rank,
         encoder=encoder, encoder_width=encoder_width, lookback=lookback,  # type: ignore[arg-type]
-        segment_tokens=segment_tokens, neighbours=neighbours, keep=keep, top_p=top_p, voters=voters, votes=votes,  # type: ignore[arg-type]
-        least_mass=least_mass, label_layers=parse_layers(label_layers), sink_tokens=sink_tokens,
-        recency_tokens=recency_tokens, held_out=held_out, patience=patience, target_recall=target_recall, seed=seed,
-        device=device,
+        segment_tokens=segment_tokens, neighbours=neighbours, keep=keep,  # type: ignore[arg-type]
+        held_out=held_out, patience=patience, target_recall=target_recall, seed=seed, device=device, **labels,
     )  # fmt: skip
     best = run_train([str(folder) for folder in data], out, config, note=silence if quiet else tell)
     say(f"indexer  {out}  ({measures_text(best)})")
@@ -196,7 +160,9 @@ def measures_text(best: dict[str, Any]) -> str:
 
 
 @app.command("eval", short_help="Golden recall against the fraction kept; or the label gate.")
+@with_labels
 def evaluate(
+    *,
     data: DataFolders,
     indexer: Annotated[str | None, typer.Option("--indexer", help="Folder or shipped name.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="Folder of tables and figure.")] = None,
@@ -212,14 +178,8 @@ def evaluate(
     tau: Annotated[
         int | None, typer.Option("--tau", help="Decode steps between refreshes.  [default: the indexer's, 64]")
     ] = None,
-    top_p: TopP = None,
-    voters: Voters = None,
-    votes: Votes = None,
-    least_mass: LeastMass = None,
-    label_layers: LabelLayers = None,
-    sink_tokens: Sinks = 4,
-    recency_tokens: Recency = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the random policy.")] = 0,
+    labels: dict[str, Any],
+    seed: RandomSeed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
     quiet: Quiet = False,
@@ -227,19 +187,16 @@ def evaluate(
     """Measure an indexer on shards, beside recency, random and the attention oracle. Exit 1 when the gate fails."""
     note = silence if quiet else tell
     folders = [str(folder) for folder in data]
-    rule: dict[str, Any] = {
-        "top_p": top_p, "voters": voters, "votes": votes, "least_mass": least_mass,
-        "layers": parse_layers(label_layers),
-    }  # fmt: skip
     if gate:
         from tabulate import tabulate
 
+        from kvscope.harness.indexers.collection.label_choice import LabelChoice
         from kvscope.harness.indexers.lsa.gate import LEAST_SHARE
         from kvscope.harness.indexers.lsa.gate import gate as run_gate
 
         result = run_gate(
-            folders, model=model, tau=tau or 64, rule=rule, sink_tokens=sink_tokens, recency_tokens=recency_tokens,
-            samples=samples, chunk_tokens=chunk_tokens, device=device, dtype=dtype, note=note,
+            folders, model=model, tau=tau or 64, choice=LabelChoice(**labels), samples=samples,
+            chunk_tokens=chunk_tokens, device=device, dtype=dtype, note=note,
         )  # fmt: skip
         say(tabulate(result.rows, headers="keys", tablefmt="simple"))
         verdict = "passed" if result.passed else "failed"
@@ -249,13 +206,11 @@ def evaluate(
         raise UsageError("lsa eval needs --indexer and --out (or --gate).")
     if chunk_tokens is not None:
         raise UsageError("--chunk-tokens belongs to --gate: an indexer brings its own chunk size; leave it out.")
-    from kvscope.harness.indexers.lsa.evaluate import EvalConfig, summary_text
     from kvscope.harness.indexers.lsa.evaluate import evaluate as run_evaluate
+    from kvscope.harness.indexers.lsa.measuring import EvalConfig
+    from kvscope.harness.indexers.lsa.recall_tables import summary_text
 
-    config = EvalConfig(
-        tau=tau, top_p=top_p, voters=voters, votes=votes, least_mass=least_mass,  # type: ignore[arg-type]
-        label_layers=rule["layers"], sink_tokens=sink_tokens, recency_tokens=recency_tokens, seed=seed,
-    )  # fmt: skip
+    config = EvalConfig(tau=tau, seed=seed, **labels)
     rows = run_evaluate(folders, indexer, out, config, device=device, note=note)
     say(summary_text(rows))
     say(f"\ntables and figure  {out}")
@@ -263,7 +218,9 @@ def evaluate(
 
 
 @app.command(short_help="Set what threshold 0.5 keeps, for the same or larger chunks; nothing is trained.")
+@with_labels
 def calibrate(
+    *,
     data: DataFolders,
     indexer: Annotated[str, typer.Option("--indexer", metavar="IN", help="Folder or shipped name.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the indexer to write.")],
@@ -287,13 +244,7 @@ def calibrate(
     tau: Annotated[
         int | None, typer.Option("--tau", help="Decode steps between refreshes.  [default: the indexer's]")
     ] = None,
-    top_p: TopP = None,
-    voters: Voters = None,
-    votes: Votes = None,
-    least_mass: LeastMass = None,
-    label_layers: LabelLayers = None,
-    sink_tokens: Sinks = 4,
-    recency_tokens: Recency = None,
+    labels: dict[str, Any],
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
@@ -303,15 +254,12 @@ def calibrate(
     """
     from kvscope.harness.indexers.lsa.calibrate import CalibrateConfig, summary_text
     from kvscope.harness.indexers.lsa.calibrate import calibrate as run_calibrate
-    from kvscope.harness.indexers.lsa.evaluate import EvalConfig
+    from kvscope.harness.indexers.lsa.measuring import EvalConfig
 
     config = CalibrateConfig(
         chunk_tokens=chunk_tokens, threshold=threshold, target_recall=target_recall, target_kept=target_kept,
         cap_tokens=cap_tokens, dtype=weight_dtype,  # type: ignore[arg-type]
-        measure=EvalConfig(
-            tau=tau, top_p=top_p, voters=voters, votes=votes, least_mass=least_mass,  # type: ignore[arg-type]
-            label_layers=parse_layers(label_layers), sink_tokens=sink_tokens, recency_tokens=recency_tokens,
-        ),
+        measure=EvalConfig(tau=tau, **labels),
     )  # fmt: skip
     found = run_calibrate([str(folder) for folder in data], indexer, out, config, device=device,
                           note=silence if quiet else tell)  # fmt: skip

@@ -7,57 +7,32 @@ refresh) and the attention oracle (the mass that the model's attention really ga
 Shapes: R rows (recorded steps), n candidate chunks.
 """
 
-import csv
-import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tabulate import tabulate
 
-from kvscope.errors import UsageError
-from kvscope.harness.indexers.collection.document import CollectionInfo
-from kvscope.harness.indexers.collection.reading import Collection, open_collections
-from kvscope.harness.indexers.collection.rechunk import serves
+from kvscope.harness.engine.devices import resolve_device
+from kvscope.harness.indexers.collection.places import Place, places_of
 from kvscope.harness.indexers.lsa.lineage import calibration_ids, data_ids
-from kvscope.harness.indexers.lsa.objective import Example, Place, TrainConfig, compute_device, example, refresh_logits
-from kvscope.methods.lsa.indexer import ENCODER_FEATURES, Indexer, IndexerConfig, logit
+from kvscope.harness.indexers.lsa.measuring import (
+    EvalConfig,
+    matching_collections,
+    measuring_options,
+    ranks,
+    shares_of,
+    within_cap,
+)
+from kvscope.harness.indexers.lsa.objective import Example, example, refresh_logits
+from kvscope.harness.indexers.lsa.recall_tables import COLUMNS, POLICIES, write_recall
+from kvscope.harness.indexers.lsa.train_config import TrainConfig
+from kvscope.methods.lsa.indexer import Indexer, logit
 from kvscope.methods.lsa.indexer_files import indexer_folder, indexer_hash, load_indexer
-from kvscope.methods.lsa.labels import Voters
-from kvscope.methods.lsa.selection import metadata_bytes
-from kvscope.units import format_length
 
 FRACTIONS = (0.02, 0.03, 0.05, 0.075, 0.1, 0.135, 0.2, 0.3, 0.5, 0.75, 1.0)
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-POLICIES = ("indexer", "oracle", "recency", "random")
-CSV_FILE, MARKDOWN_FILE, JSON_FILE, FIGURE_STEM = "recall.csv", "recall.md", "recall.json", "recall"
-COLUMNS = ("length_tokens", "task", "policy", "setting", "value", "kept_fraction", "kept_bytes_fraction", "recall",
-           "refreshes", "refreshes_needing")  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    """What to evaluate.
-
-    Attributes:
-        tau: decode steps between refreshes; None: the indexer's.
-        top_p, voters, votes, least_mass, label_layers: what makes a chunk golden; None: as the collection says.
-        sink_tokens, recency_tokens: what always stays.
-        seed: of the random policy.
-    """
-
-    tau: int | None = None
-    top_p: float | None = None
-    voters: Voters | None = None
-    votes: int | None = None
-    least_mass: float | None = None
-    label_layers: tuple[int, ...] | None = None
-    sink_tokens: int = 4
-    recency_tokens: int | None = None
-    seed: int = 0
 
 
 class Tally:
@@ -108,10 +83,8 @@ def evaluate(
             damaged.
     """
     folder = indexer_folder(indexer_spec)
-    indexer = load_indexer(folder).to(compute_device(device))
-    for each in folders:
-        check_match(indexer.config, Collection(each).info, folder=str(folder))
-    collections = open_collections(folders, chunk_tokens=indexer.config.chunk_tokens, layers=indexer.config.layers)
+    indexer = load_indexer(folder).to(resolve_device(device))
+    collections = matching_collections(folders, indexer.config, folder=str(folder))
     info = collections[0].info
     trained_on = data_ids(indexer.config.trained)
     set_on = calibration_ids(indexer.config.trained)
@@ -120,18 +93,15 @@ def evaluate(
             done = "trained" if collection.id in trained_on else "calibrated"
             note(f"note: the indexer was {done} on '{collection.folder}': these figures are no test of it.")
     options = measuring_options(indexer.config, config)
-    tau = options.tau
     tallies: dict[tuple[int, str, str, str, float], Tally] = defaultdict(Tally)
-    places = [(collection, index) for collection in collections for index in range(len(collection))]
+    places = places_of(collections)
     for place in places:
         add_document(tallies, place, indexer, options, seed=config.seed)
     rows = table_rows(tallies)
-    target = Path(out)
-    target.mkdir(parents=True, exist_ok=True)
     about = {
         "indexer": f"{folder.name}@{indexer_hash(folder)}",
         "indexer_tau": indexer.config.tau,
-        "tau": tau,
+        "tau": options.tau,
         "chunk_tokens": info.chunk_tokens,
         "segment_tokens": indexer.config.segment_tokens or info.chunk_tokens,
         "neighbours": indexer.config.neighbours,
@@ -140,87 +110,8 @@ def evaluate(
         "labels": options.rule(info).text(),
         "collections": [collection.id for collection in collections],
     }
-    write_tables(target, rows, about)
-    draw(target, rows)
+    write_recall(Path(out), rows, about)
     return rows
-
-
-def measuring_options(indexer: IndexerConfig, config: EvalConfig) -> TrainConfig:
-    """Return how documents are read and labelled to measure an indexer.
-
-    Raises:
-        UsageError: a value out of range.
-    """
-    return TrainConfig(
-        tau=indexer.tau if config.tau is None else config.tau,
-        layers=indexer.layers,
-        top_p=config.top_p,
-        voters=config.voters,
-        votes=config.votes,
-        least_mass=config.least_mass,
-        label_layers=config.label_layers,
-        sink_tokens=config.sink_tokens,
-        recency_tokens=config.recency_tokens,
-        lookback=indexer.lookback_tokens,
-    )
-
-
-@dataclass(frozen=True)
-class Shares:
-    """What an indexer keeps of one prompt, as shares of its KV bytes.
-
-    Attributes:
-        static: sinks and window.
-        chunk: one chosen chunk.
-        metadata: the indexer's keys and states.
-    """
-
-    static: float
-    chunk: float
-    metadata: float
-
-
-def shares_of(found: Example, info: CollectionInfo, config: IndexerConfig, options: TrainConfig) -> Shares:
-    """Return what keeping a document's prompt costs."""
-    document = found.document
-    layout = document.layout(info.chunk_tokens, sink_tokens=options.sink_tokens, recency_tokens=options.recency_tokens)
-    element_bytes = 4 if info.dtype == "float32" else 2
-    extra_bytes = metadata_bytes(config, layout.n_candidates, element_bytes=element_bytes)
-    return Shares(
-        static=layout.static_tokens / layout.n_tokens,
-        chunk=layout.chunk_tokens / layout.n_tokens,
-        metadata=extra_bytes / (layout.n_tokens * info.kv_bytes_per_token),
-    )
-
-
-def check_match(config: IndexerConfig, info: CollectionInfo, *, folder: str) -> None:
-    """Check that an indexer and a collection, as it was recorded, belong together.
-
-    Raises:
-        UsageError: they do not; the message names both.
-    """
-    chunk_tokens = config.chunk_tokens if serves(info, config.chunk_tokens) else info.chunk_tokens
-    pairs = (
-        ("model", f"{config.model} ({config.model_revision})", f"{info.model} ({info.model_revision})"),
-        ("chunk_tokens", config.chunk_tokens, chunk_tokens),
-        ("hidden_size", config.hidden_size, info.hidden_size),
-        ("key_features", config.key_features, info.key_features),
-        ("features", ENCODER_FEATURES[config.encoder], info.features),
-    )
-    for key, mine, theirs in pairs:
-        if mine != theirs:
-            raise UsageError(f"Indexer '{folder}' and the collection differ in {key}: {mine} against {theirs}.")
-    foreign = sorted(set(config.layers) - set(info.layers))
-    if foreign:
-        raise UsageError(
-            f"Indexer '{folder}' reads layers {', '.join(map(str, config.layers))}, the collection holds "
-            f"{', '.join(map(str, info.layers))}."
-        )
-    if config.lookback_tokens > info.state_tokens:
-        raise UsageError(
-            f"Indexer '{folder}' scores the last {config.lookback_tokens} states, and the collection keeps "
-            f"{info.state_tokens} before an answer; collect again with --states {config.lookback_tokens}."
-        )
 
 
 def add_document(
@@ -237,7 +128,7 @@ def add_document(
         return
     collection, index = place
     document, info = found.document, collection.info
-    layout = document.layout(info.chunk_tokens, sink_tokens=options.sink_tokens, recency_tokens=options.recency_tokens)
+    layout = options.layout(document, info.chunk_tokens)
     rows = document.refresh_rows(options.tau)
     golden = found.positives[rows]
     scores = policy_scores(found, rows, indexer, options, seed=seed, index=index)
@@ -262,22 +153,6 @@ def add_document(
     within = within_cap(scores["indexer"], found, indexer.config, options)
     for threshold in THRESHOLDS:
         add("indexer", "threshold", threshold, (scores["indexer"] >= logit(threshold)) & within)
-
-
-def ranks(score: torch.Tensor) -> torch.Tensor:
-    """Return the place of every candidate by its score, from 0, [rows, n]; equal scores in order."""
-    order = score.argsort(dim=1, descending=True, stable=True)
-    return torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1]).expand_as(order))
-
-
-def within_cap(score: torch.Tensor, found: Example, config: IndexerConfig, options: TrainConfig) -> torch.Tensor:
-    """Return which candidates an indexer's cap leaves to a threshold, bool [rows, n]."""
-    if config.cap_tokens is None:
-        return torch.ones_like(score, dtype=torch.bool)
-    layout = found.document.layout(
-        config.chunk_tokens, sink_tokens=options.sink_tokens, recency_tokens=options.recency_tokens
-    )
-    return ranks(score) < layout.budgeted_chunks(config.cap_tokens)
 
 
 @torch.inference_mode()
@@ -309,69 +184,3 @@ def table_rows(tallies: dict[tuple[int, str, str, str, float], Tally]) -> list[d
         return (length, task != "all", task, POLICIES.index(policy), setting, value)
 
     return [{**dict(zip(COLUMNS, entry, strict=False)), **tallies[entry].row()} for entry in sorted(tallies, key=key)]
-
-
-def write_tables(folder: Path, rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
-    """Write the table as CSV and JSON, and its summary as Markdown."""
-    with (folder / CSV_FILE).open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    (folder / JSON_FILE).write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-    lines = ["# Golden recall against the fraction kept", ""]
-    lines += [f"- {key}: {value}" for key, value in about.items()]
-    lines += ["", summary_text(rows, tablefmt="github"), ""]
-    (folder / MARKDOWN_FILE).write_text("\n".join(lines), encoding="utf-8")
-
-
-def summary_text(rows: Iterable[dict[str, Any]], *, tablefmt: str = "simple") -> str:
-    """Return recall per length at common fractions for each policy, and the indexer at each threshold."""
-    rows = [row for row in rows if row["task"] == "all"]
-    lengths = sorted({row["length_tokens"] for row in rows})
-    wanted = [("fraction", 0.05), ("fraction", 0.1), ("fraction", 0.135), ("fraction", 0.2)]
-    wanted += [("threshold", value) for value in (0.3, 0.5, 0.7)]
-    table = []
-    for policy in POLICIES:
-        for setting, value in wanted:
-            cells = []
-            for length in lengths:
-                match = [r for r in rows if (r["length_tokens"], r["policy"], r["setting"], r["value"])
-                         == (length, policy, setting, value)]  # fmt: skip
-                cells.append(_cell(match[0]) if match else "")
-            if any(cells):
-                table.append([policy, f"{setting} {value:g}", *cells])
-    header = ["policy", "setting", *(format_length(n) for n in lengths)]
-    text = tabulate(table, headers=header, tablefmt=tablefmt, disable_numparse=True)
-    return f"{text}\n\nEach cell: golden recall at the fraction of prompt KV bytes kept, everything counted."
-
-
-def _cell(row: dict[str, Any]) -> str:
-    recall = "-" if row["recall"] is None else f"{row['recall']:.1%}"
-    return f"{recall} at {row['kept_bytes_fraction']:.1%}"
-
-
-def draw(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Draw recall over kept fraction, one panel a length."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = [row for row in rows if row["task"] == "all" and row["setting"] == "fraction" and row["recall"] is not None]
-    lengths = sorted({row["length_tokens"] for row in rows})
-    if not lengths:
-        return
-    figure, axes = pyplot.subplots(1, len(lengths), figsize=(3.2 * len(lengths), 3.2), sharey=True, squeeze=False)
-    for axis, length in zip(axes[0], lengths, strict=True):
-        for policy in POLICIES:
-            points = [(r["kept_bytes_fraction"], r["recall"]) for r in rows
-                      if (r["length_tokens"], r["policy"]) == (length, policy)]  # fmt: skip
-            axis.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, label=policy)
-        axis.axhline(0.95, color="0.7", linewidth=0.8, zorder=0)
-        axis.set(xscale="log", title=f"{format_length(length)} tokens", xlabel="fraction of KV bytes kept")
-    axes[0][0].set_ylabel("golden recall")
-    axes[0][-1].legend(frameon=False)
-    figure.tight_layout()
-    for suffix in ("svg", "png"):
-        figure.savefig(folder / f"{FIGURE_STEM}.{suffix}", dpi=150)
-    pyplot.close(figure)

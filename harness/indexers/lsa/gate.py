@@ -5,7 +5,7 @@ window and decoded tokens), refreshed every tau steps. The labels pass when the 
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from kvscope.harness.engine.decode import decode
 from kvscope.harness.engine.models import load_model
 from kvscope.harness.engine.prefill import prefill
 from kvscope.harness.indexers.collection.collect import make_tasks
+from kvscope.harness.indexers.collection.label_choice import LabelChoice
 from kvscope.harness.indexers.collection.label_rule import LabelRule
 from kvscope.harness.indexers.collection.reading import Collection, open_collections
 from kvscope.methods.base import SequenceCache
@@ -64,9 +65,7 @@ def gate(
     *,
     model: str | None = None,
     tau: int = 64,
-    rule: Mapping[str, Any] | None = None,
-    sink_tokens: int = 4,
-    recency_tokens: int | None = None,
+    choice: LabelChoice | None = None,
     samples: int | None = None,
     chunk_tokens: int | None = None,
     device: str = "auto",
@@ -77,8 +76,8 @@ def gate(
 
     Args:
         model: None: the one that was collected from.
-        tau, sink_tokens, recency_tokens: as in training.
-        rule: values of ``LabelRule`` in place of the collections' own.
+        tau: as in training.
+        choice: which labels; None: the collections' own.
         samples: most prompts of each task and length.
         chunk_tokens: of the chunks kept; None: as they were recorded.
 
@@ -87,7 +86,8 @@ def gate(
     """
     collections = open_collections(folders, chunk_tokens=chunk_tokens)
     info = collections[0].info
-    labels = info.rule(**(rule or {}))
+    choice = choice or LabelChoice()
+    labels = choice.rule(info)
     loaded = load_model(model or info.model, device=device, dtype=dtype)
     require_token_attention(loaded.backend, model=loaded.name, what="the label gate")
     if loaded.shape.revision != info.model_revision:
@@ -99,8 +99,8 @@ def gate(
         tau=tau,
         indexer=ORACLE,  # whatever needs no trained part: the choices are scripted
         chunk_tokens=info.chunk_tokens,
-        sink_tokens=sink_tokens,
-        recency_tokens=recency_tokens,
+        sink_tokens=choice.sink_tokens,
+        recency_tokens=choice.recency_tokens,
     )
     method, dense = ScriptedLsa(config), Dense()
     scores: dict[tuple[str, int], list[tuple[float, float, float]]] = defaultdict(list)

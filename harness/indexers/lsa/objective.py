@@ -4,131 +4,19 @@ Shapes: R rows (decode steps) of a document, W states a row, L indexed layers, M
 size.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from kvscope.errors import EnvironmentProblem, UsageError
-from kvscope.harness.indexers.collection.document import CollectionInfo, Document
-from kvscope.harness.indexers.collection.label_rule import LabelRule
-from kvscope.harness.indexers.collection.reading import Collection
+from kvscope.errors import UsageError
+from kvscope.harness.indexers.collection.document import Document
+from kvscope.harness.indexers.collection.places import Place
+from kvscope.harness.indexers.lsa.train_config import TrainConfig
 from kvscope.methods.fp8_keys import rounded
-from kvscope.methods.lsa.indexer import ENCODER_FEATURES, EncoderKind, Indexer, logit
-from kvscope.methods.lsa.labels import Voters
-
-Place = tuple[Collection, int]
-"""A document of a collection."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How to train.
-
-    Attributes:
-        tau: decode steps a label looks ahead.
-        chunk_tokens: tokens of a chunk, a multiple of the collections'; None: theirs.
-        layers: of the collection's indexed layers, those to train; None: all.
-        epochs: passes over the documents at most.
-        lr, weight_decay, gamma, negatives, clip: AdamW, focal loss, negatives a positive, gradient norm.
-        least_negatives: negatives of a row however few positives it has: rows that need nothing teach, too.
-        batch_documents, batch_rows: documents a step, and rows of each.
-        start: begin at this indexer (a folder or a shipped name) of the same shape; a larger chunk may be put together
-            from its segments.
-        warm_start: without it, begin at the model's own match of queries and keys (see ``warm_start``), not at random
-            weights.
-        heads, key_dim, rank: sizes; None: the model's heads, at most 128, half the model's width.
-        encoder, encoder_width: memory side; None: ``pooled`` if the collection holds every key, else ``stats``.
-        segment_tokens: tokens that share a key; None: a chunk.
-        neighbours: segments on either side that one lends its score to, at a learned price.
-        lookback: states scored a refresh: the token before an answer says little of what the question asked.
-        top_p, voters, votes, least_mass, label_layers: how positives are told; None: as the collection says.
-        sink_tokens, recency_tokens: what always stays, so that it is neither positive nor negative.
-        held_out: share of the documents kept for measuring; at least one.
-        keep: which epoch is kept: the one of the lowest held-out ``loss``, or of the highest ``recall`` of golden
-            chunks by the best tenth at refreshes. The loss is lowest early, while the ranking goes on improving: that
-            is for those who set the threshold afterwards (``target_recall``) or use a budget.
-        patience: epochs without gain in that before it stops.
-        target_recall: held-out golden recall that threshold 0.5 is set to (a shift of the bias); None: left alone.
-        seed: of weights, order and negatives.
-        device: ``cpu``, ``cuda`` or ``auto``.
-    """
-
-    tau: int = 64
-    chunk_tokens: int | None = None
-    layers: tuple[int, ...] | None = None
-    epochs: int = 5
-    lr: float = 1e-4
-    weight_decay: float = 0.01
-    gamma: float = 2.0
-    negatives: int = 3
-    least_negatives: int = 3
-    clip: float = 1.0
-    batch_documents: int = 4
-    batch_rows: int = 32
-    heads: int | None = None
-    key_dim: int | None = None
-    rank: int | None = None
-    start: str | None = None
-    warm_start: bool = True
-    encoder: EncoderKind | None = None
-    encoder_width: int = 64
-    segment_tokens: int | None = None
-    neighbours: int = 0
-    lookback: int = 8
-    top_p: float | None = None
-    voters: Voters | None = None
-    votes: int | None = None
-    least_mass: float | None = None
-    label_layers: tuple[int, ...] | None = None
-    sink_tokens: int = 4
-    recency_tokens: int | None = None
-    held_out: float = 0.1
-    keep: Literal["loss", "recall"] = "loss"
-    patience: int = 2
-    target_recall: float | None = None
-    seed: int = 0
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        for name in ("tau", "epochs", "negatives", "batch_documents", "batch_rows", "encoder_width", "lookback",
-                     "patience"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be 1 or more, got {getattr(self, name)}.")
-        for name in ("heads", "key_dim", "rank"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UsageError(f"{name} must be 1 or more, got {getattr(self, name)}.")
-        if self.segment_tokens is not None and self.segment_tokens < 1:
-            raise UsageError(f"segment_tokens must be 1 or more, got {self.segment_tokens}.")
-        if self.neighbours < 0:
-            raise UsageError(f"neighbours must be 0 or more, got {self.neighbours}.")
-        if self.keep not in ("loss", "recall"):
-            raise UsageError(f"keep must be loss or recall, got {self.keep!r}.")
-        if not 0 < self.held_out < 1:
-            raise UsageError(f"held_out must lie between 0 and 1, both excluded, got {self.held_out}.")
-        if self.target_recall is not None and not 0 < self.target_recall < 1:
-            raise UsageError(f"target_recall must lie between 0 and 1, both excluded, got {self.target_recall}.")
-        if self.encoder is not None and self.encoder not in ENCODER_FEATURES:
-            raise UsageError(f"encoder must be {', '.join(ENCODER_FEATURES)}, got {self.encoder!r}.")
-        if not self.lr > 0:
-            raise UsageError(f"lr must be positive, got {self.lr}.")
-
-    def rule(self, info: CollectionInfo) -> LabelRule:
-        """Return how positives of a collection are told.
-
-        Raises:
-            UsageError: a rule that the collection cannot answer.
-        """
-        return info.rule(
-            top_p=self.top_p,
-            voters=self.voters,
-            votes=self.votes,
-            least_mass=self.least_mass,
-            layers=self.label_layers,
-        )
+from kvscope.methods.lsa.indexer import Indexer, logit
 
 
 @dataclass(frozen=True)
@@ -149,46 +37,11 @@ class Example:
     places: tuple[int, ...]
 
 
-def compute_device(name: str) -> torch.device:
-    """Return the device a name means; the model's own loader is left out of this on purpose.
-
-    Raises:
-        UsageError: no such device.
-        EnvironmentProblem: a GPU that is not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise UsageError(f"Device '{name}' is not one of auto, cpu, cuda, cuda:<index>.")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise EnvironmentProblem(f"Device '{name}' was asked for, but torch sees no CUDA GPU; use --device cpu.")
-    return torch.device(name)
-
-
-def split(where: Sequence[Place], *, share: float) -> tuple[list[Place], list[Place]]:
-    """Split documents into training and held-out ones, by hash of their names, in every task and length alike.
-
-    Raises:
-        UsageError: a single document cannot be split.
-    """
-
-    def key(place: Place) -> str:
-        collection, index = place
-        return hashlib.sha256(f"{collection.info.seed}/{collection.documents[index].name}".encode()).hexdigest()
-
-    ordered = sorted(where, key=key)
-    n_held_out = max(1, round(share * len(ordered)))
-    if n_held_out >= len(ordered):
-        raise UsageError(f"{len(ordered)} documents are too few to train on and to measure with; collect more.")
-    held_out = set(ordered[:n_held_out])
-    return [place for place in where if place not in held_out], [place for place in where if place in held_out]
-
-
 def example(place: Place, config: TrainConfig) -> Example | None:
     """Load a document and its labels; None when it has no candidate chunk."""
     collection, index = place
     document, info = collection.load(index), collection.info
-    layout = document.layout(info.chunk_tokens, sink_tokens=config.sink_tokens, recency_tokens=config.recency_tokens)
+    layout = config.layout(document, info.chunk_tokens)
     if not layout.n_candidates:
         return None
     positives = collection.positives(index, config.rule(info), tau=config.tau)[:, layout.first : layout.last]
@@ -346,7 +199,7 @@ def shift_bias(indexer: Indexer, shift: float) -> None:
 
 
 @torch.inference_mode()
-def calibrate(indexer: Indexer, held_out: Sequence[Place], config: TrainConfig, *, target_recall: float) -> float:
+def shift_to_recall(indexer: Indexer, held_out: Sequence[Place], config: TrainConfig, *, target_recall: float) -> float:
     """Shift the bias so that threshold 0.5 keeps ``target_recall`` of the golden chunks at refreshes; return the shift.
 
     Every golden chunk counts alike; ``lsa calibrate`` counts every refresh alike, as ``lsa eval`` does.

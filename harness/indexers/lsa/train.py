@@ -4,7 +4,6 @@ Focal loss over the positives of a step and random negatives, AdamW, cosine, cli
 the memory side trained along with the query side, because an ordinary model brings no compressed keys of its own.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -13,25 +12,18 @@ from typing import Any
 import torch
 
 from kvscope.errors import UsageError
+from kvscope.harness.engine.devices import resolve_device
 from kvscope.harness.indexers.collection.document import CollectionInfo
+from kvscope.harness.indexers.collection.places import Place, data_record, note_unfinished, places_of, split
 from kvscope.harness.indexers.collection.reading import Collection, open_collections
-from kvscope.harness.indexers.lsa.fit import fit
 from kvscope.harness.indexers.lsa.lineage import origin
-from kvscope.harness.indexers.lsa.objective import (
-    Place,
-    TrainConfig,
-    calibrate,
-    compute_device,
-    document_loss,
-    example,
-    measure,
-    split,
-)
+from kvscope.harness.indexers.lsa.objective import document_loss, example, measure, shift_to_recall
+from kvscope.harness.indexers.lsa.train_config import TrainConfig
 from kvscope.harness.indexers.lsa.warm_start import warm_start
+from kvscope.harness.indexers.training import opening_record, train_epochs, training_log
 from kvscope.methods.lsa.indexer import ENCODER_FEATURES, EncoderKind, Indexer, IndexerConfig
 from kvscope.methods.lsa.indexer_files import indexer_folder, load_indexer, save_indexer
 
-LOG_FILE = "train_log.jsonl"
 #: What sets a size that an indexer to begin with has to share.
 SIZE_OPTIONS = {
     "layers": "--layers",
@@ -62,11 +54,10 @@ def train(
     """
     collections = open_collections(folders, chunk_tokens=config.chunk_tokens, layers=config.layers)
     info = collections[0].info
-    check_fit(config, collections, note)
+    check_collected(config, collections, note)
     config.rule(info)
-    device = compute_device(config.device)
-    where = [(collection, index) for collection in collections for index in range(len(collection))]
-    training, held_out = split(where, share=config.held_out)
+    device = resolve_device(config.device)
+    training, held_out = split(places_of(collections), share=config.held_out)
     indexer = starting_point(indexer_config(info, config), config).to(device).train()
     if config.start is None and config.warm_start:
         fits = warm_start(indexer, training, config)
@@ -87,13 +78,7 @@ def train(
         return None if found is None else document_loss(indexer, found, config, draws)
 
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOG_FILE).open("w", encoding="utf-8") as log:
-
-        def say(**fields: Any) -> None:
-            log.write(json.dumps(fields) + "\n")
-            log.flush()
-
+    with training_log(folder) as say:
         worth = worth_of(config)
         if config.start is not None or config.warm_start or config.keep == "recall":
             before = measure(indexer, held_out, config)
@@ -102,23 +87,22 @@ def train(
                 say(start=config.start, held_out=before)
             elif config.warm_start:
                 say(warm_start=fits, held_out=before)
-        say(collections=[c.id for c in collections], documents=len(training), held_out=len(held_out),
-            weights=sum(p.numel() for p in indexer.parameters()), config=asdict(config))  # fmt: skip
-        best = fit(
+        say(**opening_record(collections, indexer, config, training=training, held_out=held_out))
+        best = train_epochs(
             indexer,
             training,
             config,
             loss_of=loss_of,
             measure=lambda: measure(indexer, held_out, config),
             save=lambda target: save_indexer(indexer, target),
-            text=lambda epoch, fields, since_s: epoch_text(epoch, config.epochs, fields, since_s=since_s),
+            text=held_out_text,
             worth=worth,
             folder=folder,
             say=say,
             note=note,
         )
         if config.target_recall is not None:
-            shift = calibrate(indexer, held_out, config, target_recall=config.target_recall)
+            shift = shift_to_recall(indexer, held_out, config, target_recall=config.target_recall)
             note(f"bias shifted by {shift:+.3f}: threshold 0.5 keeps {config.target_recall:.0%} of held-out golden")
             best = {**best, "bias_shift": round(shift, 4), **measure(indexer, held_out, config)}
         say(kept=best)
@@ -180,7 +164,7 @@ def worth_of(config: TrainConfig) -> Callable[[dict[str, Any]], float]:
     return recall if config.keep == "recall" else lambda measures: -float(measures["held_out_loss"])
 
 
-def check_fit(config: TrainConfig, collections: Sequence[Collection], note: Callable[[str], None]) -> None:
+def check_collected(config: TrainConfig, collections: Sequence[Collection], note: Callable[[str], None]) -> None:
     """Check options against what was collected.
 
     Raises:
@@ -202,27 +186,6 @@ def check_fit(config: TrainConfig, collections: Sequence[Collection], note: Call
     if config.lookback > states:
         raise UsageError(f"lookback is {config.lookback}, and the collection keeps {states} states before an answer.")
     note_unfinished(collections, note)
-
-
-def note_unfinished(collections: Sequence[Collection], note: Callable[[str], None]) -> None:
-    """Say which collections are not whole."""
-    for collection in collections:
-        if not collection.complete:
-            note(f"note: collection '{collection.folder}' is unfinished; its {len(collection)} documents are used.")
-
-
-def data_record(collections: Sequence[Collection]) -> list[dict[str, Any]]:
-    """Return what an indexer's configuration says of the data it was trained on."""
-    return [
-        {
-            "id": collection.id,
-            "tasks": list(collection.info.tasks),
-            "lengths_tokens": list(collection.info.lengths_tokens),
-            "samples": collection.info.samples,
-            "seed": collection.info.seed,
-        }
-        for collection in collections
-    ]
 
 
 def indexer_config(info: CollectionInfo, config: TrainConfig) -> IndexerConfig:
@@ -247,17 +210,15 @@ def indexer_config(info: CollectionInfo, config: TrainConfig) -> IndexerConfig:
     )
 
 
-def epoch_text(epoch: int, epochs: int, fields: dict[str, Any], *, since_s: float) -> str:
-    """Return an epoch in one line."""
-    left_s = since_s / epoch * (epochs - epoch)
+def held_out_text(fields: dict[str, Any]) -> str:
+    """Return held-out measures in one phrase."""
 
     def text(value: float | None) -> str:
         return "-" if value is None else f"{value:.1%}"
 
     return (
-        f"[{epoch}/{epochs}] loss {fields['loss']:.4f}, held-out {fields['held_out_loss']:.4f}: recall "
-        f"{text(fields['recall'])} (at refreshes {text(fields['refresh_recall'])}), precision "
-        f"{text(fields['precision'])}, kept {text(fields['kept_fraction'])}; best tenth "
-        f"{text(fields['recall_at_tenth'])} (at refreshes {text(fields['refresh_recall_at_tenth'])}); "
-        f"{since_s:.0f} s, about {left_s:.0f} s left"
+        f"{fields['held_out_loss']:.4f}: recall {text(fields['recall'])} (at refreshes "
+        f"{text(fields['refresh_recall'])}), precision {text(fields['precision'])}, kept "
+        f"{text(fields['kept_fraction'])}; best tenth {text(fields['recall_at_tenth'])} (at refreshes "
+        f"{text(fields['refresh_recall_at_tenth'])})"
     )

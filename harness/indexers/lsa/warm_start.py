@@ -19,7 +19,9 @@ from dataclasses import dataclass
 import torch
 
 from kvscope.harness.indexers.collection.document import CollectionInfo, Document
-from kvscope.harness.indexers.lsa.objective import Place, TrainConfig, example, own_logits
+from kvscope.harness.indexers.collection.places import Place
+from kvscope.harness.indexers.lsa.objective import example, own_logits
+from kvscope.harness.indexers.lsa.train_config import TrainConfig
 from kvscope.methods.lsa.indexer import Indexer, LayerIndexer
 
 MOST_DOCUMENTS = 512

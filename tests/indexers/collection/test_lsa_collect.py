@@ -15,6 +15,7 @@ from kvscope.harness.engine.prefill import prefill
 from kvscope.harness.indexers.collection import collect as module
 from kvscope.harness.indexers.collection.collect import CollectConfig, collect
 from kvscope.harness.indexers.collection.document import document_bytes
+from kvscope.harness.indexers.collection.make_document import answer_ids
 from kvscope.harness.indexers.collection.reading import Collection
 from kvscope.harness.passes.progress import Progress
 from kvscope.methods.registry import create_method
@@ -217,7 +218,7 @@ def test_the_reference_answer_is_fed_on_request_and_is_another_collection(config
     loaded = load_model(config.model, device="cpu")
     for info in reference.documents:
         sample = create_task(info.task).build(loaded.tokenizer, length_tokens=320, sample=0, seed=config.seed)
-        assert info.n_steps == 1 + len(module.answer_ids(loaded, sample))
+        assert info.n_steps == 1 + len(answer_ids(loaded, sample))
     with pytest.raises(UsageError, match="holds another collection: answers is own there and reference here"):
         collect(config, tmp_path / "own", progress=Progress())
 

@@ -8,9 +8,10 @@ from sessions import Single
 from tiny_models import loaded_model, prompt_ids, stock_model
 
 from kvscope.errors import UsageError
-from kvscope.harness.indexers.collection.collect import CollectConfig, describe, record
+from kvscope.harness.indexers.collection.collect import CollectConfig, describe
 from kvscope.harness.indexers.collection.document import CollectionInfo, Document, DocumentInfo
 from kvscope.harness.indexers.collection.label_rule import LabelRule, voter_masses
+from kvscope.harness.indexers.collection.make_document import record
 from kvscope.harness.indexers.collection.recorder import Recorder
 from kvscope.methods.lsa.labels import chunk_mass, chunk_votes, top_p_mask
 from kvscope.methods.lsa.layout import ChunkLayout

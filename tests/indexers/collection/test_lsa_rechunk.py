@@ -9,11 +9,13 @@ from planted import planted_collection
 
 from kvscope.errors import UsageError
 from kvscope.harness.indexers.collection.collect import CollectConfig, collect
+from kvscope.harness.indexers.collection.label_choice import LabelChoice
 from kvscope.harness.indexers.collection.reading import Collection, open_collections
-from kvscope.harness.indexers.lsa.evaluate import EvalConfig, evaluate
+from kvscope.harness.indexers.lsa.evaluate import evaluate
 from kvscope.harness.indexers.lsa.gate import gate
-from kvscope.harness.indexers.lsa.objective import TrainConfig
+from kvscope.harness.indexers.lsa.measuring import EvalConfig
 from kvscope.harness.indexers.lsa.train import train
+from kvscope.harness.indexers.lsa.train_config import TrainConfig
 from kvscope.harness.passes.progress import Progress
 from kvscope.methods.lsa.indexer import IndexerConfig
 from kvscope.methods.lsa.indexer_files import load_indexer, read_indexer_config
@@ -134,7 +136,9 @@ def test_the_gate_restricts_to_larger_chunks(collected, tiny_model):
     rows = {}
     for size in (16, 64):
         # No chunk has 200 votes: what is kept are sinks and window, widened to chunks.
-        found = gate([collected[16]], model=tiny_model, device="cpu", tau=1000, rule={"votes": 200}, chunk_tokens=size)
+        found = gate(
+            [collected[16]], model=tiny_model, device="cpu", tau=1000, choice=LabelChoice(votes=200), chunk_tokens=size
+        )
         rows[size] = found.rows[0]["kept_fraction"]
     assert rows[16] == pytest.approx((16 + 128 + 15) / 383, abs=1e-3)
     assert rows[64] == pytest.approx((64 + 383 - 192) / 383, abs=1e-3)

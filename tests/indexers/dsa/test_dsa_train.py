@@ -11,13 +11,13 @@ from dsa_tools import STEPS, planted_collection, random_indexer
 from kvscope.errors import UsageError
 from kvscope.harness.engine.models import load_model
 from kvscope.harness.indexers.collection.collect import CollectConfig, collect
+from kvscope.harness.indexers.collection.places import split
 from kvscope.harness.indexers.collection.reading import Collection
 from kvscope.harness.indexers.collection.token_records import choose_tokens
 from kvscope.harness.indexers.dsa.evaluate import evaluate, summary_text
 from kvscope.harness.indexers.dsa.objective import DsaTrainConfig, divergence, example, measure, share_taken
 from kvscope.harness.indexers.dsa.train import train
 from kvscope.harness.indexers.dsa.warm_start import free_of_mean
-from kvscope.harness.indexers.lsa.objective import split
 from kvscope.harness.passes.process import worker_environment
 from kvscope.harness.passes.progress import Progress
 from kvscope.methods.dsa.indexer_files import FILES
@@ -178,7 +178,7 @@ def test_collect_stores_the_states_and_the_attention_of_the_model(collected, tin
     """Against the stock model in eager attention, whole prompt at once."""
     from transformers import AutoModelForCausalLM
 
-    from kvscope.harness.indexers.collection.collect import answer_ids
+    from kvscope.harness.indexers.collection.make_document import answer_ids
     from kvscope.tasks.registry import create_task
 
     collection = Collection(collected)

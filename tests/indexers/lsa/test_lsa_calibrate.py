@@ -14,10 +14,12 @@ from kvscope.errors import UsageError
 from kvscope.harness.indexers.collection.reading import Collection, open_collections
 from kvscope.harness.indexers.lsa import calibrate as module
 from kvscope.harness.indexers.lsa.calibrate import CalibrateConfig, calibrate
-from kvscope.harness.indexers.lsa.evaluate import EvalConfig, evaluate, measuring_options
+from kvscope.harness.indexers.lsa.evaluate import evaluate
 from kvscope.harness.indexers.lsa.lineage import calibration_ids, data_ids
-from kvscope.harness.indexers.lsa.objective import TrainConfig
+from kvscope.harness.indexers.lsa.measuring import EvalConfig, Shares, measuring_options
+from kvscope.harness.indexers.lsa.refreshes import Refreshes, cut_for_kept, cut_for_recall, score
 from kvscope.harness.indexers.lsa.train import train
+from kvscope.harness.indexers.lsa.train_config import TrainConfig
 from kvscope.methods.indexer_files import CONFIG_FILE, WEIGHTS_FILE, indexer_hash
 from kvscope.methods.lsa.indexer import logit
 from kvscope.methods.lsa.indexer_files import FILES, load_indexer, read_indexer_config
@@ -53,7 +55,7 @@ def logits_of(folder, data, *, chunk_tokens=None):
     indexer = load_indexer(folder)
     options = measuring_options(indexer.config, MEASURE)
     collections = open_collections([data[1]], chunk_tokens=chunk_tokens or indexer.config.chunk_tokens)
-    return torch.cat([each.logits for each in module.score(indexer, collections, options)])
+    return torch.cat([each.logits for each in score(indexer, collections, options)])
 
 
 def evaluated(folder, data, tmp_path):
@@ -127,14 +129,14 @@ def test_equal_scores_are_kept_together_or_not_at_all():
     logits = torch.tensor([[1.0, 1.0, 1.0, -2.0, -3.0]])
     golden = torch.tensor([[False, True, False, True, False]])
     everything = torch.ones_like(golden)
-    scored = [module.Refreshes(logits, golden, everything, module.Shares(static=0.2, chunk=0.15, metadata=0.05))]
-    assert module.cut_for_recall(scored, 0.4) == module.cut_for_recall(scored, 0.5) == -0.5
-    assert module.cut_for_recall(scored, 0.6) == -2.5
-    assert module.cut_for_kept(scored, 0.69) == 2.0, "the three do not fit: none is kept"
-    assert module.cut_for_kept(scored, 0.70) == -0.5
-    assert module.cut_for_kept(scored, 0.99) == -2.5
+    scored = [Refreshes(logits, golden, everything, Shares(static=0.2, chunk=0.15, metadata=0.05))]
+    assert cut_for_recall(scored, 0.4) == cut_for_recall(scored, 0.5) == -0.5
+    assert cut_for_recall(scored, 0.6) == -2.5
+    assert cut_for_kept(scored, 0.69) == 2.0, "the three do not fit: none is kept"
+    assert cut_for_kept(scored, 0.70) == -0.5
+    assert cut_for_kept(scored, 0.99) == -2.5
     with pytest.raises(UsageError, match=r"target_kept is 0.2, and sinks, window, keys and states alone are 0.2500 of"):
-        module.cut_for_kept(scored, 0.2)
+        cut_for_kept(scored, 0.2)
 
 
 @pytest.mark.parametrize("target", [{"target_recall": 0.2}, {"target_kept": 0.36}, {"threshold": 0.4}])

@@ -9,11 +9,15 @@ from planted import planted_collection
 
 from kvscope.errors import UsageError
 from kvscope.harness.indexers.collection.collect import CollectConfig, collect
+from kvscope.harness.indexers.collection.label_choice import LabelChoice
 from kvscope.harness.indexers.collection.reading import Collection
-from kvscope.harness.indexers.lsa.evaluate import CSV_FILE, EvalConfig, evaluate, summary_text
+from kvscope.harness.indexers.lsa.evaluate import evaluate
 from kvscope.harness.indexers.lsa.gate import gate
-from kvscope.harness.indexers.lsa.objective import TrainConfig
+from kvscope.harness.indexers.lsa.measuring import EvalConfig
+from kvscope.harness.indexers.lsa.recall_tables import summary_text
 from kvscope.harness.indexers.lsa.train import train
+from kvscope.harness.indexers.lsa.train_config import TrainConfig
+from kvscope.harness.indexers.tables import CSV_FILE
 from kvscope.harness.passes.progress import Progress
 from kvscope.methods.lsa.indexer import logit
 from kvscope.methods.lsa.indexer_files import load_indexer
@@ -128,7 +132,7 @@ def test_the_gate_answers_twice_and_refuses_another_model(tiny_model, tmp_path):
     assert (pooled["task"], pooled["n"], pooled["kept_fraction"]) == ("all", 2, 1.0), "top-p 1 labels every chunk"
     assert pooled["dense"] == pooled["restricted"]
     assert result.passed
-    none = gate([folder], model=tiny_model, device="cpu", tau=1000, rule={"votes": 200})
+    none = gate([folder], model=tiny_model, device="cpu", tau=1000, choice=LabelChoice(votes=200))
     # 383 prompt tokens: a chunk of sinks, eight of window, and the incomplete one of 15.
     assert none.rows[0]["kept_fraction"] == pytest.approx((16 + 128 + 15) / 383, abs=1e-3)
     with pytest.raises(UsageError, match="The collection was made with model 'tiny'"):

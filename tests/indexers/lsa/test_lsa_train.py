@@ -9,11 +9,13 @@ import torch
 from planted import planted_collection
 
 from kvscope.errors import EnvironmentProblem, UsageError
+from kvscope.harness.indexers.collection.places import split
 from kvscope.harness.indexers.collection.reading import Collection, open_collections
-from kvscope.harness.indexers.lsa.fit import rate
-from kvscope.harness.indexers.lsa.objective import TrainConfig, draw_negatives, focal_loss, measure, row_logits, split
+from kvscope.harness.indexers.lsa.objective import draw_negatives, focal_loss, measure, row_logits
 from kvscope.harness.indexers.lsa.objective import example as load_example
-from kvscope.harness.indexers.lsa.train import LOG_FILE, train
+from kvscope.harness.indexers.lsa.train import train
+from kvscope.harness.indexers.lsa.train_config import TrainConfig
+from kvscope.harness.indexers.training import LOG_FILE, rate
 from kvscope.harness.passes.process import worker_environment
 from kvscope.methods.lsa.indexer_files import load_indexer, read_indexer_config
 

@@ -126,6 +126,7 @@ def test_every_reason_is_given():
             ints([0]),
             ints([0]),
             ints([1]),
+            layers_L2=torch.zeros((1, 2), dtype=torch.int64),
             units_per_chunk=1,
             n_programs=1,
         )

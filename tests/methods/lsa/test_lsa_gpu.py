@@ -130,8 +130,8 @@ def test_memory_falls_when_the_set_shrinks():
 def test_training_runs_on_the_gpu(tmp_path, encoder):
     from planted import planted_collection
 
-    from kvscope.harness.indexers.lsa.objective import TrainConfig
     from kvscope.harness.indexers.lsa.train import train
+    from kvscope.harness.indexers.lsa.train_config import TrainConfig
 
     data = planted_collection(tmp_path / "data", features="tokens" if encoder == "pooled" else "stats")
     config = TrainConfig(tau=1, epochs=6, lr=1e-2, lookback=1, recency_tokens=128, encoder=encoder, device="cuda")

@@ -17,16 +17,16 @@ from kvscope.harness.engine.prefill import prefill
 from kvscope.harness.indexers.collection.collect import CollectConfig, collect, make_tasks
 from kvscope.harness.indexers.collection.reading import Collection
 from kvscope.harness.indexers.lsa.objective import (
-    TrainConfig,
-    calibrate,
     document_loss,
     draw_negatives,
     example,
     focal_loss,
     near,
     row_logits,
+    shift_to_recall,
 )
 from kvscope.harness.indexers.lsa.train import indexer_config
+from kvscope.harness.indexers.lsa.train_config import TrainConfig
 from kvscope.harness.indexers.lsa.warm_start import warm_start
 from kvscope.harness.passes.progress import Progress
 from kvscope.methods.fp8_keys import dequantize, quantize
@@ -167,7 +167,7 @@ def test_a_warm_start_lets_one_chunk_in_twenty_pass_and_calibration_sets_the_rec
             yield row_logits(indexer, found, torch.arange(6), 2, chunks=chunks), found.positives
 
     assert float((torch.cat([logits for logits, _ in scores()]) >= 0).float().mean()) == pytest.approx(0.05, abs=0.01)
-    calibrate(indexer, places, config, target_recall=0.7)
+    shift_to_recall(indexer, places, config, target_recall=0.7)
     kept = torch.cat([logits[golden] >= 0 for logits, golden in scores()])
     assert float(kept.float().mean()) == pytest.approx(0.7, abs=0.03)
 
@@ -208,7 +208,7 @@ def test_decoding_chooses_by_the_formula(tmp_path, shape):
 
 def test_training_scores_what_decoding_scores(tiny_model, tmp_path, monkeypatch):
     """A collection in chunks of 16 seen in chunks of 48, against the selector at opening."""
-    for module in ("collect", "recorder"):  # bf16 would differ by more than scores of random weights do
+    for module in ("make_document", "recorder"):  # bf16 would differ by more than scores of random weights do
         monkeypatch.setattr(f"kvscope.harness.indexers.collection.{module}.STORED_DTYPE", torch.float32)
     config = CollectConfig(model=tiny_model, tasks=("niah_single_1",), lengths_tokens=(512,), samples=1, seed=3,
                            chunk_tokens=16, device="cpu")  # fmt: skip

@@ -12,9 +12,11 @@ from kvscope import cli
 from kvscope.errors import UsageError
 from kvscope.harness.indexers.collection.reading import open_collections
 from kvscope.harness.indexers.collection.shards import write_manifest, write_shard
-from kvscope.harness.indexers.lsa.evaluate import EvalConfig, evaluate
-from kvscope.harness.indexers.lsa.objective import TrainConfig
-from kvscope.harness.indexers.lsa.train import LOG_FILE, train
+from kvscope.harness.indexers.lsa.evaluate import evaluate
+from kvscope.harness.indexers.lsa.measuring import EvalConfig
+from kvscope.harness.indexers.lsa.train import train
+from kvscope.harness.indexers.lsa.train_config import TrainConfig
+from kvscope.harness.indexers.training import LOG_FILE
 from kvscope.methods.dsa.indexer_files import FILES as DSA_FILES
 from kvscope.methods.indexer_files import CONFIG_FILE, WEIGHTS_FILE, indexer_hash
 from kvscope.methods.lsa.indexer_files import load_indexer, read_indexer_config
