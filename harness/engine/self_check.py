@@ -141,7 +141,7 @@ def _checked(loaded: LoadedModel) -> SelfCheck:
     chunk_tokens = -(-_CHUNK_TOKENS // page_tokens) * page_tokens
     reach_tokens = max(chunk_tokens, loaded.backend.reach_tokens(loaded.shape))
     n_tokens = min(chunk_tokens + reach_tokens + chunk_tokens // 4 + _N_STEPS, loaded.max_length_tokens)
-    ids = _random_ids(loaded, n_tokens)
+    ids = random_ids(loaded, n_tokens)
     prompt = prefill(loaded, ids[:-_N_STEPS], chunk_tokens=chunk_tokens)
     found = _engine_logits(loaded, prompt, ids)
     with _own_attention(loaded.model):
@@ -158,7 +158,7 @@ def _checked(loaded: LoadedModel) -> SelfCheck:
         return replace(checked, where=_where(loaded, prompt, ids, tolerance))
 
 
-def _random_ids(loaded: LoadedModel, n_tokens: int) -> list[int]:
+def random_ids(loaded: LoadedModel, n_tokens: int) -> list[int]:
     """Return random tokens, none of them one that the config names: these stand for images, padding or ends."""
     configs = (loaded.model.config, text_config(loaded.model.config))
     named = {

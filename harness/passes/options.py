@@ -83,6 +83,14 @@ class RunOptions:
         str | None,
         typer.Option("--max-new-tokens", metavar="TOKENS", help="New tokens per sample.  [default: the task's own]"),
     ]
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            "--batch",
+            metavar="auto|N",
+            help="Answers that are decoded in one step; auto is what memory holds.  [default: auto]",
+        ),
+    ]
     accuracy_graph: Annotated[
         bool | None,
         typer.Option(

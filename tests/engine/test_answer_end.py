@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from kvscope.harness.engine.decode import answer_end
+from kvscope.harness.engine.answer_end import AnswerEnd
 
 EOS, TURN = 0, 1
 PIECES = [
@@ -36,8 +36,9 @@ class Tokenizer:
 def steps(ids: list[int], stop: tuple[str, ...]) -> tuple[int, str | None]:
     """Return after how many of these tokens the answer ends, and why."""
     loaded: Any = SimpleNamespace(tokenizer=Tokenizer(), eos_ids=frozenset({EOS}))
+    end = AnswerEnd(loaded, stop_strings=stop)
     for n in range(1, len(ids) + 1):
-        ended = answer_end(loaded, ids[:n], max_new_tokens=len(ids), stop_strings=stop)
+        ended = end.reason(ids[:n], max_new_tokens=len(ids))
         if ended is not None:
             return n, ended
     raise AssertionError("the length ends every answer")

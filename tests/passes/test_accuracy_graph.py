@@ -83,7 +83,7 @@ def both_ways(values: dict[str, Any], folder: Path) -> Rows:
     frames = []
     for graph in (False, True):
         out = str(folder / ("graph" if graph else "eager"))
-        frame = run({**values, "accuracy_graph": graph, "out": out}, progress=False).samples
+        frame = run({**values, "batch": 1, "accuracy_graph": graph, "out": out}, progress=False).samples
         assert set(frame["status"]) == {"ok"}, frame["reason"].tolist()
         frames.append(frame.set_index(["method_label", "task", "length_tokens", "sample"]).sort_index())
     return frames[0], frames[1]
@@ -201,7 +201,7 @@ def test_answers_that_must_be_short_are_not_worth_a_capture(
 ) -> None:
     """The last new token is never fed: five of them are the prompt's last token and four more steps."""
     captures = captured_here(monkeypatch)
-    frame = run(small(accuracy_graph=True, max_new_tokens=max_new_tokens), progress=False).samples
+    frame = run(small(batch=1, accuracy_graph=True, max_new_tokens=max_new_tokens), progress=False).samples
     assert set(frame["step_backend"]) == {backend}
     assert len(captures) == (4 if backend == "cuda graph" else 0)
 
@@ -213,12 +213,12 @@ def test_a_likelihood_is_captured_by_its_own_steps(
     """The needle's value is four tokens, of which three are fed behind the prompt's last."""
     captures = captured_here(monkeypatch)
     monkeypatch.setattr(decode_graph, "PAYS_FROM_STEPS", pays_from)
-    run(small(accuracy_graph=True, max_new_tokens=8, answer_nll=True, methods=["dense"]), progress=False)
+    run(small(batch=1, accuracy_graph=True, max_new_tokens=8, answer_nll=True, methods=["dense"]), progress=False)
     assert len(captures) == 2 * (2 if captured else 1)
 
 
 def test_on_a_cpu_rows_say_why(small: MakeConfig) -> None:
-    frame = run(small(accuracy_graph=True, max_new_tokens=24), progress=False).samples
+    frame = run(small(batch=1, accuracy_graph=True, max_new_tokens=24), progress=False).samples
     assert set(frame["step_backend"]) == {"eager: the device is cpu"}
     assert set(frame["status"]) == {"ok"}
 
