@@ -220,8 +220,8 @@ class SampleRow(_CellRow):
     """How far logits of one sequence were measured to differ, in nats, between a step of its own and a step of as many
     as the run's; null where `batch` is 1."""
     tie: bool | None = None
-    """Whether `least_logit_gap` is within `logit_noise`: then the answer may be another than a step of its own gives.
-    Null where `batch` is 1."""
+    """Whether `least_logit_gap` is within twice `logit_noise`, as each of the two logits may be off by that: then the
+    answer may be another than steps of its own give. Null where `batch` is 1."""
 
     @property
     def key(self) -> tuple[str, int, int, str]:

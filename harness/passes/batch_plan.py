@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kvscope.tasks.base import Task
 
 #: Most sequences of a step, where memory holds more.
-MOST_ROWS_CPU, MOST_ROWS_CUDA = 8, 144
+MOST_ROWS_CPU, MOST_ROWS_CUDA = 16, 144
 #: Share of a memory that the pass may fill: allocators keep more than is asked of them, and others live there, too.
 DEVICE_SHARE, HOST_SHARE = 0.85, 0.5
 

@@ -10,16 +10,14 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-import transformers
 from lsa_tools import random_indexer
 from sessions import UncapturedStep
 from tiny import MakeConfig
-from tiny_models import tiny_config
+from tiny_models import save_model
 
 from kvscope.harness.engine import decode_graph
 from kvscope.harness.engine.decode_graph import GRAPH, GraphStep
 from kvscope.harness.engine.models import load_model
-from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
 from kvscope.harness.engine.session import Session
 from kvscope.harness.passes import accuracy
 from kvscope.harness.passes.sweep import run
@@ -61,21 +59,6 @@ def captured_here(monkeypatch: pytest.MonkeyPatch) -> list[GraphStep]:
 
     monkeypatch.setattr(Session, "graph_step", CapturedHere)
     return captures
-
-
-def save_model(folder: Path, family: str) -> str:
-    """Save a tiny random model of a family, with the reference model's tokenizer."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(REFERENCE_MODEL_FOLDER))
-    torch.manual_seed(0)
-    config = tiny_config(family, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() >= 2:
-                parameter.mul_(3.0)  # or answers hardly depend on the prompt
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 def both_ways(values: dict[str, Any], folder: Path) -> Rows:
