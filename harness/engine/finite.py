@@ -7,6 +7,7 @@ Shapes: n sequences, V vocabulary, M hidden size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -79,13 +80,14 @@ class Best:
 
 def best_tokens(session: Session, logits_nV: torch.Tensor) -> list[Best]:
     """Return what a step gave each sequence, in the order of ``members``. Reading it waits for the device, once."""
-    top_n2 = logits_nV.topk(2).values.double()
+    best_n1 = logits_nV.argmax(-1, keepdim=True)
+    second_n = logits_nV.scatter(1, best_n1, -math.inf).amax(-1)
+    sums_n = logits_nV.sum(-1, dtype=torch.float32)  # finite where all are, in one pass
     scores = [member.cache.scored() for member in session.members]
     columns = [
-        # Not the first of the two above: where logits are equal, the first token of them is the best.
-        logits_nV.argmax(-1).double(),
-        top_n2[:, 0] - top_n2[:, 1],
-        logits_nV.isfinite().all(-1).double(),
+        best_n1[:, 0].double(),
+        logits_nV.gather(1, best_n1)[:, 0].double() - second_n.double(),
+        sums_n.isfinite().double(),
     ]
     asked = [total for total in scores if total is not None]
     finite = torch.stack([total.isfinite() for total in asked]).double() if asked else columns[0][:0]
