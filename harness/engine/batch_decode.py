@@ -325,8 +325,8 @@ class BatchDecode:
             self.close()
             return
         for row in ended:
-            if getattr(session, "captured", False):
-                session.rest(row.member)  # type: ignore[attr-defined]
+            if session.captured:
+                session.rest(row.member)
             else:
                 session.remove(row.member)
                 self._rows.remove(row)

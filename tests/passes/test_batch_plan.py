@@ -36,7 +36,7 @@ def test_auto_is_a_modest_number_on_a_cpu_and_the_plan_says_what_it_takes(small:
 
 
 def test_auto_is_less_where_the_machine_has_less(small: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = make_plan(small(methods=["dense"], lengths_tokens=[512, 4096], max_new_tokens=64))
+    plan = make_plan(small(methods=["dense"], lengths_tokens=[512, 768], max_new_tokens=64))
     whole = {cell.length_tokens: cell for cell in plan.batch}
     room_bytes = int((whole[512].host_bytes or 0) / batch_plan.HOST_SHARE)
     monkeypatch.setattr(batch_plan, "total_host_bytes", lambda: room_bytes)
