@@ -113,7 +113,7 @@ class RunConfig(BaseModel):
         default=64, ge=1, le=limits.MOST_COUNT, description="where the search for the largest batch stops"
     )
     time_limit_s: float | None = Field(
-        default=None, gt=0, description="stop before the next row after this time; the same command continues"
+        default=None, gt=0, description="begin no prompt and no cell after this time; the same command continues"
     )
     retry: bool = Field(
         default=True, description="measure cells again whose rows are no results (failed, oom), once a call"

@@ -145,9 +145,7 @@ class RunOptions:
     ]
     time_limit_s: Annotated[
         str | None,
-        typer.Option(
-            "--time-limit", metavar="SECONDS", help="Stop before the next row after this; the same continues."
-        ),
+        typer.Option("--time-limit", metavar="SECONDS", help="Begin nothing new after this; the same continues."),
     ]
     retry: Annotated[
         bool | None,
