@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvscope.errors import UsageError
-from kvscope.harness.passes.answering import Prompt, load, logit_noise, release_memory
+from kvscope.harness.passes.answering import Prompt, load, measured_noise, release_memory
 from kvscope.harness.passes.base import Left, Plan, failed_lines, is_open
 from kvscope.harness.passes.batch_plan import batch_text
 from kvscope.harness.passes.config import RunConfig
@@ -114,7 +114,7 @@ class AccuracyPass:
 
         loaded = load(plan)  # only when something is to do
         store.begin()  # not before: weights that do not load leave no run behind
-        Batch(plan, loaded, store, turns, logit_noise=logit_noise(plan, loaded)).run(deadline)
+        Batch(plan, loaded, store, turns, noise=measured_noise(plan, loaded, progress)).run(deadline)
 
     def failures(self, run: "Run") -> list[str]:
         """Return one line per method and status of rows that failed."""

@@ -15,6 +15,7 @@ from kvscope.units import format_length
 
 if TYPE_CHECKING:
     from kvscope.harness.engine.batch_decode import DecodeResult, Request
+    from kvscope.harness.engine.batch_noise import BatchNoise
     from kvscope.harness.engine.loaded import LoadedModel
     from kvscope.methods.base import CacheMethod
     from kvscope.methods.store import PromptKV
@@ -38,10 +39,10 @@ def load(plan: Plan) -> "LoadedModel":
     return loaded
 
 
-def logit_noise(plan: Plan, loaded: "LoadedModel") -> float | None:
+def measured_noise(plan: Plan, loaded: "LoadedModel", progress: Progress) -> "BatchNoise | None":
     """Return how far logits differ between steps of one sequence and of as many as planned; None where all are of one.
 
-    Where memory does not hold as many, of fewer.
+    Where memory does not hold as many, of fewer. A probe that fails is told: then each answer has steps of its own.
     """
     from kvscope.harness.engine.batch_noise import batch_noise
 
@@ -49,10 +50,20 @@ def logit_noise(plan: Plan, loaded: "LoadedModel") -> float | None:
     graph: DecodeGraph = "auto" if plan.config.accuracy_graph else "off"
     while rows > 1:
         try:
-            return batch_noise(loaded, rows=rows, decode_graph=graph)
-        except Exception as error:
+            found = batch_noise(loaded, rows=rows, decode_graph=graph)
+        except Exception as error:  # noqa: BLE001 - a model that fails the probe fails its rows, too, and they say how
             if not is_oom(error):
-                raise
+                why = failure(error, phase="the probe of shared steps")[1]
+                progress.note(f"{why}: each answer is decoded in steps of its own.")
+                return None
+        else:
+            if found.is_rounding:
+                return found
+            progress.note(
+                f"In steps of several sequences the logits of model '{loaded.name}' differ by {found.share:.2g} of "
+                f"their size, and rounding explains {found.tolerance:.2g}: each answer is decoded in steps of its own."
+            )
+            return None
         rows //= 2
         release_memory()
     return None
@@ -138,7 +149,7 @@ class Prompt:
             dense_kv_bytes=self.loaded.shape.dense_kv_bytes(
                 len(self.context_ids), n_forced + sample.max_new_tokens - 1
             ),
-            step_backend=f"{EAGER}: {why_eager}" if why_eager and result.batch == 1 else result.step_backend,
+            step_backend=f"{EAGER}: {why_eager}" if why_eager and result.step_backend == EAGER else result.step_backend,
             answer_nll=nll,
             answer_nll_reason=nll_reason,
             logit_noise=logit_noise,

@@ -19,11 +19,12 @@ from kvscope.harness.passes.deadline import Deadline
 from kvscope.harness.passes.row_columns import failure
 
 if TYPE_CHECKING:
+    from kvscope.harness.engine.batch_noise import BatchNoise
     from kvscope.harness.engine.loaded import LoadedModel
     from kvscope.harness.passes.accuracy import Turns
     from kvscope.harness.passes.base import Plan
     from kvscope.methods.base import CacheMethod
-    from kvscope.results.schema import SampleRow
+    from kvscope.results.schema import DecodeGraph, SampleRow
     from kvscope.results.store import RunStore
 
 
@@ -51,22 +52,24 @@ class Batch:
     """Answers prompts, several sequences a step."""
 
     def __init__(
-        self, plan: "Plan", loaded: "LoadedModel", store: "RunStore", turns: "Turns", *, logit_noise: float | None
+        self, plan: "Plan", loaded: "LoadedModel", store: "RunStore", turns: "Turns", *, noise: "BatchNoise | None"
     ) -> None:
         """Begin with nothing.
 
         Args:
             turns: the prompts in order, and what to tell of them.
-            logit_noise: how far logits were measured to differ between batch sizes; None where that was not measured.
+            noise: how far logits differ between batch sizes; None where they differ by more than rounding, or that
+                was not measured: then no step is shared.
         """
         self._plan, self._loaded, self._store, self._turns = plan, loaded, store, turns
-        self._logit_noise = logit_noise
-        self._decode = BatchDecode(loaded, decode_graph="auto" if plan.config.accuracy_graph else "off")
+        self._logit_noise = None if noise is None else noise.logit_noise
+        self._shared_graph: DecodeGraph = "auto" if plan.config.accuracy_graph else "off"
+        self._decode = BatchDecode(loaded)
         self._waiting: deque[Entry] = deque()
         self._under_way: list[Entry] = []
         self._open: dict[Prompt, int] = {}
         """Prompts begun, and how many of their rows are still to come."""
-        self._cap: int | None = None
+        self._cap: int | None = 1 if noise is None else None
         """Most rows, where memory ended with more."""
         self._cap_before: int | None = None
         self._fails_in_steps: set[str] = set()
@@ -121,12 +124,14 @@ class Batch:
         return self._has_room(entry.prompt.sample.length_tokens)
 
     def _has_room(self, length_tokens: int, *, another_prompt: bool = False) -> bool:
-        most = self._plan.batch_rows(length_tokens)
-        if self._cap is not None:
-            most = min(most, self._cap)
+        most = self._rows_at(length_tokens)
         if max(len(self._under_way), self._decode.n_rows) >= most:
             return False
         return not (another_prompt and len(self._open) >= self._plan.batch_prompts(most))
+
+    def _rows_at(self, length_tokens: int) -> int:
+        most = self._plan.batch_rows(length_tokens)
+        return most if self._cap is None else min(most, self._cap)
 
     def _begin(self, deadline: Deadline) -> None:
         """Take the next prompt: what cannot run on it gets its rows, the rest waits."""
@@ -153,8 +158,9 @@ class Batch:
         if entry.alone or entry.method.label in self._fails_in_steps or entry.key in self._too_large:
             self._decode_alone(entry)
             return
-        if not self._under_way and self._plan.batch_rows(prompt.sample.length_tokens) == 1:
-            self._decode.decode_graph, _ = prompt.graph()
+        if not self._under_way:
+            is_single = self._rows_at(entry.key[1]) == 1
+            self._decode.decode_graph = prompt.graph()[0] if is_single else self._shared_graph
         try:
             entry.row = self._decode.add(prompt.request(entry.method))
         except Exception as error:  # noqa: BLE001 - becomes this method's row; the others go on

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from sessions import UNCAPTURED, new_session
 from tiny_models import loaded_model, prompt_ids, runnable_methods, save_tiny
 
@@ -13,7 +14,7 @@ from kvscope.harness.engine.batch_decode import BatchDecode, DecodeResult, Decod
 from kvscope.harness.engine.batch_noise import batch_noise
 from kvscope.harness.engine.decode import decode
 from kvscope.harness.engine.loaded import LoadedModel
-from kvscope.harness.engine.models import load_model
+from kvscope.harness.engine.models import load_model, wrap_model
 from kvscope.harness.engine.prefill import prefill
 from kvscope.harness.engine.session import Session
 from kvscope.methods.base import union_collectors
@@ -183,5 +184,19 @@ def test_stop_strings_end_answers_of_a_batch(tmp_path: Any) -> None:
 
 def test_noise_is_a_little_and_not_nothing() -> None:
     loaded = loaded_model("llama")
-    noise = batch_noise(loaded, rows=8)
-    assert 0 <= noise < 1e-2
+    found = batch_noise(loaded, rows=8)
+    assert 0 <= found.logit_noise < 1e-2
+    assert found.is_rounding
+
+
+def test_a_model_that_takes_positions_from_its_cache_shares_no_step() -> None:
+    """The longest sequence's length is the only one that a cache of several tells."""
+    config = transformers.BartConfig(
+        vocab_size=257, d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, decoder_ffn_dim=64,
+        max_position_embeddings=2048, is_decoder=True, is_encoder_decoder=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.BartForCausalLM(config).eval()
+    loaded = wrap_model(model, None, page_tokens=16)
+    assert not batch_noise(loaded, rows=4).is_rounding

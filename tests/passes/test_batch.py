@@ -13,12 +13,17 @@ from tiny import MakeConfig
 from tiny_models import runnable_methods, save_model
 
 from kvscope.errors import UsageError
+from kvscope.harness.engine import batch_noise
+from kvscope.harness.engine.batch_noise import BatchNoise
 from kvscope.harness.engine.session import Session
 from kvscope.harness.passes.config import make_config
 from kvscope.harness.passes.deadline import Deadline, TimeLimitReached
 from kvscope.harness.passes.sweep import run
 from kvscope.methods import registry
 from kvscope.methods.dense.method import Dense
+from kvscope.reports.cells import accuracy_cells
+from kvscope.reports.summary import summary_text
+from kvscope.reports.tables_accuracy import accuracy_table
 from kvscope.results.columns import SURROUNDINGS_COLUMNS, TIME_COLUMNS
 
 EVERY_METHOD = runnable_methods()
@@ -328,3 +333,70 @@ def test_a_dense_sequence_keeps_its_prompt_no_longer_than_needed(
     monkeypatch.setattr(Dense, "open", watching)
     run(small(samples=9, batch=4, self_check=False), out=Path(str(small().out) + "-more"), progress=False)
     assert max(most[8:]) <= 3
+
+
+# -- models that may not share steps
+
+
+def test_a_model_that_differs_by_more_than_rounding_shares_no_step(
+    small: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_noise, "difference", lambda found, expected: 0.25)
+    notes = Notes()
+    frame = run(small(batch=4, self_check=False), progress=notes).samples
+    assert set(frame["batch"]) == {1}
+    assert frame["tie"].isna().all()
+    assert (
+        "In steps of several sequences the logits of model 'tiny' differ by 0.25 of their size, and rounding explains "
+        "0.001: each answer is decoded in steps of its own." in notes.said
+    )
+
+
+def test_a_probe_that_fails_is_told(small: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*arguments: Any, **options: Any) -> Any:
+        raise RuntimeError("the probe is broken")
+
+    monkeypatch.setattr(batch_noise, "batch_noise", failing)
+    notes = Notes()
+    frame = run(small(batch=4, self_check=False), progress=notes).samples
+    assert set(frame["batch"]) == {1}
+    told = "the probe of shared steps: RuntimeError: the probe is broken: each answer is decoded in steps of its own."
+    assert told in notes.said
+
+
+def test_a_probe_for_which_memory_ends_is_made_smaller(small: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    real = batch_noise.batch_noise
+
+    def two_fit(loaded: Any, *, rows: int, **options: Any) -> Any:
+        asked.append(rows)
+        if rows > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(loaded, rows=rows, **options)
+
+    monkeypatch.setattr(batch_noise, "batch_noise", two_fit)
+    frame = run(small(batch=4, self_check=False), progress=False).samples
+    assert asked == [4, 2]
+    assert set(frame["batch"]) == {4}
+    assert frame["tie"].notna().all()
+
+
+# -- what a user is told
+
+
+def test_ties_are_counted_in_summary_and_tables(small: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = BatchNoise(logit_noise=1e9, share=0.0, tolerance=1.0)
+    monkeypatch.setattr(batch_noise, "batch_noise", lambda *_, **__: noise)
+    result = run(small(batch=4, self_check=False), progress=False)
+    text = (
+        "Ties: 4 of 4 rows (dense 2 of 2, recency:recency_tokens=128 2 of 2). Their answers shared steps with up to 3"
+    )
+    assert text in summary_text(result)
+    assert any(text in note for note in accuracy_table(result, accuracy_cells(result)).notes)
+
+
+def test_without_ties_the_summary_says_so_and_alone_it_says_nothing(small: MakeConfig, tmp_path: Path) -> None:
+    result = run(small(batch=4, self_check=False), progress=False)
+    assert "Ties: 0 of 4 rows. Their answers shared steps with up to 3 others" in summary_text(result)
+    result = run(small(batch=1, self_check=False), out=tmp_path / "alone", progress=False)
+    assert "Ties" not in summary_text(result)
