@@ -149,6 +149,7 @@ def run_kvscope(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "score": float(row.score),
             "prefill_s": float(row.prefill_s),
             "decode_s": float(row.decode_s),
+            "batch": int(row.batch),
             "decode_tokens": int(row.decode_tokens),
             "kept_fraction": float(row.resident_kv_bytes / row.dense_kv_bytes),
         }

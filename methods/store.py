@@ -86,6 +86,7 @@ class PagePool:
             for layer in shape.layers
         }
         self.lengths = dict.fromkeys(shape.layers, 0)
+        self._n_bytes: int | None = None
 
     def load(self, prompt: PromptKV, ranges: Iterable[TokenRange]) -> None:
         """Copy the prompt's tokens in ``ranges`` (ascending, disjoint) into the pool, packed."""
@@ -138,15 +139,19 @@ class PagePool:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of the live pages."""
-        return tensor_bytes(self.pages.values())
+        """Bytes of the live pages. Asked at every step of every sequence, so counted when they change."""
+        if self._n_bytes is None:
+            self._n_bytes = tensor_bytes(self.pages.values())
+        return self._n_bytes
 
     def clear(self) -> None:
         """Free the pages."""
         self.pages.clear()
+        self._n_bytes = None
 
     def _grow(self, layer: int) -> None:
         old = self.pages[layer]
+        self._n_bytes = None
         self.pages[layer] = torch.cat([old, old.new_zeros((1, *old.shape[1:]))])
 
 

@@ -19,6 +19,7 @@ from kvscope.reports.figure_parts import subtitle_of
 from kvscope.reports.legible import legible
 from kvscope.reports.table_parts import Notes, Table, excluded_notes
 from kvscope.reports.tables_limits import limit_tables
+from kvscope.reports.ties import tie_notes
 from kvscope.reports.units import byte_unit, length_text, milliseconds, number, points, with_interval
 from kvscope.results.comparisons import baseline_label, compare_pooled
 from kvscope.results.frames import Run, records
@@ -43,6 +44,7 @@ def summary_text(run: Run) -> str:
         parts.append(_memory_of_samples(run))
     parts += [f"{table.title}\n{text_of(table)}" for table in limit_tables(run)]
     parts += excluded_notes(run.info)
+    parts += tie_notes(run)
     parts += coverage(run).sentences()
     parts += run.messages
     return "\n\n".join(parts) + "\n"

@@ -6,6 +6,7 @@ import pandas as pd
 
 from kvscope.reports.cells import ALL_TASKS, pool_notes
 from kvscope.reports.table_parts import Notes, Table, excluded_notes
+from kvscope.reports.ties import tie_notes
 from kvscope.reports.units import length_text, number, p_text, percent, points, with_interval
 from kvscope.results.comparisons import baseline_label, compare_methods
 from kvscope.results.frames import Run, records
@@ -44,7 +45,7 @@ def accuracy_table(run: Run, cells: pd.DataFrame) -> Table:
         caption,
         cells,
         pd.DataFrame(rows, columns=columns),
-        (*notes.lines(), *pool_notes(run.info), *excluded_notes(run.info)),
+        (*notes.lines(), *pool_notes(run.info), *excluded_notes(run.info), *tie_notes(run)),
     )
 
 
@@ -160,7 +161,12 @@ def statistics_table(run: Run) -> Table:
         caption += " The answer's negative log-likelihood was not requested."
     text = pd.DataFrame(texts) if texts else pd.DataFrame(columns=["scope", "method", "verdict"])
     return Table(
-        "statistics", "Paired statistics against dense", caption, data, text, (*notes, *excluded_notes(run.info))
+        "statistics",
+        "Paired statistics against dense",
+        caption,
+        data,
+        text,
+        (*notes, *excluded_notes(run.info), *tie_notes(run)),
     )
 
 

@@ -205,13 +205,27 @@ class SampleRow(CellRow):
     prefill_s: Seconds | None = None
     """Seconds of the prompt's one prefill, shared by all methods of the run: never add it up over methods."""
     decode_s: Seconds | None = None
-    """Seconds of this method's decode, step 0 included; the first capture of a captured step is not."""
+    """Seconds of the decode steps this answer took part in, step 0 included; the first capture of a captured step is
+    not. Where `batch` is over 1 they are shared with other answers: they say nothing of the time one takes alone, and
+    add up to more than the run took."""
     decode_tokens: Count | None = None
     """Tokens generated."""
     step_backend: Text | None = None
     """How the decode steps ran: `cuda graph`, `eager`, or `eager: ` and why they were no graph although one was asked
     for. A captured step keeps spare room in places, which the ledger's bytes count. Null in rows of earlier versions,
     where every step was eager, and when status is not ok."""
+    batch: Positive | None = None
+    """Most answers that were decoded in one step with this one, itself included; null in rows of earlier versions,
+    where it was 1, and when status is not ok."""
+    least_logit_gap: Annotated[float, Field(ge=0.0, le=1e30)] | None = None
+    """Least distance of the best logit to the second best, over the tokens of the answer, in the logits' own unit
+    (nats); null in rows of earlier versions, and when status is not ok."""
+    logit_noise: Annotated[float, Field(ge=0.0, le=1e30)] | None = None
+    """How far logits of one sequence were measured to differ, in nats, between a step of its own and a step of as many
+    as the run's; null where `batch` is 1."""
+    tie: bool | None = None
+    """Whether `least_logit_gap` is within twice `logit_noise`, as each of the two logits may be off by that: then the
+    answer may be another than steps of its own give. Null where `batch` is 1."""
 
     @property
     def key(self) -> tuple[str, int, int, str]:

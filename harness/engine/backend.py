@@ -69,10 +69,12 @@ class Backend(Protocol[ShapeT]):
         name: for messages.
         instead_of_tokens: what the cache keeps in place of K and V of single tokens, in two words; empty where it keeps
             these. What reads the attention over single tokens is refused elsewhere.
+        holds_one_sequence: whether a sequence brings the model's own cache, so that none steps with another.
     """
 
     name: ClassVar[str]
     instead_of_tokens: ClassVar[str] = ""
+    holds_one_sequence: ClassVar[bool] = False
 
     @abstractmethod
     def shape(

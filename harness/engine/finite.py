@@ -7,7 +7,9 @@ Shapes: n sequences, V vocabulary, M hidden size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,12 +40,64 @@ def finite_tokens(session: Session, logits_nV: torch.Tensor, *, step: int) -> tu
     read = torch.cat([tokens_n, torch.stack(checks).to(tokens_n.dtype)]).tolist()
     tokens, finite = read[: len(tokens_n)], read[len(tokens_n) :]
     if not all(finite):
-        what, where = "scores that the method chooses by", ""
-        if not finite[0]:
-            what, where = "the model's logits", session.first_not_finite(tokens)
-        advice = _advice(logits_nV.dtype)
-        raise NotFinite(f"at decode step {step} {what} are not finite (NaN or infinity){where}{advice}.")
+        where = "" if finite[0] else session.first_not_finite(tokens)
+        found = Best(tokens[0], 0.0, logits_are_finite=bool(finite[0]), scores_are_finite=all(finite[1:]))
+        raise found.not_finite(step=step, where=where, dtype=logits_nV.dtype)
     return tokens_n, tokens
+
+
+@dataclass(frozen=True)
+class Best:
+    """What a step gave one sequence.
+
+    Attributes:
+        token: the best one.
+        gap: how far its logit is above the second best.
+        logits_are_finite, scores_are_finite: of the model, and those that the method chose by.
+    """
+
+    token: int
+    gap: float
+    logits_are_finite: bool
+    scores_are_finite: bool
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the token may be taken."""
+        return self.logits_are_finite and self.scores_are_finite
+
+    def not_finite(self, *, step: int, where: str, dtype: torch.dtype) -> NotFinite:
+        """Return the error of a sequence that may not go on.
+
+        Args:
+            step: its step, for the message.
+            where: which layer, as a clause; empty where that is not known.
+            dtype: of the logits.
+        """
+        what = "scores that the method chooses by" if self.logits_are_finite else "the model's logits"
+        return NotFinite(f"at decode step {step} {what} are not finite (NaN or infinity){where}{_advice(dtype)}.")
+
+
+def best_tokens(session: Session, logits_nV: torch.Tensor) -> list[Best]:
+    """Return what a step gave each sequence, in the order of ``members``. Reading it waits for the device, once."""
+    best_n1 = logits_nV.argmax(-1, keepdim=True)
+    second_n = logits_nV.scatter(1, best_n1, -math.inf).amax(-1)
+    sums_n = logits_nV.sum(-1, dtype=torch.float32)  # finite where all are, in one pass
+    scores = [member.cache.scored() for member in session.members]
+    columns = [
+        best_n1[:, 0].double(),
+        logits_nV.gather(1, best_n1)[:, 0].double() - second_n.double(),
+        sums_n.isfinite().double(),
+    ]
+    asked = [total for total in scores if total is not None]
+    finite = torch.stack([total.isfinite() for total in asked]).double() if asked else columns[0][:0]
+    read = torch.cat([*columns, finite]).tolist()
+    n = len(scores)
+    tokens, gaps, finite_logits, finite_scores = read[:n], read[n : 2 * n], read[2 * n : 3 * n], iter(read[3 * n :])
+    return [
+        Best(int(token), gap, bool(is_finite), total is None or bool(next(finite_scores)))
+        for token, gap, is_finite, total in zip(tokens, gaps, finite_logits, scores, strict=True)
+    ]
 
 
 def total(tensor: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,19 @@ _CGROUPS = (
 )
 
 
+def total_host_bytes() -> int:
+    """Return the host memory this process may have in all: the machine's, or its container's limit."""
+    import psutil
+
+    rooms = [int(psutil.virtual_memory().total)]
+    for folder, limit, *_ in _CGROUPS:
+        try:
+            rooms.append(int((folder / limit).read_text(encoding="ascii")))
+        except (OSError, ValueError):
+            continue  # another version of cgroups, or no limit ("max")
+    return min(rooms)
+
+
 def free_host_bytes() -> int:
     """Return the host memory this process may still take: what is free, or what its container's limit leaves."""
     import psutil

@@ -38,7 +38,7 @@ _WINDOW_TOKENS = 32
 _N_STEPS = 2
 _MOST_TOKEN_IDS = 50_000
 #: Attention in another order of sums, with logits in fp32 in the engine and in the model's type in the eager forward.
-_LEAST_TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+LEAST_TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 _MOST_TOLERANCE = 0.3
 _MOST_OWN_DIFFERENCE = 0.1
 _NOISE_FACTOR = 4.0
@@ -141,24 +141,24 @@ def _checked(loaded: LoadedModel) -> SelfCheck:
     chunk_tokens = -(-_CHUNK_TOKENS // page_tokens) * page_tokens
     reach_tokens = max(chunk_tokens, loaded.backend.reach_tokens(loaded.shape))
     n_tokens = min(chunk_tokens + reach_tokens + chunk_tokens // 4 + _N_STEPS, loaded.max_length_tokens)
-    ids = _random_ids(loaded, n_tokens)
+    ids = random_ids(loaded, n_tokens)
     prompt = prefill(loaded, ids[:-_N_STEPS], chunk_tokens=chunk_tokens)
     found = _engine_logits(loaded, prompt, ids)
     with _own_attention(loaded.model):
         own, noise = _own_logits(loaded, ids)
-        tolerance = min(max(_LEAST_TOLERANCE[loaded.dtype], _NOISE_FACTOR * noise), _MOST_TOLERANCE)
-        checked = SelfCheck(difference=_difference(found, own), tolerance=tolerance, n_tokens=n_tokens)
+        tolerance = min(max(LEAST_TOLERANCE[loaded.dtype], _NOISE_FACTOR * noise), _MOST_TOLERANCE)
+        checked = SelfCheck(difference=difference(found, own), tolerance=tolerance, n_tokens=n_tokens)
         if checked.passed:
             return checked
         chunked = _own_chunked_logits(loaded, ids, chunk_tokens)
-        in_chunks = replace(checked, difference=_difference(found, chunked), own_chunks=True)
+        in_chunks = replace(checked, difference=difference(found, chunked), own_chunks=True)
         # A model far from itself in chunks has something that its own cache does not keep, either.
-        if in_chunks.passed and _difference(chunked, own) <= _MOST_OWN_DIFFERENCE:
+        if in_chunks.passed and difference(chunked, own) <= _MOST_OWN_DIFFERENCE:
             return in_chunks
         return replace(checked, where=_where(loaded, prompt, ids, tolerance))
 
 
-def _random_ids(loaded: LoadedModel, n_tokens: int) -> list[int]:
+def random_ids(loaded: LoadedModel, n_tokens: int) -> list[int]:
     """Return random tokens, none of them one that the config names: these stand for images, padding or ends."""
     configs = (loaded.model.config, text_config(loaded.model.config))
     named = {
@@ -201,7 +201,7 @@ def _own_logits(loaded: LoadedModel, ids: Sequence[int]) -> tuple[torch.Tensor, 
             "bfloat16 or float32."
         )
     both = loaded.model(input_ids=torch.cat([tokens_1N, tokens_1N.flip(1)]), use_cache=False).logits
-    return own, _difference(both[0, -_N_STEPS:].float(), own)
+    return own, difference(both[0, -_N_STEPS:].float(), own)
 
 
 def _own_chunked_logits(loaded: LoadedModel, ids: Sequence[int], chunk_tokens: int) -> torch.Tensor:
@@ -226,12 +226,12 @@ def _where(loaded: LoadedModel, prompt: PromptKV, ids: Sequence[int], tolerance:
         last_BM = prompt.last_hidden.get(layer)
         if last_BM is None or last_BM.shape != own_BNM[:, -1].shape:
             return ""
-        if _difference(last_BM.float(), own_BNM[:, -1].float()) > tolerance:
+        if difference(last_BM.float(), own_BNM[:, -1].float()) > tolerance:
             return f" (from layer {layer - 1} on)" if layer else ""
     return ""
 
 
-def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Return the largest difference of a row as a share of its norm about the mean; inf where one is not finite."""
     about_mean = expected - expected.mean(-1, keepdim=True)
     share = float(((found - expected).norm(dim=-1) / about_mean.norm(dim=-1)).max())

@@ -1,11 +1,13 @@
 """The accuracy pass: one prefill per prompt, every method on it, a row as soon as it exists."""
 
+from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvscope.errors import UsageError
-from kvscope.harness.passes.answering import Prompt, load, release_memory
+from kvscope.harness.passes.answering import Prompt, load, measured_noise, release_memory
 from kvscope.harness.passes.base import Left, Plan, failed_lines, is_open
+from kvscope.harness.passes.batch_plan import batch_text
 from kvscope.harness.passes.config import RunConfig
 from kvscope.harness.passes.deadline import Deadline
 from kvscope.harness.passes.facts import ModelFacts
@@ -64,7 +66,8 @@ class AccuracyPass:
         prompts = len(self.cells(plan)) * plan.config.samples
         return [
             f"accuracy   {prompts:,} prompts, each prefilled once for {len(plan.methods)} methods: "
-            f"{self.prefill_tokens(plan):,} tokens to prefill, {prompts * len(plan.methods):,} rows"
+            f"{self.prefill_tokens(plan):,} tokens to prefill, {prompts * len(plan.methods):,} rows",
+            *batch_text(plan.batch, device=plan.facts.device),
         ]
 
     def info(self, plan: Plan) -> dict[str, Any]:
@@ -104,28 +107,85 @@ class AccuracyPass:
         release_memory()  # the model is gone: the processes of the next pass find the device free
 
     def _answer(self, plan: Plan, store: "RunStore", progress: Progress, deadline: Deadline) -> None:
-        loaded: LoadedModel | None = None  # loads only when something is to do
-        prompts = PromptCheck(store)
-        for task, name, length_tokens in self.cells(plan):
-            pending = pending_samples(plan, store, name, length_tokens)
-            if not pending:
-                continue
-            if loaded is None:
-                loaded = load(plan)
-                store.begin()  # not before: weights that do not load leave no run behind
-            progress.begin_cell(f"{name} {format_length(length_tokens)}", steps=len(pending))
-            for index, methods in pending:
-                deadline.check()
-                progress.begin_step(f"{index + 1} of {plan.config.samples}", parts=len(methods) + 1)
-                sample = build(plan, task, name, length_tokens, index)
-                prompts.compare(sample)
-                Prompt(plan, loaded, task, sample, progress).answer(methods, store)
-                progress.end_step(work_tokens=prompt_work_tokens(length_tokens, methods=len(methods)))
-            progress.end_cell(cell_summary(plan, store, name, length_tokens))
+        turns = Turns(plan, store, progress, self.cells(plan))
+        if turns.next_length_tokens is None:
+            return
+        from kvscope.harness.passes.batch import Batch
+
+        loaded = load(plan)  # only when something is to do
+        store.begin()  # not before: weights that do not load leave no run behind
+        Batch(plan, loaded, store, turns, noise=measured_noise(plan, loaded, progress)).run(deadline)
 
     def failures(self, run: "Run") -> list[str]:
         """Return one line per method and status of rows that failed."""
         return failed_lines("accuracy", run.samples)
+
+
+class Turns:
+    """The prompts that lack rows, in order, and what the user is told of them.
+
+    A cell of the progress is one (task, length). It ends with its last row: the next ones may have begun by then.
+    """
+
+    def __init__(
+        self, plan: Plan, store: "RunStore", progress: Progress, cells: "Sequence[tuple[Task, str, int]]"
+    ) -> None:
+        self._plan, self._store, self._progress = plan, store, progress
+        self._check = PromptCheck(store)
+        self._left: deque[tuple[Task, str, int, int, list[CacheMethod[Any]]]] = deque()
+        self._in_cell: dict[tuple[str, int], int] = {}
+        """Prompts of a cell that are not done."""
+        self._methods: dict[Prompt, int] = {}
+        for task, name, length_tokens in cells:
+            pending = pending_samples(plan, store, name, length_tokens)
+            self._left += [(task, name, length_tokens, index, methods) for index, methods in pending]
+            if pending:
+                self._in_cell[name, length_tokens] = len(pending)
+        self._begun: set[tuple[str, int]] = set()
+
+    @property
+    def next_length_tokens(self) -> int | None:
+        """Length of the next prompt; None where none is left."""
+        return self._left[0][2] if self._left else None
+
+    def take(self, loaded: "LoadedModel") -> "tuple[Prompt, list[CacheMethod[Any]]]":
+        """Return the next prompt and its methods without a row.
+
+        Raises:
+            UsageError: it is another than that of the rows that are there.
+        """
+        task, name, length_tokens, index, methods = self._left.popleft()
+        if (name, length_tokens) not in self._begun:
+            self._begun.add((name, length_tokens))
+            self._progress.begin_cell(_cell_name(name, length_tokens), steps=self._in_cell[name, length_tokens])
+        self._progress.begin_step(f"{index + 1} of {self._plan.config.samples}", parts=len(methods) + 1)
+        sample = build(self._plan, task, name, length_tokens, index)
+        self._check.compare(sample)
+        prompt = Prompt(self._plan, loaded, task, sample, self._progress)
+        self._methods[prompt] = len(methods)
+        return prompt, methods
+
+    def part(self, name: str) -> None:
+        """Tell what is being done."""
+        self._progress.part(name)
+
+    def note(self, text: str) -> None:
+        """Tell the user something once."""
+        self._progress.note(text)
+
+    def done(self, prompt: Prompt) -> None:
+        """Note that a prompt has all its rows."""
+        task_name, length_tokens = prompt.sample.task, prompt.sample.length_tokens
+        cell = _cell_name(task_name, length_tokens)
+        work_tokens = prompt_work_tokens(length_tokens, methods=self._methods.pop(prompt))
+        self._progress.end_step(work_tokens=work_tokens, cell=cell)
+        self._in_cell[task_name, length_tokens] -= 1
+        if not self._in_cell[task_name, length_tokens]:
+            self._progress.end_cell(cell_summary(self._plan, self._store, task_name, length_tokens), cell=cell)
+
+
+def _cell_name(task_name: str, length_tokens: int) -> str:
+    return f"{task_name} {format_length(length_tokens)}"
 
 
 def prompt_work_tokens(length_tokens: int, *, methods: int) -> int:

@@ -1,9 +1,10 @@
-"""One prompt on its way through every method: prefilled once, a row of each method as soon as it exists."""
+"""One prompt on its way through every method: what is asked of the engine, and the row of what came of it."""
 
 import gc
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from kvscope.harness.engine.oom import is_oom
 from kvscope.harness.passes.base import Plan
 from kvscope.harness.passes.progress import Progress
 from kvscope.harness.passes.prompt import split_prompt
@@ -13,10 +14,11 @@ from kvscope.tasks.answers import answer_of
 from kvscope.units import format_length
 
 if TYPE_CHECKING:
+    from kvscope.harness.engine.batch_decode import DecodeResult, Request
+    from kvscope.harness.engine.batch_noise import BatchNoise
     from kvscope.harness.engine.loaded import LoadedModel
     from kvscope.methods.base import CacheMethod
     from kvscope.methods.store import PromptKV
-    from kvscope.results.store import RunStore
     from kvscope.tasks.base import Sample, Task
 
 
@@ -37,8 +39,43 @@ def load(plan: Plan) -> "LoadedModel":
     return loaded
 
 
+def measured_noise(plan: Plan, loaded: "LoadedModel", progress: Progress) -> "BatchNoise | None":
+    """Return how far logits differ between steps of one sequence and of as many as planned; None where all are of one.
+
+    Where memory does not hold as many, of fewer. A probe that fails is told: then each answer has steps of its own.
+    """
+    from kvscope.harness.engine.batch_noise import batch_noise
+
+    rows = plan.most_batch_rows
+    graph: DecodeGraph = "auto" if plan.config.accuracy_graph else "off"
+    while rows > 1:
+        try:
+            found = batch_noise(loaded, rows=rows, decode_graph=graph)
+        except Exception as error:  # noqa: BLE001 - a model that fails the probe fails its rows, too, and they say how
+            if not is_oom(error):
+                why = failure(error, phase="the probe of shared steps")[1]
+                progress.note(f"{why}: each answer is decoded in steps of its own.")
+                return None
+        else:
+            if found.is_rounding:
+                return found
+            progress.note(
+                f"In steps of several sequences the logits of model '{loaded.name}' differ by {found.share:.2g} of "
+                f"their size, and rounding explains {found.tolerance:.2g}: each answer is decoded in steps of its own."
+            )
+            return None
+        rows //= 2
+        release_memory()
+    return None
+
+
 class Prompt:
-    """One prompt on its way through every method."""
+    """One prompt on its way through every method.
+
+    Attributes:
+        sample: the prompt.
+        kv: what its prefill left; None before, and when no method needs it any more.
+    """
 
     def __init__(self, plan: Plan, loaded: "LoadedModel", task: "Task", sample: "Sample", progress: Progress) -> None:
         self.plan = plan
@@ -46,53 +83,21 @@ class Prompt:
         self.task = task
         self.sample = sample
         self.progress = progress
+        self.kv: PromptKV | None = None
         self.context_ids, self.forced_ids = split_prompt(sample, plan.config.method_from)
 
-    def answer(self, methods: "Sequence[CacheMethod[Any]]", store: "RunStore") -> None:
-        """Prefill once, decode under each method, append each row at once. A failure is a row too."""
-        length_tokens = self.sample.length_tokens
-        reasons = {method.label: self._unsupported(method, length_tokens) for method in methods}
-        for method in methods:
-            why = reasons[method.label]
-            if why is not None:
-                store.append_sample(self._failed(method, "unsupported", why))
-        able = [method for method in methods if reasons[method.label] is None]
-        if not able:
-            return
-        self.progress.part("prefill")
-        try:
-            prompt_kv = self._prefill(able)
-        except Exception as error:  # noqa: BLE001 - becomes a row of every method; the sweep goes on
-            status, reason = failure(error, phase="prefill")
-            self._complain(reason)
-            for method in able:
-                store.append_sample(self._failed(method, status, reason))
-            del error
-            release_memory()
-            return
-        for method in able:
-            self.progress.part(method.label)
-            try:
-                row = self._decode(method, prompt_kv)
-            except Exception as error:  # noqa: BLE001 - becomes this method's row; the others go on
-                status, reason = failure(error, phase="decode")
-                self._complain(f"{method.label}: {reason}")
-                row = self._failed(method, status, reason)
-                del error
-                release_memory()
-            store.append_sample(row)
-
-    def _unsupported(self, method: "CacheMethod[Any]", length_tokens: int) -> str | None:
+    def unsupported(self, method: "CacheMethod[Any]") -> str | None:
         """Return why a method cannot run: the plan's reasons, or what only the loaded model shows."""
-        planned = self.plan.unsupported(method.label, length_tokens)
+        planned = self.plan.unsupported(method.label, self.sample.length_tokens)
         return planned or "; ".join(method.unsupported(self.loaded.shape, self.loaded.device)) or None
 
-    def _prefill(self, methods: "Sequence[CacheMethod[Any]]") -> "PromptKV":
+    def prefill(self, methods: "Sequence[CacheMethod[Any]]") -> None:
+        """Prefill it for some methods."""
         from kvscope.harness.engine.prefill import prefill
         from kvscope.methods.base import union_collectors
 
         config = self.plan.config
-        return prefill(
+        self.kv = prefill(
             self.loaded,
             self.context_ids,
             collectors=union_collectors(methods, self.loaded.shape.layers),
@@ -100,54 +105,81 @@ class Prompt:
             seed=config.seed,
         )
 
-    def _decode(self, method: "CacheMethod[Any]", prompt_kv: "PromptKV") -> SampleRow:
-        from kvscope.harness.engine.decode import answer_nll, decode
+    def request(self, method: "CacheMethod[Any]") -> "Request":
+        """Return what is to be decoded."""
+        from kvscope.harness.engine.batch_decode import Request
+
+        assert self.kv is not None
+        return Request(
+            method=method,
+            prompt=self.kv,
+            forced_ids=self.forced_ids,
+            max_new_tokens=self.sample.max_new_tokens,
+            stop_strings=tuple(self.sample.stop),
+        )
+
+    def row(self, method: "CacheMethod[Any]", result: "DecodeResult", *, logit_noise: float | None) -> SampleRow:
+        """Return the row of an answer; its likelihood is measured here, where that is asked for.
+
+        Args:
+            logit_noise: how far logits were measured to differ between batch sizes; None where that was not measured.
+        """
+        from kvscope.harness.engine.decode import answer_nll
         from kvscope.harness.engine.decode_graph import EAGER
 
+        assert self.kv is not None
         config, sample = self.plan.config, self.sample
         n_forced = len(self.forced_ids)
-        # By the longest answer, not by the likely one: rows of a task hold and time the same kind of step.
-        graph, why_eager = self._graph(n_forced + sample.max_new_tokens - 1)
-        result = decode(
-            self.loaded,
-            method,
-            prompt_kv,
-            self.forced_ids,
-            max_new_tokens=sample.max_new_tokens,
-            stop_strings=sample.stop,
-            decode_graph=graph,
-        )
+        _, why_eager = self.graph()
         nll: float | None = None
         nll_reason: str | None = "not requested"
         if config.answer_nll:
             target = " " + ", ".join(sample.targets)
             answer_ids = tuple(self.loaded.tokenizer(target, add_special_tokens=False)["input_ids"])
-            graph, _ = self._graph(n_forced + len(answer_ids) - 1)
-            nll = answer_nll(self.loaded, method, prompt_kv, self.forced_ids, answer_ids, decode_graph=graph)
+            graph, _ = self._graph_of(n_forced + len(answer_ids) - 1)
+            nll = answer_nll(self.loaded, method, self.kv, self.forced_ids, answer_ids, decode_graph=graph)
             nll_reason = None
         return sample_row(
             self._cell(method),
             sample,
             result,
             score=self.task.score(sample, answer_of(result.text, sample.stop)),
-            prefill_s=prompt_kv.prefill_s,
+            prefill_s=self.kv.prefill_s,
             # Room for every step is reserved at opening, whether or not the answer ends early.
             dense_kv_bytes=self.loaded.shape.dense_kv_bytes(
-                len(self.context_ids), len(self.forced_ids) + sample.max_new_tokens - 1
+                len(self.context_ids), n_forced + sample.max_new_tokens - 1
             ),
-            step_backend=f"{EAGER}: {why_eager}" if why_eager else result.step_backend,
+            step_backend=f"{EAGER}: {why_eager}" if why_eager and result.step_backend == EAGER else result.step_backend,
             answer_nll=nll,
             answer_nll_reason=nll_reason,
+            logit_noise=logit_noise,
         )
 
-    def _graph(self, n_steps: int) -> tuple[DecodeGraph, str | None]:
-        """Return whether to capture the step, and why not where that was asked for.
+    def failed(self, method: "CacheMethod[Any]", error: BaseException, *, phase: str) -> SampleRow:
+        """Return the row of a failure, and tell the user, of a decode with the method's name."""
+        status, reason = failure(error, phase=phase)
+        if phase == "decode":
+            self.complain(f"{method.label}: {reason}")
+        return self._failed(method, status, reason)
 
-        Every prompt and method has addresses of its own, so each captures anew.
+    def complain(self, reason: str) -> None:
+        """Tell the user of a problem with this prompt."""
+        where = f"{self.sample.task} {format_length(self.sample.length_tokens)} sample {self.sample.sample}"
+        self.progress.note(f"{where}: {reason}")
 
-        Args:
-            n_steps: steps there may be.
+    def unsupported_row(self, method: "CacheMethod[Any]", reason: str) -> SampleRow:
+        """Return the row of a method that cannot run."""
+        return self._failed(method, "unsupported", reason)
+
+    def graph(self) -> tuple[DecodeGraph, str | None]:
+        """Return whether to capture the steps of this prompt alone, and why not where that was asked for.
+
+        By the longest answer, not by the likely one: rows of a task hold and time the same kind of step.
         """
+        return self._graph_of(len(self.forced_ids) + self.sample.max_new_tokens - 1)
+
+    def _graph_of(self, n_steps: int) -> tuple[DecodeGraph, str | None]:
+        """Return the same of ``n_steps`` steps: every prompt and method has addresses of its own to capture."""
         from kvscope.harness.engine.decode_graph import PAYS_FROM_STEPS
 
         if not self.plan.config.accuracy_graph:
@@ -171,10 +203,6 @@ class Prompt:
 
     def _failed(self, method: "CacheMethod[Any]", status: FailureStatus, reason: str) -> SampleRow:
         return failed_sample_row(self._cell(method), self.sample, status=status, reason=reason)
-
-    def _complain(self, reason: str) -> None:
-        where = f"{self.sample.task} {format_length(self.sample.length_tokens)} sample {self.sample.sample}"
-        self.progress.note(f"{where}: {reason}")
 
 
 def release_memory() -> None:

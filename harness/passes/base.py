@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
+from kvscope.harness.passes.batch_plan import BatchCell, prompts_of
 from kvscope.harness.passes.config import RunConfig
 from kvscope.harness.passes.deadline import Deadline
 from kvscope.harness.passes.facts import ModelFacts
@@ -104,6 +105,8 @@ class Plan:
     """Question types of these tasks that pooled scores leave out, as the model's folder says."""
     task_names: tuple[str, ...] = ()
     """What rows call each task."""
+    batch: tuple[BatchCell, ...] = ()
+    """Sequences of the accuracy pass that share a step, by length."""
     first_task: str | None = None
     """The task whose prompts the folder's footprints are of, as the folder's first call asked for it; None: the first
     of these."""
@@ -132,6 +135,19 @@ class Plan:
     def cell(self, method_label: str, length_tokens: int) -> PlannedCell:
         """Return the forecast of one (method, length)."""
         return self._by_key[method_label, length_tokens]
+
+    def batch_rows(self, length_tokens: int) -> int:
+        """Return how many sequences of a length may share a step."""
+        return next((cell.rows for cell in self.batch if cell.length_tokens == length_tokens), 1)
+
+    def batch_prompts(self, rows: int) -> int:
+        """Return how many prompts may be begun at once, with so many sequences a step."""
+        return prompts_of(rows, len(self.methods))
+
+    @property
+    def most_batch_rows(self) -> int:
+        """Most sequences that may share a step, at any length."""
+        return max((cell.rows for cell in self.batch), default=1)
 
     def unsupported(self, method_label: str, length_tokens: int) -> str | None:
         """Return why a method cannot run at a length, or None."""

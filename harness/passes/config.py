@@ -66,6 +66,12 @@ class RunConfig(BaseModel):
     max_new_tokens: Tokens | None = Field(
         default=None, ge=1, le=limits.MOST_LENGTH_TOKENS, description="new tokens per sample (default: the task's)"
     )
+    batch: int | None = Field(
+        default=None,
+        ge=1,
+        le=limits.MOST_BATCH,
+        description="accuracy pass: sequences (methods and prompts) that share a step, or auto: by what memory holds",
+    )
     paper_settings: bool = Field(
         default=False, description="fix recency_tokens at 8192, blocks and budgets at their papers' values"
     )
@@ -107,7 +113,7 @@ class RunConfig(BaseModel):
         default=64, ge=1, le=limits.MOST_COUNT, description="where the search for the largest batch stops"
     )
     time_limit_s: float | None = Field(
-        default=None, gt=0, description="stop before the next row after this time; the same command continues"
+        default=None, gt=0, description="begin no prompt and no cell after this time; the same command continues"
     )
     retry: bool = Field(
         default=True, description="measure cells again whose rows are no results (failed, oom), once a call"
@@ -236,10 +242,10 @@ class RunConfig(BaseModel):
         return tuple(spec.label for spec in self.tasks)
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides the rows: everything but ``out``, the time limits, ``retry`` and the self-check."""
+        """Return what decides the rows: all but ``out``, the time limits, ``retry``, ``batch`` and the self-check."""
         values = self.model_dump(
             mode="json",
-            exclude={"out", "footprint_timeout_s", "time_limit_s", "retry", "self_check", "methods", "tasks"},
+            exclude={"out", "footprint_timeout_s", "time_limit_s", "retry", "self_check", "batch", "methods", "tasks"},
         )
         values["footprint_lengths_tokens"] = list(self.footprint_cells_tokens)
         if not self.accuracy_graph:

@@ -269,7 +269,24 @@ def free_device_bytes(device: str) -> tuple[int | None, str]:
     return int(torch.cuda.mem_get_info(target)[0]) if free_bytes is None else free_bytes, name
 
 
+def total_device_bytes(device: str) -> int | None:
+    """Return the bytes that a GPU has in all, or None when they cannot be read; as ``free_device_bytes``."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    target = torch.device(device)
+    info = _nvml_memory(torch.cuda.current_device() if target.index is None else target.index)
+    return int(torch.cuda.get_device_properties(target).total_memory) if info is None else int(info.total)
+
+
 def _nvml_free_bytes(device_index: int) -> int | None:
+    info = _nvml_memory(device_index)
+    return None if info is None else int(info.free)
+
+
+def _nvml_memory(device_index: int) -> Any:
+    """Return what NVML says of a GPU's memory (``total``, ``free``); None where it cannot be asked."""
     try:
         import pynvml
 
@@ -279,7 +296,7 @@ def _nvml_free_bytes(device_index: int) -> int | None:
     except pynvml.NVMLError:
         return None
     try:
-        return int(pynvml.nvmlDeviceGetMemoryInfo(nvml_handle(pynvml, device_index)).free)
+        return pynvml.nvmlDeviceGetMemoryInfo(nvml_handle(pynvml, device_index))
     except pynvml.NVMLError:
         return None
 

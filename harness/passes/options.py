@@ -86,6 +86,14 @@ class RunOptions:
         str | None,
         typer.Option("--max-new-tokens", metavar="TOKENS", help="New tokens per sample.  [default: the task's own]"),
     ]
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            "--batch",
+            metavar="auto|N",
+            help="Answers that are decoded in one step; auto is what memory holds.  [default: auto]",
+        ),
+    ]
     accuracy_graph: Annotated[
         bool | None,
         typer.Option(
@@ -140,9 +148,7 @@ class RunOptions:
     ]
     time_limit_s: Annotated[
         str | None,
-        typer.Option(
-            "--time-limit", metavar="SECONDS", help="Stop before the next row after this; the same continues."
-        ),
+        typer.Option("--time-limit", metavar="SECONDS", help="Begin nothing new after this; the same continues."),
     ]
     retry: Annotated[
         bool | None,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from kvscope.errors import UsageError, shown
 from kvscope.harness.passes.accuracy import AccuracyPass
 from kvscope.harness.passes.base import Pass, Plan
+from kvscope.harness.passes.batch_plan import plan_batch
 from kvscope.harness.passes.config import RunConfig
 from kvscope.harness.passes.facts import ModelFacts, describe_model
 from kvscope.harness.passes.find_max import FindMaxPass
@@ -82,6 +83,7 @@ def make_plan(config: RunConfig) -> Plan:
         specs=specs,
         excluded_types=tuple(excluded),
         task_names=names,
+        batch=plan_batch(config, facts, methods, tasks),
     )
 
 

@@ -39,14 +39,26 @@ class Progress:
     def part(self, name: str) -> None:
         """Say what is being done now (``prefill``, a method's name) within the prompt."""
 
-    def end_step(self, *, work_tokens: int) -> None:
-        """One prompt is done."""
+    def end_step(self, *, work_tokens: int, cell: str | None = None) -> None:
+        """One prompt is done, of the cell begun last or of an earlier one: a cell may begin before another ends."""
 
-    def end_cell(self, summary: str) -> None:
-        """The cell is done; ``summary`` is its result in a few words."""
+    def end_cell(self, summary: str, *, cell: str | None = None) -> None:
+        """A cell is done, the one begun last or an earlier one; ``summary`` is its result in a few words."""
 
     def note(self, text: str) -> None:
         """Tell the user something once: a repaired file, a fallback, a failure."""
+
+
+class _Cell:
+    """A cell under way: its prompts, and since when."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self.steps_done = steps, 0
+        self._started_s = time.monotonic()
+
+    def took(self) -> str:
+        """Return the time since its beginning, in words."""
+        return format_seconds(time.monotonic() - self._started_s)
 
 
 class PlainProgress(Progress):
@@ -57,8 +69,7 @@ class PlainProgress(Progress):
         self._spoke_s = self._started_s
         self._cells = self._cells_done = self._work_tokens = self._done_tokens = 0
         self._cell = ""
-        self._steps = self._steps_done = 0
-        self._cell_started_s = self._started_s
+        self._under_way: dict[str, _Cell] = {}
 
     def _write(self, text: str) -> None:
         tell(text)
@@ -76,22 +87,25 @@ class PlainProgress(Progress):
         self._started_s = time.monotonic()
 
     def begin_cell(self, name: str, *, steps: int) -> None:
-        self._cell, self._steps, self._steps_done = name, steps, 0
-        self._cell_started_s = time.monotonic()
+        self._cell = name
+        self._under_way[name] = _Cell(steps)
 
-    def end_step(self, *, work_tokens: int) -> None:
-        self._steps_done += 1
+    def end_step(self, *, work_tokens: int, cell: str | None = None) -> None:
+        name = self._cell if cell is None else cell
+        current = self._under_way[name]
+        current.steps_done += 1
         self._done_tokens += work_tokens
-        if time.monotonic() - self._spoke_s >= PLAIN_INTERVAL_S and self._steps_done < self._steps:
+        if time.monotonic() - self._spoke_s >= PLAIN_INTERVAL_S and current.steps_done < current.steps:
             done = self._cells_done + 1
             self._write(
-                f"[{done}/{self._cells}] {self._cell}: prompt {self._steps_done} of {self._steps} done{self._left()}"
+                f"[{done}/{self._cells}] {name}: prompt {current.steps_done} of {current.steps} done{self._left()}"
             )
 
-    def end_cell(self, summary: str) -> None:
+    def end_cell(self, summary: str, *, cell: str | None = None) -> None:
+        name = self._cell if cell is None else cell
         self._cells_done += 1
-        took = format_seconds(time.monotonic() - self._cell_started_s)
-        self._write(f"[{self._cells_done}/{self._cells}] {self._cell}: {summary} ({took}{self._left()})")
+        took = self._under_way.pop(name).took()
+        self._write(f"[{self._cells_done}/{self._cells}] {name}: {summary} ({took}{self._left()})")
 
     def note(self, text: str) -> None:
         self._write(text)
@@ -124,7 +138,7 @@ class RichProgress(Progress):
         self._cells = self._cells_done = 0
         self._cell = self._step = ""
         self._parts = 0
-        self._cell_started_s = time.monotonic()
+        self._under_way: dict[str, _Cell] = {}
         self._sweep = self._bars.add_task(_column("sweep", "loading"), total=None)
         self._cell_bar = self._bars.add_task(_column("cell"), total=None)
         self._step_bar = self._bars.add_task(_column("prompt"), total=None)
@@ -143,7 +157,8 @@ class RichProgress(Progress):
         self._bars.update(self._sweep, total=work_tokens)
 
     def begin_cell(self, name: str, *, steps: int) -> None:
-        self._cell, self._cell_started_s = name, time.monotonic()
+        self._cell = name
+        self._under_way[name] = _Cell(steps)
         self._bars.update(self._sweep, description=_column("sweep", f"{self._cells_done + 1} of {self._cells}"))
         self._bars.reset(self._cell_bar, description=_column("cell", name), total=steps)
 
@@ -155,16 +170,18 @@ class RichProgress(Progress):
         self._bars.update(self._step_bar, description=_column("prompt", f"{self._step}: {name}"), completed=self._parts)
         self._parts += 1
 
-    def end_step(self, *, work_tokens: int) -> None:
-        step = self._bars.tasks[self._step_bar]
-        self._bars.update(self._step_bar, completed=step.total or 0)
-        self._bars.advance(self._cell_bar)
+    def end_step(self, *, work_tokens: int, cell: str | None = None) -> None:
+        if cell in (None, self._cell):
+            step = self._bars.tasks[self._step_bar]
+            self._bars.update(self._step_bar, completed=step.total or 0)
+            self._bars.advance(self._cell_bar)
         self._bars.advance(self._sweep, work_tokens)
 
-    def end_cell(self, summary: str) -> None:
+    def end_cell(self, summary: str, *, cell: str | None = None) -> None:
+        name = self._cell if cell is None else cell
         self._cells_done += 1
-        took = format_seconds(time.monotonic() - self._cell_started_s)
-        self._bars.console.print(printable(f"{self._cell}: {summary} ({took})"), highlight=False, markup=False)
+        took = self._under_way.pop(name).took()
+        self._bars.console.print(printable(f"{name}: {summary} ({took})"), highlight=False, markup=False)
 
     def note(self, text: str) -> None:
         self._bars.console.print(printable(text), highlight=False, markup=False, style="yellow")

@@ -9,7 +9,7 @@ from kvscope.harness.passes.environment import package_version
 from kvscope.results.schema import OomOf, ResidencyRecord, SampleRow, SelfCheckState
 
 if TYPE_CHECKING:
-    from kvscope.harness.engine.decode import DecodeResult
+    from kvscope.harness.engine.batch_decode import DecodeResult
     from kvscope.methods.base import CacheMethod, ModelShape
     from kvscope.tasks.base import Sample
 
@@ -121,8 +121,14 @@ def sample_row(
     step_backend: str,
     answer_nll: float | None,
     answer_nll_reason: str | None,
+    logit_noise: float | None,
 ) -> SampleRow:
-    """Return the row of one answered prompt."""
+    """Return the row of one answered prompt.
+
+    Args:
+        logit_noise: how far logits were measured to differ between batch sizes; None where that was not measured.
+    """
+    gap = result.least_logit_gap
     return SampleRow(
         **cell,
         **prompt_columns(sample),
@@ -137,6 +143,11 @@ def sample_row(
         decode_s=result.decode_s,
         decode_tokens=len(result.ids),
         step_backend=step_backend,
+        batch=result.batch,
+        least_logit_gap=gap,
+        logit_noise=None if result.batch == 1 else logit_noise,
+        # Each of the two logits may be off by the noise.
+        tie=None if result.batch == 1 or logit_noise is None else gap <= 2 * logit_noise,
     )
 
 

@@ -32,7 +32,7 @@ OPTIONS = [
     ("-l", "1e3"), ("-l", ""), ("--device", "cuda:-1"), ("--device", f"cuda:{DIGITS}"), ("--device", "tpu"),
     ("--device", ""), ("--dtype", "float8"), ("--kv", "none"), ("--max-new-tokens", "0"), ("--method-from", ""),
     ("--sweep", "dense"), ("--sweep", "random.seed=2001-13-45"), ("--sweep", "dense.a=[[["), ("--sweep", ".=,"),
-    ("--footprint-length", "x"),
+    ("--footprint-length", "x"), ("--batch", "0"), ("--batch", "x"), ("--batch", "1.5"), ("--batch", "1000000"),
 ]  # fmt: skip
 SETS = [
     "seed=2001-13-45", "samples=" + "[" * 3000, f"samples={ANCHORS}", "samples=nan", "samples=1e23", "samples=[1,2]",

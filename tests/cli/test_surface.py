@@ -14,11 +14,11 @@ from kvscope.harness.passes.options import RunOptions, build_config
 from kvscope.harness.passes.process import worker_environment
 
 SHARED = [
-    "--accuracy-graph", "--answer-nll", "--device", "--dtype", "--find-max", "--footprint", "--footprint-length",
-    "--gpu-budget", "--kv", "--length", "--max-new-tokens", "--method", "--method-from", "--model",
-    "--no-accuracy-graph", "--no-answer-nll", "--no-footprint", "--no-paper-settings", "--no-retry",
-    "--no-self-check", "--out", "--paper-settings", "--retry", "--samples", "--seed", "--self-check", "--set",
-    "--sweep", "--task", "--throughput", "--time-limit", "-l", "-m", "-n", "-o", "-t", "config",
+    "--accuracy-graph", "--answer-nll", "--batch", "--device", "--dtype", "--find-max", "--footprint",
+    "--footprint-length", "--gpu-budget", "--kv", "--length", "--max-new-tokens", "--method", "--method-from",
+    "--model", "--no-accuracy-graph", "--no-answer-nll", "--no-footprint", "--no-paper-settings",
+    "--no-retry", "--no-self-check", "--out", "--paper-settings", "--retry", "--samples", "--seed", "--self-check",
+    "--set", "--sweep", "--task", "--throughput", "--time-limit", "-l", "-m", "-n", "-o", "-t", "config",
 ]  # fmt: skip
 SURFACE = {
     "run": sorted([*SHARED, "--no-report", "--quiet", "--report", "-q"]),

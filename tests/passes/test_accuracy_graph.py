@@ -10,16 +10,14 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-import transformers
 from lsa_tools import random_indexer
 from sessions import UncapturedStep
 from tiny import MakeConfig
-from tiny_models import tiny_config
+from tiny_models import save_model
 
 from kvscope.harness.engine import decode_graph
 from kvscope.harness.engine.decode_graph import GRAPH, GraphStep
 from kvscope.harness.engine.models import load_model
-from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
 from kvscope.harness.engine.session import Session
 from kvscope.harness.passes import accuracy
 from kvscope.harness.passes.sweep import run
@@ -63,27 +61,12 @@ def captured_here(monkeypatch: pytest.MonkeyPatch) -> list[GraphStep]:
     return captures
 
 
-def save_model(folder: Path, family: str) -> str:
-    """Save a tiny random model of a family, with the reference model's tokenizer."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(REFERENCE_MODEL_FOLDER))
-    torch.manual_seed(0)
-    config = tiny_config(family, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() >= 2:
-                parameter.mul_(3.0)  # or answers hardly depend on the prompt
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
 def both_ways(values: dict[str, Any], folder: Path) -> Rows:
     """Return the sample rows of a run with eager steps and of one with captured ones, by method and prompt."""
     frames = []
     for graph in (False, True):
         out = str(folder / ("graph" if graph else "eager"))
-        frame = run({**values, "accuracy_graph": graph, "out": out}, progress=False).samples
+        frame = run({**values, "batch": 1, "accuracy_graph": graph, "out": out}, progress=False).samples
         assert set(frame["status"]) == {"ok"}, frame["reason"].tolist()
         frames.append(frame.set_index(["method_label", "task", "length_tokens", "sample"]).sort_index())
     return frames[0], frames[1]
@@ -201,7 +184,7 @@ def test_answers_that_must_be_short_are_not_worth_a_capture(
 ) -> None:
     """The last new token is never fed: five of them are the prompt's last token and four more steps."""
     captures = captured_here(monkeypatch)
-    frame = run(small(accuracy_graph=True, max_new_tokens=max_new_tokens), progress=False).samples
+    frame = run(small(batch=1, accuracy_graph=True, max_new_tokens=max_new_tokens), progress=False).samples
     assert set(frame["step_backend"]) == {backend}
     assert len(captures) == (4 if backend == "cuda graph" else 0)
 
@@ -213,12 +196,12 @@ def test_a_likelihood_is_captured_by_its_own_steps(
     """The needle's value is four tokens, of which three are fed behind the prompt's last."""
     captures = captured_here(monkeypatch)
     monkeypatch.setattr(decode_graph, "PAYS_FROM_STEPS", pays_from)
-    run(small(accuracy_graph=True, max_new_tokens=8, answer_nll=True, methods=["dense"]), progress=False)
+    run(small(batch=1, accuracy_graph=True, max_new_tokens=8, answer_nll=True, methods=["dense"]), progress=False)
     assert len(captures) == 2 * (2 if captured else 1)
 
 
 def test_on_a_cpu_rows_say_why(small: MakeConfig) -> None:
-    frame = run(small(accuracy_graph=True, max_new_tokens=24), progress=False).samples
+    frame = run(small(batch=1, accuracy_graph=True, max_new_tokens=24), progress=False).samples
     assert set(frame["step_backend"]) == {"eager: the device is cpu"}
     assert set(frame["status"]) == {"ok"}
 

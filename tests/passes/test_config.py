@@ -131,6 +131,7 @@ def test_identity_ignores_where_the_rows_go_but_nothing_that_changes_them() -> N
         "time_limit_s",
         "retry",
         "self_check",
+        "batch",
     }
     for key, value in changed.items():
         assert make_config({key: value}).identity() != base.identity(), key

@@ -69,7 +69,7 @@ class Sweeps:
 
 @pytest.fixture
 def sweeps(small: MakeConfig) -> Iterator[Sweeps]:
-    server = Sweeps(small(methods=METHODS, samples=400, max_new_tokens=2).model_dump())
+    server = Sweeps(small(methods=METHODS, samples=400, max_new_tokens=2, batch=1).model_dump())
     yield server
     server.close()
 

@@ -11,6 +11,7 @@ from tiny import MakeConfig
 
 import kvscope
 from kvscope.errors import UsageError
+from kvscope.harness.engine import batch_noise, self_check  # noqa: F401 - take their prefill before it is counted
 from kvscope.harness.engine import prefill as prefill_module
 from kvscope.harness.passes.sweep import failures, run
 from kvscope.methods import registry
@@ -160,7 +161,7 @@ def test_a_failing_prefill_is_a_row_of_every_method(small: MakeConfig, monkeypat
 @pytest.mark.usefixtures("odd_methods")
 def test_an_interrupt_keeps_every_finished_row(small: MakeConfig) -> None:
     stand_ins.Interrupting.opened = 0
-    config = small(methods=["dense", "interrupting"])
+    config = small(methods=["dense", "interrupting"], batch=1)
     with pytest.raises(KeyboardInterrupt):
         run(config, progress=False)
     assert config.out is not None

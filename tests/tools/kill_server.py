@@ -48,7 +48,7 @@ class Steps(Progress):
     def part(self, name: str) -> None:
         self._say("part")
 
-    def end_step(self, *, work_tokens: int) -> None:
+    def end_step(self, *, work_tokens: int, cell: str | None = None) -> None:
         self._say(f"done {self._cell} {self._step}")
 
 

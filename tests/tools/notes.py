@@ -13,5 +13,5 @@ class Notes(Progress):
     def note(self, text: str) -> None:
         self.said.append(text)
 
-    def end_cell(self, summary: str) -> None:
+    def end_cell(self, summary: str, *, cell: str | None = None) -> None:
         self.cells.append(summary)

@@ -153,6 +153,23 @@ def save_tiny(folder: Path, name: str = "llama", **changes: Any) -> Path:
     return folder
 
 
+def save_model(folder: Path, family: str) -> str:
+    """Save a tiny random model of a family, with the reference model's tokenizer."""
+    from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(REFERENCE_MODEL_FOLDER))
+    torch.manual_seed(0)
+    config = tiny_config(family, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                parameter.mul_(3.0)  # or answers hardly depend on the prompt
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 def runnable_methods() -> list[str]:
     """Return every registered method in a form that runs on a model of random weights, without trained parts."""
     from kvscope.methods.registry import method_names

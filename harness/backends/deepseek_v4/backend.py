@@ -42,6 +42,7 @@ class DeepseekV4(Backend[CompressedModelShape]):
 
     name = "deepseek_v4"
     instead_of_tokens = "compressed entries"
+    holds_one_sequence = True
 
     def shape(
         self, config: Any, *, element_bytes: int, page_tokens: int = DEFAULT_PAGE_TOKENS, revision: str = ""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvscope.harness.engine.decode import answer_end
+from kvscope.harness.engine.answer_end import AnswerEnd
 from kvscope.harness.engine.finite import finite_tokens
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.prefill import DEFAULT_CHUNK_TOKENS, prefill
@@ -88,6 +88,7 @@ def record(
     records: list[StepRecord] = []
     own: list[int] = []
     pending = list(fed_ids)
+    end = AnswerEnd(loaded, stop_strings=() if own_answer is None else own_answer.stop)
     reserve_tokens = len(fed_ids) + (0 if own_answer is None else own_answer.max_new_tokens - 1)
     with Session(loaded) as session:
         sequence = session.add(recorder, prompt, reserve_tokens=reserve_tokens).cache
@@ -98,7 +99,7 @@ def record(
             if own_answer is None or pending:
                 continue
             own.append(best)
-            if not answer_end(loaded, own, max_new_tokens=own_answer.max_new_tokens, stop_strings=own_answer.stop):
+            if end.reason(own, max_new_tokens=own_answer.max_new_tokens) is None:
                 pending.append(own[-1])
     before = torch.stack([_padded(prompt, layer, info.state_tokens) for layer in info.layers], 1)
     during = torch.stack([each.hidden_LM for each in records])

@@ -1,0 +1,85 @@
+"""Do sequences that share a step compute what each computes alone? Measured on the loaded model.
+
+Logits differ by rounding: a product of several rows is added up in another order than that of one. A model that reads
+more of its cache than its own row's positions differs by more, and must step its sequences one by one.
+
+Shapes: V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from kvscope.harness.engine.loaded import LoadedModel
+from kvscope.harness.engine.prefill import prefill
+from kvscope.harness.engine.self_check import LEAST_TOLERANCE, difference, random_ids
+from kvscope.harness.engine.session import Session
+from kvscope.methods.dense.method import Dense
+from kvscope.methods.store import PromptKV
+from kvscope.results.schema import DecodeGraph
+
+_PROMPT_TOKENS = (256, 100)
+_N_STEPS = 6
+_MOST_ALONE = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchNoise:
+    """What the probes found.
+
+    Attributes:
+        logit_noise: largest difference of a logit between steps of one sequence and of several, in nats.
+        share: the largest difference as a share of the logits' norm about their mean.
+        tolerance: what rounding may make of that.
+    """
+
+    logit_noise: float
+    share: float
+    tolerance: float
+
+    @property
+    def is_rounding(self) -> bool:
+        """Whether sequences may share steps."""
+        return math.isfinite(self.logit_noise) and self.share <= self.tolerance
+
+
+@torch.inference_mode()
+def batch_noise(loaded: LoadedModel, *, rows: int, decode_graph: DecodeGraph = "off") -> BatchNoise:
+    """Step probe sequences alone and all together, and compare.
+
+    The sequences are random tokens behind random prompts of two lengths, under ``dense``. Both times they are fed the
+    same ones.
+
+    Args:
+        rows: sequences of a shared step, at least 2.
+        decode_graph: as ``Session``.
+    """
+    page_tokens, most_tokens = loaded.shape.page_tokens, loaded.max_length_tokens - _N_STEPS - 1
+    lengths = [min(n_tokens, most_tokens // (k + 1)) for k, n_tokens in enumerate(_PROMPT_TOKENS)]
+    ids = random_ids(loaded, sum(lengths) + rows * _N_STEPS)
+    prompts = []
+    for n_tokens in lengths:
+        own, ids = ids[:n_tokens], ids[n_tokens:]
+        prompts.append(prefill(loaded, own, chunk_tokens=-(-n_tokens // page_tokens) * page_tokens))
+    fed = [(prompts[row % 2], ids[row * _N_STEPS :][:_N_STEPS]) for row in range(rows)]
+    together = _logits(loaded, fed, decode_graph=decode_graph)
+    noise = share = 0.0
+    # Rows at both ends of the step, and between them; of both lengths.
+    for row in sorted({0, 1, rows // 2, rows - 1})[:_MOST_ALONE]:
+        alone = _logits(loaded, [fed[row]], decode_graph=decode_graph)[:, 0]
+        apart = float((alone - together[:, row]).abs().max())
+        noise = max(noise, apart if math.isfinite(apart) else math.inf)
+        share = max(share, difference(together[:, row], alone))
+    return BatchNoise(logit_noise=noise, share=share, tolerance=LEAST_TOLERANCE[loaded.dtype])
+
+
+def _logits(loaded: LoadedModel, fed: list[tuple[PromptKV, list[int]]], *, decode_graph: DecodeGraph) -> torch.Tensor:
+    """Return the logits of the steps, [steps, rows, V]."""
+    with Session(loaded, decode_graph=decode_graph) as session:
+        for prompt, _ in fed:
+            session.add(Dense(), prompt, reserve_tokens=_N_STEPS)
+        steps = zip(*(tokens for _, tokens in fed), strict=True)
+        return torch.stack([session.step(list(tokens)).float() for tokens in steps])

@@ -1,0 +1,130 @@
+"""How many sequences of the accuracy pass share a step, by length: ``--batch auto`` is resolved here.
+
+From what the plan knows alone (byte formulas, what the machine has in all), never from what is free at the moment: the
+same call on the same machine gives the same steps.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kvscope.harness.engine.host_memory import total_host_bytes
+from kvscope.harness.passes.config import RunConfig
+from kvscope.harness.passes.device_budget import CONTEXT_BYTES
+from kvscope.harness.passes.facts import ModelFacts
+from kvscope.harness.passes.memory import total_device_bytes
+from kvscope.units import format_bytes, format_length
+
+if TYPE_CHECKING:
+    from kvscope.methods.base import CacheMethod
+    from kvscope.tasks.base import Task
+
+#: Most sequences of a step, where memory holds more.
+MOST_ROWS_CPU, MOST_ROWS_CUDA = 16, 144
+#: Share of a memory that the pass may fill: allocators keep more than is asked of them, and others live there, too.
+DEVICE_SHARE, HOST_SHARE = 0.85, 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchCell:
+    """Sequences that share a step at one length.
+
+    Attributes:
+        rows: how many, at most.
+        prompts: prompts begun at once, at most.
+        device_bytes, host_bytes: what all of it takes at most, weights and prefill included; on a CPU all of it is
+            host memory. None where it cannot be told.
+    """
+
+    length_tokens: int
+    rows: int
+    prompts: int
+    device_bytes: int | None
+    host_bytes: int | None
+
+
+def prompts_of(rows: int, n_methods: int) -> int:
+    """Return how many prompts may be begun at once: as many as consecutive pairs can be of."""
+    return -(-(rows - 1) // max(1, n_methods)) + 1
+
+
+def plan_batch(
+    config: RunConfig, facts: ModelFacts, methods: "Sequence[CacheMethod[Any]]", tasks: "Sequence[Task]"
+) -> tuple[BatchCell, ...]:
+    """Return the steps' sizes, a cell a length of the accuracy pass, shortest first."""
+    if not tasks:
+        return ()
+    longest_answer = max(task.max_new_tokens for task in tasks)
+    sizes = _Sizes(config, facts, methods, n_new_tokens=longest_answer)
+    return tuple(sizes.cell(length_tokens) for length_tokens in config.lengths_tokens)
+
+
+def batch_text(cells: Sequence[BatchCell], *, device: str) -> list[str]:
+    """Return the plan's line on it; none where every sequence steps alone."""
+    if all(cell.rows == 1 for cell in cells):
+        return []
+    said = []
+    for cell in cells:
+        takes = [
+            f"{format_bytes(n_bytes)} of {where}"
+            for n_bytes, where in ((cell.device_bytes, device), (cell.host_bytes, "the host"))
+            if n_bytes
+        ]
+        said.append(f"{cell.rows} at {format_length(cell.length_tokens)} ({' and '.join(takes) or 'unknown bytes'})")
+    return [f"batch      sequences a step, with what they take at most: {', '.join(said)}"]
+
+
+class _Sizes:
+    """Bytes of so many sequences."""
+
+    def __init__(
+        self, config: RunConfig, facts: ModelFacts, methods: "Sequence[CacheMethod[Any]]", *, n_new_tokens: int
+    ) -> None:
+        self._config, self._facts, self._n_new_tokens = config, facts, n_new_tokens
+        self._methods = [method for method in methods if not method.unsupported(facts.shape, facts.device)]
+        self._is_cpu = facts.device == "cpu"
+        self._device_room = None if self._is_cpu else total_device_bytes(facts.device)
+        self._host_room = total_host_bytes()
+
+    def cell(self, length_tokens: int) -> BatchCell:
+        """Return the size of a step at one length: as asked for, or the most that fits."""
+        asked = self._config.batch
+        if self._facts.backend.holds_one_sequence:
+            asked = 1
+        rows = asked or (MOST_ROWS_CPU if self._is_cpu else MOST_ROWS_CUDA)
+        while asked is None and rows > 1 and not self._fits(rows, length_tokens):
+            rows -= 1
+        device_bytes, host_bytes = self._bytes(rows, length_tokens)
+        return BatchCell(
+            length_tokens=length_tokens,
+            rows=rows,
+            prompts=prompts_of(rows, len(self._methods)),
+            device_bytes=device_bytes,
+            host_bytes=host_bytes,
+        )
+
+    def _fits(self, rows: int, length_tokens: int) -> bool:
+        device_bytes, host_bytes = self._bytes(rows, length_tokens)
+        return not (
+            (device_bytes and self._device_room and device_bytes > DEVICE_SHARE * self._device_room)
+            or (host_bytes and host_bytes > HOST_SHARE * self._host_room)
+        )
+
+    def _bytes(self, rows: int, length_tokens: int) -> tuple[int | None, int | None]:
+        """Return the bytes of the device (None on a CPU) and of the host, None where the weights' are not known."""
+        facts, config = self._facts, self._config
+        if facts.weights_bytes is None:
+            return None, None
+        n_new = min(self._n_new_tokens, length_tokens - 1)
+        n_prompt = length_tokens - n_new
+        found = sorted((m.predict(facts.shape, n_prompt, n_new) for m in self._methods), key=lambda f: -f.device_bytes)
+        whole, rest = divmod(rows, max(1, len(found)))
+        # Pairs enter method by method, so that each method has its turn; the largest may stay longest.
+        own_bytes = whole * sum(each.device_bytes for each in found) + sum(each.device_bytes for each in found[:rest])
+        prefill_bytes = facts.prefill_peak_bytes(n_prompt, chunk_tokens=config.prefill_chunk_tokens)
+        metadata_bytes = max((each.metadata_bytes for each in found), default=0)
+        pages_bytes = prompts_of(rows, len(found)) * (facts.shape.dense_kv_bytes(n_prompt) + metadata_bytes)
+        device_bytes = facts.weights_bytes + prefill_bytes + own_bytes
+        if self._is_cpu:
+            return None, device_bytes + pages_bytes
+        return CONTEXT_BYTES + device_bytes, pages_bytes
