@@ -45,6 +45,8 @@ def continued(
             f"{folder} was begun by kvscope {stored.kvscope_version} and keeps the identity it was written with, which "
             f"cannot tell {SAMPLED_GAPS}."
         )
+    if asked.config.get("prefill_chunk_tokens", 0) is None and "prefill_chunk_tokens" in stored.identity:
+        identity = {**identity, "prefill_chunk_tokens": stored.identity["prefill_chunk_tokens"]}  # not asked for
     asked = _renamed(asked, stored, folder=folder)
     differences = fixed_differences(stored.identity, identity)
     if differences:

@@ -25,6 +25,7 @@ from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.member import Member
 from kvscope.harness.engine.session import Session
 from kvscope.methods.base import CacheMethod, Footprint, Residency
+from kvscope.methods.step_counters import SPARE_SHARE
 from kvscope.methods.store import PromptKV
 from kvscope.results.schema import DecodeGraph, StopReason
 from kvscope.tasks.answers import stop_index
@@ -206,11 +207,12 @@ class BatchDecode:
 
     Attributes:
         decode_graph: whether steps are replays of a CUDA graph, as ``Session``; of the next session.
+        spare_share: room beyond a choice whose size changes, as ``Session``; of the next session.
     """
 
     def __init__(self, loaded: LoadedModel, *, decode_graph: DecodeGraph = "off") -> None:
         """Begin with no sequence."""
-        self.decode_graph = decode_graph
+        self.decode_graph, self.spare_share = decode_graph, SPARE_SHARE
         self._loaded = loaded
         self._session: Session | None = None
         self._rows: list[Decoding] = []
@@ -254,7 +256,7 @@ class BatchDecode:
             UsageError: as ``Request.check`` and ``Session.add``.
         """
         request.check(self._loaded)
-        session = self._session or Session(self._loaded, decode_graph=self.decode_graph)
+        session = self._session or Session(self._loaded, decode_graph=self.decode_graph, spare_share=self.spare_share)
         try:
             member = session.add(request.method, request.prompt, reserve_tokens=request.reserve_tokens)
         except BaseException:

@@ -101,7 +101,7 @@ class Prompt:
             self.loaded,
             self.context_ids,
             collectors=union_collectors(methods, self.loaded.shape.layers),
-            chunk_tokens=config.prefill_chunk_tokens,
+            chunk_tokens=self.plan.chunk_tokens,
             seed=config.seed,
         )
 

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kvscope.harness.passes.batch_plan import BatchCell, prompts_of
+from kvscope.harness.passes.chunks import accuracy_chunk_tokens
 from kvscope.harness.passes.config import RunConfig
 from kvscope.harness.passes.deadline import Deadline
 from kvscope.harness.passes.facts import ModelFacts
@@ -107,6 +108,8 @@ class Plan:
     """What rows call each task."""
     batch: tuple[BatchCell, ...] = ()
     """Sequences of the accuracy pass that share a step, by length."""
+    folder_chunk_tokens: int | None = None
+    """Tokens of a prefill chunk in the folder's answers; None before there is a folder."""
     first_task: str | None = None
     """The task whose prompts the folder's footprints are of, as the folder's first call asked for it; None: the first
     of these."""
@@ -119,14 +122,20 @@ class Plan:
         named = dict(zip(map(without_hash, recorded_tasks(info)), info.tasks, strict=True))
         mine = [without_hash(spec.label) for spec in self.config.tasks]
         first = recorded_tasks(info)[:1]
-        given = info.config.get("tasks")
+        given, chunk = info.config.get("tasks"), info.identity.get("prefill_chunk_tokens")
         other = bool(first) and bool(mine) and without_hash(first[0]) != mine[0] and isinstance(given, list)
         return replace(
             self,
             facts=replace(self.facts, name=info.model),
             task_names=tuple(named[label] for label in mine),
+            folder_chunk_tokens=int(chunk) if isinstance(chunk, int) else None,
             first_task=str(given[0]) if other and isinstance(given, list) else None,
         )
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens of a prefill chunk of the accuracy pass: the folder's, where there is one."""
+        return self.folder_chunk_tokens or accuracy_chunk_tokens(self.config, self.facts)
 
     @cached_property
     def _by_key(self) -> dict[tuple[str, int], PlannedCell]:

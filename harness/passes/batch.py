@@ -17,6 +17,7 @@ from kvscope.harness.engine.oom import is_oom
 from kvscope.harness.passes.answering import Prompt, release_memory
 from kvscope.harness.passes.deadline import Deadline
 from kvscope.harness.passes.row_columns import failure
+from kvscope.methods.step_counters import SPARE_SHARE
 
 if TYPE_CHECKING:
     from kvscope.harness.engine.batch_noise import BatchNoise
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
     from kvscope.methods.base import CacheMethod
     from kvscope.results.schema import DecodeGraph, SampleRow
     from kvscope.results.store import RunStore
+
+
+#: Room beyond a choice whose size changes, in a step that many share: one that outgrows it captures the step anew for
+#: all. Rows do not count it: a sequence alone has none.
+_SHARED_SPARE = 1.0
 
 
 @dataclass(eq=False)
@@ -63,7 +69,9 @@ class Batch:
         """
         self._plan, self._loaded, self._store, self._turns = plan, loaded, store, turns
         self._logit_noise = None if noise is None else noise.logit_noise
-        self._shared_graph: DecodeGraph = "auto" if plan.config.accuracy_graph else "off"
+        # Many sequences are a launch or two a layer in a captured step; one by one they are hundreds.
+        on_gpu = loaded.device.type == "cuda"
+        self._shared_graph: DecodeGraph = "auto" if on_gpu or plan.config.accuracy_graph else "off"
         self._decode = BatchDecode(loaded)
         self._waiting: deque[Entry] = deque()
         self._under_way: list[Entry] = []
@@ -161,6 +169,7 @@ class Batch:
         if not self._under_way:
             is_single = self._rows_at(entry.key[1]) == 1
             self._decode.decode_graph = prompt.graph()[0] if is_single else self._shared_graph
+            self._decode.spare_share = SPARE_SHARE if is_single else _SHARED_SPARE
         try:
             entry.row = self._decode.add(prompt.request(entry.method))
         except Exception as error:  # noqa: BLE001 - becomes this method's row; the others go on

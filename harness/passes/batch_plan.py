@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvscope.harness.engine.host_memory import total_host_bytes
+from kvscope.harness.passes.chunks import accuracy_chunk_tokens
 from kvscope.harness.passes.config import RunConfig
 from kvscope.harness.passes.device_budget import CONTEXT_BYTES
 from kvscope.harness.passes.facts import ModelFacts
@@ -121,7 +122,7 @@ class _Sizes:
         whole, rest = divmod(rows, max(1, len(found)))
         # Pairs enter method by method, so that each method has its turn; the largest may stay longest.
         own_bytes = whole * sum(each.device_bytes for each in found) + sum(each.device_bytes for each in found[:rest])
-        prefill_bytes = facts.prefill_peak_bytes(n_prompt, chunk_tokens=config.prefill_chunk_tokens)
+        prefill_bytes = facts.prefill_peak_bytes(n_prompt, chunk_tokens=accuracy_chunk_tokens(config, facts))
         metadata_bytes = max((each.metadata_bytes for each in found), default=0)
         pages_bytes = prompts_of(rows, len(found)) * (facts.shape.dense_kv_bytes(n_prompt) + metadata_bytes)
         device_bytes = facts.weights_bytes + prefill_bytes + own_bytes

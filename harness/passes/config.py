@@ -33,6 +33,9 @@ _UNSCORED = {
     "throughput": "throughput measures speed with synthetic KV",
 }
 
+#: Tokens of a prefill chunk unless told; the accuracy pass takes more where that pays (``chunks``).
+CHUNK_TOKENS = 2048
+
 
 class RunConfig(BaseModel):
     """Everything that decides what ``kvscope run`` measures, plus where it goes (``out``).
@@ -126,7 +129,11 @@ class RunConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="auto is float32 on a CPU, bfloat16 on a GPU"
     )
-    prefill_chunk_tokens: Tokens = Field(default=2048, ge=1, description="tokens per prefill chunk")
+    prefill_chunk_tokens: Tokens | None = Field(
+        default=None,
+        ge=1,
+        description="tokens per prefill chunk; none: 2,048, and up to 16,384 where a GPU answers with a small model",
+    )
     page_tokens: Tokens = Field(default=64, ge=1, description="tokens per page of the KV store")
     decode_graph: Literal["auto", "on", "off"] = Field(
         default="auto",
@@ -196,7 +203,7 @@ class RunConfig(BaseModel):
         for key, what in (("methods", "method"), ("tasks", "task"), ("lengths_tokens", "length")):
             if not getattr(self, key) and not (key == "tasks" and self.unscored):
                 raise UsageError(f"{key}: at least one {what} is needed.")
-        if self.prefill_chunk_tokens % self.page_tokens:
+        if self.prefill_chunk_tokens is not None and self.prefill_chunk_tokens % self.page_tokens:
             raise UsageError(
                 f"prefill_chunk_tokens is {self.prefill_chunk_tokens}, expected a multiple of page_tokens "
                 f"({self.page_tokens})."
@@ -248,6 +255,8 @@ class RunConfig(BaseModel):
             exclude={"out", "footprint_timeout_s", "time_limit_s", "retry", "self_check", "batch", "methods", "tasks"},
         )
         values["footprint_lengths_tokens"] = list(self.footprint_cells_tokens)
+        if self.prefill_chunk_tokens is None:
+            values["prefill_chunk_tokens"] = CHUNK_TOKENS  # what earlier folders say; the plan knows better
         if not self.accuracy_graph:
             del values["accuracy_graph"]  # absent from folders begun before there was a choice: they go on
         return {"methods": list(self.method_labels), "tasks": list(self.task_labels), **values}

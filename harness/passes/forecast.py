@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from kvscope.harness.passes.chunks import memory_chunk_tokens
 from kvscope.harness.passes.config import RunConfig
 from kvscope.harness.passes.device_budget import CONTEXT_BYTES
 from kvscope.harness.passes.facts import ModelFacts
@@ -82,7 +83,7 @@ def needed_bytes_by_device(
     if facts.weights_bytes is None:
         return {}
     pages_bytes = facts.shape.dense_kv_bytes(length_tokens)
-    prefill_bytes = facts.prefill_peak_bytes(length_tokens, chunk_tokens=config.prefill_chunk_tokens)
+    prefill_bytes = facts.prefill_peak_bytes(length_tokens, chunk_tokens=memory_chunk_tokens(config))
     if config.synthetic_kv and not config.tasks:
         pages_bytes = pages_bytes if mirror else pages_bytes // max(1, len(facts.shape.layers))
         prefill_bytes = 0

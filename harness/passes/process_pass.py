@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Generic
 
 from kvscope.errors import UsageError
 from kvscope.harness.passes.base import Left, Plan, is_open
+from kvscope.harness.passes.chunks import memory_chunk_tokens
 from kvscope.harness.passes.config import RunConfig
 from kvscope.harness.passes.deadline import Deadline
 from kvscope.harness.passes.facts import ModelFacts
@@ -172,7 +173,7 @@ def job_fields(
         "seed": config.seed,
         "device": facts.device,
         "dtype": facts.dtype,
-        "prefill_chunk_tokens": config.prefill_chunk_tokens,
+        "prefill_chunk_tokens": memory_chunk_tokens(config),
         "page_tokens": config.page_tokens,
         "paper_settings": config.paper_settings,
         "decode_graph": config.decode_graph,

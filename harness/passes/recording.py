@@ -80,6 +80,7 @@ def earlier_identity(plan: Plan) -> dict[str, Any]:
         "tasks": [recorded_task(spec, task) for spec, task in zip(config.tasks, plan.tasks, strict=True)],
         "device": facts.device,
         "dtype": facts.dtype,
+        "prefill_chunk_tokens": plan.chunk_tokens,
         "model_revision": facts.revision,
     }
 
