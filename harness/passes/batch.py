@@ -22,8 +22,8 @@ from kvscope.methods.step_counters import SPARE_SHARE
 if TYPE_CHECKING:
     from kvscope.harness.engine.batch_noise import BatchNoise
     from kvscope.harness.engine.loaded import LoadedModel
-    from kvscope.harness.passes.accuracy import Turns
     from kvscope.harness.passes.base import Plan
+    from kvscope.harness.passes.turns import Turns
     from kvscope.methods.base import CacheMethod
     from kvscope.results.schema import DecodeGraph, SampleRow
     from kvscope.results.store import RunStore

@@ -19,7 +19,7 @@ from kvscope.harness.engine import decode_graph
 from kvscope.harness.engine.decode_graph import GRAPH, GraphStep
 from kvscope.harness.engine.models import load_model
 from kvscope.harness.engine.session import Session
-from kvscope.harness.passes import accuracy
+from kvscope.harness.passes.answering import Prompt
 from kvscope.harness.passes.sweep import run
 from kvscope.methods.lsa import sequence as lsa_sequence
 from kvscope.methods.shape import ModelShape
@@ -162,12 +162,12 @@ def test_a_stop_string_ends_the_same_answers(
     captured_here(monkeypatch)
     eager, _ = both_ways(values, tmp_path / "whole")
     stop = eager["output"].iloc[0][8:10]
-    built = accuracy.Prompt.__init__
+    built = Prompt.__init__
 
-    def with_stop(self: accuracy.Prompt, plan: Any, loaded: Any, task: Any, sample: Any, progress: Any) -> None:
+    def with_stop(self: Prompt, plan: Any, loaded: Any, task: Any, sample: Any, progress: Any) -> None:
         built(self, plan, loaded, task, dataclasses.replace(sample, stop=(stop,)), progress)
 
-    monkeypatch.setattr(accuracy.Prompt, "__init__", with_stop)
+    monkeypatch.setattr(Prompt, "__init__", with_stop)
     cut, graph = both_ways(values, tmp_path / "cut")
     assert_same_rows(cut, graph)
     assert set(graph["step_backend"]) == {"cuda graph"}
