@@ -75,6 +75,7 @@ class StepPages:
         self._pool = pool
         self._layers = pool.shape.layers
         self._page_tokens = pool.shape.page_tokens
+        self._room_tokens = 0
         self._count, self._slot, self._offset = (counters.take() for _ in range(3))
         self.count_11 = self._count.device_1[None]
 
@@ -87,8 +88,10 @@ class StepPages:
         n_stored = self._pool.lengths[self._layers[-1]]
         if index is None:
             index, n_stored = n_stored, n_stored + 1
-        if self._pool.reserve(n_stored):
-            self.version += 1
+        if n_stored > self._room_tokens:
+            if self._pool.reserve(n_stored):
+                self.version += 1
+            self._room_tokens = self._page_tokens * min(len(pages) for pages in self._pool.pages.values())
         slot, offset = divmod(index, self._page_tokens)
         self._slot.set(slot)
         self._offset.set(offset)
@@ -96,8 +99,7 @@ class StepPages:
 
     def placed(self) -> None:
         """After a step: its token is stored in every layer."""
-        for layer in self._layers:
-            self._pool.lengths[layer] += 1
+        self._pool.lengths = dict.fromkeys(self._layers, self._pool.lengths[self._layers[-1]] + 1)
 
     def append(self, layer: int, k_BH1D: torch.Tensor, v_BH1D: torch.Tensor) -> None:
         """Store the step's token."""

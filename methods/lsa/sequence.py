@@ -129,8 +129,7 @@ class RecallingSequence(LsaSequence):
             return
         self._step.placed()
         self._selector.end_step()
-        for layer in self.shape.layers:
-            self._n_fed[layer] += 1
+        self._n_fed = dict.fromkeys(self.shape.layers, self._n_fed[self.shape.layers[-1]] + 1)
 
     def settle(self) -> None:
         """Enter into the record what refreshes did that were left to the device."""
