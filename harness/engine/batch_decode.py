@@ -125,12 +125,14 @@ class Decoding:
         batch: most sequences in its steps so far.
     """
 
-    def __init__(self, request: Request, member: Member, *, end: AnswerEnd, session: Session) -> None:
+    def __init__(
+        self, request: Request, member: Member, *, end: AnswerEnd, session: Session, counts_spare: bool
+    ) -> None:
         self.request, self.member = request, member
         self.result: DecodeResult | None = None
         self.error: Exception | None = None
         self.batch = 0
-        self._end = end
+        self._end, self._counts_spare = end, counts_spare
         self._ids: list[int] = []
         self._step_s: list[float] = []
         self._sum = self._last = self._peak = Footprint()
@@ -163,7 +165,8 @@ class Decoding:
         """Enter a step; return why the answer ends with it, None when it goes on."""
         self._step_s.append(step_s)
         self.batch = max(self.batch, batch)
-        self._last = self.member.cache.footprint()
+        held = self.member.cache.footprint()
+        self._last = held if self._counts_spare else held.without_spare()
         self._sum += self._last
         if self._last.device_bytes > self._peak.device_bytes or self.steps == 1:
             self._peak = self._last
@@ -207,12 +210,25 @@ class BatchDecode:
 
     Attributes:
         decode_graph: whether steps are replays of a CUDA graph, as ``Session``; of the next session.
-        spare_share: room beyond a choice whose size changes, as ``Session``; of the next session.
+        counts_spare: whether footprints hold the room that only steps at fixed addresses keep; without, they are those
+            of steps that run as they come.
     """
 
-    def __init__(self, loaded: LoadedModel, *, decode_graph: DecodeGraph = "off") -> None:
-        """Begin with no sequence."""
-        self.decode_graph, self.spare_share = decode_graph, SPARE_SHARE
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        decode_graph: DecodeGraph = "off",
+        counts_spare: bool = True,
+        spare_share: float = SPARE_SHARE,
+    ) -> None:
+        """Begin with no sequence.
+
+        Args:
+            spare_share: as ``Session``.
+        """
+        self.decode_graph, self.counts_spare = decode_graph, counts_spare
+        self._spare_share = spare_share
         self._loaded = loaded
         self._session: Session | None = None
         self._rows: list[Decoding] = []
@@ -256,7 +272,7 @@ class BatchDecode:
             UsageError: as ``Request.check`` and ``Session.add``.
         """
         request.check(self._loaded)
-        session = self._session or Session(self._loaded, decode_graph=self.decode_graph, spare_share=self.spare_share)
+        session = self._session or Session(self._loaded, decode_graph=self.decode_graph, spare_share=self._spare_share)
         try:
             member = session.add(request.method, request.prompt, reserve_tokens=request.reserve_tokens)
         except BaseException:
@@ -269,7 +285,7 @@ class BatchDecode:
             self._ends[key] = AnswerEnd(
                 self._loaded, stop_strings=request.stop_strings, stop_at_eos=request.stop_at_eos
             )
-        row = Decoding(request, member, end=self._ends[key], session=session)
+        row = Decoding(request, member, end=self._ends[key], session=session, counts_spare=self.counts_spare)
         self._rows.append(row)
         return row
 

@@ -39,6 +39,14 @@ def load(plan: Plan) -> "LoadedModel":
     return loaded
 
 
+def shared_graph(plan: Plan) -> DecodeGraph:
+    """Return whether steps that answers share are captured: on a GPU always where that can be done.
+
+    Launched one by one, the kernels of many sequences take several times as long as they run.
+    """
+    return "auto" if plan.config.accuracy_graph or plan.facts.device.startswith("cuda") else "off"
+
+
 def measured_noise(plan: Plan, loaded: "LoadedModel", progress: Progress) -> "BatchNoise | None":
     """Return how far logits differ between steps of one sequence and of as many as planned; None where all are of one.
 
@@ -47,7 +55,7 @@ def measured_noise(plan: Plan, loaded: "LoadedModel", progress: Progress) -> "Ba
     from kvscope.harness.engine.batch_noise import batch_noise
 
     rows = plan.most_batch_rows
-    graph: DecodeGraph = "auto" if plan.config.accuracy_graph else "off"
+    graph = shared_graph(plan)
     while rows > 1:
         try:
             found = batch_noise(loaded, rows=rows, decode_graph=graph)

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 from kvscope.harness.engine.batch_decode import BatchDecode, Decoding
 from kvscope.harness.engine.finite import NotFinite
 from kvscope.harness.engine.oom import is_oom
-from kvscope.harness.passes.answering import Prompt, release_memory
+from kvscope.harness.passes.answering import Prompt, release_memory, shared_graph
 from kvscope.harness.passes.deadline import Deadline
 from kvscope.harness.passes.row_columns import failure
-from kvscope.methods.step_counters import SPARE_SHARE
 
 if TYPE_CHECKING:
     from kvscope.harness.engine.batch_noise import BatchNoise
@@ -25,13 +24,12 @@ if TYPE_CHECKING:
     from kvscope.harness.passes.base import Plan
     from kvscope.harness.passes.turns import Turns
     from kvscope.methods.base import CacheMethod
-    from kvscope.results.schema import DecodeGraph, SampleRow
+    from kvscope.results.schema import SampleRow
     from kvscope.results.store import RunStore
 
 
-#: Room beyond a choice whose size changes, in a step that many share: one that outgrows it captures the step anew for
-#: all. Rows do not count it: a sequence alone has none.
-_SHARED_SPARE = 1.0
+#: Room beyond a choice whose size changes: where one outgrows it, the step of all is captured anew.
+_SPARE_SHARE = 1.0
 
 
 @dataclass(eq=False)
@@ -69,10 +67,9 @@ class Batch:
         """
         self._plan, self._loaded, self._store, self._turns = plan, loaded, store, turns
         self._logit_noise = None if noise is None else noise.logit_noise
-        # Many sequences are a launch or two a layer in a captured step; one by one they are hundreds.
-        on_gpu = loaded.device.type == "cuda"
-        self._shared_graph: DecodeGraph = "auto" if on_gpu or plan.config.accuracy_graph else "off"
-        self._decode = BatchDecode(loaded)
+        self._shared_graph = shared_graph(plan)
+        # Bytes are those of single sequences, whose steps are captured where that was asked for.
+        self._decode = BatchDecode(loaded, counts_spare=plan.config.accuracy_graph, spare_share=_SPARE_SHARE)
         self._waiting: deque[Entry] = deque()
         self._under_way: list[Entry] = []
         self._open: dict[Prompt, int] = {}
@@ -169,7 +166,6 @@ class Batch:
         if not self._under_way:
             is_single = self._rows_at(entry.key[1]) == 1
             self._decode.decode_graph = prompt.graph()[0] if is_single else self._shared_graph
-            self._decode.spare_share = SPARE_SHARE if is_single else _SHARED_SPARE
         try:
             entry.row = self._decode.add(prompt.request(entry.method))
         except Exception as error:  # noqa: BLE001 - becomes this method's row; the others go on

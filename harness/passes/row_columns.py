@@ -83,8 +83,6 @@ def cell_columns(
 def ledger_columns(result: "DecodeResult", *, dense_kv_bytes: int) -> dict[str, Any]:
     """The ledger of live cache tensors over one decode, as both kinds of row hold it."""
     footprint = result.footprint_mean
-    if result.batch > 1:
-        footprint = footprint.without_spare()  # room that a step of many keeps, and one of its own has not
     return {
         "resident_kv_bytes": footprint.kv_bytes,
         "metadata_bytes": footprint.metadata_bytes,

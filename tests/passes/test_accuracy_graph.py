@@ -11,12 +11,12 @@ import pandas as pd
 import pytest
 import torch
 from lsa_tools import random_indexer
-from sessions import UncapturedStep
+from sessions import captured_here
 from tiny import MakeConfig
 from tiny_models import save_model
 
 from kvscope.harness.engine import decode_graph
-from kvscope.harness.engine.decode_graph import GRAPH, GraphStep
+from kvscope.harness.engine.decode_graph import GraphStep
 from kvscope.harness.engine.models import load_model
 from kvscope.harness.engine.session import Session
 from kvscope.harness.passes.answering import Prompt
@@ -43,22 +43,6 @@ def lsa_rules(threshold: float) -> list[str]:
 
 Rows = tuple[pd.DataFrame, pd.DataFrame]
 Runs = tuple[pd.DataFrame, pd.DataFrame, ModelShape]
-
-
-def captured_here(monkeypatch: pytest.MonkeyPatch) -> list[GraphStep]:
-    """Let steps be captured without a GPU; return those that were, one entry a capture."""
-    captures: list[GraphStep] = []
-
-    class CapturedHere(UncapturedStep):
-        backend = GRAPH
-
-        def _capture(self) -> None:
-            super()._capture()
-            self.captures += 1
-            captures.append(self)
-
-    monkeypatch.setattr(Session, "graph_step", CapturedHere)
-    return captures
 
 
 def both_ways(values: dict[str, Any], folder: Path) -> Rows:

@@ -8,14 +8,19 @@ import pandas as pd
 import pytest
 import stand_ins
 import torch
+from lsa_tools import random_indexer
 from notes import Notes
+from sessions import captured_here
 from tiny import MakeConfig
 from tiny_models import runnable_methods, save_model
 
 from kvscope.errors import UsageError
 from kvscope.harness.engine import batch_noise
 from kvscope.harness.engine.batch_noise import BatchNoise
+from kvscope.harness.engine.models import load_model
 from kvscope.harness.engine.session import Session
+from kvscope.harness.passes import answering
+from kvscope.harness.passes import batch as batch_module
 from kvscope.harness.passes.config import make_config
 from kvscope.harness.passes.deadline import Deadline, TimeLimitReached
 from kvscope.harness.passes.sweep import run
@@ -94,6 +99,26 @@ def test_prompts_enter_where_places_are_no_multiple_of_the_methods(model: str, t
     together = rows(values, batch=5, out=tmp_path / "together")
     assert_same_but_for_ties(alone, together)
     assert together["batch"].value_counts().idxmax() == 5
+
+
+def test_rows_of_captured_steps_are_those_of_eager_ones(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: those that ended rest in the step until they are half of it. Spare room is in no row."""
+    shape = load_model(model, device="cpu", page_tokens=16).shape
+    indexer = random_indexer(tmp_path / "indexer", shape, seed=3)
+    lsa = f"lsa:indexer={indexer},recency_tokens=64,threshold=0.5,tau=3,chunk_tokens=16"
+    methods = ["dense", "recency:recency_tokens=64", "sliding_window:window=64", "random:fraction=0.3", lsa]
+    values = {**every_method(model, samples=4), "methods": methods, "max_new_tokens": 9}
+    alone = rows(values, batch=1, out=tmp_path / "alone")
+    captures = captured_here(monkeypatch)
+    for module in (batch_module, answering):
+        monkeypatch.setattr(module, "shared_graph", lambda plan: "auto")
+    together = rows(values, batch=6, out=tmp_path / "together")
+    assert_same_but_for_ties(alone.drop(columns="step_backend"), together.drop(columns="step_backend"))
+    assert set(together["step_backend"]) == {"cuda graph"}
+    assert together["batch"].max() == 6
+    assert len(captures) < 2 * len(together) / 3  # not one for each that comes or goes
 
 
 def test_a_likelihood_is_that_of_a_sequence_alone(model: str, tmp_path: Path) -> None:

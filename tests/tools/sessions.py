@@ -1,6 +1,6 @@
 """Sessions as tests want them: of one sequence; and with the step of a CUDA graph run as it is, on any device."""
 
-from kvscope.harness.engine.decode_graph import EAGER, GraphStep, static_reasons
+from kvscope.harness.engine.decode_graph import EAGER, GRAPH, GraphStep, static_reasons
 from kvscope.harness.engine.session import Session
 
 UNCAPTURED = "uncaptured"
@@ -47,6 +47,22 @@ class TogetherSession(Session):
     """The same, in one launch a layer."""
 
     graph_step = TogetherStep
+
+
+def captured_here(monkeypatch):
+    """Let steps be captured without a GPU; return those that were, one entry a capture."""
+    captures = []
+
+    class CapturedHere(UncapturedStep):
+        backend = GRAPH
+
+        def _capture(self):
+            super()._capture()
+            self.captures += 1
+            captures.append(self)
+
+    monkeypatch.setattr(Session, "graph_step", CapturedHere)
+    return captures
 
 
 def new_session(loaded, decode_graph="off"):
