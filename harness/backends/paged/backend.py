@@ -13,7 +13,7 @@ from kvscope.harness.backends.paged.shape import paged_shape
 from kvscope.harness.engine.backend import Backend, ReadyModel
 from kvscope.harness.engine.glue import ATTENTION_NAME, observing, register_attention
 from kvscope.harness.engine.layer_major import layer_major_prefill
-from kvscope.harness.engine.rotation import UnknownRotation, probe_rotations
+from kvscope.harness.engine.rotation import UnknownRotation, probe_rotations, try_attention
 from kvscope.methods.base import CacheMethod, Collector
 from kvscope.methods.kernels.dispatch import decode_backend
 from kvscope.methods.shape import DEFAULT_PAGE_TOKENS, ModelShape
@@ -39,6 +39,12 @@ class Paged(Backend[ModelShape]):
         if found.name == "torch":
             return f"{prefill}, paged decode in torch operations ({'; '.join(found.reasons)})"
         return f"{prefill}; {found.name} {found.version}: paged_decode"
+
+    def try_code(self, model: Any, shape: ModelShape) -> None:
+        """Refuse layers that attend by themselves, twice or with a mask, or keep other K and V than the config says."""
+        register_attention()
+        model.set_attn_implementation(ATTENTION_NAME)
+        try_attention(model, shape)
 
     def prepare(self, model: Any, shape: ModelShape) -> ReadyModel:
         """Switch the attention to kvscope's and measure how each layer encodes positions."""

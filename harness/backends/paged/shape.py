@@ -17,6 +17,9 @@ _NEED_THEIR_OWN = {
     "minimax_m3": "it selects blocks with an indexer of its own",
     "minimax_m3_vl": "it selects blocks with an indexer of its own",
 }
+# Their modelling code calls attention by name, but hands it other K and V than the cache returned. A router in their
+# attention keeps a model without weights from showing it.
+_REPEAT_BEHIND_THE_CACHE = {"jetmoe"}
 
 
 def unsupported_reasons(config: Any) -> list[str]:
@@ -41,7 +44,7 @@ def unsupported_reasons(config: Any) -> list[str]:
         return ["its layers run several times a token, so they cannot be prefilled one at a time"]
     if getattr(text, "cross_attention_layers", None):
         return ["some of its layers attend to images, not to the text before"]
-    if not _has_interface(config, text):
+    if model_types & _REPEAT_BEHIND_THE_CACHE or not _has_interface(config, text):
         return ["its attention does not go through transformers' attention interface"]
     kinds = set(layer_kinds(config)) - {"full_attention", "sliding_attention"}
     if "chunked_attention" in kinds:
