@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
+from kvscope.files import make_folder, whole_file
+from kvscope.harness.engine.devices import resolve_device
 from kvscope.harness.indexers.collection.reading import open_collections
 from kvscope.harness.indexers.dsa.objective import (
     TokenExample,
@@ -27,10 +29,10 @@ from kvscope.harness.indexers.dsa.objective import (
     layer_scores,
     share_taken,
 )
-from kvscope.harness.indexers.lsa.objective import compute_device
 from kvscope.methods.dsa.indexer_files import FILES
 from kvscope.methods.dsa.lightning import Lightning
 from kvscope.methods.indexer_files import indexer_hash
+from kvscope.paths import check_out, user_path
 from kvscope.units import format_length
 
 BUDGETS_TOKENS = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -61,11 +63,13 @@ def evaluate(
         UsageError: the indexer belongs to another model or other layers than the collections, or these are damaged or
             hold no single tokens.
     """
+    target = user_path(out, what="out")
+    check_out(target)
     collections = open_collections(folders)
     check_tokens(collections)
     info = collections[0].info
     folder = FILES.folder(indexer_spec)
-    indexer = FILES.load(folder).to(compute_device(device))
+    indexer = FILES.load(folder).to(resolve_device(device))
     check_model(indexer.config, info, folder=str(folder))
     seen = {entry["id"] for entry in indexer.config.trained.get("data", ())}
     sums: dict[Key, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
@@ -88,7 +92,7 @@ def evaluate(
         "documents": sum(map(len, collections)),
         "tokens": "every one" if exact else "a sample, so estimates",
     }
-    write_tables(Path(out), rows, about)
+    write_tables(target, rows, about)
     return rows
 
 
@@ -143,16 +147,17 @@ def table_rows(sums: dict[Key, list[float]]) -> list[dict[str, Any]]:
 
 def write_tables(folder: Path, rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
     """Write the table as CSV and JSON, and its summary as Markdown."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / CSV_FILE).open("w", newline="", encoding="utf-8") as file:
+    make_folder(folder)
+    with whole_file(folder / CSV_FILE) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    (folder / JSON_FILE).write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    with whole_file(folder / JSON_FILE) as temporary:
+        temporary.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     lines = ["# Attention held by the chosen tokens", "", *(f"- {key}: {value}" for key, value in about.items()), ""]
-    (folder / MARKDOWN_FILE).write_text(
-        "\n".join([*lines, summary_text(rows, tablefmt="github"), ""]), encoding="utf-8"
-    )
+    lines += [summary_text(rows, tablefmt="github"), ""]
+    with whole_file(folder / MARKDOWN_FILE) as temporary:
+        temporary.write_text("\n".join(lines), encoding="utf-8")
 
 
 def summary_text(rows: Iterable[dict[str, Any]], *, tablefmt: str = "simple") -> str:

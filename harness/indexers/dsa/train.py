@@ -12,16 +12,19 @@ from typing import Any
 
 import torch
 
+from kvscope.files import TextFile, make_folder, whole_file
+from kvscope.harness.engine.devices import resolve_device
 from kvscope.harness.indexers.collection.document import CollectionInfo
 from kvscope.harness.indexers.collection.reading import open_collections
 from kvscope.harness.indexers.dsa.objective import DsaTrainConfig, check_tokens, document_loss, example, measure
 from kvscope.harness.indexers.dsa.warm_start import warm_start
 from kvscope.harness.indexers.lsa.fit import fit
-from kvscope.harness.indexers.lsa.objective import Place, compute_device, split
+from kvscope.harness.indexers.lsa.objective import Place, split
 from kvscope.harness.indexers.lsa.train import LOG_FILE, data_record, note_unfinished
 from kvscope.methods.dsa.indexer_files import FILES
 from kvscope.methods.dsa.lightning import Lightning, LightningConfig, default_sizes
 from kvscope.methods.indexer_files import listed
+from kvscope.paths import check_out, user_path
 
 CARD_FILE = "README.md"
 
@@ -41,28 +44,28 @@ def train(
     Raises:
         UsageError: bad options, or shards that are damaged, do not fit together, or hold no single tokens.
     """
+    folder = user_path(out, what="out")
+    check_out(folder)
     collections = open_collections(folders)
     check_tokens(collections)
     note_unfinished(collections, note)
     info = collections[0].info
-    device = compute_device(config.device)
+    device = resolve_device(config.device)
     where = [(collection, index) for collection in collections for index in range(len(collection))]
     training, held_out = split(where, share=config.held_out)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         indexer = Lightning(indexer_config(info, config)).to(device)
     draws = torch.Generator().manual_seed(config.seed)
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
 
     def loss_of(place: Place) -> torch.Tensor:
         return document_loss(indexer, example(place, device), config, draws)
 
-    with (folder / LOG_FILE).open("w", encoding="utf-8") as log:
+    with TextFile(folder / LOG_FILE) as log:
 
         def say(**fields: Any) -> None:
             log.write(json.dumps(fields) + "\n")
-            log.flush()
 
         say(
             collections=[collection.id for collection in collections],
@@ -102,7 +105,8 @@ def train(
     }
     indexer.config = replace(indexer.config, trained=trained)
     FILES.save(indexer, folder)
-    (folder / CARD_FILE).write_text(card_text(indexer.config), encoding="utf-8")
+    with whole_file(folder / CARD_FILE) as temporary:
+        temporary.write_text(card_text(indexer.config), encoding="utf-8")
     return best
 
 

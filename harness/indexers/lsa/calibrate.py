@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from kvscope.errors import UsageError
+from kvscope.harness.engine.devices import resolve_device
 from kvscope.harness.indexers.collection.reading import Collection, open_collections
 from kvscope.harness.indexers.lsa.evaluate import (
     EvalConfig,
@@ -24,10 +25,11 @@ from kvscope.harness.indexers.lsa.evaluate import (
     within_cap,
 )
 from kvscope.harness.indexers.lsa.lineage import data_ids, origin
-from kvscope.harness.indexers.lsa.objective import TrainConfig, compute_device, example, refresh_logits, shift_bias
+from kvscope.harness.indexers.lsa.objective import TrainConfig, example, refresh_logits, shift_bias
 from kvscope.harness.indexers.lsa.train import data_record, note_unfinished
 from kvscope.methods.lsa.indexer import Indexer, IndexerConfig, logit
 from kvscope.methods.lsa.indexer_files import indexer_folder, load_indexer, save_indexer
+from kvscope.paths import check_out, user_path
 
 WeightDtype = Literal["float32", "bfloat16"]
 
@@ -113,10 +115,11 @@ def calibrate(
         UsageError: bad options, an indexer and collections that do not belong together, or a target these documents
             cannot meet.
     """
-    folder, target = indexer_folder(indexer_spec), Path(out)
+    folder, target = indexer_folder(indexer_spec), user_path(out, what="out")
+    check_out(target)
     if target.resolve() == folder.resolve():
         raise UsageError(f"--out '{out}' is the indexer itself; give another folder, it is not overwritten.")
-    indexer = load_indexer(folder).to(compute_device(device))
+    indexer = load_indexer(folder).to(resolve_device(device))
     indexer.config = in_chunks(indexer.config, config.chunk_tokens, folder=str(folder))
     if config.cap_tokens is not None:
         indexer.config = replace(indexer.config, cap_tokens=config.cap_tokens)

@@ -19,15 +19,18 @@ import torch
 from tabulate import tabulate
 
 from kvscope.errors import UsageError
+from kvscope.files import make_folder, whole_file
+from kvscope.harness.engine.devices import resolve_device
 from kvscope.harness.indexers.collection.document import CollectionInfo
 from kvscope.harness.indexers.collection.reading import Collection, open_collections
 from kvscope.harness.indexers.collection.rechunk import serves
 from kvscope.harness.indexers.lsa.lineage import calibration_ids, data_ids
-from kvscope.harness.indexers.lsa.objective import Example, Place, TrainConfig, compute_device, example, refresh_logits
+from kvscope.harness.indexers.lsa.objective import Example, Place, TrainConfig, example, refresh_logits
 from kvscope.methods.lsa.indexer import ENCODER_FEATURES, Indexer, IndexerConfig, logit
 from kvscope.methods.lsa.indexer_files import indexer_folder, indexer_hash, load_indexer
 from kvscope.methods.lsa.labels import Voters
 from kvscope.methods.lsa.selection import metadata_bytes
+from kvscope.paths import check_out, user_path
 from kvscope.units import format_length
 
 FRACTIONS = (0.02, 0.03, 0.05, 0.075, 0.1, 0.135, 0.2, 0.3, 0.5, 0.75, 1.0)
@@ -107,8 +110,10 @@ def evaluate(
         UsageError: the indexer belongs to another model, layers or chunk size than the collections, or these are
             damaged.
     """
+    target = user_path(out, what="out")
+    check_out(target)
     folder = indexer_folder(indexer_spec)
-    indexer = load_indexer(folder).to(compute_device(device))
+    indexer = load_indexer(folder).to(resolve_device(device))
     for each in folders:
         check_match(indexer.config, Collection(each).info, folder=str(folder))
     collections = open_collections(folders, chunk_tokens=indexer.config.chunk_tokens, layers=indexer.config.layers)
@@ -126,8 +131,7 @@ def evaluate(
     for place in places:
         add_document(tallies, place, indexer, options, seed=config.seed)
     rows = table_rows(tallies)
-    target = Path(out)
-    target.mkdir(parents=True, exist_ok=True)
+    make_folder(target)
     about = {
         "indexer": f"{folder.name}@{indexer_hash(folder)}",
         "indexer_tau": indexer.config.tau,
@@ -313,15 +317,17 @@ def table_rows(tallies: dict[tuple[int, str, str, str, float], Tally]) -> list[d
 
 def write_tables(folder: Path, rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
     """Write the table as CSV and JSON, and its summary as Markdown."""
-    with (folder / CSV_FILE).open("w", newline="", encoding="utf-8") as file:
+    with whole_file(folder / CSV_FILE) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    (folder / JSON_FILE).write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    with whole_file(folder / JSON_FILE) as temporary:
+        temporary.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     lines = ["# Golden recall against the fraction kept", ""]
     lines += [f"- {key}: {value}" for key, value in about.items()]
     lines += ["", summary_text(rows, tablefmt="github"), ""]
-    (folder / MARKDOWN_FILE).write_text("\n".join(lines), encoding="utf-8")
+    with whole_file(folder / MARKDOWN_FILE) as temporary:
+        temporary.write_text("\n".join(lines), encoding="utf-8")
 
 
 def summary_text(rows: Iterable[dict[str, Any]], *, tablefmt: str = "simple") -> str:
@@ -373,5 +379,6 @@ def draw(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
     axes[0][-1].legend(frameon=False)
     figure.tight_layout()
     for suffix in ("svg", "png"):
-        figure.savefig(folder / f"{FIGURE_STEM}.{suffix}", dpi=150)
+        with whole_file(folder / f"{FIGURE_STEM}.{suffix}") as temporary:
+            figure.savefig(temporary, dpi=150, format=suffix)
     pyplot.close(figure)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from kvscope.errors import EnvironmentProblem, UsageError
+from kvscope.errors import UsageError
 from kvscope.harness.indexers.collection.document import CollectionInfo, Document
 from kvscope.harness.indexers.collection.label_rule import LabelRule
 from kvscope.harness.indexers.collection.reading import Collection
@@ -147,22 +147,6 @@ class Example:
     last: int
     positives: torch.Tensor
     places: tuple[int, ...]
-
-
-def compute_device(name: str) -> torch.device:
-    """Return the device a name means; the model's own loader is left out of this on purpose.
-
-    Raises:
-        UsageError: no such device.
-        EnvironmentProblem: a GPU that is not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise UsageError(f"Device '{name}' is not one of auto, cpu, cuda, cuda:<index>.")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise EnvironmentProblem(f"Device '{name}' was asked for, but torch sees no CUDA GPU; use --device cpu.")
-    return torch.device(name)
 
 
 def split(where: Sequence[Place], *, share: float) -> tuple[list[Place], list[Place]]:

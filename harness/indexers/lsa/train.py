@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from kvscope.errors import UsageError
+from kvscope.files import TextFile, make_folder
+from kvscope.harness.engine.devices import resolve_device
 from kvscope.harness.indexers.collection.document import CollectionInfo
 from kvscope.harness.indexers.collection.reading import Collection, open_collections
 from kvscope.harness.indexers.lsa.fit import fit
@@ -21,7 +23,6 @@ from kvscope.harness.indexers.lsa.objective import (
     Place,
     TrainConfig,
     calibrate,
-    compute_device,
     document_loss,
     example,
     measure,
@@ -30,6 +31,7 @@ from kvscope.harness.indexers.lsa.objective import (
 from kvscope.harness.indexers.lsa.warm_start import warm_start
 from kvscope.methods.lsa.indexer import ENCODER_FEATURES, EncoderKind, Indexer, IndexerConfig
 from kvscope.methods.lsa.indexer_files import indexer_folder, load_indexer, save_indexer
+from kvscope.paths import check_out, user_path
 
 LOG_FILE = "train_log.jsonl"
 #: What sets a size that an indexer to begin with has to share.
@@ -60,11 +62,13 @@ def train(
     Raises:
         UsageError: bad options, or shards that are damaged, do not fit together, or hold no positive chunk.
     """
+    folder = user_path(out, what="out")
+    check_out(folder)
     collections = open_collections(folders, chunk_tokens=config.chunk_tokens, layers=config.layers)
     info = collections[0].info
     check_fit(config, collections, note)
     config.rule(info)
-    device = compute_device(config.device)
+    device = resolve_device(config.device)
     where = [(collection, index) for collection in collections for index in range(len(collection))]
     training, held_out = split(where, share=config.held_out)
     indexer = starting_point(indexer_config(info, config), config).to(device).train()
@@ -86,13 +90,11 @@ def train(
         found = example(place, config)
         return None if found is None else document_loss(indexer, found, config, draws)
 
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOG_FILE).open("w", encoding="utf-8") as log:
+    make_folder(folder)
+    with TextFile(folder / LOG_FILE) as log:
 
         def say(**fields: Any) -> None:
             log.write(json.dumps(fields) + "\n")
-            log.flush()
 
         worth = worth_of(config)
         if config.start is not None or config.warm_start or config.keep == "recall":
