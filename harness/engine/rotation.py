@@ -184,17 +184,19 @@ def _check_calls(layers: Mapping[int, list[AttentionCall]], shape: ModelShape) -
     if twice:
         raise UsageError(f"its layers {twice} attend more than once, so that their K and V are not all they read.")
     for layer, [call] in layers.items():
-        n_heads, k_width, v_width = call.key.shape[1], call.key.shape[-1], call.value.shape[-1]
+        n_queries, n_heads = call.query.shape[1], call.key.shape[1]
+        k_width, v_width = call.key.shape[-1], call.value.shape[-1]
         if layer in shape.layers:
-            found, expected = (n_heads, max(k_width, v_width)), (shape.n_kv_heads, shape.head_dim)
+            found = (n_queries, n_heads, k_width, v_width)
+            expected = (shape.n_q_heads, shape.n_kv_heads, shape.head_dim, shape.v_head_dim or shape.head_dim)
         else:
-            found = (n_heads, k_width + v_width)
-            own_width = shape.sliding_kv_width or 2 * shape.head_dim
-            expected = (shape.sliding_n_kv_heads or shape.n_kv_heads, own_width)
+            found = (n_queries, n_heads, k_width + v_width, 0)
+            own_heads = (shape.sliding_n_q_heads or shape.n_q_heads, shape.sliding_n_kv_heads or shape.n_kv_heads)
+            expected = (*own_heads, shape.sliding_kv_width or 2 * shape.head_dim, 0)
         if found != expected or v_width > k_width:
             raise UsageError(
-                f"its layer {layer} keeps {n_heads} KV heads, K {k_width} and V {v_width} wide, and its config says "
-                f"otherwise, so bytes would be wrong."
+                f"its layer {layer} has {n_queries} query heads and keeps {n_heads} KV heads, K {k_width} and V "
+                f"{v_width} wide, and its config says otherwise, so bytes would be wrong."
             )
 
 
