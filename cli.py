@@ -198,7 +198,10 @@ def attention_figure(
 
 
 def check_command(arguments: Sequence[str], command: Any) -> None:
-    """Refuse an unknown command with the nearest known one."""
+    """Refuse an unknown command with the nearest known one, and a NUL, which typer looks up in the file system."""
+    for argument in arguments:
+        if "\0" in argument:
+            raise UsageError(f"No argument holds a NUL character; {argument!r} does.")
     if not arguments[0].startswith("-") and arguments[0] not in command.commands:
         raise UsageError(f"There is no command {arguments[0]!r}.{did_you_mean(arguments[0], command.commands)}")
 

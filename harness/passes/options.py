@@ -25,9 +25,7 @@ class RunOptions:
     None, or an empty list, is an option that was not given: the file's value stays.
     """
 
-    config: Annotated[
-        Path | None, typer.Argument(metavar="[CONFIG.yaml]", show_default=False, help="YAML file; flags win over it.")
-    ]
+    config: Annotated[Path | None, typer.Argument(show_default=False, help="YAML file; flags win over it.")]
     model: Annotated[
         str | None,
         typer.Option("--model", help="reference, a folder, a Hugging Face id or preset:NAME.  [default: reference]"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from rounding import assert_same_sums, roundings
 from sessions import Single
-from tiny_models import ARCHITECTURES, loaded_model, prompt_ids, stock_model
+from tiny_models import ARCHITECTURES, cache_kwarg, loaded_model, prompt_ids, stock_model
 from transformers import DynamicCache
 
 from kvscope.harness.engine.decode import decode
@@ -28,7 +28,8 @@ def test_logits_and_kv_equal_the_stock_forward(name, chunk_tokens):
     n_prefilled = 203
     with torch.no_grad():
         cache = DynamicCache(config=stock_model(name).config)
-        stock = stock_model(name)(torch.tensor([ids]), past_key_values=cache, use_cache=True, output_hidden_states=True)
+        given = cache_kwarg(stock_model(name), cache)
+        stock = stock_model(name)(torch.tensor([ids]), **given, use_cache=True, output_hidden_states=True)
     prompt = prefill(loaded_model(name), ids[:n_prefilled], chunk_tokens=chunk_tokens)
 
     for layer, pages in prompt.pages.items():
@@ -47,7 +48,7 @@ def test_stock_sliding_layers_hold_what_transformers_holds(name):
     ids = prompt_ids(150)
     cache = DynamicCache(config=stock_model(name).config)
     with torch.no_grad():
-        stock_model(name)(torch.tensor([ids]), past_key_values=cache, use_cache=True)
+        stock_model(name)(torch.tensor([ids]), **cache_kwarg(stock_model(name), cache), use_cache=True)
     prompt = prefill(loaded_model(name), ids, chunk_tokens=64)
     assert set(prompt.stock) == set(loaded_model(name).shape.sliding_layers) != set()
     for layer, state in prompt.stock.items():
@@ -75,8 +76,10 @@ def test_question_under_dense_equals_a_stock_chunked_run(name):
     n_context = 117
     cache = DynamicCache(config=stock_model(name).config)
     with torch.no_grad():
-        stock_model(name)(torch.tensor([ids[:n_context]]), past_key_values=cache, use_cache=True)
-        stock = stock_model(name)(torch.tensor([ids[n_context:]]), past_key_values=cache, use_cache=True)
+        stock_model(name)(torch.tensor([ids[:n_context]]), **cache_kwarg(stock_model(name), cache), use_cache=True)
+        stock = stock_model(name)(
+            torch.tensor([ids[n_context:]]), **cache_kwarg(stock_model(name), cache), use_cache=True
+        )
     prompt = prefill(loaded_model(name), ids[:n_context], chunk_tokens=48)
     assert_same_sums(dense_logits(name, prompt, ids[n_context:]), stock.logits[0], n_roundings=ROUNDINGS)
 
@@ -98,6 +101,6 @@ def test_stock_cache_still_works_on_the_switched_model(name):
     with torch.no_grad():
         switched = loaded_model(name).model
         cache = DynamicCache(config=switched.config)
-        switched(ids[:, :40], past_key_values=cache, use_cache=True)
-        ours = switched(ids[:, 40:], past_key_values=cache, use_cache=True).logits
+        switched(ids[:, :40], **cache_kwarg(switched, cache), use_cache=True)
+        ours = switched(ids[:, 40:], **cache_kwarg(switched, cache), use_cache=True).logits
         assert_same_sums(ours, stock_model(name)(ids).logits[:, 40:], n_roundings=ROUNDINGS)

@@ -20,6 +20,7 @@ from kvscope.methods.base import union_collectors
 from kvscope.methods.dense.method import Dense
 from kvscope.methods.registry import create_method
 from kvscope.methods.resident import ResidentSequence
+from kvscope.methods.step_counters import StepCounters
 
 LSA = "lsa:tau=2,budget_tokens=512,recency_tokens=128,selection=synthetic"
 
@@ -78,11 +79,11 @@ def test_a_sequence_that_does_not_fit_leaves_the_session_as_it_was(
     make_static = ResidentSequence.make_static
     asked: list[ResidentSequence] = []
 
-    def third_fails(self: ResidentSequence) -> None:
+    def third_fails(self: ResidentSequence, counters: StepCounters) -> None:
         asked.append(self)
         if len(asked) == 3:
             raise torch.OutOfMemoryError("no room for it")
-        make_static(self)
+        make_static(self, counters)
 
     monkeypatch.setattr(ResidentSequence, "make_static", third_fails)
     prompt = synthetic_prompt(tiny, 700, mirror=False, seed=1)
@@ -261,7 +262,7 @@ def test_one_that_cannot_be_a_graph_makes_the_session_eager_and_the_others_go_on
         unfed = session.add(create_method(specs[1]), prompt, reserve_tokens=6)
         held = fed.cache, unfed.cache
         session.add(create_method(specs[2]), prompt, reserve_tokens=6)
-        assert session.step_backend == "eager: the method's step depends on counts that only the host knows"
+        assert session.step_backend == "eager: a step that chooses blocks needs the kernels, which a GPU has"
         assert (fed.cache is held[0], unfed.cache is held[1]) == (True, False)
         later = [session.step([tokens[step + 1], tokens[step], tokens[step]]).clone() for step in range(5)]
     torch.testing.assert_close(torch.stack([*before, *(row[0] for row in later)]), alone[0], atol=2e-5, rtol=0)

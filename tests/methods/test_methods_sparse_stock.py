@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from rounding import assert_same_sums, roundings
+from tiny_models import cache_kwarg
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
@@ -233,7 +234,7 @@ def outputs(model):
     n_prefilled = N_TOKENS - N_DECODED
     cuts = [*range(0, n_prefilled, 50), *range(n_prefilled, N_TOKENS + 1)]
     for start, end in pairwise(cuts):
-        found.append(model(tokens[:, start:end], past_key_values=cache, use_cache=True)[0])
+        found.append(model(tokens[:, start:end], **cache_kwarg(model, cache), use_cache=True)[0])
     return torch.cat(found, 1)
 
 

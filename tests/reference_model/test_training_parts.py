@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import cache_kwarg
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
 from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
@@ -125,9 +126,9 @@ def test_generation_equals_the_stock_model_s() -> None:
     torch.testing.assert_close(torch.stack(found.logits), torch.stack(wanted.logits), atol=1e-5, rtol=0)
     assert len({tuple(row[40:]) for row in found.sequences.tolist()}) == 3
     cache = DynamicCache(config=ours.config)
-    ours(ids_BT[:1, :30], past_key_values=cache)
+    ours(ids_BT[:1, :30], **cache_kwarg(ours, cache))
     with pytest.raises(ValueError, match="whole unpadded rows"):
-        ours(ids_BT[:1, 30:], past_key_values=cache)
+        ours(ids_BT[:1, 30:], **cache_kwarg(ours, cache))
 
 
 # -- Muon

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 
+from kvscope.harness.engine.glue import cache_argument
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.models import wrap_model
 
@@ -129,6 +130,11 @@ def stock_model(name: str) -> Any:
 def loaded_model(name: str) -> LoadedModel:
     """Return the same weights with kvscope's attention, pages of 16 tokens."""
     return wrap_model(copy.deepcopy(stock_model(name)), None, name=name, page_tokens=PAGE_TOKENS)
+
+
+def cache_kwarg(model: Any, cache: Any) -> dict[str, Any]:
+    """The cache for a stock call of a model, under the name that this transformers gives it."""
+    return {cache_argument(model): cache}
 
 
 def prompt_ids(n_tokens: int, *, seed: int = 1) -> list[int]:

@@ -5,6 +5,7 @@ import torch
 from compressed_plain import plain_logits
 from compressed_tiny import N_NEW, N_TOKENS, masked, random_model
 from sessions import Single
+from tiny_models import cache_kwarg
 from transformers import DynamicCache
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
@@ -58,8 +59,10 @@ def test_logits_with_everything_resident_are_stock_bit_for_bit(loaded, stock_mod
     tokens = [ids[-1], *answer]
     with torch.inference_mode():
         cache = DynamicCache(config=stock_model.config)
-        stock_model(torch.tensor([ids[:-1]]), past_key_values=cache, use_cache=True)
-        steps = [stock_model(torch.tensor([[token]]), past_key_values=cache, use_cache=True) for token in tokens]
+        stock_model(torch.tensor([ids[:-1]]), **cache_kwarg(stock_model, cache), use_cache=True)
+        steps = [
+            stock_model(torch.tensor([[token]]), **cache_kwarg(stock_model, cache), use_cache=True) for token in tokens
+        ]
         expected = torch.stack([step.logits[0, -1] for step in steps])
     assert torch.equal(logits_of(loaded, spec, whole_prompt, tokens), expected)
 
@@ -68,11 +71,11 @@ def test_logits_with_everything_resident_are_stock_bit_for_bit(loaded, stock_mod
 def test_stock_generate_over_our_cache_is_stock_generate_bit_for_bit(loaded, stock_model, whole_prompt, ids):
     options = {"max_new_tokens": N_NEW, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     theirs = DynamicCache(config=stock_model.config)
-    stock_model(torch.tensor([ids[:-1]]), past_key_values=theirs, use_cache=True)
-    expected = stock_model.generate(torch.tensor([ids]), past_key_values=theirs, **options)
+    stock_model(torch.tensor([ids[:-1]]), **cache_kwarg(stock_model, theirs), use_cache=True)
+    expected = stock_model.generate(torch.tensor([ids]), **cache_kwarg(stock_model, theirs), **options)
     with session(loaded, "dense", whole_prompt) as running:
         cache = running.sequence.model_cache
-        ours = stock_model.generate(torch.tensor([ids]), past_key_values=cache, **options)
+        ours = stock_model.generate(torch.tensor([ids]), **cache_kwarg(stock_model, cache), **options)
     assert torch.equal(ours.sequences, expected.sequences)
     assert all(torch.equal(a, b) for a, b in zip(ours.logits, expected.logits, strict=True))
 

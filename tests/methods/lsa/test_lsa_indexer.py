@@ -283,6 +283,8 @@ def test_no_indexer_names_the_way_to_one():
         ("refresh=late", "refresh must be sync or stale1, got 'late'"),
         ("selection=lucky", "selection must be trained or synthetic"),
         ("selection=synthetic", "selection=synthetic needs a budget"),
+        ("selection=synthetic,budget_tokens=5,churn=1.5", "churn must be between 0 and 1"),
+        ("churn=0.5", "churn belongs to selection=synthetic"),
         ("selection=synthetic,budget_tokens=5,indexer=oracle", "indexer cannot be given"),
     ],
 )

@@ -260,6 +260,28 @@ def test_a_prompt_without_the_collectors_is_refused(tmp_path):
         method.open(prefill(loaded, prompt_ids(200)), "cpu")
 
 
+@pytest.mark.parametrize(("churn", "hit_rate"), [("0", 1.0), ("0.25", 0.75), ("1", 0.0)])
+def test_a_synthetic_selection_replaces_the_share_that_was_asked_for(churn, hit_rate):
+    loaded = loaded_model("llama")
+    options = "chunk_tokens=8,recency_tokens=0,sink_tokens=0,budget_tokens=32,tau=2"
+    prompt = prefilled(loaded, prompt_ids(160), create_method(f"{SYNTHETIC},{options}"))
+    _, record, _ = run_steps(loaded, create_method(f"{SYNTHETIC},{options},churn={churn}"), prompt, prompt_ids(9))
+    assert record.hit_rate == hit_rate
+    assert set(record.resident_tokens) == {32}
+    again = run_steps(loaded, create_method(f"{SYNTHETIC},{options},churn={churn}"), prompt, prompt_ids(9))
+    assert again[1] == record
+
+
+def test_the_default_churn_is_what_was_measured_at_the_nearest_interval():
+    loaded = loaded_model("llama")
+    found = {}
+    for tau in (1, 4, 20, 64, 1000):
+        method = create_method(f"{SYNTHETIC},budget_tokens=64,tau={tau}")
+        found[tau] = method.effective_config(512, loaded.shape)["churn"]
+    assert found == {1: 0.09, 4: 0.09, 20: 0.24, 64: 0.55, 1000: 0.55}
+    assert "churn" not in create_method("lsa:indexer=oracle").effective_config(512, loaded.shape)
+
+
 def test_the_synthetic_indexer_differs_by_seed_and_says_so():
     loaded = loaded_model("llama")
     chosen = []

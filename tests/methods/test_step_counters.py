@@ -1,0 +1,41 @@
+"""Numbers of a step: sent in one copy, at addresses that stay."""
+
+import torch
+
+from kvscope.methods.step_counters import StepCounters
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_numbers_reach_the_device_together_and_not_before() -> None:
+    counters = StepCounters(DEVICE)
+    first, second = counters.take(), counters.take()
+    counters.send()
+    first.set(7)
+    second.set(-3)
+    assert (int(first.device_1), int(second.device_1)) == (0, 0)
+    counters.send()
+    assert (int(first.device_1), int(second.device_1)) == (7, -3)
+    for value in range(5):  # more often than there are host buffers
+        first.set(value)
+        counters.send()
+    assert (int(first.device_1), int(second.device_1)) == (4, -3)
+
+
+def test_addresses_stay_while_others_come_and_go() -> None:
+    counters = StepCounters(DEVICE)
+    kept = counters.take()
+    kept.set(11)
+    others = [counters.take() for _ in range(3000)]  # several blocks
+    addresses = {each.device_1.data_ptr() for each in (kept, *others)}
+    assert len(addresses) == 3001
+    address = kept.device_1.data_ptr()
+    for each in others:
+        each.set(5)
+        each.release()
+    again = [counters.take() for _ in range(3000)]
+    counters.send()
+    assert kept.device_1.data_ptr() == address
+    assert int(kept.device_1) == 11
+    assert {each.device_1.data_ptr() for each in again} == addresses - {address}
+    assert all(int(each.device_1) == 0 for each in again[::500])  # a place that was given back begins at 0
