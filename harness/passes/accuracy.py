@@ -99,14 +99,14 @@ class AccuracyPass:
         release_memory()  # the model is gone: the processes of the next pass find the device free
 
     def _answer(self, plan: Plan, store: "RunStore", progress: Progress, deadline: Deadline) -> None:
-        turns = Turns(plan, store, progress, self.cells(plan))
-        if turns.next_length_tokens is None:
-            return
-        from kvscope.harness.passes.batch import Batch
+        with Turns(plan, store, progress, self.cells(plan)) as turns:
+            if turns.next_length_tokens is None:
+                return
+            from kvscope.harness.passes.batch import Batch
 
-        loaded = load(plan)  # only when something is to do
-        store.begin()  # not before: weights that do not load leave no run behind
-        Batch(plan, loaded, store, turns, noise=measured_noise(plan, loaded, progress)).run(deadline)
+            loaded = load(plan)  # only when something is to do
+            store.begin()  # not before: weights that do not load leave no run behind
+            Batch(plan, loaded, store, turns, noise=measured_noise(plan, loaded, progress)).run(deadline)
 
     def failures(self, run: "Run") -> list[str]:
         """Return one line per method and status of rows that failed."""

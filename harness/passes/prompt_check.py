@@ -1,7 +1,7 @@
 """Whether prompts that are built again are those of the rows that a folder holds."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvscope.errors import UsageError
 from kvscope.harness.passes.base import Plan
@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from kvscope.tasks.base import Sample, Task
 
 
-def build(plan: Plan, task: "Task", name: str, length_tokens: int, index: int) -> "Sample":
-    """Build a prompt, with its task called as rows call it."""
-    sample = task.build(plan.facts.tokenizer, length_tokens=length_tokens, sample=index, seed=plan.config.seed)
+def build(plan: Plan, task: "Task", name: str, length_tokens: int, index: int, *, tokenizer: Any = None) -> "Sample":
+    """Build a prompt, with its task called as rows call it; by the plan's tokenizer, or by a copy of it."""
+    tokenizer = plan.facts.tokenizer if tokenizer is None else tokenizer
+    sample = task.build(tokenizer, length_tokens=length_tokens, sample=index, seed=plan.config.seed)
     return replace(sample, task=name)
 
 
