@@ -221,10 +221,10 @@ class RunConfig(BaseModel):
         for key, what in (("methods", "method"), ("tasks", "task"), ("lengths_tokens", "length")):
             if not getattr(self, key) and not (key == "tasks" and self.unscored):
                 raise UsageError(f"{key}: at least one {what} is needed.")
-        if self.prefill_chunk_tokens is not None and self.prefill_chunk_tokens % self.page_tokens:
+        chunk_tokens = CHUNK_TOKENS if self.prefill_chunk_tokens is None else self.prefill_chunk_tokens
+        if chunk_tokens % self.page_tokens:
             raise UsageError(
-                f"prefill_chunk_tokens is {self.prefill_chunk_tokens}, expected a multiple of page_tokens "
-                f"({self.page_tokens})."
+                f"prefill_chunk_tokens is {chunk_tokens}, expected a multiple of page_tokens ({self.page_tokens})."
             )
         if self.find_max and self.throughput:
             raise UsageError("find_max and throughput are two runs: ask for one of them.")
