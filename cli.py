@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvscope.errors import KvscopeError, UsageError, did_you_mean
+from kvscope.files import disk_is_full, first_line
 from kvscope.harness.engine.oom import is_oom
 from kvscope.harness.indexers.dsa.cli import app as dsa_app
 from kvscope.harness.indexers.lsa.cli import app as lsa_app
@@ -244,6 +245,9 @@ def run_cli(arguments: Sequence[str] | None = None) -> int:
         format_message = getattr(error, "format_message", None)
         if format_message is None and is_oom(error):
             complain(f"memory ran out ({type(error).__name__}: {error}); free some, or allow this process more.")
+            return EXIT_ENVIRONMENT
+        if disk_is_full(error):
+            complain(f"a file could not be written ({first_line(error)}); make room, then run the same command again.")
             return EXIT_ENVIRONMENT
         if format_message is None:
             report_fault(error)

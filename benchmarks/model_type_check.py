@@ -26,6 +26,7 @@ from kvscope.harness.engine.models import load_model
 from kvscope.harness.engine.prefill import prefill
 from kvscope.harness.engine.self_check import self_check
 from kvscope.harness.engine.session import Session
+from kvscope.harness.passes.facts import describe_model
 from kvscope.methods.base import union_collectors
 from kvscope.methods.registry import create_method
 
@@ -53,8 +54,8 @@ class Outcome:
     Attributes:
         status: equal, refused, wrong, unproven (equal, but the logits hardly depend on the far context), failed (an
             error of kvscope's own, after loading), traceback, timeout, or not_built.
-        stage: where it ended: config (ours), build, shape (kvscope's, from the config), load, self-check, prefill,
-            decode, compare.
+        stage: where it ended: config (ours), build, shape (kvscope's, from the config), code (from the model without
+            weights), load, self-check, prefill, decode, compare.
         message: the refusal or the error, one line.
         error: largest difference of kvscope's logits to the model's own, as a share of the largest logit.
         own_cache_error: the same of the model's own forward with its own cache.
@@ -92,7 +93,7 @@ def try_type(model_type: str, *, methods: bool = True) -> Outcome:
     try:
         _try(found, methods)
     except UsageError as error:
-        found.status, found.message = "refused" if found.stage in ("shape", "load") else "failed", _line(error)
+        found.status, found.message = "refused" if found.stage in ("shape", "code", "load") else "failed", _line(error)
     except KvscopeError as error:
         found.status, found.message = "failed", _line(error)
     except Exception as error:  # noqa: BLE001 - the sweep is about which errors there are
@@ -115,6 +116,8 @@ def _try(found: Outcome, methods: bool) -> None:
         backend_of(from_config).shape(from_config, element_bytes=4, page_tokens=PAGE_TOKENS)
         if built is None:
             raise RuntimeError(f"not refused from its config, and its weights cannot be built: {found.notes}")
+        found.stage = "code"
+        describe_model(str(folder), device="cpu", page_tokens=PAGE_TOKENS)
         found.stage = "load"
         loaded = load_model(str(folder), device="cpu", dtype="float32", page_tokens=PAGE_TOKENS)
     found.shape = _shape_text(loaded)

@@ -42,6 +42,7 @@ REASONS = {
     "own mask": "asks for attention",
     "no interface": "transformers' attention interface",
     "layers not found": "layers in `.layers`",
+    "layers differ": "layers of one kind differ",
 }
 GOOD = ("equal", "refused")
 

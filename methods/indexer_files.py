@@ -6,21 +6,21 @@ Finding, checking, loading and writing them. A kind (that of lsa, that of dsa) i
 import dataclasses
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from kvscope.errors import EnvironmentProblem, UsageError, did_you_mean, shown
+from kvscope.errors import UsageError, did_you_mean, shown
+from kvscope.files import first_line, make_folder, whole_file
 from kvscope.methods.shape import ModelShape
 from kvscope.paths import user_path
 from kvscope.results.reading import parse_json, read_regular
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 FORMAT = 1
@@ -172,20 +172,11 @@ class IndexerFiles(Generic[ConfigT, ModuleT]):
         """Load an indexer on the CPU, fp32, in eval mode.
 
         Raises:
-            UsageError: files missing, truncated, or of other shapes than the configuration says.
+            UsageError: files missing, truncated, of other shapes than the configuration says, or with values that are
+                not finite.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         indexer = self.check_weights(folder, self.read_config(folder))
-        path = folder / WEIGHTS_FILE
-        try:
-            indexer.load_state_dict(load_file(path), assign=True)
-        except (OSError, SafetensorError) as error:
-            raise cannot_read(path, error) from error
-        damaged = sorted(name for name, value in indexer.state_dict().items() if not bool(value.isfinite().all()))
-        if damaged:
-            raise UsageError(f"Indexer weights '{path}' are not finite ({', '.join(damaged[:3])}); train it again.")
+        indexer.load_state_dict(finite_weights(folder / WEIGHTS_FILE), assign=True)
         return indexer.float().eval()
 
     def save(self, indexer: ModuleT, folder: Path) -> None:
@@ -196,7 +187,7 @@ class IndexerFiles(Generic[ConfigT, ModuleT]):
         """
         from safetensors.torch import save_file
 
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         with whole_file(folder / WEIGHTS_FILE) as temporary:
             save_file({name: value.contiguous() for name, value in indexer.state_dict().items()}, temporary)
         values = dataclasses.asdict(indexer.config)  # type: ignore[call-overload]
@@ -210,27 +201,6 @@ class IndexerFiles(Generic[ConfigT, ModuleT]):
             if misfit(self.read_config(self.shipped_folder / name)) is None:
                 return self.shipped_folder / name
         return None
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Give a place to write a file to, which then appears as ``path``: whole or not at all.
-
-    Raises:
-        EnvironmentProblem: it could not be written, as on a full disk; nothing is left of it.
-    """
-    from safetensors import SafetensorError
-
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise EnvironmentProblem(
-            f"'{path}' could not be written ({first_line(error)}); make room, then run the same command again."
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -269,14 +239,30 @@ def tensor_headers(path: Path) -> dict[str, TensorHeader]:
         raise cannot_read(path, error) from error
 
 
+def finite_weights(path: Path) -> "dict[str, torch.Tensor]":
+    """Return the tensors of an indexer's weights, by name, on the CPU.
+
+    Raises:
+        UsageError: they cannot be read, or one holds NaN or infinity.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        weights: dict[str, torch.Tensor] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise cannot_read(path, error) from error
+    damaged = sorted(name for name, value in weights.items() if not bool(value.isfinite().all()))
+    if damaged:
+        raise UsageError(
+            f"Indexer weights '{path}' are not finite ({', '.join(damaged[:3])}); train the indexer again."
+        )
+    return weights
+
+
 def cannot_read(path: Path, error: Exception) -> UsageError:
     """Return the error of weights that cannot be read."""
     return UsageError(f"Indexer weights '{path}' cannot be read ({first_line(error)}); train the indexer again.")
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, cut to what a sentence holds."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def indexer_hash(folder: Path) -> str:

@@ -8,7 +8,7 @@ from typing import Generic
 import torch
 
 from kvscope.errors import UsageError
-from kvscope.methods.indexer_files import ConfigT, IndexerFiles, ModuleT, indexer_hash
+from kvscope.methods.indexer_files import WEIGHTS_FILE, ConfigT, IndexerFiles, ModuleT, finite_weights, indexer_hash
 from kvscope.methods.shape import ModelShape
 
 
@@ -78,7 +78,8 @@ class IndexerSource(Generic[ConfigT, ModuleT]):
         """Return the configuration of the indexer that chooses on this model.
 
         Raises:
-            UsageError: there is none, it belongs to another model, or its weights are not what its configuration says.
+            UsageError: there is none, it belongs to another model, or its weights are not what its configuration says,
+                or are not finite.
         """
         self._shape = shape
         if self._synthetic:
@@ -90,6 +91,7 @@ class IndexerSource(Generic[ConfigT, ModuleT]):
             raise UsageError(f"Indexer '{folder.name}' cannot be used here: {why}; {self._files.how_to_train}.")
         if folder not in self._checked:
             self._files.check_weights(folder, config)
+            finite_weights(folder / WEIGHTS_FILE)
             self._checked.add(folder)
         return config
 

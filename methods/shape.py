@@ -21,12 +21,13 @@ class ModelShape:
         n_layers: all decoder layers.
         n_q_heads, n_kv_heads, head_dim: heads of one managed layer (the same in each). V is padded with zeros to the
             width of K where it is narrower: a page has one width.
+        v_head_dim: width of V in the model itself; 0 where it is head_dim.
         hidden_size: width of the hidden states.
         element_bytes: bytes of one stored KV element.
         page_tokens: tokens in one page [n_kv_heads, 2, page_tokens, head_dim].
         sliding_layers: indices of the model's own sliding-window layers; they keep their stock cache.
         sliding_window: tokens one query of such a layer sees, itself included; 0 without such layers.
-        sliding_n_kv_heads: KV heads of such a layer; 0 where they are those of the managed layers.
+        sliding_n_q_heads, sliding_n_kv_heads: heads of such a layer; 0 where they are those of the managed layers.
         sliding_kv_width: elements of K and V of one of its heads together; 0 where they are 2 * head_dim.
         unknown_rotation_layers: layers whose position encoding was measured at load and is not a rotation
             that can be undone; a method that re-places keys is unsupported there.
@@ -43,6 +44,8 @@ class ModelShape:
     page_tokens: int = DEFAULT_PAGE_TOKENS
     sliding_layers: tuple[int, ...] = ()
     sliding_window: int = 0
+    v_head_dim: int = 0
+    sliding_n_q_heads: int = 0
     sliding_n_kv_heads: int = 0
     sliding_kv_width: int = 0
     unknown_rotation_layers: tuple[int, ...] = ()
@@ -52,6 +55,11 @@ class ModelShape:
     def layer_bytes_per_token(self) -> int:
         """Bytes of one token's K and V in one layer."""
         return 2 * self.n_kv_heads * self.head_dim * self.element_bytes
+
+    @property
+    def padded_share(self) -> float:
+        """Bytes of a token in a managed layer over those of K and V as wide as the model's own: 1 without padding."""
+        return 2 * self.head_dim / (self.head_dim + (self.v_head_dim or self.head_dim))
 
     @property
     def sliding_is_uniform(self) -> bool:
@@ -105,8 +113,8 @@ class ModelShape:
 
     def stock_attention_flops(self, n_tokens: int) -> int:
         """FLOPs of QK^T and PV of one decode step in the sliding-window layers."""
-        width = self.sliding_kv_width or 2 * self.head_dim
-        return len(self.sliding_layers) * 2 * self.n_q_heads * width * min(n_tokens, self.sliding_window)
+        n_heads, width = self.sliding_n_q_heads or self.n_q_heads, self.sliding_kv_width or 2 * self.head_dim
+        return len(self.sliding_layers) * 2 * n_heads * width * min(n_tokens, self.sliding_window)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from kvscope.errors import UsageError
+from kvscope.files import make_folder, writing
 from kvscope.reports.canvas import Margins, panels, title_band_in
 from kvscope.reports.export import write_figure
 from kvscope.reports.figure_parts import ReportFigure, key_entry, length_axis
@@ -147,8 +148,6 @@ def write_attention_figure(csv: Path, folder: Path) -> list[Path]:
         UsageError: the CSV cannot be used, or the folder cannot be made.
     """
     figure = attention_figure(read_rows(csv))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"The folder {folder} cannot be made: {error.strerror}. Give --out another place.") from error
-    return write_figure(figure, folder)
+    make_folder(folder)
+    with writing(folder):
+        return write_figure(figure, folder)

@@ -210,6 +210,15 @@ class SampleRow(CellRow):
     add up to more than the run took."""
     decode_tokens: Count | None = None
     """Tokens generated."""
+    step_p10_s: Seconds | None = None
+    """10th percentile of the steps that decode_s adds up; null in rows of earlier versions, and when status is not
+    ok."""
+    step_p90_s: Seconds | None = None
+    """90th percentile of the same steps."""
+    load_1min: Load | None = None
+    """The host's load average over the minute before the answer was done, where the system tells it."""
+    cpu_cores: Positive | None = None
+    """Cores that this process may use: a load above them spoils times."""
     step_backend: Text | None = None
     """How the decode steps ran: `cuda graph`, `eager`, or `eager: ` and why they were no graph although one was asked
     for. A captured step keeps spare room in places, which the ledger's bytes count. Null in rows of earlier versions,
@@ -238,6 +247,7 @@ class SampleRow(CellRow):
             self.demand(("output", "score", "stop_reason", "prefill_s", "decode_s", "decode_tokens"), "in an ok row")
             if self.answer_nll is None and self.answer_nll_reason is None:
                 raise ValueError("answer_nll is null, so answer_nll_reason must say why")
+            in_order(self.step_p10_s, self.step_p90_s, None, "step_p10_s <= step_p90_s")
         elif self.score is not None or self.output is not None:
             raise ValueError(f"status is {self.status}, so score and output must be null")
         return self

@@ -1,9 +1,21 @@
-"""Shared test setup: one torch thread a test process, GPU tests skipped with a reason."""
+"""Shared test setup: one torch thread a test process, a cache of the tests' own, GPU tests skipped with a reason."""
 
+import atexit
 import os
+import shutil
+import tempfile
+from pathlib import Path
 
 # Before torch reads it, and for the processes that tests start: two test processes share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Before anything reads it: what is cached (hashes of models' files) is shared by the processes of one run of the tests,
+# and neither taken from the user's cache nor left there. Models of the hub are read where the user has them.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _users_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    os.environ.setdefault("HF_HOME", str(Path(_users_cache, "huggingface")))
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="kvscope-tests-cache-")
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 import pytest
 import torch

@@ -104,6 +104,18 @@ class Backend(Protocol[ShapeT]):
         del shape, device, dtype
         return None
 
+    def try_code(self, model: Any, shape: ShapeT) -> None:
+        """Refuse what the code of a model shows before its weights load.
+
+        Args:
+            model: built without storage. It is not used again but for names and shapes of its tensors.
+            shape: as ``shape`` returned it.
+
+        Raises:
+            KvscopeError: it cannot be run; the message is a clause that ends a sentence.
+        """
+        del model, shape
+
     @abstractmethod
     def prepare(self, model: Any, shape: ShapeT) -> ReadyModel:
         """Switch a built model's attention and find out about it what its config does not say.

@@ -17,16 +17,23 @@ _DTYPES = {
 
 
 def resolve_device(device: str) -> torch.device:
-    """Return the device that ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>`` means here."""
+    """Return the device that ``auto``, ``cpu``, ``cuda`` or ``cuda:<index>`` means here.
+
+    Raises:
+        UsageError: it is none of them, or no GPU here has this index.
+        EnvironmentProblem: there is no GPU.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, index = device.partition(":")
     if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
         raise UsageError(f"Device '{device}' is not one of auto, cpu, cuda, cuda:<index>.")
-    if kind == "cuda" and not torch.cuda.is_available():
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if index and int(index) >= max(n_gpus, 1):
+        there = f"{n_gpus} GPUs, cuda:0 to cuda:{n_gpus - 1}" if n_gpus > 1 else "cuda:0 alone" if n_gpus else "no GPU"
+        raise UsageError(f"There is no device '{device}': torch sees {there}. Give --device another one.")
+    if kind == "cuda" and not n_gpus:
         raise EnvironmentProblem(f"Device '{device}' was asked for, but torch sees no CUDA GPU; use --device cpu.")
-    if index and int(index) >= torch.cuda.device_count():
-        raise EnvironmentProblem(f"Device '{device}' was asked for, but torch sees {torch.cuda.device_count()} GPUs.")
     return torch.device(device)
 
 

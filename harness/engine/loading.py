@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from logging import Handler, LogRecord
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -41,8 +42,43 @@ _REASON_CHARACTERS = 300
 
 
 @contextmanager
+def held_back() -> Iterator[None]:
+    """Hold transformers' warnings back, and drop them where an error ends the block: its sentence says it all.
+
+    transformers prints a table of the tensors that a checkpoint lacks, and what it makes of quantised weights.
+    """
+    from transformers.utils import logging
+
+    handlers = list(logging.get_logger().handlers)
+    held: list[tuple[Handler, LogRecord]] = []
+
+    def holder(handler: Handler) -> Callable[[LogRecord], bool]:
+        def hold(record: LogRecord) -> bool:
+            held.append((handler, record))
+            return False
+
+        return hold
+
+    holders = [(handler, holder(handler)) for handler in handlers]
+    for handler, hold in holders:
+        handler.addFilter(hold)
+    try:
+        yield
+    except BaseException:
+        held.clear()
+        raise
+    finally:
+        for handler, hold in holders:
+            handler.removeFilter(hold)
+        for handler, record in held:
+            handler.handle(record)
+
+
+@contextmanager
 def explained(spec: str, what: str = "") -> Iterator[None]:
     """Turn whatever transformers raises over a model's files into one sentence; the end of memory passes.
+
+    What it warns of on the way is printed where nothing is raised.
 
     Args:
         spec: the model as asked for.
@@ -52,7 +88,8 @@ def explained(spec: str, what: str = "") -> Iterator[None]:
         UsageError: with transformers' first sentence.
     """
     try:
-        yield
+        with held_back():
+            yield
     except KvscopeError:
         raise
     except Exception as error:
@@ -113,48 +150,6 @@ def load_tokenizer(spec: str, where: str, config: Any) -> Any:
         reason = f"it ends every prompt with {last}, so that the model would not go on (add_eos_token?)"
         raise UsageError(_of_part(spec, part, reason))
     return tokenizer
-
-
-def check_quantization(spec: str, config: Any) -> None:
-    """Refuse quantised weights that transformers cannot read here: an unknown kind, or its package is missing.
-
-    Raises:
-        UsageError: with the reason that transformers gives.
-    """
-    from transformers.quantizers.auto import AutoHfQuantizer
-
-    asked = quantization(config)
-    if asked is None:
-        return
-    part = "quantisation"
-    with explained(spec, part):
-        values = asked if isinstance(asked, dict) else asked.to_dict()
-        if not AutoHfQuantizer.supports_quant_method(values):
-            kind = shown(values.get("quant_method"))
-            raise ValueError(f"transformers knows no quant_method {kind}")
-        quantizer = AutoHfQuantizer.from_config(dict(values), pre_quantized=True)
-        quantizer.validate_environment(device_map=None, weights_only=True)
-
-
-def quantization(config: Any) -> Any:
-    """Return what a config says of quantised weights; None where they are plain."""
-    return getattr(config, "quantization_config", None) or getattr(text_config(config), "quantization_config", None)
-
-
-def meta_model(spec: str, config: Any) -> Any:
-    """Return the model without storage: names and shapes of its tensors. None where it is only built with storage.
-
-    Raises:
-        UsageError: transformers cannot build it.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with explained(spec), torch.device("meta"):
-        try:
-            return AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=False)
-        except NotImplementedError:
-            return None
 
 
 def _check_sizes(values: Mapping[str, Any]) -> None:

@@ -10,15 +10,14 @@ from kvscope.errors import KvscopeError, UsageError
 from kvscope.harness.engine.backend import backend_of
 from kvscope.harness.engine.configs import max_length_tokens
 from kvscope.harness.engine.devices import resolve_device, resolve_dtype
-from kvscope.harness.engine.glue import decoder_of, layers_of
 from kvscope.harness.engine.identity import eos_ids
 from kvscope.harness.engine.loaded import LoadedModel
-from kvscope.harness.engine.loading import check_quantization, explained, load_config, load_tokenizer, meta_model
+from kvscope.harness.engine.loading import explained, load_config, load_tokenizer
 from kvscope.harness.engine.names import resolve_model, sampled_revision
 from kvscope.harness.engine.presets import build_preset, is_preset
-from kvscope.harness.engine.weight_files import check_weight_files
 from kvscope.harness.engine.weights import check_weights
-from kvscope.methods.shape import DEFAULT_PAGE_TOKENS, ModelShape
+from kvscope.harness.engine.without_weights import check_layers, model_without_weights
+from kvscope.methods.shape import DEFAULT_PAGE_TOKENS
 
 
 def load_model(
@@ -45,14 +44,13 @@ def load_model(
     # Before the weights: a refusal should not cost a download.
     backend = backend_of(config)
     with explained(spec):
-        backend.shape(config, element_bytes=target_dtype.itemsize, page_tokens=page_tokens)
+        shape = backend.shape(config, element_bytes=target_dtype.itemsize, page_tokens=page_tokens)
     backend.check_dtype(str(target_dtype).removeprefix("torch."))
     if is_preset(spec):
         model, tokenizer = build_preset(spec, device=target, dtype=target_dtype), None
     else:
         tokenizer = load_tokenizer(spec, where, config)
-        check_quantization(spec, config)
-        check_weight_files(spec, where, config, meta_model(spec, config))
+        model_without_weights(spec, where, config, shape, device_type=target.type)
         with explained(spec), _no_progress_bars():
             # Some models refuse sdpa when built (gpt-oss), none refuses eager; the switch comes after.
             model, loading = AutoModelForCausalLM.from_pretrained(
@@ -63,7 +61,7 @@ def load_model(
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are refused below, by name
             )
-        check_weights(name, model, loading)
+            check_weights(name, model, loading)
     return wrap_model(
         model.to(target),
         tokenizer,
@@ -107,20 +105,6 @@ def wrap_model(
         revision=revision,
         eos_ids=eos_ids(getattr(model, "generation_config", None), model.config, tokenizer),
     )
-
-
-def check_layers(model: Any, shape: ModelShape, *, name: str) -> None:
-    """Refuse a decoder whose layers are not where kvscope finds them; the model may be one without storage.
-
-    Raises:
-        UsageError: with both counts.
-    """
-    n_decoder_layers = len(layers_of(decoder_of(model)))
-    if n_decoder_layers != shape.n_layers:
-        raise UsageError(
-            f"Model '{name}' cannot be run: its decoder has {n_decoder_layers} layers in `.layers`, `.h` or "
-            f"`.blocks`, its config {shape.n_layers}."
-        )
 
 
 @contextmanager

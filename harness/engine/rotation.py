@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -141,7 +141,7 @@ def probe_rotations(model: Any, shape: ModelShape) -> dict[int, RopeRotation | U
         UsageError: a layer does not attend once by kvscope's attention, or keeps other K and V than the shape says.
     """
     at_zero, at_five = (_calls(model, position) for position in (0, _PROBE_POSITION))
-    _check_calls(at_zero, shape)
+    _check_calls(dict(enumerate(at_zero)), shape)
     shared: dict[tuple[int, str | None], list[RopeRotation]] = {}
     found: dict[int, RopeRotation | UnknownRotation | None] = {}
     for layer, ([first], [later]) in enumerate(zip(at_zero, at_five, strict=True)):
@@ -154,41 +154,74 @@ def probe_rotations(model: Any, shape: ModelShape) -> dict[int, RopeRotation | U
     return found
 
 
-def _check_calls(layers: list[list[AttentionCall]], shape: ModelShape) -> None:
-    missing = [layer for layer, calls in enumerate(layers) if not calls]
+@torch.inference_mode()
+def try_attention(model: Any, shape: ModelShape) -> None:
+    """Send one token through a model without storage and look at how its layers attend.
+
+    Code that reads values (a router of experts, a rotation that grows) does not run without them: what it would show is
+    found when the weights have loaded.
+
+    Raises:
+        KvscopeError: a layer does not attend once by kvscope's attention, asks it for what it does not do, or keeps
+            other K and V than the shape says.
+    """
+    model.eval()
+    probes = _probes(model, 0)
+    try:
+        _one_token(model, probes)
+    except KvscopeError:
+        raise
+    except Exception:  # noqa: BLE001 - as said above: the layers that ran are looked at
+        probes = [probe for probe in probes if probe.calls]
+    _check_calls({probe.index: probe.calls for probe in probes}, shape)
+
+
+def _check_calls(layers: Mapping[int, list[AttentionCall]], shape: ModelShape) -> None:
+    missing = [layer for layer, calls in layers.items() if not calls]
     if missing:
         raise UsageError(f"its layers {missing} do not use transformers' attention interface.")
-    twice = [layer for layer, calls in enumerate(layers) if len(calls) > 1]
+    twice = [layer for layer, calls in layers.items() if len(calls) > 1]
     if twice:
         raise UsageError(f"its layers {twice} attend more than once, so that their K and V are not all they read.")
-    for layer, [call] in enumerate(layers):
-        n_heads, k_width, v_width = call.key.shape[1], call.key.shape[-1], call.value.shape[-1]
+    for layer, [call] in layers.items():
+        n_queries, n_heads = call.query.shape[1], call.key.shape[1]
+        k_width, v_width = call.key.shape[-1], call.value.shape[-1]
         if layer in shape.layers:
-            found, expected = (n_heads, max(k_width, v_width)), (shape.n_kv_heads, shape.head_dim)
+            found = (n_queries, n_heads, k_width, v_width)
+            expected = (shape.n_q_heads, shape.n_kv_heads, shape.head_dim, shape.v_head_dim or shape.head_dim)
         else:
-            found = (n_heads, k_width + v_width)
-            own_width = shape.sliding_kv_width or 2 * shape.head_dim
-            expected = (shape.sliding_n_kv_heads or shape.n_kv_heads, own_width)
+            found = (n_queries, n_heads, k_width + v_width, 0)
+            own_heads = (shape.sliding_n_q_heads or shape.n_q_heads, shape.sliding_n_kv_heads or shape.n_kv_heads)
+            expected = (*own_heads, shape.sliding_kv_width or 2 * shape.head_dim, 0)
         if found != expected or v_width > k_width:
             raise UsageError(
-                f"its layer {layer} keeps {n_heads} KV heads, K {k_width} and V {v_width} wide, and its config says "
-                f"otherwise, so bytes would be wrong."
+                f"its layer {layer} has {n_queries} query heads and keeps {n_heads} KV heads, K {k_width} and V "
+                f"{v_width} wide, and its config says otherwise, so bytes would be wrong."
             )
 
 
 def _calls(model: Any, position: int) -> list[list[AttentionCall]]:
-    decoder = decoder_of(model)
-    probes = [_ProbeLayer(index, position) for index in range(len(layers_of(decoder)))]
-    device = next(model.parameters()).device
-    token, at = (torch.tensor([[value]], device=device) for value in (1, position))
+    probes = _probes(model, position)
     try:
-        with _random_embedding(model):
-            decoder(input_ids=token, position_ids=at, use_cache=True, **{cache_argument(decoder): EngineCache(probes)})
+        _one_token(model, probes)
     except KvscopeError:
         raise
     except Exception as error:
         raise UsageError(f"its forward of one token fails ({type(error).__name__}: {error}).") from error
     return [probe.calls for probe in probes]
+
+
+def _probes(model: Any, position: int) -> list[_ProbeLayer]:
+    return [_ProbeLayer(index, position) for index in range(len(layers_of(decoder_of(model))))]
+
+
+def _one_token(model: Any, probes: list[_ProbeLayer]) -> None:
+    """Send one token through the model, at the position of the probes, which record the calls of their layers."""
+    decoder = decoder_of(model)
+    device = next(model.parameters()).device
+    token, at = (torch.tensor([[value]], device=device) for value in (1, probes[0].recorded_tokens))
+    with _random_embedding(model):
+        decoder(input_ids=token, position_ids=at, use_cache=True, **{cache_argument(decoder): EngineCache(probes)})
 
 
 @contextmanager

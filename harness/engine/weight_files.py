@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from kvscope.errors import UsageError
-from kvscope.harness.engine.loading import explained, quantization
+from kvscope.harness.engine.loading import explained
 from kvscope.harness.engine.names import cannot_load
+from kvscope.harness.engine.quantised import quantization
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kvscope.files import make_folder, whole_file
+
 CSV_FILE, MARKDOWN_FILE, JSON_FILE = "recall.csv", "recall.md", "recall.json"
 
 
@@ -24,12 +26,19 @@ def write_tables(
         rows: with the keys ``columns``.
         about: what was measured on what, by name.
         summary: takes rows and ``tablefmt``.
+
+    Raises:
+        UsageError: the folder cannot be made.
+        EnvironmentProblem: the disk is full; a table is written whole or not at all.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / CSV_FILE).open("w", newline="", encoding="utf-8") as file:
+    make_folder(folder)
+    with whole_file(folder / CSV_FILE) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-    (folder / JSON_FILE).write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    with whole_file(folder / JSON_FILE) as temporary:
+        temporary.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     lines = [f"# {title}", "", *(f"- {key}: {value}" for key, value in about.items()), ""]
-    (folder / MARKDOWN_FILE).write_text("\n".join([*lines, summary(rows, tablefmt="github"), ""]), encoding="utf-8")
+    lines += [summary(rows, tablefmt="github"), ""]
+    with whole_file(folder / MARKDOWN_FILE) as temporary:
+        temporary.write_text("\n".join(lines), encoding="utf-8")

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from kvscope.errors import UsageError
+from kvscope.files import TextFile, make_folder
 from kvscope.harness.indexers.collection.places import Place
 from kvscope.harness.indexers.collection.reading import Collection
 
@@ -172,13 +173,17 @@ def _run_epoch(
 
 @contextmanager
 def training_log(folder: Path) -> Iterator[Callable[..., None]]:
-    """Open the log of a training in a folder, which is made; what is yielded writes one line of fields at once."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOG_FILE).open("w", encoding="utf-8") as log:
+    """Open the log of a training in a folder, which is made; what is yielded writes one line of fields at once.
+
+    Raises:
+        UsageError: the folder cannot be made, or the log not be opened.
+        EnvironmentProblem: a line did not fit on the disk.
+    """
+    make_folder(folder)
+    with TextFile(folder / LOG_FILE) as log:
 
         def say(**fields: Any) -> None:
             log.write(json.dumps(fields) + "\n")
-            log.flush()
 
         yield say
 

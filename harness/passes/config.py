@@ -6,6 +6,7 @@ a wrong type is the same sentence wherever it came from. No torch here: bad inpu
 
 import re
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_type_hints
@@ -36,11 +37,17 @@ _UNSCORED = {
 #: Tokens of a prefill chunk unless told; the accuracy pass takes more where that pays (``chunks``).
 CHUNK_TOKENS = 2048
 
+_source: ContextVar[str] = ContextVar("source", default="RunConfig")
+"""Where the values being read came from, as an error names it."""
+
 
 class RunConfig(BaseModel):
     """Everything that decides what ``kvscope run`` measures, plus where it goes (``out``).
 
     Lengths are whole prompts: prompt tokens + new tokens = length.
+
+    Raises:
+        UsageError: an unknown key, or a value of the wrong type or range.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -151,6 +158,17 @@ class RunConfig(BaseModel):
     )
     out: str | None = Field(default=None, description="folder of the run")
 
+    def __init__(self, **values: Any) -> None:
+        """Read and check values, wherever they come from: ``make_config`` says where that is."""
+        source = _source.get()
+        for key in values:
+            if key not in type(self).model_fields:
+                raise UsageError(f"Unknown key {shown(key)} in {source}.{did_you_mean(str(key), config_keys())}")
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise UsageError(_sentence(error, source=source)) from None
+
     @field_validator("*", mode="before")
     @classmethod
     def _by_type(cls, value: object, info: ValidationInfo) -> object:
@@ -203,10 +221,10 @@ class RunConfig(BaseModel):
         for key, what in (("methods", "method"), ("tasks", "task"), ("lengths_tokens", "length")):
             if not getattr(self, key) and not (key == "tasks" and self.unscored):
                 raise UsageError(f"{key}: at least one {what} is needed.")
-        if self.prefill_chunk_tokens is not None and self.prefill_chunk_tokens % self.page_tokens:
+        chunk_tokens = CHUNK_TOKENS if self.prefill_chunk_tokens is None else self.prefill_chunk_tokens
+        if chunk_tokens % self.page_tokens:
             raise UsageError(
-                f"prefill_chunk_tokens is {self.prefill_chunk_tokens}, expected a multiple of page_tokens "
-                f"({self.page_tokens})."
+                f"prefill_chunk_tokens is {chunk_tokens}, expected a multiple of page_tokens ({self.page_tokens})."
             )
         if self.find_max and self.throughput:
             raise UsageError("find_max and throughput are two runs: ask for one of them.")
@@ -287,13 +305,14 @@ def make_config(values: Mapping[str, Any], *, source: str = "the configuration")
             f"{source[0].upper()}{source[1:]} is {shown(values)}, expected a mapping of keys such as "
             '{"methods": ["dense"], "samples": 5}, or a RunConfig.'
         )
-    for key in values:
-        if key not in RunConfig.model_fields:
-            raise UsageError(f"Unknown key {shown(key)} in {source}.{did_you_mean(str(key), config_keys())}")
+    odd = next((key for key in values if not isinstance(key, str)), None)
+    if odd is not None:
+        raise UsageError(f"Unknown key {shown(odd)} in {source}.{did_you_mean(str(odd), config_keys())}")
+    said = _source.set(source)
     try:
-        return RunConfig.model_validate(dict(values))
-    except ValidationError as error:
-        raise UsageError(_sentence(error, source=source)) from None
+        return RunConfig(**values)
+    finally:
+        _source.reset(said)
 
 
 def load_config(

@@ -65,10 +65,9 @@ def describe_model(
     """
     from kvscope.harness.engine.configs import max_length_tokens, text_config
     from kvscope.harness.engine.devices import resolve_device, resolve_dtype
-    from kvscope.harness.engine.loading import check_quantization, explained, load_config, load_tokenizer, meta_model
-    from kvscope.harness.engine.models import check_layers
+    from kvscope.harness.engine.loading import explained, load_config, load_tokenizer
     from kvscope.harness.engine.names import resolve_model, sampled_revision
-    from kvscope.harness.engine.weight_files import check_weight_files
+    from kvscope.harness.engine.without_weights import model_without_weights
 
     where, name = resolve_model(spec)
     config = load_config(spec)
@@ -82,11 +81,7 @@ def describe_model(
     backend.check_dtype(dtype_name)
     text = text_config(config)
     tokenizer = load_tokenizer(spec, where, config)
-    check_quantization(spec, config)
-    model = meta_model(spec, config)
-    if model is not None:
-        check_layers(model, shape, name=spec)
-    check_weight_files(spec, where, config, model)
+    model = model_without_weights(spec, where, config, shape, device_type=target.type)
     revision = sampled_revision(where, config)
     return ModelFacts(
         spec=spec,

@@ -31,6 +31,7 @@ class Job(BaseModel, Generic[RowT]):
         decode_graph: whether steps are replays of a CUDA graph. The warm-up captures one too, whose memory is then part
             of the baseline.
         gpu_budget_bytes: most device bytes the process may take; None for the whole card.
+        sweep_pid: how NVML lists the sweep that waits for the row, which is no other process that disturbs the times.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -55,6 +56,7 @@ class Job(BaseModel, Generic[RowT]):
     paper_settings: bool
     decode_graph: DecodeGraph = "auto"
     gpu_budget_bytes: int | None = None
+    sweep_pid: int | None = None
 
     @property
     def length_tokens(self) -> int:

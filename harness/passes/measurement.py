@@ -111,7 +111,7 @@ class Measurement(ABC, Generic[RowT]):
             self.columns["allocator"] = allocator_settings()
         self._torch = TorchMemory(device)
         self.columns["context_nvml_bytes"] = self.quiet_bytes()
-        others = self._nvml.others() if self._nvml else None
+        others = self._nvml.others(self.job.sweep_pid) if self._nvml else None
         if others is not None:
             self.columns["other_processes"], self.columns["other_processes_nvml_bytes"] = others
         self.budget.apply(device, outside_bytes=self.columns["context_nvml_bytes"])

@@ -52,7 +52,7 @@ class NvmlProcessMemory:
             pynvml.nvmlInit()
             self._handle = nvml_handle(pynvml, device_index)
             self._nvml = pynvml
-            self._before = set(self._processes() or ())
+            self._before = set(self.processes() or ())
         except pynvml.NVMLError as error:
             self.reason = f"NVML is not available: {error}"
 
@@ -60,7 +60,7 @@ class NvmlProcessMemory:
         """Find this process in NVML's list; call it once, right after the CUDA context was created."""
         if self.reason is not None:
             return
-        processes = self._processes()
+        processes = self.processes()
         if processes is None:
             return
         appeared = sorted(set(processes) - self._before)
@@ -82,31 +82,36 @@ class NvmlProcessMemory:
         """Return the bytes used now, or None when there is no reading (``reason`` says why)."""
         if self.reason is not None or self._pid is None:
             return None
-        processes = self._processes()
+        processes = self.processes()
         return None if processes is None else processes.get(self._pid)
 
-    def others(self) -> tuple[int, int | None] | None:
+    def others(self, sweep_pid: int | None = None) -> tuple[int, int | None] | None:
         """Return (other processes on the GPU, bytes they hold or None where the driver does not tell).
 
-        The sweep that started this process is none of them: it waits. In a container it cannot be told from strangers,
-        and counts. None when NVML could not be asked, or does not say which process is this one.
+        The sweep that started this process is none of them: it waits. None when NVML could not be asked, or does not
+        say which process is this one.
+
+        Args:
+            sweep_pid: how NVML lists the sweep; None where it holds no context, or does not know itself how.
         """
         if self._nvml is None or self._pid is None:
             return None
-        own = {self._pid, os.getppid()} if in_host_pid_namespace() else {self._pid}
-        processes = self._processes()
+        own = {self._pid, os.getppid() if in_host_pid_namespace() else sweep_pid}
+        processes = self.processes()
         if processes is None or self._pid not in processes:
             return None
         used = [used_bytes for pid, used_bytes in processes.items() if pid not in own]
         known = [used_bytes for used_bytes in used if used_bytes is not None]
         return len(used), sum(known) if len(known) == len(used) else None
 
-    def _processes(self) -> dict[int, int | None] | None:
+    def processes(self) -> dict[int, int | None] | None:
         """Return process id -> bytes, None where the driver does not tell; None where it lists none (``reason``).
 
         A GPU cut into instances (MIG) lists a process once an instance: its bytes are their sum.
         """
         found: dict[int, int | None] = {}
+        if self._nvml is None and self.reason is not None:
+            return None
         try:
             listed = self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
         except self._nvml.NVMLError as error:

@@ -15,6 +15,7 @@ from kvscope.harness.passes.process import PHASES, run_worker
 from kvscope.harness.passes.progress import Progress
 from kvscope.harness.passes.prompt import Ids
 from kvscope.harness.passes.row_columns import cell_columns
+from kvscope.harness.passes.sweep_process import sweep_process_id
 from kvscope.methods.registry import is_own
 from kvscope.plugins import search_path
 from kvscope.results.row_table import RowTable
@@ -119,6 +120,7 @@ def run_job(plan: Plan, job: Job[RowT], unsupported: str | None, progress: Progr
     if unsupported is not None:
         row = job.failed(status="unsupported", reason=unsupported, phase=None)
     else:
+        job = job.model_copy(update={"sweep_pid": sweep_process_id(plan.facts.device)})
         row = run_worker(job, timeout_s=plan.config.footprint_timeout_s, on_phase=progress.part)
     progress.end_step(work_tokens=process_work_tokens(job.length_tokens))
     return row

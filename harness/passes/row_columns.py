@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from kvscope.errors import DeviceBudgetExceeded
 from kvscope.harness.engine.oom import is_oom, is_torch_oom
 from kvscope.harness.passes.environment import package_version
+from kvscope.harness.passes.timing import host_load, spread_s
 from kvscope.results.schema import OomOf, ResidencyRecord, SampleRow, SelfCheckState
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ def sample_row(
         logit_noise: how far logits were measured to differ between batch sizes; None where that was not measured.
     """
     gap = result.least_logit_gap
+    step_p10_s, step_p90_s = spread_s(result.step_s)
     return SampleRow(
         **cell,
         **prompt_columns(sample),
@@ -142,6 +144,9 @@ def sample_row(
         prefill_s=prefill_s,
         decode_s=result.decode_s,
         decode_tokens=len(result.ids),
+        step_p10_s=step_p10_s,
+        step_p90_s=step_p90_s,
+        **host_load(),
         step_backend=step_backend,
         batch=result.batch,
         least_logit_gap=gap,

@@ -9,7 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from kvscope.errors import UsageError
+from kvscope.files import whole_file
 from kvscope.harness.passes.options import lengths_of
+from kvscope.paths import check_out_file
 from kvscope.terminal import say, tell
 
 app = typer.Typer(
@@ -32,7 +34,8 @@ def print_row(row: dict[str, Any]) -> None:
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write rows as JSON."""
-    path.write_text(dumps(rows, indent=1) + "\n", encoding="utf-8")
+    with whole_file(path) as temporary:
+        temporary.write_text(dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 @app.command(short_help="Train the reference model, phase after phase.")
@@ -102,6 +105,7 @@ def evaluate(
 ) -> None:
     """Score a checkpoint through the text interface, without kvscope's own engine, and write the rows as JSON."""
     lengths_tokens = lengths_of(length or ["1k", "4k", "16k", "32k"])
+    check_out_file(out)
     from kvscope.harness.reference_model.evaluate import NIAH, load_checkpoint
     from kvscope.harness.reference_model.evaluate import evaluate as run_evaluate
 
@@ -130,6 +134,7 @@ def controls(
 ) -> int:
     """Answer evaluation's prompts without the haystack, then with the evidence alone. Exit 1 when a control fails."""
     lengths_tokens = lengths_of(length or ["4k", "16k"])
+    check_out_file(out)
     from kvscope.harness.passes.pooling import excluded_types
     from kvscope.harness.reference_model.controls import run_controls
     from kvscope.harness.reference_model.evaluate import load_checkpoint
@@ -157,7 +162,8 @@ def exclude_types(
     if not (model / "config.json").is_file():
         raise UsageError(f"{model} is no model folder: it has no config.json.")
     made = exclusion_list(read_rows(rows))
-    (model / EXCLUDED_FILE).write_text(made.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    with whole_file(model / EXCLUDED_FILE) as temporary:
+        temporary.write_text(made.model_dump_json(indent=1) + "\n", encoding="utf-8")
     for each in made.excluded:
         say(each.sentence)
     say(f"{len(made.excluded)} question types excluded; {model / EXCLUDED_FILE}")

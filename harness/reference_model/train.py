@@ -18,6 +18,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from kvscope.files import make_folder
 from kvscope.harness.reference_model.architecture import build_model, reference_config
 from kvscope.harness.reference_model.curriculum import Phase
 from kvscope.harness.reference_model.data import PhaseData, batches
@@ -78,7 +79,7 @@ def train(
         after_phase: called with model and tokenizer; what it returns is logged.
     """
     began = time.perf_counter()
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     team = Replicas(replicas)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")

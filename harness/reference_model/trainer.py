@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from kvscope.files import TextFile, whole_file, writing
 from kvscope.harness.reference_model.curriculum import Phase
 from kvscope.harness.reference_model.data import Batch
 from kvscope.harness.reference_model.muon import Muon
@@ -97,7 +98,7 @@ class Trainer:
                 layer.compile(dynamic=False)
         self.step = self.start_step = 0
         self.history: list[dict[str, Any]] = []
-        self._log_file = (out / "train_log.jsonl").open("a", encoding="utf-8") if self.replicas.leads else None
+        self._log_file = TextFile(out / "train_log.jsonl", append=True) if self.replicas.leads else None
 
     def log(self, **fields: Any) -> None:
         """Write one line to the log file and to standard output (the first process only)."""
@@ -105,7 +106,6 @@ class Trainer:
             return
         line = json.dumps(fields)
         self._log_file.write(line + "\n")
-        self._log_file.flush()
         say(line)
 
     def _last_hidden(self, ids_BT: torch.Tensor) -> torch.Tensor:
@@ -260,7 +260,9 @@ class Trainer:
         if not self.replicas.leads:
             return
         shell = self._stock_copy(torch.bfloat16, "sdpa")
-        shell.save_pretrained(self.out, max_shard_size=SHARD_BYTES)
-        write_tokenizer(tokenizer, self.out)
+        with writing(self.out):
+            shell.save_pretrained(self.out, max_shard_size=SHARD_BYTES)
+            write_tokenizer(tokenizer, self.out)
         state |= {"step": self.step, "phases": self.history}
-        (self.out / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+        with whole_file(self.out / STATE_FILE) as temporary:
+            temporary.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")

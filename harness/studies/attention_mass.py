@@ -23,12 +23,14 @@ from typing import Any
 import torch
 
 from kvscope.errors import UsageError
+from kvscope.files import TextFile
 from kvscope.harness.engine.backend import require_token_attention
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.models import load_model
 from kvscope.harness.engine.prefill import prefill
 from kvscope.harness.engine.presets import refuse_preset
 from kvscope.harness.engine.session import Session
+from kvscope.harness.studies.feeding import feed, told_of
 from kvscope.methods.base import AttentionCall, SequenceCache
 from kvscope.methods.dense.method import Dense
 from kvscope.methods.lsa.labels import token_logits
@@ -78,6 +80,7 @@ def evidence_attention(loaded: LoadedModel, sample: Sample) -> list[dict[str, An
 
     Raises:
         UsageError: a sample without evidence, or one longer than the model takes.
+        NotFinite: the model's numbers are NaN or infinite somewhere.
     """
     if not sample.evidence_spans:
         raise UsageError(
@@ -89,17 +92,16 @@ def evidence_attention(loaded: LoadedModel, sample: Sample) -> list[dict[str, An
     assert max(evidence) < split, "evidence stands before the question"
     answer = answer_positions(loaded, sample)
     lead = _lead_ids(loaded, sample)
-    prompt = prefill(loaded, sample.ids[:split], seed=sample.seed)
     groups = {
         "evidence": torch.tensor(evidence, device=loaded.device),
         "answer": torch.tensor(answer, device=loaded.device, dtype=torch.long),
     }
     fed = [*sample.ids[split:], *lead]
-    with Session(loaded) as session:
+    with told_of(sample), Session(loaded) as session:
+        prompt = prefill(loaded, sample.ids[:split], seed=sample.seed)
         watched = session.add(_WatchedDense(groups), prompt, reserve_tokens=len(fed)).cache
         assert isinstance(watched, _WatchedSequence)
-        for token in fed:
-            session.step([token])
+        feed(session, fed)
         masses, peaks = watched.masses, watched.peaks
     head_columns = {
         "model": loaded.name,
@@ -249,12 +251,11 @@ def measure_to_csv(
     require_token_attention(loaded.backend, model=loaded.name, what="attention on the evidence")
     if max(lengths_tokens) > loaded.max_length_tokens:
         raise UsageError(f"Model '{loaded.name}' takes {loaded.max_length_tokens} tokens, not {max(lengths_tokens)}.")
-    with out.open("w", encoding="utf-8", newline="") as file:
+    with TextFile(out) as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         for rows in measured(loaded, tasks=tasks, lengths_tokens=lengths_tokens, samples=samples, seed=seed):
             writer.writerows(rows)
-            file.flush()  # a long run keeps what it has measured
             best = max(rows, key=lambda row: float(row["evidence_peak"]))
             note(
                 f"{best['task']} {best['length_tokens']} tokens, sample {best['sample']}: at most "

@@ -28,6 +28,7 @@ import torch
 from tabulate import tabulate
 
 from kvscope.errors import UsageError
+from kvscope.files import TextFile
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.models import load_model
 from kvscope.harness.engine.prefill import prefill
@@ -35,6 +36,7 @@ from kvscope.harness.engine.session import Session
 from kvscope.harness.indexers.collection.make_document import answer_ids
 from kvscope.harness.passes.config import sweep_methods
 from kvscope.harness.studies.attention_mass import answer_positions
+from kvscope.harness.studies.feeding import feed, told_of
 from kvscope.methods.base import AttentionCall, SequenceCache, union_collectors
 from kvscope.methods.block_query import Query, Scored
 from kvscope.methods.block_sparse import BlockSparse
@@ -175,6 +177,11 @@ class _WatchedSequence(ResidentSequence):
             shadow.attend(layer, call, mass_QA, self._answer, step)
         return out
 
+    def scored(self) -> torch.Tensor | None:
+        scored = [shadow.sequence.scored() for shadow in self._shadows if shadow.sequence is not None]
+        totals = [total for total in scored if total is not None]
+        return torch.stack(totals).sum() if totals else None
+
     def close(self) -> None:
         for shadow in self._shadows:
             if shadow.sequence is not None:
@@ -192,6 +199,7 @@ def needle_ranks(loaded: LoadedModel, methods: Sequence[BlockSparse[Any]], sampl
 
     Raises:
         UsageError: a method cannot run on the model, or the answer does not stand in the prompt word for word.
+        NotFinite: the model's numbers or a method's scores are NaN or infinite somewhere.
     """
     for method in methods:
         reasons = method.unsupported(loaded.shape, loaded.device)
@@ -206,12 +214,11 @@ def needle_ranks(loaded: LoadedModel, methods: Sequence[BlockSparse[Any]], sampl
     shadows = [Shadow(method) for method in methods]
     watched = _WatchedDense(shadows, torch.tensor(positions, device=loaded.device))
     collectors = union_collectors(methods, loaded.shape.layers)
-    prompt = prefill(loaded, sample.ids[:-1], collectors=collectors, seed=sample.seed)
     fed = [sample.ids[-1], *answer_ids(loaded, sample)]
-    with Session(loaded) as session:
+    with told_of(sample), Session(loaded) as session:
+        prompt = prefill(loaded, sample.ids[:-1], collectors=collectors, seed=sample.seed)
         session.add(watched, prompt, reserve_tokens=len(fed))
-        for token in fed:
-            session.step([token])
+        feed(session, fed)
     rows = []
     for shadow in shadows:
         effective = shadow.method.effective_config(prompt.n_tokens, loaded.shape)
@@ -295,14 +302,13 @@ def measure_to_csv(
     block_methods(methods, sweeps)
     loaded = load_model(model, device=device, dtype=dtype)
     rows: list[dict[str, Any]] = []
-    with out.open("w", encoding="utf-8", newline="") as file:
+    with TextFile(out) as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         for length, task, index in product(lengths_tokens, made, range(samples)):
             sample = task.build(loaded.tokenizer, length_tokens=length, sample=index, seed=seed)
             found = needle_ranks(loaded, block_methods(methods, sweeps), sample)
             writer.writerows(found)
-            file.flush()  # a long run keeps what it has measured
             rows += found
             note(f"{task.name} {format_length(length)} {index}")
     return rows

@@ -7,6 +7,7 @@ import typer
 
 from kvscope.errors import UsageError
 from kvscope.harness.passes.options import Device, Dtype, lengths_of
+from kvscope.paths import check_out_file
 from kvscope.terminal import say, tell
 
 app = typer.Typer(
@@ -26,13 +27,14 @@ Out = Annotated[Path, typer.Option("--out", "-o", metavar="CSV", help="File to w
 
 
 def refuse_existing(path: Path) -> None:
-    """Refuse to write over a file.
+    """Refuse to write over a file, or where none can be written.
 
     Raises:
-        UsageError: it is there.
+        UsageError: it is there, or its place cannot be written.
     """
     if path.exists():
         raise UsageError(f"{path} exists already: remove it, or name another file with --out.")
+    check_out_file(path)
 
 
 @app.command("attention-mass", short_help="How much attention reaches the evidence, by layer and head.")

@@ -24,7 +24,7 @@ import torch
 
 from kvscope.errors import UsageError
 from kvscope.methods.fp8_keys import dequantize, quantize
-from kvscope.methods.indexer_files import tensor_headers
+from kvscope.methods.indexer_files import finite_weights, tensor_headers
 from kvscope.methods.lsa.selection import Rule, Selector
 from kvscope.paths import user_path
 
@@ -277,21 +277,15 @@ def load_compressed_indexer(path: str | Path) -> CompressedIndexer:
     indexers call the like: ``wq_a``, ``q_norm``, ``wq_b``, ``weights_proj``.
 
     Raises:
-        UsageError: no such file, not safetensors, a matrix missing or there twice, or shapes that do not fit together.
+        UsageError: no such file, not safetensors, a matrix missing or there twice, shapes that do not fit together, or
+            values that are not finite.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     found: dict[int, dict[str, torch.Tensor]] = {}
     for file in _weight_files(path):
         for name, header in tensor_headers(file).items():
             if not header.is_float:
                 raise UsageError(f"'{file}': '{name}' has type {header.dtype}, expected floating-point numbers.")
-        try:
-            tensors = load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise UsageError(f"Indexer weights '{file}' cannot be read ({error}); give a safetensors file.") from error
-        for name, tensor in tensors.items():
+        for name, tensor in finite_weights(file).items():
             match = re.fullmatch(r"(?:.+\.)?layers\.(\d+)\.(?:.+\.)?(\w+)\.weight", name)
             matrix = _SPELLINGS.get(match[2], match[2]) if match else None
             if match is None or matrix not in MATRICES:

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from kvscope.errors import UsageError, shown
 
@@ -42,10 +43,13 @@ def user_path(given: object, *, what: str = "path") -> Path:
 
 
 def check_out(folder: Path) -> None:
-    """Check that a folder is there or could be made, without making it.
+    """Check that a folder is there or could be made, and can be written, without making it.
+
+    A file without a name is made and gone at once: what one may write is not told by permissions alone (/proc, a disk
+    that is mounted to be read).
 
     Raises:
-        UsageError: it, or what it should lie in, is no folder.
+        UsageError: it, or what it should lie in, is no folder or cannot be written.
     """
     try:
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -53,9 +57,28 @@ def check_out(folder: Path) -> None:
     except OSError as error:
         raise UsageError(f"Folder {shown(str(folder))} cannot be made: {error.strerror}.") from None
     if is_folder:
-        return
+        try:
+            with TemporaryFile(dir=there):
+                return
+        except OSError as error:
+            raise UsageError(
+                f"Folder {shown(str(folder))} cannot be written: {error.strerror}. Give --out a place you can write."
+            ) from None
     if there == folder:
         raise UsageError(f"{shown(str(folder))} is a file, not a folder. Give --out another one.")
     raise UsageError(
         f"Folder {shown(str(folder))} cannot be made: {shown(str(there))} is a file. Give --out another one."
     )
+
+
+def check_out_file(path: Path) -> None:
+    """Check that a file could be written, without writing it.
+
+    Raises:
+        UsageError: it is a folder, or the folder that it should lie in is none or cannot be written.
+    """
+    if path.is_dir():
+        raise UsageError(f"{shown(str(path))} is a folder, not a file. Give --out another name.")
+    if not path.parent.exists():
+        raise UsageError(f"{shown(str(path))} cannot be written: there is no folder {shown(str(path.parent))}.")
+    check_out(path.parent)

@@ -137,7 +137,7 @@ def test_no_folder(refuse: Refuse, tiny: list[str]) -> None:
 
 def test_an_unwritable_folder(refuse: Refuse, tiny: list[str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert "cannot be made" in refuse(*tiny, "--out", "/proc/kvscope/run")
+    assert "cannot be written" in refuse(*tiny, "--out", "/proc/kvscope/run")
     assert "is a file, not a folder" in refuse(*tiny, "--out", str(tmp_path / "file"))
 
 

@@ -30,7 +30,8 @@ OPTIONS = [
     ("--samples", str(10**23)), ("--samples", "2000000"), ("--samples", "1.5"), ("--samples", "1" * 5000),
     ("--seed", "-1"), ("--seed", str(2**63)), ("--seed", "0x10"), ("-l", DIGITS), ("-l", "0"), ("-l", "-5"),
     ("-l", "1e3"), ("-l", ""), ("--device", "cuda:-1"), ("--device", f"cuda:{DIGITS}"), ("--device", "tpu"),
-    ("--device", ""), ("--dtype", "float8"), ("--kv", "none"), ("--max-new-tokens", "0"), ("--method-from", ""),
+    ("--device", "cuda:99"), ("--device", ""), ("--dtype", "float8"), ("--kv", "none"), ("--max-new-tokens", "0"),
+    ("--method-from", ""),
     ("--sweep", "dense"), ("--sweep", "random.seed=2001-13-45"), ("--sweep", "dense.a=[[["), ("--sweep", ".=,"),
     ("--footprint-length", "x"), ("--batch", "0"), ("--batch", "x"), ("--batch", "1.5"), ("--batch", "1000000"),
 ]  # fmt: skip
@@ -66,7 +67,18 @@ FILES = [
     "{here}/folder", "{here}/fifo", "{here}/binary.yaml", "{here}/huge.yaml", "{here}/list.yaml", "{here}/tag.yaml",
     "{here}/tabs.yaml", "{here}/loop", "~nobodyx/x.yaml", "x" * 300, "/dev/zero", "a\0b", "{here}/nothing.yaml",
 ]  # fmt: skip
-OUTS = ["{here}/file/x/y", "{here}/file", "a\0b", "{here}/" + "o" * 300, "~nobodyx/x", "{here}/fifo", "", "\udc80"]
+OUTS = [
+    "{here}/file/x/y",
+    "{here}/file",
+    "a\0b",
+    "{here}/" + "o" * 300,
+    "~nobodyx/x",
+    "{here}/fifo",
+    "",
+    "\udc80",
+    "/proc/x",
+    "/sys/x/y",
+]
 
 CASES: list[list[str]] = [
     *(["--model", model] for model in MODELS),
@@ -176,6 +188,23 @@ def test_run_from_python_refuses_it_in_a_sentence(
         kvscope.run(config, out=out, progress=False)
     assert words in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"samples": "x"}, "samples in RunConfig is 'x', expected a whole number"),
+        ({"sample": 5}, "Unknown key 'sample' in RunConfig. Did you mean 'samples'?"),
+        ({"methods": 5}, "methods in RunConfig is 5"),
+        ({"device": "tpu"}, "device: 'tpu' is not a device"),
+        ({"tasks": ["a", "a"]}, "'a' is given twice"),
+    ],
+)
+def test_a_configuration_made_in_python_is_refused_in_a_sentence(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        kvscope.RunConfig(**values)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("folder", [5, None, b"x", [], "", "a\0b", "x" * 300, "~nobodyx/run", "/dev/null"])

@@ -9,6 +9,7 @@ from kvscope.errors import EnvironmentProblem, KvscopeError, UsageError
 from kvscope.harness.engine import names
 from kvscope.harness.engine.backend import backend_of
 from kvscope.harness.engine.configs import max_length_tokens
+from kvscope.harness.engine.devices import resolve_device
 from kvscope.harness.engine.glue import kvscope_attention
 from kvscope.harness.engine.loading import load_config
 from kvscope.harness.engine.models import load_model, wrap_model
@@ -84,6 +85,8 @@ def test_a_hub_id_that_does_not_load_is_explained(monkeypatch):
     ("device", "error", "text"),
     [
         ("cuda", EnvironmentProblem, "no CUDA GPU"),
+        ("cuda:0", EnvironmentProblem, "no CUDA GPU"),
+        ("cuda:99", UsageError, "There is no device 'cuda:99': torch sees no GPU"),
         ("gpu", UsageError, "not one of"),
         ("cpu:1", UsageError, "not one of"),
     ],
@@ -92,6 +95,15 @@ def test_devices_are_checked(tmp_path, monkeypatch, device, error, text):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(error, match=text):
         load_model(str(save_tiny(tmp_path / "tiny")), device=device)
+
+
+@pytest.mark.parametrize(("n_gpus", "there"), [(1, "cuda:0 alone"), (2, "2 GPUs, cuda:0 to cuda:1")])
+def test_an_index_that_no_gpu_has_is_a_usage_error(monkeypatch, n_gpus, there):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: n_gpus)
+    assert resolve_device(f"cuda:{n_gpus - 1}") == torch.device("cuda", n_gpus - 1)
+    with pytest.raises(UsageError, match=f"There is no device 'cuda:{n_gpus}': torch sees {there}"):
+        resolve_device(f"cuda:{n_gpus}")
 
 
 def test_dtypes_are_checked(tmp_path):

@@ -77,7 +77,9 @@ def test_a_rotation_of_the_first_channels_alone_is_turned_back(config):
 def test_kv_heads_unlike_the_config_are_refused():
     model = build_stock("llama")
     model.config.num_key_value_heads = 4
-    with pytest.raises(UsageError, match="its layer 0 keeps 2 KV heads, K 16 and V 16 wide, and its config says"):
+    with pytest.raises(
+        UsageError, match="its layer 0 has 4 query heads and keeps 2 KV heads, K 16 and V 16 wide, and its config says"
+    ):
         wrap_model(model, None)
 
 

@@ -16,6 +16,7 @@ from kvscope.harness.engine.finite import NotFinite
 from kvscope.harness.engine.models import wrap_model
 from kvscope.harness.engine.prefill import prefill
 from kvscope.methods.base import union_collectors
+from kvscope.methods.lsa.indexer_files import load_indexer
 from kvscope.methods.registry import create_method
 
 IDS = prompt_ids(300)
@@ -127,8 +128,12 @@ def test_indexer_weights_that_are_not_finite_are_refused(tmp_path):
     damaged = next(iter(weights))
     weights[damaged].view(-1)[0] = math.nan
     save_file(weights, folder / "indexer.safetensors")
+    method = create_method(f"lsa:budget_fraction=0.5,indexer={folder}")
+    with pytest.raises(UsageError, match=r"Indexer weights .* are not finite"):  # by plan, not only in the prefill
+        method.require(loaded.shape)
+    assert "are not finite" in method.unsupported(loaded.shape, "cpu")[0]
     with pytest.raises(UsageError, match=r"Indexer weights .* are not finite"):
-        _opened(loaded, f"lsa:budget_fraction=0.5,indexer={folder}")
+        load_indexer(folder)
 
 
 def test_compressed_entries_that_are_not_finite_are_refused():

@@ -77,6 +77,8 @@ DAMAGES = {
     "int8": rewrite(lambda tensors, name: tensors.update({name: tensors[name].to(torch.int8)})),
     "bool": rewrite(lambda tensors, name: tensors.update({name: tensors[name] > 0})),
     "fp8": rewrite(lambda tensors, name: tensors.update({name: tensors[name].to(torch.float8_e4m3fn)})),
+    "NaN": rewrite(lambda tensors, name: tensors[name].view(-1)[-1:].fill_(float("nan"))),
+    "infinity": rewrite(lambda tensors, name: tensors[name].view(-1)[:1].fill_(float("inf"))),
     "missing": rewrite(lambda tensors, name: tensors.pop(name)),
     "one more": rewrite(lambda tensors, name: tensors.update({"zz.more": torch.zeros(1)})),
     "no tensor": rewrite(lambda tensors, name: tensors.clear()),

@@ -29,7 +29,7 @@ FIXED = ["dense", "recency:recency_tokens=128", "sliding_window:window=100", "ra
 CHOOSING = ["quest", "moba", "msa", "dsa:indexer=oracle"]
 ORACLE = "lsa:indexer=oracle,chunk_tokens=16,recency_tokens=64"
 #: Columns of time, and the one under test.
-UNLIKE = ["prefill_s", "decode_s", "step_backend"]
+UNLIKE = ["prefill_s", "decode_s", "step_p10_s", "step_p90_s", "load_1min", "step_backend"]
 #: What a step of fixed addresses holds besides.
 HELD = ["resident_kv_bytes", "metadata_bytes"]
 ON_HOST = "eager: a step that chooses blocks needs the kernels, which a GPU has"

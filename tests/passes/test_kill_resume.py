@@ -3,73 +3,25 @@
 import json
 import os
 import random
-import signal
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from killing import Victims
 from tiny import MakeConfig
 
-from kvscope.harness.passes.process import worker_environment
 from kvscope.results.frames import load_run
 
 KILLS = 25
 METHODS = ["dense", "sliding_window", "recency", "random"]
 STEPS_A_PROMPT = 3 + len(METHODS)  # begin, prefill, every method, done
-SERVER = Path(__file__).resolve().parents[1] / "tools" / "kill_server.py"
-
-
-class Sweeps:
-    """A process that forks sweeps for us to kill."""
-
-    def __init__(self, values: dict[str, Any]) -> None:
-        self.finished: list[int] = []
-        """Sample indices of prompts that were finished, as the sweeps themselves said at once."""
-        self.process = subprocess.Popen(
-            [sys.executable, str(SERVER), json.dumps(values)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=worker_environment(),
-            text=True,
-        )
-
-    def kill_one(self, *, at_step: int, room: int) -> int:
-        """Start a sweep and kill it between step ``at_step`` and ``room`` steps later; return its wait status."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{at_step + room}\n")
-        self.process.stdin.flush()
-        word, pid = self._line().split()
-        assert word == "pid"
-        for _ in range(at_step):
-            assert not self._line().startswith("ended"), "the sweep had ended by itself: this kill tested nothing"
-        os.kill(int(pid), signal.SIGKILL)
-        while not (line := self._line()).startswith("ended"):
-            pass
-        return int(line.split()[1])
-
-    def _line(self) -> str:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line, "the server died"
-        if line.startswith("done"):
-            self.finished.append(int(line.split()[3]) - 1)
-        return line
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.close()
-        self.process.stdout.close()
-        self.process.wait()
 
 
 @pytest.fixture
-def sweeps(small: MakeConfig) -> Iterator[Sweeps]:
-    server = Sweeps(small(methods=METHODS, samples=400, max_new_tokens=2, batch=1).model_dump())
+def sweeps(small: MakeConfig) -> Iterator[Victims]:
+    server = Victims("run", small(methods=METHODS, samples=400, max_new_tokens=2, batch=1).model_dump())
     yield server
     server.close()
 
@@ -81,7 +33,7 @@ def whole_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_random_kills_lose_only_the_prompt_in_flight(sweeps: Sweeps, tmp_path: Path) -> None:
+def test_random_kills_lose_only_the_prompt_in_flight(sweeps: Victims, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     dice = random.Random(20)
     seen_rows = 0
@@ -93,7 +45,7 @@ def test_random_kills_lose_only_the_prompt_in_flight(sweeps: Sweeps, tmp_path: P
         assert len(keys) == len(set(keys))
         assert len(keys) >= seen_rows, "a row that was there is gone"
         seen_rows = len(keys)
-        finished = sweeps.finished
+        finished = [int(line.split()[3]) - 1 for line in sweeps.finished]
         assert len(finished) == len(set(finished)), "a finished prompt was measured again"
         assert {(index, name) for index in finished for name in METHODS} <= set(keys), "a finished prompt lost a row"
         rows_of = Counter(index for index, _ in keys)

@@ -1,10 +1,11 @@
 """Damaged models: ``plan`` refuses each in one sentence, from headers alone, and no code of a model ever runs."""
 
 import json
+import logging
 import os
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -165,12 +166,31 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "gptq": (config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantisation .*requires"),
     "unknown-quantisation": (config(quantization_config={"quant_method": "nosuch"}), "no quant_method 'nosuch'"),
     "quantisation-of-a-wrong-type": (config(quantization_config="4 bits"), "quantization_config in its config"),
+    "fp8-on-a-cpu": (config(quantization_config={"quant_method": "fp8"}), "fp8 weights need a GPU"),
+    "mxfp4-on-a-cpu": (config(quantization_config={"quant_method": "mxfp4"}), "mxfp4 weights need a GPU"),
+    "metal-elsewhere": (config(quantization_config={"quant_method": "metal"}), "metal weights do not run on this mach"),
+    "sinq": (config(quantization_config={"quant_method": "sinq"}), "needs the package sinq"),
     "adapter": (only("adapter_config.json"), "it holds an adapter"),
     "gguf": (only("model.gguf"), "it holds a GGUF file"),
     "diffusers": (only("model_index.json"), "a diffusers pipeline"),
     "not-a-language-model": (of_type("ViTConfig"), "a vit is no causal language model"),
     "state-space": (of_type("RwkvConfig"), "cannot be"),
-    "layers-of-bert": (of_type("BertConfig", num_hidden_layers=2, is_decoder=True), "has 0 layers|its weights lack"),
+}
+# Types that only their code gives away: (config, its sizes, the reason). No weights are there.
+CODE: dict[str, tuple[str, dict[str, Any], str]] = {
+    **{
+        name: (f"{name}Config", {"is_decoder": True}, "its decoder has 0 layers")
+        for name in ("Bert", "Camembert", "Electra", "Ernie", "Roberta", "RobertaPreLayerNorm", "XLMRoberta", "Xmod")
+    },
+    "DiffLlama": ("DiffLlamaConfig", {}, "attend more than once"),
+    "Doge": ("DogeConfig", {}, "asks for attention_mask"),
+    "JetMoe": ("JetMoeConfig", {}, "does not go through transformers' attention interface"),
+    "BigBirdPegasus": (
+        "BigBirdPegasusConfig",
+        {"is_encoder_decoder": False, "is_decoder": True, "d_model": 64, "decoder_layers": 2, "encoder_layers": 2}
+        | {"decoder_attention_heads": 4, "encoder_attention_heads": 4},
+        "attention that is not causal",
+    ),
 }
 
 
@@ -187,6 +207,67 @@ def test_a_damaged_model_is_one_sentence_to_plan_and_to_load(
     with pytest.raises(UsageError, match=reason):
         load_model(str(folder), device="cpu")
     assert not (tmp_path / "planted").exists()
+
+
+@pytest.mark.parametrize(("name", "sizes", "reason"), CODE.values(), ids=list(CODE))
+def test_a_type_that_its_code_gives_away_is_refused_before_weights(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, sizes: dict[str, Any], reason: str
+) -> None:
+    loads = transformers.AutoModelForCausalLM
+    monkeypatch.setattr(loads, "from_pretrained", lambda *args, **options: pytest.fail("weights were loaded"))
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    of_type(name, **{**small, "vocab_size": 300, "num_key_value_heads": 2, **sizes})(folder)
+    (folder / WEIGHTS).unlink()
+    for describe in (describe_model, load_model):
+        with pytest.raises(UsageError, match=f"Model '{folder}' cannot be run: .*{reason}"):
+            describe(str(folder), device="cpu")
+
+
+def test_quantised_weights_that_ask_to_be_plain_run_on_a_cpu(folder: Path) -> None:
+    config(quantization_config={"quant_method": "fp8", "dequantize": True})(folder)
+    assert describe_model(str(folder), device="cpu").weights_bytes
+    assert load_model(str(folder), device="cpu").dtype == torch.float32
+
+
+class Heard(logging.Handler):
+    """What transformers prints."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+@pytest.fixture
+def heard() -> Iterator[list[str]]:
+    logger, handler = transformers.logging.get_logger(), Heard()
+    logger.addHandler(handler)
+    yield handler.texts
+    logger.removeHandler(handler)
+
+
+def test_transformers_table_of_missing_tensors_is_not_printed_before_the_sentence(
+    folder: Path, heard: list[str]
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    held = load_file(folder / WEIGHTS)
+    held["another.name"] = held.pop("model.norm.weight")  # names that agree no longer: found only while loading
+    save_file(held, folder / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(UsageError, match="its weights lack 1 tensor"):
+        load_model(str(folder), device="cpu")
+    assert heard == []
+
+
+def test_what_transformers_warns_of_a_model_that_runs_is_printed(folder: Path, heard: list[str]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    held = load_file(folder / WEIGHTS)
+    save_file({**held, "vision.tower.weight": held["model.norm.weight"].clone()}, folder / WEIGHTS, {"format": "pt"})
+    load_model(str(folder), device="cpu")
+    assert any("vision.tower.weight" in text for text in heard)
 
 
 def test_a_run_over_damaged_weights_leaves_no_folder(

@@ -5,11 +5,14 @@ import subprocess
 import sys
 import threading
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
 from kvscope.harness.passes import memory as memory_module
+from kvscope.harness.passes import sweep_process
 from kvscope.harness.passes.memory import (
     RESOLUTION_BYTES,
     NvmlProcessMemory,
@@ -20,6 +23,7 @@ from kvscope.harness.passes.memory import (
     in_host_pid_namespace,
     verdict,
 )
+from kvscope.harness.passes.sweep_process import BLOCK_BYTES, grown_process, sweep_process_id
 
 MIB = 1024 * 1024
 DENSE = 4096 * MIB
@@ -222,6 +226,73 @@ def test_in_a_container_our_process_id_may_have_appeared_with_another(monkeypatc
     in_a_container(monkeypatch, inside=False)
     on_the_host.identify()
     assert (on_the_host.reason, on_the_host.read_bytes()) == (None, 620 * MIB)
+
+
+@contextmanager
+def growth(driver: Driver, grown: dict[int, int]) -> Iterator[None]:
+    """Processes that hold more meanwhile."""
+    before = dict(driver.processes)
+    driver.processes.update({pid: (before[pid] or 0) + n_bytes for pid, n_bytes in grown.items()})
+    yield
+    driver.processes.update(before)
+
+
+@pytest.mark.parametrize(
+    ("grown", "found"),
+    [
+        ({77: BLOCK_BYTES}, 77),
+        ({77: BLOCK_BYTES + 2 * MIB, 7: 30 * MIB}, 77),
+        ({}, None),
+        ({77: BLOCK_BYTES - MIB}, None),
+        ({77: BLOCK_BYTES, 7: BLOCK_BYTES}, None),
+        ({5: BLOCK_BYTES}, None),
+    ],
+)
+def test_the_sweep_is_the_process_that_grows_by_its_block(
+    monkeypatch: pytest.MonkeyPatch, grown: dict[int, int], found: int | None
+) -> None:
+    driver = with_driver(monkeypatch, Driver({7: 5 * MIB, 77: 518 * MIB, 5: None}))
+    assert grown_process(NvmlProcessMemory(), growth(driver, grown)) == found
+
+
+def test_in_a_container_the_sweep_that_waits_is_no_other_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = with_driver(monkeypatch, Driver({77: 518 * MIB}))
+    in_a_container(monkeypatch)
+    sweep_pid = grown_process(NvmlProcessMemory(), growth(driver, {77: BLOCK_BYTES}))
+    memory = NvmlProcessMemory()
+    driver.processes[99] = 620 * MIB
+    memory.identify()
+    assert memory.others() == (1, 518 * MIB), "what cannot be told from a stranger counts"
+    assert memory.others(sweep_pid) == (0, 0)
+    driver.processes[7] = 5 * MIB
+    assert memory.others(sweep_pid) == (1, 5 * MIB)
+
+
+def test_a_sweep_without_a_context_makes_none_to_know_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    in_a_container(monkeypatch)
+    monkeypatch.setattr(torch, "empty", lambda *args, **options: pytest.fail("a block was allocated"))
+    assert sweep_process_id("cpu") is None
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    assert sweep_process_id("cuda:0") is None
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {})
+    assert sweep_process_id("cuda:0") is None
+
+
+def test_on_the_host_the_sweep_knows_its_own_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {"segment.all.allocated": 1})
+    monkeypatch.setattr(sweep_process, "in_host_pid_namespace", lambda: True)
+    assert sweep_process_id("cuda:0") == os.getpid()
+
+
+def test_without_a_driver_nobody_is_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = with_driver(monkeypatch, Driver({}, broken=True))
+    assert grown_process(NvmlProcessMemory(), growth(driver, {})) is None
 
 
 @pytest.mark.parametrize("inside", [True, False])

@@ -21,7 +21,9 @@ SAMPLES = "samples.jsonl"
 
 @pytest.fixture
 def prefills(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return the lengths of the prefills that ran, in order."""
+    """Return the lengths of the prefills that ran, in order; the self-check's does not count."""
+    import kvscope.harness.engine.self_check  # noqa: F401 - binds the real prefill before it is replaced
+
     seen: list[int] = []
     real = prefill_module.prefill
 
@@ -67,6 +69,15 @@ def test_rows_say_what_was_measured(small: MakeConfig) -> None:
     assert dense["resident_kv_bytes"] == dense["dense_kv_bytes"]
     assert dense["prompt_sha256"] == row["prompt_sha256"]
     assert dense["prefill_s"] == row["prefill_s"]
+
+
+def test_times_of_answers_say_their_spread_and_how_busy_the_host_was(small: MakeConfig) -> None:
+    frame = run(small(), progress=False).samples
+    assert (frame["step_p10_s"] > 0).all()
+    assert (frame["step_p10_s"] <= frame["step_p90_s"]).all()
+    assert (frame["step_p10_s"] <= frame["decode_s"]).all()
+    assert (frame["cpu_cores"] >= 1).all()
+    assert (frame["load_1min"] >= 0).all()
 
 
 def test_a_mapping_with_out_runs_from_python(small: MakeConfig) -> None:

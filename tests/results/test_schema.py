@@ -49,8 +49,11 @@ def test_round_trip_through_json(row: SampleRow | FootprintRow) -> None:
 
 def test_sample_rows_from_before_steps_were_recorded_load() -> None:
     values = SAMPLE.model_dump(mode="json")
-    del values["step_backend"]
-    assert SampleRow.model_validate(values).step_backend is None
+    later = ("step_backend", "step_p10_s", "step_p90_s", "load_1min", "cpu_cores")
+    for name in later:
+        del values[name]
+    row = SampleRow.model_validate(values)
+    assert [getattr(row, name) for name in later] == [None] * len(later)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -68,6 +71,7 @@ def test_no_row_holds_nan_or_infinity(value: float) -> None:
     [
         ({"typo": 1}, "typo"),
         ({"score": 1.5}, "score"),
+        ({"step_p10_s": 2.0, "step_p90_s": 1.0}, "step_p10_s <= step_p90_s"),
         ({"prompt_sha256": "abc"}, "prompt_sha256"),
         ({"schema_version": 2}, "schema_version"),
         ({"score": None}, "score must not be null in an ok row"),

@@ -1,6 +1,7 @@
 """Attention on the evidence: equal to transformers' own attention weights, on every kind of layer kvscope manages."""
 
 import csv
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,31 @@ def test_the_query_is_the_one_before_the_first_token_of_the_answer(loaded: Loade
             column = column.replace("mass", "peak")
             torch.testing.assert_close(torch.tensor([row[column] for row in mine]), peak, atol=1e-6, rtol=1e-4)
     assert {row["answer_tokens"] for row in rows} == {len(spelled)}
+
+
+@pytest.mark.parametrize(
+    ("tensor", "words"),
+    [("model.norm.weight", "logits are not finite"), ("model.layers.1.self_attn.k_proj.weight", "K of layer 1 is not")],
+)
+def test_what_is_not_finite_is_no_row(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tensor: str, words: str
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    weight = dict(model.named_parameters())[tensor]
+    with torch.no_grad():
+        weight[0] = torch.nan
+    damaged = Path(shutil.copytree(folder, tmp_path / "damaged"))
+    model.save_pretrained(damaged)
+    for study in (["attention-mass"], ["block-ranks", "-m", "quest:budget_tokens=64"]):
+        out = tmp_path / f"{study[0]}.csv"
+        command = ["study", *study, "--model", str(damaged), "-t", "niah_single_1", "-l", "1k", "-n", "1"]
+        capsys.readouterr()
+        assert cli.run_cli([*command, "--device", "cpu", "--out", str(out)]) == 1
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1
+        assert "Nothing can be said of sample 0 of niah_single_1 at 1,024 tokens: " in told
+        assert words in told
+        assert out.read_text(encoding="utf-8").count("\n") == 1, "the header alone"
 
 
 def test_a_sample_without_evidence_is_refused(loaded: LoadedModel) -> None:

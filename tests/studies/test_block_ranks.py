@@ -1,6 +1,7 @@
 """Where a needle's block ranks: against the formulas, whether it is read, and what is refused."""
 
 import csv
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from tiny import one_thread, small, tiny_model
 
 from kvscope import cli
 from kvscope.errors import UsageError
+from kvscope.harness.engine.finite import NotFinite
 from kvscope.harness.engine.models import load_model
 from kvscope.harness.studies import block_ranks as module
 from kvscope.harness.studies.attention_mass import answer_positions
@@ -45,6 +47,17 @@ def rule_scores(name, q_GD, k_TD, block_tokens):
         else:
             scores.append([max(float(q_GD.mean(0) @ key) for key in k)] * len(q_GD))
     return torch.tensor(scores).T
+
+
+def test_scores_that_are_not_finite_are_no_rank(case):
+    loaded, sample = case
+    [method] = block_methods(["quest:budget_tokens=64,dense_layers=0"], [])
+    score = method.score
+    method.score = lambda query: replace(score(query), scores_HGN=score(query).scores_HGN * torch.nan)
+    with pytest.raises(
+        NotFinite, match=r"sample 0 of niah_single_1 at 512 tokens: .*scores that the method chooses by"
+    ):
+        needle_ranks(loaded, [method], sample)
 
 
 @pytest.mark.parametrize("spec", SPECS)

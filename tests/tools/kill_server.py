@@ -1,18 +1,23 @@
-"""Starts sweeps that a test kills: imports everything once, then forks one child per line on stdin.
+"""Starts what a test kills: imports everything once, then forks one child per line on stdin.
+
+    python kill_server.py run|collect VALUES
 
 Protocol: ``N`` comes in. Out go ``pid P``, one line for every step of the child's progress (``done CELL STEP`` as soon
 as a prompt is finished), and ``ended STATUS`` when the child is gone. After N lines the child waits to be killed:
-however late the test looks, a sweep never comes to its end.
+however late the test looks, it never comes to its end. ``collect`` steps before and after each file appears, too.
 """
 
 import json
 import os
 import signal
 import sys
+from typing import Any
 
 import torch
 
+from kvscope import files
 from kvscope.harness.engine import decode, prefill  # noqa: F401
+from kvscope.harness.indexers.collection.collect import CollectConfig, collect
 from kvscope.harness.passes import accuracy  # noqa: F401 - loaded before the first fork
 from kvscope.harness.passes.config import make_config
 from kvscope.harness.passes.progress import Progress
@@ -52,8 +57,23 @@ class Steps(Progress):
         self._say(f"done {self._cell} {self._step}")
 
 
+def collect_to(values: dict[str, Any], steps: Steps) -> None:
+    """Collect, with a step before and after every file that appears."""
+    replace = os.replace
+
+    def told(*paths: Any) -> None:
+        steps.part("before")
+        replace(*paths)
+        steps.part("after")
+
+    files.os.replace = told  # type: ignore[assignment]  # in the child alone
+    out = values.pop("out")
+    config = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    collect(CollectConfig(**config), out, progress=steps)
+
+
 def main() -> None:
-    values = json.loads(sys.argv[1])
+    what, values = sys.argv[1], json.loads(sys.argv[2])
     torch.set_num_threads(1)
     for name in METHODS:
         method_class(name)
@@ -63,7 +83,11 @@ def main() -> None:
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
-            run(make_config(values), progress=Steps(int(line)))
+            steps = Steps(int(line))
+            if what == "run":
+                run(make_config(values), progress=steps)
+            else:
+                collect_to(values, steps)
             os._exit(0)
         say(f"pid {pid}")
         _, status = os.waitpid(pid, 0)

@@ -194,6 +194,10 @@ def sample_row(
         prefill_s=length / machine.prefill_tokens_per_s,
         decode_s=9 * tpot(kind, machine, length),
         decode_tokens=9,
+        step_p10_s=0.95 * tpot(kind, machine, length),
+        step_p90_s=1.1 * tpot(kind, machine, length),
+        load_1min=0.4,
+        cpu_cores=8,
     )
 
 

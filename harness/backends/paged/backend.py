@@ -13,7 +13,7 @@ from kvscope.harness.backends.paged.shape import paged_shape
 from kvscope.harness.engine.backend import Backend, ReadyModel
 from kvscope.harness.engine.glue import ATTENTION_NAME, observing, register_attention
 from kvscope.harness.engine.layer_major import layer_major_prefill
-from kvscope.harness.engine.rotation import UnknownRotation, probe_rotations
+from kvscope.harness.engine.rotation import UnknownRotation, probe_rotations, try_attention
 from kvscope.methods.base import CacheMethod, Collector
 from kvscope.methods.kernels.dispatch import decode_backend
 from kvscope.methods.shape import DEFAULT_PAGE_TOKENS, ModelShape
@@ -36,9 +36,16 @@ class Paged(Backend[ModelShape]):
             device, dtype=dtype, head_dim=shape.head_dim, n_q_heads=shape.n_q_heads, n_kv_heads=shape.n_kv_heads
         )
         prefill = f"torch {torch.__version__}: fused prefill"
+        padded = f"; {_padding(shape)}" if shape.v_head_dim else ""
         if found.name == "torch":
-            return f"{prefill}, paged decode in torch operations ({'; '.join(found.reasons)})"
-        return f"{prefill}; {found.name} {found.version}: paged_decode"
+            return f"{prefill}, paged decode in torch operations ({'; '.join(found.reasons)}){padded}"
+        return f"{prefill}; {found.name} {found.version}: paged_decode{padded}"
+
+    def try_code(self, model: Any, shape: ModelShape) -> None:
+        """Refuse layers that attend by themselves, twice or with a mask, or keep other K and V than the config says."""
+        register_attention()
+        model.set_attn_implementation(ATTENTION_NAME)
+        try_attention(model, shape)
 
     def prepare(self, model: Any, shape: ModelShape) -> ReadyModel:
         """Switch the attention to kvscope's and measure how each layer encodes positions."""
@@ -81,6 +88,11 @@ class Paged(Backend[ModelShape]):
     def synthetic_gap(self, shape: ModelShape) -> str | None:
         return "sliding-window layers, whose stock cache is" if shape.sliding_layers else None
 
+    def note(self, shape: ModelShape, n_tokens: int) -> str | None:
+        """Say where a page is wider than what the model stores."""
+        del n_tokens
+        return f"{_padding(shape)}." if shape.v_head_dim else None
+
     def prefill_peak_bytes(self, shape: ModelShape, n_tokens: int, *, chunk_tokens: int, intermediate_size: int) -> int:
         """Estimate the peak of a layer-major prefill.
 
@@ -92,3 +104,11 @@ class Paged(Backend[ModelShape]):
         chunk = min(chunk_tokens, n_tokens)
         activation_bytes = chunk * (3 * intermediate_size + 6 * shape.hidden_size) * shape.element_bytes
         return hidden_bytes + layer_kv_bytes + activation_bytes
+
+
+def _padding(shape: ModelShape) -> str:
+    """Say what padding V costs, as a clause."""
+    return (
+        f"V is padded from {shape.v_head_dim} to K's {shape.head_dim} elements a head: every method holds "
+        f"{shape.padded_share:.3g} times the bytes of transformers' own cache in the layers it manages"
+    )

@@ -17,6 +17,9 @@ _NEED_THEIR_OWN = {
     "minimax_m3": "it selects blocks with an indexer of its own",
     "minimax_m3_vl": "it selects blocks with an indexer of its own",
 }
+# Their modelling code calls attention by name, but hands it other K and V than the cache returned. A router in their
+# attention keeps a model without weights from showing it.
+_REPEAT_BEHIND_THE_CACHE = {"jetmoe"}
 
 
 def unsupported_reasons(config: Any) -> list[str]:
@@ -41,7 +44,7 @@ def unsupported_reasons(config: Any) -> list[str]:
         return ["its layers run several times a token, so they cannot be prefilled one at a time"]
     if getattr(text, "cross_attention_layers", None):
         return ["some of its layers attend to images, not to the text before"]
-    if not _has_interface(config, text):
+    if model_types & _REPEAT_BEHIND_THE_CACHE or not _has_interface(config, text):
         return ["its attention does not go through transformers' attention interface"]
     kinds = set(layer_kinds(config)) - {"full_attention", "sliding_attention"}
     if "chunked_attention" in kinds:
@@ -73,18 +76,17 @@ def paged_shape(config: Any, *, element_bytes: int, page_tokens: int, revision: 
         raise UsageError(f"page_tokens must be 1 or more, got {page_tokens}.")
     text = text_config(config)
     kinds = layer_kinds(config)
-    managed = {_layer_kv(text, i) for i, kind in enumerate(kinds) if kind == "full_attention"}
-    windows = {_layer_kv(text, i) for i, kind in enumerate(kinds) if kind == "sliding_attention"} or managed
+    managed = {_layer_heads(text, i) for i, kind in enumerate(kinds) if kind == "full_attention"}
+    windows = {_layer_heads(text, i) for i, kind in enumerate(kinds) if kind == "sliding_attention"} or managed
     if len(managed) > 1 or len(windows) > 1:
-        raise UsageError(
-            f"Model '{config.model_type}' cannot be run: its layers of one kind differ in KV heads or width."
-        )
-    (n_kv_heads, k_width, v_width), (sliding_n_kv_heads, *sliding_widths) = next(iter(managed)), next(iter(windows))
+        raise UsageError(f"Model '{config.model_type}' cannot be run: its layers of one kind differ in heads or width.")
+    n_q_heads, n_kv_heads, k_width, v_width = next(iter(managed))
+    sliding_n_q_heads, sliding_n_kv_heads, *sliding_widths = next(iter(windows))
     sliding = tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
     return ModelShape(
         layers=tuple(i for i, kind in enumerate(kinds) if kind == "full_attention"),
         n_layers=len(kinds),
-        n_q_heads=int(text.num_attention_heads),
+        n_q_heads=n_q_heads,
         n_kv_heads=n_kv_heads,
         head_dim=max(k_width, v_width),
         hidden_size=int(text.hidden_size),
@@ -92,18 +94,23 @@ def paged_shape(config: Any, *, element_bytes: int, page_tokens: int, revision: 
         page_tokens=page_tokens,
         sliding_layers=sliding,
         sliding_window=int(text.sliding_window) if sliding else 0,
+        v_head_dim=v_width if v_width < k_width else 0,
+        sliding_n_q_heads=sliding_n_q_heads if sliding else 0,
         sliding_n_kv_heads=sliding_n_kv_heads if sliding else 0,
         sliding_kv_width=sum(sliding_widths) if sliding else 0,
         revision=revision,
     )
 
 
-def _layer_kv(text: Any, layer: int) -> tuple[int, int, int]:
-    """Return KV heads, K width and V width of one layer."""
+def _layer_heads(text: Any, layer: int) -> tuple[int, int, int, int]:
+    """Return query heads, KV heads, K width and V width of one layer."""
     config = text.per_layer_config[layer] if hasattr(type(text), "per_layer_config") else text
     n_q_heads = int(config.num_attention_heads)
     n_kv_heads = int(getattr(config, "num_key_value_heads", None) or n_q_heads)
     if text.model_type == "mimo_v2_flash" and text.layer_types[layer] == "sliding_attention":
         n_kv_heads *= 2  # its modelling code says so, its config does not
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // n_q_heads)
-    return n_kv_heads, head_dim, int(getattr(config, "v_head_dim", None) or head_dim)
+    by_layer = getattr(text, "num_attention_heads_per_layer", None)
+    if by_layer:
+        n_q_heads = int(by_layer[layer])
+    return n_q_heads, n_kv_heads, head_dim, int(getattr(config, "v_head_dim", None) or head_dim)

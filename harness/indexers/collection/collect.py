@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from kvscope.errors import EnvironmentProblem, UsageError
+from kvscope.files import make_folder
 from kvscope.harness.engine.backend import require_token_attention
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.models import load_model
@@ -28,6 +29,7 @@ from kvscope.harness.indexers.collection.shards import (
 from kvscope.harness.passes.progress import Progress
 from kvscope.methods.lsa.indexer import Features
 from kvscope.methods.lsa.labels import Voters
+from kvscope.paths import check_out, user_path
 from kvscope.units import format_bytes, format_length, parse_length
 
 if TYPE_CHECKING:
@@ -101,7 +103,8 @@ def collect(config: CollectConfig, out: str | Path, *, progress: Progress) -> Pa
         UsageError: bad options, or a folder that holds another collection.
         EnvironmentProblem: the disk is too small.
     """
-    folder = Path(out)
+    folder = user_path(out, what="out")
+    check_out(folder)
     tasks = make_tasks(config.tasks)
     refuse_preset(config.model, "collect")
     loaded = load_model(config.model, device=config.device, dtype=config.dtype)
@@ -195,10 +198,7 @@ def resume(folder: Path, info: CollectionInfo) -> list[dict[str, Any]]:
     Raises:
         UsageError: the folder holds another collection, or cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"Folder '{folder}' cannot be made: {error.strerror}.") from error
+    make_folder(folder)
     if not (folder / "manifest.json").is_file():
         return []
     manifest = read_manifest(folder)

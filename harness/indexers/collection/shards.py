@@ -10,8 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from kvscope.errors import UsageError
+from kvscope.files import whole_file
 from kvscope.harness.indexers.collection.document import CollectionInfo, Document, DocumentInfo
-from kvscope.methods.indexer_files import whole_file
 
 FORMAT = 2
 MANIFEST = "manifest.json"

@@ -30,6 +30,7 @@ from kvscope.harness.indexers.tables import write_tables
 from kvscope.methods.dsa.indexer_files import FILES
 from kvscope.methods.dsa.lightning import Lightning
 from kvscope.methods.indexer_files import indexer_hash
+from kvscope.paths import check_out, user_path
 from kvscope.units import format_length
 
 BUDGETS_TOKENS = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -59,6 +60,8 @@ def evaluate(
         UsageError: the indexer belongs to another model or other layers than the collections, or these are damaged or
             hold no single tokens.
     """
+    target = user_path(out, what="out")
+    check_out(target)
     collections = open_collections(folders)
     check_tokens(collections)
     info = collections[0].info
@@ -87,7 +90,7 @@ def evaluate(
         "tokens": "every one" if exact else "a sample, so estimates",
     }
     write_tables(
-        Path(out), rows, about, columns=COLUMNS, title="Attention held by the chosen tokens", summary=summary_text
+        target, rows, about, columns=COLUMNS, title="Attention held by the chosen tokens", summary=summary_text
     )
     return rows
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from kvscope.files import whole_file
 from kvscope.harness.engine.devices import resolve_device
 from kvscope.harness.indexers.collection.document import CollectionInfo
 from kvscope.harness.indexers.collection.places import Place, data_record, note_unfinished, places_of, split
@@ -21,6 +22,7 @@ from kvscope.harness.indexers.training import opening_record, train_epochs, trai
 from kvscope.methods.dsa.indexer_files import FILES
 from kvscope.methods.dsa.lightning import Lightning, LightningConfig, default_sizes
 from kvscope.methods.indexer_files import listed
+from kvscope.paths import check_out, user_path
 
 CARD_FILE = "README.md"
 
@@ -40,6 +42,8 @@ def train(
     Raises:
         UsageError: bad options, or shards that are damaged, do not fit together, or hold no single tokens.
     """
+    folder = user_path(out, what="out")
+    check_out(folder)
     collections = open_collections(folders)
     check_tokens(collections)
     note_unfinished(collections, note)
@@ -50,7 +54,6 @@ def train(
         torch.manual_seed(config.seed)
         indexer = Lightning(indexer_config(info, config)).to(device)
     draws = torch.Generator().manual_seed(config.seed)
-    folder = Path(out)
 
     def loss_of(place: Place) -> torch.Tensor:
         return document_loss(indexer, example(place, device), config, draws)
@@ -88,7 +91,8 @@ def train(
     }
     indexer.config = replace(indexer.config, trained=trained)
     FILES.save(indexer, folder)
-    (folder / CARD_FILE).write_text(card_text(indexer.config), encoding="utf-8")
+    with whole_file(folder / CARD_FILE) as temporary:
+        temporary.write_text(card_text(indexer.config), encoding="utf-8")
     return best
 
 

@@ -20,6 +20,7 @@ from kvscope.harness.indexers.lsa.objective import shift_bias
 from kvscope.harness.indexers.lsa.refreshes import Refreshes, cut_for_kept, cut_for_recall, measures, score
 from kvscope.methods.lsa.indexer import Indexer, IndexerConfig, logit
 from kvscope.methods.lsa.indexer_files import indexer_folder, load_indexer, save_indexer
+from kvscope.paths import check_out, user_path
 
 WeightDtype = Literal["float32", "bfloat16"]
 
@@ -88,7 +89,8 @@ def calibrate(
         UsageError: bad options, an indexer and collections that do not belong together, or a target these documents
             cannot meet.
     """
-    folder, target = indexer_folder(indexer_spec), Path(out)
+    folder, target = indexer_folder(indexer_spec), user_path(out, what="out")
+    check_out(target)
     if target.resolve() == folder.resolve():
         raise UsageError(f"--out '{out}' is the indexer itself; give another folder, it is not overwritten.")
     indexer = load_indexer(folder).to(resolve_device(device))

@@ -30,6 +30,7 @@ from kvscope.harness.indexers.lsa.recall_tables import COLUMNS, POLICIES, write_
 from kvscope.harness.indexers.lsa.train_config import TrainConfig
 from kvscope.methods.lsa.indexer import Indexer, logit
 from kvscope.methods.lsa.indexer_files import indexer_folder, indexer_hash, load_indexer
+from kvscope.paths import check_out, user_path
 
 FRACTIONS = (0.02, 0.03, 0.05, 0.075, 0.1, 0.135, 0.2, 0.3, 0.5, 0.75, 1.0)
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -82,6 +83,8 @@ def evaluate(
         UsageError: the indexer belongs to another model, layers or chunk size than the collections, or these are
             damaged.
     """
+    target = user_path(out, what="out")
+    check_out(target)
     folder = indexer_folder(indexer_spec)
     indexer = load_indexer(folder).to(resolve_device(device))
     collections = matching_collections(folders, indexer.config, folder=str(folder))
@@ -110,7 +113,7 @@ def evaluate(
         "labels": options.rule(info).text(),
         "collections": [collection.id for collection in collections],
     }
-    write_recall(Path(out), rows, about)
+    write_recall(target, rows, about)
     return rows
 
 

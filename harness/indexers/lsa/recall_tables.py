@@ -6,6 +6,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from kvscope.files import whole_file
 from kvscope.harness.indexers.tables import write_tables
 from kvscope.units import format_length
 
@@ -72,5 +73,6 @@ def draw(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
     axes[0][-1].legend(frameon=False)
     figure.tight_layout()
     for suffix in ("svg", "png"):
-        figure.savefig(folder / f"{FIGURE_STEM}.{suffix}", dpi=150)
+        with whole_file(folder / f"{FIGURE_STEM}.{suffix}") as temporary:
+            figure.savefig(temporary, dpi=150, format=suffix)
     pyplot.close(figure)

@@ -23,6 +23,7 @@ from kvscope.harness.indexers.lsa.warm_start import warm_start
 from kvscope.harness.indexers.training import opening_record, train_epochs, training_log
 from kvscope.methods.lsa.indexer import ENCODER_FEATURES, EncoderKind, Indexer, IndexerConfig
 from kvscope.methods.lsa.indexer_files import indexer_folder, load_indexer, save_indexer
+from kvscope.paths import check_out, user_path
 
 #: What sets a size that an indexer to begin with has to share.
 SIZE_OPTIONS = {
@@ -52,6 +53,8 @@ def train(
     Raises:
         UsageError: bad options, or shards that are damaged, do not fit together, or hold no positive chunk.
     """
+    folder = user_path(out, what="out")
+    check_out(folder)
     collections = open_collections(folders, chunk_tokens=config.chunk_tokens, layers=config.layers)
     info = collections[0].info
     check_collected(config, collections, note)
@@ -77,7 +80,6 @@ def train(
         found = example(place, config)
         return None if found is None else document_loss(indexer, found, config, draws)
 
-    folder = Path(out)
     with training_log(folder) as say:
         worth = worth_of(config)
         if config.start is not None or config.warm_start or config.keep == "recall":

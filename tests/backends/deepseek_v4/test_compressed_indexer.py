@@ -119,6 +119,7 @@ def test_the_other_spelling_loads_from_a_folder_of_bf16_shards(tmp_path, indexer
         ({"layers.3.indexer.wq_a.weight": torch.ones(2)}, "W_DQ of layer 3 a second time"),
         ({"layers.3.W_q.weight": torch.ones(2)}, r"layers\.3\.W_q\.weight"),
         ({"layers.3.W_DQ.weight": torch.ones(RANK, M, dtype=torch.int8)}, "has type I8"),
+        ({"layers.3.W_DQ.weight": torch.full((RANK, M), torch.nan)}, r"not finite \(.*layers.3.*W_DQ"),
         ({"layers.7.W_DQ.weight": torch.ones(RANK + 1, M)}, "layer 7: .*do not fit together"),
         ({"layers.7.W_IUQ.weight": torch.ones(HEADS * 12, RANK)}, "power of two"),
     ],

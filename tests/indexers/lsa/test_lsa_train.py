@@ -215,6 +215,8 @@ def test_lookback_needs_states_and_a_gpu_needs_a_gpu(data, tmp_path):
         train([data], tmp_path / "out", changed(QUICK, lookback=9), note=quiet)
     with pytest.raises(UsageError, match="Device 'tpu' is not one of"):
         train([data], tmp_path / "out", changed(QUICK, device="tpu"), note=quiet)
+    with pytest.raises(UsageError, match="There is no device 'cuda:99'"):
+        train([data], tmp_path / "out", changed(QUICK, device="cuda:99"), note=quiet)
     if not torch.cuda.is_available():
         with pytest.raises(EnvironmentProblem, match="torch sees no CUDA GPU"):
             train([data], tmp_path / "out", changed(QUICK, device="cuda"), note=quiet)
