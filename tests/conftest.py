@@ -1,5 +1,6 @@
 """Shared test setup: one torch thread a test process, GPU tests skipped with a reason."""
 
+import gc
 import os
 
 # Before torch reads it, and for the processes that tests start: two test processes share two cores.
@@ -22,6 +23,17 @@ settings.register_profile("kvscope", derandomize=True, deadline=None, suppress_h
 settings.load_profile("kvscope")
 
 __all__ = ["one_thread", "small", "tiny_model"]
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests are no garbage: the collections that sweeps ask for need not look through them."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Let Python take down what was held, or bindings complain of leaks."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ def capture_environment(*, device: str | None = None, attention_backend: str | N
     }
 
 
+@cache
 def package_version(name: str) -> str | None:
     """Return the installed version of a distribution, or None."""
     try:
