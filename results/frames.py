@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from pydantic import BaseModel
 
@@ -78,10 +79,16 @@ def make_run(
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """The rows as dicts, every null as None."""
-    return [
-        {str(key): None if _is_null(value) else value for key, value in row.items()} for row in frame.to_dict("records")
-    ]
+    """The rows as dicts of Python's own values, every null as None."""
+    names = [str(name) for name in frame.columns]
+    columns = [[_plain(value) for value in column.tolist()] for _, column in frame.items()] if len(frame) else []
+    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if _is_null(value) else value
 
 
 def _is_null(value: Any) -> bool:
@@ -89,9 +96,12 @@ def _is_null(value: Any) -> bool:
 
 
 def _frame(rows: Sequence[BaseModel], kind: type[BaseModel]) -> pd.DataFrame:
-    columns = list(kind.model_fields)
-    frame = pd.DataFrame([row.model_dump() for row in rows], columns=columns)
-    return frame.astype({name: _dtype(field.annotation) for name, field in kind.model_fields.items()})
+    dumped = [row.model_dump() for row in rows]
+    columns = {
+        name: pd.Series([row[name] for row in dumped], dtype=_dtype(field.annotation))
+        for name, field in kind.model_fields.items()
+    }
+    return pd.DataFrame(columns)
 
 
 def _dtype(annotation: Any) -> str:

@@ -1,6 +1,7 @@
 """Shared test setup: one torch thread a test process, a cache of the tests' own, GPU tests skipped with a reason."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -27,11 +28,31 @@ if not torch.cuda.is_available():
 
 from tiny import one_thread, small, tiny_model
 
+from kvscope.harness.passes import process
+
 # The same examples on every machine, and as much time for them as a loaded one needs.
 settings.register_profile("kvscope", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("kvscope")
 
 __all__ = ["one_thread", "small", "tiny_model"]
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests are no garbage: the collections that sweeps ask for need not look through them."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Let Python take down what was held, or bindings complain of leaks."""
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_worker_server() -> None:
+    """One server forks the workers of all tests: the name of the test at hand is no environment of its own."""
+    real = process.worker_environment
+    process.worker_environment = lambda: {k: v for k, v in real().items() if k != "PYTEST_CURRENT_TEST"}
 
 
 @pytest.fixture(autouse=True)

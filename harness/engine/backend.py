@@ -14,10 +14,12 @@ Shapes: N prompt tokens, B batch, M hidden size.
 
 from __future__ import annotations
 
+import sys
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
@@ -219,12 +221,19 @@ def backend_of(config: Any) -> Backend[Any]:
         UsageError: an installed package's entry point that cannot be loaded, or that two claim the model type.
     """
     model_type = getattr(config, "model_type", "")
-    outside = list(entry_points(group=ENTRY_POINTS, name=model_type)) if model_type else []
+    outside = [point for point in _installed(tuple(sys.path)) if point.name == model_type]
     if outside:
         return _from_outside(model_type, outside)
     module, _, name = BACKENDS.get(model_type, PAGED).partition(":")
     backend: Backend[Any] = getattr(import_module(module), name)()
     return backend
+
+
+@cache
+def _installed(search_path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    """Return the backends of installed packages: reading every package's metadata takes as long as a small prefill."""
+    del search_path  # what they depend on
+    return tuple(entry_points(group=ENTRY_POINTS))
 
 
 def _from_outside(model_type: str, found: Sequence[EntryPoint]) -> Backend[Any]:

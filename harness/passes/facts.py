@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvscope.harness.engine.backend import Backend, backend_of
+from kvscope.harness.passes.libraries import import_libraries
 from kvscope.methods.shape import DEFAULT_PAGE_TOKENS, ModelShape
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def describe_model(
         UsageError: no such model, an architecture that cannot be run, or a bad device or dtype.
         EnvironmentProblem: the device asked for is not there.
     """
+    import_libraries()
     from kvscope.harness.engine.configs import max_length_tokens, text_config
     from kvscope.harness.engine.devices import resolve_device, resolve_dtype
     from kvscope.harness.engine.loading import explained, load_config, load_tokenizer

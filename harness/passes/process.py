@@ -1,6 +1,4 @@
-"""A worker process as the sweep sees it: started fresh, told its job, followed by its phases, and a row whatever
-becomes of it.
-"""
+"""A worker process as the sweep sees it: told its job, followed by its phases, and a row whatever becomes of it."""
 
 import contextlib
 import json
@@ -16,6 +14,7 @@ from typing import IO, Any
 
 import kvscope
 from kvscope.harness.engine.oom import says_oom
+from kvscope.harness.passes.forked import CAN_FORK, ForkedWorker, worker_server
 from kvscope.harness.passes.job import Job, RowT
 from kvscope.harness.passes.row_columns import FailureStatus
 from kvscope.results.schema import OomOf
@@ -33,25 +32,19 @@ def run_worker(
     *,
     timeout_s: float,
     on_phase: Callable[[str], None] = lambda phase: None,
-    command: tuple[str, ...] = WORKER_COMMAND,
+    command: tuple[str, ...] | None = None,
 ) -> RowT:
-    """Run one job in a fresh process and return its row.
+    """Run one job in a process of its own and return its row.
 
     A worker that raises, runs out of memory, is killed or takes longer than ``timeout_s`` gives a row with the status,
     the reason and the phase it was in.
+
+    Args:
+        command: starts a worker; left out, a process that has imported the libraries is forked where that is possible.
     """
     kills_before = kernel_oom_kills()
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as stderr:
-        # A session of its own: Ctrl-C reaches the sweep alone, which then ends the worker.
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-            env=worker_environment(),
-            start_new_session=True,
-        )
+        process = _start(command, stderr)
         timed_out = threading.Event()
 
         def stop() -> None:
@@ -68,24 +61,42 @@ def run_worker(
             raise
         finally:
             timer.cancel()
-            _end(process)
+            return_code = _end(process)
         if row is not None:
             return row
-        status, reason = _death(process.returncode, phase, stderr, oom_kills=kernel_oom_kills() - kills_before)
+        status, reason = _death(return_code, phase, stderr, oom_kills=kernel_oom_kills() - kills_before)
         if timed_out.is_set():
             status, reason = "failed", f"{phase}: stopped after {timeout_s:g} s (footprint_timeout_s)"
         memory: OomOf | None = "host" if status == "oom" else None
         return job.failed(status=status, reason=reason, phase=phase, oom_of=memory)
 
 
+def _start(command: tuple[str, ...] | None, stderr: IO[str]) -> "subprocess.Popen[str] | ForkedWorker":
+    environment = worker_environment()
+    if command is None and CAN_FORK:
+        return ForkedWorker(worker_server(environment, stderr=stderr), stderr=stderr)
+    # A session of its own: Ctrl-C reaches the sweep alone, which then ends the worker.
+    return subprocess.Popen(
+        command or WORKER_COMMAND,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+
+
 def _converse(
-    process: "subprocess.Popen[str]", job: Job[RowT], on_phase: Callable[[str], None]
+    process: "subprocess.Popen[str] | ForkedWorker", job: Job[RowT], on_phase: Callable[[str], None]
 ) -> tuple[RowT | None, str]:
     """Send the job, follow the phases, return (row or None, last phase). stdin stays open: it tells that we live."""
     assert process.stdin is not None
     assert process.stdout is not None
     phase = "start"
     on_phase(phase)
+    if isinstance(process, ForkedWorker):
+        process.started()
     try:
         process.stdin.write(job.model_dump_json() + "\n")
         process.stdin.flush()
@@ -103,7 +114,7 @@ def _converse(
     return None, phase
 
 
-def _end(process: "subprocess.Popen[str]") -> None:
+def _end(process: "subprocess.Popen[str] | ForkedWorker") -> int:
     """Close the pipes and make sure that the process is gone."""
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
@@ -111,10 +122,10 @@ def _end(process: "subprocess.Popen[str]") -> None:
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
     try:
-        process.wait(timeout=10)
+        return process.wait(timeout=10)
     except subprocess.TimeoutExpired:
         process.kill()
-        process.wait()
+        return process.wait()
 
 
 def _death(return_code: int, phase: str, stderr: IO[str], *, oom_kills: int) -> tuple[FailureStatus, str]:

@@ -1,0 +1,123 @@
+"""Workers that a server forks: they share its imports and nothing else, and none outlives the sweep."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import MakeConfig
+
+from kvscope.harness.passes import forked
+from kvscope.harness.passes.footprint import FootprintPass
+from kvscope.harness.passes.job import FootprintJob
+from kvscope.harness.passes.plan import make_plan
+from kvscope.harness.passes.process import run_worker, worker_environment
+
+pytestmark = pytest.mark.skipif(not forked.CAN_FORK, reason="no process that has loaded torch is forked here")
+
+NEVER_S = 24 * 3600.0
+
+
+@pytest.fixture
+def job(small: MakeConfig) -> FootprintJob:
+    plan = make_plan(small(methods=["recency:recency_tokens=128"], footprint=True, footprint_decode_tokens=8))
+    return FootprintPass().job(plan, plan.methods[0], 512)
+
+
+def server_id() -> int:
+    """Return the process id of the server in force."""
+    assert forked._server is not None
+    return forked._server.process.pid
+
+
+def gone(process_id: int) -> bool:
+    """Whether a process has ended; one that nobody has waited for yet has, too."""
+    try:
+        return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def test_workers_share_a_server_and_nothing_else(job: FootprintJob) -> None:
+    bad = job.model_copy(update={"model": "/nowhere/at/all"})
+    assert run_worker(job, timeout_s=NEVER_S).status == "ok"
+    first = server_id()
+    assert run_worker(bad, timeout_s=NEVER_S).failure_phase == "load"
+    assert run_worker(job, timeout_s=NEVER_S).status == "ok"
+    assert server_id() == first
+
+
+def test_another_environment_gets_another_server(job: FootprintJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = job.model_copy(update={"model": "/nowhere/at/all"})
+    run_worker(bad, timeout_s=NEVER_S)
+    first = server_id()
+    monkeypatch.setenv("KVSCOPE_COMMIT", "another")
+    run_worker(bad, timeout_s=NEVER_S)
+    assert server_id() != first
+    assert gone(first)
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, "worker", "server"])
+def test_a_worker_that_ends_early(
+    job: FootprintJob, end: type[BaseException] | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However it ends there is a row or the interrupt, no process is left, and the next job is measured."""
+    workers: list[forked.ForkedWorker] = []
+    started = forked.ForkedWorker.started
+
+    def noting(worker: forked.ForkedWorker) -> None:
+        started(worker)
+        workers.append(worker)
+
+    monkeypatch.setattr(forked.ForkedWorker, "started", noting)
+
+    def stop(phase: str) -> None:
+        if phase != "load":
+            return
+        if isinstance(end, type):
+            raise end
+        os.kill(workers[0]._process_id if end == "worker" else server_id(), signal.SIGTERM)  # type: ignore[arg-type]
+
+    if isinstance(end, type):
+        with pytest.raises(end):
+            run_worker(job, timeout_s=NEVER_S, on_phase=stop)
+    else:
+        row = run_worker(job, timeout_s=NEVER_S, on_phase=stop)
+        # Without its server the worker may finish its row all the same.
+        assert row.status == "ok" if end == "server" else row.reason == "load: the worker was killed by SIGTERM"
+    assert workers[0]._process_id is not None
+    assert end == "server" or gone(workers[0]._process_id)
+    assert run_worker(job, timeout_s=NEVER_S).status == "ok"
+
+
+def test_a_server_that_cannot_start_says_why(job: FootprintJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    forked.close_server()
+    monkeypatch.setattr(forked, "SERVER_COMMAND", (sys.executable, "-c", "raise SystemExit('no torch here')"))
+    row = run_worker(job, timeout_s=NEVER_S)
+    assert row.reason == "start: the worker exited with 1: no torch here"
+
+
+def test_a_worker_that_takes_too_long_to_start_is_stopped(job: FootprintJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    forked.close_server()
+    monkeypatch.setattr(forked, "SERVER_COMMAND", (sys.executable, "-c", "import signal; signal.pause()"))
+    row = run_worker(job, timeout_s=0.5)
+    assert row.reason == "start: stopped after 0.5 s (footprint_timeout_s)"
+
+
+def test_the_server_ends_with_the_process_that_started_it() -> None:
+    code = (
+        "import os, signal, sys\nfrom kvscope.harness.passes import forked\n"
+        "from kvscope.harness.passes.process import worker_environment\n"
+        "forked.worker_server(worker_environment(), stderr=sys.stderr)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stderr=subprocess.PIPE,
+        env=worker_environment(),
+        text=True,
+    ) as running:
+        assert running.stderr is not None
+        assert running.stderr.read() == "", "the server holds the other end until it ends"
