@@ -40,11 +40,12 @@ def run_worker(
     the reason and the phase it was in.
 
     Args:
-        command: starts a worker; left out, a process that has imported the libraries is forked where that is possible.
+        command: starts a worker; left out, on a CPU a process that has imported the libraries is forked where that is
+            possible.
     """
     kills_before = kernel_oom_kills()
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as stderr:
-        process = _start(command, stderr)
+        process = _start(command, stderr, device=job.device)
         timed_out = threading.Event()
 
         def stop() -> None:
@@ -71,9 +72,10 @@ def run_worker(
         return job.failed(status=status, reason=reason, phase=phase, oom_of=memory)
 
 
-def _start(command: tuple[str, ...] | None, stderr: IO[str]) -> "subprocess.Popen[str] | ForkedWorker":
+def _start(command: tuple[str, ...] | None, stderr: IO[str], *, device: str) -> "subprocess.Popen[str] | ForkedWorker":
     environment = worker_environment()
-    if command is None and CAN_FORK:
+    # Where NVML is asked, a worker is a process that began with nothing.
+    if command is None and CAN_FORK and device == "cpu":
         return ForkedWorker(worker_server(environment, stderr=stderr), stderr=stderr)
     # A session of its own: Ctrl-C reaches the sweep alone, which then ends the worker.
     return subprocess.Popen(
