@@ -63,23 +63,24 @@ class ChoiceRows:
     """The choices of one layer.
 
     Attributes:
+        pages: the layer's pages of each sequence.
         read_R: tokens read over all KV heads by the last step, int64.
         checked_R: a sum over the scores of all steps, not finite where a score was not.
     """
 
     def __init__(self, sequences: Sequence[ChoosingSequence], layer: int) -> None:
         self._sequences, self._layer = tuple(sequences), layer
-        self._pages = [sequence.pages_of(layer) for sequence in sequences]
-        pages = self._pages[0]
+        self.pages = [sequence.pages_of(layer) for sequence in sequences]
+        pages = self.pages[0]
         self._H, self._P = pages.shape[1], pages.shape[3]
         self._block = sequences[0].plan.block_tokens
         device, R = pages.device, len(sequences)
         n_chosen = [sequence.plan.n_blocks - 1 for sequence in sequences]
         self._most, self._differ = max(n_chosen), len(set(n_chosen)) > 1
         self._chosen_R1 = torch.tensor(n_chosen, device=device)[:, None]
-        self._n_blocks = max(len(own) * self._P // self._block for own in self._pages)
+        self._n_blocks = max(len(own) * self._P // self._block for own in self.pages)
         self._block_N = torch.arange(self._n_blocks, device=device)
-        self._last_page_R11 = torch.tensor([len(own) - 1 for own in self._pages], device=device)[:, None, None]
+        self._last_page_R11 = torch.tensor([len(own) - 1 for own in self.pages], device=device)[:, None, None]
         self.read_R = torch.zeros(R, dtype=torch.long, device=device)
         self.checked_R = torch.zeros(R, device=device)
         heads, self._X = sequences[0].choice_heads
@@ -97,8 +98,8 @@ class ChoiceRows:
         """Return what a sequence's attention reads; ``choose`` writes it anew."""
         table, count = self._table_RHW[row : row + 1], self._counts_RH[row : row + 1]
         if self._by_page:
-            return PagedKV(pages=self._pages[row], n_tokens=count, page_table=table)
-        return PagedKV(pages=self._pages[row], n_tokens=count, tokens=table)
+            return PagedKV(pages=self.pages[row], n_tokens=count, page_table=table)
+        return PagedKV(pages=self.pages[row], n_tokens=count, tokens=table)
 
     def choose(self, call: AttentionCall, rows: Sequence[int]) -> None:
         """Choose for the queries in ``rows`` of a call, the step's tokens stored already."""

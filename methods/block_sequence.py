@@ -77,7 +77,9 @@ class BlockSparseSequence(PagedSequence):
         self._reads: dict[int, Reads] = {}
         self._scored: torch.Tensor | None = None
         self._last_tokens = prompt.n_tokens + reserve_tokens
+        # What chose last in each layer, and for whom; and what chooses for this sequence alone.
         self._choices: dict[int, tuple[ChoiceRows, int]] = {}
+        self._alone: dict[int, ChoiceRows] = {}
 
     @property
     def n_tokens(self) -> int:
@@ -126,6 +128,10 @@ class BlockSparseSequence(PagedSequence):
             reasons.append("the context outgrows what a query reads while it decodes")
         return reasons
 
+    @property
+    def static_version(self) -> int:
+        return super().static_version + (0 if self._store is None else self._store.moves)
+
     def make_static(self, counters: "StepCounters") -> None:
         super().make_static(counters)
         if self._store is not None:
@@ -159,6 +165,7 @@ class BlockSparseSequence(PagedSequence):
         if self._step is None:
             return
         if self._store is not None:
+            self._store.make_room(self.n_tokens + 1)
             # A block that the last token filled is scored from this step on.
             for layer in self._sparse:
                 self._store.appended(layer, self._pool.pages[layer], self.n_tokens)
@@ -183,9 +190,10 @@ class BlockSparseSequence(PagedSequence):
         write_token(reads.place, call.key, call.value)
         stores = reads.stores
         if reads.chooser is not None:
-            if layer not in self._choices:
-                ChoiceRows([self], layer)
-            choice, _ = self._choices[layer]
+            choice = self._alone.get(layer)
+            if choice is None or choice.pages[0] is not self._pool.pages[layer]:
+                choice = self._alone[layer] = ChoiceRows([self], layer)
+            self._choices[layer] = (choice, 0)
             choice.choose(call, [0])
             stores = (choice.store(0),)
         return stored_attention(call, stores)
@@ -294,6 +302,7 @@ class BlockSparseSequence(PagedSequence):
     def close(self) -> None:
         self._release_step()
         self._choices.clear()
+        self._alone.clear()
         self._pool.clear()
         self._reads.clear()
         if self._store is not None:

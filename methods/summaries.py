@@ -68,7 +68,16 @@ class SummaryCollector(Collector):
 
 
 class MetadataStore(ABC):
-    """What a method keeps beside K and V to choose with, of one sequence: a private copy, so that forks do not meet."""
+    """What a method keeps beside K and V to choose with, of one sequence: a private copy, so that forks do not meet.
+
+    Attributes:
+        moves: how often its tensors moved because they grew.
+    """
+
+    moves: int = 0
+
+    def make_room(self, n_tokens: int) -> None:  # noqa: B027 - most grow as blocks fill
+        """Make room for ``n_tokens`` in all, before a step of fixed addresses writes the last of them."""
 
     def observe(self, layer: int, hidden_BM: torch.Tensor) -> None:  # noqa: B027 - most are made of keys
         """Take the current token's hidden state entering a layer, before its K and V are appended."""
@@ -143,6 +152,7 @@ class SummaryStore(MetadataStore):
         old = self.summaries[layer]
         if index == old.shape[0]:
             self.summaries[layer] = torch.cat([old, old.new_zeros((1, *old.shape[1:]))])
+            self.moves += 1
         k_HTD = block_keys(pages, n_tokens - self._block, n_tokens)
         self.summaries[layer][index] = self._summary.of_blocks(k_HTD[:, None])[0]
         self._lengths[layer] += 1

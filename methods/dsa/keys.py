@@ -84,6 +84,16 @@ class TokenKeyStore(MetadataStore):
         for layer in self._lengths:
             self._lengths[layer] += 1
 
+    def make_room(self, n_tokens: int) -> None:
+        for layer, keys in self._keys.items():
+            if n_tokens > len(keys):
+                self._grow(layer)
+                self.moves += 1
+
+    def _grow(self, layer: int) -> None:
+        self._keys[layer] = _grown(self._keys[layer], self._page_tokens)
+        self._scales[layer] = _grown(self._scales[layer], self._page_tokens)
+
     @torch.inference_mode()
     def observe(self, layer: int, hidden_BM: torch.Tensor) -> None:
         if self._count_11 is not None:
@@ -91,8 +101,7 @@ class TokenKeyStore(MetadataStore):
             return
         indexer, at = self._indexer.layer(layer), self._lengths[layer]
         if at == len(self._scales[layer]):
-            self._keys[layer] = _grown(self._keys[layer], self._page_tokens)
-            self._scales[layer] = _grown(self._scales[layer], self._page_tokens)
+            self._grow(layer)
         q_XIE, weight_XI = indexer.queries(hidden_BM)
         self._queries[layer] = q_XIE[0], weight_XI[0]
         keys, scale = quantize(indexer.keys(hidden_BM))

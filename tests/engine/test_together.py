@@ -97,3 +97,25 @@ def test_a_block_that_fills_up_is_chosen_from_the_next_step_on(tiny):
     for row, (method, _) in enumerate(pairs):
         alone = decode(tiny, method, prompt, [5], max_new_tokens=20, stop_at_eos=False)
         assert ids[row] == alone.ids, method.label
+
+
+@pytest.mark.parametrize("spec", SPECS if DEVICE == "cuda" else ["msa:budget_tokens=192,block_tokens=64", "dense"])
+def test_sequences_leave_until_one_is_left_and_go_past_what_was_reserved(tiny, spec, monkeypatch):
+    """The last one attends by itself, not with rows of those that left; what grows is captured anew."""
+    monkeypatch.setattr(dsa, "lightning_scores", without_ties)
+    method = create_method(spec)
+    [prompt] = prompts_of(tiny, [method], (250,))
+    n_steps = 12
+    alone = decode(tiny, method, prompt, [5], max_new_tokens=n_steps, stop_at_eos=False)
+    session = Session(tiny, decode_graph="on") if DEVICE == "cuda" else new_session(tiny, TOGETHER)
+    with session:
+        members = [session.add(method, prompt, reserve_tokens=3) for _ in range(3)]
+        ids, tokens = [], [5, 5, 5]
+        for step in range(n_steps):
+            if step in (2, 4):
+                session.remove(members.pop(0))
+                tokens = tokens[1:]
+            tokens = session.step(tokens).argmax(-1).tolist()
+            ids.append(tokens[-1])
+        assert session.attends_together == (len(members) > 1)
+    assert ids == alone.ids
