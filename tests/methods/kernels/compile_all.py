@@ -15,6 +15,7 @@ from kvscope.methods.kernels.host_gather import kernel as host_gather
 from kvscope.methods.kernels.indexer_score import kernel as indexer_score
 from kvscope.methods.kernels.paged_decode.kernel import DEFAULT as PAGED_DECODE
 from kvscope.methods.kernels.paged_decode.merge import merge_kernel
+from kvscope.methods.kernels.paged_decode.rows_kernel import append_rows_kernel, merge_rows_kernel, split_rows_kernel
 from kvscope.methods.kernels.paged_decode.split import split_kernel
 from kvscope.methods.kernels.select import kernel as select
 
@@ -60,6 +61,36 @@ def decode(dtype="bf16", **changes):
         num_stages=PAGED_DECODE.num_stages,
         aligned=("stride_qb", "stride_qh"),
     )
+
+
+def rows(dtype="bf16", **changes):
+    """paged_decode's kernels over sequences with pages of their own."""
+    constants = {
+        "G": 4, "G_PAD": 16, "D": 128, "D_PAD": 128, "P": 64, "N": 64, "COUNTS": 64, "MIN_TILES": 4, "HAS_TABLE": False,
+        "HAS_TOKENS": False, "HAS_TURNED": False, "HAS_SOFTCAP": False, "PRECISION": "ieee", "DEPENDENT": True,
+        **changes,
+    }  # fmt: skip
+    pointers = {
+        "q_ptr": dtype, "turned_ptr": dtype, "anchor_ptr": dtype, "ints_ptr": "i32", "table_ptr": "i64",
+        "out_ptr": "fp32", "lse_ptr": "fp32",
+    }  # fmt: skip
+    stages = PAGED_DECODE.num_stages
+    compile_kernel(f"rows {dtype} {changes}", split_rows_kernel, constants, pointers=pointers, num_stages=stages)
+
+
+def rest_of_rows():
+    """Their merge, and the store of a step's tokens."""
+    constants = {
+        "G": 4, "D": 128, "D_PAD": 128, "N": 64, "COUNTS": 64, "MIN_TILES": 4, "TWO_STORES": True, "HAS_SINK": True,
+        "MERGE_ROWS": 64, "DEPENDENT": True,
+    }  # fmt: skip
+    pointers = {
+        "result_ptr": "bf16", "sink_ptr": "bf16", "out_ptr": "fp32", "lse_ptr": "fp32", "ints_ptr": "i32",
+        "table_ptr": "i64",
+    }  # fmt: skip
+    compile_kernel("rows merge", merge_rows_kernel, constants, pointers=pointers)
+    pointers = {"k_ptr": "bf16", "v_ptr": "bf16", "anchor_ptr": "bf16", "ints_ptr": "i32", "table_ptr": "i64"}
+    compile_kernel("rows append", append_rows_kernel, {"D": 128, "D_PAD": 128}, pointers=pointers, num_warps=1)
 
 
 def merge():
@@ -108,6 +139,7 @@ def selection():
 def others():
     """host_gather and block_scores."""
     pointers = dict.fromkeys(("mirror_ptr", "slots_ptr", "chunks_ptr", "chunk_slots_ptr", "n_ptr"), "i32")
+    pointers["layers_ptr"] = "i64"
     for parts, pieces in ((1, 1), (4, 4)):
         constants = {
             "UNITS_PER_CHUNK": 2, "PARTS": parts, "PIECES": pieces, "PIECE_WORDS": 8192 // parts,
@@ -129,6 +161,9 @@ if __name__ == "__main__":
     decode(P=16, COUNTS=256, HAS_SOFTCAP=True)
     decode(HAS_TOKENS=True)
     decode(dtype="fp32", N=32, HAS_TABLE=False, DEVICE_LENGTHS=False, DEPENDENT=False)
+    rows()
+    rows(P=0, N=128, COUNTS=512, HAS_TABLE=True, HAS_TOKENS=True, HAS_TURNED=True)
+    rest_of_rows()
     merge()
     indexer(fp8_query=True)
     indexer(fp8_query=False)
