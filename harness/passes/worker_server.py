@@ -4,8 +4,8 @@ Its stdin is a Unix socket. A request is a line of JSON with three open files be
 stderr; the answer is the worker's process id. When the worker ends, its exit status follows, and the process is reaped
 once the other side has read that, so that nobody signals a stranger. The server ends when the socket closes.
 
-Importing torch and transformers takes most of a worker's start, and is the same for each. It happens here, once, before
-anything touches a GPU: each worker makes its own CUDA context and reads its own memory.
+Importing torch and transformers takes most of a worker's start, and is the same for each. It happens here, once. Jobs
+on a GPU are not for it: what NVML reads there is of a process that began with nothing.
 """
 
 import gc
@@ -18,7 +18,6 @@ from typing import NoReturn
 
 from kvscope.harness.passes import worker
 from kvscope.harness.passes.libraries import import_libraries
-from kvscope.harness.passes.process import WORKER_COMMAND
 
 REQUEST_BYTES = 1 << 16
 STANDARD_FILES = 3
@@ -69,21 +68,12 @@ def _be_worker(files: list[int], *, folder: str) -> NoReturn:
         for standard, file in enumerate(files):
             os.dup2(file, standard)
             os.close(file)
-        if _cuda_is_spoilt():
-            os.execv(WORKER_COMMAND[0], WORKER_COMMAND)
         code = worker.main()
     except BaseException:  # noqa: BLE001 - the end of this process: the traceback is what its parent reads
         traceback.print_exc()
         code = 1
     sys.stderr.flush()
     os._exit(code)
-
-
-def _cuda_is_spoilt() -> bool:
-    """Whether a library asked for the GPU when it was imported: no fork may then use CUDA."""
-    import torch
-
-    return bool(torch.cuda._is_in_bad_fork())
 
 
 if __name__ == "__main__":

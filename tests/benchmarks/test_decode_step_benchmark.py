@@ -2,29 +2,12 @@
 
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-def test_every_part_runs_in_the_small_size(tmp_path):
-    out = tmp_path / "decode_step.json"
-    command = [sys.executable, str(FOLDER / "decode_step.py"), "--smoke", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(out.read_text())
-    rows = found["rows"]
-    assert {row["part"] for row in rows} == {"tpot", "refresh", "attention", "prefill_attention", "prefill"}
-    assert {row["status"] for row in rows} == {"ok", "does not fit"}
-    assert all(row["tpot_s"] > 0 for row in rows if row["part"] == "tpot" and row["status"] == "ok")
-    refresh = [row for row in rows if row["part"] == "refresh"]
-    assert [row["case"] for row in refresh] == ["sync", "stale1"] * 2
-    assert all(row["recalled_bytes"] > 0 for row in refresh)
-    assert found["smoke"] is True
 
 
 @pytest.fixture
@@ -34,6 +17,21 @@ def script(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_every_part_runs_in_the_small_size(script, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "decode_step.json"
+    monkeypatch.setattr(sys, "argv", ["decode_step.py", "--smoke", "--out", str(out)])
+    assert script.main() == 0, capsys.readouterr()
+    found = json.loads(out.read_text())
+    rows = found["rows"]
+    assert {row["part"] for row in rows} == {"tpot", "refresh", "attention", "prefill_attention", "prefill"}
+    assert {row["status"] for row in rows} == {"ok", "does not fit"}
+    assert all(row["tpot_s"] > 0 for row in rows if row["part"] == "tpot" and row["status"] == "ok")
+    refresh = [row for row in rows if row["part"] == "refresh"]
+    assert [row["case"] for row in refresh] == ["sync", "stale1"] * 2
+    assert all(row["recalled_bytes"] > 0 for row in refresh)
+    assert found["smoke"] is True
 
 
 def test_targets_are_judged_where_their_rows_are_there(script):

@@ -1,14 +1,14 @@
 """The examples do what they say, on a CPU and from any folder."""
 
 import re
-import subprocess
+import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from kvscope.cli import run_cli
-from kvscope.harness.passes.process import worker_environment
 from kvscope.results.frames import load_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,17 +16,21 @@ EXAMPLES = ROOT / "examples"
 pytestmark = pytest.mark.slow
 
 
-def call(name: str, *arguments: str | Path, cwd: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *map(str, arguments)],
-        cwd=cwd, env=worker_environment(), capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., str]:
+    """Return a way to call an example from ``tmp_path``, which gives what it printed."""
+
+    def call(name: str, *arguments: str | Path) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return call
 
 
-def test_two_methods_are_compared_on_the_same_prompts(tmp_path: Path) -> None:
-    said = call("compare_methods.py", "--out", "run", "--samples", "1", cwd=tmp_path)
+def test_two_methods_are_compared_on_the_same_prompts(call: Callable[..., str], tmp_path: Path) -> None:
+    said = call("compare_methods.py", "--out", "run", "--samples", "1")
     assert "dense: 100 % right, 100 % of dense's bytes" in said
     held = re.search(r"^recency: \d+ % right, (\d+) % of dense's bytes$", said, re.MULTILINE)
     assert held is not None
@@ -37,8 +41,8 @@ def test_two_methods_are_compared_on_the_same_prompts(tmp_path: Path) -> None:
     assert samples.prompt_sha256.nunique() == 1
 
 
-def test_a_footprint_is_measured(tmp_path: Path) -> None:
-    said = call("measure_footprint.py", "--method", "recency", "--out", "run", cwd=tmp_path)
+def test_a_footprint_is_measured(call: Callable[..., str], tmp_path: Path) -> None:
+    said = call("measure_footprint.py", "--method", "recency", "--out", "run")
     held = re.search(r"^recency: ([\d.]+) MiB by the ledger, ([\d.]+) MiB for dense$", said, re.MULTILINE)
     assert held is not None
     assert float(held[1]) < 0.5 * float(held[2])
@@ -47,9 +51,9 @@ def test_a_footprint_is_measured(tmp_path: Path) -> None:
     assert (row.method_label, row.length_tokens, row.status) == ("recency", 1024, "ok")
 
 
-def test_a_figure_is_drawn_from_committed_rows(tmp_path: Path) -> None:
+def test_a_figure_is_drawn_from_committed_rows(call: Callable[..., str], tmp_path: Path) -> None:
     run = ROOT / "results" / "reference" / "h100" / "lsa-vt"
-    said = call("figure_from_rows.py", "--run", run, "--out", "share.png", cwd=tmp_path)
+    said = call("figure_from_rows.py", "--run", run, "--out", "share.png")
     assert re.search(r"^ *vt +16384 +0\.998 +0\.110 +216$", said, re.MULTILINE), said
     assert (tmp_path / "share.png").read_bytes().startswith(b"\x89PNG")
 

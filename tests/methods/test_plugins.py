@@ -54,6 +54,20 @@ def kvscope(*arguments: str, path: Path | None = None, cwd: Path | None = None) 
     return subprocess.run([*KVSCOPE, *arguments], capture_output=True, text=True, env=environment, cwd=cwd)
 
 
+def kvscope_answers(commands: list[list[str]], *, path: Path) -> list[str]:
+    """Return what each command prints, all of them in one process with a folder on PYTHONPATH."""
+    code = (
+        "import sys, json\nfrom kvscope.cli import run_cli\n"
+        "for command in json.loads(sys.argv[1]):\n    assert run_cli(command) == 0\n    print('\\0', end='')"
+    )
+    environment = worker_environment()
+    environment["PYTHONPATH"] += os.pathsep + str(path)
+    called = [sys.executable, "-P", "-c", code, json.dumps(commands)]
+    done = subprocess.run(called, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split("\0")[:-1]
+
+
 def run_arguments(model: str, out: Path) -> list[str]:
     return [
         "--model", model, "-l", "512", "-n", "2", "--device", "cpu", "--max-new-tokens", "2",
@@ -109,14 +123,20 @@ def test_the_classes_of_the_page_are_measured_by_their_place(tmp_path: Path, tin
 
 def test_installed_names_are_listed_and_shown(tmp_path: Path) -> None:
     write_package(tmp_path)
-    listed = kvscope("list", "methods", path=tmp_path)
-    assert "first_and_last" in listed.stdout, listed.stderr
-    assert "last_word" in kvscope("list", "tasks", path=tmp_path).stdout
-    for name in ("first_and_last", "evict.method:FirstAndLast"):
-        shown = kvscope("show", name, path=tmp_path).stdout
+    asked = [
+        ["list", "methods"],
+        ["list", "tasks"],
+        ["show", "first_and_last"],
+        ["show", "evict.method:FirstAndLast"],
+        ["show", "evict.task:LastWord"],
+    ]
+    listed_methods, listed_tasks, by_name, by_place, task = kvscope_answers(asked, path=tmp_path)
+    assert "first_and_last" in listed_methods
+    assert "last_word" in listed_tasks
+    for shown in (by_name, by_place):
         assert "first_tokens (int, default 64)" in shown
         assert "tokens at the start of the prompt that stay." in shown
-    assert "position" in kvscope("show", "evict.task:LastWord", path=tmp_path).stdout
+    assert "position" in task
 
 
 METHOD = """

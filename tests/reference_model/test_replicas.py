@@ -11,43 +11,58 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
+from kvscope.harness.reference_model.architecture import reference_config
 from kvscope.harness.reference_model.curriculum import Phase, Shape
 from kvscope.harness.reference_model.data import PhaseData
 from kvscope.harness.reference_model.pieces import Pieces
 from kvscope.harness.reference_model.replicas import Replicas
 from kvscope.harness.reference_model.row_maker import RowMaker
+from kvscope.harness.reference_model.train import train
 
 RUN = """
 import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from kvscope.harness.reference_model.architecture import reference_config
-from kvscope.harness.reference_model.curriculum import Phase, Shape
-from kvscope.harness.reference_model.train import train
-shapes = (Shape(tokens=64, rows=2, questions=2),)
-# Without a warm-up of many steps: the weights have to move by more than the comparison lets pass.
-phase = Phase(name="tiny", shapes=shapes, steps=3, lr=(1e-2, 1e-2), copy_share=1.0, warmup_steps=1)
-train(out=Path(sys.argv[1]), phases=(phase,), seed=3, replicas=int(sys.argv[2]),
-      config=reference_config(layers=2, hidden=128))
+sys.path.insert(0, sys.argv[3])
+from test_replicas import train_tiny
+train_tiny(Path(sys.argv[1]), replicas=int(sys.argv[2]))
 """
 
 
+def train_tiny(out: Path, *, replicas: int) -> None:
+    shapes = (Shape(tokens=64, rows=2, questions=2),)
+    # Without a warm-up of many steps: the weights have to move by more than the comparison lets pass.
+    phase = Phase(name="tiny", shapes=shapes, steps=3, lr=(1e-2, 1e-2), copy_share=1.0, warmup_steps=1)
+    train(out=out, phases=(phase,), seed=3, replicas=replicas, config=reference_config(layers=2, hidden=128))
+
+
 def trained(out: Path, *, world: int, replicas: int) -> dict[str, torch.Tensor]:
+    """Train in this process, or in as many as there are in the world."""
     out.mkdir()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(REFERENCE_MODEL_FOLDER)
     tokenizer.save_pretrained(out)
+    if world == 1:
+        train_tiny(out, replicas=replicas)
+    else:
+        train_in_processes(out, world=world, replicas=replicas)
+    weights: dict[str, torch.Tensor] = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).state_dict()
+    return weights
+
+
+def train_in_processes(out: Path, *, world: int, replicas: int) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {**os.environ, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     running = [
-        subprocess.Popen([sys.executable, "-c", RUN, str(out), str(replicas)], env={**shared, "RANK": str(rank)})
+        subprocess.Popen(
+            [sys.executable, "-c", RUN, str(out), str(replicas), str(Path(__file__).parent)],
+            env={**shared, "RANK": str(rank)},
+        )
         for rank in range(world)
     ]
     assert [process.wait() for process in running] == [0] * world
-    weights: dict[str, torch.Tensor] = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).state_dict()
-    return weights
 
 
 def close(one: torch.Tensor, two: torch.Tensor) -> bool:

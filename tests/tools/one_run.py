@@ -10,6 +10,12 @@ from kvscope.harness.passes.sweep import run
 from kvscope.results.frames import records
 
 
+def rows_of(values: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Run a configuration and return its rows by kind."""
+    result = run(values, progress=False)
+    return {"samples": records(result.samples), "footprint": records(result.footprint)}
+
+
 def main() -> None:
     """Measure footprints in this process: the same measurement without another start."""
 
@@ -17,9 +23,7 @@ def main() -> None:
         return measurement.measure(job, say=io.StringIO())
 
     process_pass.run_worker = run_worker  # type: ignore[assignment]
-    values = json.loads(sys.argv[1])
-    result = run(values, progress=False)
-    sys.stdout.write(json.dumps({"samples": records(result.samples), "footprint": records(result.footprint)}))
+    sys.stdout.write(json.dumps(rows_of(json.loads(sys.argv[1]))))
 
 
 if __name__ == "__main__":
