@@ -1,8 +1,9 @@
 """DSA, the token-sparse attention of DeepSeek-V3.2: the best tokens of each query, one set for all heads.
 
 The tokens are chosen by a lightning indexer, trained for the model with the model frozen (DSA-style: DeepSeek trains
-the model along with it), or by the attention oracle: the tokens the model's own heads attend to most, which is what an
-indexer is trained to tell and therefore its upper bound.
+the model along with it), or by the attention oracle: the tokens the model's own heads attend to most, chosen anew at
+each step and layer. No set of the same size holds more of the attention, which is what an indexer is trained to tell;
+answers are another matter, and may be better under other sets.
 
 Shapes: H KV heads, G query heads a KV head, T tokens, D head size, S tokens of a chunk, M hidden size.
 """
@@ -40,7 +41,8 @@ class DSAConfig:
     Attributes:
         budget_tokens: tokens a query reads, the current one included; none: min(2048, max(128, length / 16)).
         indexer: what chooses. A folder or shipped name of a trained lightning indexer, or oracle (the attention of all
-            heads, added up, which reads every key to choose: the upper bound); none: the one shipped for this model.
+            heads at the same step, added up, which reads every key to choose: no set holds more of it); none: the one
+            shipped for this model.
         selection: trained, or synthetic (an indexer of random weights: right bytes and times, meaningless accuracy).
         seed: of the synthetic indexer.
     """
@@ -92,7 +94,7 @@ class DSA(BlockSparse[DSAConfig]):
             untrained=untrained_config,
             misfit=mismatch,
             missing="No trained lightning indexer comes with kvscope for this model: "
-            f"{HOW_TO_TRAIN}; or use indexer=oracle (the upper bound), or selection=synthetic (bytes and times only).",
+            f"{HOW_TO_TRAIN}; or use indexer=oracle (attention itself), or selection=synthetic (bytes and times only).",
         )
 
     @property
