@@ -174,7 +174,7 @@ class Prompts:
                 selector: Any = NothingToChoose()
                 if layout.n_candidates:
                     selector = IndexerSelector(
-                        indexer, prompt, torch.device(device), layout=layout, rule=self._rule(layout), keys_name=KEYS,
+                        indexer, prompt, torch.device(device), layout=layout, rule=self.rule(layout), keys_name=KEYS,
                         states_name=None,
                     )  # fmt: skip
                 return self.open_with(prompt, device, selector, layout=layout, reserve_tokens=reserve_tokens)

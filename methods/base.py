@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -30,6 +30,7 @@ __all__ = [
     "Collector",
     "Footprint",
     "ModelShape",
+    "Rehearsal",
     "Residency",
     "Rotation",
     "SavingKind",
@@ -38,6 +39,19 @@ __all__ = [
 ]
 
 ConfigT = TypeVar("ConfigT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rehearsal:
+    """A decode of the same prompt that goes before the one that is measured.
+
+    Attributes:
+        method: what it runs under.
+        learnt: returns, once it has ended, what the measured decode runs under.
+    """
+
+    method: CacheMethod[Any]
+    learnt: Callable[[], CacheMethod[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,6 +316,13 @@ class CacheMethod(ABC, Generic[ConfigT]):
             device: where the resident set lives.
             reserve_tokens: decode steps to preallocate for; past them storage grows page by page.
         """
+
+    def rehearsal(self) -> Rehearsal | None:
+        """Return a fresh decode that has to go before each measured one; None where the prompt is enough.
+
+        A method that has one cannot be opened without it.
+        """
+        return None
 
     def describe(self) -> dict[str, Any]:
         """Return what reports print about the method: label, name, options, and the texts above."""

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from kvscope.harness.engine.batch_decode import BatchDecode, DecodeResult, Request, check_lengths
 from kvscope.harness.engine.finite import finite_tokens
 from kvscope.harness.engine.loaded import LoadedModel
+from kvscope.harness.engine.rehearsal import rehearsed
 from kvscope.harness.engine.session import Session
 from kvscope.methods.base import CacheMethod
 from kvscope.methods.store import PromptKV
@@ -32,7 +33,7 @@ def decode(
     stop_at_eos: bool = True,
     decode_graph: DecodeGraph = "off",
 ) -> DecodeResult:
-    """Feed ``forced_ids`` under the method, then decode greedily.
+    """Feed ``forced_ids`` under the method, then decode greedily. A method with a rehearsal decodes twice.
 
     Args:
         loaded: the model.
@@ -59,7 +60,7 @@ def decode(
         stop_at_eos=stop_at_eos,
     )
     with BatchDecode(loaded, decode_graph=decode_graph) as batch:
-        row = batch.add(request)
+        row = batch.add(rehearsed(loaded, request))
         while not row.has_ended:
             batch.step()
     if row.error is not None:
@@ -88,9 +89,11 @@ def answer_nll(
     """
     check_lengths(loaded, prompt_kv, forced_ids, len(answer_ids))
     fed = [*forced_ids, *answer_ids[:-1]]
+    # A rehearsal feeds the same tokens; the one that it then chooses is fed to nobody.
+    asked = rehearsed(loaded, Request(method=method, prompt=prompt_kv, forced_ids=fed, max_new_tokens=1))
     total = 0.0
     with Session(loaded, decode_graph=decode_graph) as session:
-        session.add(method, prompt_kv, reserve_tokens=len(fed))
+        session.add(asked.method, prompt_kv, reserve_tokens=len(fed))
         for index, token in enumerate(fed):
             logits_1V = session.step([token])
             finite_tokens(session, logits_1V, step=index)

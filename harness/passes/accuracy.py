@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from kvscope.tasks.base import Task
 
 
+def rehearsal_text(plan: Plan) -> list[str]:
+    """Return the plan's line of methods that decode twice; none where there are none."""
+    labels = [method.label for method in plan.methods if method.rehearsal() is not None]
+    return [f"           {', '.join(labels)}: each prompt is decoded twice, first densely"] if labels else []
+
+
 class AccuracyPass:
     """Answers prompts and scores them."""
 
@@ -59,6 +65,7 @@ class AccuracyPass:
         return [
             f"accuracy   {prompts:,} prompts, each prefilled once for {len(plan.methods)} methods: "
             f"{self.prefill_tokens(plan):,} tokens to prefill, {prompts * len(plan.methods):,} rows",
+            *rehearsal_text(plan),
             *batch_text(plan.batch, device=plan.facts.device),
         ]
 

@@ -114,16 +114,24 @@ class Prompt:
         )
 
     def request(self, method: "CacheMethod[Any]") -> "Request":
-        """Return what is to be decoded."""
+        """Return what is to be decoded; a method with a rehearsal has it here.
+
+        Raises:
+            Exception: as the rehearsal raises it.
+        """
         from kvscope.harness.engine.batch_decode import Request
+        from kvscope.harness.engine.rehearsal import rehearsed
 
         assert self.kv is not None
-        return Request(
-            method=method,
-            prompt=self.kv,
-            forced_ids=self.forced_ids,
-            max_new_tokens=self.sample.max_new_tokens,
-            stop_strings=tuple(self.sample.stop),
+        return rehearsed(
+            self.loaded,
+            Request(
+                method=method,
+                prompt=self.kv,
+                forced_ids=self.forced_ids,
+                max_new_tokens=self.sample.max_new_tokens,
+                stop_strings=tuple(self.sample.stop),
+            ),
         )
 
     def row(self, method: "CacheMethod[Any]", result: "DecodeResult", *, logit_noise: float | None) -> SampleRow:

@@ -5,7 +5,7 @@ configuration and tokenizer files, never weights.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvscope.errors import UsageError, shown
 from kvscope.harness.passes.accuracy import AccuracyPass
@@ -23,6 +23,7 @@ from kvscope.paths import check_out, user_path
 from kvscope.results.limits import MOST_NAME_CHARS
 
 if TYPE_CHECKING:
+    from kvscope.methods.base import CacheMethod
     from kvscope.tasks.base import Task
 
 
@@ -56,6 +57,7 @@ def make_plan(config: RunConfig) -> Plan:
     methods = tuple(facts.backend.form_of(method, facts.shape) for method in methods)
     for method in methods:
         method.require(facts.shape)
+    check_rehearsals(config, methods)
     passes = passes_of(config)
     lengths = sorted({length for each in passes for length in each.lengths_tokens(config)})
     check_longest(config, facts, lengths)
@@ -113,6 +115,20 @@ def check_synthetic(config: RunConfig, facts: ModelFacts) -> None:
             f"Model {config.model!r} has {gap} not filled with synthetic values: leave out --kv synthetic, --find-max "
             "and --throughput, or take another model."
         )
+
+
+def check_rehearsals(config: RunConfig, methods: "Sequence[CacheMethod[Any]]") -> None:
+    """Refuse to measure memory and times of methods that decode twice: what they know costs more than what they keep.
+
+    Raises:
+        UsageError: naming the method.
+    """
+    if not (config.footprint_cells_tokens or config.unscored):
+        return
+    advice = "this run scores none, so leave it out" if config.unscored else "ask for it with --no-footprint"
+    for method in methods:
+        if method.rehearsal() is not None:
+            raise UsageError(f"Method {method.label!r} decodes twice and only its answers mean something: {advice}.")
 
 
 def check_unique(labels: Sequence[str]) -> None:

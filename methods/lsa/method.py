@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from kvscope.errors import UsageError
-from kvscope.methods.base import CacheMethod, Collector, SequenceCache
+from kvscope.methods.base import CacheMethod, Collector, Rehearsal, SequenceCache
 from kvscope.methods.budget import check_budget, default_recency_tokens
 from kvscope.methods.fp8_keys import pack, quantize
 from kvscope.methods.indexer_source import IndexerSource
@@ -39,7 +39,10 @@ from kvscope.units import Tokens
 
 DEFAULT_CHUNK_TOKENS = 64
 DEFAULT_TAU = 64
-ORACLE = "oracle"
+#: Values of ``indexer`` that need no trained one.
+ATTENTION, HINDSIGHT = "attention", "hindsight"
+#: What versions to 0.2 called ``attention``: folders and rows of it keep their labels.
+OLDER_ATTENTION = "oracle"
 #: Share of the resident chunks that a refresh replaces, by the steps between refreshes: 1 - hit rate of the reference
 #: model's trained indexer at 16K (docs/measurement.md).
 TRAINED_CHURN = {4: 0.09, 16: 0.24, 64: 0.55}
@@ -54,8 +57,9 @@ class LsaConfig:
             trained one.
         mode: how chunks are kept, by threshold (all that score enough) or by budget (a fixed number, those that score
             most); none: by budget when one is given.
-        threshold: in threshold mode, least score of a kept chunk, between 0 and 1; with indexer=oracle the share of a
-            layer's attention that the kept chunks reach together with what always stays.
+        threshold: in threshold mode, least score of a kept chunk, between 0 and 1; with indexer=attention the share of
+            a layer's attention that the kept chunks reach together with what always stays; with indexer=hindsight the
+            share that they reach, at each step and layer, of what all chunks to choose from get.
         budget_tokens: in budget mode, prompt tokens that stay, sinks and window included (both stay even if they alone
             are more).
         budget_fraction: the same as a fraction of the prompt's tokens.
@@ -69,9 +73,10 @@ class LsaConfig:
         refresh: sync (the recall ends before the step) or stale1 (copied behind the running interval, read from the
             next one on).
         fallback_ratio: a choice of more than this share of the candidate chunks makes the interval dense; none: never.
-        indexer: folder or shipped name of a trained indexer, on deepseek_v4 models a safetensors file, or oracle (each
-            layer chooses by its own attention at the step, read from the host: the upper bound); none: the one shipped
-            for this model and chunk size.
+        indexer: folder or shipped name of a trained indexer, on deepseek_v4 models a safetensors file; or attention
+            (each layer chooses by its own attention at the refreshing step, read from the host; the steps after it may
+            need others); or hindsight (what the steps of each interval attended to in a first, dense decode: what
+            predicting could reach; answers only); none: the one shipped for this model and chunk size.
         selection: trained, or synthetic (an indexer of random weights: right bytes and times, meaningless accuracy).
         seed: of the synthetic indexer.
         churn: with selection=synthetic, share of the resident chunks that a refresh replaces, between 0 and 1; none:
@@ -135,6 +140,10 @@ class LsaConfig:
             raise ValueError(f"fallback_ratio must lie between 0 and 1, both excluded, got {self.fallback_ratio}")
         if self.selection == "synthetic" and self.indexer is not None:
             raise ValueError("selection=synthetic draws its own indexer, so indexer cannot be given")
+        if self.indexer == HINDSIGHT and self.refresh == "stale1":
+            raise ValueError(
+                "refresh=stale1 would bring what indexer=hindsight knows of an interval one interval late; leave it out"
+            )
         if self.churn is not None and not 0 <= self.churn <= 1:
             raise ValueError(f"churn must be between 0 and 1, got {self.churn}")
         if self.churn is not None and self.selection != "synthetic":
@@ -143,6 +152,11 @@ class LsaConfig:
             raise ValueError(
                 "selection=synthetic needs a budget: the scores of random weights mean nothing to a threshold"
             )
+
+    @property
+    def indexed(self) -> bool:
+        """Whether an indexer chooses, trained or synthetic."""
+        return self.indexer not in (ATTENTION, OLDER_ATTENTION, HINDSIGHT)
 
     @property
     def budgeted(self) -> bool:
@@ -167,19 +181,19 @@ class Lsa(CacheMethod[LsaConfig]):
         chunk = f" for chunks of {self.config.chunk_tokens} tokens" if self.config.chunk_tokens else ""
         self._source = IndexerSource(
             FILES,
-            spec=None if self.config.indexer == ORACLE else self.config.indexer,
+            spec=self.config.indexer if self.config.indexed else None,
             synthetic=self.config.selection == "synthetic",
             seed=self.config.seed,
             untrained=self._untrained,
             misfit=self._misfit,
             missing=f"No trained indexer{chunk} comes with kvscope for this model: "
-            f"{HOW_TO_TRAIN}; or use selection=synthetic with a budget (bytes and times only), or indexer=oracle.",
+            f"{HOW_TO_TRAIN}; or use selection=synthetic with a budget (bytes and times only), or indexer=attention.",
         )
 
     @property
     def selection(self) -> str:
-        """What chooses, as rows name it: ``trained``, ``synthetic`` or ``free`` (the oracle: nothing trained)."""
-        return "free" if self.config.indexer == ORACLE else self.config.selection
+        """What chooses, as rows name it: ``trained``, ``synthetic`` or ``free`` (the model's own attention)."""
+        return self.config.selection if self.config.indexed else "free"
 
     # -- the indexer and the model it belongs to
 
@@ -207,7 +221,7 @@ class Lsa(CacheMethod[LsaConfig]):
         return config.layers if config else ()
 
     def collectors(self, layer: int) -> list[Collector]:
-        if self.config.indexer == ORACLE:
+        if not self.config.indexed:
             return []
         if self.config.selection == "trained":
             config = FILES.read_config(self._source.folder())
@@ -245,12 +259,12 @@ class Lsa(CacheMethod[LsaConfig]):
         )
 
     def _indexer_config(self, shape: ModelShape) -> IndexerConfig | None:
-        """Return the configuration of the indexer that chooses on this model; None for the oracle.
+        """Return the configuration of the indexer that chooses on this model; None without one.
 
         Raises:
             UsageError: there is none, or it belongs to another model, layer or chunk size.
         """
-        return None if self.config.indexer == ORACLE else self._source.config(shape)
+        return self._source.config(shape) if self.config.indexed else None
 
     @torch.inference_mode()
     def _encode(self, layer: int, k_nCF: torch.Tensor) -> torch.Tensor:
@@ -274,7 +288,7 @@ class Lsa(CacheMethod[LsaConfig]):
 
     def _trained(self) -> IndexerConfig | None:
         """Return the trained indexer's configuration; None where none chooses, or no model was seen yet."""
-        if self.config.selection == "synthetic" or self.config.indexer == ORACLE:
+        if self.config.selection == "synthetic" or not self.config.indexed:
             return None
         if self.config.indexer is not None and self.config.indexer.endswith(".safetensors"):
             return None  # weights of a deepseek_v4 model, which say nothing of themselves
@@ -299,7 +313,8 @@ class Lsa(CacheMethod[LsaConfig]):
             recency_tokens=default_recency_tokens(n_tokens) if wanted is None else wanted,
         )
 
-    def _rule(self, layout: ChunkLayout) -> Rule:
+    def rule(self, layout: ChunkLayout) -> Rule:
+        """Return which candidates are kept of a prompt cut like this."""
         config = self.config
         if not config.budgeted:
             cap_tokens = self._cap_tokens()
@@ -320,7 +335,7 @@ class Lsa(CacheMethod[LsaConfig]):
     def is_noop(self, n_tokens: int, shape: ModelShape | None = None) -> bool:
         self._source.see(shape)
         layout = self.layout(n_tokens)
-        chosen = self._rule(layout).n_chunks
+        chosen = self.rule(layout).n_chunks
         return layout.n_candidates == (0 if chosen is None else chosen)
 
     def predict(self, shape: ModelShape, n_tokens: int, n_new_tokens: int = 0) -> Footprint:
@@ -330,7 +345,7 @@ class Lsa(CacheMethod[LsaConfig]):
         if that is not known. With ``stale1`` it is an upper bound: every chunk chosen may be new.
         """
         config, layout = self._indexer_config(shape), self.layout(n_tokens)
-        rule = self._rule(layout)
+        rule = self.rule(layout)
         n_chosen = rule.n_chunks
         if n_chosen is None:
             share = 1.0 if config is None or config.kept_fraction is None else config.kept_fraction
@@ -356,12 +371,12 @@ class Lsa(CacheMethod[LsaConfig]):
         )
 
     def trained_part(self, shape: ModelShape) -> str | None:
-        return None if self.config.indexer == ORACLE else self._source.files_hash(shape)
+        return self._source.files_hash(shape) if self.config.indexed else None
 
     def effective_config(self, n_tokens: int, shape: ModelShape | None = None) -> dict[str, Any]:
         self._source.see(shape)
         layout, config = self.layout(n_tokens), self.config
-        rule = self._rule(layout)
+        rule = self.rule(layout)
         values: dict[str, Any] = {
             "tau": self.tau(),
             "mode": "budget" if config.budgeted else "threshold",
@@ -380,6 +395,8 @@ class Lsa(CacheMethod[LsaConfig]):
             "selection": self.selection,
             "seed": config.seed,
         }
+        if config.indexer in (ATTENTION, HINDSIGHT):  # of a trained one the residency tells name and hash
+            values["indexer"] = config.indexer
         if config.selection == "synthetic":
             values["churn"] = self._churn
         if self._source.shape is None and config.selection == "trained" and config.indexer is None:
@@ -390,9 +407,16 @@ class Lsa(CacheMethod[LsaConfig]):
 
     # -- opening
 
+    def rehearsal(self) -> Rehearsal | None:
+        if self.config.indexer != HINDSIGHT:
+            return None
+        from kvscope.methods.lsa.hindsight import rehearsal_of
+
+        return rehearsal_of(self)
+
     def open(self, prompt: PromptKV, device: torch.device | str, *, reserve_tokens: int = 0) -> SequenceCache:
         layout = self.layout(prompt.n_tokens)
-        selector = self._selector(prompt, torch.device(device), layout)
+        selector = self.selector(prompt, torch.device(device), layout)
         return self.open_with(prompt, device, selector, layout=layout, reserve_tokens=reserve_tokens)
 
     def open_with(
@@ -427,11 +451,17 @@ class Lsa(CacheMethod[LsaConfig]):
             indexer_bytes=0 if config is None else weight_bytes(config),
         )
 
-    def _selector(self, prompt: PromptKV, device: torch.device, layout: ChunkLayout) -> Selector:
+    def selector(self, prompt: PromptKV, device: torch.device, layout: ChunkLayout) -> Selector:
+        """Return what chooses for one sequence of a prompt."""
         if not layout.n_candidates:
             return NothingToChoose()
-        rule = self._rule(layout)
-        if self.config.indexer == ORACLE:
+        if self.config.indexer == HINDSIGHT:
+            raise UsageError(
+                f"Method '{self.label}' plays back what a first decode of the prompt attended to, and only answers are "
+                "decoded twice: no memory and no times can be measured of it (--no-footprint)."
+            )
+        rule = self.rule(layout)
+        if not self.config.indexed:
             return MassSelector(rule)
         self._source.config(prompt.shape)
         indexer = self._source.module(device)

@@ -1,7 +1,7 @@
 """When LSA chooses, and the record of it, whatever the storage.
 
 A refresh happens at opening and before every tau-th decode step. It chooses from the hidden states of the step before,
-or, for the attention oracle, inside the step from each layer's own query. Between refreshes nothing moves.
+or, where attention itself chooses, inside the step from each layer's own query. Between refreshes nothing moves.
 """
 
 from abc import abstractmethod
@@ -84,7 +84,7 @@ class LsaSequence(SequenceCache):
 
     def _choose_by_mass(self, layer: int, call: AttentionCall) -> torch.Tensor:
         prompt_QT, other_QT = self._logits(layer, call)
-        # Every key of the mirror crosses over to be scored: the price of this oracle.
+        # Every key of the mirror crosses over to be scored: the price of this choice.
         self._scored_bytes = self._layout.n_tokens * self.shape.layer_bytes_per_token // 2
         mass_QM = chunk_mass(prompt_QT, other_QT, chunk_tokens=self._layout.chunk_tokens, sink_logits=call.sink_logits)
         mass_M = mass_QM.mean(0)

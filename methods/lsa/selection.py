@@ -317,7 +317,10 @@ class SyntheticSelector(Selector):
 
 
 class MassSelector(Selector):
-    """The upper bound: the model's own attention at the step, over everything in the mirror. Each layer for itself."""
+    """The model's own attention at the refreshing step, over everything in the mirror. Each layer for itself.
+
+    No bound on what an indexer can do: what one step attends to does not tell what the interval's others need.
+    """
 
     reads_mass = True
 

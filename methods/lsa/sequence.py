@@ -66,7 +66,7 @@ class RecallingSequence(LsaSequence):
 
     def static_reasons(self) -> list[str]:
         if self._selector.reads_mass:
-            return ["the attention oracle chooses inside the step"]
+            return ["chunks are chosen by the attention of the step itself"]
         version, problem = triton_version()
         if version is None:
             return [problem]

@@ -99,7 +99,7 @@ def test_on_a_cpu_auto_is_eager_and_says_why_and_on_is_refused():
 
 @pytest.mark.parametrize(("family", "spec", "reason"), [
     ("llama", "quest", "counts that only the host knows"),
-    ("llama", "lsa:indexer=oracle,chunk_tokens=16,recency_tokens=16", "the attention oracle chooses inside the step"),
+    ("llama", "lsa:indexer=attention,chunk_tokens=16,recency_tokens=16", "chosen by the attention of the step itself"),
     ("gpt_oss", "dense", "which experts a token goes to"),
 ])  # fmt: skip
 def test_every_step_that_cannot_be_fixed_says_why(family, spec, reason):

@@ -81,7 +81,7 @@ SCORING = [
     "quest:budget_tokens=64",
     "moba:budget_tokens=64,block_tokens=32",
     "dsa:indexer=oracle,budget_tokens=64",
-    "lsa:budget_fraction=0.5,chunk_tokens=16,indexer=oracle",
+    "lsa:budget_fraction=0.5,chunk_tokens=16,indexer=attention",
 ]
 
 

@@ -45,10 +45,10 @@ SPECS = [
     "dsa:budget_tokens=9,selection=synthetic,seed=3",
     "dsa:budget_tokens=9,indexer=oracle",
     "lsa:tau=4,budget_fraction=0.6,chunk_tokens=12,recency_tokens=33,sink_tokens=0,selection=synthetic",
-    "lsa:tau=1,threshold=0.4,chunk_tokens=16,recency_tokens=20,indexer=oracle",
+    "lsa:tau=1,threshold=0.4,chunk_tokens=16,recency_tokens=20,indexer=attention",
 ]
 # A threshold keeps as much as the prompt demands, so its bytes cannot be told beforehand.
-PREDICTABLE = [spec for spec in SPECS if "lsa" not in spec or "oracle" not in spec]
+PREDICTABLE = [spec for spec in SPECS if "lsa" not in spec or "attention" not in spec]
 # RoPE; RoPE and NoPE; sliding layers with sink logits; soft caps; the reference model's shape.
 MODELS = ["llama", "smollm3", "gpt_oss", "gemma2", "afmoe"]
 N_TOKENS = 300

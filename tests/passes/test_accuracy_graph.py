@@ -27,7 +27,7 @@ from kvscope.methods.shape import ModelShape
 PAGE_TOKENS = 16
 FIXED = ["dense", "recency:recency_tokens=128", "sliding_window:window=100", "random:fraction=0.3,recency_tokens=64"]
 CHOOSING = ["quest", "moba", "msa", "dsa:indexer=oracle"]
-ORACLE = "lsa:indexer=oracle,chunk_tokens=16,recency_tokens=64"
+BY_ATTENTION = "lsa:indexer=attention,chunk_tokens=16,recency_tokens=64"
 #: Columns of time, and the one under test.
 UNLIKE = ["prefill_s", "decode_s", "step_p10_s", "step_p90_s", "load_1min", "step_backend"]
 #: What a step of fixed addresses holds besides.
@@ -82,7 +82,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     indexer = random_indexer(folder / "indexer", shape, seed=3)
     lsa = [f"lsa:indexer={indexer},recency_tokens=64,{rule}" for rule in lsa_rules(threshold)]
     values = {
-        "model": model, "methods": [*FIXED, *lsa, *CHOOSING, ORACLE], "tasks": ["niah_multikey_2", "cwe"],
+        "model": model, "methods": [*FIXED, *lsa, *CHOOSING, BY_ATTENTION], "tasks": ["niah_multikey_2", "cwe"],
         "lengths_tokens": [640], "samples": 1, "max_new_tokens": 20, "answer_nll": True, "footprint": False,
         "device": "cpu", "page_tokens": PAGE_TOKENS, "prefill_chunk_tokens": 256,
     }  # fmt: skip
@@ -113,14 +113,14 @@ def test_rows_say_how_their_steps_ran(runs: Runs) -> None:
     assert set(eager["step_backend"]) == {"eager"}
     told = backends(graph)
     assert {label: told[label] for label in FIXED} == {label: {"cuda graph"} for label in FIXED}
-    by_indexer = [label for label in told if label.startswith("lsa") and "oracle" not in label]
+    by_indexer = [label for label in told if label.startswith("lsa") and "attention" not in label]
     assert len(by_indexer) == 4
     assert all(told[label] == {"cuda graph"} for label in by_indexer)
     for name in ("quest", "moba", "msa", "dsa"):
         [texts] = [told[label] for label in told if label.startswith(name)]
         assert all(text.startswith(ON_HOST) for text in texts)
-    (oracle,) = (label for label in told if "lsa" in label and "oracle" in label)
-    assert told[oracle] == {"eager: the attention oracle chooses inside the step"}
+    (by_attention,) = (label for label in told if "indexer=attention" in label)
+    assert told[by_attention] == {"eager: chunks are chosen by the attention of the step itself"}
 
 
 def test_captured_steps_hold_what_they_must_and_the_ledger_counts_it(runs: Runs) -> None:
@@ -243,15 +243,15 @@ def test_a_capture_that_fails_leaves_the_eager_row(
 def test_captured_rows_of_the_reference_model_are_the_eager_ones(tmp_path: Path) -> None:
     lsa = [f"lsa:recency_tokens=128,{rule}" for rule in lsa_rules(0.5)]
     values = {
-        "model": "reference", "methods": [*FIXED, *lsa, "quest", "moba", "msa", "dsa", ORACLE],
+        "model": "reference", "methods": [*FIXED, *lsa, "quest", "moba", "msa", "dsa", BY_ATTENTION],
         "tasks": ["niah_multikey_2", "niah_multikey_3"], "lengths_tokens": [2048], "samples": 3, "answer_nll": True,
         "footprint": False, "device": "cuda", "dtype": "float32",
     }  # fmt: skip
     eager, graph = both_ways(values, tmp_path)
     assert_same_rows(eager, graph)
     for label, told in backends(graph).items():
-        oracle = {"eager: the attention oracle chooses inside the step"}
-        assert told == (oracle if "oracle" in label else {"cuda graph"})
+        by_attention = {"eager: chunks are chosen by the attention of the step itself"}
+        assert told == (by_attention if "indexer=attention" in label else {"cuda graph"})
     # The model's window is whole pages, so that a ring holds no more than its stock cache.
     others = graph["method"] != "lsa"
     pd.testing.assert_frame_equal(graph[others][HELD], eager[others][HELD])

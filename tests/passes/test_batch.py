@@ -59,6 +59,23 @@ def same_columns(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.drop(columns=[*(STEPPING | TIME_COLUMNS | SURROUNDINGS_COLUMNS) & set(frame.columns)])
 
 
+def test_a_method_that_decodes_twice_shares_the_steps_of_its_second_decode(model: str, tmp_path: Path) -> None:
+    options = "chunk_tokens=16,recency_tokens=32,tau=4"
+    values = {
+        "model": model, "methods": ["dense", f"lsa:indexer=hindsight,budget_tokens=160,{options}"],
+        "tasks": ["niah_multikey_2"], "lengths_tokens": [640], "samples": 2, "max_new_tokens": 8, "answer_nll": True,
+        "footprint": False, "device": "cpu",
+    }  # fmt: skip
+    alone, together = (rows(values, batch=n, out=tmp_path / str(n)) for n in (1, 4))
+    assert set(together["batch"]) == {4}
+    assert set(together["status"]) == {"ok"}
+    pd.testing.assert_frame_equal(same_columns(together), same_columns(alone))
+    found = together[together["method"] == "lsa"]
+    assert set(found["selection"]) == {"free"}
+    assert {config["indexer"] for config in found["config"]} == {"hindsight"}
+    assert (found["residency"].map(lambda each: each["tau"]) == 4).all()
+
+
 def assert_same_but_for_ties(alone: pd.DataFrame, together: pd.DataFrame) -> None:
     """Outputs, choices, reads and bytes are equal, but in rows that are marked, of which there are few."""
     ties = together["tie"].fillna(value=False).astype(bool)

@@ -142,6 +142,12 @@ def test_a_budget_is_what_a_gpu_has_free(small: MakeConfig, monkeypatch: pytest.
     assert "of host memory, 8.0 GiB is free" in str(found["lsa", 128].reason)
 
 
+def test_a_method_that_decodes_twice_is_said_to(small: MakeConfig) -> None:
+    text = make_plan(small(methods=["dense", "lsa:indexer=hindsight"])).text()
+    assert "lsa:indexer=hindsight: each prompt is decoded twice, first densely" in text
+    assert "twice" not in make_plan(small(methods=["dense", "lsa:indexer=attention"])).text()
+
+
 def test_what_will_surprise_is_said_before(small: MakeConfig) -> None:
     plan = make_plan(small(methods=["recency:recency_tokens=600"], lengths_tokens=[512, 1024]))
     missing, noop = plan.warnings
@@ -159,6 +165,13 @@ def test_what_will_surprise_is_said_before(small: MakeConfig) -> None:
             {"footprint": True, "footprint_lengths_tokens": [100]},
             "Footprint length 100 is too short for a prompt of 'niah_single_1' and 32 decode steps",
         ),
+        (
+            {"methods": ["lsa:indexer=hindsight"], "footprint": True},
+            "its answers mean something: ask for it with --no-footprint.",
+        ),
+        ({"methods": ["lsa:indexer=hindsight"], "tasks": [], "find_max": True, "footprint": True}, "so leave it out"),
+        ({"methods": ["lsa:indexer=hindsight"], "tasks": [], "throughput": True, "footprint": True}, "so leave it out"),
+        ({"methods": ["lsa:indexer=hindsight,refresh=stale1"]}, "one interval late; leave it out"),
         ({"methods": ["dence"]}, "Did you mean 'dense'?"),
         ({"methods": ["random:fractoin=0.1"]}, "Did you mean 'fraction'?"),
         ({"methods": ["random:fraction=lots"]}, "option 'fraction' expects a number, got 'lots'"),

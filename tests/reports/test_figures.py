@@ -54,7 +54,9 @@ def long_labels() -> Rows:
 
 def swept() -> Rows:
     """dense, six settings of one method that chooses again every four steps, and random."""
-    sweep = [f"lsa:tau={tau},threshold={x},chunk_tokens=16,indexer=oracle" for x in (0.3, 0.5, 0.7) for tau in (4, 16)]
+    sweep = [
+        f"lsa:tau={tau},threshold={x},chunk_tokens=16,indexer=attention" for x in (0.3, 0.5, 0.7) for tau in (4, 16)
+    ]
     base = make_rows(
         ["dense", "lsa:threshold=0.5,tau=64", "random"], tasks=("niah_single_1", "niah_multikey_2"),
         lengths=(2048, 4096), samples=5, footprint_lengths=(2048, 4096),
@@ -240,8 +242,8 @@ def test_every_method_is_named_in_the_figures_that_compare_methods(
 
 def test_labels_leave_out_what_tells_no_method_apart_and_the_subtitle_says_it(pictures: Pictures) -> None:
     for picture in pictures["swept"].values():
-        assert "every lsa: chunk_tokens=16, indexer=oracle" in picture.words
-        assert picture.words.count("indexer=oracle") == 1
+        assert "every lsa: chunk_tokens=16, indexer=attention" in picture.words
+        assert picture.words.count("indexer=attention") == 1
     named = {
         "resident_over_steps": "lsa:tau=4,threshold=0.7",
         "memory_by_length": "lsa (tau=4) 0.7",

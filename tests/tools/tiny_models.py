@@ -180,5 +180,5 @@ def runnable_methods() -> list[str]:
     """Return every registered method in a form that runs on a model of random weights, without trained parts."""
     from kvscope.methods.registry import method_names
 
-    untrained = {"lsa": "lsa:budget_fraction=0.5,chunk_tokens=16,indexer=oracle", "dsa": "dsa:selection=synthetic"}
+    untrained = {"lsa": "lsa:budget_fraction=0.5,chunk_tokens=16,indexer=attention", "dsa": "dsa:selection=synthetic"}
     return [untrained.get(name, name) for name in method_names()]

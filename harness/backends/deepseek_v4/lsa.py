@@ -17,7 +17,7 @@ from kvscope.methods.lsa.compressed import (
     compressed_indexer_hash,
     load_compressed_indexer,
 )
-from kvscope.methods.lsa.method import DEFAULT_TAU, ORACLE, Lsa
+from kvscope.methods.lsa.method import DEFAULT_TAU, Lsa
 from kvscope.methods.lsa.schedule import Schedule
 from kvscope.methods.shape import Footprint, ModelShape
 
@@ -49,10 +49,10 @@ class LsaEntries(OverEntries, Lsa):
             reasons.append(f"chunk_tokens={options.chunk_tokens}: on deepseek_v4 a chunk is an entry of {rate} tokens")
         if options.refresh != "sync":
             reasons.append(f"refresh={options.refresh} is not available over compressed entries, refresh=sync is")
-        if options.indexer == ORACLE:
+        if not options.indexed:
             reasons.append(
-                "indexer=oracle is not available over compressed entries: the stock classes hand their attention "
-                "weights to nobody"
+                f"indexer={options.indexer} is not available over compressed entries: the stock classes hand "
+                "their attention weights to nobody"
             )
         else:
             try:
@@ -62,13 +62,13 @@ class LsaEntries(OverEntries, Lsa):
         return reasons
 
     def compressed_indexer(self) -> CompressedIndexer | None:
-        """Return the indexer on the CPU, made or loaded once; None for the oracle, which ``unsupported`` refuses.
+        """Return the indexer on the CPU, made or loaded once; None where there is to be none, which is refused.
 
         Raises:
             UsageError: none was given, it cannot be read, or it belongs to another model.
         """
         options, shape = self.config, self.entry_shape
-        if self._loaded is None and options.indexer != ORACLE:
+        if self._loaded is None and options.indexed:
             if options.selection == "synthetic":
                 self._loaded = CompressedIndexer.random(
                     shape.layers[:N_INDEXED_LAYERS], hidden_size=shape.hidden_size, rank=max(1, shape.hidden_size // 2),
@@ -87,7 +87,7 @@ class LsaEntries(OverEntries, Lsa):
     def trained_part(self, shape: ModelShape) -> str | None:
         del shape
         options = self.config
-        trained = options.selection == "trained" and options.indexer not in (None, ORACLE)
+        trained = options.selection == "trained" and options.indexed and options.indexer is not None
         return compressed_indexer_hash(str(options.indexer)).rpartition("@")[2] if trained else None
 
     def observed_layers(self, shape: ModelShape) -> tuple[int, ...]:
@@ -102,7 +102,7 @@ class LsaEntries(OverEntries, Lsa):
 
     def n_kept(self, n_tokens: int) -> int:
         layout = self.layout(n_tokens)
-        rule = self._rule(layout)
+        rule = self.rule(layout)
         most = rule.n_kept(layout.n_candidates)
         return self.n_fixed(n_tokens) + (most if rule.n_chunks is None else rule.n_chunks)
 
@@ -146,7 +146,7 @@ class LsaEntries(OverEntries, Lsa):
             {layer: prompt.host[layer]["indexer"][0, layout.first : layout.last].to(device)
              for layer in indexer.layers},
             {layer: prompt.last_hidden[layer] for layer in indexer.layers if layer in prompt.last_hidden},
-            rule=self._rule(layout),
+            rule=self.rule(layout),
             n_tokens=prompt.n_tokens,
             angles=prompt.angles,
         )  # fmt: skip

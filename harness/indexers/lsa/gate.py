@@ -23,7 +23,7 @@ from kvscope.harness.indexers.collection.label_rule import LabelRule
 from kvscope.harness.indexers.collection.reading import Collection, open_collections
 from kvscope.methods.base import SequenceCache
 from kvscope.methods.dense.method import Dense
-from kvscope.methods.lsa.method import ORACLE, Lsa, LsaConfig
+from kvscope.methods.lsa.method import ATTENTION, Lsa, LsaConfig
 from kvscope.methods.lsa.selection import ScriptedSelector
 from kvscope.methods.store import PromptKV
 from kvscope.tasks.answers import answer_of
@@ -97,7 +97,7 @@ def gate(
         )
     config = LsaConfig(
         tau=tau,
-        indexer=ORACLE,  # whatever needs no trained part: the choices are scripted
+        indexer=ATTENTION,  # whatever needs no trained part: the choices are scripted
         chunk_tokens=info.chunk_tokens,
         sink_tokens=choice.sink_tokens,
         recency_tokens=choice.recency_tokens,

@@ -120,7 +120,9 @@ def test_methods_over_single_tokens_give_their_reason_in_the_plan(folder, name):
         ("random:chunk_tokens=6", "chunk_tokens=6 is not a multiple of the 4 tokens of an entry"),
         (SYNTHETIC + ",chunk_tokens=64", "a chunk is an entry of 4 tokens"),
         (SYNTHETIC + ",refresh=stale1", "refresh=sync is"),
-        ("lsa:indexer=oracle", "oracle is not available over compressed entries"),
+        ("lsa:indexer=attention", "indexer=attention is not available over compressed entries"),
+        ("lsa:indexer=hindsight", "indexer=hindsight is not available over compressed entries"),
+        ("lsa:indexer=oracle", "indexer=oracle is not available over compressed entries"),
     ],
 )
 def test_options_that_are_not_available_give_their_reason_in_the_plan(folder, spec, words):

@@ -91,7 +91,7 @@ def test_copies_behind_the_decode_arrive_whole():
             layout = self.layout(prompt.n_tokens)
             return self.open_with(prompt, device, ScriptedSelector(sets), layout=layout, reserve_tokens=reserve_tokens)
 
-    config = LsaConfig(indexer="oracle", chunk_tokens=16, recency_tokens=16, sink_tokens=16, tau=1, refresh="stale1")
+    config = LsaConfig(indexer="attention", chunk_tokens=16, recency_tokens=16, sink_tokens=16, tau=1, refresh="stale1")
     method = Scripted(config)
     prompt = prefilled(loaded, prompt_ids(300), method)
     with Single(loaded, method, prompt, reserve_tokens=12) as session:
@@ -114,7 +114,7 @@ def test_memory_falls_when_the_set_shrinks():
             selector = ScriptedSelector([everything, everything[:4]])
             return self.open_with(prompt, device, selector, layout=layout, reserve_tokens=reserve_tokens)
 
-    method = Scripted(LsaConfig(indexer="oracle", chunk_tokens=64, recency_tokens=64, sink_tokens=64, tau=1))
+    method = Scripted(LsaConfig(indexer="attention", chunk_tokens=64, recency_tokens=64, sink_tokens=64, tau=1))
     prompt = prefilled(loaded, prompt_ids(n_tokens), method)
     with Single(loaded, method, prompt, reserve_tokens=2) as session:
         held = []

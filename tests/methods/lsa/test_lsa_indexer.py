@@ -250,7 +250,7 @@ def test_no_indexer_names_the_way_to_one():
     shape = loaded_model("llama").shape
     with pytest.raises(UsageError) as caught:
         create_method("lsa:chunk_tokens=48").require(shape)
-    for word in ("kvscope lsa collect", "kvscope lsa train", "selection=synthetic", "indexer=oracle", "48 tokens"):
+    for word in ("kvscope lsa collect", "kvscope lsa train", "selection=synthetic", "indexer=attention", "48 tokens"):
         assert word in str(caught.value)
     with pytest.raises(UsageError, match="No trained indexer comes with kvscope for this model"):
         create_method("lsa").require(shape)
@@ -285,7 +285,7 @@ def test_no_indexer_names_the_way_to_one():
         ("selection=synthetic", "selection=synthetic needs a budget"),
         ("selection=synthetic,budget_tokens=5,churn=1.5", "churn must be between 0 and 1"),
         ("churn=0.5", "churn belongs to selection=synthetic"),
-        ("selection=synthetic,budget_tokens=5,indexer=oracle", "indexer cannot be given"),
+        ("selection=synthetic,budget_tokens=5,indexer=attention", "indexer cannot be given"),
     ],
 )
 def test_bad_options_get_one_clear_sentence(options, message):

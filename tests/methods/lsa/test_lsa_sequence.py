@@ -23,8 +23,8 @@ CORNERS = [
     f"{SYNTHETIC},budget_fraction=0.6,tau=4,chunk_tokens=12,recency_tokens=7,sink_tokens=0",
     f"{SYNTHETIC},budget_tokens=90,tau=1000,chunk_tokens=32,recency_tokens=0",
     f"{SYNTHETIC},budget_fraction=0.7,tau=3,chunk_tokens=5,refresh=stale1,recency_tokens=10",
-    "lsa:indexer=oracle,tau=1,threshold=0.3,chunk_tokens=8,recency_tokens=10",
-    "lsa:indexer=oracle,tau=5,budget_fraction=0.4,chunk_tokens=16,recency_tokens=10,refresh=stale1",
+    "lsa:indexer=attention,tau=1,threshold=0.3,chunk_tokens=8,recency_tokens=10",
+    "lsa:indexer=attention,tau=5,budget_fraction=0.4,chunk_tokens=16,recency_tokens=10,refresh=stale1",
 ]
 
 
@@ -47,7 +47,7 @@ def test_evicting_equals_masking(family, spec, n_tokens):
 @pytest.mark.parametrize("spec", [
     f"{SYNTHETIC},budget_fraction=1,tau=4,chunk_tokens=16,recency_tokens=0,sink_tokens=0",
     f"{SYNTHETIC},budget_tokens=1000000,tau=4,chunk_tokens=12,refresh=stale1",
-    "lsa:indexer=oracle,threshold=0.999999,tau=1,chunk_tokens=16,recency_tokens=8",
+    "lsa:indexer=attention,threshold=0.999999,tau=1,chunk_tokens=16,recency_tokens=8",
 ])  # fmt: skip
 @pytest.mark.parametrize("family", FAMILIES)
 def test_everything_resident_equals_dense(family, spec):
@@ -65,7 +65,7 @@ def test_everything_resident_equals_dense(family, spec):
 @pytest.mark.parametrize("spec", [
     f"{SYNTHETIC},budget_tokens=0,chunk_tokens=16,recency_tokens=0,sink_tokens=0",
     f"{SYNTHETIC},budget_fraction=0.5,chunk_tokens=16,tau=2",
-    "lsa:indexer=oracle,chunk_tokens=16,tau=2,recency_tokens=0,sink_tokens=0,refresh=stale1",
+    "lsa:indexer=attention,chunk_tokens=16,tau=2,recency_tokens=0,sink_tokens=0,refresh=stale1",
 ])  # fmt: skip
 def test_prompts_around_one_chunk(spec, n_tokens):
     """A prompt of one token is decode step 0 alone: nothing was prefilled."""
@@ -105,7 +105,7 @@ def scripted(config, sets):
             layout = self.layout(prompt.n_tokens)
             return self.open_with(prompt, device, selector, layout=layout, reserve_tokens=reserve_tokens)
 
-    return Scripted(LsaConfig(indexer="oracle", chunk_tokens=16, recency_tokens=16, sink_tokens=16, **config))
+    return Scripted(LsaConfig(indexer="attention", chunk_tokens=16, recency_tokens=16, sink_tokens=16, **config))
 
 
 def live_slot_bytes(sequence):
@@ -140,7 +140,7 @@ def test_evicted_chunks_are_freed_and_only_the_difference_moves():
 def test_slots_hold_what_the_mirror_holds():
     loaded = loaded_model("llama")
     for chunk_tokens in (4, 12, 16, 48):
-        config = LsaConfig(indexer="oracle", chunk_tokens=chunk_tokens, recency_tokens=0, sink_tokens=0)
+        config = LsaConfig(indexer="attention", chunk_tokens=chunk_tokens, recency_tokens=0, sink_tokens=0)
         method = Lsa(config)
         prompt = prefilled(loaded, prompt_ids(150), method, chunk_tokens=64)
         layout = method.layout(150)
@@ -279,7 +279,7 @@ def test_the_default_churn_is_what_was_measured_at_the_nearest_interval():
         method = create_method(f"{SYNTHETIC},budget_tokens=64,tau={tau}")
         found[tau] = method.effective_config(512, loaded.shape)["churn"]
     assert found == {1: 0.09, 4: 0.09, 20: 0.24, 64: 0.55, 1000: 0.55}
-    assert "churn" not in create_method("lsa:indexer=oracle").effective_config(512, loaded.shape)
+    assert "churn" not in create_method("lsa:indexer=attention").effective_config(512, loaded.shape)
 
 
 def test_the_synthetic_indexer_differs_by_seed_and_says_so():
@@ -293,7 +293,7 @@ def test_the_synthetic_indexer_differs_by_seed_and_says_so():
         sequence.close()
         assert method.selection == "synthetic"
     assert chosen[0] == chosen[1] != chosen[2]
-    assert create_method("lsa:indexer=oracle").selection == "free"
+    assert create_method("lsa:indexer=attention").selection == "free"
     assert create_method("lsa").selection == "trained"
 
 

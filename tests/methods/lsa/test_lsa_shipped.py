@@ -129,7 +129,7 @@ def test_a_chunk_size_names_its_indexer(loaded, chunk_tokens, name):
 
 
 def test_without_a_trained_indexer_tau_and_chunk_are_64(loaded):
-    for spec in ("lsa:indexer=oracle", "lsa:selection=synthetic,budget_tokens=256"):
+    for spec in ("lsa:indexer=attention", "lsa:selection=synthetic,budget_tokens=256"):
         settings = create_method(spec).effective_config(N_TOKENS, loaded.shape)
         assert (settings["chunk_tokens"], settings["tau"]) == (64, 64)
 
