@@ -59,7 +59,6 @@ class PagedSequence(SequenceCache):
     def _release_step(self) -> None:
         if self._step is not None:
             self._step.release()
-            self._step = None
 
 
 class StepPages:
@@ -76,7 +75,8 @@ class StepPages:
         self._layers = pool.shape.layers
         self._page_tokens = pool.shape.page_tokens
         self._room_tokens = 0
-        self._count, self._slot, self._offset = (counters.take() for _ in range(3))
+        self._counters = [counters.take() for _ in range(3)]
+        self._count, self._slot, self._offset = self._counters
         self.count_11 = self._count.device_1[None]
 
     def place(self, index: int | None = None) -> None:
@@ -114,9 +114,9 @@ class StepPages:
         return PagedKV(pages=self._pool.pages[layer], n_tokens=self.count_11)
 
     def release(self) -> None:
-        """Give the counters back."""
-        for counter in (self._count, self._slot, self._offset):
-            counter.release()
+        """Give the counters back, once."""
+        while self._counters:
+            self._counters.pop().release()
 
 
 def write_token(place: TokenPlace, k_BH1D: torch.Tensor, v_BH1D: torch.Tensor) -> None:

@@ -98,7 +98,7 @@ def test_on_a_cpu_auto_is_eager_and_says_why_and_on_is_refused():
 
 
 @pytest.mark.parametrize(("family", "spec", "reason"), [
-    ("llama", "quest", "counts that only the host knows"),
+    ("llama", "quest", "a step that chooses blocks needs the kernels"),
     ("llama", "lsa:indexer=attention,chunk_tokens=16,recency_tokens=16", "chosen by the attention of the step itself"),
     ("gpt_oss", "dense", "which experts a token goes to"),
 ])  # fmt: skip
@@ -178,10 +178,11 @@ def kernels_in_the_interpreter(monkeypatch):
         monkeypatch.setattr(slots.ops, name, getattr(select_kernel, name))
 
     def gather(self, chunks, chunk_slots, n):
-        options = {"units_per_chunk": self._per_chunk, "n_programs": 3}
-        gather_kernel.gather(self._mirror, self._slots, chunks, chunk_slots, n, **options)
+        layers_L2 = gather_kernel.layer_distances(self._mirrors, self._slots)
+        options = {"layers_L2": layers_L2, "units_per_chunk": self._per_chunk, "n_programs": 3}
+        gather_kernel.gather(self._mirrors[0], self._slots[0], chunks, chunk_slots, n, **options)
 
-    monkeypatch.setattr(slots.HostGather, "__call__", gather)
+    monkeypatch.setattr(slots.LayersGather, "__call__", gather)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here: the tests of replays run them")
