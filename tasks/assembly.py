@@ -1,16 +1,18 @@
 """Prompts of an exact length, built from lines that tokenize the same alone and in place.
 
-Every piece ends with a newline and the next starts after it. Tokenizers split there, so a prompt's ids are the
+Every piece ends with a newline and the next starts after it. Most tokenizers split there, so a prompt's ids are the
 pieces' ids one after another and only the last filler line must be trimmed to reach an exact length. The finished
-prompt is checked against one encoding of the whole text, so a tokenizer for which this does not hold is refused.
+prompt is checked against one encoding of the whole text. Where a tokenizer joins tokens across lines, that encoding is
+the prompt, and its length is reached by measuring it (``kvscope.tasks.measured``).
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from itertools import takewhile
 from weakref import WeakKeyDictionary
 
-from kvscope.errors import UsageError
-from kvscope.tasks.base import Sample, Task, Tokenizer, text_sha256
+from kvscope.tasks.assembled import Assembled
+from kvscope.tasks.base import Tokenizer
+from kvscope.tasks.measured import Draft, check_words_kept, fit
 
 # Pieces are encoded behind this line: some tokenizers treat the start of a text specially.
 _ANCHOR = "Here.\n"
@@ -21,68 +23,11 @@ _MAX_CACHED_PIECES = 20_000
 _CACHES: WeakKeyDictionary[Tokenizer, dict[str, tuple[int, ...]]] = WeakKeyDictionary()
 
 
-class Assembled(NamedTuple):
-    """A finished prompt.
-
-    Attributes:
-        ids: token ids, special tokens included.
-        text: the same as text.
-        line_spans: ``(start, end)`` token span of every body line that was placed.
-        body_start, body_end: token span of the haystack; the question starts where it ends.
-    """
-
-    ids: tuple[int, ...]
-    text: str
-    line_spans: list[tuple[int, int]]
-    body_start: int
-    body_end: int
-
-    def depth(self, evidence: Sequence[tuple[int, int]]) -> float | None:
-        """Return the mean start of the evidence as a fraction of the haystack; None without evidence."""
-        if not evidence:
-            return None
-        tokens = self.body_end - self.body_start
-        return sum(start - self.body_start for start, _ in evidence) / len(evidence) / tokens
-
-    def sample(
-        self,
-        task: Task,
-        *,
-        question_type: str,
-        length_tokens: int,
-        sample: int,
-        seed: int,
-        evidence: Sequence[tuple[int, int]],
-        targets: Sequence[str],
-        stop: tuple[str, ...] = ("\n",),
-    ) -> Sample:
-        """Return the sample that asks this prompt; every task's samples are made here.
-
-        Args:
-            task: whose name and answer room the sample takes.
-            question_type, length_tokens, sample, seed, targets, stop: as in ``Sample``.
-            evidence: token spans that the answer needs, ascending.
-        """
-        return Sample(
-            task=task.name,
-            question_type=question_type,
-            length_tokens=length_tokens,
-            sample=sample,
-            seed=seed,
-            ids=self.ids,
-            text=self.text,
-            question_start=self.body_end,
-            evidence_spans=tuple(evidence),
-            depth=self.depth(evidence),
-            prompt_sha256=text_sha256(self.text),
-            targets=tuple(targets),
-            max_new_tokens=task.max_new_tokens,
-            stop=stop,
-        )
-
-
 class PieceEncoder:
-    """Encodes lines as they stand in the middle of a text, with a cache per tokenizer."""
+    """Encodes lines as they stand in the middle of a text, with a cache per tokenizer.
+
+    Where a tokenizer joins a piece with what stands before it, the ids are an estimate: those that the piece changes.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -97,13 +42,7 @@ class PieceEncoder:
         ids = self._cache.get(text)
         if ids is not None:
             return ids
-        whole = self._encode(_ANCHOR + text)
-        if whole[: len(self._anchor)] != self._anchor:
-            raise UsageError(
-                f"The tokenizer of {self.tokenizer.name_or_path} joins tokens across a line break, so prompts of an "
-                "exact length cannot be built for it: use another model."
-            )
-        ids = whole[len(self._anchor) :]
+        ids = _behind(self._anchor, self._encode(_ANCHOR + text))
         if keep and len(self._cache) < _MAX_CACHED_PIECES:
             self._cache[text] = ids
         return ids
@@ -117,19 +56,22 @@ class PieceEncoder:
             return {}
         base = self._encode(_INNER_ANCHOR)
         wholes = self.tokenizer([_INNER_ANCHOR + text for text in texts], add_special_tokens=False)["input_ids"]
-        found = {}
-        for text, whole in zip(texts, wholes, strict=True):
-            if tuple(whole[: len(base)]) != base:
-                raise UsageError(
-                    f"The tokenizer of {self.tokenizer.name_or_path} joins tokens across spaces, so word lists of an "
-                    "exact length cannot be built for it: use another model."
-                )
-            found[text] = tuple(whole[len(base) :])
-        return found
+        return {text: _behind(base, tuple(whole)) for text, whole in zip(texts, wholes, strict=True)}
 
     def head(self, text: str) -> tuple[int, ...]:
-        """Return the ids of the first piece, special tokens included."""
-        return self._encode(text, special=True)
+        """Return the ids of the first piece as it stands before a line, special tokens included.
+
+        GPT-2's way of splitting makes one token of two line breaks that end a text, and two of those before a word.
+        """
+        whole = self._encode(text + _ANCHOR, special=True)
+        before, anchor = whole[: -len(self._anchor)], whole[-len(self._anchor) :]
+        return before if anchor == self._anchor else self._encode(text, special=True)
+
+
+def _behind(before: tuple[int, ...], whole: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the ids of ``whole`` behind what it has in common with ``before``."""
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, whole, strict=False)))
+    return whole[same:]
 
 
 def trimmed_line(encoder: PieceEncoder, words: Sequence[str], tokens: int) -> str | None:
@@ -183,75 +125,79 @@ def assemble(
         tail: last piece (the question), does not end with a newline.
 
     Raises:
-        UsageError: too short for head, lines and tail, or a tokenizer whose text does not round-trip.
+        UsageError: too short for head, lines and tail, or a tokenizer that does not keep the prompt's words.
     """
     encoder = PieceEncoder(tokenizer)
     head_ids, tail_ids = encoder.head(head), encoder.line(tail)
     line_ids = [encoder.line(line) for line in lines]
     room = prompt_tokens - len(head_ids) - len(tail_ids) - sum(map(len, line_ids))
-    if room < 0:
-        raise UsageError(
-            f"{what}: a prompt of {prompt_tokens} tokens is too small, its instruction, needles and question alone "
-            f"take {prompt_tokens - room}: use a larger --length."
-        )
-    filler_text: list[str] = []
+    drawn: list[str] = []
     filler_ids: list[tuple[int, ...]] = []
     while True:
-        text = fillers(len(filler_text))
-        ids = encoder.line(text, keep=True)
+        drawn.append(fillers(len(drawn)))
+        ids = encoder.line(drawn[-1], keep=True)
         if len(ids) > room:
             break
-        filler_text.append(text)
         filler_ids.append(ids)
         room -= len(ids)
-    last = ""
-    while room:
-        found = trimmed_line(encoder, trim_words, room)
-        if found is not None:
-            last = found
+    most = len(filler_ids)
+    last: str | None = "" if room >= 0 else None
+    while room > 0:
+        last = trimmed_line(encoder, trim_words, room)
+        if last is not None or not filler_ids:
             break
-        if not filler_ids:
-            raise UsageError(
-                f"{what}: no filler of exactly {room} tokens exists for this tokenizer at a prompt of "
-                f"{prompt_tokens} tokens: use a larger --length."
-            )
         room += len(filler_ids.pop())
-        filler_text.pop()
 
-    before = place(len(filler_text))
-    order = sorted(range(len(lines)), key=lambda i: (before[i], i))
-    ids_out: list[int] = list(head_ids)
-    texts = [head]
-    spans: list[tuple[int, int]] = [(0, 0)] * len(lines)
-    done = 0
-    for index in order:
-        for k in range(done, before[index]):
-            ids_out.extend(filler_ids[k])
-            texts.append(filler_text[k])
-        done = before[index]
-        spans[index] = (len(ids_out), len(ids_out) + len(line_ids[index]))
-        ids_out.extend(line_ids[index])
-        texts.append(lines[index])
-    for k in range(done, len(filler_text)):
-        ids_out.extend(filler_ids[k])
-        texts.append(filler_text[k])
-    if last:
-        ids_out.extend(encoder.line(last))
-        texts.append(last)
-    body_end = len(ids_out)
-    ids_out.extend(tail_ids)
-    texts.append(tail)
-    text = "".join(texts)
-    check_round_trip(tokenizer, text, ids_out, what)
-    return Assembled(tuple(ids_out), text, spans, len(head_ids), body_end)
+    def layout(count: int) -> list[int | None]:
+        """Return what stands between head and tail: a needle by its index, None for the next filler line."""
+        before = place(count)
+        found: list[int | None] = []
+        done = 0
+        for index in sorted(range(len(lines)), key=lambda i: (before[i], i)):
+            found += [None] * (before[index] - done)
+            done = max(done, before[index])
+            found.append(index)
+        return found + [None] * (count - done)
 
+    if last is not None:
+        ids_out, texts = list(head_ids), [head]
+        spans = [(0, 0)] * len(lines)
+        done = 0
+        for index in layout(len(filler_ids)):
+            start = len(ids_out)
+            if index is None:
+                ids_out.extend(filler_ids[done])
+                texts.append(drawn[done])
+                done += 1
+            else:
+                ids_out.extend(line_ids[index])
+                texts.append(lines[index])
+                spans[index] = (start, len(ids_out))
+        if last:
+            ids_out.extend(encoder.line(last))
+            texts.append(last)
+        body_end = len(ids_out)
+        ids_out.extend(tail_ids)
+        text = "".join([*texts, tail])
+        if list(tokenizer(text, add_special_tokens=True)["input_ids"]) == ids_out:
+            check_words_kept(tokenizer, text, ids_out, what)
+            return Assembled(tuple(ids_out), text, spans, len(head_ids), body_end)
 
-def check_round_trip(tokenizer: Tokenizer, text: str, ids: Sequence[int], what: str) -> None:
-    """Refuse a tokenizer for which text and ids are not the same prompt."""
-    whole = tokenizer(text, add_special_tokens=True)["input_ids"]
-    back = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    if list(whole) != list(ids) or back != text:
-        raise UsageError(
-            f"{what}: the tokenizer of {tokenizer.name_or_path} does not give the same tokens for a text and for its "
-            "lines, so a prompt of an exact length cannot be built for it: use another model."
-        )
+    def draft(count: int, last: str) -> Draft:
+        while len(drawn) < count:
+            drawn.append(fillers(len(drawn)))
+        parts, at, done = [head], len(head), 0
+        spans = [(0, 0)] * len(lines)
+        for index in layout(count):
+            part = drawn[done] if index is None else lines[index]
+            if index is None:
+                done += 1
+            else:
+                spans[index] = (at, at + len(part))
+            parts.append(part)
+            at += len(part)
+        return Draft("".join([*parts, last, tail]), spans, len(head), at + len(last))
+
+    return fit(
+        tokenizer, what=what, draft=draft, size=most, least=0, trim_words=trim_words, prompt_tokens=prompt_tokens
+    )

@@ -1,15 +1,17 @@
 """Prompts of an exact length whose body is words to be counted, so nothing may be cut out of it or padded into it.
 
 The body is made as large as fits; what is left is one line of filler behind it. Words are encoded once each and put
-together, and the whole is checked against one encoding of the finished text.
+together, and the whole is checked against one encoding of the finished text; where a tokenizer joins words or lines,
+that encoding is the prompt (``kvscope.tasks.measured``).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from kvscope.errors import UsageError
-from kvscope.tasks.assembly import Assembled, PieceEncoder, check_round_trip, trimmed_line
+from kvscope.tasks.assembled import Assembled
+from kvscope.tasks.assembly import PieceEncoder, trimmed_line
 from kvscope.tasks.base import Tokenizer
+from kvscope.tasks.measured import Draft, check_words_kept, fit
 
 _MOST_TRIES = 64
 # A body this near to the room is large enough: every further try would put it together anew.
@@ -88,7 +90,7 @@ def assemble_counted(
         The prompt; ``line_spans`` are the spans of the evidence words.
 
     Raises:
-        UsageError: the smallest body does not fit, or a tokenizer whose text does not round-trip.
+        UsageError: the smallest body does not fit, or a tokenizer that does not keep the prompt's words.
     """
     encoder = PieceEncoder(tokenizer)
     sizer = _Sizer(encoder)
@@ -97,11 +99,6 @@ def assemble_counted(
 
     size, made = least, body(least)
     ids, spans = sizer.encode(made)
-    if len(ids) > room:
-        raise UsageError(
-            f"{what}: a prompt of {prompt_tokens} tokens is too small, its instruction, its shortest list and its "
-            f"question take {prompt_tokens - room + len(ids)}: use a larger --length."
-        )
     beyond: int | None = None  # smallest size known not to fit
     rate = len(ids) / max(least, 1)  # tokens a unit of size
     while room - len(ids) > _CLOSE_TOKENS and (beyond is None or beyond - size > 1):
@@ -117,7 +114,7 @@ def assemble_counted(
 
     last = ""
     for _ in range(_MOST_TRIES):
-        if len(ids) == room:
+        if len(ids) >= room:
             break
         found = trimmed_line(encoder, trim_words, room - len(ids))
         if found is not None:
@@ -129,13 +126,34 @@ def assemble_counted(
         made = body(size)
         ids, spans = sizer.encode(made)
     last_ids = encoder.line(last) if last else ()
-    if len(ids) + len(last_ids) != room:
-        raise UsageError(
-            f"{what}: no list takes exactly the {room} tokens left for it by this tokenizer: use another --length."
-        )
-    text = head + "".join(" ".join(words) + "\n" for words in made.lines) + last + tail
-    start = len(head_ids)
-    ids_out = (*head_ids, *ids, *last_ids, *tail_ids)
-    check_round_trip(tokenizer, text, ids_out, what)
-    shifted = [(start + a, start + b) for a, b in spans]
-    return Assembled(ids_out, text, shifted, start, len(ids_out) - len(tail_ids))
+    if len(ids) + len(last_ids) == room:
+        text = head + "".join(" ".join(words) + "\n" for words in made.lines) + last + tail
+        start = len(head_ids)
+        ids_out = (*head_ids, *ids, *last_ids, *tail_ids)
+        if list(tokenizer(text, add_special_tokens=True)["input_ids"]) == list(ids_out):
+            check_words_kept(tokenizer, text, ids_out, what)
+            shifted = [(start + a, start + b) for a, b in spans]
+            return Assembled(ids_out, text, shifted, start, len(ids_out) - len(tail_ids))
+    return fit(
+        tokenizer,
+        what=what,
+        draft=lambda size, last: _draft(body(size), head=head, last=last, tail=tail),
+        size=max(size, least),
+        least=least,
+        trim_words=trim_words,
+        prompt_tokens=prompt_tokens,
+    )
+
+
+def _draft(body: Body, *, head: str, last: str, tail: str) -> Draft:
+    parts, at = [head], len(head)
+    spans: list[tuple[int, int]] = []
+    for words in body.lines:
+        for index, word in enumerate(words):
+            # The space before a word is the word's, and the newline the last word's, as where pieces are encoded.
+            part = ("" if index == 0 else " ") + word + ("\n" if index == len(words) - 1 else "")
+            if word in body.evidence:
+                spans.append((at, at + len(part)))
+            parts.append(part)
+            at += len(part)
+    return Draft("".join([*parts, last, tail]), spans, len(head), at + len(last))

@@ -7,7 +7,7 @@ from typing import Literal
 from kvscope.errors import UsageError, shown
 from kvscope.paths import user_path
 from kvscope.tasks.answers import METRICS
-from kvscope.tasks.assembly import Assembled
+from kvscope.tasks.assembled import Assembled
 from kvscope.tasks.base import Sample, Task, Tokenizer
 from kvscope.tasks.jsonl_file import read_jsonl
 from kvscope.units import Tokens

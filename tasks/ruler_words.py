@@ -9,7 +9,7 @@ given. Both ask for every part of the text, so a sample's depth is near 0.5 what
 import math
 import re
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 
 from kvscope.tasks.base import Sample, Task, Tokenizer, contains_all_score
@@ -52,6 +52,8 @@ WORDS_A_LINE = 20
 _ZETA_2 = math.pi**2 / 6
 # Fewest drawn words: ranks 4 and 5 then stand five and three times.
 FWE_LEAST = 150
+# Words differ in tokens, and those that stand often decide: the smallest length is that of the longest of these draws.
+_PROBES: tuple[tuple[int, ...], ...] = ((), *((k,) for k in range(1, 12)))
 
 
 class _CountingTask(Task):
@@ -99,10 +101,10 @@ class _CountingTask(Task):
             stop=(),
         )
 
-    def _needed(self, tokenizer: Tokenizer, body: Body) -> int:
-        """Return the tokens a smallest body asks for, a fifth more for words that take more tokens than these."""
-        text = self.head + "".join(" ".join(line) + "\n" for line in body.lines) + self.tail
-        tokens = 6 * len(tokenizer(text, add_special_tokens=True)["input_ids"]) // 5
+    def _needed(self, tokenizer: Tokenizer, bodies: Iterable[Body]) -> int:
+        """Return the tokens the longest of some smallest bodies asks for, a fifth more for words that take more yet."""
+        texts = [self.head + "".join(" ".join(line) + "\n" for line in body.lines) + self.tail for body in bodies]
+        tokens = 6 * max(len(ids) for ids in tokenizer(texts, add_special_tokens=True)["input_ids"]) // 5
         return self.max_new_tokens + -(-tokens // _STEP_TOKENS) * _STEP_TOKENS
 
     def score(self, sample: Sample, output: str) -> float:
@@ -127,9 +129,12 @@ class CommonWordsTask(_CountingTask):
 
     def min_length_tokens(self, tokenizer: Tokenizer) -> int:
         """Return the length that a list with as many uncommon words as common ones needs."""
-        common, uncommon = self._words(Draws("min", self.name), 200)
+        drawn = [self._words(Draws("min", self.name, *parts), 200) for parts in _PROBES]
         needed = {
-            repeats: self._needed(tokenizer, self._body(Draws("min"), common, uncommon, repeats, self._least(repeats)))
+            repeats: self._needed(
+                tokenizer,
+                (self._body(Draws("min"), *each, repeats, self._least(repeats)) for each in drawn),
+            )
             for repeats in (SHORT_REPEATS, LONG_REPEATS)
         }
         # From LONG_TOKENS on the longer list must fit; a tokenizer it does not fit for there starts further up.
@@ -209,7 +214,8 @@ class FrequentWordsTask(_CountingTask):
 
     def min_length_tokens(self, tokenizer: Tokenizer) -> int:
         """Return the length that the shortest text with four clearly different counts needs."""
-        return self._needed(tokenizer, self._body(Draws("min"), self._vocabulary(Draws("min", self.name)), FWE_LEAST))
+        drawn = [self._vocabulary(Draws("min", self.name, *parts)) for parts in _PROBES]
+        return self._needed(tokenizer, (self._body(Draws("min"), each, FWE_LEAST) for each in drawn))
 
     def _vocabulary(self, draws: Draws) -> list[str]:
         """Return words by rank; the first stands for the dots."""

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from kvscope.results.store import RunStore
     from kvscope.tasks.base import Task
 
+_TRIED_NEAR_LEAST = 32
+
 
 def rehearsal_text(plan: Plan) -> list[str]:
     """Return the plan's line of methods that decode twice; none where there are none."""
@@ -33,7 +35,10 @@ class AccuracyPass:
         return () if config.unscored else config.lengths_tokens
 
     def check(self, config: RunConfig, facts: ModelFacts, tasks: "Sequence[Task]") -> None:
-        """Refuse a length at which a task cannot be built, and a task whose first prompt cannot be.
+        """Refuse a length at which a task cannot be built: nothing of this ends a run after its first row.
+
+        The first prompt of every length is built, and more of them near to the least length: there a sample
+        with longer words than others may not fit.
 
         Raises:
             UsageError: naming the length, the task and the least it takes, or what is in the way.
@@ -46,7 +51,10 @@ class AccuracyPass:
                         f"Length {length_tokens:,} is too short for task {task.name!r}: it needs at least "
                         f"{least_tokens:,} tokens."
                     )
-            task.build(facts.tokenizer, length_tokens=config.lengths_tokens[0], sample=0, seed=config.seed)
+            for length_tokens in config.lengths_tokens:
+                tried = _TRIED_NEAR_LEAST if length_tokens < 2 * least_tokens else 1
+                for index in range(min(config.samples, tried)):
+                    task.build(facts.tokenizer, length_tokens=length_tokens, sample=index, seed=config.seed)
 
     def cells(self, plan: Plan) -> "list[tuple[Task, str, int]]":
         """Return every (task, what rows call it, length in tokens), shortest length first."""

@@ -17,6 +17,7 @@ from kvscope.harness.passes.facts import describe_model
 from kvscope.harness.passes.footprint import FootprintPass
 from kvscope.harness.passes.plan import make_plan
 from kvscope.methods import registry
+from kvscope.tasks.needle import NeedleTask
 
 
 @pytest.fixture(autouse=True)
@@ -198,3 +199,22 @@ def test_a_device_that_is_not_there_is_an_environment_problem(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(EnvironmentProblem, match="--device cpu"):
         make_plan(small(device="cuda"))
+
+
+def test_what_cannot_be_built_at_any_length_is_said_by_the_plan(
+    small: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Near the least length more prompts than the first: one with longer words may not fit."""
+    tried: list[tuple[int, int]] = []
+    build = NeedleTask.build
+
+    def recorded(self: NeedleTask, tokenizer: Any, *, length_tokens: int, sample: int, seed: int) -> Any:
+        tried.append((length_tokens, sample))
+        if length_tokens == 2048:
+            raise UsageError("this one cannot be built")
+        return build(self, tokenizer, length_tokens=length_tokens, sample=sample, seed=seed)
+
+    monkeypatch.setattr(NeedleTask, "build", recorded)
+    with pytest.raises(UsageError, match="this one cannot be built"):
+        make_plan(small(lengths_tokens=[320, 1024, 2048], samples=5))
+    assert tried == [*((320, index) for index in range(5)), (1024, 0), (2048, 0)]

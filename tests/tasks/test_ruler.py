@@ -176,9 +176,11 @@ def test_other_tokenizers_get_exact_prompts_too(gpt2_like: PreTrainedTokenizerFa
 
 
 @pytest.mark.parametrize("name", ["cwe", "fwe"])
-def test_a_tokenizer_that_joins_lines_or_words_is_refused(line_joining: PreTrainedTokenizerFast, name: str) -> None:
-    with pytest.raises(UsageError, match="another model"):
-        build(line_joining, name, 8192)
+def test_a_tokenizer_that_joins_lines_or_words_gets_exact_prompts_too(
+    line_joining: PreTrainedTokenizerFast, name: str
+) -> None:
+    sample = build(line_joining, name, 8192)
+    assert len(sample.ids) + sample.max_new_tokens == 8192
 
 
 @pytest.mark.parametrize("name", RULER)
