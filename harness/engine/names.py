@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from kvscope.errors import UsageError, did_you_mean
+from kvscope.harness.engine.gguf_files import gguf_in, unpacked
 from kvscope.harness.engine.presets import PRESETS, find_preset, is_preset, preset_revision
+from kvscope.harness.engine.public_models import PUBLIC_MODELS, public_model_file
 from kvscope.paths import user_path
 
 REFERENCE_MODEL_FOLDER = Path(__file__).parents[1] / "reference_model" / "weights"
@@ -27,14 +29,16 @@ _REVISION_SAMPLES, _REVISION_SAMPLE_BYTES = 32, 16 * 1024
 def known_models() -> dict[str, str]:
     """Return names ``--model`` is known to take, each with one line about it. Any hub id or local folder works too."""
     presets = {f"preset:{name}": preset.description for name, preset in PRESETS.items() if preset.description}
-    return {**_KNOWN, **presets}
+    public = {name: model.description for name, model in PUBLIC_MODELS.items()}
+    return {**_KNOWN, **public, **presets}
 
 
 def resolve_model(spec: str) -> tuple[str, str]:
     """Return what transformers should load, and the name rows use.
 
     Raises:
-        UsageError: neither a known name, nor a folder with a config.json, nor shaped like a hub id.
+        UsageError: neither a known name, nor a folder with a config.json or a GGUF file, nor shaped like a hub id; a
+            GGUF file that cannot be unpacked, a public model that was not fetched.
     """
     if is_preset(spec):
         find_preset(spec)
@@ -47,7 +51,9 @@ def resolve_model(spec: str) -> tuple[str, str]:
                 "Face id."
             )
         return str(REFERENCE_MODEL_FOLDER), spec
-    folder = user_path(spec, what="--model")
+    folder = public_model_file(spec) or user_path(spec, what="--model")
+    if (packed := gguf_in(folder)) is not None:
+        return unpacked(packed)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UsageError(
@@ -70,8 +76,6 @@ def _instead(folder: Path) -> str:
         return ": it holds an adapter, which has to be merged into its model first"
     if (folder / "model_index.json").is_file():
         return ": it holds a diffusers pipeline, not a language model"
-    if any(folder.glob("*.gguf")):
-        return ": it holds a GGUF file, which has to be saved as a transformers model first"
     return ""
 
 

@@ -27,6 +27,7 @@ SURFACE = {
     "list": ["--json", "kind"],
     "show": ["name"],
     "doctor": ["--out", "-o"],
+    "models fetch": ["name"],
     "lsa collect": [
         "--answers", "--chunk-tokens", "--device", "--dtype", "--features", "--layers", "--least-mass", "--length",
         "--model", "--out", "--quiet", "--samples", "--seed", "--shard-documents", "--states", "--task",

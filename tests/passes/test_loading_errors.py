@@ -171,7 +171,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "metal-elsewhere": (config(quantization_config={"quant_method": "metal"}), "metal weights do not run on this mach"),
     "sinq": (config(quantization_config={"quant_method": "sinq"}), "needs the package sinq"),
     "adapter": (only("adapter_config.json"), "it holds an adapter"),
-    "gguf": (only("model.gguf"), "it holds a GGUF file"),
+    "gguf": (only("model.gguf"), "does not begin with 'GGUF'"),
     "diffusers": (only("model_index.json"), "a diffusers pipeline"),
     "not-a-language-model": (of_type("ViTConfig"), "a vit is no causal language model"),
     "state-space": (of_type("RwkvConfig"), "cannot be"),
