@@ -83,7 +83,7 @@ def _checked(path: Path) -> str:
         field = reader.get_field("general.file_type")
         if field is not None:
             with contextlib.suppress(ValueError):
-                return gguf.LlamaFileType(int(field.contents())).name.removeprefix("MOSTLY_")
+                return str(gguf.LlamaFileType(int(field.contents())).name).removeprefix("MOSTLY_")
         return max(sizes, key=lambda name: sizes[name])
     except Exception as error:
         if is_oom(error):
