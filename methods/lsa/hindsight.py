@@ -7,33 +7,15 @@ steps attended to most, so it shows how far predicting can get at its size, as f
 Shapes: L managed layers, n candidate chunks.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
-
 import torch
 
-from kvscope.methods.base import Rehearsal
 from kvscope.methods.lsa.labels import top_p_mask
-from kvscope.methods.lsa.layout import ChunkLayout
-from kvscope.methods.lsa.method import Lsa, LsaConfig
-from kvscope.methods.lsa.schedule import Schedule
 from kvscope.methods.lsa.selection import (
-    NothingToChoose,
     Rule,
     ScriptedSelector,
     Selector,
     top_chunks,
 )
-from kvscope.methods.shape import ModelShape
-from kvscope.methods.store import PromptKV
-
-
-def rehearsal_of(method: Lsa) -> Rehearsal:
-    """Return the first decode of ``method``."""
-    first = _FirstDecode(method.config, label=method.label)
-    return Rehearsal(
-        method=first, learnt=lambda: _SecondDecode(method.config, sets=first.noted.sets(), label=method.label)
-    )
 
 
 class NotingSelector(Selector):
@@ -100,35 +82,3 @@ class PlaybackSelector(ScriptedSelector):
 
     def choose(self) -> torch.Tensor:
         return super().choose() if self._next < len(self._sets) else self._sets[-1]
-
-
-class _FirstDecode(Lsa):
-    """Every token is resident and read; what its steps attend to is noted."""
-
-    noted: NotingSelector
-
-    def rehearsal(self) -> Rehearsal | None:
-        return None
-
-    def selector(self, prompt: PromptKV, device: torch.device, layout: ChunkLayout) -> Selector:
-        del prompt, device
-        self.noted = NotingSelector(self.rule(layout), tau=self.tau())
-        return self.noted
-
-    def schedule(self, shape: ModelShape, selector: Selector) -> Schedule:
-        return replace(super().schedule(shape, selector), tau=1, fallback_ratio=None)
-
-
-class _SecondDecode(Lsa):
-    """What was noted is resident, interval by interval."""
-
-    def __init__(self, config: LsaConfig, *, sets: Sequence[torch.Tensor], label: str) -> None:
-        super().__init__(config, label=label)
-        self._sets = sets
-
-    def rehearsal(self) -> Rehearsal | None:
-        return None
-
-    def selector(self, prompt: PromptKV, device: torch.device, layout: ChunkLayout) -> Selector:
-        del prompt, device
-        return PlaybackSelector(self._sets) if layout.n_candidates else NothingToChoose()

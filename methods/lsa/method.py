@@ -1,7 +1,8 @@
 """Lookahead Sparse Attention (FlashMemory, arXiv 2606.09079) on models with an ordinary KV cache."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from kvscope.methods.budget import check_budget, default_recency_tokens
 from kvscope.methods.fp8_keys import pack, quantize
 from kvscope.methods.indexer_source import IndexerSource
 from kvscope.methods.lsa.collectors import ChunkKeys, LastStates
+from kvscope.methods.lsa.hindsight import NotingSelector, PlaybackSelector
 from kvscope.methods.lsa.indexer import (
     ENCODER_FEATURES,
     IndexerConfig,
@@ -410,9 +412,10 @@ class Lsa(CacheMethod[LsaConfig]):
     def rehearsal(self) -> Rehearsal | None:
         if self.config.indexer != HINDSIGHT:
             return None
-        from kvscope.methods.lsa.hindsight import rehearsal_of
-
-        return rehearsal_of(self)
+        first = _FirstDecode(self.config, label=self.label)
+        return Rehearsal(
+            method=first, learnt=lambda: _SecondDecode(self.config, sets=first.noted.sets(), label=self.label)
+        )
 
     def open(self, prompt: PromptKV, device: torch.device | str, *, reserve_tokens: int = 0) -> SequenceCache:
         layout = self.layout(prompt.n_tokens)
@@ -482,6 +485,38 @@ class Lsa(CacheMethod[LsaConfig]):
             return self.config.churn
         nearest = min(TRAINED_CHURN, key=lambda tau: abs(math.log(tau / self.tau())))
         return TRAINED_CHURN[nearest]
+
+
+class _FirstDecode(Lsa):
+    """Every token is resident and read; what its steps attend to is noted."""
+
+    noted: NotingSelector
+
+    def rehearsal(self) -> Rehearsal | None:
+        return None
+
+    def selector(self, prompt: PromptKV, device: torch.device, layout: ChunkLayout) -> Selector:
+        del prompt, device
+        self.noted = NotingSelector(self.rule(layout), tau=self.tau())
+        return self.noted
+
+    def schedule(self, shape: ModelShape, selector: Selector) -> Schedule:
+        return replace(super().schedule(shape, selector), tau=1, fallback_ratio=None)
+
+
+class _SecondDecode(Lsa):
+    """What was noted is resident, interval by interval."""
+
+    def __init__(self, config: LsaConfig, *, sets: Sequence[torch.Tensor], label: str) -> None:
+        super().__init__(config, label=label)
+        self._sets = sets
+
+    def rehearsal(self) -> Rehearsal | None:
+        return None
+
+    def selector(self, prompt: PromptKV, device: torch.device, layout: ChunkLayout) -> Selector:
+        del prompt, device
+        return PlaybackSelector(self._sets) if layout.n_candidates else NothingToChoose()
 
 
 def synthetic_layers(shape: ModelShape) -> tuple[int, ...]:
