@@ -137,11 +137,11 @@ def print_report(folder: Path) -> None:
     loaded = legible(load_run(folder))
     for message in loaded.messages:
         tell(message)
-    from kvscope.reports import make_report
+    from kvscope.reports.build import write_report
     from kvscope.reports.summary import summary_text
 
     say(summary_text(loaded))
-    paths = make_report(folder)
+    paths = write_report(loaded)
     html = [path for path in paths if path.suffix == ".html"]
     say(f"\n{len(paths)} files under {folder / 'report'}")
     for path in html:

@@ -26,7 +26,12 @@ MOST_DRAWN = 64
 
 def build_report(folder: str | Path) -> list[Path]:
     """See `kvscope.reports.make_report`."""
-    run = legible(load_run(folder))
+    return write_report(load_run(folder))
+
+
+def write_report(run: Run) -> list[Path]:
+    """Write the report of a loaded run into its folder; see `kvscope.reports.make_report`."""
+    run = legible(run)
     target = run.folder / REPORT_FOLDER
     with report_place(target) as aside:
         names = [path.relative_to(aside).as_posix() for path in _write(run, aside)]

@@ -1,15 +1,17 @@
 """The numbers behind tables and figures, one row a cell, units in the column names."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
+import numpy as np
 import pandas as pd
 
+from kvscope.reports.answers import NOWHERE, Answers, Contexts, Places, by_cell
 from kvscope.reports.trust import with_doubts
-from kvscope.results.comparisons import SCORE_COLUMNS, answered, baseline_label, cluster_names, pairs, pooled
-from kvscope.results.frames import Run, records
+from kvscope.results.comparisons import SCORE_COLUMNS, answered, baseline_label, pairs, pooled
+from kvscope.results.frames import Run, once, records
 from kvscope.results.run_schema import RunInfo
-from kvscope.results.statistics import mean_interval, paired_difference
+from kvscope.results.statistics import paired_difference
 
 ALL_TASKS = "all tasks"
 
@@ -35,6 +37,7 @@ ACCURACY_COLUMNS = [
 ]
 
 
+@once
 def accuracy_cells(run: Run) -> pd.DataFrame:
     """Accuracy per task (and pooled over those of every length, `all tasks`), method and length, with 95 % intervals.
 
@@ -48,22 +51,28 @@ def accuracy_cells(run: Run) -> pd.DataFrame:
     baseline = baseline_label(info)
     samples = pooled(run.samples, info)[SCORE_COLUMNS]
     excluded = run.samples.loc[run.samples.index.difference(samples.index), SCORE_COLUMNS]
+    answers, mine, left_out = Answers(samples), _by_cell(pool, samples), _by_cell(pool, excluded)
     cells: dict[tuple[str, str, int], dict[str, object]] = {}
     for method in info.methods:
-        mine = _by_cell(pool, samples[samples["method_label"] == method.label])
-        left_out = _by_cell(pool, excluded[excluded["method_label"] == method.label])
         paired = baseline is not None and method.label != baseline
-        both = _by_cell(pool, pairs(samples, method=method.label, baseline=str(baseline))) if paired else {}
+        table = pairs(samples, method=method.label, baseline=str(baseline)) if paired else samples.iloc[:0]
+        both = _by_cell(pool, table.assign(method_label=method.label))
+        contexts = Contexts(table["context_id"])
         for task in tasks:
             for length in info.lengths_tokens:
                 asked = pool if task == ALL_TASKS else (task,)
                 expected = sum(info.expected_samples(each, length) for each in asked)
-                rows, common = mine.get((task, length), []), both.get((task, length), [])
-                n_excluded = len(left_out.get((task, length), []))
-                cells[task, method.label, length] = _accuracy(rows, expected, n_excluded=n_excluded) | _difference(
-                    common, is_baseline=method.label == baseline, comparable=baseline is not None
+                place = (task, method.label, length)
+                n_excluded = len(left_out.get(place, NOWHERE))
+                cells[place] = _accuracy(answers, mine.get(place, NOWHERE), expected, n_excluded=n_excluded)
+                cells[place] |= _difference(
+                    table,
+                    both.get(place, NOWHERE),
+                    contexts,
+                    is_baseline=method.label == baseline,
+                    comparable=baseline is not None,
                 )
-                cells[task, method.label, length]["n_excluded"] = n_excluded
+                cells[place]["n_excluded"] = n_excluded
     ordered = [
         {"task": task, "method_label": method.label, "length_tokens": length, **cells[task, method.label, length]}
         for task in tasks
@@ -88,6 +97,7 @@ def pooled_tasks(info: RunInfo) -> tuple[str, ...]:
     return pool or info.tasks
 
 
+@once
 def pooled_answers(run: Run) -> pd.DataFrame:
     """Return the answered prompts behind pooled accuracies: bytes shown beside those are means over the same ones."""
     rows = answered(pooled(run.samples, run.info))
@@ -108,45 +118,40 @@ def pool_notes(info: RunInfo) -> tuple[str, ...]:
     )
 
 
-def _by_cell(pool: tuple[str, ...], frame: pd.DataFrame) -> dict[tuple[str, int], list[dict[str, Any]]]:
-    """Rows by (task, length) and by (all tasks of the pool, length)."""
-    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for row in records(frame):
-        for task in (row["task"], *((ALL_TASKS,) if row["task"] in pool else ())):
-            found.setdefault((task, row["length_tokens"]), []).append(row)
-    return found
+def _by_cell(pool: tuple[str, ...], frame: pd.DataFrame) -> dict[tuple[str, str, int], Places]:
+    """Places of rows by (task, method, length) and by (all tasks of the pool, method, length)."""
+    found: dict[tuple[str, str, int], Places] = by_cell(frame, ["task", "method_label", "length_tokens"])
+    inside = np.flatnonzero(frame["task"].isin(pool).to_numpy(dtype=bool))
+    whole = by_cell(frame.iloc[inside], ["method_label", "length_tokens"])
+    return found | {(ALL_TASKS, label, length): inside[places] for (label, length), places in whole.items()}
 
 
-def _accuracy(rows: list[dict[str, Any]], asked: int, *, n_excluded: int) -> dict[str, object]:
+def _accuracy(answers: Answers, rows: Places, asked: int, *, n_excluded: int) -> dict[str, object]:
     expected = asked - n_excluded
-    ok = [row for row in rows if row["status"] == "ok"]
-    failed = {row["status"]: row["reason"] for row in reversed(rows) if row["status"] != "ok"}
-    reasons = [f"{status}: {reason}" for status, reason in failed.items()]
+    reasons = answers.failures(rows)
     if len(rows) < expected:
         reasons.append("not run yet")
     elif not asked:
         reasons.append("not asked for")
-    elif not rows:
+    elif not len(rows):
         reasons.append("every question type is excluded from pooled scores")
-    counts = {"n": len(ok), "n_not_measured": len(rows) - len(ok), "n_missing": max(0, expected - len(rows))}
-    cell: dict[str, object] = {**counts, "reason": "; ".join(reasons)}
-    if ok:
-        found = mean_interval([row["score"] for row in ok], clusters=cluster_names([row["context_id"] for row in ok]))
-        cell |= {"accuracy": found.mean, "ci_low": found.low, "ci_high": found.high, "interval": found.kind}
-    return cell
+    cell = {"n_missing": max(0, expected - len(rows)), "reason": "; ".join(reasons)}
+    return cell | answers.accuracy(rows)
 
 
-def _difference(rows: list[dict[str, Any]], *, is_baseline: bool, comparable: bool) -> dict[str, object]:
+def _difference(
+    table: pd.DataFrame, common: Places, contexts: Contexts, *, is_baseline: bool, comparable: bool
+) -> dict[str, object]:
     if not comparable:
         return {"note": "the run has no dense to compare with"}
     if is_baseline:
         return {"note": "is the baseline"}
-    if not rows:
+    if not len(common):
         return {"note": "dense and this method answered no common prompt"}
     paired = paired_difference(
-        [row["score_method"] for row in rows],
-        [row["score_baseline"] for row in rows],
-        clusters=cluster_names([row["context_id"] for row in rows]),
+        table["score_method"].to_numpy(float)[common],
+        table["score_baseline"].to_numpy(float)[common],
+        clusters=contexts.clusters(common),
     )
     return {
         "note": "",

@@ -7,7 +7,7 @@ import pandas as pd
 
 from kvscope.reports.trust import with_doubts
 from kvscope.reports.units import length_text
-from kvscope.results.frames import Run, records
+from kvscope.results.frames import Run, once, records
 from kvscope.results.plain_text import shortened
 
 _LISTED = 12
@@ -49,6 +49,7 @@ class Coverage:
         return lines
 
 
+@once
 def coverage(run: Run) -> Coverage:
     """Compare the run with what its run.json asks for."""
     info = run.info

@@ -2,15 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+import numpy as np
 import pandas as pd
 
+from kvscope.reports.answers import NOWHERE, Answers, by_cell
 from kvscope.reports.table_parts import Notes, Table, excluded_notes
 from kvscope.reports.units import length_text, percent
-from kvscope.results.comparisons import baseline_label, cluster_names, pooled
-from kvscope.results.frames import Run, records
-from kvscope.results.statistics import mean_interval
+from kvscope.results.comparisons import baseline_label, pooled
+from kvscope.results.frames import Run, once, records
 
 # By fewer prompts nobody can tell that a task has one depth only; by more, a task whose depths lie in such a range has.
 _PROMPTS_TO_JUDGE, _DEPTH_RANGE = 10, 0.2
@@ -47,12 +47,14 @@ class Scope:
     bins: int
 
 
+@once
 def depth_rows(run: Run) -> pd.DataFrame:
     """The scored prompts whose evidence has one known depth; question types excluded from pooled scores are not in."""
     rows = pooled(run.samples, run.info)
     return rows[(rows["status"] == "ok") & rows["depth"].notna()]
 
 
+@once
 def depth_scopes(run: Run) -> list[Scope]:
     """The needle tasks pooled (where the run has several), then every task by itself.
 
@@ -61,7 +63,8 @@ def depth_scopes(run: Run) -> list[Scope]:
     """
     rows = depth_rows(run)
     flat = depthless_tasks(run)
-    there = [task for task in run.info.tasks if task in set(rows["task"]) and task not in flat]
+    scored = set(rows["task"].unique())
+    there = [task for task in run.info.tasks if task in scored and task not in flat]
     needles = tuple(task for task in there if task.startswith(NIAH))
     groups = [(NIAH_POOL, needles)] if len(needles) > 1 else []
     groups += [(task, (task,)) for task in there]
@@ -73,6 +76,7 @@ def depth_scopes(run: Run) -> list[Scope]:
     return scopes
 
 
+@once
 def depthless_tasks(run: Run) -> list[str]:
     """Return the tasks whose evidence is at about one depth in every prompt, as where the whole text is asked for."""
     found = []
@@ -93,7 +97,7 @@ def depthless_note(run: Run) -> str:
 
 def depth_baseline(run: Run) -> str | None:
     """The method whose accuracy is shown task by task: dense, else the run's first with scored prompts."""
-    there = set(depth_rows(run)["method_label"])
+    there = set(depth_rows(run)["method_label"].unique())
     baseline = baseline_label(run.info)
     order = [baseline, *(method.label for method in run.info.methods)]
     return next((label for label in order if label in there), None)
@@ -105,26 +109,26 @@ def depth_cells(run: Run, scopes: Sequence[Scope], *, label: str | None = None) 
     Fractions in [0, 1]; 95 % intervals (Wilson for 0/1 scores, bootstrap for graded ones). ``depth`` names the part;
     every length has a row for all depths, too.
     """
-    rows = depth_rows(run)[["task", "method_label", "length_tokens", "depth", "score", "context_id"]]
-    found: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
-    for row in records(rows if label is None else rows[rows["method_label"] == label]):
-        found.setdefault((row["task"], row["method_label"], row["length_tokens"]), []).append(row)
+    rows = depth_rows(run)
+    if label is not None:
+        rows = rows[rows["method_label"] == label]
+    found = by_cell(rows, ["task", "method_label", "length_tokens"])
+    answers, depths = Answers(rows), rows["depth"].to_numpy(dtype=np.float64)
     cells: list[dict[str, object]] = []
     for scope in scopes:
         for method in run.info.methods:
             for length in run.info.lengths_tokens:
-                mine = [row for task in scope.tasks for row in found.get((task, method.label, length), [])]
-                if not mine:
+                theirs = [found.get((task, method.label, length), NOWHERE) for task in scope.tasks]
+                mine = np.concatenate(theirs)
+                if not len(mine):
                     continue
                 head = {"task": scope.name, "method_label": method.label, "length_tokens": length}
-                cells.append(head | {"depth": ALL_DEPTHS, "depth_from": 0.0, "depth_to": 1.0} | _accuracy(mine))
-                parts: dict[int, list[dict[str, Any]]] = {}
-                for row in mine:
-                    parts.setdefault(min(int(row["depth"] * scope.bins), scope.bins - 1), []).append(row)
-                for at in sorted(parts):
+                cells.append(head | {"depth": ALL_DEPTHS, "depth_from": 0.0, "depth_to": 1.0} | answers.accuracy(mine))
+                parts = np.minimum((depths[mine] * scope.bins).astype(np.int64), scope.bins - 1)
+                for at in map(int, np.unique(parts)):
                     low, high = at / scope.bins, (at + 1) / scope.bins
                     place = {"depth": depth_text(low, high), "depth_from": low, "depth_to": high}
-                    cells.append(head | place | _accuracy(parts[at]))
+                    cells.append(head | place | answers.accuracy(mine[parts == at]))
     return pd.DataFrame(cells, columns=DEPTH_COLUMNS)
 
 
@@ -167,17 +171,6 @@ def depth_table(run: Run) -> Table:
     )
     lines = (*lines, *filter(None, [depthless_note(run)]), *excluded_notes(run.info))
     return Table("accuracy_by_depth", "Accuracy by depth and length", caption, data, text, lines)
-
-
-def _accuracy(rows: Sequence[dict[str, Any]]) -> dict[str, object]:
-    found = mean_interval([row["score"] for row in rows], clusters=cluster_names([row["context_id"] for row in rows]))
-    return {
-        "n": len(rows),
-        "accuracy": found.mean,
-        "ci_low": found.low,
-        "ci_high": found.high,
-        "interval": found.kind,
-    }
 
 
 def _bins(prompts_per_length: float) -> int:

@@ -215,13 +215,13 @@ def heat_panel(axes: Axes, filled: dict[tuple[int, int], tuple[float, int]], *, 
     for column in range(len(lengths)):
         for row in range(rows):
             if (column, row) not in filled:
-                axes.add_patch(
+                axes.add_artist(
                     Rectangle((column, row), 1, 1, facecolor="white", edgecolor="#CCCCCC", hatch="////", lw=0)
                 )
                 continue
             accuracy, n = filled[column, row]
             color = colors(accuracy)
-            axes.add_patch(Rectangle((column, row), 1, 1, facecolor=color, edgecolor="white", linewidth=0.8))
+            axes.add_artist(Rectangle((column, row), 1, 1, facecolor=color, edgecolor="white", linewidth=0.8))
             ink = "white" if 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] < 0.5 else "black"
             middle = column + 0.5
             axes.text(middle, row + 0.36, f"{100 * accuracy:.0f}", ha="center", va="center", fontsize=8.5, color=ink)

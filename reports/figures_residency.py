@@ -10,7 +10,7 @@ from kvscope.reports.canvas import Label, Margins, end_labels, end_labels_height
 from kvscope.reports.figure_parts import ReportFigure, subtitle_of
 from kvscope.reports.theme import MethodStyle, method_styles, theme
 from kvscope.reports.units import length_text
-from kvscope.results.frames import Run, records
+from kvscope.results.frames import Run
 
 # A short interval would turn the line into a band of markers.
 _MARKERS = 8
@@ -52,14 +52,15 @@ def resident_over_steps(run: Run) -> list[ReportFigure]:
 def refreshes(run: Run) -> pd.DataFrame:
     """Return one row a (method, length, refresh): step, prompts that reached it, resident share, bytes recalled."""
     found: dict[tuple[str, int, int, int], list[tuple[float, int]]] = defaultdict(list)
-    for row in records(run.samples[run.samples["status"] == "ok"]):
-        residency: dict[str, Any] | None = row["residency"]
-        if residency is None or not residency["prompt_tokens"]:
+    told = run.samples[(run.samples["status"] == "ok") & run.samples["residency"].notna()]
+    residency: dict[str, Any]
+    for label, length, residency in zip(told["method_label"], told["length_tokens"], told["residency"], strict=True):
+        if not residency["prompt_tokens"]:
             continue
         for index, (tokens, moved_bytes) in enumerate(
             zip(residency["resident_tokens"], residency["recalled_bytes"], strict=True)
         ):
-            key = (row["method_label"], row["length_tokens"], index, index * residency["tau"])
+            key = (label, length, index, index * residency["tau"])
             found[key].append((tokens / residency["prompt_tokens"], moved_bytes))
     rows = [
         (*key, len(values), sum(share for share, _ in values) / len(values), sum(n for _, n in values) / len(values))

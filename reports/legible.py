@@ -22,6 +22,8 @@ def legible(run: Run) -> Run:
     Raises:
         UsageError: two methods or tasks look the same afterwards.
     """
+    if run.memo.get(__name__):
+        return run
     told = run.info.model_dump(mode="json")
     shown = _shown(told)
     info = run.info
@@ -30,7 +32,7 @@ def legible(run: Run) -> Run:
             info = RunInfo.model_validate_json(json.dumps(shown))
         except ValidationError as error:
             raise UsageError(f"{run.folder} holds names that cannot be shown: {first_problem(error)}.") from error
-    return replace(
+    made = replace(
         run,
         info=info,
         samples=_plain(run.samples),
@@ -39,6 +41,8 @@ def legible(run: Run) -> Run:
         throughput=_plain(run.throughput),
         messages=tuple(map(visible, run.messages)),
     )
+    made.memo[__name__] = True
+    return made
 
 
 def _shown(value: Any) -> Any:

@@ -4,11 +4,10 @@ from typing import Any
 
 import pandas as pd
 
+from kvscope.reports.answers import NOWHERE, Answers, Places, by_cell
 from kvscope.reports.table_parts import Notes, Table, excluded_notes
 from kvscope.reports.units import length_text, with_interval
-from kvscope.results.comparisons import cluster_names
 from kvscope.results.frames import Run, records
-from kvscope.results.statistics import mean_interval
 
 TYPE_COLUMNS = [
     "task",
@@ -32,21 +31,22 @@ def type_cells(run: Run) -> pd.DataFrame:
     Fractions in [0, 1]. ``pooled`` is False for types that pooled scores leave out. ``reason`` says why prompts lack a
     score.
     """
-    found: dict[tuple[str, str, str, int], list[dict[str, Any]]] = {}
     kinds: dict[str, dict[str, None]] = {task: {} for task in run.info.tasks}
-    for row in records(run.samples):
-        kinds.setdefault(row["task"], {})[row["question_type"]] = None
-        key = (row["task"], row["question_type"], row["method_label"], row["length_tokens"])
-        found.setdefault(key, []).append(row)
+    for task, kind in by_cell(run.samples, ["task", "question_type"]):
+        kinds.setdefault(task, {})[kind] = None
+    if all(len(types) < 2 for types in kinds.values()):
+        return pd.DataFrame(columns=TYPE_COLUMNS)
+    found = by_cell(run.samples, ["task", "question_type", "method_label", "length_tokens"])
+    answers = Answers(run.samples)
     cells = []
     for task, types in kinds.items():
         for kind in sorted(types) if len(types) > 1 else ():
             for method in run.info.methods:
                 for length in run.info.lengths_tokens:
-                    rows = found.get((task, kind, method.label, length), [])
+                    rows = found.get((task, kind, method.label, length), NOWHERE)
                     head = {"task": task, "question_type": kind, "pooled": run.info.pools(task, kind)}
                     head |= {"method_label": method.label, "length_tokens": length}
-                    cells.append(head | _accuracy(rows))
+                    cells.append(head | _accuracy(answers, rows))
     return pd.DataFrame(cells, columns=TYPE_COLUMNS)
 
 
@@ -73,17 +73,11 @@ def type_tables(run: Run) -> list[Table]:
     return [Table("accuracy_by_type", "Accuracy by question type", caption, cells, pd.DataFrame(texts), lines)]
 
 
-def _accuracy(rows: list[dict[str, Any]]) -> dict[str, object]:
-    ok = [row for row in rows if row["status"] == "ok"]
-    failed = {row["status"]: row["reason"] for row in reversed(rows) if row["status"] != "ok"}
-    reasons = [f"{status}: {reason}" for status, reason in failed.items()]
-    if not rows:
+def _accuracy(answers: Answers, rows: Places) -> dict[str, object]:
+    reasons = answers.failures(rows)
+    if not len(rows):
         reasons.append("no prompt of this type is there")
-    cell: dict[str, object] = {"n": len(ok), "n_not_measured": len(rows) - len(ok), "reason": "; ".join(reasons)}
-    if ok:
-        found = mean_interval([row["score"] for row in ok], clusters=cluster_names([row["context_id"] for row in ok]))
-        cell |= {"accuracy": found.mean, "ci_low": found.low, "ci_high": found.high, "interval": found.kind}
-    return cell
+    return {"reason": "; ".join(reasons)} | answers.accuracy(rows)
 
 
 def _text(cell: dict[str, Any], notes: Notes) -> str:

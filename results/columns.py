@@ -17,6 +17,24 @@ def plain_kinds(annotation: Any) -> set[Any]:
     return {origin or annotation}
 
 
+def may_nest(annotation: Any) -> bool:
+    """Return whether a value may hold JSON objects: of anything but plain values, and lists of those."""
+    kinds = plain_kinds(annotation)
+    if kinds == {tuple}:
+        parts = (part for given in _alternatives(annotation) for part in typing.get_args(given))
+        return any(may_nest(part) for part in parts if part is not ...)
+    return not kinds <= {bool, int, float, str}
+
+
+def _alternatives(annotation: Any) -> list[Any]:
+    """What an annotation may be, None and constraints left out."""
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Union, types.UnionType):
+        parts = (part for part in typing.get_args(annotation) if part is not type(None))
+        return [each for part in parts for each in _alternatives(part)]
+    return _alternatives(typing.get_args(annotation)[0]) if origin is typing.Annotated else [annotation]
+
+
 TIME_COLUMNS = frozenset(
     {
         "prefill_s",

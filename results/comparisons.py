@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from kvscope.errors import UsageError
@@ -106,7 +108,7 @@ def compare_methods(samples: pd.DataFrame, *, info: RunInfo, margin: float = DEF
         return []
     samples = pooled(samples, info)[SCORE_COLUMNS]
     tables = _paired_tables(samples, info, baseline=baseline)
-    lengths, tasks = sorted(samples["length_tokens"].unique()), list(dict.fromkeys(samples["task"]))
+    lengths, tasks = sorted(samples["length_tokens"].unique()), samples["task"].unique().tolist()
     found = _compare_within("all prompts", tables, baseline=baseline, margin=margin)
     for length in lengths if len(lengths) > 1 else []:
         within = {label: table[table["length_tokens"] == length] for label, table in tables.items()}
@@ -175,4 +177,14 @@ def _nll(table: pd.DataFrame) -> Interval | None:
 
 
 def _clusters(table: pd.DataFrame) -> list[str] | None:
-    return cluster_names([None if pd.isna(name) else str(name) for name in table["context_id"]])
+    names = texts_of(table["context_id"])
+    return None if names is None else cluster_names(names.tolist())
+
+
+def texts_of(column: "pd.Series[Any]") -> npt.NDArray[np.object_] | None:
+    """The texts of a column, None for a null; None in place of all where every one is null."""
+    if not column.notna().any():
+        return None
+    texts = np.array(column.array, dtype=object)
+    texts[column.isna().to_numpy()] = None
+    return texts

@@ -1,22 +1,25 @@
 """A run as two pandas frames: `samples` (accuracy pass) and `footprint` (memory and time)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel
 
 from kvscope.paths import user_path
 from kvscope.results.belonging import refuse_strangers
-from kvscope.results.columns import plain_kinds
+from kvscope.results.frame_making import frame_of, read_frame
 from kvscope.results.memory_rows import FootprintRow, MaxContextRow
+from kvscope.results.packed import is_packed
 from kvscope.results.run_schema import RunInfo
 from kvscope.results.schema import SampleRow, ThroughputRow
-from kvscope.results.store import RunStore
+from kvscope.results.store import ROW_KINDS, RunStore, read_info
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,24 @@ class Run:
     info: RunInfo
     folder: Path
     messages: tuple[str, ...] = ()
-    max_context: pd.DataFrame = field(default_factory=lambda: _frame([], MaxContextRow))
-    throughput: pd.DataFrame = field(default_factory=lambda: _frame([], ThroughputRow))
+    max_context: pd.DataFrame = field(default_factory=lambda: frame_of([], MaxContextRow))
+    throughput: pd.DataFrame = field(default_factory=lambda: frame_of([], ThroughputRow))
+    memo: dict[str, Any] = field(init=False, default_factory=dict, repr=False, compare=False)
+    """What was worked out of this run already: see `once`."""
+
+
+def once(work_out: Callable[[Run], T]) -> Callable[[Run], T]:
+    """Work a thing out of a run the first time it is asked for, and keep it with the run. It must not be changed."""
+
+    @wraps(work_out)
+    def kept(run: Run) -> T:
+        name = f"{work_out.__module__}.{work_out.__qualname__}"
+        if name not in run.memo:
+            run.memo[name] = work_out(run)
+        found: T = run.memo[name]
+        return found
+
+    return kept
 
 
 def load_run(folder: str | Path) -> Run:
@@ -43,17 +62,26 @@ def load_run(folder: str | Path) -> Run:
     Raises UsageError when the folder holds no run, a corrupt line, the same cell twice, or rows that its run.json did
     not ask for.
     """
-    store = RunStore.open(user_path(folder, what="The run folder"))
-    refuse_strangers(store.rows(), store.info, folder=store.folder)
-    return make_run(
-        store.samples(),
-        store.footprints(),
-        info=store.info,
-        folder=store.folder,
-        messages=tuple(store.messages),
-        max_contexts=store.max_contexts(),
-        throughputs=store.throughputs(),
-    )
+    folder = user_path(folder, what="The run folder")
+    info = read_info(folder)
+    if is_packed(folder):
+        rows = RunStore.open(folder).rows()
+        run = make_run(
+            rows.samples,
+            rows.footprints,
+            info=info,
+            folder=folder,
+            max_contexts=rows.max_contexts,
+            throughputs=rows.throughputs,
+        )
+    else:
+        messages: list[str] = []
+        samples, footprint, max_context, throughput = (
+            read_frame(folder / name, kind, messages=messages) for name, kind in ROW_KINDS.items()
+        )
+        run = Run(samples, footprint, info, folder, tuple(messages), max_context, throughput)
+    refuse_strangers(run.samples, [run.footprint, run.throughput], run.max_context, info=info, folder=folder)
+    return run
 
 
 def make_run(
@@ -68,13 +96,13 @@ def make_run(
 ) -> Run:
     """Build a Run from rows already in memory."""
     return Run(
-        samples=_frame(samples, SampleRow),
-        footprint=_frame(footprints, FootprintRow),
+        samples=frame_of(samples, SampleRow),
+        footprint=frame_of(footprints, FootprintRow),
         info=info,
         folder=Path(folder),
         messages=messages,
-        max_context=_frame(max_contexts, MaxContextRow),
-        throughput=_frame(throughputs, ThroughputRow),
+        max_context=frame_of(max_contexts, MaxContextRow),
+        throughput=frame_of(throughputs, ThroughputRow),
     )
 
 
@@ -93,26 +121,3 @@ def _plain(value: Any) -> Any:
 
 def _is_null(value: Any) -> bool:
     return value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value))
-
-
-def _frame(rows: Sequence[BaseModel], kind: type[BaseModel]) -> pd.DataFrame:
-    dumped = [row.model_dump() for row in rows]
-    columns = {
-        name: pd.Series([row[name] for row in dumped], dtype=_dtype(field.annotation))
-        for name, field in kind.model_fields.items()
-    }
-    return pd.DataFrame(columns)
-
-
-def _dtype(annotation: Any) -> str:
-    """The column type that keeps integers exact and nulls apart from numbers."""
-    kinds = plain_kinds(annotation)
-    if kinds == {bool}:
-        return "boolean"
-    if kinds == {int}:
-        return "Int64"
-    if kinds == {float}:
-        return "float64"
-    if kinds == {str}:
-        return "string"
-    return "object"

@@ -1,6 +1,7 @@
 """Reading and appending JSON lines that survive being killed: one write a row, a torn last line recognised."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -10,6 +11,7 @@ from kvscope.errors import EnvironmentProblem, UsageError
 from kvscope.results.limits import MOST_LINE_BYTES, MOST_ROWS_FILE_BYTES
 from kvscope.results.memory_rows import FootprintRow, MaxContextRow
 from kvscope.results.plain_text import shortened
+from kvscope.results.quick import quick_row
 from kvscope.results.reading import parse_json, read_regular
 from kvscope.results.schema import SCHEMA_VERSION, SampleRow, ThroughputRow
 
@@ -65,11 +67,23 @@ def read_rows(path: Path, kind: type[RowT], *, messages: list[str], mend: bool) 
         UsageError: no regular file, or one that is too large; a line that is no row, too long, or of another version; a
             second row of a cell whose first is a result.
     """
-    data = read_regular(path, most_bytes=MOST_ROWS_FILE_BYTES)
-    if data is None:
-        return {}
     rows: dict[Any, RowT] = {}
     lines_of: dict[Any, int] = {}
+    for number, row in each_row(path, kind, messages=messages, mend=mend):
+        if not put(rows, row):
+            raise second_result(path, number, row.key, first=lines_of[row.key])
+        lines_of[row.key] = number
+    return rows
+
+
+def each_row(path: Path, kind: type[RowT], *, messages: list[str], mend: bool) -> Iterator[tuple[int, RowT]]:
+    """Give every row of a file with the number of its line, from 1: each line but a torn last one is a row.
+
+    Nothing is kept of a row that was given. Otherwise like `read_rows`, which looks for second rows of a cell, too.
+    """
+    data = read_regular(path, most_bytes=MOST_ROWS_FILE_BYTES)
+    if data is None:
+        return
     start = 0
     number = 0
     while start < len(data):
@@ -79,18 +93,20 @@ def read_rows(path: Path, kind: type[RowT], *, messages: list[str], mend: bool) 
         after = len(data) if end < 0 else end + 1
         if len(line) > MOST_LINE_BYTES:
             raise UsageError(f"{path}, line {number} has {len(line):,} bytes, at most {MOST_LINE_BYTES:,} are read.")
-        parsed, fault = _parse(line)
-        if end < 0 or (parsed is None and after == len(data)):
-            _drop_tail(path, start, number, messages=messages, mend=mend)
-            break
-        row = _row(parsed, fault, kind, path=path, number=number)
-        if not put(rows, row):
-            raise UsageError(
-                f"{path}, line {number} holds the same cell as line {lines_of[row.key]}: {row.key}. Delete one of them."
-            )
-        lines_of[row.key] = number
+        row = quick_row(line, kind) if end >= 0 else None
+        if row is None:
+            parsed, fault = _parse(line)
+            if end < 0 or (parsed is None and after == len(data)):
+                _drop_tail(path, start, number, messages=messages, mend=mend)
+                break
+            row = _row(parsed, fault, kind, path=path, number=number)
+        yield number, row
         start = after
-    return rows
+
+
+def second_result(path: Path, number: int, key: Any, *, first: int) -> UsageError:
+    """Return what is raised where a line holds a cell whose result stands in an earlier one."""
+    return UsageError(f"{path}, line {number} holds the same cell as line {first}: {key}. Delete one of them.")
 
 
 def put(rows: dict[Any, RowT], row: RowT) -> bool:

@@ -50,7 +50,8 @@ class Record(BaseModel):
 
     def demand(self, columns: tuple[str, ...], why: str) -> None:
         """Raise ValueError where one of some columns is null."""
-        absent = [name for name in columns if getattr(self, name) is None]
+        held = self.__dict__
+        absent = [name for name in columns if held[name] is None]
         if absent:
             raise ValueError(f"{', '.join(absent)} must not be null {why}")
 
@@ -90,6 +91,17 @@ class ResidencyRecord(Record):
         if len(self.resident_tokens) != len(self.recalled_bytes):
             raise ValueError("resident_tokens and recalled_bytes are of different lengths: one entry a refresh each")
         return self
+
+
+_LEDGER = (
+    "resident_kv_bytes",
+    "metadata_bytes",
+    "host_kv_bytes",
+    "dense_kv_bytes",
+    "bytes_read_per_step",
+    "attention_flops_per_step",
+    "bytes_recalled",
+)
 
 
 class CellRow(Record):
@@ -166,8 +178,7 @@ class CellRow(Record):
         if self.status != "ok" and self.reason is None:
             raise ValueError(f"status is {self.status}, so reason must say why")
         if self.status == "ok":
-            ledger = ("resident_kv_bytes", "metadata_bytes", "host_kv_bytes", "dense_kv_bytes")
-            self.demand((*ledger, "bytes_read_per_step", "attention_flops_per_step", "bytes_recalled"), "in an ok row")
+            self.demand(_LEDGER, "in an ok row")
         return self
 
 

@@ -11,20 +11,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 from scipy.optimize import brentq
 from scipy.stats import binomtest, norm
-from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
-Array = npt.NDArray[np.float64]
+from kvscope.results.bootstrap import Array, bootstrap_ends, shared
+
 IntervalKind = Literal["wilson", "bootstrap", "score", "none"]
 
 LEAST_DISCORDANT = 6
 """With fewer discordant pairs the exact test cannot reach p < .05 (five to nil gives .0625)."""
-RESAMPLES = 10_000
-_CHUNK_DRAWS = 4_000_000
-_FEW_KINDS = 64
 
 
 @dataclass(frozen=True)
@@ -97,7 +93,7 @@ def mean_interval(
     """
     values = _checked(scores)
     mean = float(values.mean())
-    if _is_binary(values) and not _shared(clusters):
+    if _is_binary(values) and not shared(clusters):
         low, high = proportion_confint(int(values.sum()), len(values), alpha=1 - confidence, method="wilson")
         return interval_of(mean, (max(0.0, float(low)), min(1.0, float(high))), n=len(values), kind="wilson")
     return bootstrap_interval(values, clusters=clusters, confidence=confidence)
@@ -108,10 +104,10 @@ def bootstrap_interval(
 ) -> Interval:
     """Mean of any values with a percentile bootstrap interval; kind `none` when they cannot be resampled."""
     values = _checked(values)
-    means = bootstrap_means(values, clusters=clusters)
-    if means is None:
+    ends = bootstrap_ends(values, clusters, confidence)
+    if ends is None:
         return Interval(float(values.mean()), None, None, len(values), "none")
-    return interval_of(float(values.mean()), _quantiles(means, confidence), n=len(values), kind="bootstrap")
+    return interval_of(float(values.mean()), ends, n=len(values), kind="bootstrap")
 
 
 def paired_difference(
@@ -143,7 +139,7 @@ def paired_difference(
         differences,
         lost=lost,
         won=won,
-        score=binary and narrow and not _shared(clusters),
+        score=binary and narrow and not shared(clusters),
         clusters=clusters,
         c=confidence,
     )
@@ -156,7 +152,7 @@ def paired_difference(
         p_value=p_value,
         pairs_for_6_discordant=math.ceil(LEAST_DISCORDANT / _discordance(lost + won, n)) if few else None,
         noninferiority=_noninferiority(
-            differences, lost=lost, won=won, margin=margin, binary=binary and not _shared(clusters), clusters=clusters
+            differences, lost=lost, won=won, margin=margin, binary=binary and not shared(clusters), clusters=clusters
         ),
     )
 
@@ -165,7 +161,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
     """Holm-adjusted p-values, in the order given."""
     if not p_values:
         return []
-    return [float(p) for p in multipletests(list(p_values), method="holm")[1]]
+    given = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(given)
+    adjusted = np.empty_like(given)
+    adjusted[order] = np.minimum(np.maximum.accumulate(given[order] * np.arange(len(given), 0, -1)), 1.0)
+    return [float(p) for p in adjusted]
 
 
 def tango_z(*, lost: int, won: int, n_pairs: int, difference: float) -> float:
@@ -210,34 +210,6 @@ def pairs_for_noninferiority(*, discordance: float, margin: float, power: float 
     return math.ceil(z * z * discordance / margin**2)
 
 
-def bootstrap_means(
-    values: Array, *, clusters: Sequence[str] | None = None, resamples: int = RESAMPLES, seed: int = 0
-) -> Array | None:
-    """Means of `resamples` resamples, or None when there are fewer than two clusters (nothing to resample).
-
-    Clusters with equal sum and size are interchangeable, so a resample is one multinomial draw over the distinct ones:
-    the same distribution as drawing indices, and cheap for scores that take few values.
-    """
-    sums, sizes = _cluster_totals(values, clusters)
-    n = len(sums)
-    if n < 2:
-        return None
-    kinds, counts = np.unique(np.stack([sums, sizes], axis=1), axis=0, return_counts=True)
-    few = len(kinds) <= _FEW_KINDS
-    draw = np.random.default_rng(seed)
-    chunk = max(1, _CHUNK_DRAWS // n)
-    means = np.empty(resamples)
-    for start in range(0, resamples, chunk):
-        size = min(chunk, resamples - start)
-        if few:
-            picks = draw.multinomial(n, counts / n, size=size)
-            means[start : start + size] = (picks @ kinds[:, 0]) / (picks @ kinds[:, 1])
-        else:
-            picks = draw.integers(n, size=(size, n))
-            means[start : start + size] = sums[picks].sum(axis=1) / sizes[picks].sum(axis=1)
-    return means
-
-
 def _difference_interval(
     differences: Array, *, lost: int, won: int, score: bool, clusters: Sequence[str] | None, c: float
 ) -> Interval:
@@ -260,8 +232,8 @@ def _noninferiority(
         p_value = float(norm.sf(z))
         holds, fails = p_value < 0.05, p_value > 0.95
     else:
-        means = bootstrap_means(differences, clusters=clusters) if lost + won >= LEAST_DISCORDANT else None
-        low, high = _quantiles(means, 0.9) if means is not None else (-1.0, 1.0)
+        ends = bootstrap_ends(differences, clusters, 0.9) if lost + won >= LEAST_DISCORDANT else None
+        low, high = ends or (-1.0, 1.0)
         holds, fails = low > -margin, high < -margin
     if holds or fails:
         return Noninferiority(margin, p_value, "non-inferior" if holds else "inferior", None)
@@ -274,19 +246,6 @@ def _discordance(discordant: int, n: int) -> float:
     return (discordant + 1) / (n + 2)
 
 
-def _cluster_totals(values: Array, clusters: Sequence[str] | None) -> tuple[Array, Array]:
-    if not _shared(clusters):
-        return values, np.ones_like(values)
-    _, which = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)
-    sums: Array = np.bincount(which, weights=values).astype(np.float64)
-    sizes: Array = np.bincount(which).astype(np.float64)
-    return sums, sizes
-
-
-def _shared(clusters: Sequence[str] | None) -> bool:
-    return clusters is not None and len(set(clusters)) < len(clusters)
-
-
 def _checked(scores: Sequence[float] | Array) -> Array:
     values = np.asarray(scores, dtype=np.float64)
     if values.ndim != 1 or len(values) == 0 or not np.isfinite(values).all():
@@ -296,8 +255,3 @@ def _checked(scores: Sequence[float] | Array) -> Array:
 
 def _is_binary(values: Array) -> bool:
     return bool(np.isin(values, (0.0, 1.0)).all())
-
-
-def _quantiles(means: Array, confidence: float) -> tuple[float, float]:
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)

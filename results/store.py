@@ -33,7 +33,13 @@ SAMPLES_FILE = "samples.jsonl"
 FOOTPRINT_FILE = "footprint.jsonl"
 MAX_CONTEXT_FILE = "max_context.jsonl"
 THROUGHPUT_FILE = "throughput.jsonl"
-ROW_FILES = (SAMPLES_FILE, FOOTPRINT_FILE, MAX_CONTEXT_FILE, THROUGHPUT_FILE)
+ROW_KINDS: dict[str, type[SampleRow | FootprintRow | MaxContextRow | ThroughputRow]] = {
+    SAMPLES_FILE: SampleRow,
+    FOOTPRINT_FILE: FootprintRow,
+    MAX_CONTEXT_FILE: MaxContextRow,
+    THROUGHPUT_FILE: ThroughputRow,
+}
+ROW_FILES = tuple(ROW_KINDS)
 LOCK_FILE = ".lock"
 
 SampleKey = tuple[str, int, int, str]

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest, bootstrap, norm
 
 from kvscope.reports.units import percent, points, with_interval
+from kvscope.results.bootstrap import bootstrap_means
 from kvscope.results.statistics import (
     Interval,
     bootstrap_interval,
-    bootstrap_means,
     holm,
     mean_interval,
     paired_difference,
