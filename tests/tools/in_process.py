@@ -44,7 +44,8 @@ class Nvml:
         self._others = others
         self.reason = reason
 
-    def others(self) -> tuple[int, int | None] | None:
+    def others(self, sweep_pid: int | None = None) -> tuple[int, int | None] | None:
+        del sweep_pid
         return self._others
 
 
