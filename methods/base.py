@@ -160,8 +160,11 @@ class SequenceCache(ABC):
 
         Args:
             counters: where what changes is written; the caller sends it to the device.
+
+        Raises:
+            ValueError: the sequence has no such steps; the message gives ``static_reasons``.
         """
-        raise NotImplementedError
+        raise ValueError(f"steps cannot run at fixed addresses: {'; '.join(self.static_reasons())}")
 
     def step_reads(self, layer: int) -> StepReads | None:
         """Return where a step of fixed addresses stores its token in a managed layer and what it reads there, so that

@@ -97,8 +97,12 @@ class Selector:
         """The states observed belong to a finished step."""
 
     def choose(self) -> torch.Tensor:
-        """Return the candidates to keep, counted from the first candidate, ascending, on the CPU."""
-        raise NotImplementedError
+        """Return the candidates to keep, counted from the first candidate, ascending, on the CPU.
+
+        Raises:
+            TypeError: it chooses in the step, by ``choose_by_mass``.
+        """
+        raise TypeError(f"{type(self).__name__} chooses in the step, by the attention there")
 
     def choose_into(self, out: "Selection") -> int:
         """``choose`` into tensors on the device; return how many were chosen, also if ``out`` has room for fewer.
@@ -110,8 +114,12 @@ class Selector:
         return len(chosen)
 
     def choose_by_mass(self, mass_n: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
-        """The same from one layer's attention mass over the candidates, and the mass of everything else."""
-        raise NotImplementedError
+        """The same from one layer's attention mass over the candidates, and the mass of everything else.
+
+        Raises:
+            TypeError: it chooses before the step, by ``choose``.
+        """
+        raise TypeError(f"{type(self).__name__} chooses before the step, without its attention")
 
     def watch(self, scores: torch.Tensor) -> torch.Tensor:
         """Take scores into ``scored``; return them."""

@@ -1,7 +1,13 @@
 """Numbers of a step: sent in one copy, at addresses that stay."""
 
+import pytest
 import torch
+from masked import masking
+from sequences import prefilled
+from tiny_models import loaded_model, prompt_ids
 
+from kvscope.methods.lsa.selection import MassSelector, Rule, ScriptedSelector
+from kvscope.methods.registry import create_method
 from kvscope.methods.step_counters import StepCounters
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -39,3 +45,19 @@ def test_addresses_stay_while_others_come_and_go() -> None:
     assert int(kept.device_1) == 11
     assert {each.device_1.data_ptr() for each in again} == addresses - {address}
     assert all(int(each.device_1) == 0 for each in again[::500])  # a place that was given back begins at 0
+
+
+def test_a_sequence_without_such_steps_says_why() -> None:
+    loaded = loaded_model("llama")
+    prompt = prefilled(loaded, prompt_ids(40), [])
+    sequence = masking(create_method("recency")).open(prompt, "cpu")
+    with pytest.raises(ValueError, match="steps cannot run at fixed addresses: "):
+        sequence.make_static(StepCounters(torch.device("cpu")))
+
+
+def test_a_selector_that_is_asked_at_the_wrong_time_says_when_it_chooses() -> None:
+    rule = Rule(n_chunks=1)
+    with pytest.raises(TypeError, match="MassSelector chooses in the step"):
+        MassSelector(rule).choose()
+    with pytest.raises(TypeError, match="ScriptedSelector chooses before the step"):
+        ScriptedSelector([]).choose_by_mass(torch.ones(2), torch.zeros(()))
