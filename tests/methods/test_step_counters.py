@@ -6,6 +6,7 @@ from masked import masking
 from sequences import prefilled
 from tiny_models import loaded_model, prompt_ids
 
+from kvscope.methods.base import SequenceCache
 from kvscope.methods.lsa.selection import MassSelector, Rule, ScriptedSelector
 from kvscope.methods.registry import create_method
 from kvscope.methods.step_counters import StepCounters
@@ -52,7 +53,7 @@ def test_a_sequence_without_such_steps_says_why() -> None:
     prompt = prefilled(loaded, prompt_ids(40), [])
     sequence = masking(create_method("recency")).open(prompt, "cpu")
     with pytest.raises(ValueError, match="steps cannot run at fixed addresses: "):
-        sequence.make_static(StepCounters(torch.device("cpu")))
+        SequenceCache.make_static(sequence, StepCounters(torch.device("cpu")))
 
 
 def test_a_selector_that_is_asked_at_the_wrong_time_says_when_it_chooses() -> None:
