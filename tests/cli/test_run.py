@@ -8,6 +8,7 @@ import stand_ins
 
 from kvscope import cli
 from kvscope.methods import registry
+from kvscope.results.columns import SURROUNDINGS_COLUMNS, TIME_COLUMNS
 
 
 @pytest.fixture
@@ -57,13 +58,11 @@ def test_failed_cells_end_with_one_and_a_line_each(
     assert capsys.readouterr().err == "accuracy: failing: 4 failed: decode: RuntimeError: the page table is torn\n"
 
 
-TIMES = ("_s", "_utc", "peak_bytes", "attempt")
-
-
 def measured(folder: Path) -> list[dict[str, object]]:
-    """Rows without what differs from one time to the next."""
+    """Rows without what differs from one time to the next: times, and what else the machine did then."""
     rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if not key.endswith(TIMES)} for row in rows]
+    unlike = TIME_COLUMNS | SURROUNDINGS_COLUMNS
+    return [{key: value for key, value in row.items() if key not in unlike} for row in rows]
 
 
 def test_no_report_leaves_rows_alone_and_the_report_can_follow(

@@ -23,13 +23,14 @@ from kvscope.harness.passes.answering import Prompt
 from kvscope.harness.passes.sweep import run
 from kvscope.methods.lsa import sequence as lsa_sequence
 from kvscope.methods.shape import ModelShape
+from kvscope.results.columns import SURROUNDINGS_COLUMNS, TIME_COLUMNS
 
 PAGE_TOKENS = 16
 FIXED = ["dense", "recency:recency_tokens=128", "sliding_window:window=100", "random:fraction=0.3,recency_tokens=64"]
 CHOOSING = ["quest", "moba", "msa", "dsa:indexer=oracle"]
 BY_ATTENTION = "lsa:indexer=attention,chunk_tokens=16,recency_tokens=64"
-#: Columns of time, and the one under test.
-UNLIKE = ["prefill_s", "decode_s", "step_p10_s", "step_p90_s", "load_1min", "step_backend"]
+#: What differs from one time to the next, and the column under test.
+UNLIKE = TIME_COLUMNS | SURROUNDINGS_COLUMNS | {"step_backend"}
 #: What a step of fixed addresses holds besides.
 HELD = ["resident_kv_bytes", "metadata_bytes"]
 ON_HOST = "eager: a step that chooses blocks needs the kernels, which a GPU has"
