@@ -49,6 +49,11 @@ def continued(
         identity = {**identity, "prefill_chunk_tokens": stored.identity["prefill_chunk_tokens"]}  # not asked for
     asked = _renamed(asked, stored, folder=folder)
     differences = fixed_differences(stored.identity, identity)
+    if "chat_template" in identity and "chat_template" not in stored.identity:
+        raise UsageError(
+            f"The prompts of {folder} have no chat template, and this model has one: add --chat-template none to go on "
+            "with them, or give --out another folder."
+        )
     if differences:
         raise UsageError(
             f"{folder} holds another configuration; it differs in: {'; '.join(differences)}. "

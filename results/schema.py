@@ -165,6 +165,8 @@ class CellRow(Record):
     """Version of transformers that computed; null in rows of earlier versions."""
     torch_version: Text | None = None
     """Version of torch; null in rows of earlier versions."""
+    chat_template: Text | None = None
+    """Hash of the chat template that put the prompt into a user's turn; null where prompts had none."""
 
     @property
     def is_result(self) -> bool:

@@ -184,8 +184,9 @@ class _LastLines:
 def _finish(tokenizer: Tokenizer, draft: Draft, what: str) -> Assembled:
     """Return the prompt with the token spans of its parts."""
     ids = tuple(_encoded(tokenizer, draft.text))
-    check_words_kept(tokenizer, draft.text, ids, what)
     places = _Places(tokenizer, draft.text, ids)
+    # Without special tokens, and what a chat template says around the text.
+    check_words_kept(tokenizer, draft.text, ids[places.first(0) : places.behind(len(draft.text))], what)
     spans = [(places.first(start), places.behind(end)) for start, end in draft.spans]
     # A token that joins the haystack's end with the question is the haystack's: evidence may end there.
     question = min(places.behind(draft.body_end), len(ids) - 1)

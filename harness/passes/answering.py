@@ -215,6 +215,7 @@ class Prompt:
             dtype=self.plan.facts.dtype,
             device=self.plan.facts.device,
             self_check="passed" if self.plan.config.self_check else "skipped",
+            chat_template=self.plan.facts.chat_template,
         )
 
     def _failed(self, method: "CacheMethod[Any]", status: FailureStatus, reason: str) -> SampleRow:

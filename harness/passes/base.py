@@ -217,6 +217,8 @@ class Plan:
             f"model    {config.model}: {facts.dtype} on {facts.device}, {weights} of weights, "
             f"{facts.shape.kv_bytes_per_token:,} B of KV a token, at most {facts.max_length_tokens:,} tokens",
         ]
+        if facts.chat_template is not None:
+            lines.append(f"chat     prompts are turns of a user by its chat template, {facts.chat_template[:19]}")
         if self.tasks:
             lines += [
                 f"tasks    {', '.join(task.name for task in self.tasks)}",

@@ -27,6 +27,8 @@ MOST_SAMPLES = 1_000_000
 
 Length = Annotated[Tokens, Field(ge=1, le=limits.MOST_LENGTH_TOKENS)]
 
+#: Keys that decide no value of a row.
+_NO_VALUES = ("out", "footprint_timeout_s", "time_limit_s", "retry", "self_check", "batch")
 #: Key -> why nothing is scored where it is set (``model``: to a preset).
 _UNSCORED = {
     "model": "a preset has random weights, so its answers mean nothing",
@@ -75,6 +77,11 @@ class RunConfig(BaseModel):
     answer_nll: bool = Field(default=False, description="also measure the teacher-forced NLL of the reference answer")
     max_new_tokens: Tokens | None = Field(
         default=None, ge=1, le=limits.MOST_LENGTH_TOKENS, description="new tokens per sample (default: the task's)"
+    )
+    chat_template: str = Field(
+        default="auto",
+        min_length=1,
+        description="prompts as a user's turn: auto (the tokenizer's template, if it has one), none, or a Jinja file",
     )
     batch: int | None = Field(
         default=None,
@@ -267,10 +274,13 @@ class RunConfig(BaseModel):
         return tuple(spec.label for spec in self.tasks)
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides the rows: all but ``out``, the time limits, ``retry``, ``batch`` and the self-check."""
+        """Return what decides the rows: all but ``out``, the time limits, ``retry``, ``batch`` and the self-check.
+
+        What ``chat_template`` comes to is for the plan to say.
+        """
         values = self.model_dump(
             mode="json",
-            exclude={"out", "footprint_timeout_s", "time_limit_s", "retry", "self_check", "batch", "methods", "tasks"},
+            exclude={*_NO_VALUES, "chat_template", "methods", "tasks"},
         )
         values["footprint_lengths_tokens"] = list(self.footprint_cells_tokens)
         if self.prefill_chunk_tokens is None:

@@ -21,7 +21,9 @@ class ModelFacts:
 
     Attributes:
         spec: the model as asked for.
-        tokenizer: the transformers tokenizer; None for a preset.
+        tokenizer: what encodes prompts: the transformers tokenizer, or a ``ChatTokenizer`` around it; None for a
+            preset.
+        chat_template: hash of the template that prompts are put into; None for none.
         name: what rows call it: ``reference``, a hub id, or a folder's name.
         backend: its kind of cache.
         device: where it will compute, ``auto`` resolved: ``cpu`` or ``cuda:N``.
@@ -40,6 +42,7 @@ class ModelFacts:
     backend: Backend[Any]
     shape: ModelShape
     tokenizer: Any
+    chat_template: str | None
     max_length_tokens: int
     intermediate_size: int
     vocab_size: int
@@ -54,17 +57,24 @@ class ModelFacts:
 
 
 def describe_model(
-    spec: str, *, device: str = "auto", dtype: str = "auto", page_tokens: int = DEFAULT_PAGE_TOKENS
+    spec: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    page_tokens: int = DEFAULT_PAGE_TOKENS,
+    chat_template: str = "none",
 ) -> ModelFacts:
     """Describe a model from its configuration and tokenizer files, without loading weights.
 
-    Args: as :func:`kvscope.harness.engine.models.load_model`.
+    Args: as :func:`kvscope.harness.engine.models.load_model`, and
+        chat_template: ``auto``, ``none`` or a file (see :func:`kvscope.harness.engine.chat.chat_tokenizer`).
 
     Raises:
-        UsageError: no such model, an architecture that cannot be run, or a bad device or dtype.
+        UsageError: no such model, an architecture that cannot be run, a bad device or dtype, or a bad template.
         EnvironmentProblem: the device asked for is not there.
     """
     import_libraries()
+    from kvscope.harness.engine.chat import chat_tokenizer
     from kvscope.harness.engine.configs import max_length_tokens, text_config
     from kvscope.harness.engine.devices import resolve_device, resolve_dtype
     from kvscope.harness.engine.loading import explained, load_config, load_tokenizer
@@ -83,6 +93,7 @@ def describe_model(
     backend.check_dtype(dtype_name)
     text = text_config(config)
     tokenizer = load_tokenizer(spec, where, config)
+    chat = chat_tokenizer(tokenizer, chat_template)
     model = model_without_weights(spec, where, config, shape, device_type=target.type)
     revision = sampled_revision(where, config)
     return ModelFacts(
@@ -92,7 +103,8 @@ def describe_model(
         dtype=dtype_name,
         backend=backend,
         shape=dataclasses.replace(shape, revision=revision),
-        tokenizer=tokenizer,
+        tokenizer=chat or tokenizer,
+        chat_template=None if chat is None else chat.sha256,
         max_length_tokens=longest_tokens,
         intermediate_size=int(getattr(text, "intermediate_size", None) or 4 * shape.hidden_size),
         vocab_size=int(text.vocab_size),

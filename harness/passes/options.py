@@ -84,6 +84,14 @@ class RunOptions:
         str | None,
         typer.Option("--max-new-tokens", metavar="TOKENS", help="New tokens per sample.  [default: the task's own]"),
     ]
+    chat_template: Annotated[
+        str | None,
+        typer.Option(
+            "--chat-template",
+            metavar="auto|none|FILE",
+            help="Prompts as a user's turn; auto: by the tokenizer's own template, if it has one.  [default: auto]",
+        ),
+    ]
     batch: Annotated[
         str | None,
         typer.Option(

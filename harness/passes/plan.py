@@ -52,7 +52,13 @@ def make_plan(config: RunConfig) -> Plan:
         tasks.append(task)
     names = row_names(config.tasks, tasks)
     check_tasks(tasks, config.samples, names=names)
-    facts = describe_model(config.model, device=config.device, dtype=config.dtype, page_tokens=config.page_tokens)
+    facts = describe_model(
+        config.model,
+        device=config.device,
+        dtype=config.dtype,
+        page_tokens=config.page_tokens,
+        chat_template=config.chat_template,
+    )
     check_synthetic(config, facts)
     methods = tuple(facts.backend.form_of(method, facts.shape) for method in methods)
     for method in methods:

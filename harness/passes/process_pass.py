@@ -160,6 +160,7 @@ def job_fields(
         dtype=facts.dtype,
         device=facts.device,
         self_check="not_run",
+        chat_template=facts.chat_template,
         prefill="synthetic" if config.synthetic_kv else "dense",
     )
     return {

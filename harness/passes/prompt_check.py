@@ -13,10 +13,14 @@ if TYPE_CHECKING:
 
 
 def build(plan: Plan, task: "Task", name: str, length_tokens: int, index: int, *, tokenizer: Any = None) -> "Sample":
-    """Build a prompt, with its task called as rows call it; by the plan's tokenizer, or by a copy of it."""
+    """Build a prompt, with its task called as rows call it; by the plan's tokenizer, or by a copy of it.
+
+    A model that is spoken to in its chat template ends its answers itself, and may begin with a line about them: there
+    no line break ends one.
+    """
     tokenizer = plan.facts.tokenizer if tokenizer is None else tokenizer
     sample = task.build(tokenizer, length_tokens=length_tokens, sample=index, seed=plan.config.seed)
-    return replace(sample, task=name)
+    return replace(sample, task=name, stop=sample.stop if plan.facts.chat_template is None else ())
 
 
 class PromptCheck:

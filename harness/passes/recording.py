@@ -74,8 +74,10 @@ def earlier_identity(plan: Plan) -> dict[str, Any]:
     Its values are resolved, so that ``auto`` on another machine does not continue this machine's rows.
     """
     config, facts = plan.config, plan.facts
+    chat = {} if facts.chat_template is None else {"chat_template": facts.chat_template}  # earlier folders have none
     return {
         **config.identity(),
+        **chat,
         "methods": [method.label for method in plan.methods],
         "tasks": [recorded_task(spec, task) for spec, task in zip(config.tasks, plan.tasks, strict=True)],
         "device": facts.device,

@@ -54,6 +54,7 @@ def cell_columns(
     dtype: str,
     device: str,
     self_check: SelfCheckState,
+    chat_template: str | None,
     prefill: Literal["dense", "synthetic"] = "dense",
 ) -> dict[str, Any]:
     """Columns that sample rows and footprint rows of one (method, length) have in common.
@@ -61,6 +62,7 @@ def cell_columns(
     Args:
         context_tokens: tokens that are prefilled, which options given as a share are a share of.
         self_check: what is known of the model's.
+        chat_template: hash of the template that its prompts have; None for none.
     """
     return {
         "model": model,
@@ -78,6 +80,7 @@ def cell_columns(
         "transformers_version": package_version("transformers"),
         "torch_version": package_version("torch"),
         "self_check": self_check,
+        "chat_template": chat_template,
     }
 
 
