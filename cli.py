@@ -102,6 +102,30 @@ def plan(config: "RunConfig") -> None:
     say(make_plan(config).text())
 
 
+@app.command(
+    "lm-eval",
+    short_help="Run tasks of lm-eval under a method.",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def lm_eval(
+    context: typer.Context,
+    *,
+    model: Annotated[str, typer.Option("--model", help="As of kvscope run.")] = "reference",
+    method: Annotated[str, typer.Option("--method", "-m", metavar="SPEC", help="Method, as of kvscope run.")] = "dense",
+    dtype: Annotated[str | None, typer.Option("--dtype", help="As of kvscope run.")] = None,
+    self_check: Annotated[
+        bool, typer.Option("--self-check/--no-self-check", help="Compare the model with its own forward first.")
+    ] = True,
+) -> None:
+    """Run stock tasks of lm-eval on a model under a cache method.
+
+    Every other argument goes to `lm-eval run`: --tasks, --limit, --batch_size, --apply_chat_template, --output_path ...
+    """
+    from kvscope.harness.lm_harness.command import run_lm_eval
+
+    run_lm_eval(model, method, context.args, more={"dtype": dtype, "self_check": self_check})
+
+
 @app.command(short_help="Write the tables and figures of a run again.")
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run, finished or not.")],

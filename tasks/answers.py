@@ -10,13 +10,13 @@ from kvscope.tasks.base import contains_all_score
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def stop_index(text: str, stop: Sequence[str]) -> int | None:
+def stop_index(text: str, stop: Sequence[str], *, before_text: bool = False) -> int | None:
     """Return where the first stop string begins in a text; None when there is none.
 
     White space before an answer is no answer yet, so a stop string of white space does not count there: a model that
-    begins with a new line is judged by what follows.
+    begins with a new line is judged by what follows. It does ``before_text``, as lm-eval has it.
     """
-    blank = len(text) - len(text.lstrip())
+    blank = 0 if before_text else len(text) - len(text.lstrip())
     found = [text.find(string, max(0, blank - len(string) + 1)) for string in stop]
     return min((index for index in found if index >= 0), default=None)
 

@@ -33,11 +33,18 @@ class AnswerEnd:
     Tokens must be shown one by one, from the first on: what was looked at before is not looked at again.
     """
 
-    def __init__(self, loaded: LoadedModel, *, stop_strings: Sequence[str] = (), stop_at_eos: bool = True) -> None:
-        """Take what ends answers of a model; arguments as ``decode``."""
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        stop_strings: Sequence[str] = (),
+        stop_at_eos: bool = True,
+        stops_before_text: bool = False,
+    ) -> None:
+        """Take what ends answers of a model; arguments as ``Request``."""
         self._tokenizer = loaded.tokenizer
         self._eos_ids = loaded.eos_ids if stop_at_eos else frozenset[int]()
-        self._stop_strings = tuple(stop_strings)
+        self._stop_strings, self._stops_before_text = tuple(stop_strings), stops_before_text
         self._lasts = {string[-1:] for string in self._stop_strings}
         # Spaces may be taken out of text that was there, or be written before a token for the sake of the next one.
         self._looks_always = " " in self._lasts or bool(getattr(self._tokenizer, "clean_up_tokenization_spaces", False))
@@ -56,7 +63,7 @@ class AnswerEnd:
                 return "stop"
             if self._can_complete[newest]:
                 text = text_of(self._tokenizer, ids)
-                if stop_index(text, self._stop_strings) is not None:
+                if stop_index(text, self._stop_strings, before_text=self._stops_before_text) is not None:
                     return "stop"
         return "length" if len(ids) == max_new_tokens else None
 

@@ -89,6 +89,7 @@ class Request:
         max_new_tokens: longest answer.
         stop_strings: end the answer where one of them begins.
         stop_at_eos: end the answer at the model's end-of-sequence tokens.
+        stops_before_text: whether a stop string of white space counts before the answer's first word.
     """
 
     method: CacheMethod[Any]
@@ -97,6 +98,7 @@ class Request:
     max_new_tokens: int
     stop_strings: tuple[str, ...] = ()
     stop_at_eos: bool = True
+    stops_before_text: bool = False
 
     @property
     def reserve_tokens(self) -> int:
@@ -178,12 +180,12 @@ class Decoding:
 
     def finish(self, reason: StopReason, *, session: Session, tokenizer: Any) -> None:
         """Make the result, while the cache is still there."""
-        cache = self.member.cache
+        cache, request = self.member.cache, self.request
         text = text_of(tokenizer, self._ids)
         residency = cache.residency()  # first: it enters what the device has counted
         self.result = DecodeResult(
             ids=self._ids,
-            text=text[: stop_index(text, self.request.stop_strings)],
+            text=text[: stop_index(text, request.stop_strings, before_text=request.stops_before_text)],
             open_s=self.member.open_s,
             decode_s=sum(self._step_s),
             step_s=self._step_s,
@@ -232,7 +234,7 @@ class BatchDecode:
         self._loaded = loaded
         self._session: Session | None = None
         self._rows: list[Decoding] = []
-        self._ends: dict[tuple[tuple[str, ...], bool], AnswerEnd] = {}
+        self._ends: dict[tuple[tuple[str, ...], bool, bool], AnswerEnd] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -280,10 +282,13 @@ class BatchDecode:
                 session.close()
             raise
         self._session = session
-        key = (request.stop_strings, request.stop_at_eos)
+        key = (request.stop_strings, request.stop_at_eos, request.stops_before_text)
         if key not in self._ends:
             self._ends[key] = AnswerEnd(
-                self._loaded, stop_strings=request.stop_strings, stop_at_eos=request.stop_at_eos
+                self._loaded,
+                stop_strings=request.stop_strings,
+                stop_at_eos=request.stop_at_eos,
+                stops_before_text=request.stops_before_text,
             )
         row = Decoding(request, member, end=self._ends[key], session=session, counts_spare=self.counts_spare)
         self._rows.append(row)

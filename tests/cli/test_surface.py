@@ -14,8 +14,8 @@ from kvscope.harness.passes.options import RunOptions, build_config
 from kvscope.harness.passes.process import worker_environment
 
 SHARED = [
-    "--accuracy-graph", "--answer-nll", "--batch", "--device", "--dtype", "--find-max", "--footprint",
-    "--footprint-length", "--gpu-budget", "--kv", "--length", "--max-new-tokens", "--method", "--method-from",
+    "--accuracy-graph", "--answer-nll", "--batch", "--chat-template", "--device", "--dtype", "--find-max",
+    "--footprint", "--footprint-length", "--gpu-budget", "--kv", "--length", "--max-new-tokens", "--method", "--method-from",
     "--model", "--no-accuracy-graph", "--no-answer-nll", "--no-footprint", "--no-paper-settings",
     "--no-retry", "--no-self-check", "--out", "--paper-settings", "--retry", "--samples", "--seed", "--self-check",
     "--set", "--sweep", "--task", "--throughput", "--time-limit", "-l", "-m", "-n", "-o", "-t", "config",
@@ -74,6 +74,7 @@ SURFACE = {
         "--batch", "--length", "--out", "--samples", "--seed", "--task", "--workers", "-l", "-n", "-o", "-t", "folder",
     ],
     "backbone exclude-types": ["--model", "rows"],
+    "lm-eval": ["--dtype", "--method", "--model", "--no-self-check", "--self-check", "-m"],
     "dsa eval": ["--data", "--device", "--indexer", "--out", "--quiet", "--seed", "-o", "-q"],
 }  # fmt: skip
 

@@ -72,6 +72,8 @@ def faults(words: list[str]) -> list[str]:
     known = {
         option: parameter for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)
     }
+    if words[:1] == ["lm-eval"]:
+        known = {**lm_eval_options(), **known}  # the rest is lm-eval's
     while rest:
         word = rest.pop(0)
         if word in SHORTHAND or word.startswith("..."):
@@ -88,6 +90,13 @@ def faults(words: list[str]) -> list[str]:
         elif PLACE.match(word) and not (ROOT / word).exists():
             found.append(f"no path {word}")
     return found
+
+
+def lm_eval_options() -> dict[str, Any]:
+    from lm_eval._cli import HarnessCLI
+
+    run = HarnessCLI()._subparsers.choices["run"]
+    return {option: action for action in run._actions for option in action.option_strings}
 
 
 def value_faults(option: str, value: str) -> list[str]:

@@ -1,0 +1,327 @@
+"""The model ``kvscope`` of lm-eval (0.4.12 and later): any stock task, under a cache method.
+
+Encoding, chat templates and what a generation is cut at are lm-eval's own: the class is its ``HFLM`` but for every
+forward, which goes through kvscope's engine. ``HFLM`` scores a continuation in one dense forward without a cache, where
+no method ever acts: here it is fed token by token under the method.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from tqdm import tqdm
+
+import kvscope
+from kvscope.errors import UsageError, shown
+from kvscope.harness.engine.batch_decode import DecodeResult
+from kvscope.harness.engine.identity import eos_ids
+from kvscope.harness.engine.models import load_model
+from kvscope.harness.engine.self_check import self_check as check_model
+from kvscope.harness.lm_harness.answering import Answering, Ask, Continuation, Score
+from kvscope.harness.passes.environment import package_version
+from kvscope.methods.registry import create_method
+from kvscope.specs import Spec, parse_spec
+
+ROWS_CPU, ROWS_CUDA = 16, 64
+"""Sequences of a step for ``batch_size=auto``."""
+METHOD_PREFIX = "kv_"
+#: Of a task's ``generation_kwargs``: what greedy decoding has no use for, so that any value means the same.
+_WITHOUT_EFFECT = frozenset({"do_sample", "temperature", "top_p", "top_k", "min_p", "max_length", "until"})
+#: Settings of a model's own generation config that stock ``generate`` applies to greedy answers, and what leaves them
+#: as they are.
+_STOCK_APPLIES = {
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "min_new_tokens": 0,
+    "num_beams": 1,
+    "suppress_tokens": None,
+    "forced_eos_token_id": None,
+}
+_log = logging.getLogger(__name__)
+
+
+class KvscopeLM(HFLM):  # type: ignore[misc]  # lm-eval comes without types
+    """A model under a cache method.
+
+    Args:
+        pretrained: as ``kvscope run --model``: ``reference``, a folder, a GGUF file, a public model, a hub id.
+        method: as ``kvscope run -m``: a spec such as ``quest:budget_tokens=1k``, or a mapping with ``name``.
+        batch_size: most sequences of a step; ``auto`` is 16 on a CPU and 64 on a GPU. Halved where memory ends.
+        device, dtype: as ``kvscope run``.
+        self_check: whether the model through kvscope's cache is compared with its own forward first.
+        max_length: longest prompt plus answer in tokens, where it is to be less than the model's. A longer prompt is
+            refused: nothing is cut.
+        kwargs: those of ``HFLM`` that say how text becomes tokens (``add_bos_token``, ``prefix_token_id``,
+            ``enable_thinking``, ``think_end_token``, ``chat_template_args``), and options of the method as
+            ``kv_NAME=VALUE``.
+
+    Raises:
+        UsageError: no such model or method, one that cannot run here, or an argument that is none.
+        EnvironmentProblem: the device asked for is not there.
+    """
+
+    latest: ClassVar[KvscopeLM | None] = None
+    """The one made last: lm-eval's command line does not hand it out."""
+
+    def __init__(
+        self,
+        pretrained: str = "reference",
+        *,
+        method: str | Mapping[str, Any] = "dense",
+        batch_size: int | str | None = "auto",
+        device: str | None = None,
+        dtype: str = "auto",
+        self_check: bool | str = True,
+        max_length: int | str | None = None,
+        tokenizer: str | None = None,
+        max_batch_size: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        del tokenizer, max_batch_size  # the first is what RULER's tasks read, the second HFLM's search
+        options = {key: kwargs.pop(key) for key in list(kwargs) if key.startswith(METHOD_PREFIX)}
+        unknown = sorted(set(kwargs) - _HFLM_ARGUMENTS)
+        if unknown:
+            raise UsageError(
+                f"The lm-eval model kvscope has no argument {shown(unknown[0])}: it takes pretrained, method, kv_NAME "
+                "of the method, device, dtype, batch_size, max_length, self_check, "
+                f"{', '.join(sorted(_HFLM_ARGUMENTS))}."
+            )
+        chosen = create_method(_spec(method, options))
+        loaded = load_model(pretrained, device=device or "auto", dtype=dtype)
+        if loaded.tokenizer is None:
+            raise UsageError(f"Model '{pretrained}' has no tokenizer, and tasks of lm-eval are text: take another.")
+        # As stock generate has it: of generation config and tokenizer, not of the config.
+        generation = getattr(loaded.model, "generation_config", None)
+        self.loaded = replace(loaded, eos_ids=eos_ids(generation, loaded.tokenizer) or loaded.eos_ids)
+        self.method = loaded.backend.form_of(chosen, loaded.shape)
+        self.method.require(loaded.shape)
+        if reasons := self.method.unsupported(loaded.shape, loaded.device):
+            raise UsageError(f"Method {self.method.label!r} cannot run on '{loaded.name}': {'; '.join(reasons)}.")
+        if self_check in (True, "True", "true"):
+            check_model(loaded)
+        self._self_check = self_check in (True, "True", "true")
+        with _no_word_of_the_model():
+            super().__init__(
+                pretrained=loaded.model,
+                tokenizer=loaded.tokenizer,
+                batch_size=1,
+                max_length=_length(max_length, loaded.max_length_tokens),
+                **kwargs,
+            )
+        self._answering = Answering(self.loaded, self.method, rows=_rows(batch_size, loaded.device.type))
+        self._ignored = _ignored(generation)
+        KvscopeLM.latest = self
+        for text in self._ignored:
+            _log.warning(
+                "kvscope answers greedily and leaves out the model's own %s, which stock generate applies.", text
+            )
+
+    # -- answers
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Answer every request greedily under the method.
+
+        Raises:
+            UsageError: before the first answer, where one asks for other than greedy decoding or is too long.
+        """
+        end_of_text = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        asks, stops = [], []
+        for request in requests:
+            context, given = request.args
+            settings = normalize_gen_kwargs(given, self.max_gen_toks)
+            max_new_tokens = int(settings.pop("max_gen_toks"))
+            _require_greedy(settings, given)
+            until = handle_stop_sequences(settings.get("until"), eos=end_of_text)
+            ids = tuple(self.tok_batch_encode([context])[0][0].tolist())
+            self._require_room(len(ids), max_new_tokens, request)
+            asks.append(Ask(ids=ids, max_new_tokens=max_new_tokens, stop_strings=tuple(filter(None, until))))
+            stops.append(until)
+        texts = [""] * len(requests)
+        with self._bar(len(requests), "answers", disable=disable_tqdm) as bar:
+
+            def done(place: int, result: DecodeResult) -> None:
+                texts[place] = self._text(result.ids, stops[place])
+                self.cache_hook.add_partial("generate_until", requests[place].args, texts[place])
+                bar.update(1)
+
+            self._answering.answer(asks, done)
+        return texts
+
+    def _text(self, ids: Sequence[int], until: list[str]) -> str:
+        think_end = self.think_end_token
+        if isinstance(think_end, int) and think_end in ids:
+            last = len(ids) - 1 - list(reversed(ids)).index(think_end)
+            answer, think_end = self.tok_decode(list(ids[last + 1 :])).lstrip(), None
+        else:
+            answer = self.tok_decode(list(ids))
+        return str(postprocess_generated_text(answer, until, think_end if isinstance(think_end, str) else None))
+
+    # -- scores
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[tuple[float, bool]]:
+        """Score continuations, each token fed under the method.
+
+        Raises:
+            UsageError: before the first, where one is empty or too long.
+        """
+        del override_bs
+        asked = []
+        for texts, context_ids, ids in requests:
+            if not ids:
+                raise UsageError(f"A continuation of the context {shown(texts[0][-40:])} has no token to score.")
+            self._require_room(len(context_ids), len(ids), texts)
+            asked.append(Continuation(context_ids=tuple(context_ids), ids=tuple(ids)))
+        found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        with self._bar(len(requests), "continuations", disable=disable_tqdm) as bar:
+
+            def done(place: int, score: Score) -> None:
+                found[place] = score.log_likelihood, score.is_greedy
+                self.cache_hook.add_partial("loglikelihood", requests[place][0], found[place])
+                bar.update(1)
+
+            self._answering.score(asked, done)
+        return found
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Refuse perplexity of whole texts: it has no context that a method could keep less of.
+
+        Raises:
+            UsageError: always.
+        """
+        del disable_tqdm
+        name = requests[0].task_name if requests else "this task"
+        raise UsageError(
+            f"{name} asks for the perplexity of whole texts (loglikelihood_rolling), which have no context that a "
+            "cache method could keep less of: take tasks of generate_until, loglikelihood or multiple_choice."
+        )
+
+    # -- what lm-eval writes down
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Return what ran, for the config of lm-eval's results: model, method, bytes and times."""
+        loaded = self.loaded
+        return {
+            "model_num_parameters": sum(parameter.numel() for parameter in loaded.model.parameters()),
+            "model_dtype": str(loaded.dtype).removeprefix("torch."),
+            "model_revision": loaded.revision,
+            "kvscope": {
+                "version": kvscope.__version__,
+                "transformers_version": package_version("transformers"),
+                "torch_version": package_version("torch"),
+                "model": loaded.name,
+                "device": str(loaded.device),
+                "method": self.method.name,
+                "method_label": self.method.label,
+                "saving_kind": self.method.saving_kind,
+                "attention_backend": loaded.attention_backend,
+                "self_check": "passed" if self._self_check else "skipped",
+                "not_applied": self._ignored,
+                **self._answering.usage.summary(),
+            },
+        }
+
+    @property
+    def summary(self) -> str:
+        """What all sequences so far held and took, in a line; empty before the first."""
+        found = self._answering.usage.summary()
+        if not found:
+            return ""
+        share = "" if found["share_of_dense"] is None else f", {found['share_of_dense']:.1%} of dense"
+        held_bytes = found["resident_kv_bytes"] + found["metadata_bytes"]
+        return (
+            f"{self.method.label}: {held_bytes:,} B of KV on the device{share}, {found['tpot_s'] * 1e3:.2f} ms a "
+            f"token; means of {found['sequences']:,} sequences, median of steps of up to {found['batch']}"
+        )
+
+    def _require_room(self, n_context: int, n_more: int, request: object) -> None:
+        if n_context + n_more > self.max_length:
+            name = getattr(request, "task_name", None) or "A request"
+            raise UsageError(
+                f"{name}: a prompt of {n_context:,} tokens and {n_more:,} for its answer are over the "
+                f"{self.max_length:,} tokens that model '{self.loaded.name}' takes, and nothing is cut: leave out the "
+                "longest samples (--samples, --limit, a smaller length in --metadata), or take another model."
+            )
+
+    @staticmethod
+    def _bar(total: int, what: str, *, disable: bool) -> Any:
+        return tqdm(total=total, desc=f"kvscope: {what}", disable=disable or None)
+
+
+_HFLM_ARGUMENTS = frozenset(
+    {"add_bos_token", "prefix_token_id", "enable_thinking", "think_end_token", "chat_template_args"}
+)
+
+
+def _spec(method: str | Mapping[str, Any], options: Mapping[str, Any]) -> Spec:
+    """Return what ``method`` and ``kv_*`` ask for together."""
+    spec = parse_spec(method, kind="method")
+    for key, value in options.items():
+        name = key.removeprefix(METHOD_PREFIX)
+        if name in dict(spec.options):
+            raise UsageError(f"Option {name!r} of method {spec.name!r} is given twice: in method and as {key}.")
+        spec = spec.with_option(name, value)
+    return spec
+
+
+def _rows(batch_size: int | str | None, device_type: str) -> int:
+    if batch_size is None or str(batch_size).startswith("auto"):
+        return ROWS_CUDA if device_type == "cuda" else ROWS_CPU
+    text = str(batch_size)
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"batch_size is {shown(batch_size)}, expected auto or a number from 1 on.")
+    return int(text)
+
+
+def _length(asked: int | str | None, longest_tokens: int) -> int:
+    if asked is None:
+        return longest_tokens
+    text = str(asked)
+    if not text.isdecimal() or not 1 < int(text) <= longest_tokens:
+        raise UsageError(
+            f"max_length is {shown(asked)}, expected 2 to {longest_tokens:,} tokens, which the model takes."
+        )
+    return int(text)
+
+
+def _require_greedy(settings: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    if settings.get("do_sample"):
+        raise UsageError(
+            f"A task asks for sampling ({shown(dict(given))}); kvscope decodes greedily: set do_sample=False."
+        )
+    other = sorted(key for key in settings if key not in _WITHOUT_EFFECT and settings[key] != _STOCK_APPLIES.get(key))
+    if other:
+        raise UsageError(
+            f"A task asks for {other[0]}={shown(settings[other[0]])}, which greedy decoding under a cache method does "
+            "not have: take it out with --gen_kwargs, or leave the task out."
+        )
+
+
+def _ignored(generation: Any) -> list[str]:
+    """Return the settings of a model's generation config that stock applies to greedy answers, and kvscope does not."""
+    found = {key: getattr(generation, key, None) for key in _STOCK_APPLIES}
+    return [f"{key}={value}" for key, value in found.items() if value is not None and value != _STOCK_APPLIES[key]]
+
+
+@contextmanager
+def _no_word_of_the_model() -> Iterator[None]:
+    """Keep two warnings back that lm-eval has for models that others have built."""
+    logger = logging.getLogger(HFLM.__module__)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,58 @@
+"""``kvscope lm-eval``: lm-eval's own command with a model under a method."""
+
+import json
+import sys
+from functools import partialmethod
+from pathlib import Path
+
+import pytest
+from lm_eval.tasks import TaskManager
+from tiny import save_tiny_model
+
+from kvscope import cli
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    made = tmp_path_factory.mktemp("models") / "tiny"
+    save_tiny_model(made)
+    return str(made)
+
+
+def test_results_say_what_ran(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Reading thousands of task files takes lm-eval seconds, and this needs one.
+    monkeypatch.setattr(TaskManager, "__init__", partialmethod(TaskManager.__init__, include_defaults=False))
+    command = ["lm-eval", "--model", folder, "-m", "recency:recency_tokens=64", "--tasks", "kvscope_niah_single_1"]
+    metadata = json.dumps({"length_tokens": 512, "samples": 2, "seed": 1})
+    rest = ["--metadata", metadata, "--gen_kwargs", "max_gen_toks=4", "--output_path", str(tmp_path), "--log_samples"]
+    before = list(sys.argv)
+    assert cli.run_cli([*command, *rest, "--device", "cpu"]) == 0
+    assert sys.argv == before
+    (path,) = tmp_path.rglob("results_*.json")
+    results = json.loads(path.read_text())
+    said = results["config"]["kvscope"]
+    assert (said["method"], said["sequences"]) == ("recency", 2)
+    assert results["config"]["model_args"]["method"] == "recency:recency_tokens=64"
+    assert len([*tmp_path.rglob("samples_*.jsonl")]) == 1
+    captured = capsys.readouterr()
+    assert "kvscope_niah_single_1" in captured.out
+    assert f"{said['share_of_dense']:.1%} of dense" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "{folder}"], "Say which tasks"),
+        (["--model", "{folder}", "--tasks", "kvscope_niah_single_1", "--model_args", "a=b"], "is for kvscope to give"),
+        (["--model", "no-such-model", "--tasks", "kvscope_niah_single_1"], "There is no model 'no-such-model'"),
+        (["--model", "{folder}", "-m", "quset", "--tasks", "kvscope_niah_single_1"], "Did you mean 'quest'"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    folder: str, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run_cli(["lm-eval", *(each.format(folder=folder) for each in arguments)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert said in error[-1]
