@@ -18,7 +18,7 @@ from kvscope.results.reading import read_regular
 AUTO, NONE = "auto", "none"
 MOST_TEMPLATE_BYTES = 1 << 20
 #: Templates that write today's date would make another prompt every day: they are told Llama 3.1's default. As a macro,
-#: since from transformers 5.24 on no function reaches a template by keyword.
+#: since with transformers 5.23 and later no function reaches a template by keyword.
 _DATE = {"%Y": "2024", "%y": "24", "%m": "07", "%d": "26", "%B": "July", "%b": "Jul", "%A": "Friday", "%a": "Fri"}
 _TIME = dict.fromkeys(("%H", "%M", "%S"), "00")
 _FIXED_DATE = (
