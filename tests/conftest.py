@@ -5,7 +5,12 @@ import gc
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+
+# What imports and collection make lasts: a collector that looks through it again and again is a fifth of their time.
+gc.disable()
 
 # Before torch reads it, and for the processes that tests start: two test processes share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -26,6 +31,7 @@ if not torch.cuda.is_available():
     # Before anything imports Triton, which reads it then: without a GPU, kernels run in Triton's interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from interpreter import language_patched_once_a_launch
 from tiny import one_thread, small, tiny_model
 
 from kvscope.harness.passes import process
@@ -41,6 +47,7 @@ def pytest_collection_finish() -> None:
     """Modules and tests are no garbage: the collections that sweeps ask for need not look through them."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_unconfigure() -> None:
@@ -53,6 +60,24 @@ def one_worker_server() -> None:
     """One server forks the workers of all tests: the name of the test at hand is no environment of its own."""
     real = process.worker_environment
     process.worker_environment = lambda: {k: v for k, v in real().items() if k != "PYTEST_CURRENT_TEST"}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_wait_for_the_disk() -> Iterator[None]:
+    """No test cuts the power, so none waits until its thousands of rows have reached the disk."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(os, "fsync", lambda fd: None)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_interpreter() -> Iterator[None]:
+    """Where kernels are interpreted, and there is Triton, what the interpreter repeats is done once a launch."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
+        yield
+        return
+    with language_patched_once_a_launch():
+        yield
 
 
 @pytest.fixture(autouse=True)

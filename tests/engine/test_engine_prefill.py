@@ -41,11 +41,8 @@ def test_prefill_holds_the_kv_of_one_layer(name, n_layers):
     loaded = wrap_model(build_stock(name, num_hidden_layers=n_layers), None, page_tokens=PAGE_TOKENS)
     managed, sliding = loaded.shape.layers, loaded.shape.sliding_layers
     watchers = [LiveBytes(layer) for layer in managed]
-    gc.freeze()
-    try:
-        prompt = prefill(loaded, prompt_ids(n_tokens), collectors=watchers, chunk_tokens=chunk_tokens)
-    finally:
-        gc.unfreeze()
+    gc.freeze()  # for good: thawed, what is there would slow every later collection
+    prompt = prefill(loaded, prompt_ids(n_tokens), collectors=watchers, chunk_tokens=chunk_tokens)
     layer_kv_bytes = n_tokens * loaded.shape.layer_bytes_per_token
     assert prompt.host_bytes == len(managed) * layer_kv_bytes
     # A sliding layer holds its last chunk with the window before it until the prefill is over, then its window.

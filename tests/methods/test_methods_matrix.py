@@ -52,12 +52,27 @@ PREDICTABLE = [spec for spec in SPECS if "lsa" not in spec or "attention" not in
 # RoPE; RoPE and NoPE; sliding layers with sink logits; soft caps; the reference model's shape.
 MODELS = ["llama", "smollm3", "gpt_oss", "gemma2", "afmoe"]
 N_TOKENS = 300
+TOKENS = prompt_ids(26, seed=8)
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def case(request):
     loaded = loaded_model(request.param)
+    prompt = prefilled(loaded, prompt_ids(N_TOKENS), SPECS, chunk_tokens=128, seed=4)
+    return loaded, prompt, run_steps(loaded, create_method("dense"), prompt, TOKENS)
+
+
+@pytest.fixture(scope="module")
+def bf16_case():
+    loaded = wrap_model(build_stock("llama").bfloat16(), None, page_tokens=16)
     return loaded, prefilled(loaded, prompt_ids(N_TOKENS), SPECS, chunk_tokens=128, seed=4)
+
+
+@pytest.fixture(scope="module")
+def shortest_demo_prompt():
+    ids = prompt_ids(DEMO_LENGTHS_TOKENS[0])
+    specs = [UNTRAINED.get(name, name) for name in method_names()]
+    return ids, prefilled(loaded_model("llama"), ids[:-1], specs)
 
 
 def run_steps(loaded, method, prompt, tokens, **options):
@@ -67,13 +82,11 @@ def run_steps(loaded, method, prompt, tokens, **options):
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_evicting_equals_masking_and_differs_from_dense(case, spec):
-    loaded, prompt = case
+    loaded, prompt, dense = case
     method = create_method(spec)
-    tokens = prompt_ids(26, seed=8)
-    evicted = run_steps(loaded, method, prompt, tokens)
-    masked = run_steps(loaded, masking(method), prompt, tokens)
+    evicted = run_steps(loaded, method, prompt, TOKENS)
+    masked = run_steps(loaded, masking(method), prompt, TOKENS)
     torch.testing.assert_close(evicted, masked, atol=5e-6, rtol=0)
-    dense = run_steps(loaded, create_method("dense"), prompt, tokens)
     if method.name == "dense":
         assert torch.equal(evicted, dense)
     else:
@@ -83,11 +96,10 @@ def test_evicting_equals_masking_and_differs_from_dense(case, spec):
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_evicting_equals_masking_in_bf16(spec):
+def test_evicting_equals_masking_in_bf16(bf16_case, spec):
     """The two sides take different kernels here (fused, and fp32 products), so they agree to bf16 only."""
-    loaded = wrap_model(build_stock("llama").bfloat16(), None, page_tokens=16)
-    prompt = prefilled(loaded, prompt_ids(N_TOKENS), [spec], chunk_tokens=128, seed=4)
-    assert max(errors_of_evicting(loaded, create_method(spec), prompt, prompt_ids(26, seed=8))) < 0.01
+    loaded, prompt = bf16_case
+    assert max(errors_of_evicting(loaded, create_method(spec), prompt, TOKENS)) < 0.01
 
 
 def new_tensor_bytes():
@@ -102,19 +114,17 @@ def test_predicted_bytes_are_the_bytes_of_the_live_tensors(model, spec):
     loaded, method = loaded_model(model), create_method(spec)
     # Beside the cache only small change is alive: the rotation of a step, the last key of each layer.
     small_bytes = 16 * loaded.shape.n_layers * loaded.shape.hidden_size * 4
+    prompts = {n_tokens: prefilled(loaded, prompt_ids(n_tokens), [spec]) for n_tokens in (0, 3, 32, N_TOKENS)}
     for n_tokens, n_steps in [(0, 0), (0, 1), (3, 37), (32, 0), (N_TOKENS, 0), (N_TOKENS, 1), (N_TOKENS, 37)]:
-        prompt = prefilled(loaded, prompt_ids(n_tokens), [spec])
-        gc.freeze()  # what lives already is out of sight, garbage or not
-        try:
-            with Single(loaded, method, prompt, reserve_tokens=n_steps) as session:
-                for token in prompt_ids(n_steps):
-                    session.step(token)
-                footprint = session.sequence.footprint()
-                assert_predicted(footprint, method, method.predict(loaded.shape, n_tokens, n_steps))
-                assert footprint.device_bytes <= new_tensor_bytes() <= footprint.device_bytes + small_bytes
-            assert new_tensor_bytes() <= small_bytes, "closing frees the cache though the session object lives on"
-        finally:
-            gc.unfreeze()
+        # What lives already is out of sight, garbage or not; and stays there: it would slow every later collection.
+        gc.freeze()
+        with Single(loaded, method, prompts[n_tokens], reserve_tokens=n_steps) as session:
+            for token in prompt_ids(n_steps):
+                session.step(token)
+            footprint = session.sequence.footprint()
+            assert_predicted(footprint, method, method.predict(loaded.shape, n_tokens, n_steps))
+            assert footprint.device_bytes <= new_tensor_bytes() <= footprint.device_bytes + small_bytes
+        assert new_tensor_bytes() <= small_bytes, "closing frees the cache though the session object lives on"
 
 
 @pytest.mark.parametrize("n_tokens", DEMO_LENGTHS_TOKENS)
@@ -132,10 +142,9 @@ def test_no_method_is_a_noop_at_demo_lengths(name, n_tokens):
 
 
 @pytest.mark.parametrize("name", method_names())
-def test_real_tensors_at_the_shortest_demo_length(name):
+def test_real_tensors_at_the_shortest_demo_length(shortest_demo_prompt, name):
     loaded, method = loaded_model("llama"), create_method(UNTRAINED.get(name, name))
-    ids = prompt_ids(DEMO_LENGTHS_TOKENS[0])
-    prompt = prefilled(loaded, ids[:-1], [UNTRAINED.get(name, name)])
+    ids, prompt = shortest_demo_prompt
     result = decode(loaded, method, prompt, ids[-1:], max_new_tokens=4)
     assert_predicted(result.footprint_last, method, method.predict(loaded.shape, len(ids) - 1, 4))
     dense_bytes = loaded.shape.dense_kv_bytes(len(ids) - 1, 4)
@@ -148,12 +157,15 @@ def test_real_tensors_at_the_shortest_demo_length(name):
         assert abs(nll[0] - nll[1]) > 1e-5
 
 
+@pytest.fixture(scope="module")
+def whole_prompt():
+    return prefilled(loaded_model("llama"), prompt_ids(N_TOKENS), SPECS, seed=4)
+
+
 @pytest.mark.parametrize("spec", SPECS)
-def test_results_repeat_bit_by_bit(spec):
-    loaded = loaded_model("llama")
-    prompt = prefilled(loaded, prompt_ids(N_TOKENS), [spec], seed=4)
+def test_results_repeat_bit_by_bit(whole_prompt, spec):
     tokens = prompt_ids(5, seed=8)
-    first, again = (run_steps(loaded, create_method(spec), prompt, tokens) for _ in range(2))
+    first, again = (run_steps(loaded_model("llama"), create_method(spec), whole_prompt, tokens) for _ in range(2))
     assert torch.equal(first, again)
 
 
@@ -217,7 +229,7 @@ def test_with_nothing_resident_the_reference_model_scores_at_chance():
     task = create_task("niah_single_1")
     scores = {"dense": 0.0, "nothing": 0.0}
     for index in range(6):
-        sample = task.build(loaded.tokenizer, length_tokens=1024, sample=index, seed=77)
+        sample = task.build(loaded.tokenizer, length_tokens=512, sample=index, seed=77)
         prompt = prefill(loaded, sample.ids[:-1], seed=index)
         for key, method in (("dense", create_method("dense")), ("nothing", NothingResident())):
             result = decode(

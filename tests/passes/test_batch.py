@@ -46,7 +46,7 @@ def odd_methods(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny model whose answers depend on the prompt."""
-    return save_model(tmp_path_factory.mktemp("llama"), "llama")
+    return save_model(tmp_path_factory.mktemp("llama"), "llama", num_hidden_layers=2)
 
 
 def rows(values: dict[str, Any], *, batch: int | None, out: Path, **options: Any) -> pd.DataFrame:
@@ -88,7 +88,7 @@ def assert_same_but_for_ties(alone: pd.DataFrame, together: pd.DataFrame) -> Non
 def every_method(model: str, *, samples: int) -> dict[str, Any]:
     return {
         "model": model, "methods": EVERY_METHOD, "tasks": ["niah_multikey_2", "niah_single_1"],
-        "lengths_tokens": [256, 320], "samples": samples, "max_new_tokens": 6, "footprint": False, "device": "cpu",
+        "lengths_tokens": [256, 320], "samples": samples, "max_new_tokens": 4, "footprint": False, "device": "cpu",
         "page_tokens": 16, "prefill_chunk_tokens": 256, "self_check": False,
     }  # fmt: skip
 

@@ -21,7 +21,8 @@ STEPS_A_PROMPT = 3 + len(METHODS)  # begin, prefill, every method, done
 
 @pytest.fixture
 def sweeps(small: MakeConfig) -> Iterator[Victims]:
-    server = Victims("run", small(methods=METHODS, samples=400, max_new_tokens=2, batch=1).model_dump())
+    values = small(methods=METHODS, lengths_tokens=[256], samples=400, max_new_tokens=2, batch=1, self_check=False)
+    server = Victims("run", values.model_dump())
     yield server
     server.close()
 

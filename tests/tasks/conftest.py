@@ -2,15 +2,15 @@
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from kvscope.harness.reference_model.tokenizer import train_tokenizer
+from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
 from kvscope.tasks.needle import NOISE
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return train_tokenizer()
+    return AutoTokenizer.from_pretrained(str(REFERENCE_MODEL_FOLDER))
 
 
 def _trained(core: Tokenizer) -> PreTrainedTokenizerFast:

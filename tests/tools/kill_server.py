@@ -7,10 +7,12 @@ as a prompt is finished), and ``ended STATUS`` when the child is gone. After N l
 however late the test looks, it never comes to its end. ``collect`` steps before and after each file appears, too.
 """
 
+import gc
 import json
 import os
 import signal
 import sys
+import tempfile
 from typing import Any
 
 import torch
@@ -80,6 +82,11 @@ def main() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401 - loaded before the first fork
     from transformers.models.llama import modeling_llama  # noqa: F401
 
+    if what == "run":
+        # What only a first run does (imports, compiled code) is done here for all children.
+        with tempfile.TemporaryDirectory() as folder:
+            run(make_config({**values, "samples": 1, "out": folder}), progress=False)
+    gc.freeze()  # a child that collects would look through all modules and write to every page it shares
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:

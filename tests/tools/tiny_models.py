@@ -159,13 +159,13 @@ def save_tiny(folder: Path, name: str = "llama", **changes: Any) -> Path:
     return folder
 
 
-def save_model(folder: Path, family: str) -> str:
+def save_model(folder: Path, family: str, **changes: Any) -> str:
     """Save a tiny random model of a family, with the reference model's tokenizer."""
     from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(REFERENCE_MODEL_FOLDER))
     torch.manual_seed(0)
-    config = tiny_config(family, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id)
+    config = tiny_config(family, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, **changes)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():

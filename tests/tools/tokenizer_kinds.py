@@ -53,6 +53,7 @@ def _byte_level(pre: Callable[[], object], *, vocab: int = 900, bos: str | None 
         vocab_size=vocab,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         special_tokens=[bos] if bos else [],
+        max_token_length=16,  # or whole lines of the tasks' noise would be tokens, and prompts hundreds of kilobytes
         show_progress=False,
     )
     return _finished(core, trainer, bos=bos)
