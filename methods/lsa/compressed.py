@@ -23,6 +23,7 @@ from typing import ClassVar
 import torch
 
 from kvscope.errors import UsageError
+from kvscope.methods.compressed_flops import refresh_flops
 from kvscope.methods.fp8_keys import dequantize, quantize
 from kvscope.methods.indexer_files import finite_weights, tensor_headers
 from kvscope.methods.lsa.selection import Rule, Selector
@@ -131,12 +132,15 @@ class CompressedIndexer:
 
     def scoring_flops(self, n_entries: int) -> int:
         """FLOPs of one refresh (a MAC is two): projections, Hadamard transform, products and their weighted sum."""
-        flops = 0
-        for weights in self.layers.values():
-            matrices = weights.w_dq_RM.numel() + weights.w_iuq_OR.numel() + weights.w_w_IM.numel()
-            turns = weights.heads * weights.key_dim * (weights.key_dim.bit_length() - 1)
-            flops += 2 * matrices + turns + 2 * weights.heads * (weights.key_dim + 1) * n_entries
-        return flops
+        return sum(
+            refresh_flops(
+                n_weights=weights.w_dq_RM.numel() + weights.w_iuq_OR.numel() + weights.w_w_IM.numel(),
+                heads=weights.heads,
+                key_dim=weights.key_dim,
+                n_entries=n_entries,
+            )
+            for weights in self.layers.values()
+        )
 
     def logits(
         self,

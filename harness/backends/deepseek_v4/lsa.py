@@ -7,7 +7,6 @@ import torch
 
 from kvscope.errors import UsageError
 from kvscope.harness.backends.deepseek_v4.methods import OverEntries
-from kvscope.harness.backends.deepseek_v4.paper import N_INDEXED_LAYERS
 from kvscope.harness.backends.deepseek_v4.prefill import CompressedPrompt
 from kvscope.harness.backends.deepseek_v4.sequence import Choice, CompressedSequence
 from kvscope.harness.backends.deepseek_v4.shape import CompressedModelShape
@@ -18,6 +17,7 @@ from kvscope.methods.lsa.compressed import (
     load_compressed_indexer,
 )
 from kvscope.methods.lsa.method import DEFAULT_TAU, Lsa
+from kvscope.methods.lsa.printed import N_INDEXED_LAYERS
 from kvscope.methods.lsa.schedule import Schedule
 from kvscope.methods.shape import Footprint, ModelShape
 
@@ -111,14 +111,15 @@ class LsaEntries(OverEntries, Lsa):
 
     def predict(self, shape: ModelShape, n_tokens: int, n_new_tokens: int = 0) -> Footprint:
         """Return the footprint; exact with a budget, and with a threshold the most it can be."""
+        held = super().predict(shape, n_tokens, n_new_tokens)
+        return held + Footprint(host_bytes=self.entry_shape.paged_kv_bytes(n_tokens))
+
+    def choosing(self, n_tokens: int) -> Footprint:
         indexer, n_candidates = self.compressed_indexer(), self.layout(n_tokens).n_candidates
-        held = super().predict(shape, n_tokens, n_new_tokens) + Footprint(
-            host_bytes=self.entry_shape.paged_kv_bytes(n_tokens)
-        )
         if indexer is None or not n_candidates:
-            return held
+            return Footprint()
         tau = self.tau()
-        return held + Footprint(
+        return Footprint(
             metadata_bytes=indexer.metadata_bytes(n_candidates, element_bytes=self.entry_shape.element_bytes),
             bytes_read_per_step=math.ceil(indexer.refresh_bytes(n_candidates) / tau),
             attention_flops_per_step=math.ceil(indexer.scoring_flops(n_candidates) / tau),

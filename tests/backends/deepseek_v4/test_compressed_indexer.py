@@ -6,8 +6,7 @@ from compressed_plain import plain_logits
 from safetensors.torch import save_file
 
 from kvscope.errors import UsageError
-from kvscope.harness.backends.deepseek_v4.cache_bytes import FLASH_FP8
-from kvscope.harness.backends.deepseek_v4.paper import TABLE_1, pruned_fractions
+from kvscope.methods.compressed_bytes import FLASH_FP8
 from kvscope.methods.lsa.compressed import (
     MATRICES,
     CompressedIndexer,
@@ -18,6 +17,7 @@ from kvscope.methods.lsa.compressed import (
     rotate_last,
     stored_keys,
 )
+from kvscope.methods.lsa.printed import TABLE_1, pruned_fractions
 
 M, RANK, HEADS, DIM, N = 48, 24, 6, 16, 37
 PAIRS = 4
