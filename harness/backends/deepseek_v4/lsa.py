@@ -10,12 +10,8 @@ from kvscope.harness.backends.deepseek_v4.methods import OverEntries
 from kvscope.harness.backends.deepseek_v4.prefill import CompressedPrompt
 from kvscope.harness.backends.deepseek_v4.sequence import Choice, CompressedSequence
 from kvscope.harness.backends.deepseek_v4.shape import CompressedModelShape
-from kvscope.methods.lsa.compressed import (
-    CompressedIndexer,
-    CompressedSelector,
-    compressed_indexer_hash,
-    load_compressed_indexer,
-)
+from kvscope.methods.lsa.compressed import CompressedIndexer, CompressedSelector
+from kvscope.methods.lsa.compressed_files import compressed_indexer_hash, load_compressed_indexer
 from kvscope.methods.lsa.method import DEFAULT_TAU, Lsa
 from kvscope.methods.lsa.printed import N_INDEXED_LAYERS
 from kvscope.methods.lsa.schedule import Schedule
@@ -76,11 +72,11 @@ class LsaEntries(OverEntries, Lsa):
                 )  # fmt: skip
             elif options.indexer is None:
                 raise UsageError(
-                    f"Method '{self.label}' needs an indexer on deepseek_v4: pass indexer=FILE with the safetensors of "
+                    f"Method '{self.label}' needs an indexer on deepseek_v4: pass indexer=FILE with the weights of "
                     "its query side, or use selection=synthetic with a budget (bytes and times only)."
                 )
             else:
-                self._loaded = load_compressed_indexer(options.indexer)
+                self._loaded = load_compressed_indexer(options.indexer, csa_layers=shape.layers)
             _check(self._loaded, shape)
         return self._loaded
 
