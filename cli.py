@@ -22,6 +22,7 @@ from kvscope.harness.indexers.lsa.cli import app as lsa_app
 from kvscope.harness.passes.options import with_run_options
 from kvscope.harness.reference_model.cli import app as backbone_app
 from kvscope.harness.studies.cli import app as study_app
+from kvscope.harness.studies.flashmemory.cli import app as verify_app
 from kvscope.terminal import complain, printable, say, tell
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ app = typer.Typer(
 app.add_typer(lsa_app, short_help="Collect, train and evaluate the indexer of lsa.")
 app.add_typer(dsa_app, short_help="Train and evaluate the lightning indexer of dsa.")
 app.add_typer(study_app, short_help="Measure attention that explains results.")
+app.add_typer(verify_app, short_help="Check printed numbers by arithmetic.")
 app.add_typer(backbone_app, short_help="Train and evaluate the reference model.")
 models_app = typer.Typer(name="models", help="Public models.", no_args_is_help=True)
 app.add_typer(models_app, short_help="Fetch a public model.")

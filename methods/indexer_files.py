@@ -89,7 +89,7 @@ class IndexerFiles(Generic[ConfigT, ModuleT]):
                 f"Folder '{spec}' holds no indexer: {CONFIG_FILE} is missing; give the folder {self.train_command} "
                 "wrote."
             )
-        if folder.suffix == ".safetensors" and folder.is_file():
+        if folder.suffix in (".safetensors", ".pt") and folder.is_file():
             raise UsageError(
                 f"'{spec}' is a file of weights, as deepseek_v4 models take it; on this model an indexer is a folder: "
                 f"{self.how_to_train}."

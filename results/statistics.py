@@ -214,6 +214,20 @@ def pairs_for_noninferiority(*, discordance: float, margin: float, power: float 
     return math.ceil(z * z * discordance / margin**2)
 
 
+def pairs_for_difference(*, discordance: float, difference: float, power: float = 0.8, alpha: float = 0.05) -> int:
+    """Pairs a two-sided McNemar test needs to show a true paired difference (normal approximation).
+
+    At 10 % discordance and 0.6 points: about 21,800 pairs.
+
+    Raises:
+        ValueError: a difference of nil, or one that is more than the discordance allows.
+    """
+    if not 0 < abs(difference) <= discordance:
+        raise ValueError(f"no paired difference of {difference} is there to show at a discordance of {discordance}")
+    z = float(norm.ppf(1 - alpha / 2) + norm.ppf(power))
+    return math.ceil(z * z * (discordance - difference**2) / difference**2)
+
+
 def _difference_interval(
     differences: Array, *, lost: int, won: int, score: bool, clusters: Sequence[str] | None, c: float
 ) -> Interval:

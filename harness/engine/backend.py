@@ -179,6 +179,15 @@ class Backend(Protocol[ShapeT]):
         del shape
         return None
 
+    def tables(self, shape: ShapeT, methods: Sequence[CacheMethod[Any]], n_tokens: int) -> list[str]:
+        """Return tables that a plan adds of this cache at ``n_tokens``, lines of text; none where its own say all.
+
+        Args:
+            methods: as ``form_of`` returned them, each one that runs.
+        """
+        del shape, methods, n_tokens
+        return []
+
     def note(self, shape: ShapeT, n_tokens: int) -> str | None:
         """Return what a plan says of the bytes at ``n_tokens``; None where they speak for themselves."""
         del shape, n_tokens

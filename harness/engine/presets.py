@@ -23,6 +23,9 @@ _LLAMA_31_ROPE = {
 }
 
 
+_CSA, _HCA = "compressed_sparse_attention", "heavily_compressed_attention"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Preset:
     """One shape.
@@ -31,11 +34,13 @@ class Preset:
         description: for ``kvscope list models``; empty for one that is there for tests alone.
         architecture: transformers' config class.
         values: its arguments.
+        plan_only: whether its weights fit no machine kvscope knows, so that it is planned with and never built.
     """
 
     description: str
     architecture: str
     values: dict[str, Any] = field(default_factory=dict)
+    plan_only: bool = False
 
 
 PRESETS = {
@@ -93,6 +98,33 @@ PRESETS = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
         },
     ),
+    "deepseek-v4-flash": Preset(
+        description="43 layers: 21 CSA (an entry of 4 tokens), 20 HCA (of 128), 2 windows; for plan alone",
+        architecture="DeepseekV4Config",
+        plan_only=True,
+        values={
+            "vocab_size": 129_280,
+            "hidden_size": 4096,
+            "moe_intermediate_size": 2048,
+            "num_hidden_layers": 43,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 1,
+            "head_dim": 512,
+            "q_lora_rank": 1024,
+            "o_groups": 8,
+            "o_lora_rank": 1024,
+            "n_routed_experts": 256,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 6,
+            "index_n_heads": 64,
+            "index_head_dim": 128,
+            "index_topk": 512,
+            "sliding_window": 128,
+            "hc_mult": 4,
+            "compress_rates": {_CSA: 4, _HCA: 128},
+            "layer_types": ["sliding_attention"] * 2 + [_CSA, _HCA] * 20 + [_CSA],
+        },
+    ),
     "tiny": Preset(
         description="",
         architecture="LlamaConfig",
@@ -142,6 +174,16 @@ def refuse_preset(spec: str, what: str) -> None:
         raise UsageError(f"Model {spec!r} has random weights and no tokenizer, so there is nothing to {what}.")
 
 
+def refuse_plan_only(spec: str) -> None:
+    """Refuse to build a preset that is only planned with.
+
+    Raises:
+        UsageError: it is one, or there is no preset of that name.
+    """
+    if is_preset(spec) and find_preset(spec).plan_only:
+        raise UsageError(f"Model {spec!r} has weights that fit no single machine: kvscope plan alone takes it.")
+
+
 def preset_config(spec: str) -> Any:
     """Return the transformers config of a preset.
 
@@ -165,11 +207,12 @@ def build_preset(spec: str, *, device: Any, dtype: Any) -> Any:
     """Return the transformers model, its weights drawn directly on ``device`` in ``dtype``.
 
     Raises:
-        UsageError: as ``find_preset``.
+        UsageError: as ``find_preset``, or it is only planned with.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
+    refuse_plan_only(spec)
     config = preset_config(spec)
     torch.manual_seed(WEIGHTS_SEED)
     with torch.device(device):

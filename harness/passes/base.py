@@ -199,6 +199,9 @@ class Plan:
         lines = self._header()
         if self.cells:
             lines += ["", *forecast_tables([method.label for method in self.methods], self.cells), ""]
+            for n_tokens in self.lengths_tokens:
+                running = [each for each in self.methods if self.unsupported(each.label, n_tokens) is None]
+                lines += self.facts.backend.tables(self.facts.shape, running, n_tokens)
         for each in self.passes:
             lines += each.text(self)
         if self.cells:  # a search finds its own lengths: there is nothing to forecast, or to note about one

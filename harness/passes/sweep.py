@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvscope.errors import UsageError
+from kvscope.harness.engine.presets import refuse_plan_only
 from kvscope.harness.passes.base import Left, Plan
 from kvscope.harness.passes.config import RunConfig, make_config
 from kvscope.harness.passes.deadline import Deadline
@@ -37,6 +38,7 @@ def run(
         EnvironmentProblem: a row could not be written.
     """
     config = config if isinstance(config, RunConfig) else make_config(config)
+    refuse_plan_only(config.model)
     folder = out or config.out
     if folder is None:
         raise UsageError("Say where the results go: --out DIR, or `out` in the configuration.")

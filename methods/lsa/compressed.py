@@ -13,24 +13,17 @@ spreads outliers over the dimensions and leaves every product as it was.
 Shapes: M hidden size, R rank, I heads, E key size, n entries, P pairs that rotate (half the rotated dims).
 """
 
-import hashlib
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import torch
 
-from kvscope.errors import UsageError
+from kvscope.methods.compressed_flops import refresh_flops
 from kvscope.methods.fp8_keys import dequantize, quantize
-from kvscope.methods.indexer_files import finite_weights, tensor_headers
 from kvscope.methods.lsa.selection import Rule, Selector
-from kvscope.paths import user_path
 
 NORM_EPS = 1e-6
-MATRICES = ("W_DQ", "norm", "W_IUQ", "W_w")
-_SPELLINGS = {"wq_a": "W_DQ", "q_norm": "norm", "wq_b": "W_IUQ", "weights_proj": "W_w"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,15 +43,16 @@ class QueryWeights:
     w_w_IM: torch.Tensor
 
     def __post_init__(self) -> None:
-        R, M = self.w_dq_RM.shape
-        heads = self.w_w_IM.shape[0]
-        if self.norm_R.shape != (R,) or self.w_iuq_OR.shape[1] != R or self.w_w_IM.shape[1] != M:
+        R, M = (*self.w_dq_RM.shape, 0, 0)[:2]
+        heads, rows = (each.shape[0] if each.dim() else 0 for each in (self.w_w_IM, self.w_iuq_OR))
+        fits = self.norm_R.shape == (R,) and self.w_iuq_OR.shape == (rows, R) and self.w_w_IM.shape == (heads, M)
+        if self.w_dq_RM.shape != (R, M) or not fits or 0 in (R, M, heads, rows):
             raise ValueError(
                 f"W_DQ {tuple(self.w_dq_RM.shape)}, norm {tuple(self.norm_R.shape)}, W_IUQ "
                 f"{tuple(self.w_iuq_OR.shape)} and W_w {tuple(self.w_w_IM.shape)} do not fit together"
             )
-        if self.w_iuq_OR.shape[0] % heads:
-            raise ValueError(f"W_IUQ has {self.w_iuq_OR.shape[0]} rows, which {heads} heads do not divide")
+        if rows % heads:
+            raise ValueError(f"W_IUQ has {rows} rows, which {heads} heads do not divide")
         if self.key_dim & (self.key_dim - 1):
             raise ValueError(f"keys of {self.key_dim} entries have no Hadamard matrix of this kind: a power of two is")
 
@@ -131,12 +125,15 @@ class CompressedIndexer:
 
     def scoring_flops(self, n_entries: int) -> int:
         """FLOPs of one refresh (a MAC is two): projections, Hadamard transform, products and their weighted sum."""
-        flops = 0
-        for weights in self.layers.values():
-            matrices = weights.w_dq_RM.numel() + weights.w_iuq_OR.numel() + weights.w_w_IM.numel()
-            turns = weights.heads * weights.key_dim * (weights.key_dim.bit_length() - 1)
-            flops += 2 * matrices + turns + 2 * weights.heads * (weights.key_dim + 1) * n_entries
-        return flops
+        return sum(
+            refresh_flops(
+                n_weights=weights.w_dq_RM.numel() + weights.w_iuq_OR.numel() + weights.w_w_IM.numel(),
+                heads=weights.heads,
+                key_dim=weights.key_dim,
+                n_entries=n_entries,
+            )
+            for weights in self.layers.values()
+        )
 
     def logits(
         self,
@@ -267,64 +264,3 @@ class CompressedSelector(Selector):
 
     def close(self) -> None:
         self._keys, self._states, self._incoming = {}, {}, {}
-
-
-def load_compressed_indexer(path: str | Path) -> CompressedIndexer:
-    """Load the query side of released weights from a safetensors file, or from all of a folder's.
-
-    Tensors are named ``layers.<index>.<matrix>.weight``, whatever stands before or in between. The matrices are called
-    as the paper writes them, ``W_DQ`` [R, M], ``norm`` [R], ``W_IUQ`` [I * E, R], ``W_w`` [I, M], or as DeepSeek's own
-    indexers call the like: ``wq_a``, ``q_norm``, ``wq_b``, ``weights_proj``.
-
-    Raises:
-        UsageError: no such file, not safetensors, a matrix missing or there twice, shapes that do not fit together, or
-            values that are not finite.
-    """
-    found: dict[int, dict[str, torch.Tensor]] = {}
-    for file in _weight_files(path):
-        for name, header in tensor_headers(file).items():
-            if not header.is_float:
-                raise UsageError(f"'{file}': '{name}' has type {header.dtype}, expected floating-point numbers.")
-        for name, tensor in finite_weights(file).items():
-            match = re.fullmatch(r"(?:.+\.)?layers\.(\d+)\.(?:.+\.)?(\w+)\.weight", name)
-            matrix = _SPELLINGS.get(match[2], match[2]) if match else None
-            if match is None or matrix not in MATRICES:
-                raise UsageError(
-                    f"'{file}' holds '{name}', which is no tensor of this indexer: layers.<index>.<matrix>.weight is, "
-                    f"with a matrix of {', '.join(MATRICES)} (or {', '.join(_SPELLINGS)})."
-                )
-            if matrix in found.setdefault(int(match[1]), {}):
-                raise UsageError(f"'{file}' holds {matrix} of layer {match[1]} a second time, as '{name}'.")
-            found[int(match[1])][matrix] = tensor.float()
-    if not found:
-        raise UsageError(f"'{path}' holds no tensor.")
-    layers = {}
-    for layer, matrices in sorted(found.items()):
-        missing = [name for name in MATRICES if name not in matrices]
-        if missing:
-            raise UsageError(f"'{path}' lacks {', '.join(missing)} of layer {layer}.")
-        try:
-            layers[layer] = QueryWeights(
-                w_dq_RM=matrices["W_DQ"], norm_R=matrices["norm"], w_iuq_OR=matrices["W_IUQ"], w_w_IM=matrices["W_w"]
-            )
-        except ValueError as error:
-            raise UsageError(f"'{path}', layer {layer}: {error}.") from error
-    return CompressedIndexer(layers=layers)
-
-
-def compressed_indexer_hash(path: str | Path) -> str:
-    """Return ``name@hash`` for a row: 12 hex digits of SHA-256 over the weights."""
-    digest = hashlib.sha256()
-    for file in _weight_files(path):
-        digest.update(file.read_bytes())
-    return f"{Path(path).name}@{digest.hexdigest()[:12]}"
-
-
-def _weight_files(path: str | Path) -> list[Path]:
-    place = user_path(path, what="indexer")
-    if not place.is_dir():
-        return [place]
-    files = sorted(place.glob("*.safetensors"))
-    if not files:
-        raise UsageError(f"Folder '{path}' holds no safetensors file; give the indexer's weights.")
-    return files

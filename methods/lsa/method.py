@@ -75,7 +75,7 @@ class LsaConfig:
         refresh: sync (the recall ends before the step) or stale1 (copied behind the running interval, read from the
             next one on).
         fallback_ratio: a choice of more than this share of the candidate chunks makes the interval dense; none: never.
-        indexer: folder or shipped name of a trained indexer, on deepseek_v4 models a safetensors file; or attention
+        indexer: folder or shipped name of a trained indexer, on deepseek_v4 models a file of weights; or attention
             (each layer chooses by its own attention at the refreshing step, read from the host; the steps after it may
             need others); or hindsight (what the steps of each interval attended to in a first, dense decode: what
             predicting could reach; answers only); none: the one shipped for this model and chunk size.
@@ -292,7 +292,7 @@ class Lsa(CacheMethod[LsaConfig]):
         """Return the trained indexer's configuration; None where none chooses, or no model was seen yet."""
         if self.config.selection == "synthetic" or not self.config.indexed:
             return None
-        if self.config.indexer is not None and self.config.indexer.endswith(".safetensors"):
+        if self.config.indexer is not None and self.config.indexer.endswith((".safetensors", ".pt")):
             return None  # weights of a deepseek_v4 model, which say nothing of themselves
         if self._source.given_folder is None and self._source.shape is None:
             return None

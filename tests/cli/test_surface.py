@@ -62,6 +62,7 @@ SURFACE = {
         "--device", "--dtype", "--length", "--method", "--model", "--out", "--samples", "--seed", "--sweep", "--task",
         "-l", "-m", "-n", "-o", "-t",
     ],
+    "verify flashmemory": ["--json", "--out", "-o"],
     "study attention-figure": ["--out", "-o", "csv"],
     "backbone train": [
         "--max-seconds", "--out", "--phases", "--replicas", "--resume", "--seconds", "--seed", "--steps", "--workers",

@@ -51,13 +51,20 @@ def test_weights_are_drawn_from_a_seed_in_the_dtype_asked_for() -> None:
 
 def test_the_list_of_models_has_the_public_presets_alone() -> None:
     presets = [name for name in known_models() if name.startswith("preset:")]
-    assert presets == ["preset:llama-2-7b", "preset:llama-3.1-8b", "preset:qwen3-0.6b", "preset:qwen3-8b"]
+    assert presets == [
+        "preset:llama-2-7b",
+        "preset:llama-3.1-8b",
+        "preset:qwen3-0.6b",
+        "preset:qwen3-8b",
+        "preset:deepseek-v4-flash",
+    ]
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["--model", "preset:lama-3.1-8b"], "Did you mean 'preset:llama-3.1-8b'?"),
+        (["--model", "preset:deepseek-v4-flash"], "kvscope plan alone takes it"),
         (["--model", "preset:tiny", "--task", "vt"], "a preset has random weights, so its answers mean nothing"),
         (["--model", "preset:tiny", "--no-footprint"], "footprint is off, so this run would measure no memory"),
         (["--model", "preset:tiny", "--length", "32"], "too short for 32 decode steps: it needs at least 34"),
@@ -124,3 +131,15 @@ def test_collecting_needs_a_tokenizer(tmp_path: Any, capsys: pytest.CaptureFixtu
 def test_an_unknown_model_is_told_of_presets() -> None:
     with pytest.raises(UsageError, match="Did you mean 'preset:qwen3-8b'"):
         describe_model("preset:qwen-8b")
+
+
+def test_the_example_of_llama_2_7b_from_40_to_5_4_gib() -> None:
+    """524,288 B a token: 40 GiB are 80K tokens, and 13.5 % of them 5.4 GiB and the pages' rounding."""
+    methods = ["dense", "recency:budget_fraction=0.135"]
+    config = make_config({"model": "preset:llama-2-7b", "methods": methods, "lengths_tokens": ["80k"]})
+    plan = make_plan(config.model_copy(update={"device": "cpu", "dtype": "bfloat16"}))
+    assert plan.facts.shape.kv_bytes_per_token == 2 * 32 * 32 * 128 * 2 == 524_288
+    dense, kept = (plan.cell(label, 80 * 1024).predicted_kv_bytes for label in methods)
+    assert dense == 40 * 2**30
+    assert kept is not None
+    assert kept / 2**30 == pytest.approx(5.4, abs=0.05)

@@ -11,6 +11,7 @@ import transformers
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4RMSNorm
 
 from kvscope.errors import UsageError
+from kvscope.harness.backends.deepseek_v4.itemised import released_tables
 from kvscope.harness.backends.deepseek_v4.lsa import LsaEntries
 from kvscope.harness.backends.deepseek_v4.methods import DenseEntries, OverEntries, RandomEntries, RecencyEntries
 from kvscope.harness.backends.deepseek_v4.prefill import CompressedPrompt, compressed_prefill, use_own_attention
@@ -111,6 +112,9 @@ class DeepseekV4(Backend[CompressedModelShape]):
 
     def synthetic_gap(self, shape: CompressedModelShape) -> str:
         return "compressed entries, which are"
+
+    def tables(self, shape: CompressedModelShape, methods: Sequence[CacheMethod[Any]], n_tokens: int) -> list[str]:
+        return released_tables(shape, [each for each in methods if isinstance(each, OverEntries)], n_tokens)
 
     def note(self, shape: CompressedModelShape, n_tokens: int) -> str | None:
         return released_bytes_note(shape, n_tokens)

@@ -15,7 +15,7 @@ import torch
 from transformers import DynamicCache
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4CSACache, DeepseekV4HCACache
 
-from kvscope.harness.backends.deepseek_v4.cache_bytes import KINDS
+from kvscope.methods.compressed_bytes import KINDS
 from kvscope.methods.shape import tensor_bytes
 
 NAMES = ("compressor", "indexer")
@@ -158,7 +158,7 @@ def opened_cache(
 
 
 def live_bytes(cache: DynamicCache) -> dict[str, int]:
-    """Return the bytes of every live tensor of a cache by kind (``cache_bytes.KINDS``)."""
+    """Return the bytes of every live tensor of a cache by kind (``compressed_bytes.KINDS``)."""
     kinds: dict[str, list[torch.Tensor | None]] = {kind: [] for kind in KINDS}
     for layer in cache.layers:
         kinds["window"] += [layer.keys, layer.values]

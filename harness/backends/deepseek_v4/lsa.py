@@ -7,17 +7,13 @@ import torch
 
 from kvscope.errors import UsageError
 from kvscope.harness.backends.deepseek_v4.methods import OverEntries
-from kvscope.harness.backends.deepseek_v4.paper import N_INDEXED_LAYERS
 from kvscope.harness.backends.deepseek_v4.prefill import CompressedPrompt
 from kvscope.harness.backends.deepseek_v4.sequence import Choice, CompressedSequence
 from kvscope.harness.backends.deepseek_v4.shape import CompressedModelShape
-from kvscope.methods.lsa.compressed import (
-    CompressedIndexer,
-    CompressedSelector,
-    compressed_indexer_hash,
-    load_compressed_indexer,
-)
+from kvscope.methods.lsa.compressed import CompressedIndexer, CompressedSelector
+from kvscope.methods.lsa.compressed_files import compressed_indexer_hash, load_compressed_indexer
 from kvscope.methods.lsa.method import DEFAULT_TAU, Lsa
+from kvscope.methods.lsa.printed import N_INDEXED_LAYERS
 from kvscope.methods.lsa.schedule import Schedule
 from kvscope.methods.shape import Footprint, ModelShape
 
@@ -76,11 +72,11 @@ class LsaEntries(OverEntries, Lsa):
                 )  # fmt: skip
             elif options.indexer is None:
                 raise UsageError(
-                    f"Method '{self.label}' needs an indexer on deepseek_v4: pass indexer=FILE with the safetensors of "
+                    f"Method '{self.label}' needs an indexer on deepseek_v4: pass indexer=FILE with the weights of "
                     "its query side, or use selection=synthetic with a budget (bytes and times only)."
                 )
             else:
-                self._loaded = load_compressed_indexer(options.indexer)
+                self._loaded = load_compressed_indexer(options.indexer, csa_layers=shape.layers)
             _check(self._loaded, shape)
         return self._loaded
 
@@ -111,14 +107,15 @@ class LsaEntries(OverEntries, Lsa):
 
     def predict(self, shape: ModelShape, n_tokens: int, n_new_tokens: int = 0) -> Footprint:
         """Return the footprint; exact with a budget, and with a threshold the most it can be."""
+        held = super().predict(shape, n_tokens, n_new_tokens)
+        return held + Footprint(host_bytes=self.entry_shape.paged_kv_bytes(n_tokens))
+
+    def choosing(self, n_tokens: int) -> Footprint:
         indexer, n_candidates = self.compressed_indexer(), self.layout(n_tokens).n_candidates
-        held = super().predict(shape, n_tokens, n_new_tokens) + Footprint(
-            host_bytes=self.entry_shape.paged_kv_bytes(n_tokens)
-        )
         if indexer is None or not n_candidates:
-            return held
+            return Footprint()
         tau = self.tau()
-        return held + Footprint(
+        return Footprint(
             metadata_bytes=indexer.metadata_bytes(n_candidates, element_bytes=self.entry_shape.element_bytes),
             bytes_read_per_step=math.ceil(indexer.refresh_bytes(n_candidates) / tau),
             attention_flops_per_step=math.ceil(indexer.scoring_flops(n_candidates) / tau),

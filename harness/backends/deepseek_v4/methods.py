@@ -37,6 +37,11 @@ class OverEntries(CacheMethod[Any]):
         """Return how many entries stay, chosen ones included; where that depends on the data, at most."""
         return self.n_fixed(n_tokens)
 
+    def choosing(self, n_tokens: int) -> Footprint:
+        """Return what choosing takes of a prompt: bytes on the device, and a step's share of bytes read and FLOPs."""
+        del n_tokens
+        return Footprint()
+
     def collectors(self, layer: int) -> list[Collector]:
         return []
 
@@ -45,7 +50,8 @@ class OverEntries(CacheMethod[Any]):
 
     def predict(self, shape: ModelShape, n_tokens: int, n_new_tokens: int = 0) -> Footprint:
         """Return the footprint, mean over the steps: windows, HCA entries and pending tokens grow as the model goes."""
-        return self.entry_shape.mean_step(n_tokens, n_new_tokens, n_kept=self.n_kept(n_tokens))
+        held = self.entry_shape.mean_step(n_tokens, n_new_tokens, n_kept=self.n_kept(n_tokens))
+        return held + self.choosing(n_tokens)
 
     def effective_config(self, n_tokens: int, shape: ModelShape | None = None) -> dict[str, Any]:
         values = super().effective_config(n_tokens, self.entry_shape)  # type: ignore[safe-super]

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvscope.errors import UsageError
-from kvscope.harness.backends.deepseek_v4.cache_bytes import FLASH_FP8, CompressedShape, stock_shape
+from kvscope.methods.compressed_bytes import FLASH_FP8, CompressedShape, stock_shape
+from kvscope.methods.compressed_flops import CompressedFlops, step_flops
 from kvscope.methods.shape import Footprint, ModelShape
 
 CSA, HCA, SLIDING = "compressed_sparse_attention", "heavily_compressed_attention", "sliding_attention"
@@ -19,10 +20,12 @@ class CompressedModelShape(ModelShape):
 
     Attributes:
         cache: bytes of every kind.
+        step: FLOPs of a decode step of the engine, by part.
         index_heads, index_key_dim: of the model's own indexer.
     """
 
     cache: CompressedShape
+    step: CompressedFlops
     index_heads: int
     index_key_dim: int
 
@@ -120,20 +123,28 @@ def compressed_model_shape(config: Any, *, element_bytes: int, revision: str = "
         page_tokens=cache.csa_rate,
         revision=revision,
         cache=cache,
+        step=step_flops(config),
         index_heads=int(config.index_n_heads),
         index_key_dim=int(config.index_head_dim),
     )
 
 
-def released_bytes_note(shape: CompressedModelShape, n_tokens: int) -> str | None:
-    """Return what the released engine's packed fp8 cache would take, marked analytic; None for other head sizes."""
+def released_cache(shape: CompressedModelShape) -> CompressedShape | None:
+    """Return the cache as the released engine packs it, fp8, windows left out; None for other head sizes."""
     if (shape.head_dim, shape.index_key_dim) != (512, 128):
         return None
     cache = shape.cache
-    packed = CompressedShape(
+    return CompressedShape(
         n_csa=cache.n_csa, n_hca=cache.n_hca, n_sliding=cache.n_sliding, csa_rate=cache.csa_rate,
         hca_rate=cache.hca_rate, entry_bytes=FLASH_FP8.entry_bytes, key_bytes=FLASH_FP8.key_bytes,
     )  # fmt: skip
+
+
+def released_bytes_note(shape: CompressedModelShape, n_tokens: int) -> str | None:
+    """Return what the released engine's packed fp8 cache would take, marked analytic; None for other head sizes."""
+    packed = released_cache(shape)
+    if packed is None:
+        return None
     total_bytes = sum(packed.by_kind(n_tokens).values())
     return (
         f"bytes are those of the stock transformers classes; the released engine's fp8 entries of "

@@ -1,23 +1,12 @@
-"""The released score function against a plain fp64 formula, its loader, and the paper's bytes."""
+"""The released score function against a plain fp64 formula, and the paper's bytes."""
 
 import pytest
 import torch
 from compressed_plain import plain_logits
-from safetensors.torch import save_file
 
-from kvscope.errors import UsageError
-from kvscope.harness.backends.deepseek_v4.cache_bytes import FLASH_FP8
-from kvscope.harness.backends.deepseek_v4.paper import TABLE_1, pruned_fractions
-from kvscope.methods.lsa.compressed import (
-    MATRICES,
-    CompressedIndexer,
-    compressed_indexer_hash,
-    hadamard,
-    key_bytes,
-    load_compressed_indexer,
-    rotate_last,
-    stored_keys,
-)
+from kvscope.methods.compressed_bytes import FLASH_FP8
+from kvscope.methods.lsa.compressed import CompressedIndexer, hadamard, key_bytes, rotate_last, stored_keys
+from kvscope.methods.lsa.printed import TABLE_1, pruned_fractions
 
 M, RANK, HEADS, DIM, N = 48, 24, 6, 16, 37
 PAIRS = 4
@@ -72,69 +61,6 @@ def test_stored_keys_are_132_bytes_and_close():
     assert codes.element_size() * codes.shape[1] + scale.element_size() == key_bytes(128) == 132
     restored = hadamard(codes.float() * scale[:, None])
     assert (restored - k).norm() / k.norm() < 0.04
-
-
-def save(path, indexer, **changes):
-    fields = {"W_DQ": "w_dq_RM", "norm": "norm_R", "W_IUQ": "w_iuq_OR", "W_w": "w_w_IM"}
-    tensors = {
-        f"layers.{layer}.{name}.weight": getattr(weights, fields[name]).clone()
-        for layer, weights in indexer.layers.items()
-        for name in MATRICES
-    }
-    tensors.update(changes)
-    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
-    return path
-
-
-def test_released_weights_load_as_they_were(tmp_path, indexer):
-    loaded = load_compressed_indexer(save(tmp_path / "w.safetensors", indexer))
-    assert list(loaded.layers) == [3, 7]
-    for layer, weights in indexer.layers.items():
-        assert (weights.heads, weights.key_dim) == (HEADS, DIM)
-        for name in ("w_dq_RM", "norm_R", "w_iuq_OR", "w_w_IM"):
-            assert torch.equal(getattr(loaded.layers[layer], name), getattr(weights, name))
-
-
-def test_the_other_spelling_loads_from_a_folder_of_bf16_shards(tmp_path, indexer):
-    fields = {"wq_a": "w_dq_RM", "q_norm": "norm_R", "wq_b": "w_iuq_OR", "weights_proj": "w_w_IM"}
-    for layer, weights in indexer.layers.items():
-        shard = {
-            f"model.layers.{layer}.self_attn.indexer.{name}.weight": getattr(weights, field).bfloat16()
-            for name, field in fields.items()
-        }
-        save_file(shard, tmp_path / f"shard-{layer}.safetensors")
-    loaded = load_compressed_indexer(tmp_path)
-    for layer, weights in indexer.layers.items():
-        assert torch.equal(loaded.layers[layer].w_iuq_OR, weights.w_iuq_OR.bfloat16().float())
-    before = compressed_indexer_hash(tmp_path)
-    assert before == compressed_indexer_hash(tmp_path)
-    (tmp_path / "shard-3.safetensors").unlink()
-    assert compressed_indexer_hash(tmp_path) != before
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"layers.3.W_w.weight": None}, "lacks W_w of layer 3"),
-        ({"layers.3.indexer.wq_a.weight": torch.ones(2)}, "W_DQ of layer 3 a second time"),
-        ({"layers.3.W_q.weight": torch.ones(2)}, r"layers\.3\.W_q\.weight"),
-        ({"layers.3.W_DQ.weight": torch.ones(RANK, M, dtype=torch.int8)}, "has type I8"),
-        ({"layers.3.W_DQ.weight": torch.full((RANK, M), torch.nan)}, r"not finite \(.*layers.3.*W_DQ"),
-        ({"layers.7.W_DQ.weight": torch.ones(RANK + 1, M)}, "layer 7: .*do not fit together"),
-        ({"layers.7.W_IUQ.weight": torch.ones(HEADS * 12, RANK)}, "power of two"),
-    ],
-)
-def test_damaged_weights_are_named(tmp_path, indexer, changes, words):
-    with pytest.raises(UsageError, match=words):
-        load_compressed_indexer(save(tmp_path / "w.safetensors", indexer, **changes))
-
-
-def test_a_missing_or_foreign_file_is_named(tmp_path):
-    (tmp_path / "x.safetensors").write_bytes(b"nothing of the kind")
-    (tmp_path / "empty").mkdir()
-    for name in ("x.safetensors", "absent.safetensors", "empty"):
-        with pytest.raises(UsageError, match=name):
-            load_compressed_indexer(tmp_path / name)
 
 
 def test_the_formula_gives_the_paper_s_nine_rows():

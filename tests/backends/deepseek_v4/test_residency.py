@@ -11,10 +11,10 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
 from kvscope.errors import UsageError
 from kvscope.harness.backends.deepseek_v4.cache import ResidentCSA
-from kvscope.harness.backends.deepseek_v4.cache_bytes import stock_shape
 from kvscope.harness.engine.decode import decode
 from kvscope.harness.engine.models import wrap_model
 from kvscope.harness.engine.prefill import prefill
+from kvscope.methods.compressed_bytes import stock_shape
 from kvscope.methods.lsa.compressed import stored_keys
 from kvscope.methods.registry import create_method
 

@@ -7,13 +7,13 @@ from safetensors.torch import save_file
 from kvscope.cli import main
 from kvscope.errors import EnvironmentProblem, UsageError
 from kvscope.harness.backends.deepseek_v4.backend import DeepseekV4
-from kvscope.harness.backends.deepseek_v4.cache_bytes import stock_shape
 from kvscope.harness.engine.models import load_model
 from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
 from kvscope.harness.engine.prefill import prefill
 from kvscope.harness.passes.config import make_config
 from kvscope.harness.passes.plan import make_plan
 from kvscope.harness.passes.sweep import run
+from kvscope.methods.compressed_bytes import stock_shape
 from kvscope.methods.lsa.compressed import CompressedIndexer
 
 OVER_TOKENS = ["sliding_window", "quest", "moba", "msa", "dsa:indexer=oracle"]
