@@ -46,6 +46,8 @@ app.add_typer(verify_app, short_help="Check printed numbers by arithmetic.")
 app.add_typer(backbone_app, short_help="Train and evaluate the reference model.")
 models_app = typer.Typer(name="models", help="Public models.", no_args_is_help=True)
 app.add_typer(models_app, short_help="Fetch a public model.")
+tasks_app = typer.Typer(name="tasks", help="Public benchmarks.", no_args_is_help=True)
+app.add_typer(tasks_app, short_help="Fetch a public benchmark.")
 
 
 def print_version(wanted: bool) -> None:
@@ -235,6 +237,20 @@ def fetch(
     folder, label = unpacked(path)
     say(f"model    {label}: --model {name}")
     say(f"weights  {folder}")
+
+
+@tasks_app.command("fetch", short_help="Fetch a public benchmark into the user's cache.")
+def fetch_task(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="longbench_v2, longmemeval_s, longmemeval_m or mrcr.")],
+) -> None:
+    """Download a public benchmark's files from the Hugging Face hub, and check that they are what its task reads."""
+    from kvscope.tasks.public.fetched import fetch as fetch_files
+    from kvscope.tasks.registry import create_task
+
+    files = fetch_files(name)
+    for path in files:
+        say(f"file     {path}")
+    say(f"task     {name}: {create_task(name).n_samples:,} prompts, --task {name}")
 
 
 @study_app.command("attention-figure", short_help="Draw what study attention-mass measured.")

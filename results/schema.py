@@ -203,6 +203,8 @@ class SampleRow(CellRow):
     """SHA-256 of the prompt, so that methods and runs can be paired on the very same tokens."""
     prompt_tokens: Count
     """Tokens of the prompt."""
+    truncated_tokens: Count | None = None
+    """Tokens that a benchmark's own rule left out of the prompt's middle; null in rows of earlier versions."""
     targets: tuple[str, ...]
     """Accepted answers."""
     output: str | None = None

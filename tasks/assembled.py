@@ -40,12 +40,13 @@ class Assembled(NamedTuple):
         evidence: Sequence[tuple[int, int]],
         targets: Sequence[str],
         stop: tuple[str, ...] = ("\n",),
+        truncated_tokens: int = 0,
     ) -> Sample:
         """Return the sample that asks this prompt; every task's samples are made here.
 
         Args:
             task: whose name and answer room the sample takes.
-            question_type, length_tokens, sample, seed, targets, stop: as in ``Sample``.
+            question_type, length_tokens, sample, seed, targets, stop, truncated_tokens: as in ``Sample``.
             evidence: token spans that the answer needs, ascending.
         """
         return Sample(
@@ -63,4 +64,5 @@ class Assembled(NamedTuple):
             targets=tuple(targets),
             max_new_tokens=task.max_new_tokens,
             stop=stop,
+            truncated_tokens=truncated_tokens,
         )

@@ -39,6 +39,7 @@ class Sample:
         targets: strings of the expected answer, in its order; the task's score says which must be found.
         max_new_tokens: room left for the answer.
         stop: strings that end the answer.
+        truncated_tokens: tokens that a benchmark's rule left out of the prompt's middle.
     """
 
     task: str
@@ -55,6 +56,7 @@ class Sample:
     targets: tuple[str, ...]
     max_new_tokens: int
     stop: tuple[str, ...] = ("\n",)
+    truncated_tokens: int = 0
 
 
 class Task(abc.ABC):

@@ -184,7 +184,7 @@ class _LastLines:
 def _finish(tokenizer: Tokenizer, draft: Draft, what: str) -> Assembled:
     """Return the prompt with the token spans of its parts."""
     ids = tuple(_encoded(tokenizer, draft.text))
-    places = _Places(tokenizer, draft.text, ids)
+    places = Places(tokenizer, draft.text, ids)
     # Without special tokens, and what a chat template says around the text.
     check_words_kept(tokenizer, draft.text, ids[places.first(0) : places.behind(len(draft.text))], what)
     spans = [(places.first(start), places.behind(end)) for start, end in draft.spans]
@@ -193,7 +193,7 @@ def _finish(tokenizer: Tokenizer, draft: Draft, what: str) -> Assembled:
     return Assembled(ids, draft.text, spans, places.first(draft.body_start), question)
 
 
-class _Places:
+class Places:
     """Which tokens stand where in a text.
 
     By the offsets that a tokenizer gives. One in Python or of SentencePiece itself gives none: there, characters other

@@ -31,6 +31,10 @@ TASKS: dict[str, str] = {
     "cwe": "kvscope.tasks.ruler_words:CommonWordsTask",
     "fwe": "kvscope.tasks.ruler_words:FrequentWordsTask",
     "jsonl": "kvscope.tasks.jsonl:JsonlTask",
+    "longbench_v2": "kvscope.tasks.public.longbench_v2:LongBenchV2Task",
+    "longmemeval_s": "kvscope.tasks.public.longmemeval:LongMemEvalTask",
+    "longmemeval_m": "kvscope.tasks.public.longmemeval:LongMemEvalTask",
+    "mrcr": "kvscope.tasks.public.mrcr:MrcrTask",
 }
 DESCRIPTIONS: dict[str, str] = {
     "niah_single_1": "one number in repeated noise sentences",
@@ -48,6 +52,10 @@ DESCRIPTIONS: dict[str, str] = {
     "cwe": "the ten words repeated most in a numbered list",
     "fwe": "the three most frequent coded words of a text",
     "jsonl": "prompts of your own, a line of JSON each, at the length they have (jsonl:FILE)",
+    "longbench_v2": "LongBench v2: four-way choice about long texts, as fetched or data=FILE; cut in the middle",
+    "longmemeval_s": "LongMemEval S: questions about dated chats, as fetched or data=FILE; scored without its judge",
+    "longmemeval_m": "LongMemEval M: the same in ten times as many chats",
+    "mrcr": "MRCR of OpenAI: repeat the i-th of 2, 4 or 8 alike replies, as fetched or data=FILE",
 }
 _NO_OPTIONS = frozenset({"long_qa_no_context", "long_qa_mrcr"})
 """Tasks of one question type: there is nothing to pick with ``types``."""

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from kvscope.paths import cache_folder
+
 CACHE_FILE = "file_hashes.json"
 MOST_ENTRIES = 4096
 MOST_CACHE_BYTES = 8 * 2**20
@@ -25,10 +27,8 @@ Entries = dict[str, list[str]]
 
 
 def cache_path() -> Path:
-    """Return where hashes are remembered: below ``XDG_CACHE_HOME``, else ``~/.cache``."""
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    folder = Path(given) if os.path.isabs(given) else Path(os.path.expanduser("~/.cache"))
-    return folder / "kvscope" / CACHE_FILE
+    """Return where hashes are remembered."""
+    return cache_folder() / CACHE_FILE
 
 
 def file_sha256s(paths: Sequence[Path]) -> list[str]:

@@ -16,8 +16,9 @@ from typing import Any
 
 from kvscope.errors import UsageError
 from kvscope.files import first_line
-from kvscope.harness.engine.file_hashes import cache_path, file_sha256s
+from kvscope.harness.engine.file_hashes import file_sha256s
 from kvscope.harness.engine.oom import is_oom
+from kvscope.paths import cache_folder
 
 ENDING = ".gguf"
 _MAGIC = b"GGUF"
@@ -57,7 +58,7 @@ def unpacked(path: Path) -> tuple[str, str]:
         raise UsageError(f"The GGUF file '{path}' cannot be read ({error.strerror}).") from error
     if magic != _MAGIC:
         raise UsageError(f"The GGUF file '{path}' is none, it does not begin with 'GGUF': fetch it again.")
-    folder = cache_path().parent / "gguf" / f"{digest[:16]}-transformers-{transformers.__version__}"
+    folder = cache_folder() / "gguf" / f"{digest[:16]}-transformers-{transformers.__version__}"
     if not (folder / _LABEL_FILE).is_file():
         if find_spec("gguf") is None:
             raise UsageError(

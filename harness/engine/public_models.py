@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvscope.errors import EnvironmentProblem, UsageError, did_you_mean
-from kvscope.harness.engine.file_hashes import cache_path
+from kvscope.paths import cache_folder
 
 _BLOCK_BYTES = 2**20
 
@@ -57,7 +57,7 @@ PUBLIC_MODELS = {
 
 def public_model_path(name: str) -> Path:
     """Return where a public model's file lies once it was fetched."""
-    return cache_path().parent / "models" / name / PUBLIC_MODELS[name].file
+    return cache_folder() / "models" / name / PUBLIC_MODELS[name].file
 
 
 def public_model_file(spec: str) -> Path | None:

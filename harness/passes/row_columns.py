@@ -110,6 +110,7 @@ def prompt_columns(sample: "Sample") -> dict[str, Any]:
         "depth": sample.depth,
         "prompt_sha256": sample.prompt_sha256,
         "prompt_tokens": len(sample.ids),
+        "truncated_tokens": sample.truncated_tokens,
         "targets": sample.targets,
     }
 

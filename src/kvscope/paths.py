@@ -42,6 +42,13 @@ def user_path(given: object, *, what: str = "path") -> Path:
         raise UsageError(f"{what} is {shown(text)}: no such user has a home here.") from None
 
 
+def cache_folder() -> Path:
+    """Return where kvscope keeps what it can make again: below ``XDG_CACHE_HOME``, else ``~/.cache``."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    folder = Path(given) if os.path.isabs(given) else Path(os.path.expanduser("~/.cache"))
+    return folder / "kvscope"
+
+
 def check_out(folder: Path) -> None:
     """Check that a folder is there or could be made, and can be written, without making it.
 

@@ -29,6 +29,7 @@ SURFACE = {
     "show": ["name"],
     "doctor": ["--out", "-o"],
     "models fetch": ["name"],
+    "tasks fetch": ["name"],
     "lsa collect": [
         "--answers", "--chunk-tokens", "--device", "--dtype", "--features", "--layers", "--least-mass", "--length",
         "--model", "--out", "--quiet", "--samples", "--seed", "--shard-documents", "--states", "--task",

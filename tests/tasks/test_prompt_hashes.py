@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
+from kvscope.tasks.public.fetched import SOURCES
 from kvscope.tasks.registry import TASKS, create_task
 
 PATH = Path(__file__).parent / "prompt_hashes.json"
-NEEDS_DATA = {"niah_single_2", "niah_single_3", "niah_multikey_1", "jsonl"}
+NEEDS_DATA = {"niah_single_2", "niah_single_3", "niah_multikey_1", "jsonl", *SOURCES}
 
 
 def hashes(name: str) -> list[str]:

@@ -1,0 +1,78 @@
+"""Benchmarks that ``kvscope tasks fetch`` brings from the hub, into the user's cache."""
+
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from kvscope.errors import EnvironmentProblem, UsageError, did_you_mean
+from kvscope.files import first_line
+from kvscope.paths import cache_folder
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a benchmark's files are.
+
+    Attributes:
+        dataset: its id on the hub.
+        pattern: of the files' names.
+    """
+
+    dataset: str
+    pattern: str
+
+
+SOURCES = {
+    "longbench_v2": Source("zai-org/LongBench-v2", "data.json"),
+    "longmemeval_s": Source("xiaowu0162/longmemeval-cleaned", "longmemeval_s*.json"),
+    "longmemeval_m": Source("xiaowu0162/longmemeval-cleaned", "longmemeval_m*.json"),
+    "mrcr": Source("openai/mrcr", "*needle*.parquet"),
+}
+
+
+def fetched_folder(name: str) -> Path:
+    """Return where a benchmark's files lie once they were fetched."""
+    return cache_folder() / "tasks" / name
+
+
+def fetched_files(name: str) -> list[Path]:
+    """Return the files of a fetched benchmark, by name.
+
+    Raises:
+        UsageError: it was not fetched.
+    """
+    folder = fetched_folder(name)
+    found = sorted(path for path in folder.rglob("*") if fnmatch(path.name, SOURCES[name].pattern.rpartition("/")[2]))
+    if not found:
+        raise UsageError(
+            f"The data of {name} is not here: `kvscope tasks fetch {name}` brings it, or give a file as "
+            f"{name}:data=FILE."
+        )
+    return found
+
+
+def fetch(name: str) -> list[Path]:
+    """Fetch a benchmark's files from the hub and return them.
+
+    Raises:
+        UsageError: no such benchmark.
+        EnvironmentProblem: the hub cannot be reached, or has no such files.
+    """
+    if name not in SOURCES:
+        raise UsageError(f"There is no benchmark '{name}' to fetch.{did_you_mean(name, SOURCES)}")
+    from huggingface_hub import HfApi, hf_hub_download
+
+    source, folder = SOURCES[name], fetched_folder(name)
+    try:
+        files = HfApi().list_repo_files(source.dataset, repo_type="dataset")
+        wanted = [file for file in files if fnmatch(file.rpartition("/")[2], source.pattern)]
+        for file in wanted:
+            hf_hub_download(source.dataset, file, repo_type="dataset", local_dir=folder)
+    except Exception as error:
+        raise EnvironmentProblem(
+            f"{name} cannot be fetched from the dataset {source.dataset} into '{folder}' ({first_line(error)}): check "
+            f"the network, or give a file as {name}:data=FILE."
+        ) from error
+    if not wanted:
+        raise EnvironmentProblem(f"The dataset {source.dataset} has no file {source.pattern} any more.")
+    return fetched_files(name)

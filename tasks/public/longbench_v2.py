@@ -1,0 +1,123 @@
+"""LongBench v2 (arXiv 2412.15204): four-way multiple choice about long documents, code and dialogues."""
+
+import re
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from kvscope.errors import EnvironmentProblem, UsageError
+from kvscope.tasks.base import Sample, Task, Tokenizer
+from kvscope.tasks.public.built import Parts, built, encoded
+from kvscope.tasks.public.records import Record, benchmark_records
+from kvscope.units import Tokens
+
+LETTERS = ("A", "B", "C", "D")
+_PROMPT_FILE = Path("tasks", "longbench2", "_longbench_common_yaml")
+_MARK = "\0context\0"
+_SAID = re.compile(r"correct answer is[:\s]*\(?([A-D])\b|^\W*([A-D])(?![A-Za-z])", re.MULTILINE)
+
+
+class Question(Record):
+    """A record of the dataset: choices one by one (``choice_A`` ...) or as a list."""
+
+    domain: str
+    difficulty: Literal["easy", "hard"]
+    question: str
+    answer: Literal["A", "B", "C", "D"]
+    context: str
+    choices: tuple[str, str, str, str] = Field(default=("", "", "", ""))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _choices(cls, values: object) -> object:
+        if isinstance(values, dict) and "choices" not in values:
+            absent = [f"choice_{letter}" for letter in LETTERS if not isinstance(values.get(f"choice_{letter}"), str)]
+            if absent:
+                raise ValueError(f"{absent[0]} is missing or no text")
+            return {**values, "choices": [values[f"choice_{letter}"] for letter in LETTERS]}
+        return values
+
+
+class LongBenchV2Task(Task):
+    """Questions of LongBench v2, each at the length it has; the middle of a longer prompt is cut out.
+
+    The prompt is that of the installed lm-eval (its task ``longbench2``). An answer counts by the letter it names.
+
+    Args:
+        data: file of the dataset (JSON list, JSON lines or Parquet); none: what ``kvscope tasks fetch`` brought.
+        new_tokens: room left for an answer.
+    """
+
+    own_lengths = True
+    source = "LongBench v2, arXiv 2412.15204; prompt of lm-eval"
+
+    def __init__(self, name: str, *, data: str | None = None, new_tokens: Tokens = 128) -> None:
+        if new_tokens < 1:
+            raise UsageError(f"Task {name}: new_tokens must be at least 1, got {new_tokens}.")
+        self.name, self.max_new_tokens = name, new_tokens
+        self._questions, self.data_sha256 = benchmark_records(name, data, Question)
+        self.n_samples = len(self._questions)
+        self.question_types = tuple(sorted({each.difficulty for each in self._questions}))
+
+    def min_length_tokens(self, tokenizer: Tokenizer) -> int:
+        """Return the answer room and twice the longest question: as much again for context."""
+        return self.max_new_tokens + 2 * max(
+            len(encoded(tokenizer, parts.head + parts.tail)) for parts in map(_parts, self._questions)
+        )
+
+    def build(self, tokenizer: Tokenizer, *, length_tokens: int, sample: int, seed: int) -> Sample:
+        """Return question ``sample``, whatever the seed (see Task.build)."""
+        question = self._questions[sample]
+        made = built(
+            tokenizer,
+            _parts(question),
+            room_tokens=length_tokens - self.max_new_tokens,
+            cuts=True,
+            what=f"Question {sample + 1} of {self.name}",
+        )
+        return made.assembled.sample(
+            self,
+            question_type=question.difficulty,
+            length_tokens=length_tokens,
+            sample=sample,
+            seed=seed,
+            evidence=(),
+            targets=(question.answer,),
+            stop=(),
+            truncated_tokens=made.truncated_tokens,
+        )
+
+    def score(self, sample: Sample, output: str) -> float:
+        """Return 1 where the answer names the right letter first, as ``The correct answer is (B)`` or ``B``."""
+        found = _SAID.search(output)
+        return float(found is not None and (found[1] or found[2]) == sample.targets[0])
+
+
+def _parts(question: Question) -> Parts:
+    import jinja2
+
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    text = environment.from_string(_prompt()).render(
+        context=_MARK, question=question.question, choices=list(question.choices)
+    )
+    head, _, tail = text.partition(_MARK)
+    return Parts(head=head, context=question.context, tail=tail)
+
+
+@cache
+def _prompt() -> str:
+    """Return lm-eval's template of a prompt."""
+    import yaml
+
+    spec = find_spec("lm_eval")
+    places = [] if spec is None else list(spec.submodule_search_locations or ())
+    path = next((path for place in places if (path := Path(place, _PROMPT_FILE)).is_file()), None)
+    said = None if path is None else yaml.safe_load(path.read_text(encoding="utf-8")).get("doc_to_text")
+    if not isinstance(said, str) or "{{context}}" not in said:
+        raise EnvironmentProblem(
+            "The installed lm-eval has no prompt of its task longbench2: pip install 'lm_eval>=0.4.12'."
+        )
+    return said

@@ -1,0 +1,136 @@
+"""MRCR as OpenAI published it: repeat the i-th of several replies that answer the same request."""
+
+from difflib import SequenceMatcher
+from typing import Literal
+
+from pydantic import TypeAdapter, ValidationError, field_validator
+
+from kvscope.errors import UsageError
+from kvscope.tasks.base import Sample, Task, Tokenizer
+from kvscope.tasks.public.built import Parts, built, encoded
+from kvscope.tasks.public.records import Record, benchmark_records
+from kvscope.units import Tokens
+
+
+class Message(Record):
+    """One turn of the conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str
+
+
+_MESSAGES: TypeAdapter[tuple[Message, ...]] = TypeAdapter(tuple[Message, ...])
+
+
+class Question(Record):
+    """A record of the dataset; ``prompt`` is a JSON list of messages."""
+
+    prompt: tuple[Message, ...]
+    answer: str
+    random_string_to_prepend: str
+    n_needles: int
+    n_chars: int
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _read(cls, value: object) -> object:
+        try:
+            return _MESSAGES.validate_json(value) if isinstance(value, str) else value
+        except ValidationError as error:
+            raise ValueError("prompt is no JSON list of messages with role and content") from error
+
+
+class MrcrTask(Task):
+    """Conversations of MRCR, each at the length it has, as a transcript that the answer continues; nothing is cut.
+
+    The score is the dataset's own: 0 unless the answer begins with the random text asked for, else the ratio of
+    ``difflib.SequenceMatcher`` to the reply that was to be repeated.
+
+    Args:
+        data: file of the dataset (Parquet, JSON list or JSON lines); none: what ``kvscope tasks fetch`` brought.
+        needles: keep conversations with so many alike requests (2, 4 or 8); none: all.
+        most_chars: keep those of at most so many characters; none: all.
+        new_tokens: room left for an answer.
+    """
+
+    own_lengths = True
+    source = "openai/mrcr, after Michelangelo, arXiv 2409.12640"
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        data: str | None = None,
+        needles: int | None = None,
+        most_chars: int | None = None,
+        new_tokens: Tokens = 1024,
+    ) -> None:
+        if new_tokens < 1:
+            raise UsageError(f"Task {name}: new_tokens must be at least 1, got {new_tokens}.")
+        self.name, self.max_new_tokens = name, new_tokens
+        records, self.data_sha256 = benchmark_records(name, data, Question)
+        self._questions = tuple(
+            each
+            for each in records
+            if needles in (None, each.n_needles) and (most_chars is None or each.n_chars <= most_chars)
+        )
+        if not self._questions:
+            raise UsageError(f"No conversation of {name} has needles={needles} and most_chars={most_chars}.")
+        self.n_samples = len(self._questions)
+        self.question_types = tuple(sorted({_type(each) for each in self._questions}))
+
+    def min_length_tokens(self, tokenizer: Tokenizer) -> int:
+        """Return the length that holds the longest conversation, and an answer."""
+        longest = max(self._questions, key=lambda each: each.n_chars)
+        return self.max_new_tokens + len(encoded(tokenizer, _parts(longest).text))
+
+    def build(self, tokenizer: Tokenizer, *, length_tokens: int, sample: int, seed: int) -> Sample:
+        """Return conversation ``sample``, whatever the seed (see Task.build)."""
+        question = self._questions[sample]
+        made = built(
+            tokenizer,
+            _parts(question),
+            room_tokens=length_tokens - self.max_new_tokens,
+            cuts=False,
+            what=f"Conversation {sample + 1} of {self.name}",
+        )
+        return made.assembled.sample(
+            self,
+            question_type=_type(question),
+            length_tokens=length_tokens,
+            sample=sample,
+            seed=seed,
+            evidence=made.evidence,
+            targets=(question.answer, question.random_string_to_prepend),
+            stop=("\n\nUser:",),
+        )
+
+    def score(self, sample: Sample, output: str) -> float:
+        """Score an answer as the dataset does."""
+        answer, begin = sample.targets
+        said = output.lstrip()
+        if not said.startswith(begin):
+            return 0.0
+        return SequenceMatcher(None, said.removeprefix(begin), answer.removeprefix(begin)).ratio()
+
+
+def _type(question: Question) -> str:
+    return f"{question.n_needles}_needles"
+
+
+def _parts(question: Question) -> Parts:
+    texts, evidence, at = [], [], 0
+    wanted = question.answer.removeprefix(question.random_string_to_prepend)
+    for message in question.prompt[:-1]:
+        text = f"{message.role.capitalize()}: {message.content}\n\n"
+        if message.role == "assistant" and message.content.strip() == wanted.strip():
+            evidence.append((at, at + len(text)))
+        texts.append(text)
+        at += len(text)
+    last = question.prompt[-1]
+    return Parts(
+        head="",
+        context="".join(texts),
+        tail=f"{last.role.capitalize()}: {last.content}\n\nAssistant:",
+        evidence=evidence,
+    )

@@ -1,0 +1,92 @@
+"""Files of public benchmarks: a JSON list, an object a line, or Parquet; checked whole, the first fault named."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from kvscope.errors import UsageError, shown, shown_path
+from kvscope.paths import user_path
+from kvscope.results.reading import parse_json, read_regular
+from kvscope.results.rowfile import first_problem
+from kvscope.tasks.public.fetched import fetched_files
+
+MOST_FILE_BYTES = 4 * 1024**3
+_PARQUET = ".parquet"
+
+
+class Record(BaseModel):
+    """One question as a benchmark's file has it; fields that nothing here needs are left out."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, str_min_length=1)
+
+
+RecordT = TypeVar("RecordT", bound=Record)
+
+
+def benchmark_records(name: str, data: str | None, kind: type[RecordT]) -> tuple[tuple[RecordT, ...], str]:
+    """Return (the questions of a benchmark in its order, the SHA-256 of its files).
+
+    Args:
+        name: registry name of the task.
+        data: a file; None for what ``kvscope tasks fetch`` brought.
+        kind: what each record must hold.
+
+    Raises:
+        UsageError: nothing was fetched, no such file, or the first record that is wrong, by number.
+    """
+    paths = fetched_files(name) if data is None else [user_path(data, what="data")]
+    digest, found = hashlib.sha256(), list[RecordT]()
+    for path in paths:
+        read = read_regular(path, most_bytes=MOST_FILE_BYTES, mend=f"Give {name} a file with data=FILE.")
+        if read is None:
+            raise UsageError(f"There is no file {shown_path(path)}: give {name} one with data=FILE.")
+        digest.update(read)
+        found += _records(path, read, kind)
+    if not found:
+        raise UsageError(f"{shown_path(paths[0])} holds no question.")
+    return tuple(found), digest.hexdigest()
+
+
+def _records(path: Path, data: bytes, kind: type[RecordT]) -> Iterator[RecordT]:
+    for number, values in enumerate(_values(path, data), start=1):
+        try:
+            yield kind.model_validate(values)
+        except ValidationError as error:
+            raise UsageError(f"Record {number} of {shown_path(path)} is no question of this benchmark: "
+                             f"{first_problem(error)}.") from error  # fmt: skip
+
+
+def _values(path: Path, data: bytes) -> Sequence[Any]:
+    if path.suffix == _PARQUET:
+        return _parquet(path, data)
+    if data.lstrip()[:1] == b"[":
+        try:
+            listed = parse_json(data)
+        except ValueError as error:
+            raise UsageError(f"{shown_path(path)} is not JSON: {error}.") from error
+        assert isinstance(listed, list)
+        return listed
+    rows = []
+    for number, line in enumerate(data.splitlines(), start=1):
+        try:
+            rows.append(parse_json(line))
+        except ValueError as error:
+            raise UsageError(
+                f"Line {number} of {shown_path(path)} is not JSON ({error}): expected a list, an object a line, or "
+                "Parquet."
+            ) from error
+    return rows
+
+
+def _parquet(path: Path, data: bytes) -> list[dict[str, Any]]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        rows: list[dict[str, Any]] = parquet.read_table(pa.BufferReader(data)).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise UsageError(f"{shown_path(path)} is no Parquet file that can be read: {shown(str(error))}.") from error
+    return rows
