@@ -30,6 +30,7 @@ def swept(tmp_path_factory):
     return out, types
 
 
+@pytest.mark.slow
 def test_a_plain_a_windowed_and_a_refused_type(swept):
     _, types = swept
     assert {name: types[name]["status"] for name in ("llama", "gemma3_text", "deepseek_v3")} == {

@@ -126,6 +126,7 @@ def test_the_committed_cell_list_holds_up(script: ModuleType, capsys: pytest.Cap
                 assert balanced or "types are not balanced" in part.get("fewer", ""), (cell.name, part)
 
 
+@pytest.mark.slow
 def test_pieces_run_pack_and_report(
     script: ModuleType,
     tiny_model: str,

@@ -27,6 +27,7 @@ def test_plan_runs_nothing(arguments: list[str], tmp_path: Path, capsys: pytest.
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_run_prints_tables_and_paths_and_the_same_command_resumes(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

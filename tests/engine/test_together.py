@@ -69,6 +69,7 @@ def without_ties(q_XIE, k_TE, weight_XI):
     return scores - 1e-5 * torch.arange(scores.shape[-1], device=scores.device)
 
 
+@pytest.mark.slow
 def test_every_method_and_two_prompts_in_one_step(tiny, monkeypatch):
     # Keys that no index head likes score 0 alike; which of them a CPU's top-k takes depends on how many there are.
     monkeypatch.setattr(dsa, "lightning_scores", without_ties)

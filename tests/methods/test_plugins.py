@@ -85,6 +85,7 @@ def test_the_method_of_the_page_is_under_100_lines() -> None:
     assert len(files["evict/method.py"].splitlines()) < 100
 
 
+@pytest.mark.slow
 def test_the_package_of_the_page_is_measured_by_its_names(tmp_path: Path, tiny_model: str) -> None:
     write_package(tmp_path / "site")
     out = tmp_path / "run"

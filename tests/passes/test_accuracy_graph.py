@@ -99,6 +99,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return eager, graph, shape
 
 
+@pytest.mark.slow
 def test_rows_are_those_of_eager_steps(runs: Runs) -> None:
     eager, graph, _ = runs
     assert_same_rows(eager, graph)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,14 @@ NEVER_S = 24 * 3600.0
 def job(small: MakeConfig) -> FootprintJob:
     plan = make_plan(small(methods=["recency:recency_tokens=128"], footprint=True, footprint_decode_tokens=8))
     return FootprintPass().job(plan, plan.methods[0], 512)
+
+
+@pytest.fixture
+def server_set_aside(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let a test have servers of its own; the tests after it find the shared one, which takes seconds to start."""
+    monkeypatch.setattr(forked, "_server", None)
+    yield
+    forked.close_server()
 
 
 def server_id() -> int:
@@ -49,16 +58,20 @@ def test_workers_share_a_server_and_nothing_else(job: FootprintJob) -> None:
     assert server_id() == first
 
 
-def test_another_environment_gets_another_server(job: FootprintJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    bad = job.model_copy(update={"model": "/nowhere/at/all"})
-    run_worker(bad, timeout_s=NEVER_S)
-    first = server_id()
-    monkeypatch.setenv("KVSCOPE_COMMIT", "another")
-    run_worker(bad, timeout_s=NEVER_S)
-    assert server_id() != first
-    assert gone(first)
+@pytest.mark.usefixtures("server_set_aside")
+def test_another_environment_gets_another_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that wait stand in for servers: which one is asked is settled before it has imported anything."""
+    monkeypatch.setattr(forked, "SERVER_COMMAND", (sys.executable, "-c", "import signal; signal.pause()"))
+    found = []
+    with open(os.devnull, "w") as nowhere:
+        for commit in ("one", "one", "another"):
+            monkeypatch.setenv("KVSCOPE_COMMIT", commit)
+            found.append(forked.worker_server(worker_environment(), stderr=nowhere).process.pid)
+    assert found[0] == found[1] != found[2]
+    assert gone(found[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", [KeyboardInterrupt, "worker", "server"])
 def test_a_worker_that_ends_early(
     job: FootprintJob, end: type[BaseException] | str, monkeypatch: pytest.MonkeyPatch
@@ -92,15 +105,15 @@ def test_a_worker_that_ends_early(
     assert run_worker(job, timeout_s=NEVER_S).status == "ok"
 
 
+@pytest.mark.usefixtures("server_set_aside")
 def test_a_server_that_cannot_start_says_why(job: FootprintJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    forked.close_server()
     monkeypatch.setattr(forked, "SERVER_COMMAND", (sys.executable, "-c", "raise SystemExit('no torch here')"))
     row = run_worker(job, timeout_s=NEVER_S)
     assert row.reason == "start: the worker exited with 1: no torch here"
 
 
+@pytest.mark.usefixtures("server_set_aside")
 def test_a_worker_that_takes_too_long_to_start_is_stopped(job: FootprintJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    forked.close_server()
     monkeypatch.setattr(forked, "SERVER_COMMAND", (sys.executable, "-c", "import signal; signal.pause()"))
     row = run_worker(job, timeout_s=0.5)
     assert row.reason == "start: stopped after 0.5 s (footprint_timeout_s)"

@@ -51,6 +51,7 @@ def timeless(found: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str,
     }
 
 
+@pytest.mark.slow
 def test_rows_are_the_same_but_for_times(
     tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:

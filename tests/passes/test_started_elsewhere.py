@@ -22,6 +22,7 @@ elif __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["none", "spawn"])
 def test_a_run_from_another_folder_gives_the_rows(tiny_model: str, tmp_path: Path, method: str) -> None:
     place = tmp_path / "place"

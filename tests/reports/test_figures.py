@@ -148,7 +148,7 @@ def pictures() -> Pictures:
 
 def placed_texts(figure: ReportFigure) -> list[tuple[str, Bbox]]:
     """Texts with their boxes; labels of ticks beyond the axis exist but are never drawn."""
-    figure.figure.canvas.draw()
+    figure.figure.draw_without_rendering()
     hidden: set[int] = set()
     for axes in figure.figure.axes:
         for axis in (axes.xaxis, axes.yaxis):

@@ -19,6 +19,7 @@ from kvscope.harness.indexers.collection.make_document import answer_ids
 from kvscope.harness.indexers.collection.reading import Collection
 from kvscope.harness.passes.progress import Progress
 from kvscope.methods.registry import create_method
+from kvscope.tasks import needle
 from kvscope.tasks.registry import create_task
 
 
@@ -33,6 +34,12 @@ class Notes(Progress):
 
     def end_cell(self, summary):
         self.lines.append(summary)
+
+
+@pytest.fixture(autouse=True)
+def short_answers(monkeypatch):
+    """A random model never ends an answer: each would take all 128 steps that a needle's may."""
+    monkeypatch.setattr(needle, "NEW_TOKENS", 24)
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ def compiled(tmp_path_factory):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_all_of_them_fit_a_multiprocessor(compiled):
     assert len(compiled) == 24
     assert all(found["shared_bytes"] <= HOPPER_SHARED_BYTES for found in compiled)
