@@ -14,6 +14,8 @@ from kvscope.reports.table_parts import Table
 from kvscope.reports.theme import PNG_DPI, theme
 from kvscope.results.plain_text import visible
 
+PNG_LEVEL = 3
+"""Of zlib: a tenth larger than at the usual 6, in a third of the time. The picture is the same."""
 _WIDE_TEXT = 26
 # What begins code, emphasis, HTML, an entity, a formula, a cell, a link's address, or at the start a heading or a list.
 _MARKDOWN = re.compile(r"[\\`*<>|~$]|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)|\](?=[(\[:])|^[#+-](?=\s)")
@@ -51,7 +53,8 @@ def write_figure(figure: ReportFigure, folder: Path) -> list[Path]:
     """Write `figure` as PNG and SVG with the rows behind it; returns the paths."""
     paths = [folder / f"{figure.name}.{ending}" for ending in ("png", "svg", "csv")]
     with theme(figure.name):
-        figure.figure.savefig(paths[0], dpi=PNG_DPI, metadata={"Software": "kvscope"})
+        packed = {"compress_level": PNG_LEVEL}
+        figure.figure.savefig(paths[0], dpi=PNG_DPI, metadata={"Software": "kvscope"}, pil_kwargs=packed)
         figure.figure.savefig(paths[1], metadata={"Date": None, "Creator": "kvscope", "Title": figure.title})
     write_csv(figure.data, paths[2])
     return paths

@@ -63,11 +63,17 @@ def _difference_text(cell: dict[str, Any], notes: Notes) -> str:
     return with_interval(cell["difference_to_dense"], cell["difference_low"], cell["difference_high"], text=points)
 
 
+_INTEGERS = (
+    "n_pairs", "n_contexts", "lost", "won", "lost_contexts", "won_contexts", "pairs_for_6_discordant",
+    "noninferiority_pairs_needed", "equivalence_pairs_needed", "nll_pairs",
+)  # fmt: skip
 STATISTICS_COLUMNS = [
     "scope",
     "method_label",
     "baseline_label",
     "n_pairs",
+    "n_contexts",
+    "design_effect",
     "method_accuracy",
     "baseline_accuracy",
     "difference",
@@ -76,6 +82,8 @@ STATISTICS_COLUMNS = [
     "interval",
     "lost",
     "won",
+    "lost_contexts",
+    "won_contexts",
     "test",
     "p_value",
     "p_holm",
@@ -85,6 +93,10 @@ STATISTICS_COLUMNS = [
     "noninferiority",
     "noninferiority_p_value",
     "noninferiority_pairs_needed",
+    "noninferiority_power",
+    "equivalence",
+    "equivalence_p_value",
+    "equivalence_pairs_needed",
     "nll_difference",
     "nll_low",
     "nll_high",
@@ -98,7 +110,8 @@ def statistics_table(run: Run) -> Table:
     rows, texts = [], []
     nll = False
     for found in compare_methods(run.samples, info=run.info):
-        paired, difference, safe = found.paired, found.paired.difference, found.paired.noninferiority
+        paired, difference = found.paired, found.paired.difference
+        safe, same = paired.noninferiority, paired.equivalence
         nll = nll or found.nll is not None
         rows.append(
             {
@@ -106,6 +119,8 @@ def statistics_table(run: Run) -> Table:
                 "method_label": found.method_label,
                 "baseline_label": found.baseline_label,
                 "n_pairs": paired.n_pairs,
+                "n_contexts": paired.n_clusters,
+                "design_effect": paired.design_effect,
                 "method_accuracy": found.method_mean,
                 "baseline_accuracy": found.baseline_mean,
                 "difference": difference.mean,
@@ -114,6 +129,8 @@ def statistics_table(run: Run) -> Table:
                 "interval": difference.kind,
                 "lost": paired.lost,
                 "won": paired.won,
+                "lost_contexts": paired.lost_clusters,
+                "won_contexts": paired.won_clusters,
                 "test": paired.test,
                 "p_value": paired.p_value,
                 "p_holm": found.p_holm,
@@ -123,6 +140,10 @@ def statistics_table(run: Run) -> Table:
                 "noninferiority": safe.verdict,
                 "noninferiority_p_value": safe.p_value,
                 "noninferiority_pairs_needed": safe.pairs_needed,
+                "noninferiority_power": safe.power,
+                "equivalence": same.verdict,
+                "equivalence_p_value": same.p_value,
+                "equivalence_pairs_needed": same.pairs_needed,
                 "nll_difference": found.nll.mean if found.nll else None,
                 "nll_low": found.nll.low if found.nll else None,
                 "nll_high": found.nll.high if found.nll else None,
@@ -130,7 +151,6 @@ def statistics_table(run: Run) -> Table:
                 "sentence": found.sentence,
             }
         )
-        needed = "" if safe.pairs_needed is None else f" (needs about {safe.pairs_needed:,} pairs)"
         texts.append(
             {
                 "scope": _scope_text(found.scope),
@@ -143,11 +163,11 @@ def statistics_table(run: Run) -> Table:
                 "p": p_text(paired.p_value),
                 "p (Holm)": p_text(found.p_holm),
                 "verdict": found.sentence if paired.pairs_for_6_discordant is not None else found.verdict,
-                f"non-inferior at {number(100 * safe.margin)} point": f"{safe.verdict}{needed}",
+                f"non-inferior at {number(100 * safe.margin)} point": _with_pairs(safe.verdict, safe.pairs_needed),
+                f"equivalent at {number(100 * same.margin)} point": _with_pairs(same.verdict, same.pairs_needed),
             }
         )
-    integers = ("n_pairs", "lost", "won", "pairs_for_6_discordant", "noninferiority_pairs_needed", "nll_pairs")
-    data = pd.DataFrame(rows, columns=STATISTICS_COLUMNS).astype(dict.fromkeys(integers, "Int64"))
+    data = pd.DataFrame(rows, columns=STATISTICS_COLUMNS).astype(dict.fromkeys(_INTEGERS, "Int64"))
     notes = (
         () if rows else ("No comparison: the run has no dense, or no prompt that dense and another method answered.",)
     )
@@ -155,7 +175,9 @@ def statistics_table(run: Run) -> Table:
         "Every method against dense on the prompts both answered. Intervals are 95 %: paired bootstrap, or Tango's "
         "score interval where nearly all pairs end alike. Lost / won: pairs on which dense or the method scores "
         "higher. p: exact McNemar (exact sign test for graded scores), Holm-adjusted over the methods of one scope. "
-        "Non-inferiority is one-sided, 5 %."
+        "Where questions share a context, contexts are resampled and tested, not questions. Non-inferiority is "
+        "one-sided, 5 %; equivalence is that on both sides (TOST). Pairs needed are those of a new test on new seeds, "
+        "not of this one continued."
     )
     if rows and not nll:
         caption += " The answer's negative log-likelihood was not requested."
@@ -168,6 +190,10 @@ def statistics_table(run: Run) -> Table:
         text,
         (*notes, *excluded_notes(run.info), *tie_notes(run)),
     )
+
+
+def _with_pairs(verdict: str, pairs_needed: int | None) -> str:
+    return verdict if pairs_needed is None else f"{verdict} (needs about {pairs_needed:,} pairs)"
 
 
 def _scope_text(scope: str) -> str:

@@ -41,7 +41,7 @@ class Comparison:
             return "inconclusive"
         if self.p_holm >= 0.05:
             return "no difference shown"
-        return "worse" if self.paired.lost > self.paired.won else "better"
+        return "worse" if self.paired.is_worse else "better"
 
     @property
     def sentence(self) -> str:
@@ -50,10 +50,11 @@ class Comparison:
         if paired.pairs_for_6_discordant is None:
             p = "p < 0.0001" if self.p_holm < 1e-4 else f"p = {self.p_holm:.2g}"
             return f"{self.verdict} ({p} after Holm)"
-        differ = "differs" if paired.discordant == 1 else "differ"
+        differ = "differs" if paired.discordant_clusters == 1 else "differ"
+        what = "contexts" if paired.clustered else "pairs"
         return (
-            f"inconclusive: {paired.discordant} of {paired.n_pairs} pairs {differ}, at least 6 are needed; about "
-            f"{paired.pairs_for_6_discordant} pairs would do"
+            f"inconclusive: {paired.discordant_clusters} of {paired.n_clusters} {what} {differ}, at least 6 are "
+            f"needed; about {paired.pairs_for_6_discordant} pairs would do"
         )
 
 

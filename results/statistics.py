@@ -1,8 +1,10 @@
 """Intervals and paired tests: how far a difference between two methods can be told from chance.
 
-Everything is paired on (task, length, sample): every method answered the very same prompts. Scores are in [0, 1].
+Everything is paired on (task, length, sample): every method answered the very same prompts. Scores are in [0, 1]. Where
+questions share a context, clusters of them are resampled, tested and counted, never the questions.
 Sources: Wilson 1927 (interval of a proportion), Tango 1998 (score interval and non-inferiority test of a paired
-difference of proportions), McNemar 1947 in its exact binomial form, Holm 1979, Efron 1979 (bootstrap).
+difference of proportions), McNemar 1947 in its exact form, Holm 1979, Efron 1979 (bootstrap), Schuirmann 1987 (two
+one-sided tests).
 """
 
 import math
@@ -11,11 +13,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy.optimize import brentq
-from scipy.stats import binomtest, norm
+from scipy.stats import norm
 from statsmodels.stats.proportion import proportion_confint
 
-from kvscope.results.bootstrap import Array, bootstrap_ends, shared
+from kvscope.results.bootstrap import Array, bootstrap_ends, cluster_totals
+from kvscope.results.exact_tests import NIL, mcnemar_test, sign_test
+from kvscope.results.power import design_effect, noninferiority_power, pairs_for_equivalence, pairs_for_noninferiority
+from kvscope.results.tango import tango_interval, tango_z
 
 IntervalKind = Literal["wilson", "bootstrap", "score", "none"]
 
@@ -60,6 +64,20 @@ class Noninferiority:
     verdict: Literal["non-inferior", "inferior", "inconclusive"]
     pairs_needed: int | None
     """Pairs that give 80 % power at the discordance seen, were the true difference nil; None when it is not open."""
+    power: float
+    """Chance that so many pairs hold it at the discordance seen, were the true difference nil."""
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """Whether the method neither loses nor gains `margin`: two one-sided tests of 5 % each (TOST)."""
+
+    margin: float
+    p_value: float | None
+    """The larger of the two; None where an interval of 90 % decides."""
+    verdict: Literal["equivalent", "not equivalent", "inconclusive"]
+    pairs_needed: int | None
+    """As of non-inferiority."""
 
 
 @dataclass(frozen=True)
@@ -67,21 +85,95 @@ class PairedDifference:
     """Method minus baseline over the prompts both answered."""
 
     n_pairs: int
+    n_clusters: int
+    """Pairs, or contexts where some share one: what is tested and resampled."""
     difference: Interval
     lost: int
     """McNemar's b: pairs where the baseline scores higher."""
     won: int
     """McNemar's c: pairs where the method scores higher."""
-    test: Literal["exact McNemar", "exact sign test"]
+    lost_clusters: int
+    """Clusters that the baseline wins on balance."""
+    won_clusters: int
+    test: Literal["exact McNemar", "exact sign test", "exact McNemar by clusters", "exact sign test by clusters"]
     p_value: float
     pairs_for_6_discordant: int | None
-    """Pairs that would give the least number of discordant ones, when there were fewer; else None."""
+    """Pairs that would give the least number of discordant clusters, when there were fewer; else None."""
+    design_effect: float
+    """How many times the variance of the difference is that of pairs that stand alone; 1 without shared contexts."""
     noninferiority: Noninferiority
+    equivalence: Equivalence
 
     @property
     def discordant(self) -> int:
         """Pairs on which the two differ."""
         return self.lost + self.won
+
+    @property
+    def discordant_clusters(self) -> int:
+        """Clusters on which the two differ on balance."""
+        return self.lost_clusters + self.won_clusters
+
+    @property
+    def clustered(self) -> bool:
+        """Whether some pairs share a context."""
+        return self.n_clusters < self.n_pairs
+
+    @property
+    def is_worse(self) -> bool:
+        """Which way the test points: by clusters it may be another than by pairs."""
+        if self.test.startswith("exact sign test"):
+            return self.lost_clusters > self.won_clusters
+        return self.lost > self.won
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Differences of pairs, and their clusters as tests and intervals take them.
+
+    Attributes:
+        differences: method minus baseline, each pair.
+        sums, sizes: of each cluster; sizes None where each holds one pair.
+        binary: whether all scores are 0 or 1.
+        clusters: name of each pair's; None where each stands alone.
+    """
+
+    differences: Array
+    sums: Array
+    sizes: Array | None
+    binary: bool
+    clusters: Sequence[str] | None
+
+    @property
+    def lost(self) -> int:
+        return int((self.sums < -NIL).sum())
+
+    @property
+    def won(self) -> int:
+        return int((self.sums > NIL).sum())
+
+    @property
+    def narrow(self) -> bool:
+        """Whether too few clusters depart from the commonest outcome (lost, won or equal) to resample them."""
+        n = len(self.sums)
+        return n - max(self.lost, self.won, n - self.lost - self.won) < LEAST_DISCORDANT
+
+    @property
+    def score_counts(self) -> tuple[float, float]:
+        """What score tests count as lost and won: pairs, or clusters' shares of them, each cluster one observation."""
+        shares = self.sums if self.sizes is None else self.sums / self.sizes
+        return float(-shares[shares < 0].sum()), float(shares[shares > 0].sum())
+
+    @property
+    def scored(self) -> bool:
+        """Whether a score test holds: of 0/1 scores that stand alone, or in clusters that are alike all but a few."""
+        return self.binary and (self.sizes is None or self.narrow)
+
+    @property
+    def discordance(self) -> float:
+        """Share of the pairs that differ."""
+        lost, won = (self.differences < -NIL).sum(), (self.differences > NIL).sum()
+        return _discordance(int(lost + won), len(self.differences))
 
 
 def mean_interval(
@@ -89,13 +181,19 @@ def mean_interval(
 ) -> Interval:
     """Mean of scores: Wilson interval for 0/1 scores, else bootstrap over `clusters` (default: over scores).
 
+    0/1 scores in clusters get Wilson's interval, each cluster one observation, when fewer than 6 clusters depart from
+    the commonest outcome (all right or all wrong): resampling would take what did not happen here for impossible.
     Raises ValueError for no scores at all.
     """
     values = _checked(scores)
     mean = float(values.mean())
-    if _is_binary(values) and not shared(clusters):
-        low, high = proportion_confint(int(values.sum()), len(values), alpha=1 - confidence, method="wilson")
-        return interval_of(mean, (max(0.0, float(low)), min(1.0, float(high))), n=len(values), kind="wilson")
+    if _is_binary(values):
+        sums, sizes = cluster_totals(values, clusters)
+        if sizes is None or _nearly_alike(sums, sizes):
+            n, alpha = len(sums), 1 - confidence
+            right = int(sums.sum()) if sizes is None else float((sums / sizes).sum())
+            low, high = proportion_confint(right, n, alpha=alpha, method="wilson")
+            return interval_of(mean, (max(0.0, float(low)), min(1.0, float(high))), n=len(values), kind="wilson")
     return bootstrap_interval(values, clusters=clusters, confidence=confidence)
 
 
@@ -121,39 +219,37 @@ def paired_difference(
     """Compare two score lists of the same prompts, in the same order.
 
     The interval is a paired bootstrap (over `clusters` where questions share a context). For 0/1 scores it is Tango's
-    score interval instead when fewer than 6 pairs depart from the commonest outcome (lost, won or equal): the bootstrap
-    would turn "five equal pairs" into a difference of exactly nil, and "eight lost pairs" into exactly -100 points.
-    Graded scores get the exact sign test, which on 0/1 scores is McNemar's.
+    score interval instead when fewer than 6 clusters depart from the commonest outcome (lost, won or equal): the
+    bootstrap would turn "five equal pairs" into a difference of exactly nil, and "eight lost pairs" into exactly -100
+    points. A cluster is one observation then. Graded scores get the exact sign test, which on 0/1 scores is McNemar's;
+    where questions share a context, the sign of a whole context is what is tossed.
     Raises ValueError for lists of different lengths or none.
     """
     left, right = _checked(method), _checked(baseline)
     if len(left) != len(right):
         raise ValueError(f"{len(left)} scores against {len(right)}: pairs are needed")
     differences = left - right
-    n, lost, won = len(left), int((differences < 0).sum()), int((differences > 0).sum())
+    sums, sizes = cluster_totals(differences, clusters)
     binary = _is_binary(left) and _is_binary(right)
-    p_value = float(binomtest(lost, lost + won, 0.5).pvalue) if lost + won else 1.0
-    few = lost + won < LEAST_DISCORDANT
-    narrow = n - max(lost, won, n - lost - won) < LEAST_DISCORDANT
-    interval = _difference_interval(
-        differences,
-        lost=lost,
-        won=won,
-        score=binary and narrow and not shared(clusters),
-        clusters=clusters,
-        c=confidence,
-    )
+    pairs = _Pairs(differences, sums, sizes, binary, clusters)
+    n, discordant = len(sums), pairs.lost + pairs.won
+    needed = math.ceil(LEAST_DISCORDANT / _discordance(discordant, n) * len(left) / n)
+    effect = design_effect(differences, sums, sizes)
+    kind: Literal["exact McNemar", "exact sign test"] = "exact McNemar" if binary else "exact sign test"
     return PairedDifference(
-        n_pairs=n,
-        difference=interval,
-        lost=lost,
-        won=won,
-        test="exact McNemar" if binary else "exact sign test",
-        p_value=p_value,
-        pairs_for_6_discordant=math.ceil(LEAST_DISCORDANT / _discordance(lost + won, n)) if few else None,
-        noninferiority=_noninferiority(
-            differences, lost=lost, won=won, margin=margin, binary=binary and not shared(clusters), clusters=clusters
-        ),
+        n_pairs=len(left),
+        n_clusters=n,
+        difference=_difference_interval(pairs, confidence),
+        lost=int((differences < 0).sum()),
+        won=int((differences > 0).sum()),
+        lost_clusters=pairs.lost,
+        won_clusters=pairs.won,
+        test=kind if sizes is None else f"{kind} by clusters",  # type: ignore[arg-type]
+        p_value=mcnemar_test(sums) if binary else sign_test(sums),
+        pairs_for_6_discordant=needed if discordant < LEAST_DISCORDANT else None,
+        design_effect=effect,
+        noninferiority=_noninferiority(pairs, margin=margin, effect=effect),
+        equivalence=_equivalence(pairs, margin=margin, effect=effect),
     )
 
 
@@ -172,91 +268,62 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(p) for p in adjusted]
 
 
-def tango_z(*, lost: int, won: int, n_pairs: int, difference: float) -> float:
-    """Tango's score statistic of `true difference (method - baseline) == difference`; about standard normal under it.
-
-    The unknown discordance is replaced by its maximum-likelihood value under that hypothesis (Tango 1998, eq. 2-4).
-    """
-    n, x, y = n_pairs, won, lost
-    b = (2 * n - x + y) * difference - x - y
-    c = -y * difference * (1 - difference)
-    discordance = (math.sqrt(max(0.0, b * b - 8 * n * c)) - b) / (4 * n)
-    variance = n * (2 * discordance + difference * (1 - difference))
-    gap = x - y - n * difference
-    if variance <= 0.0:
-        return 0.0 if gap == 0 else math.copysign(math.inf, gap)
-    return gap / math.sqrt(variance)
-
-
-def tango_interval(*, lost: int, won: int, n_pairs: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Score interval of the paired difference: every value that `tango_z` does not reject."""
-    z = float(norm.ppf(0.5 + confidence / 2))
-    middle = (won - lost) / n_pairs
-
-    def end(bound: float, target: float) -> float:
-        def excess(value: float) -> float:
-            return tango_z(lost=lost, won=won, n_pairs=n_pairs, difference=value) - target
-
-        if (excess(middle) > 0) == (excess(bound) > 0):
-            return bound
-        return float(brentq(excess, bound, middle, xtol=1e-9))
-
-    edge = 1 - 1e-9
-    return (-1.0 if middle <= -edge else end(-edge, z), 1.0 if middle >= edge else end(edge, -z))
-
-
-def pairs_for_noninferiority(*, discordance: float, margin: float, power: float = 0.8, alpha: float = 0.05) -> int:
-    """Pairs a one-sided non-inferiority test needs when the true difference is nil (normal approximation).
-
-    At a margin of 1 point: about 1,236 / 3,090 / 6,180 pairs at 2 / 5 / 10 % discordance.
-    """
-    z = float(norm.ppf(1 - alpha) + norm.ppf(power))
-    return math.ceil(z * z * discordance / margin**2)
-
-
-def pairs_for_difference(*, discordance: float, difference: float, power: float = 0.8, alpha: float = 0.05) -> int:
-    """Pairs a two-sided McNemar test needs to show a true paired difference (normal approximation).
-
-    At 10 % discordance and 0.6 points: about 21,800 pairs.
-
-    Raises:
-        ValueError: a difference of nil, or one that is more than the discordance allows.
-    """
-    if not 0 < abs(difference) <= discordance:
-        raise ValueError(f"no paired difference of {difference} is there to show at a discordance of {discordance}")
-    z = float(norm.ppf(1 - alpha / 2) + norm.ppf(power))
-    return math.ceil(z * z * (discordance - difference**2) / difference**2)
-
-
-def _difference_interval(
-    differences: Array, *, lost: int, won: int, score: bool, clusters: Sequence[str] | None, c: float
-) -> Interval:
-    mean, n = float(differences.mean()), len(differences)
-    if score:
-        ends = tango_interval(lost=lost, won=won, n_pairs=n, confidence=c)
+def _difference_interval(pairs: _Pairs, confidence: float) -> Interval:
+    mean, n = float(pairs.differences.mean()), len(pairs.differences)
+    if pairs.binary and pairs.narrow:
+        lost, won = pairs.score_counts
+        ends = tango_interval(lost=lost, won=won, n_pairs=len(pairs.sums), confidence=confidence)
         return interval_of(mean, ends, n=n, kind="score")
-    if lost + won == 0:
+    if not (np.abs(pairs.differences) > 0).any():
         return Interval(mean, None, None, n, "none")
-    return bootstrap_interval(differences, clusters=clusters, confidence=c)
+    return bootstrap_interval(pairs.differences, clusters=pairs.clusters, confidence=confidence)
 
 
-def _noninferiority(
-    differences: Array, *, lost: int, won: int, margin: float, binary: bool, clusters: Sequence[str] | None
-) -> Noninferiority:
-    n = len(differences)
+def _noninferiority(pairs: _Pairs, *, margin: float, effect: float) -> Noninferiority:
+    n, seen = len(pairs.differences), {"discordance": pairs.discordance, "margin": margin, "design_effect": effect}
     p_value: float | None = None
-    if binary:
-        z = tango_z(lost=lost, won=won, n_pairs=n, difference=-margin)
-        p_value = float(norm.sf(z))
+    if pairs.scored:
+        lost, won = pairs.score_counts
+        p_value = float(norm.sf(tango_z(lost=lost, won=won, n_pairs=len(pairs.sums), difference=-margin)))
         holds, fails = p_value < 0.05, p_value > 0.95
     else:
-        ends = bootstrap_ends(differences, clusters, 0.9) if lost + won >= LEAST_DISCORDANT else None
-        low, high = ends or (-1.0, 1.0)
+        low, high = _ends_90(pairs)
         holds, fails = low > -margin, high < -margin
+    power = noninferiority_power(n_pairs=n, **seen)
     if holds or fails:
-        return Noninferiority(margin, p_value, "non-inferior" if holds else "inferior", None)
-    needed = pairs_for_noninferiority(discordance=_discordance(lost + won, n), margin=margin)
-    return Noninferiority(margin, p_value, "inconclusive", max(needed, n + 1))
+        return Noninferiority(margin, p_value, "non-inferior" if holds else "inferior", None, power)
+    needed = max(pairs_for_noninferiority(**seen), n + 1)
+    return Noninferiority(margin, p_value, "inconclusive", needed, power)
+
+
+def _equivalence(pairs: _Pairs, *, margin: float, effect: float) -> Equivalence:
+    n = len(pairs.differences)
+    p_value: float | None = None
+    if pairs.scored:
+        lost, won = pairs.score_counts
+        below, above = (
+            tango_z(lost=lost, won=won, n_pairs=len(pairs.sums), difference=value) for value in (-margin, margin)
+        )
+        p_value = float(max(norm.sf(below), norm.cdf(above)))
+        holds, fails = p_value < 0.05, bool(norm.cdf(below) < 0.05 or norm.sf(above) < 0.05)
+    else:
+        low, high = _ends_90(pairs)
+        holds, fails = -margin < low and high < margin, high < -margin or low > margin
+    if holds or fails:
+        return Equivalence(margin, p_value, "equivalent" if holds else "not equivalent", None)
+    needed = pairs_for_equivalence(discordance=pairs.discordance, margin=margin, design_effect=effect)
+    return Equivalence(margin, p_value, "inconclusive", max(needed, n + 1))
+
+
+def _ends_90(pairs: _Pairs) -> tuple[float, float]:
+    """Ends whose halves are tests of 5 %; everything where too few clusters differ to resample them."""
+    enough = pairs.lost + pairs.won >= LEAST_DISCORDANT
+    return (bootstrap_ends(pairs.differences, pairs.clusters, 0.9) if enough else None) or (-1.0, 1.0)
+
+
+def _nearly_alike(sums: Array, sizes: Array) -> bool:
+    """Whether too few clusters depart from the commonest outcome, all right or all wrong, to resample them."""
+    return len(sums) - max(int((sums == sizes).sum()), int((sums == 0).sum())) < LEAST_DISCORDANT
 
 
 def _discordance(discordant: int, n: int) -> float:

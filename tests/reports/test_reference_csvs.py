@@ -1,8 +1,9 @@
 """The committed H100 runs give the CSV files they gave before the rooms were built (commit c942a2f).
 
 `reference_csvs.json` holds, of every CSV that `kvscope report results/reference/h100` wrote then, its SHA-256 and its
-columns. Columns added since are left out before the hashes are compared; one that is gone or renamed fails. CSVs have
-nine digits, so the processor's rounding does not show.
+columns. Files with bootstrap intervals were recorded anew when these were widened for few clusters. Columns added since
+are left out before the hashes are compared; one that is gone or renamed fails. CSVs have nine digits, so that the
+processor's rounding does not show.
 """
 
 import hashlib

@@ -13,16 +13,9 @@ from scipy.stats import binomtest, bootstrap, norm
 
 from kvscope.reports.units import percent, points, with_interval
 from kvscope.results.bootstrap import bootstrap_means
-from kvscope.results.statistics import (
-    Interval,
-    bootstrap_interval,
-    holm,
-    mean_interval,
-    paired_difference,
-    pairs_for_noninferiority,
-    tango_interval,
-    tango_z,
-)
+from kvscope.results.power import pairs_for_equivalence, pairs_for_noninferiority
+from kvscope.results.statistics import Interval, bootstrap_interval, holm, mean_interval, paired_difference
+from kvscope.results.tango import tango_interval, tango_z
 
 
 def scores(lost: int, won: int, same: int) -> tuple[list[float], list[float]]:
@@ -261,3 +254,64 @@ def test_bad_input_is_refused() -> None:
         mean_interval([math.nan])
     with pytest.raises(ValueError, match="pairs are needed"):
         paired_difference([1.0], [1.0, 0.0])
+
+
+def test_contexts_are_tested_and_not_their_questions() -> None:
+    """Six questions of one context are lost: by questions p = .03, and one context proves nothing."""
+    names = ["a"] * 6 + [f"c{place}" for place in range(30)]
+    found = paired_difference([0.0] * 6 + [1.0] * 30, [1.0] * 36, clusters=names)
+    assert (found.lost, found.lost_clusters, found.n_clusters) == (6, 1, 31)
+    assert (found.test, found.p_value) == ("exact McNemar by clusters", 1.0)
+    assert found.pairs_for_6_discordant is not None
+    assert found.difference.kind == "score"
+    assert found.difference.low is not None
+    assert found.difference.low < -0.15
+    assert found.noninferiority.verdict == found.equivalence.verdict == "inconclusive"
+    assert found.design_effect > 5
+    alone = paired_difference([0.0] * 6 + [1.0] * 30, [1.0] * 36)
+    assert (alone.test, alone.design_effect, alone.n_clusters) == ("exact McNemar", 1.0, 36)
+    assert alone.p_value == pytest.approx(2 * 0.5**6)
+
+
+def test_graded_contexts_take_the_sign_of_the_whole() -> None:
+    """By questions the method wins more often; by contexts it loses, and that is what the verdict goes by."""
+    method, baseline, names = [], [], []
+    for place in range(8):
+        method += [0.0, 0.6, 0.6]
+        baseline += [1.0, 0.5, 0.5]
+        names += [f"c{place}"] * 3
+    found = paired_difference(method, baseline, clusters=names)
+    assert (found.lost, found.won) == (8, 16)
+    assert (found.lost_clusters, found.won_clusters, found.test) == (8, 0, "exact sign test by clusters")
+    assert found.p_value == pytest.approx(2 * 0.5**8)
+    assert found.is_worse
+
+
+def test_equivalence_verdicts() -> None:
+    same = paired_difference(*scores(2, 2, 996)).equivalence
+    assert (same.verdict, same.pairs_needed) == ("equivalent", None)
+    assert same.p_value == pytest.approx(
+        max(norm.sf(tango_z(lost=2, won=2, n_pairs=1000, difference=-0.01)), norm.cdf(
+            tango_z(lost=2, won=2, n_pairs=1000, difference=0.01)
+        ))
+    )  # fmt: skip
+    better = paired_difference(*scores(0, 100, 900))
+    assert (better.noninferiority.verdict, better.equivalence.verdict) == ("non-inferior", "not equivalent")
+    open_case = paired_difference(*scores(2, 2, 196)).equivalence
+    assert open_case.verdict == "inconclusive"
+    assert open_case.pairs_needed == pairs_for_equivalence(discordance=5 / 202, margin=0.01)
+    graded = paired_difference([0.5] * 500 + [0.52, 0.48] * 20, [0.5] * 540)
+    assert (graded.equivalence.verdict, graded.equivalence.p_value) == ("equivalent", None)
+
+
+@pytest.mark.parametrize("n", [7, 900, 6500])
+def test_shared_draws_are_draws_of_clusters(n: int) -> None:
+    """Spread and mean of the resampled means, by table, by kinds and by indices; cells of as many clusters share."""
+    values = np.random.default_rng(n).random(n)
+    means = bootstrap_means(values, resamples=2000)
+    assert means is not None
+    assert means.std() == pytest.approx(values.std() / math.sqrt(n), rel=0.06)
+    assert means.mean() == pytest.approx(values.mean(), abs=4 * values.std() / math.sqrt(2000 * n))
+    few = bootstrap_means((values > 0.5).astype(float), resamples=2000)
+    assert few is not None
+    assert few.std() == pytest.approx(0.5 / math.sqrt(n), rel=0.06)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from kvscope.harness.studies.flashmemory.check import Check, Group
 from kvscope.methods.lsa import printed as paper
 from kvscope.results.grim import can_be_a_count, counts_around
-from kvscope.results.statistics import pairs_for_difference
+from kvscope.results.power import pairs_for_difference
 
 HALF_DIGIT_PERCENT = 0.05
 """Table 1 prints accuracies to one digit."""
