@@ -17,7 +17,8 @@ from kvscope.methods.lsa.compressed import (
     compressed_indexer_hash,
     load_compressed_indexer,
 )
-from kvscope.methods.lsa.method import DEFAULT_TAU, Lsa
+from kvscope.methods.lsa.method import Lsa
+from kvscope.methods.lsa.options import DEFAULT_TAU
 from kvscope.methods.lsa.schedule import Schedule
 from kvscope.methods.shape import Footprint, ModelShape
 
