@@ -90,14 +90,22 @@ class Collector(ABC):
         name: what it collects, with its settings (``"chunk_mean_64"``); collectors of equal name and layer run once.
         layer: the layer it listens to.
         unrotated_keys: K comes with the layer's rotation undone.
+        reads_queries: whether it hears the layer's queries, too.
     """
 
     name: str
     layer: int
     unrotated_keys: bool = False
+    reads_queries: bool = False
 
     def begin(self, n_tokens: int) -> None:  # noqa: B027 - most collectors do the same at any length
         """Learn the prompt's length before its first chunk: settings may depend on it."""
+
+    def queries(self, call: AttentionCall) -> None:  # noqa: B027 - most are made of keys
+        """Take how the layer's attention was called for the chunk that ``chunk`` brings next, with ``reads_queries``.
+
+        The call's queries are [1, Q, S, D], rotation applied; it is not to be kept: its tensors are large.
+        """
 
     @abstractmethod
     def chunk(self, k_BHSD: torch.Tensor, v_BHSD: torch.Tensor, hidden_BSM: torch.Tensor, *, start_tokens: int) -> None:

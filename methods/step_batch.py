@@ -28,12 +28,20 @@ class StepReads:
         stores: what attention reads, one or two; empty where ``chooser`` chooses it.
         turn_1: how many positions to turn the query back for the second store, int32 [1]; None: not at all.
         chooser: the sequence, where the query chooses what it reads.
+        query_place: where the scaled query is left for a later choice, [Q, D]; None: nowhere.
     """
 
     place: TokenPlace
     stores: tuple[PagedKV, ...] = ()
     turn_1: torch.Tensor | None = None
     chooser: ChoosingSequence | None = None
+    query_place: torch.Tensor | None = None
+
+
+def keep_query(call: AttentionCall, place: torch.Tensor | None, *, row: int = 0) -> None:
+    """Leave the query of one sequence of a step where it asked for it, scaled: its products with keys are logits."""
+    if place is not None:
+        torch.mul(call.query[row, :, 0], call.scale, out=place)
 
 
 class StepSource(Protocol):
@@ -83,6 +91,7 @@ class _Layer:
             if each.chooser is not None:
                 groups.setdefault(each.chooser.choice_key, []).append(b)
         stores = [each.stores for each in reads]
+        self._query_places = [(b, each.query_place) for b, each in enumerate(reads) if each.query_place is not None]
         self._choices: list[tuple[ChoiceRows, list[int]]] = []
         device = reads[0].place.pages.device
         for rows in groups.values():
@@ -104,6 +113,8 @@ class _Layer:
         call: AttentionCall,
         angles_of: Callable[[Rotation, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
     ) -> torch.Tensor:
+        for b, place in self._query_places:
+            keep_query(call, place, row=b)
         self._table.append(call.key, call.value)
         for choice, rows in self._choices:
             choice.choose(call, rows)

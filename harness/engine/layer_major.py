@@ -98,6 +98,7 @@ class _LayerMajor:
         states: dict[int, Any] = dict(self.stock)
         for layer in shape.layers:
             states[layer] = PrefillLayer(layer, buffer, self.host_pages[layer], page_tokens=shape.page_tokens)
+            states[layer].keeps_call = any(each.reads_queries for each in self.listeners.get(layer, ()))
         # The last layer's output would only feed the logits, which nobody reads from a prefill.
         if shape.n_layers - 1 in shape.layers:
             states[shape.n_layers - 1].ends_prefill = True
@@ -112,7 +113,11 @@ class _LayerMajor:
                     rotation = self.ready.rotations[layer]
                     if collector.unrotated_keys and rotation is not None:
                         k_BHSD = rotation.undo(k_BHSD, start_tokens=start)
+                    if collector.reads_queries:
+                        collector.queries(states[layer].last_call)
                     collector.chunk(k_BHSD, v_BHSD, hidden_BSM, start_tokens=start)
+                if layer in self.listeners:
+                    states[layer].last_call = None
                 if out_BSM is not None:
                     hidden_BSM.copy_(out_BSM)  # in place: one copy of the prompt's hidden states
             # Read once, behind the last layer: nothing waits here.
@@ -208,11 +213,18 @@ def _stand_ins(decoder: Any) -> Iterator[list[_Recorded]]:
 
 
 class PrefillLayer(EngineLayer):
-    """One managed layer while prefilling: K and V go to the shared device buffer and to the layer's host pages."""
+    """One managed layer while prefilling: K and V go to the shared device buffer and to the layer's host pages.
+
+    Attributes:
+        ends_prefill: whether the prefill is over once K and V of this layer are stored.
+        keeps_call: whether a collector asks how attention was called.
+        last_call: that, of the last chunk; whoever has read it lets go of it.
+    """
 
     def __init__(self, index: int, buffer: torch.Tensor, host_pages: torch.Tensor, *, page_tokens: int) -> None:
         super().__init__(index)
-        self.ends_prefill = False
+        self.ends_prefill = self.keeps_call = False
+        self.last_call: AttentionCall | None = None
         self._buffer = buffer
         self._host_pages = host_pages
         self._page_tokens = page_tokens
@@ -239,6 +251,8 @@ class PrefillLayer(EngineLayer):
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
         self._refuse_window(call)
+        if self.keeps_call:
+            self.last_call = call
         if self.ends_prefill:
             raise _PrefillEnds
         k_BHTD, v_BHTD = self._buffer[:, :, :, : self._n_tokens]

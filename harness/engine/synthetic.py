@@ -20,7 +20,7 @@ import torch
 from kvscope.errors import UsageError
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.prefill import DEFAULT_CHUNK_TOKENS, check_host_bytes
-from kvscope.methods.base import Collector
+from kvscope.methods.base import AttentionCall, Collector
 from kvscope.methods.pinned import empty_mapped, lock
 from kvscope.methods.shape import ModelShape
 from kvscope.methods.store import PromptKV, page_shape
@@ -88,7 +88,7 @@ def synthetic_prompt(
         prompt_sha256=hashlib.sha256(f"synthetic {n_tokens} {seed}".encode()).hexdigest(),
     )
     for collector in collectors:
-        _feed(collector, prompt, hidden_SM, chunk_tokens=chunk_tokens)
+        _feed(collector, prompt, hidden_SM, chunk_tokens=chunk_tokens, draws=draws)
     if loaded.device.type == "cuda":
         torch.cuda.synchronize(loaded.device)
     prompt.prefill_s = time.perf_counter() - started_s
@@ -146,8 +146,11 @@ def _zero_tails(pages: torch.Tensor, n_tokens: int) -> None:
         pages[:, :, :, used:] = 0
 
 
-def _feed(collector: Collector, prompt: PromptKV, hidden_SM: torch.Tensor, *, chunk_tokens: int) -> None:
-    """Let a collector hear its layer's keys and values, chunk by chunk, as in a prefill."""
+def _feed(
+    collector: Collector, prompt: PromptKV, hidden_SM: torch.Tensor, *, chunk_tokens: int, draws: torch.Generator
+) -> None:
+    """Let a collector hear its layer's keys and values, chunk by chunk, as in a prefill; queries are random."""
+    shape = prompt.shape
     P = prompt.shape.page_tokens
     pages = prompt.pages[collector.layer]
     collector.begin(prompt.n_tokens)
@@ -155,5 +158,9 @@ def _feed(collector: Collector, prompt: PromptKV, hidden_SM: torch.Tensor, *, ch
         end = min(start + chunk_tokens, prompt.n_tokens)
         part = pages[start // P : -(-end // P)].to(hidden_SM.device)
         k_BHSD, v_BHSD = (part[:, :, i].transpose(0, 1).flatten(1, 2)[None, :, : end - start] for i in (0, 1))
+        if collector.reads_queries:
+            size = (1, shape.n_q_heads, end - start, shape.head_dim)
+            query = torch.randn(size, dtype=hidden_SM.dtype, device=hidden_SM.device, generator=draws)
+            collector.queries(AttentionCall(query=query, key=k_BHSD, value=v_BHSD, scale=shape.head_dim**-0.5))
         collector.chunk(k_BHSD, v_BHSD, hidden_SM[None, : end - start], start_tokens=start)
     prompt.metadata.setdefault(collector.name, {})[collector.layer] = collector.finish()

@@ -20,7 +20,7 @@ __all__ = [
     "save_indexer",
 ]
 
-HOW_TO_TRAIN = "train one with kvscope lsa collect and kvscope lsa train, and pass indexer=FOLDER"
+HOW_TO_TRAIN = "make one with kvscope lsa fit, and pass indexer=FOLDER"
 FILES = IndexerFiles(
     kind="lsa",
     config_type=IndexerConfig,

@@ -14,6 +14,7 @@ from kvscope.methods.lsa.labels import chunk_mass
 from kvscope.methods.lsa.layout import ChunkLayout
 from kvscope.methods.lsa.selection import Selector
 from kvscope.methods.shape import Footprint
+from kvscope.methods.step_batch import keep_query
 from kvscope.methods.store import PromptKV
 
 
@@ -70,6 +71,7 @@ class LsaSequence(SequenceCache):
         due = step % self._schedule.tau == 0 and self._layout.n_candidates > 0
         if due and step and layer == layers[0] and not self._selector.reads_mass:
             self._refresh(layers, self._choose())
+        keep_query(call, self._selector.query_place(layer))
         self._append(layer, call.key, call.value)
         self._n_fed[layer] += 1
         if due and self._selector.reads_mass:

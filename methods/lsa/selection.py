@@ -93,8 +93,16 @@ class Selector:
     def observe(self, layer: int, hidden_BM: torch.Tensor) -> None:
         """Take a hidden state of the current step; ``choose`` sees it from the next step on."""
 
+    def query_place(self, layer: int) -> torch.Tensor | None:
+        """Return where a step leaves its scaled query in a managed layer, [Q, D]; None: queries are not asked for.
+
+        ``choose`` sees them from the next step on.
+        """
+        del layer
+        return None
+
     def end_step(self) -> None:
-        """The states observed belong to a finished step."""
+        """The states observed, and the queries left, belong to a finished step."""
 
     def choose(self) -> torch.Tensor:
         """Return the candidates to keep, counted from the first candidate, ascending, on the CPU.

@@ -15,7 +15,7 @@ from kvscope.methods.lsa.schedule import LsaSequence, Schedule
 from kvscope.methods.lsa.selection import Selector
 from kvscope.methods.shape import Footprint, tensor_bytes
 from kvscope.methods.static_step import StepPages, unsupported_step, write_token
-from kvscope.methods.step_batch import StepReads
+from kvscope.methods.step_batch import StepReads, keep_query
 from kvscope.methods.step_counters import StepCounters
 from kvscope.methods.store import PagePool, PromptKV
 
@@ -103,6 +103,7 @@ class RecallingSequence(LsaSequence):
             return super().attend(layer, call)
         reads = self.step_reads(layer)
         assert reads is not None
+        keep_query(call, reads.query_place)
         write_token(reads.place, call.key, call.value)
         return stored_attention(call, reads.stores)
 
@@ -112,7 +113,9 @@ class RecallingSequence(LsaSequence):
         stores = [self._step.store(layer)]
         if self._slots is not None:
             stores.append(self._slots.store(layer))
-        return StepReads(place=self._step.place_of(layer), stores=tuple(stores))
+        return StepReads(
+            place=self._step.place_of(layer), stores=tuple(stores), query_place=self._selector.query_place(layer)
+        )
 
     def begin_step(self) -> None:
         if self._step is None:

@@ -41,6 +41,7 @@ SPECS = [
     "lsa:budget_tokens={room},selection=synthetic,tau=3,chunk_tokens=12,recency_tokens=5",
     "lsa:budget_fraction=1.0,selection=synthetic,tau=2,chunk_tokens=8,recency_tokens=5,refresh=stale1",
     "lsa:budget_tokens={room},indexer=attention,chunk_tokens=8,recency_tokens=5,tau=2",
+    "lsa:budget_fraction=1.0,indexer=landmark,chunk_tokens=8,recency_tokens=5,tau=2",
 ]
 
 

@@ -46,6 +46,7 @@ SPECS = [
     "dsa:budget_tokens=9,indexer=oracle",
     "lsa:tau=4,budget_fraction=0.6,chunk_tokens=12,recency_tokens=33,sink_tokens=0,selection=synthetic",
     "lsa:tau=1,threshold=0.4,chunk_tokens=16,recency_tokens=20,indexer=attention",
+    "lsa:tau=3,budget_fraction=0.5,chunk_tokens=16,recency_tokens=33,indexer=landmark",
 ]
 # A threshold keeps as much as the prompt demands, so its bytes cannot be told beforehand.
 PREDICTABLE = [spec for spec in SPECS if "lsa" not in spec or "attention" not in spec]

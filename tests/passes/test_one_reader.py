@@ -94,7 +94,7 @@ def test_an_option_reads_the_same_everywhere(
 class _Named:
     """Stands for lsa where only its options matter."""
 
-    from kvscope.methods.lsa.method import LsaConfig as Config
+    from kvscope.methods.lsa.options import LsaConfig as Config
 
     name = "lsa"
 

@@ -12,7 +12,8 @@ from kvscope.harness.backends.deepseek_v4.sequence import Choice, CompressedSequ
 from kvscope.harness.backends.deepseek_v4.shape import CompressedModelShape
 from kvscope.methods.lsa.compressed import CompressedIndexer, CompressedSelector
 from kvscope.methods.lsa.compressed_files import compressed_indexer_hash, load_compressed_indexer
-from kvscope.methods.lsa.method import DEFAULT_TAU, Lsa
+from kvscope.methods.lsa.method import Lsa
+from kvscope.methods.lsa.options import DEFAULT_TAU
 from kvscope.methods.lsa.printed import N_INDEXED_LAYERS
 from kvscope.methods.lsa.schedule import Schedule
 from kvscope.methods.shape import Footprint, ModelShape

@@ -8,7 +8,8 @@ from sessions import Single
 from tiny_models import build_stock, prompt_ids
 
 from kvscope.harness.engine.models import wrap_model
-from kvscope.methods.lsa.method import Lsa, LsaConfig
+from kvscope.methods.lsa.method import Lsa
+from kvscope.methods.lsa.options import LsaConfig
 from kvscope.methods.lsa.selection import ScriptedSelector
 from kvscope.methods.registry import create_method
 

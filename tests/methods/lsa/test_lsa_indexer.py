@@ -183,7 +183,7 @@ def test_an_indexer_of_another_model_layer_or_chunk_size_is_refused(tmp_path, ch
     with pytest.raises(UsageError) as caught:
         method.require(shape)
     assert message in str(caught.value)
-    assert "kvscope lsa train" in str(caught.value)
+    assert "kvscope lsa fit" in str(caught.value)
     assert message in method.unsupported(shape, "cpu")[0]
 
 
@@ -250,7 +250,7 @@ def test_no_indexer_names_the_way_to_one():
     shape = loaded_model("llama").shape
     with pytest.raises(UsageError) as caught:
         create_method("lsa:chunk_tokens=48").require(shape)
-    for word in ("kvscope lsa collect", "kvscope lsa train", "selection=synthetic", "indexer=attention", "48 tokens"):
+    for word in ("kvscope lsa fit", "selection=synthetic", "indexer=landmark", "48 tokens"):
         assert word in str(caught.value)
     with pytest.raises(UsageError, match="No trained indexer comes with kvscope for this model"):
         create_method("lsa").require(shape)

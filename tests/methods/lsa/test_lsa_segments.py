@@ -33,7 +33,8 @@ from kvscope.methods.fp8_keys import dequantize, quantize
 from kvscope.methods.lsa.collectors import ChunkKeys
 from kvscope.methods.lsa.indexer import Indexer, IndexerConfig
 from kvscope.methods.lsa.indexer_files import load_indexer
-from kvscope.methods.lsa.method import Lsa, LsaConfig
+from kvscope.methods.lsa.method import Lsa
+from kvscope.methods.lsa.options import LsaConfig
 from kvscope.methods.registry import create_method
 
 MANY = {"chunk_tokens": 12, "segment_tokens": 4, "neighbours": 2, "lookback_tokens": 3}

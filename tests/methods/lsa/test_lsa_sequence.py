@@ -10,7 +10,8 @@ from tiny_models import loaded_model, prompt_ids
 from kvscope.harness.engine.decode import decode
 from kvscope.harness.engine.prefill import prefill
 from kvscope.methods.lsa import pool
-from kvscope.methods.lsa.method import Lsa, LsaConfig
+from kvscope.methods.lsa.method import Lsa
+from kvscope.methods.lsa.options import LsaConfig
 from kvscope.methods.lsa.selection import ScriptedSelector
 from kvscope.methods.registry import create_method
 from kvscope.methods.shape import tensor_bytes

@@ -1,0 +1,146 @@
+"""The options of ``lsa``, checked. No torch."""
+
+from dataclasses import dataclass
+
+from kvscope.methods.budget import check_budget
+from kvscope.units import Tokens
+
+DEFAULT_CHUNK_TOKENS = 64
+DEFAULT_TAU = 64
+#: Values of ``indexer`` that need no trained one.
+ATTENTION, HINDSIGHT, LANDMARK = "attention", "hindsight", "landmark"
+#: Share of the prompt that ``landmark`` keeps where no budget is given: its scores are no probabilities to a threshold.
+LANDMARK_BUDGET_FRACTION = 0.25
+#: What versions to 0.2 called ``attention``: folders and rows of it keep their labels.
+OLDER_ATTENTION = "oracle"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LsaConfig:
+    """Options of ``lsa``.
+
+    Attributes:
+        tau: decode steps between refreshes of the resident set; none: those the indexer was trained for, 64 without a
+            trained one.
+        mode: how chunks are kept, by threshold (all that score enough) or by budget (a fixed number, those that score
+            most); none: by budget when one is given.
+        threshold: in threshold mode, least score of a kept chunk, between 0 and 1; with indexer=attention the share of
+            a layer's attention that the kept chunks reach together with what always stays; with indexer=hindsight the
+            share that they reach, at each step and layer, of what all chunks to choose from get.
+        budget_tokens: in budget mode, prompt tokens that stay, sinks and window included (both stay even if they alone
+            are more).
+        budget_fraction: the same as a fraction of the prompt's tokens.
+        cap_tokens: in threshold mode, the most prompt tokens that stay, sinks and window included: of a larger choice
+            the best chunks are kept; none: the indexer's cap, without one any number.
+        chunk_tokens: tokens of a chunk; none: the indexer's own (of several shipped the first by name), 64 without a
+            trained one.
+        sink_tokens: first prompt tokens that always stay, widened to whole chunks.
+        recency_tokens: last prompt tokens that always stay, widened to whole chunks; none: min(8192, max(128,
+            length / 64)).
+        refresh: sync (the recall ends before the step) or stale1 (copied behind the running interval, read from the
+            next one on).
+        fallback_ratio: a choice of more than this share of the candidate chunks makes the interval dense; none: never.
+        indexer: folder or shipped name of a trained indexer, on deepseek_v4 models a file of weights; or attention
+            (each layer chooses by its own attention at the refreshing step, read from the host; the steps after it may
+            need others); or hindsight (what the steps of each interval attended to in a first, dense decode: what
+            predicting could reach; answers only); or landmark (the model's own last queries, against bounds of each
+            chunk's keys; by budget, a quarter of the prompt unless set); none: the one shipped for this model and chunk
+            size.
+        selection: trained, or synthetic (an indexer of random weights: right bytes and times, meaningless accuracy).
+        seed: of the synthetic indexer.
+        churn: with selection=synthetic, share of the resident chunks that a refresh replaces, between 0 and 1; none:
+            what the reference model's trained indexer was measured to replace at this tau (docs/measurement.md).
+    """
+
+    tau: int | None = None
+    mode: str | None = None
+    threshold: float = 0.5
+    budget_tokens: Tokens | None = None
+    budget_fraction: float | None = None
+    cap_tokens: Tokens | None = None
+    chunk_tokens: Tokens | None = None
+    sink_tokens: Tokens = 4
+    recency_tokens: Tokens | None = None
+    refresh: str = "sync"
+    fallback_ratio: float | None = None
+    indexer: str | None = None
+    selection: str = "trained"
+    seed: int = 0
+    churn: float | None = None
+
+    def __post_init__(self) -> None:
+        budgeted = self.budget_tokens is not None or self.budget_fraction is not None
+        by_landmark = self.indexer == LANDMARK
+        for name, value, known in (
+            ("mode", self.mode or "threshold", ("threshold", "budget")),
+            ("refresh", self.refresh, ("sync", "stale1")),
+            ("selection", self.selection, ("trained", "synthetic")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be {' or '.join(known)}, got {value!r}")
+        if by_landmark and (self.mode == "threshold" or self.threshold != 0.5 or self.cap_tokens is not None):
+            raise ValueError(
+                "indexer=landmark scores by no probability, so no threshold and no cap of one apply; give "
+                "budget_tokens or budget_fraction"
+            )
+        if self.mode == "budget" and not (budgeted or by_landmark):
+            raise ValueError("mode=budget needs budget_tokens or budget_fraction")
+        if self.mode == "threshold" and budgeted:
+            raise ValueError("a budget belongs to mode=budget; leave mode out or drop the budget")
+        if budgeted and self.threshold != 0.5:
+            raise ValueError("give a threshold or a budget, not both")
+        if self.budget_tokens is not None and self.budget_fraction is not None:
+            raise ValueError("give budget_tokens or budget_fraction, not both")
+        if self.budget_tokens is not None and self.budget_tokens < 0:
+            raise ValueError(f"budget_tokens must be 0 or more, got {self.budget_tokens}")
+        check_budget(None, self.budget_fraction)
+        if self.cap_tokens is not None:
+            if self.cap_tokens < 1:
+                raise ValueError(f"cap_tokens must be 1 or more, got {self.cap_tokens}")
+            if budgeted:
+                raise ValueError("cap_tokens bounds what a threshold keeps; a budget is its own bound")
+            if self.fallback_ratio is not None:
+                raise ValueError("give cap_tokens or fallback_ratio: what one cuts, the other makes whole")
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"threshold must lie between 0 and 1, both excluded, got {self.threshold}")
+        if self.tau is not None and self.tau < 1:
+            raise ValueError(f"tau must be 1 or more, got {self.tau}")
+        if self.chunk_tokens is not None and self.chunk_tokens < 1:
+            raise ValueError(f"chunk_tokens must be 1 or more, got {self.chunk_tokens}")
+        if self.sink_tokens < 0:
+            raise ValueError(f"sink_tokens must be 0 or more, got {self.sink_tokens}")
+        if self.recency_tokens is not None and self.recency_tokens < 0:
+            raise ValueError(f"recency_tokens must be 0 or more, got {self.recency_tokens}")
+        if self.fallback_ratio is not None and not 0 < self.fallback_ratio < 1:
+            raise ValueError(f"fallback_ratio must lie between 0 and 1, both excluded, got {self.fallback_ratio}")
+        if self.selection == "synthetic" and self.indexer is not None:
+            raise ValueError("selection=synthetic draws its own indexer, so indexer cannot be given")
+        if self.indexer == HINDSIGHT and self.refresh == "stale1":
+            raise ValueError(
+                "refresh=stale1 would bring what indexer=hindsight knows of an interval one interval late; leave it out"
+            )
+        if self.churn is not None and not 0 <= self.churn <= 1:
+            raise ValueError(f"churn must be between 0 and 1, got {self.churn}")
+        if self.churn is not None and self.selection != "synthetic":
+            raise ValueError("churn belongs to selection=synthetic: a trained indexer replaces what it chooses to")
+        if self.selection == "synthetic" and not budgeted:
+            raise ValueError(
+                "selection=synthetic needs a budget: the scores of random weights mean nothing to a threshold"
+            )
+
+    @property
+    def indexed(self) -> bool:
+        """Whether an indexer chooses, trained or synthetic."""
+        return self.indexer not in (ATTENTION, OLDER_ATTENTION, HINDSIGHT, LANDMARK)
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether a budget decides, not a threshold."""
+        return self.budget_tokens is not None or self.effective_fraction is not None
+
+    @property
+    def effective_fraction(self) -> float | None:
+        """The budget as a fraction of the prompt, by default or as given; None: no such budget."""
+        if self.indexer == LANDMARK and self.budget_tokens is None and self.budget_fraction is None:
+            return LANDMARK_BUDGET_FRACTION
+        return self.budget_fraction
