@@ -19,6 +19,8 @@ METHODS: dict[str, str] = {
     "sliding_window": "kvscope.methods.sliding_window.method:SlidingWindow",
     "recency": "kvscope.methods.recency.method:Recency",
     "random": "kvscope.methods.random.method:RandomChunks",
+    "snapkv": "kvscope.methods.snapkv.method:SnapKV",
+    "knorm": "kvscope.methods.knorm.method:KNorm",
     "quest": "kvscope.methods.quest.method:Quest",
     "moba": "kvscope.methods.moba.method:MoBA",
     "msa": "kvscope.methods.msa.method:MSA",

@@ -31,7 +31,7 @@ from kvscope.harness.engine.glue import (
     set_layers,
     widened,
 )
-from kvscope.methods.base import AttentionCall, Collector
+from kvscope.methods.base import AttentionCall, Collector, Rotation
 from kvscope.methods.shape import tensor_bytes
 from kvscope.methods.store import PromptKV, empty_host_pages
 
@@ -97,7 +97,14 @@ class _LayerMajor:
         )
         states: dict[int, Any] = dict(self.stock)
         for layer in shape.layers:
-            states[layer] = PrefillLayer(layer, buffer, self.host_pages[layer], page_tokens=shape.page_tokens)
+            states[layer] = PrefillLayer(
+                layer,
+                buffer,
+                self.host_pages[layer],
+                page_tokens=shape.page_tokens,
+                rotation=self.ready.rotations[layer],
+                listeners=[each for each in self.listeners.get(layer, ()) if each.hears_attention],
+            )
         # The last layer's output would only feed the logits, which nobody reads from a prefill.
         if shape.n_layers - 1 in shape.layers:
             states[shape.n_layers - 1].ends_prefill = True
@@ -210,9 +217,20 @@ def _stand_ins(decoder: Any) -> Iterator[list[_Recorded]]:
 class PrefillLayer(EngineLayer):
     """One managed layer while prefilling: K and V go to the shared device buffer and to the layer's host pages."""
 
-    def __init__(self, index: int, buffer: torch.Tensor, host_pages: torch.Tensor, *, page_tokens: int) -> None:
+    def __init__(
+        self,
+        index: int,
+        buffer: torch.Tensor,
+        host_pages: torch.Tensor,
+        *,
+        page_tokens: int,
+        rotation: Rotation | None,
+        listeners: Sequence[Collector],
+    ) -> None:
         super().__init__(index)
+        self.rotation = rotation
         self.ends_prefill = False
+        self._listeners = listeners
         self._buffer = buffer
         self._host_pages = host_pages
         self._page_tokens = page_tokens
@@ -239,10 +257,13 @@ class PrefillLayer(EngineLayer):
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
         self._refuse_window(call)
+        k_BHTD, v_BHTD = self._buffer[:, :, :, : self._n_tokens]
+        over_all = call.over(k_BHTD, v_BHTD)
+        for collector in self._listeners:
+            collector.attention(over_all, start_tokens=self._n_tokens - call.query.shape[2])
         if self.ends_prefill:
             raise _PrefillEnds
-        k_BHTD, v_BHTD = self._buffer[:, :, :, : self._n_tokens]
-        return called_attention(call.over(k_BHTD, v_BHTD))[..., : call.value.shape[-1]]
+        return called_attention(over_all)[..., : call.value.shape[-1]]
 
 
 def _fill_pages(pages: torch.Tensor, k_BHSD: torch.Tensor, v_BHSD: torch.Tensor) -> None:

@@ -20,7 +20,7 @@ import torch
 from kvscope.errors import UsageError
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.prefill import DEFAULT_CHUNK_TOKENS, check_host_bytes
-from kvscope.methods.base import Collector
+from kvscope.methods.base import AttentionCall, Collector
 from kvscope.methods.pinned import empty_mapped, lock
 from kvscope.methods.shape import ModelShape
 from kvscope.methods.store import PromptKV, page_shape
@@ -147,13 +147,32 @@ def _zero_tails(pages: torch.Tensor, n_tokens: int) -> None:
 
 
 def _feed(collector: Collector, prompt: PromptKV, hidden_SM: torch.Tensor, *, chunk_tokens: int) -> None:
-    """Let a collector hear its layer's keys and values, chunk by chunk, as in a prefill."""
-    P = prompt.shape.page_tokens
+    """Let a collector hear its layer's keys and values, chunk by chunk, as in a prefill.
+
+    Of attention it hears the last chunk: over random keys the rest says nothing, and would take as long as a prefill.
+    """
+    shape, P = prompt.shape, prompt.shape.page_tokens
     pages = prompt.pages[collector.layer]
     collector.begin(prompt.n_tokens)
     for start in range(0, prompt.n_tokens, chunk_tokens):
         end = min(start + chunk_tokens, prompt.n_tokens)
         part = pages[start // P : -(-end // P)].to(hidden_SM.device)
-        k_BHSD, v_BHSD = (part[:, :, i].transpose(0, 1).flatten(1, 2)[None, :, : end - start] for i in (0, 1))
+        k_BHSD, v_BHSD = (_tokens(part, i, end - start) for i in (0, 1))
+        if end == prompt.n_tokens and collector.hears_attention:
+            whole = pages[: -(-end // P)].to(hidden_SM.device)
+            draws = torch.Generator(device=whole.device).manual_seed(prompt.seed)
+            size = (1, shape.n_q_heads, end - start, shape.head_dim)
+            call = AttentionCall(
+                query=torch.randn(size, dtype=whole.dtype, device=whole.device, generator=draws),
+                key=_tokens(whole, 0, end),
+                value=_tokens(whole, 1, end),
+                scale=shape.head_dim**-0.5,
+            )
+            collector.attention(call, start_tokens=start)
         collector.chunk(k_BHSD, v_BHSD, hidden_SM[None, : end - start], start_tokens=start)
     prompt.metadata.setdefault(collector.name, {})[collector.layer] = collector.finish()
+
+
+def _tokens(pages: torch.Tensor, kind: int, n_tokens: int) -> torch.Tensor:
+    """Return K (kind 0) or V (1) of the first tokens of pages [S, H, 2, P, D], as [1, H, n_tokens, D]."""
+    return pages[:, :, kind].transpose(0, 1).flatten(1, 2)[None, :, :n_tokens]

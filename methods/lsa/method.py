@@ -176,6 +176,8 @@ class Lsa(CacheMethod[LsaConfig]):
     cost = "resident = read = S + R + chosen chunks * C + decoded tokens a layer; (E + 4) bytes a key and indexed layer"
     saving_kind = "offloaded"
     budget_sets_window = False
+    needs_training = "an indexer"
+    through_decode = True
     Config = LsaConfig
 
     def __init__(self, config: LsaConfig | None = None, *, label: str | None = None) -> None:

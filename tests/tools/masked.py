@@ -12,6 +12,7 @@ from kvscope.methods.attention import Partial, merge_partials
 from kvscope.methods.base import SequenceCache
 from kvscope.methods.block_sequence import BlockSparseSequence
 from kvscope.methods.block_sparse import BlockSparse
+from kvscope.methods.eviction.kept import KeptTokens
 from kvscope.methods.gather import token_partial
 from kvscope.methods.lsa.labels import token_logits
 from kvscope.methods.lsa.method import Lsa
@@ -44,6 +45,11 @@ def _(method: StaticResidency, prompt, device, reserve_tokens):
 
 
 @open_masked.register
+def _(method: KeptTokens, prompt, device, reserve_tokens):
+    return MaskedKept(prompt, device, kept=method.kept(prompt), reserve_tokens=reserve_tokens)
+
+
+@open_masked.register
 def _(method: SlidingWindow, prompt, device, reserve_tokens):
     window_tokens = method.window_tokens(prompt.n_tokens, prompt.shape)
     sinks = min(method.config.sinks, prompt.n_tokens)
@@ -68,13 +74,17 @@ def _(method: Lsa, prompt, device, reserve_tokens):
 
 
 def masked_partial(call, query, pages, keep_SP):
-    """Attention of one query over the kept tokens of pages [S, H, 2, P, D], in fp32 with the logits written out."""
+    """Attention of one query over the kept tokens of pages [S, H, 2, P, D], in fp32 with the logits written out.
+
+    What is kept may differ by head: [H, S, P].
+    """
     H, D = pages.shape[1], pages.shape[4]
     k_HTD, v_HTD = (pages[:, :, kind].transpose(0, 1).reshape(H, -1, D).float() for kind in (0, 1))
     logits_HGT = (query.view(H, -1, D).float() * call.scale) @ k_HTD.transpose(1, 2)
     if call.softcap is not None:
         logits_HGT = call.softcap * torch.tanh(logits_HGT / call.softcap)
-    logits_HGT = logits_HGT.masked_fill(~keep_SP.flatten(), -torch.inf)
+    keep = keep_SP.flatten() if keep_SP.ndim == 2 else keep_SP.flatten(1)[:, None]
+    logits_HGT = logits_HGT.masked_fill(~keep, -torch.inf)
     lse_HG = torch.logsumexp(logits_HGT, -1)
     # A query that may read nothing adds nothing to the union.
     weights_HGT = torch.exp(logits_HGT - lse_HG.clamp_min(torch.finfo(torch.float32).min)[..., None])
@@ -109,6 +119,28 @@ class MaskedResident(ResidentSequence):
         self.pool.append(layer, call.key, call.value)
         keep = stored(self.pool, layer)
         keep.view(-1)[: len(self._dropped)] &= ~self._dropped
+        return masked_attention(call, self.pool.pages[layer], keep)
+
+
+class MaskedKept(ResidentSequence):
+    """Of tokens that differ by head, chosen at opening."""
+
+    def static_reasons(self):
+        return ["a masked step is made anew each time"]
+
+    def __init__(self, prompt, device, *, kept, reserve_tokens=0):
+        super().__init__(prompt, device, ranges=[(0, prompt.n_tokens)], reserve_tokens=reserve_tokens)
+        self._alive = {}
+        for layer, heads in kept.items():
+            self._alive[layer] = torch.zeros((self.shape.n_kv_heads, prompt.n_tokens), dtype=torch.bool, device=device)
+            for alive_N, token_n in zip(self._alive[layer], heads, strict=True):
+                alive_N[token_n] = True
+
+    def attend(self, layer, call):
+        self.pool.append(layer, call.key, call.value)
+        keep = stored(self.pool, layer).expand(self.shape.n_kv_heads, -1, -1).clone()
+        alive_HN = self._alive[layer]
+        keep.view(len(keep), -1)[:, : alive_HN.shape[1]] &= alive_HN
         return masked_attention(call, self.pool.pages[layer], keep)
 
 
