@@ -32,6 +32,7 @@ class PromptKV:
         seed: of the sample; methods that draw mix it in.
         prompt_sha256: of the token ids.
         prefill_s: wall-clock seconds of the prefill.
+        scores_s: seconds of these that collectors took over its attention; None where none heard it.
         peak_device_kv_bytes: K and V held on the device at once while prefilling: one layer, and the stock layers.
     """
 
@@ -45,6 +46,7 @@ class PromptKV:
     seed: int = 0
     prompt_sha256: str = ""
     prefill_s: float = 0.0
+    scores_s: float | None = None
     peak_device_kv_bytes: int = 0
 
     @property

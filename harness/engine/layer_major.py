@@ -10,6 +10,7 @@ Shapes: B batch (1), N prompt tokens, S tokens of a chunk, H KV heads, P tokens 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,6 +63,7 @@ def layer_major_prefill(
         last_hidden=run.last_hidden,
         seed=seed,
         prompt_sha256=prompt_sha256,
+        scores_s=run.clock.total_s(),
         peak_device_kv_bytes=run.peak_device_kv_bytes,
     )
 
@@ -85,6 +87,7 @@ class _LayerMajor:
         self.stock: dict[int, Any] = {layer: StockLayer(shape.sliding_window) for layer in shape.sliding_layers}
         self.last_hidden: dict[int, torch.Tensor] = {}
         self.peak_device_kv_bytes = 0
+        self.clock = Clock(ready.device)
         self._totals: dict[int, list[torch.Tensor]] = {}
 
     def execute(self) -> None:
@@ -104,6 +107,7 @@ class _LayerMajor:
                 page_tokens=shape.page_tokens,
                 rotation=self.ready.rotations[layer],
                 listeners=[each for each in self.listeners.get(layer, ()) if each.hears_attention],
+                clock=self.clock,
             )
         # The last layer's output would only feed the logits, which nobody reads from a prefill.
         if shape.n_layers - 1 in shape.layers:
@@ -214,6 +218,37 @@ def _stand_ins(decoder: Any) -> Iterator[list[_Recorded]]:
         set_layers(decoder, real)
 
 
+class Clock:
+    """How long the device was busy with something, in pieces. On a GPU nothing waits until the sum is asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._pieces_s: list[float] = []
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Time what is done inside."""
+        if not self._cuda:
+            started_s = time.perf_counter()
+            yield
+            self._pieces_s.append(time.perf_counter() - started_s)
+            return
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        first.record()
+        yield
+        last.record()
+        self._events.append((first, last))
+
+    def total_s(self) -> float | None:
+        """Return the seconds of all pieces; None where there was none."""
+        if self._events:
+            torch.cuda.synchronize()
+            self._pieces_s += [first.elapsed_time(last) / 1000 for first, last in self._events]
+            self._events.clear()
+        return sum(self._pieces_s) if self._pieces_s else None
+
+
 class PrefillLayer(EngineLayer):
     """One managed layer while prefilling: K and V go to the shared device buffer and to the layer's host pages."""
 
@@ -226,11 +261,12 @@ class PrefillLayer(EngineLayer):
         page_tokens: int,
         rotation: Rotation | None,
         listeners: Sequence[Collector],
+        clock: Clock,
     ) -> None:
         super().__init__(index)
         self.rotation = rotation
         self.ends_prefill = False
-        self._listeners = listeners
+        self._listeners, self._clock = listeners, clock
         self._buffer = buffer
         self._host_pages = host_pages
         self._page_tokens = page_tokens
@@ -259,8 +295,10 @@ class PrefillLayer(EngineLayer):
         self._refuse_window(call)
         k_BHTD, v_BHTD = self._buffer[:, :, :, : self._n_tokens]
         over_all = call.over(k_BHTD, v_BHTD)
-        for collector in self._listeners:
-            collector.attention(over_all, start_tokens=self._n_tokens - call.query.shape[2])
+        if self._listeners:
+            with self._clock.running():
+                for collector in self._listeners:
+                    collector.attention(over_all, start_tokens=self._n_tokens - call.query.shape[2])
         if self.ends_prefill:
             raise _PrefillEnds
         return called_attention(over_all)[..., : call.value.shape[-1]]

@@ -242,7 +242,7 @@ def _value_text(value: object) -> str:
     if value is None:
         return "none"
     if isinstance(value, float):
-        return f"{value:.3g}"
+        return str(value) if value.is_integer() else f"{value:.3g}"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

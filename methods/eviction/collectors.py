@@ -106,3 +106,50 @@ class KeyNorms(ScoreCollector):
             self._scores = torch.cat(self._parts, 1)
             self._parts.clear()
         return super().finish()
+
+
+class LastQueryScores(ScoreCollector):
+    """TOVA's: the weights of the last query alone, mean over all heads of the layer, [1, N]."""
+
+    hears_attention = True
+
+    def __init__(self, layer: int) -> None:
+        super().__init__("last_query_attention", layer)
+
+    def attention(self, call: AttentionCall, *, start_tokens: int) -> None:
+        if start_tokens + call.query.shape[2] < self._n_tokens:
+            return
+        k_HND = call.key[0]
+        q_HGSD = call.query[0, :, -1:].view(len(k_HND), -1, 1, call.query.shape[3])
+        weights = [
+            attention_weights(q_GSD, k_ND, call=call, head=head)
+            for head, (q_GSD, k_ND) in enumerate(zip(q_HGSD, k_HND, strict=True))
+        ]
+        self._scores = torch.stack(weights).mean((0, 1, 2))[None]
+
+
+class AccumulatedScores(ScoreCollector):
+    """H2O's: the sum of every query's weights, and over a KV head's group. All attention is computed for it once more.
+
+    It is written out in tiles of ``MOST_LOGITS`` and summed at once, so it adds time and hardly any bytes.
+    """
+
+    hears_attention = True
+
+    def __init__(self, layer: int) -> None:
+        super().__init__("accumulated_attention", layer)
+
+    def attention(self, call: AttentionCall, *, start_tokens: int) -> None:
+        k_HTD = call.key[0]
+        H, T, _ = k_HTD.shape
+        if self._scores is None:
+            self._scores = torch.zeros((H, self._n_tokens), device=k_HTD.device)
+        q_HGSD = call.query[0].view(H, -1, *call.query.shape[2:])
+        G, S = q_HGSD.shape[1:3]
+        tile = max(1, MOST_LOGITS // (G * T))
+        for head in range(H):
+            for first in range(0, S, tile):
+                q_GSD = q_HGSD[head, :, first : first + tile]
+                n_seen = T - S + first + q_GSD.shape[1]
+                weights_GST = attention_weights(q_GSD, k_HTD[head, :n_seen], call=call, head=head)
+                self._scores[head, :n_seen] += weights_GST.sum((0, 1))

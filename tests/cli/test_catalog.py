@@ -64,6 +64,7 @@ def test_automatic_values_are_shown_by_length() -> None:
     [
         ("dense", ("no", "nothing", "-", "arXiv 1706.03762")),
         ("snapkv", ("no", "bytes", "once", "arXiv 2404.14469")),
+        ("h2o", ("no", "bytes", "while decoding", "arXiv 2306.14048")),
         ("sliding_window", ("no", "bytes", "while decoding", "arXiv 2309.17453")),
         ("moba", ("the model", "reads", "while decoding", "arXiv 2502.13189")),
         ("lsa", ("an indexer", "bytes, to host memory", "while decoding", "arXiv 2606.09079")),

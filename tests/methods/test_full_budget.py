@@ -31,7 +31,16 @@ SPECS = [
     "random:budget_bytes=64MiB",
     "snapkv:budget_fraction=1.0",
     "snapkv:budget_tokens={room},pooling=max",
+    "snapkv:budget_fraction=1.0,window_tokens=2,interval_steps=3",
     "knorm:budget_fraction=1.0",
+    "pyramidkv:budget_fraction=1.0",
+    "adakv:budget_fraction=1.0",
+    "adakv:budget_tokens={room}",
+    "expected_attention:budget_tokens={room}",
+    "tova:budget_fraction=1.0",
+    "tova:budget_tokens={room}",
+    "h2o:budget_fraction=1.0",
+    "h2o:budget_tokens={room}",
     "quest:budget_tokens={room}",
     "quest:budget_tokens={room},block_tokens=5,dense_layers=0",
     "moba:budget_tokens={room}",
@@ -93,7 +102,15 @@ def test_a_threshold_that_every_chunk_reaches_is_dense(n_tokens: int, tmp_path) 
     torch.testing.assert_close(found, dense_steps("llama", n_tokens), atol=5e-6, rtol=0)
 
 
-@pytest.mark.parametrize("spec", ["sliding_window:window={room}", "quest:budget_tokens={room},block_tokens=5"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "sliding_window:window={room}",
+        "quest:budget_tokens={room},block_tokens=5",
+        "tova:budget_tokens={room}",
+        "h2o:budget_tokens={room}",
+    ],
+)
 def test_one_token_less_is_no_longer_dense(spec: str) -> None:
     """The query's own token takes its place in a window and in a budget of reads."""
     n_tokens = 127

@@ -71,6 +71,7 @@ def test_a_pass_measures_every_cell_once_and_resumes(small: MakeConfig, monkeypa
         assert "CPU" in row["torch_reason"]
         assert row["tpot_steps"] == 7
         assert min(row["tpot_s"], row["ttft_s"]) > 0
+        assert (0 < row["scores_s"] < row["ttft_s"]) == label.startswith("snapkv")
         assert 0 < row["tpot_p10_s"] <= row["tpot_s"] <= row["tpot_p90_s"]
         assert row["cpu_cores"] == usable_cores()
         assert row["load_1min"] >= 0

@@ -56,3 +56,41 @@ def snapkv_kept(attention_QNN, n_kv_heads, *, budget, window, kernel, pooling):
     N = attention_QNN.shape[1]
     rows = snapkv_scores(attention_QNN, n_kv_heads, window=window, kernel=kernel, pooling=pooling)
     return [best(row, budget - window) + list(range(N - window, N)) for row in rows]
+
+
+def rotations(model, name, positions):
+    """The rotation of each position as a matrix [D, D], from the stock model's tables; keys and queries are rows."""
+    config = model.config
+    D = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cos, sin = model.model.rotary_emb(torch.zeros(1), torch.tensor([positions]))
+    half = torch.zeros(D, D)
+    half[D // 2 :, : D // 2], half[: D // 2, D // 2 :] = torch.eye(D // 2), -torch.eye(D // 2)
+    return [torch.diag(c) + torch.diag(s) @ half for c, s in zip(cos[0], sin[0], strict=True)]
+
+
+def expected_scores(name, ids, layer, key_HND, value_HND, *, n_future, n_sinks, covariance, value_norm, epsilon):
+    """Expected attention by the paper's formulas, in fp64; the queries are the stock model's before rotation."""
+    model = stock_model(name)
+    with torch.inference_mode():
+        hidden = model(torch.tensor([ids]), output_hidden_states=True).hidden_states[layer]
+        module = model.model.layers[layer]
+        flat = module.self_attn.q_proj(module.input_layernorm(hidden))[0, n_sinks:]
+    (H, N, D), use_rope = key_HND.shape, getattr(module.self_attn, "use_rope", True)
+    turn = sum(rotations(model, name, list(range(N, N + n_future)))) / n_future if use_rope else torch.eye(D)
+    q_QTD, turn = flat.view(len(flat), -1, D).transpose(0, 1).double(), turn.double()
+    G = len(q_QTD) // H
+    rows = []
+    for head in range(H):
+        k_TD, total = key_HND[head, n_sinks:].double(), 0
+        for q_TD in q_QTD[head * G : head * G + G]:
+            mean = turn @ q_TD.mean(0)
+            logits = k_TD @ mean / D**0.5
+            if covariance:
+                spread = turn @ torch.cov(q_TD.T, correction=0) @ turn.T
+                logits = logits + torch.stack([k @ spread @ k for k in k_TD]) / (2 * D)
+            total = total + torch.softmax(logits, 0)
+        score = total / G
+        if value_norm:
+            score = (score + epsilon) * value_HND[head, n_sinks:].double().norm(dim=-1)
+        rows.append(torch.cat([torch.full((n_sinks,), torch.inf), score]))
+    return torch.stack(rows)
