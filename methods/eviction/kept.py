@@ -199,7 +199,6 @@ class KeptSequence(SequenceCache):
     def close(self) -> None:
         for step in self._each_step():
             step.release()
-        self._steps.clear()
         for pool in self._pools:
             pool.clear()
         super().close()
