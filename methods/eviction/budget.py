@@ -60,7 +60,7 @@ def kept_tokens(method: str, n_tokens: int, options: EvictionConfig, *, least_to
         return n_tokens
     if wanted < least_tokens:
         raise UsageError(
-            f"Method '{method}': the budget holds {wanted} of {n_tokens} tokens, less than {least} of {least_tokens}; "
+            f"Method '{method}': the budget holds {wanted} of {n_tokens} tokens, and {least} takes {least_tokens}; "
             "raise the budget."
         )
     return wanted

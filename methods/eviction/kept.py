@@ -40,8 +40,8 @@ class Eviction(CacheMethod[ConfigT]):
 
     @property
     def least(self) -> str:
-        """What these are, for a message."""
-        return "a set"
+        """What these are, for a message: the subject of a clause."""
+        return "the smallest set"
 
     @abstractmethod
     def collector(self, layer: int) -> ScoreCollector:

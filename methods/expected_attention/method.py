@@ -62,7 +62,7 @@ class ExpectedAttention(KeptTokens[ExpectedAttentionConfig]):
 
     @property
     def least(self) -> str:
-        return "the sinks (sink_tokens)"
+        return "the set of sinks (sink_tokens)"
 
     def unsupported(self, shape: ModelShape, device: torch.device | str) -> list[str]:
         if not shape.unknown_rotation_layers:

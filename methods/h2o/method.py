@@ -53,7 +53,7 @@ class H2O(StepwiseEviction[H2OConfig]):
 
     @property
     def least(self) -> str:
-        return "a heavy hitter and a recent token, a set"
+        return "a heavy hitter with a recent token"
 
     def recent_tokens(self, capacity: int) -> int:
         """Return how many recent tokens are safe, the one being decoded included."""

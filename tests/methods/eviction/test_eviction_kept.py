@@ -106,9 +106,14 @@ def test_options_out_of_range_are_refused(spec, sentence):
 @pytest.mark.parametrize(
     ("spec", "sentence"),
     [
-        ("snapkv:budget_tokens=20", "holds 20 of 1000 tokens, less than the observation window .* of 32; raise"),
-        ("snapkv:budget_fraction=0.01", "holds 10 of 1000 tokens, less than the observation window"),
-        ("knorm:budget_fraction=0.0001", "holds 0 of 1000 tokens, less than a set of 1; raise the budget"),
+        (
+            "snapkv:budget_tokens=20",
+            r"holds 20 of 1000 tokens, and the observation window \(window_tokens\) takes 32; raise",
+        ),
+        ("snapkv:budget_fraction=0.01", "holds 10 of 1000 tokens, and the observation window"),
+        ("h2o:budget_tokens=1", "holds 1 of 1000 tokens, and a heavy hitter with a recent token takes 2; raise"),
+        ("expected_attention:budget_tokens=3", r"and the set of sinks \(sink_tokens\) takes 4; raise the budget"),
+        ("knorm:budget_fraction=0.0001", "holds 0 of 1000 tokens, and the smallest set takes 1; raise the budget"),
     ],
 )
 def test_a_budget_below_what_always_stays_is_refused(spec, sentence):
