@@ -90,21 +90,23 @@ class Collector(ABC):
         name: what it collects, with its settings (``"chunk_mean_64"``); collectors of equal name and layer run once.
         layer: the layer it listens to.
         unrotated_keys: K comes with the layer's rotation undone.
-        reads_queries: whether it hears the layer's queries, too.
+        hears_attention: it goes by queries, too, and ``attention`` is called.
     """
 
     name: str
     layer: int
     unrotated_keys: bool = False
-    reads_queries: bool = False
+    hears_attention: bool = False
 
     def begin(self, n_tokens: int) -> None:  # noqa: B027 - most collectors do the same at any length
         """Learn the prompt's length before its first chunk: settings may depend on it."""
 
-    def queries(self, call: AttentionCall) -> None:  # noqa: B027 - most are made of keys
-        """Take how the layer's attention was called for the chunk that ``chunk`` brings next, with ``reads_queries``.
+    def attention(self, call: AttentionCall, *, start_tokens: int) -> None:  # noqa: B027 - most go by keys alone
+        """Take the queries of the next chunk, before ``chunk``, where ``hears_attention``.
 
-        The call's queries are [1, Q, S, D], rotation applied; it is not to be kept: its tensors are large.
+        Args:
+            call: of one prompt: queries [1, Q, S, D], rotation applied; K and V of every token up to the chunk's last.
+            start_tokens: position of the chunk's first token.
         """
 
     @abstractmethod
@@ -245,6 +247,8 @@ class CacheMethod(ABC, Generic[ConfigT]):
         reads: one clause, what one query attends to, and what it reads beside that to choose.
         reads_vary: whether the reads of a step depend on the data; ``predict`` gives the most they can be then.
         budget_sets_window: whether a byte budget sizes the recency window (else it buys something beside it).
+        needs_training: what has to be trained for a model, in two words; ``no`` where nothing has.
+        through_decode: whether what a query reads is chosen anew while decoding; else it is fixed when the prompt ends.
         paper_options: what ``--paper-settings`` sets the automatic options to.
         Config: frozen dataclass of the options, with defaults, validated in ``__post_init__``.
     """
@@ -258,6 +262,8 @@ class CacheMethod(ABC, Generic[ConfigT]):
     reads: ClassVar[str] = "every resident token"
     reads_vary: ClassVar[bool] = False
     budget_sets_window: ClassVar[bool] = True
+    needs_training: ClassVar[str] = "no"
+    through_decode: ClassVar[bool] = False
     paper_options: ClassVar[Mapping[str, Any]] = {}
     Config: ClassVar[type[Any]]
 

@@ -42,6 +42,7 @@ class BlockSparse(CacheMethod[ConfigT]):
     """
 
     saving_kind = "resident"
+    through_decode = True
     paper_block_tokens: ClassVar[int]
     paper_budget_tokens: ClassVar[int] = 2048
     score_kernel: ClassVar[bool] = True

@@ -31,6 +31,10 @@ class Rotation(Protocol):
         """``back``, by angles that are on the device already."""
         ...
 
+    def undo(self, k_BHSD: torch.Tensor, *, start_tokens: int) -> torch.Tensor:
+        """Return keys or queries of positions ``start_tokens`` and up as they were before rotation."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class AttentionCall:

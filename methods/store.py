@@ -3,7 +3,7 @@
 Shapes: H KV heads, P tokens a page, D head size. One layer's pages are one tensor [pages, H, 2, P, D].
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,7 @@ class PromptKV:
         seed: of the sample; methods that draw mix it in.
         prompt_sha256: of the token ids.
         prefill_s: wall-clock seconds of the prefill.
+        scores_s: seconds of these that collectors took over its attention; None where none heard it.
         peak_device_kv_bytes: K and V held on the device at once while prefilling: one layer, and the stock layers.
     """
 
@@ -45,6 +46,7 @@ class PromptKV:
     seed: int = 0
     prompt_sha256: str = ""
     prefill_s: float = 0.0
+    scores_s: float | None = None
     peak_device_kv_bytes: int = 0
 
     @property
@@ -114,6 +116,24 @@ class PagePool:
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # the host pages may go away once this returns
 
+    def load_heads(self, prompt: PromptKV, kept: Mapping[int, torch.Tensor]) -> None:
+        """Copy tokens that differ from KV head to KV head, packed.
+
+        Args:
+            kept: of each layer of the pool [H, n]: the positions each head keeps, n of them everywhere.
+        """
+        P, H = self.shape.page_tokens, self.shape.n_kv_heads
+        for layer, pool in self.pages.items():
+            token_HN = kept[layer]
+            n_tokens = token_HN.shape[1]
+            if n_tokens:
+                host = prompt.pages[layer]
+                packed = host.new_zeros(page_shape(self.shape, self.shape.pages(n_tokens)))
+                head_H1, to = torch.arange(H)[:, None], torch.arange(n_tokens)
+                packed[to // P, head_H1, :, to % P] = host[token_HN // P, head_H1, :, token_HN % P]
+                pool[: packed.shape[0]].copy_(packed)
+            self.lengths[layer] = n_tokens
+
     def append(self, layer: int, k_BH1D: torch.Tensor, v_BH1D: torch.Tensor) -> None:
         """Store one token behind the last."""
         if self.lengths[layer] == self.pages[layer].shape[0] * self.shape.page_tokens:
@@ -136,6 +156,12 @@ class PagePool:
         page = self.pages[layer][slot, :, :, offset]
         page[:, 0] = k_BH1D[0, :, 0]
         page[:, 1] = v_BH1D[0, :, 0]
+
+    def write_heads(self, layer: int, index_H: torch.Tensor, k_BH1D: torch.Tensor, v_BH1D: torch.Tensor) -> None:
+        """Overwrite one token of each KV head, at packed positions [H] that the device knows."""
+        P = self.shape.page_tokens
+        head_H = torch.arange(len(index_H), device=index_H.device)
+        self.pages[layer][index_H // P, head_H, :, index_H % P] = torch.stack((k_BH1D[0, :, 0], v_BH1D[0, :, 0]), 1)
 
     @property
     def n_bytes(self) -> int:

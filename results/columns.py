@@ -40,6 +40,7 @@ TIME_COLUMNS = frozenset(
         "prefill_s",
         "decode_s",
         "ttft_s",
+        "scores_s",
         "tpot_s",
         "tpot_p10_s",
         "tpot_p90_s",

@@ -87,6 +87,9 @@ class FootprintRow(CellRow):
     """What the method's formula predicts for host_kv_bytes."""
     ttft_s: Seconds | None = None
     """Time to first token: prefill plus the first decode step, seconds."""
+    scores_s: Seconds | None = None
+    """Seconds of ttft_s in which the prefill made, from its attention, the scores that the method keeps tokens by; null
+    where it chooses without, in rows of earlier versions, and with a synthetic prompt."""
     tpot_s: Seconds | None = None
     """Time per output token: median over decode steps of a run without the NVML sampler, seconds."""
     tpot_p10_s: Seconds | None = None

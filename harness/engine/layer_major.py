@@ -10,6 +10,7 @@ Shapes: B batch (1), N prompt tokens, S tokens of a chunk, H KV heads, P tokens 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from kvscope.harness.engine.glue import (
     set_layers,
     widened,
 )
-from kvscope.methods.base import AttentionCall, Collector
+from kvscope.methods.base import AttentionCall, Collector, Rotation
 from kvscope.methods.shape import tensor_bytes
 from kvscope.methods.store import PromptKV, empty_host_pages
 
@@ -62,6 +63,7 @@ def layer_major_prefill(
         last_hidden=run.last_hidden,
         seed=seed,
         prompt_sha256=prompt_sha256,
+        scores_s=run.clock.total_s(),
         peak_device_kv_bytes=run.peak_device_kv_bytes,
     )
 
@@ -85,6 +87,7 @@ class _LayerMajor:
         self.stock: dict[int, Any] = {layer: StockLayer(shape.sliding_window) for layer in shape.sliding_layers}
         self.last_hidden: dict[int, torch.Tensor] = {}
         self.peak_device_kv_bytes = 0
+        self.clock = Clock(ready.device)
         self._totals: dict[int, list[torch.Tensor]] = {}
 
     def execute(self) -> None:
@@ -97,8 +100,15 @@ class _LayerMajor:
         )
         states: dict[int, Any] = dict(self.stock)
         for layer in shape.layers:
-            states[layer] = PrefillLayer(layer, buffer, self.host_pages[layer], page_tokens=shape.page_tokens)
-            states[layer].keeps_call = any(each.reads_queries for each in self.listeners.get(layer, ()))
+            states[layer] = PrefillLayer(
+                layer,
+                buffer,
+                self.host_pages[layer],
+                page_tokens=shape.page_tokens,
+                rotation=self.ready.rotations[layer],
+                listeners=[each for each in self.listeners.get(layer, ()) if each.hears_attention],
+                clock=self.clock,
+            )
         # The last layer's output would only feed the logits, which nobody reads from a prefill.
         if shape.n_layers - 1 in shape.layers:
             states[shape.n_layers - 1].ends_prefill = True
@@ -113,11 +123,7 @@ class _LayerMajor:
                     rotation = self.ready.rotations[layer]
                     if collector.unrotated_keys and rotation is not None:
                         k_BHSD = rotation.undo(k_BHSD, start_tokens=start)
-                    if collector.reads_queries:
-                        collector.queries(states[layer].last_call)
                     collector.chunk(k_BHSD, v_BHSD, hidden_BSM, start_tokens=start)
-                if layer in self.listeners:
-                    states[layer].last_call = None
                 if out_BSM is not None:
                     hidden_BSM.copy_(out_BSM)  # in place: one copy of the prompt's hidden states
             # Read once, behind the last layer: nothing waits here.
@@ -212,19 +218,59 @@ def _stand_ins(decoder: Any) -> Iterator[list[_Recorded]]:
         set_layers(decoder, real)
 
 
+class Clock:
+    """How long the device was busy with something, in pieces. On a GPU nothing waits until the sum is asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._pieces_s: list[float] = []
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Time what is done inside."""
+        if not self._cuda:
+            started_s = time.perf_counter()
+            yield
+            self._pieces_s.append(time.perf_counter() - started_s)
+            return
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        first.record()
+        yield
+        last.record()
+        self._events.append((first, last))
+
+    def total_s(self) -> float | None:
+        """Return the seconds of all pieces; None where there was none."""
+        if self._events:
+            torch.cuda.synchronize()
+            self._pieces_s += [first.elapsed_time(last) / 1000 for first, last in self._events]
+            self._events.clear()
+        return sum(self._pieces_s) if self._pieces_s else None
+
+
 class PrefillLayer(EngineLayer):
     """One managed layer while prefilling: K and V go to the shared device buffer and to the layer's host pages.
 
     Attributes:
         ends_prefill: whether the prefill is over once K and V of this layer are stored.
-        keeps_call: whether a collector asks how attention was called.
-        last_call: that, of the last chunk; whoever has read it lets go of it.
     """
 
-    def __init__(self, index: int, buffer: torch.Tensor, host_pages: torch.Tensor, *, page_tokens: int) -> None:
+    def __init__(
+        self,
+        index: int,
+        buffer: torch.Tensor,
+        host_pages: torch.Tensor,
+        *,
+        page_tokens: int,
+        rotation: Rotation | None,
+        listeners: Sequence[Collector],
+        clock: Clock,
+    ) -> None:
         super().__init__(index)
-        self.ends_prefill = self.keeps_call = False
-        self.last_call: AttentionCall | None = None
+        self.rotation = rotation
+        self.ends_prefill = False
+        self._listeners, self._clock = listeners, clock
         self._buffer = buffer
         self._host_pages = host_pages
         self._page_tokens = page_tokens
@@ -251,12 +297,15 @@ class PrefillLayer(EngineLayer):
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
         self._refuse_window(call)
-        if self.keeps_call:
-            self.last_call = call
+        k_BHTD, v_BHTD = self._buffer[:, :, :, : self._n_tokens]
+        over_all = call.over(k_BHTD, v_BHTD)
+        if self._listeners:
+            with self._clock.running():
+                for collector in self._listeners:
+                    collector.attention(over_all, start_tokens=self._n_tokens - call.query.shape[2])
         if self.ends_prefill:
             raise _PrefillEnds
-        k_BHTD, v_BHTD = self._buffer[:, :, :, : self._n_tokens]
-        return called_attention(call.over(k_BHTD, v_BHTD))[..., : call.value.shape[-1]]
+        return called_attention(over_all)[..., : call.value.shape[-1]]
 
 
 def _fill_pages(pages: torch.Tensor, k_BHSD: torch.Tensor, v_BHSD: torch.Tensor) -> None:

@@ -88,7 +88,7 @@ def synthetic_prompt(
         prompt_sha256=hashlib.sha256(f"synthetic {n_tokens} {seed}".encode()).hexdigest(),
     )
     for collector in collectors:
-        _feed(collector, prompt, hidden_SM, chunk_tokens=chunk_tokens, draws=draws)
+        _feed(collector, prompt, hidden_SM, chunk_tokens=chunk_tokens)
     if loaded.device.type == "cuda":
         torch.cuda.synchronize(loaded.device)
     prompt.prefill_s = time.perf_counter() - started_s
@@ -146,21 +146,33 @@ def _zero_tails(pages: torch.Tensor, n_tokens: int) -> None:
         pages[:, :, :, used:] = 0
 
 
-def _feed(
-    collector: Collector, prompt: PromptKV, hidden_SM: torch.Tensor, *, chunk_tokens: int, draws: torch.Generator
-) -> None:
-    """Let a collector hear its layer's keys and values, chunk by chunk, as in a prefill; queries are random."""
-    shape = prompt.shape
-    P = prompt.shape.page_tokens
+def _feed(collector: Collector, prompt: PromptKV, hidden_SM: torch.Tensor, *, chunk_tokens: int) -> None:
+    """Let a collector hear its layer's keys and values, chunk by chunk, as in a prefill.
+
+    Of attention it hears the last chunk: over random keys the rest says nothing, and would take as long as a prefill.
+    """
+    shape, P = prompt.shape, prompt.shape.page_tokens
     pages = prompt.pages[collector.layer]
     collector.begin(prompt.n_tokens)
     for start in range(0, prompt.n_tokens, chunk_tokens):
         end = min(start + chunk_tokens, prompt.n_tokens)
         part = pages[start // P : -(-end // P)].to(hidden_SM.device)
-        k_BHSD, v_BHSD = (part[:, :, i].transpose(0, 1).flatten(1, 2)[None, :, : end - start] for i in (0, 1))
-        if collector.reads_queries:
+        k_BHSD, v_BHSD = (_tokens(part, i, end - start) for i in (0, 1))
+        if end == prompt.n_tokens and collector.hears_attention:
+            whole = pages[: -(-end // P)].to(hidden_SM.device)
+            draws = torch.Generator(device=whole.device).manual_seed(prompt.seed)
             size = (1, shape.n_q_heads, end - start, shape.head_dim)
-            query = torch.randn(size, dtype=hidden_SM.dtype, device=hidden_SM.device, generator=draws)
-            collector.queries(AttentionCall(query=query, key=k_BHSD, value=v_BHSD, scale=shape.head_dim**-0.5))
+            call = AttentionCall(
+                query=torch.randn(size, dtype=whole.dtype, device=whole.device, generator=draws),
+                key=_tokens(whole, 0, end),
+                value=_tokens(whole, 1, end),
+                scale=shape.head_dim**-0.5,
+            )
+            collector.attention(call, start_tokens=start)
         collector.chunk(k_BHSD, v_BHSD, hidden_SM[None, : end - start], start_tokens=start)
     prompt.metadata.setdefault(collector.name, {})[collector.layer] = collector.finish()
+
+
+def _tokens(pages: torch.Tensor, kind: int, n_tokens: int) -> torch.Tensor:
+    """Return K (kind 0) or V (1) of the first tokens of pages [S, H, 2, P, D], as [1, H, n_tokens, D]."""
+    return pages[:, :, kind].transpose(0, 1).flatten(1, 2)[None, :, :n_tokens]

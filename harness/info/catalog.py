@@ -50,8 +50,34 @@ def list_text(kind: str) -> str:
     """Return the names of a kind, each with one clause."""
     rows = entries(kind)
     width = max(len(row["name"]) for row in rows)
-    clause = "stays" if kind == "methods" else "description"
-    return "\n".join(f"{row['name']:<{width}}  {row.get('fault') or row[clause]}" for row in rows)
+    if kind != "methods":
+        return "\n".join(f"{row['name']:<{width}}  {row.get('fault') or row['description']}" for row in rows)
+    cells = [METHOD_COLUMNS, *(_method_cells(row) for row in rows if "fault" not in row)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(f"{cell:<{each}}" for cell, each in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return "\n".join([*lines, *(f"{row['name']:<{widths[0]}}  {row['fault']}" for row in rows if "fault" in row)])
+
+
+METHOD_COLUMNS = ("method", "training", "saves", "chosen", "source", "what stays on the device")
+SAVES = {"freed": "bytes", "offloaded": "bytes, to host memory"}
+
+
+def _method_cells(entry: dict[str, Any]) -> tuple[str, ...]:
+    """Return a method's line of the list: what has to be trained, what it saves, when it chooses, whence it comes."""
+    from kvscope.methods.base import CacheMethod
+
+    reads_all = entry["reads"] == CacheMethod.reads
+    saves = SAVES.get(entry["saving_kind"]) or ("nothing" if reads_all else "reads")
+    chosen = "while decoding" if entry["through_decode"] else "once" if saves != "nothing" else "-"
+    paper = re.search(r"arXiv [\d.]+\d", entry["source"])
+    return (
+        entry["name"],
+        entry["needs_training"],
+        saves,
+        chosen,
+        paper[0] if paper else re.split(r"[,;(]", entry["source"])[0].strip(),
+        entry["stays"],
+    )
 
 
 def show_text(name: str) -> str:
@@ -98,6 +124,8 @@ def method_entry(name: str) -> dict[str, Any]:
         "saving_kind": cls.saving_kind,
         "cost": cls.cost,
         "source": cls.source,
+        "needs_training": cls.needs_training,
+        "through_decode": cls.through_decode,
         "trained_indexers": cls.shipped_indexers(),
         "options": method_options(cls),
         "automatic": automatic_values(cls),
@@ -177,6 +205,8 @@ def _method_text(entry: dict[str, Any]) -> str:
         *_clause("saves", entry["saves"]),
         *_clause("the rest is", REST[entry["saving_kind"]]),
         *_clause("bytes kept and read", entry["cost"]),
+        *_clause("chosen", CHOSEN[entry["through_decode"]]),
+        *_clause("needs training", entry["needs_training"]),
         *_clause("source", entry["source"]),
     ]
     if entry["trained_indexers"]:
@@ -200,6 +230,7 @@ def _clause(name: str, text: str) -> list[str]:
     return textwrap.wrap(text, TEXT_WIDTH + 24, initial_indent=f"  {name:<22}", subsequent_indent=" " * 24)
 
 
+CHOSEN = {False: "once, when the prompt ends", True: "anew while decoding"}
 REST = {
     "resident": "nothing: every token stays on the device",
     "freed": "freed: it is gone and cannot come back",
@@ -211,7 +242,7 @@ def _value_text(value: object) -> str:
     if value is None:
         return "none"
     if isinstance(value, float):
-        return f"{value:.3g}"
+        return str(value) if value.is_integer() else f"{value:.3g}"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -69,6 +69,7 @@ class FootprintMeasurement(Measurement[FootprintRow]):
         self.columns["tpot_steps"] = len(later_s)
         self.columns["step_backend"], self.columns["step_captures"] = timed.step_backend, timed.captures
         self.backend = "; ".join((self.backend, *timed.backends))
+        self.columns["scores_s"] = prompt_kv.scores_s
         self.columns["ttft_s"] = prefill_s + timed.open_s + sum(timed.step_s[:first_steps])
         return self._row(loaded, method, prompt_kv_tokens=prompt_kv.n_tokens, result=result)
 

@@ -64,9 +64,13 @@ class Job(BaseModel, Generic[RowT]):
         return int(self.cell["length_tokens"])
 
     @property
-    def warm_up_ids(self) -> tuple[int, ...]:
-        """Tokens of the warm-up's prompt; a synthetic one has no tokens of its own."""
-        return self.context_ids[:WARM_UP_TOKENS] or self.forced_ids[:1] * min(WARM_UP_TOKENS, self.context_tokens)
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt that is prefilled, or filled with random values."""
+        return len(self.context_ids) or self.context_tokens
+
+    def warm_up_ids(self, n_tokens: int) -> tuple[int, ...]:
+        """Return the warm-up's prompt, no longer than the job's own; a synthetic one has no tokens of its own."""
+        return self.context_ids[:n_tokens] or self.forced_ids[:1] * min(n_tokens, self.context_tokens)
 
     @abstractmethod
     def row(self, columns: Mapping[str, Any]) -> RowT:

@@ -8,9 +8,10 @@ from abc import ABC, abstractmethod
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Generic, TextIO
 
+from kvscope.errors import UsageError
 from kvscope.harness.passes.allocator import TorchMemory, allocator_settings
 from kvscope.harness.passes.device_budget import DeviceBudget
-from kvscope.harness.passes.job import Job, RowT
+from kvscope.harness.passes.job import WARM_UP_TOKENS, Job, RowT
 from kvscope.harness.passes.memory import NvmlProcessMemory, host_rss_bytes, host_rss_peak_bytes, wait_for_quiet
 from kvscope.harness.passes.row_columns import FailureStatus, failure, oom_of
 from kvscope.results.schema import OomOf
@@ -138,7 +139,7 @@ class Measurement(ABC, Generic[RowT]):
         self.enter("warm-up")
         warm_kv = prefill(
             loaded,
-            job.warm_up_ids,
+            job.warm_up_ids(self._warm_up_tokens(loaded, method)),
             collectors=union_collectors([method], loaded.shape.layers),
             chunk_tokens=job.prefill_chunk_tokens,
             seed=job.seed,
@@ -158,6 +159,18 @@ class Measurement(ABC, Generic[RowT]):
             # Kernels that loaded with the first steps are memory torch does not see: it may have that much less.
             self.budget.apply(job.device, outside_bytes=baseline_bytes - self._torch.reserved_bytes())
         return loaded, method
+
+    def _warm_up_tokens(self, loaded: "LoadedModel", method: "CacheMethod[Any]") -> int:
+        """Return the length of a short prompt: one that a budget given as a share of the prompt holds a set of."""
+        n_tokens = WARM_UP_TOKENS
+        while n_tokens < self.job.prompt_tokens:
+            try:
+                method.predict(loaded.shape, n_tokens)
+            except UsageError:
+                n_tokens *= 2
+            else:
+                break
+        return n_tokens
 
     def check_budget(self, what: str, nvml_bytes: int | None, *, ledger_bytes: int) -> None:
         """Hold NVML's reading against the budget; on a CPU the weights and the ledger."""

@@ -70,6 +70,7 @@ class DSA(BlockSparse[DSAConfig]):
         "the current token and the tokens with the highest score, one set for every head of a layer; and the index key "
         "of every token to choose by (oracle: every key; the score is the attention summed over all heads)"
     )
+    needs_training = "an indexer"
     source = (
         "DeepSeek-V3.2 (transformers' deepseek_v32); DSA-style: the indexer is trained with the model frozen, sized to "
         "the model, and takes no positions"

@@ -65,7 +65,7 @@ def _step_bytes(shape: ModelShape) -> int:
 class LastQueries(Collector):
     """Keeps the queries of the prompt's last tokens, scaled: their products with keys are logits."""
 
-    reads_queries = True
+    hears_attention = True
 
     def __init__(self, layer: int) -> None:
         self.name, self.layer = QUERIES_NAME, layer
@@ -74,7 +74,8 @@ class LastQueries(Collector):
     def chunk(self, k_BHSD: torch.Tensor, v_BHSD: torch.Tensor, hidden_BSM: torch.Tensor, *, start_tokens: int) -> None:
         """Keys and hidden states are not kept."""
 
-    def queries(self, call: AttentionCall) -> None:
+    def attention(self, call: AttentionCall, *, start_tokens: int) -> None:
+        del start_tokens
         last = (call.query[0, :, -N_QUERIES:] * call.scale).transpose(0, 1)
         self._found = last if self._found is None else torch.cat([self._found, last])[-N_QUERIES:]
 

@@ -68,6 +68,8 @@ class Lsa(CacheMethod[LsaConfig]):
     cost = "resident = read = S + R + chosen chunks * C + decoded tokens a layer; (E + 4) bytes a key and indexed layer"
     saving_kind = "offloaded"
     budget_sets_window = False
+    needs_training = "an indexer"
+    through_decode = True
     Config = LsaConfig
 
     def __init__(self, config: LsaConfig | None = None, *, label: str | None = None) -> None:
@@ -81,8 +83,8 @@ class Lsa(CacheMethod[LsaConfig]):
             untrained=self._untrained,
             misfit=self._misfit,
             missing=f"No trained indexer{chunk} comes with kvscope for this model: "
-            f"{HOW_TO_TRAIN}; or take indexer=landmark, which needs none; or selection=synthetic with a budget (bytes and "
-            "times only).",
+            f"{HOW_TO_TRAIN}; or take indexer=landmark, which needs none; or selection=synthetic with a budget (bytes "
+            "and times only).",
         )
 
     @property

@@ -44,6 +44,7 @@ class MoBA(BlockSparse[MoBAConfig]):
         "the current block and the three blocks with the best mean key for each query head, as the union over the "
         "query heads of a KV head; and the mean of every block to choose by"
     )
+    needs_training = "the model"
     source = "Lu et al., MoBA: Mixture of Block Attention for Long-Context LLMs, arXiv 2502.13189"
     cost = (
         "resident = N tokens + N/b mean keys a layer; read = at most b + 3 b G tokens + the means, "

@@ -54,6 +54,7 @@ class SlidingWindow(CacheMethod[SlidingWindowConfig]):
     source = "Xiao et al., Efficient Streaming Language Models with Attention Sinks, arXiv 2309.17453"
     cost = "resident = read = sinks + W tokens a layer, W = min(8192, max(128, N/64)) unless set"
     saving_kind = "freed"
+    through_decode = True
     Config = SlidingWindowConfig
 
     def unsupported(self, shape: ModelShape, device: torch.device | str) -> list[str]:

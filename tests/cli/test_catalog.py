@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 
 from kvscope import cli
 from kvscope.harness.engine import names as model_names
 from kvscope.harness.info import catalog
-from kvscope.harness.info.catalog import documented, show_text
+from kvscope.harness.info.catalog import documented, list_text, show_text
 from kvscope.methods.dsa import indexer_files as dsa_files
 from kvscope.methods.lsa import indexer_files as lsa_files
 from kvscope.methods.registry import create_method, method_class, method_names
@@ -24,6 +25,8 @@ def output(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_lists_name_everything_once_and_agree_with_json(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     names = {"methods": method_names(), "tasks": task_names(), "models": list(model_names.known_models())}[kind]
     lines = output(capsys, "list", kind).splitlines()
+    if kind == "methods":
+        assert lines.pop(0).split()[:3] == ["method", "training", "saves"]
     assert [line.split()[0] for line in lines] == names
     assert all(len(line.split()) > 1 for line in lines)
     assert [entry["name"] for entry in json.loads(output(capsys, "list", kind, "--json"))] == names
@@ -54,6 +57,25 @@ def test_automatic_values_are_shown_by_length() -> None:
     assert lines[at + 1].split() == ["1K", "block_tokens=32,", "blocks_read=4,", "budget_tokens=128"]
     assert lines[at + 3].split() == ["32K", "block_tokens=512,", "blocks_read=4,", "budget_tokens=2048"]
     assert "by prompt length" not in show_text("dense")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("dense", ("no", "nothing", "-", "arXiv 1706.03762")),
+        ("snapkv", ("no", "bytes", "once", "arXiv 2404.14469")),
+        ("h2o", ("no", "bytes", "while decoding", "arXiv 2306.14048")),
+        ("sliding_window", ("no", "bytes", "while decoding", "arXiv 2309.17453")),
+        ("moba", ("the model", "reads", "while decoding", "arXiv 2502.13189")),
+        ("lsa", ("an indexer", "bytes, to host memory", "while decoding", "arXiv 2606.09079")),
+    ],
+)
+def test_the_list_says_what_a_method_needs_and_saves(name: str, words: tuple[str, ...]) -> None:
+    line = next(line for line in list_text("methods").splitlines() if line.startswith(f"{name} "))
+    assert tuple(re.split(r"\s{2,}", line)[1:5]) == words
+    shown = " ".join(show_text(name).split())
+    assert f"needs training {words[0]}" in shown
+    assert ("chosen anew while decoding" in shown) == (words[2] == "while decoding")
 
 
 def test_trained_indexers_that_come_along_are_named() -> None:

@@ -38,6 +38,8 @@ LSA = [
     f"{SYNTHETIC},budget_fraction=0.4,tau=2,chunk_tokens=16,refresh=stale1,recency_tokens=16",
     f"{SYNTHETIC},budget_tokens=0,tau=2,chunk_tokens=16,recency_tokens=16",
 ]
+#: Sets that differ by head, and layers of unequal size.
+EVICTION = ["pyramidkv:budget_tokens=40,window_tokens=6,beta=4"]
 FAMILIES = ["llama", "qwen3", "smollm3", "gemma3", "afmoe"]
 
 
@@ -74,7 +76,7 @@ def test_fixed_addresses_change_nothing(family, spec, n_tokens):
     assert session.captures == 0
 
 
-@pytest.mark.parametrize("spec", ["dense", LSA[0]])
+@pytest.mark.parametrize("spec", ["dense", LSA[0], "snapkv:budget_tokens=32,window_tokens=6"])
 def test_pages_grow_past_the_reserve(spec):
     loaded = loaded_model("llama")
     prompt = prefilled(loaded, prompt_ids(160), [spec])
@@ -219,7 +221,7 @@ def gpu_model(family, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("spec", [*RESIDENT, *LSA])
+@pytest.mark.parametrize("spec", [*RESIDENT, *LSA, *EVICTION])
 @pytest.mark.parametrize("family", ["llama", "afmoe"])
 def test_replays_give_the_eager_logits(family, spec):
     loaded = gpu_model(family, torch.float32)

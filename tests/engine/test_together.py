@@ -22,6 +22,7 @@ SPECS = [
     "recency:budget_fraction=0.3",
     "random:budget_fraction=0.6",
     "sliding_window:sinks=4,window=64",
+    "pyramidkv:budget_tokens=96,beta=4",
     "quest:budget_tokens=96",
     "moba:budget_tokens=128,block_tokens=32",
     "msa:budget_tokens=128,block_tokens=32",

@@ -29,6 +29,15 @@ SPECS = [
     "random:fraction=1.0,recency_tokens=7,chunk_tokens=5",
     "random:budget_fraction=1.0",
     "random:budget_bytes=64MiB",
+    "snapkv:budget_tokens={room},pooling=max",
+    "snapkv:budget_fraction=1.0,window_tokens=2,interval_steps=3",
+    "knorm:budget_fraction=1.0",
+    "pyramidkv:budget_fraction=1.0",
+    "adakv:budget_fraction=1.0",
+    "expected_attention:budget_tokens={room}",
+    "tova:budget_fraction=1.0",
+    "tova:budget_tokens={room}",
+    "h2o:budget_tokens={room}",
     "quest:budget_tokens={room}",
     "quest:budget_tokens={room},block_tokens=5,dense_layers=0",
     "moba:budget_tokens={room}",
@@ -77,7 +86,7 @@ def test_a_full_budget_is_dense(spec: str, model: str, n_tokens: int) -> None:
     # Chunks are held without the rest of a page, sinks and what follows in pages of their own.
     pages_bytes = 2 * loaded.shape.page_tokens * loaded.shape.kv_bytes_per_token
     assert abs(footprint.kv_bytes - dense.kv_bytes) <= pages_bytes
-    if method.name in ("recency", "random"):
+    if method.name in ("recency", "random", "snapkv", "knorm"):
         assert footprint == dense
 
 
@@ -91,7 +100,15 @@ def test_a_threshold_that_every_chunk_reaches_is_dense(n_tokens: int, tmp_path) 
     torch.testing.assert_close(found, dense_steps("llama", n_tokens), atol=5e-6, rtol=0)
 
 
-@pytest.mark.parametrize("spec", ["sliding_window:window={room}", "quest:budget_tokens={room},block_tokens=5"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "sliding_window:window={room}",
+        "quest:budget_tokens={room},block_tokens=5",
+        "tova:budget_tokens={room}",
+        "h2o:budget_tokens={room}",
+    ],
+)
 def test_one_token_less_is_no_longer_dense(spec: str) -> None:
     """The query's own token takes its place in a window and in a budget of reads."""
     n_tokens = 127

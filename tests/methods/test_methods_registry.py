@@ -67,7 +67,7 @@ def test_values_have_types_and_units(spec, option, value):
     ("spec", "text"),
     [
         ("recensy", "no method 'recensy'. Did you mean 'recency'?"),
-        ("xyz", "no method 'xyz'. Known: dense, "),
+        ("xyz", "no method 'xyz'. Known: adakv, dense, "),
         ("recency:recency_token=5", "no option 'recency_token'. Did you mean 'recency_tokens'?"),
         ("recency:recency_token=5", "Its options are: recency_tokens, budget_bytes, budget_fraction."),
         ("dense:window=5", "has no options"),

@@ -46,7 +46,11 @@ def test_prompt_and_decode_steps_fill_the_length(plan: Plan) -> None:
 
 
 def test_a_pass_measures_every_cell_once_and_resumes(small: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = small(samples=1, footprint=True, footprint_decode_tokens=8, footprint_lengths_tokens=[640])
+    # A share of the warm-up's 256 tokens would not hold snapkv's window.
+    methods = ["dense", "recency:recency_tokens=128", "snapkv:budget_fraction=0.11"]
+    config = small(
+        methods=methods, samples=1, footprint=True, footprint_decode_tokens=8, footprint_lengths_tokens=[640]
+    )
     phases: list[str] = []
     real = process_pass.run_worker
 
@@ -56,8 +60,8 @@ def test_a_pass_measures_every_cell_once_and_resumes(small: MakeConfig, monkeypa
     monkeypatch.setattr(process_pass, "run_worker", spying)
     result = run(config, progress=False)
     frame = result.footprint.set_index("method_label")
-    assert phases == ["start", "load", "warm-up", "prefill", "decode", "timing"] * 2
-    for label, pages in (("dense", 10), ("recency:recency_tokens=128", 3)):
+    assert phases == ["start", "load", "warm-up", "prefill", "decode", "timing"] * 3
+    for label, pages in zip(methods, (10, 3, 2), strict=True):
         row = frame.loc[label]
         assert row["status"] == "ok"
         assert row["resident_kv_bytes"] == row["predicted_kv_bytes"] == pages * 64 * 256
@@ -67,6 +71,7 @@ def test_a_pass_measures_every_cell_once_and_resumes(small: MakeConfig, monkeypa
         assert "CPU" in row["torch_reason"]
         assert row["tpot_steps"] == 7
         assert min(row["tpot_s"], row["ttft_s"]) > 0
+        assert (0 < row["scores_s"] < row["ttft_s"]) == label.startswith("snapkv")
         assert 0 < row["tpot_p10_s"] <= row["tpot_s"] <= row["tpot_p90_s"]
         assert row["cpu_cores"] == usable_cores()
         assert row["load_1min"] >= 0
@@ -74,10 +79,12 @@ def test_a_pass_measures_every_cell_once_and_resumes(small: MakeConfig, monkeypa
         assert row["host_rss_peak_bytes"] > 10 * 2**20
         assert row["prompt_tokens"] == 631
     # The plan said the same before anything ran.
-    assert {c.predicted_kv_bytes for c in result.info.plan if c.length_tokens == 640} == {10 * 64 * 256, 3 * 64 * 256}
+    assert {c.predicted_kv_bytes for c in result.info.plan if c.length_tokens == 640} == {
+        pages * 64 * 256 for pages in (10, 3, 2)
+    }
     assert failures(result) == []
     run(config, progress=False)
-    assert len(phases) == 12
+    assert len(phases) == 18
 
 
 def test_a_failure_in_the_worker_is_a_row_with_its_phase(job: FootprintJob) -> None:

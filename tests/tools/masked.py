@@ -4,14 +4,19 @@ Shapes: Q query heads, H KV heads, G = Q/H, D head size, S slots (pages), P toke
 """
 
 import copy
+from dataclasses import replace
 from functools import singledispatch
 
 import torch
+from eviction_plain import snapkv_kept
 
+from kvscope.methods.adakv.method import AdaKV
 from kvscope.methods.attention import Partial, merge_partials
 from kvscope.methods.base import SequenceCache
 from kvscope.methods.block_sequence import BlockSparseSequence
 from kvscope.methods.block_sparse import BlockSparse
+from kvscope.methods.eviction.kept import KeptTokens
+from kvscope.methods.eviction.stepwise import StepwiseEviction
 from kvscope.methods.gather import token_partial
 from kvscope.methods.lsa.labels import token_logits
 from kvscope.methods.lsa.method import Lsa
@@ -20,6 +25,7 @@ from kvscope.methods.resident import ResidentSequence, StaticResidency
 from kvscope.methods.shape import Footprint
 from kvscope.methods.sliding_window.method import SlidingWindow
 from kvscope.methods.sliding_window.sequence import back
+from kvscope.methods.snapkv.method import SnapKV
 from kvscope.methods.store import PagePool
 
 
@@ -41,6 +47,28 @@ def open_masked(method, prompt, device, reserve_tokens):
 @open_masked.register
 def _(method: StaticResidency, prompt, device, reserve_tokens):
     return MaskedResident(prompt, device, ranges=method.resident_ranges(prompt), reserve_tokens=reserve_tokens)
+
+
+@open_masked.register
+def _(method: KeptTokens, prompt, device, reserve_tokens):
+    return MaskedKept(prompt, device, kept=method.kept(prompt), reserve_tokens=reserve_tokens)
+
+
+@open_masked.register
+def _(method: SnapKV, prompt, device, reserve_tokens):
+    if method.config.interval_steps is None:
+        return MaskedKept(prompt, device, kept=method.kept(prompt), reserve_tokens=reserve_tokens)
+    return MaskedReapplied(method, prompt, device, reserve_tokens)
+
+
+@open_masked.register
+def _(method: AdaKV, prompt, device, reserve_tokens):
+    return MaskedKept(prompt, device, kept=method.kept(prompt), reserve_tokens=reserve_tokens)
+
+
+@open_masked.register
+def _(method: StepwiseEviction, prompt, device, reserve_tokens):
+    return MaskedStepwise(method, prompt, device, reserve_tokens)
 
 
 @open_masked.register
@@ -68,13 +96,17 @@ def _(method: Lsa, prompt, device, reserve_tokens):
 
 
 def masked_partial(call, query, pages, keep_SP):
-    """Attention of one query over the kept tokens of pages [S, H, 2, P, D], in fp32 with the logits written out."""
+    """Attention of one query over the kept tokens of pages [S, H, 2, P, D], in fp32 with the logits written out.
+
+    What is kept may differ by head: [H, S, P].
+    """
     H, D = pages.shape[1], pages.shape[4]
     k_HTD, v_HTD = (pages[:, :, kind].transpose(0, 1).reshape(H, -1, D).float() for kind in (0, 1))
     logits_HGT = (query.view(H, -1, D).float() * call.scale) @ k_HTD.transpose(1, 2)
     if call.softcap is not None:
         logits_HGT = call.softcap * torch.tanh(logits_HGT / call.softcap)
-    logits_HGT = logits_HGT.masked_fill(~keep_SP.flatten(), -torch.inf)
+    keep = keep_SP.flatten() if keep_SP.ndim == 2 else keep_SP.flatten(1)[:, None]
+    logits_HGT = logits_HGT.masked_fill(~keep, -torch.inf)
     lse_HG = torch.logsumexp(logits_HGT, -1)
     # A query that may read nothing adds nothing to the union.
     weights_HGT = torch.exp(logits_HGT - lse_HG.clamp_min(torch.finfo(torch.float32).min)[..., None])
@@ -110,6 +142,137 @@ class MaskedResident(ResidentSequence):
         keep = stored(self.pool, layer)
         keep.view(-1)[: len(self._dropped)] &= ~self._dropped
         return masked_attention(call, self.pool.pages[layer], keep)
+
+
+class MaskedKept(ResidentSequence):
+    """Of tokens that differ by head, chosen at opening."""
+
+    def static_reasons(self):
+        return ["a masked step is made anew each time"]
+
+    def __init__(self, prompt, device, *, kept, reserve_tokens=0):
+        super().__init__(prompt, device, ranges=[(0, prompt.n_tokens)], reserve_tokens=reserve_tokens)
+        self._alive = {}
+        for layer, heads in kept.items():
+            self._alive[layer] = torch.zeros((self.shape.n_kv_heads, prompt.n_tokens), dtype=torch.bool, device=device)
+            for alive_N, token_n in zip(self._alive[layer], heads, strict=True):
+                alive_N[token_n] = True
+
+    def attend(self, layer, call):
+        self.pool.append(layer, call.key, call.value)
+        keep = stored(self.pool, layer).expand(self.shape.n_kv_heads, -1, -1).clone()
+        alive_HN = self._alive[layer]
+        keep.view(len(keep), -1)[:, : alive_HN.shape[1]] &= alive_HN
+        return masked_attention(call, self.pool.pages[layer], keep)
+
+
+class MaskedReapplied(MaskedKept):
+    """Of a choice made anew every so many steps, by the attention of the last queries over what is there."""
+
+    def __init__(self, method, prompt, device, reserve_tokens):
+        super().__init__(prompt, device, kept=method.kept(prompt), reserve_tokens=reserve_tokens)
+        self._config, self._budget = method.config, method.config.wanted_tokens(prompt.n_tokens)
+        self._queries = {layer: [] for layer in self.shape.layers}
+
+    def attend(self, layer, call):
+        self._alive[layer] = torch.nn.functional.pad(self._alive[layer], (0, 1), value=True)
+        attended = super().attend(layer, call)
+        self._queries[layer].append(call.query)
+        if len(self._queries[layer]) % self._config.interval_steps == 0:
+            self._choose(layer, call)
+        return attended
+
+    def _choose(self, layer, call):
+        n, window, H = self.pool.lengths[layer], self._config.window_tokens, self.shape.n_kv_heads
+        rows = []
+        for n_after, query in enumerate(reversed(self._queries[layer][-window:])):
+            seen = n - n_after
+            logits_QT = token_logits(replace(call, query=query), self.pool.pages[layer], n_tokens=seen)
+            logits_QT = torch.nn.functional.pad(logits_QT, (0, n_after), value=-torch.inf)
+            rows.insert(0, logits_QT)
+        logits_HGWT = torch.stack(rows, 1).view(H, -1, window, n)
+        for head in range(H):
+            alive_n = self._alive[layer][head].nonzero()[:, 0]
+            if len(alive_n) <= self._budget:
+                continue
+            logits_GWT = logits_HGWT[head][..., alive_n]
+            if call.sink_logits is not None:
+                sink_GW1 = call.sink_logits.view(H, -1)[head][:, None, None].expand(-1, window, 1)
+                logits_GWT = torch.cat([logits_GWT, sink_GW1], -1)
+            weights_GWT = torch.softmax(logits_GWT, -1)[..., : len(alive_n)]
+            whole_GTT = weights_GWT.new_zeros((len(weights_GWT), len(alive_n), len(alive_n)))
+            whole_GTT[:, -window:] = weights_GWT
+            [places] = snapkv_kept(
+                whole_GTT,
+                1,
+                budget=self._budget,
+                window=window,
+                kernel=self._config.kernel_size,
+                pooling=self._config.pooling,
+            )
+            self._alive[layer][head] = False
+            self._alive[layer][head, alive_n[places]] = True
+
+
+class MaskedStepwise(SequenceCache):
+    """Of a cache of fixed size: every token stays, and those that left are masked. TOVA's rule and H2O's, in words.
+
+    Before a step the least token leaves, where the cache is full; then the step's token enters and is attended to.
+    """
+
+    def __init__(self, method, prompt, device, reserve_tokens):
+        super().__init__(prompt, device)
+        self._pool = PagePool(self.shape, n_tokens=prompt.n_tokens + reserve_tokens, dtype=prompt.dtype, device=device)
+        self._pool.load(prompt, [(0, prompt.n_tokens)])
+        self._accumulates = method.name == "h2o"
+        N, H = prompt.n_tokens, self.shape.n_kv_heads
+        self._capacity = method.capacity_tokens(N) or 10**9
+        self._recent = method.recent_tokens(self._capacity) if self._accumulates else 0
+        self._alive = {layer: torch.ones((H, N), dtype=torch.bool, device=device) for layer in self.shape.layers}
+        self._scores = {layer: torch.zeros((H, N), device=device) for layer in self.shape.layers}
+        for layer in self.shape.layers if N else ():
+            self._scores[layer] += method.scores(prompt, layer)
+            while self._alive[layer][0].sum() > self._capacity:
+                # The last tokens of the prompt are the recent ones, before another has come.
+                self._drop(layer, is_recent_N=torch.arange(N) >= N - self._recent)
+
+    def _drop(self, layer, is_recent_N):
+        stays_HN = ~self._alive[layer] | is_recent_N
+        least_H = self._scores[layer].masked_fill(stays_HN, torch.inf).argmin(1)
+        self._alive[layer].scatter_(1, least_H[:, None], False)
+
+    @property
+    def n_tokens(self):
+        return self._pool.lengths[self.shape.layers[-1]]
+
+    def attend(self, layer, call):
+        n = self._pool.lengths[layer]
+        if self._alive[layer][0].sum() == self._capacity:
+            self._drop(layer, is_recent_N=torch.arange(n) > n - self._recent)
+        self._pool.append(layer, call.key, call.value)
+        self._alive[layer] = torch.nn.functional.pad(self._alive[layer], (0, 1), value=True)
+        pages = self._pool.pages[layer]
+        keep = torch.zeros((len(self._alive[layer]), pages.shape[0] * self.shape.page_tokens), dtype=torch.bool)
+        keep[:, : n + 1] = self._alive[layer]
+        logits_HGT = token_logits(call, pages, n_tokens=n + 1).view(len(keep), -1, n + 1)
+        logits_HGT = logits_HGT.masked_fill(~self._alive[layer][:, None], -torch.inf)
+        if call.sink_logits is None:
+            weights_HGT = torch.softmax(logits_HGT, -1)
+        else:
+            sink_HG1 = call.sink_logits.view(len(keep), -1, 1)
+            weights_HGT = torch.softmax(torch.cat([sink_HG1, logits_HGT], -1), -1)[..., 1:]
+        if self._accumulates:
+            self._scores[layer] = torch.nn.functional.pad(self._scores[layer], (0, 1)) + weights_HGT.sum(1)
+        else:
+            self._scores[layer] = weights_HGT.mean((0, 1)).expand(len(keep), -1)
+        return masked_attention(call, pages, keep.view(len(keep), pages.shape[0], -1))
+
+    def managed_footprint(self):
+        return Footprint(kv_bytes=self._pool.n_bytes)
+
+    def close(self):
+        self._pool.clear()
+        super().close()
 
 
 class MaskedStreaming(SequenceCache):

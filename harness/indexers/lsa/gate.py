@@ -23,7 +23,8 @@ from kvscope.harness.indexers.collection.label_rule import LabelRule
 from kvscope.harness.indexers.collection.reading import Collection, open_collections
 from kvscope.methods.base import SequenceCache
 from kvscope.methods.dense.method import Dense
-from kvscope.methods.lsa.method import ATTENTION, Lsa, LsaConfig
+from kvscope.methods.lsa.method import Lsa
+from kvscope.methods.lsa.options import ATTENTION, LsaConfig
 from kvscope.methods.lsa.selection import ScriptedSelector
 from kvscope.methods.store import PromptKV
 from kvscope.tasks.answers import answer_of

@@ -38,8 +38,9 @@ def random_prompt(chunk_tokens, n_tokens):
             for start in range(0, n_tokens, 50):
                 part = slice(start, min(start + 50, n_tokens))
                 k = keys[:, :, part]
-                if collector.reads_queries:
-                    collector.queries(AttentionCall(query=queries[:, :, part], key=k, value=k, scale=0.3))
+                if collector.hears_attention:
+                    call = AttentionCall(query=queries[:, :, part], key=k, value=k, scale=0.3)
+                    collector.attention(call, start_tokens=start)
                 collector.chunk(k, k, torch.empty((1, k.shape[2], 5)), start_tokens=start)
             prompt.metadata.setdefault(collector.name, {})[layer] = collector.finish()
         truth[layer] = (keys[0], queries[0])

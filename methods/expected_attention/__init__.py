@@ -1,0 +1,1 @@
+"""Expected attention: tokens that the queries to come are expected to attend to."""

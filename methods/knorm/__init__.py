@@ -1,0 +1,1 @@
+"""Key norm: the tokens of the smallest keys."""

@@ -1,0 +1,1 @@
+"""SnapKV: the tokens that the end of the prompt attends to."""
