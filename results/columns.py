@@ -55,5 +55,7 @@ TIME_COLUMNS = frozenset(
     }
 )
 """Columns of rows that are times, or made of them: two runs of one configuration differ in these."""
-SURROUNDINGS_COLUMNS = frozenset({"load_1min", "host_rss_peak_bytes", "other_processes", "other_processes_nvml_bytes"})
+SURROUNDINGS_COLUMNS = frozenset(
+    {"load_1min", "jobs", "host_rss_peak_bytes", "other_processes", "other_processes_nvml_bytes"}
+)
 """Columns that tell what else machine and process were doing: two runs differ in these, too, and in no others."""

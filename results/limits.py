@@ -4,6 +4,7 @@ A configuration checks its values against these before the first row, so that no
 read afterwards. Files of a folder from elsewhere are read within them, too.
 """
 
+MOST_JOBS = 256
 LEAST_SEED, MOST_SEED = -(2**63), 2**63 - 1
 """Seeds are whole numbers of 64 bits: what the columns of tables and Parquet files hold."""
 MOST_COUNT = 2**53

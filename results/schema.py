@@ -238,6 +238,9 @@ class SampleRow(CellRow):
     """How the decode steps ran: `cuda graph`, `eager`, or `eager: ` and why they were no graph although one was asked
     for. A captured step keeps spare room in places, which the ledger's bytes count. Null in rows of earlier versions,
     where every step was eager, and when status is not ok."""
+    jobs: Positive | None = None
+    """Processes that answered prompts of this run at the same time, on all its devices; null for one. Times of a row
+    say little then."""
     batch: Positive | None = None
     """Most answers that were decoded in one step with this one, itself included; null in rows of earlier versions,
     where it was 1, and when status is not ok."""

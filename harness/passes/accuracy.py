@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 from kvscope.errors import UsageError
 from kvscope.harness.passes.answering import load, measured_noise, release_memory
 from kvscope.harness.passes.base import Left, Plan, failed_lines, is_open
-from kvscope.harness.passes.batch_plan import batch_text
+from kvscope.harness.passes.batch_plan import batch_text, jobs_text
 from kvscope.harness.passes.config import RunConfig
 from kvscope.harness.passes.deadline import Deadline
 from kvscope.harness.passes.facts import ModelFacts
 from kvscope.harness.passes.progress import Progress
+from kvscope.harness.passes.shards import ShardedAccuracy
 from kvscope.harness.passes.turns import Turns, pending_samples, prompt_work_tokens
+from kvscope.harness.passes.workers import worker_devices
 
 if TYPE_CHECKING:
     from kvscope.results.frames import Run
@@ -75,6 +77,7 @@ class AccuracyPass:
             f"{self.prefill_tokens(plan):,} tokens to prefill, {prompts * len(plan.methods):,} rows",
             *rehearsal_text(plan),
             *batch_text(plan.batch, device=plan.facts.device),
+            *jobs_text(worker_devices(plan.config, plan.facts.device)),
         ]
 
     def info(self, plan: Plan) -> dict[str, Any]:
@@ -114,6 +117,10 @@ class AccuracyPass:
         release_memory()  # the model is gone: the processes of the next pass find the device free
 
     def _answer(self, plan: Plan, store: "RunStore", progress: Progress, deadline: Deadline) -> None:
+        devices = worker_devices(plan.config, plan.facts.device)
+        if len(devices) > 1:
+            ShardedAccuracy(plan, store, progress, self.cells(plan), devices).run(deadline)
+            return
         with Turns(plan, store, progress, self.cells(plan)) as turns:
             if turns.next_length_tokens is None:
                 return

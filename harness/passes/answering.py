@@ -205,21 +205,28 @@ class Prompt:
         return "auto", None
 
     def _cell(self, method: "CacheMethod[Any]") -> dict[str, Any]:
-        return cell_columns(
-            method,
-            shape=self.plan.facts.shape,
-            model=self.plan.facts.name,
-            method_from=self.plan.config.method_from,
-            length_tokens=self.sample.length_tokens,
-            context_tokens=len(self.context_ids),
-            dtype=self.plan.facts.dtype,
-            device=self.plan.facts.device,
-            self_check="passed" if self.plan.config.self_check else "skipped",
-            chat_template=self.plan.facts.chat_template,
-        )
+        return sample_cell(self.plan, method, self.sample)
 
     def _failed(self, method: "CacheMethod[Any]", status: FailureStatus, reason: str) -> SampleRow:
         return failed_sample_row(self._cell(method), self.sample, status=status, reason=reason)
+
+
+def sample_cell(plan: Plan, method: "CacheMethod[Any]", sample: "Sample") -> dict[str, Any]:
+    """Return the columns that the row of a prompt under a method has, whatever comes of it."""
+    config, facts = plan.config, plan.facts
+    context_ids, _ = split_prompt(sample, config.method_from)
+    return cell_columns(
+        method,
+        shape=facts.shape,
+        model=facts.name,
+        method_from=config.method_from,
+        length_tokens=sample.length_tokens,
+        context_tokens=len(context_ids),
+        dtype=facts.dtype,
+        device=facts.device,
+        self_check="passed" if config.self_check else "skipped",
+        chat_template=facts.chat_template,
+    )
 
 
 def release_memory() -> None:

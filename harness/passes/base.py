@@ -7,6 +7,7 @@ differs between them is a method of the pass, so the plan, the progress, the run
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kvscope.harness.passes.batch_plan import BatchCell, prompts_of
@@ -53,6 +54,27 @@ class Left:
             processes=self.processes + other.processes,
             work_tokens=self.work_tokens + other.work_tokens,
         )
+
+
+class SampleStore(Protocol):
+    """Where rows of the accuracy pass go: a folder (``RunStore``), or the process that writes one."""
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+
+    @property
+    def info(self) -> RunInfo:
+        """What its run.json says."""
+
+    def samples(self) -> "Sequence[SampleRow]":
+        """Return the rows that are there."""
+
+    def has_sample(self, key: tuple[str, int, int, str]) -> bool:
+        """Return whether (task, length_tokens, sample, method_label) needs no row any more."""
+
+    def append_sample(self, row: "SampleRow") -> None:
+        """Put a row there."""
 
 
 class Pass(Protocol):

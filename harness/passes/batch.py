@@ -21,11 +21,10 @@ from kvscope.harness.passes.row_columns import failure
 if TYPE_CHECKING:
     from kvscope.harness.engine.batch_noise import BatchNoise
     from kvscope.harness.engine.loaded import LoadedModel
-    from kvscope.harness.passes.base import Plan
+    from kvscope.harness.passes.base import Plan, SampleStore
     from kvscope.harness.passes.turns import Turns
     from kvscope.methods.base import CacheMethod
     from kvscope.results.schema import SampleRow
-    from kvscope.results.store import RunStore
 
 
 #: Room beyond a choice whose size changes: where one outgrows it, the step of all is captured anew.
@@ -56,7 +55,7 @@ class Batch:
     """Answers prompts, several sequences a step."""
 
     def __init__(
-        self, plan: "Plan", loaded: "LoadedModel", store: "RunStore", turns: "Turns", *, noise: "BatchNoise | None"
+        self, plan: "Plan", loaded: "LoadedModel", store: "SampleStore", turns: "Turns", *, noise: "BatchNoise | None"
     ) -> None:
         """Begin with nothing.
 

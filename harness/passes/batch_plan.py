@@ -14,6 +14,7 @@ from kvscope.harness.passes.config import RunConfig
 from kvscope.harness.passes.device_budget import CONTEXT_BYTES
 from kvscope.harness.passes.facts import ModelFacts
 from kvscope.harness.passes.memory import total_device_bytes
+from kvscope.harness.passes.workers import worker_devices
 from kvscope.units import format_bytes, format_length
 
 if TYPE_CHECKING:
@@ -75,6 +76,14 @@ def batch_text(cells: Sequence[BatchCell], *, device: str) -> list[str]:
     return [f"batch      sequences a step, with what they take at most: {', '.join(said)}"]
 
 
+def jobs_text(devices: Sequence[str]) -> list[str]:
+    """Return the plan's line on processes; none where there is one."""
+    if len(devices) == 1:
+        return []
+    places = ", ".join(f"{devices.count(device)} on {device}" for device in dict.fromkeys(devices))
+    return [f"jobs       {len(devices)} processes answer prompts, {places}; memory and times are measured alone"]
+
+
 class _Sizes:
     """Bytes of so many sequences."""
 
@@ -84,8 +93,10 @@ class _Sizes:
         self._config, self._facts, self._n_new_tokens = config, facts, n_new_tokens
         self._methods = [method for method in methods if not method.unsupported(facts.shape, facts.device)]
         self._is_cpu = facts.device == "cpu"
-        self._device_room = None if self._is_cpu else total_device_bytes(facts.device)
-        self._host_room = total_host_bytes()
+        # Each process has its part of what there is.
+        device_bytes = None if self._is_cpu else total_device_bytes(facts.device)
+        self._device_room = None if device_bytes is None else device_bytes // config.jobs
+        self._host_room = total_host_bytes() // len(worker_devices(config, facts.device))
 
     def cell(self, length_tokens: int) -> BatchCell:
         """Return the size of a step at one length: as asked for, or the most that fits."""

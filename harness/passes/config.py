@@ -28,7 +28,7 @@ MOST_SAMPLES = 1_000_000
 Length = Annotated[Tokens, Field(ge=1, le=limits.MOST_LENGTH_TOKENS)]
 
 #: Keys that decide no value of a row.
-_NO_VALUES = ("out", "footprint_timeout_s", "time_limit_s", "retry", "self_check", "batch")
+_NO_VALUES = ("out", "footprint_timeout_s", "time_limit_s", "retry", "self_check", "batch", "jobs", "gpus")
 #: Key -> why nothing is scored where it is set (``model``: to a preset).
 _UNSCORED = {
     "model": "a preset has random weights, so its answers mean nothing",
@@ -88,6 +88,15 @@ class RunConfig(BaseModel):
         ge=1,
         le=limits.MOST_BATCH,
         description="accuracy pass: sequences (methods and prompts) that share a step, or auto: by what memory holds",
+    )
+    jobs: int = Field(
+        default=1,
+        ge=1,
+        le=limits.MOST_JOBS,
+        description="accuracy pass: processes on each device that answer prompts; memory and times are measured alone",
+    )
+    gpus: str | None = Field(
+        default=None, description="accuracy pass: GPUs that answer prompts, all or as 0,1 (default: the device's one)"
     )
     paper_settings: bool = Field(
         default=False, description="fix recency_tokens at 8192, blocks and budgets at their papers' values"
@@ -215,6 +224,16 @@ class RunConfig(BaseModel):
             raise UsageError(f"device: {shown(value)} is not a device: write auto, cpu, cuda or cuda:N.")
         return value
 
+    @field_validator("gpus")
+    @classmethod
+    def _gpus(cls, value: str | None) -> str | None:
+        if value is None or value == "all":
+            return value
+        numbers = value.split(",")
+        if not all(re.fullmatch(r"[0-9]{1,3}", number) for number in numbers) or len(set(numbers)) < len(numbers):
+            raise UsageError(f"gpus: {shown(value)} names no GPUs: write all, or different numbers as 0,1.")
+        return value
+
     @field_validator("out", mode="before")
     @classmethod
     def _out(cls, value: object) -> object:
@@ -233,6 +252,8 @@ class RunConfig(BaseModel):
             raise UsageError(
                 f"prefill_chunk_tokens is {chunk_tokens}, expected a multiple of page_tokens ({self.page_tokens})."
             )
+        if self.gpus is not None and self.device != "auto":
+            raise UsageError("gpus says where prompts are answered: leave out --device.")
         if self.find_max and self.throughput:
             raise UsageError("find_max and throughput are two runs: ask for one of them.")
         if not self.footprint and (self.unscored or self.gpu_budget_bytes is not None or self.kv == "synthetic"):
@@ -250,6 +271,11 @@ class RunConfig(BaseModel):
     def unscored(self) -> bool:
         """Whether the run has no accuracy pass: random weights, or a search with synthetic KV."""
         return is_preset(self.model) or self.find_max or self.throughput
+
+    @property
+    def first_device(self) -> str:
+        """Where everything is computed that one process does: the first of ``gpus`` where they are named."""
+        return self.device if self.gpus in (None, "all") else f"cuda:{str(self.gpus).partition(',')[0]}"
 
     @property
     def synthetic_kv(self) -> bool:

@@ -100,6 +100,14 @@ class RunOptions:
             help="Answers that are decoded in one step; auto is what memory holds.  [default: auto]",
         ),
     ]
+    jobs: Annotated[
+        str | None,
+        typer.Option("--jobs", "-j", metavar="N", help="Processes on each device that answer prompts.  [default: 1]"),
+    ]
+    gpus: Annotated[
+        str | None,
+        typer.Option("--gpus", metavar="all|0,1", help="GPUs that answer prompts.  [default: the one of --device]"),
+    ]
     accuracy_graph: Annotated[
         bool | None,
         typer.Option(

@@ -54,7 +54,7 @@ def make_plan(config: RunConfig) -> Plan:
     check_tasks(tasks, config.samples, names=names)
     facts = describe_model(
         config.model,
-        device=config.device,
+        device=config.first_device,
         dtype=config.dtype,
         page_tokens=config.page_tokens,
         chat_template=config.chat_template,

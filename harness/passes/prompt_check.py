@@ -4,11 +4,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kvscope.errors import UsageError
-from kvscope.harness.passes.base import Plan
+from kvscope.harness.passes.base import Plan, SampleStore
 
 if TYPE_CHECKING:
     from kvscope.results.schema import SampleRow
-    from kvscope.results.store import RunStore
     from kvscope.tasks.base import Sample, Task
 
 
@@ -26,7 +25,7 @@ def build(plan: Plan, task: "Task", name: str, length_tokens: int, index: int, *
 class PromptCheck:
     """Compares prompts with the rows that are there."""
 
-    def __init__(self, store: "RunStore") -> None:
+    def __init__(self, store: SampleStore) -> None:
         self._rows: dict[tuple[str, int, int], SampleRow] = {}
         for row in store.samples():
             self._rows.setdefault((row.task, row.length_tokens, row.sample), row)
@@ -52,7 +51,7 @@ class PromptCheck:
             )
 
 
-def check_first_prompts(plan: Plan, store: "RunStore") -> None:
+def check_first_prompts(plan: Plan, store: SampleStore) -> None:
     """Build a prompt of every (task, length) asked for that has rows, and compare it with them.
 
     Raises:

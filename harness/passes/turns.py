@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from kvscope.harness.passes.answering import Prompt
-from kvscope.harness.passes.base import Plan
+from kvscope.harness.passes.base import Plan, SampleStore
 from kvscope.harness.passes.progress import Progress
 from kvscope.harness.passes.prompt_check import PromptCheck, build
 from kvscope.units import format_length
@@ -19,7 +19,6 @@ from kvscope.units import format_length
 if TYPE_CHECKING:
     from kvscope.harness.engine.loaded import LoadedModel
     from kvscope.methods.base import CacheMethod
-    from kvscope.results.store import RunStore
     from kvscope.tasks.base import Sample, Task
 
 #: Prompts that are built before their turn.
@@ -37,7 +36,11 @@ class Turns:
     """
 
     def __init__(
-        self, plan: Plan, store: "RunStore", progress: Progress, cells: "Sequence[tuple[Task, str, int]]"
+        self,
+        plan: Plan,
+        store: SampleStore,
+        progress: Progress,
+        cells: "Sequence[tuple[Task, str, int]]",
     ) -> None:
         self._plan, self._store, self._progress = plan, store, progress
         self._check = PromptCheck(store)
@@ -125,7 +128,7 @@ def prompt_work_tokens(length_tokens: int, *, methods: int) -> int:
     return length_tokens + methods * DECODE_WORK_TOKENS
 
 
-def pending_samples(plan: Plan, store: "RunStore", task_name: str, length_tokens: int) -> Pending:
+def pending_samples(plan: Plan, store: SampleStore, task_name: str, length_tokens: int) -> Pending:
     """Return (sample index, methods without a row) of one (task, length); prompts that are done are left out."""
     found = []
     for index in range(plan.config.samples):
@@ -135,7 +138,7 @@ def pending_samples(plan: Plan, store: "RunStore", task_name: str, length_tokens
     return found
 
 
-def cell_summary(plan: Plan, store: "RunStore", task_name: str, length_tokens: int) -> str:
+def cell_summary(plan: Plan, store: SampleStore, task_name: str, length_tokens: int) -> str:
     """Return the mean pooled score of each method in one (task, length), or how many of its rows failed."""
     parts = []
     rows = [
