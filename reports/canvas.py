@@ -211,6 +211,8 @@ def free_labels(
         others = points[np.hypot(*(points - points[index]).T) > 10]
         best: tuple[float, Pixels] | None = None
         for gap, centre in _rings(points[index], size):
+            if best is not None and gap >= best[0]:
+                break  # a place costs its gap at least, and rings grow
             spot = np.concatenate([centre - size / 2, centre + size / 2])
             if spot[0] < inside.x0 + 2 or spot[2] > inside.x1 - 1 or spot[1] < inside.y0 + 2 or spot[3] > inside.y1 - 1:
                 continue

@@ -8,7 +8,15 @@ import pandas as pd
 
 from kvscope.reports.answers import NOWHERE, Answers, Contexts, Places, by_cell
 from kvscope.reports.trust import with_doubts
-from kvscope.results.comparisons import SCORE_COLUMNS, answered, baseline_label, pairs, pooled
+from kvscope.results.comparisons import (
+    SCORE_COLUMNS,
+    Comparison,
+    answered,
+    baseline_label,
+    compare_methods,
+    pairs,
+    pooled,
+)
 from kvscope.results.frames import Run, once, records
 from kvscope.results.run_schema import RunInfo
 from kvscope.results.statistics import paired_difference
@@ -80,6 +88,12 @@ def accuracy_cells(run: Run) -> pd.DataFrame:
         for length in info.lengths_tokens
     ]
     return pd.DataFrame(ordered, columns=ACCURACY_COLUMNS).astype({"n_pairs": "Int64"})
+
+
+@once
+def comparisons(run: Run) -> list[Comparison]:
+    """Every method against dense, in every scope, at the default margin."""
+    return compare_methods(run.samples, info=run.info)
 
 
 def pooled_cells(run: Run, cells: pd.DataFrame) -> pd.DataFrame:

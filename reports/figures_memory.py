@@ -47,9 +47,10 @@ def memory_by_length(run: Run) -> ReportFigure | SkippedFigure:
     labels = [method.label for method in run.info.methods if method.label in set(data["method_label"])]
     styles, about = _styles(run)
     lengths = sorted({*run.info.lengths_tokens, *run.info.footprint_lengths_tokens, *data["length_tokens"]})
+    settings = run.samples.drop_duplicates(["method_label", "length_tokens"])["config"]
     chosen_by_text = any(
         isinstance(config, dict) and config.get("mode") == "threshold"
-        for config in (*run.footprint["config"], *run.samples["config"])
+        for config in (*run.footprint["config"], *settings)
     )
     remarks = [NESTED] if len(labels) > 1 else []
     remarks += [about] if about else []

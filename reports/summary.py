@@ -6,6 +6,7 @@ from tabulate import tabulate
 from kvscope.reports.cells import (
     ALL_TASKS,
     accuracy_cells,
+    comparisons,
     footprint_cells,
     memory_source,
     pool_notes,
@@ -21,7 +22,7 @@ from kvscope.reports.table_parts import Notes, Table, excluded_notes
 from kvscope.reports.tables_limits import limit_tables
 from kvscope.reports.ties import tie_notes
 from kvscope.reports.units import byte_unit, length_text, milliseconds, number, points, with_interval
-from kvscope.results.comparisons import baseline_label, compare_pooled
+from kvscope.results.comparisons import POOLED, baseline_label
 from kvscope.results.frames import Run, records
 
 _INTERVALS_UP_TO = 5
@@ -98,7 +99,7 @@ def _differences(run: Run, cells: pd.DataFrame) -> str:
             text = points(cell["difference_to_dense"])
         texts[cell["method_label"], cell["length_tokens"]] = text
     last = dict.fromkeys(others, "no pairs")
-    for found in compare_pooled(run.samples, info=run.info):
+    for found in (each for each in comparisons(run) if each.scope == POOLED):
         whole = found.paired.difference
         last[found.method_label] = f"{with_interval(whole.mean, whole.low, whole.high, text=points)} {found.verdict}"
     grid = _grid(others, "method", texts, list(run.info.lengths_tokens), last=("all prompts", last))

@@ -4,11 +4,11 @@ from typing import Any
 
 import pandas as pd
 
-from kvscope.reports.cells import ALL_TASKS, pool_notes
+from kvscope.reports.cells import ALL_TASKS, comparisons, pool_notes
 from kvscope.reports.table_parts import Notes, Table, excluded_notes
 from kvscope.reports.ties import tie_notes
 from kvscope.reports.units import length_text, number, p_text, percent, points, with_interval
-from kvscope.results.comparisons import baseline_label, compare_methods
+from kvscope.results.comparisons import baseline_label
 from kvscope.results.frames import Run, records
 
 
@@ -109,7 +109,7 @@ def statistics_table(run: Run) -> Table:
     """Paired comparison of every method with dense: pooled, by length and by task."""
     rows, texts = [], []
     nll = False
-    for found in compare_methods(run.samples, info=run.info):
+    for found in comparisons(run):
         paired, difference = found.paired, found.paired.difference
         safe, same = paired.noninferiority, paired.equivalence
         nll = nll or found.nll is not None

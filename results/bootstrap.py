@@ -32,9 +32,12 @@ _FEW_KINDS = 64
 _MOST_KEPT = 32_768
 
 
-def bootstrap_ends(values: Array, clusters: Sequence[str] | None, confidence: float) -> tuple[float, float] | None:
-    """Ends of the interval of the mean of `values`; None when there are fewer than two clusters to resample."""
-    sums, sizes = cluster_totals(values, clusters)
+def bootstrap_ends(sums: Array, sizes: Array | None, confidence: float) -> tuple[float, float] | None:
+    """Ends of the interval of a mean; None when there are fewer than two clusters to resample.
+
+    Args:
+        sums, sizes: of the clusters, as `cluster_totals` gives them.
+    """
     if len(sums) < 2:
         return None
     kinds, counts = _kinds(sums, sizes)
@@ -58,16 +61,16 @@ def bootstrap_means(
 
 def cluster_totals(values: Array, clusters: Sequence[str] | None) -> tuple[Array, Array | None]:
     """Sum and size of every cluster; sizes are None where each holds one value."""
-    places: dict[str, int] = {}
-    named = [places.setdefault(name, len(places)) for name in clusters or ()]
-    if len(places) == len(named):
+    if clusters is None or len(places := dict.fromkeys(clusters)) == len(clusters):
         return values, None
-    which = np.array(named, dtype=np.intp)
+    numbers = dict(zip(places, range(len(places)), strict=True))
+    which = np.fromiter(map(numbers.__getitem__, clusters), dtype=np.intp, count=len(clusters))
     sums: Array = np.bincount(which, weights=values).astype(np.float64)
     sizes: Array = np.bincount(which).astype(np.float64)
     return sums, sizes
 
 
+@lru_cache(maxsize=_MOST_KEPT)
 def expanded_level(confidence: float, n_clusters: int) -> float:
     """Return the lower percentile, as a fraction, whose interval covers `confidence` with so few clusters."""
     n = n_clusters
@@ -122,12 +125,12 @@ def _draw_table(n: int, *, resamples: int, seed: int) -> Counts:
     draw = np.random.default_rng(seed)
     table = np.zeros((n + 1, resamples), dtype=np.uint16)
     chunk = max(1, _CACHED_DRAWS // n)
+    first = np.arange(0, chunk * n, n)[:, None]
     for start in range(0, resamples, chunk):
         size = min(chunk, resamples - start)
-        picks = draw.integers(n, size=(size, n), dtype=np.uint16)
-        places = picks.astype(np.intp) * size + np.arange(size)[:, None]
-        counts = np.bincount(places.ravel(), minlength=n * size).reshape(n, size)
-        table[1:, start : start + size] = counts.cumsum(axis=0)
+        places = draw.integers(n, size=(size, n), dtype=np.uint16) + first[:size]
+        counts = np.bincount(places.ravel(), minlength=n * size).reshape(size, n)
+        table[1:, start : start + size] = counts.cumsum(axis=1, dtype=np.uint16).T
     return table
 
 

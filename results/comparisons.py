@@ -15,6 +15,8 @@ from kvscope.results.statistics import Interval, PairedDifference, bootstrap_int
 PAIR_KEY = ["task", "length_tokens", "sample"]
 SCORE_COLUMNS = [*PAIR_KEY, "method_label", "status", "reason", "score", "answer_nll", "prompt_sha256", "context_id"]
 DEFAULT_MARGIN = 0.01
+POOLED = "all prompts"
+"""The scope of every prompt that is pooled."""
 
 DifferenceVerdict = Literal["worse", "better", "no difference shown", "inconclusive"]
 
@@ -110,7 +112,7 @@ def compare_methods(samples: pd.DataFrame, *, info: RunInfo, margin: float = DEF
     samples = pooled(samples, info)[SCORE_COLUMNS]
     tables = _paired_tables(samples, info, baseline=baseline)
     lengths, tasks = sorted(samples["length_tokens"].unique()), samples["task"].unique().tolist()
-    found = _compare_within("all prompts", tables, baseline=baseline, margin=margin)
+    found = _compare_within(POOLED, tables, baseline=baseline, margin=margin)
     for length in lengths if len(lengths) > 1 else []:
         within = {label: table[table["length_tokens"] == length] for label, table in tables.items()}
         found += _compare_within(f"{length} tokens", within, baseline=baseline, margin=margin)
@@ -118,15 +120,6 @@ def compare_methods(samples: pd.DataFrame, *, info: RunInfo, margin: float = DEF
         within = {label: table[table["task"] == task] for label, table in tables.items()}
         found += _compare_within(task, within, baseline=baseline, margin=margin)
     return found
-
-
-def compare_pooled(samples: pd.DataFrame, *, info: RunInfo, margin: float = DEFAULT_MARGIN) -> list[Comparison]:
-    """Compare every method with the baseline over all prompts: the first scope of `compare_methods`, alone."""
-    baseline = baseline_label(info)
-    if baseline is None:
-        return []
-    tables = _paired_tables(pooled(samples, info)[SCORE_COLUMNS], info, baseline=baseline)
-    return _compare_within("all prompts", tables, baseline=baseline, margin=margin)
 
 
 def _paired_tables(samples: pd.DataFrame, info: RunInfo, *, baseline: str) -> dict[str, pd.DataFrame]:
@@ -137,7 +130,7 @@ def _paired_tables(samples: pd.DataFrame, info: RunInfo, *, baseline: str) -> di
 
 def cluster_names(context_ids: Sequence[str | None]) -> list[str] | None:
     """Cluster names for resampling, or None when no row has a shared context. A row without one stands alone."""
-    if all(name is None for name in context_ids):
+    if list(context_ids).count(None) == len(context_ids):
         return None
     return [f"row {index}" if name is None else f"context {name}" for index, name in enumerate(context_ids)]
 

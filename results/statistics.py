@@ -135,14 +135,12 @@ class _Pairs:
         differences: method minus baseline, each pair.
         sums, sizes: of each cluster; sizes None where each holds one pair.
         binary: whether all scores are 0 or 1.
-        clusters: name of each pair's; None where each stands alone.
     """
 
     differences: Array
     sums: Array
     sizes: Array | None
     binary: bool
-    clusters: Sequence[str] | None
 
     @property
     def lost(self) -> int:
@@ -187,14 +185,12 @@ def mean_interval(
     """
     values = _checked(scores)
     mean = float(values.mean())
-    if _is_binary(values):
-        sums, sizes = cluster_totals(values, clusters)
-        if sizes is None or _nearly_alike(sums, sizes):
-            n, alpha = len(sums), 1 - confidence
-            right = int(sums.sum()) if sizes is None else float((sums / sizes).sum())
-            low, high = proportion_confint(right, n, alpha=alpha, method="wilson")
-            return interval_of(mean, (max(0.0, float(low)), min(1.0, float(high))), n=len(values), kind="wilson")
-    return bootstrap_interval(values, clusters=clusters, confidence=confidence)
+    sums, sizes = cluster_totals(values, clusters)
+    if _is_binary(values) and (sizes is None or _nearly_alike(sums, sizes)):
+        right = int(sums.sum()) if sizes is None else float((sums / sizes).sum())
+        low, high = proportion_confint(right, len(sums), alpha=1 - confidence, method="wilson")
+        return interval_of(mean, (max(0.0, float(low)), min(1.0, float(high))), n=len(values), kind="wilson")
+    return _resampled(values, sums, sizes, confidence)
 
 
 def bootstrap_interval(
@@ -202,7 +198,11 @@ def bootstrap_interval(
 ) -> Interval:
     """Mean of any values with a percentile bootstrap interval; kind `none` when they cannot be resampled."""
     values = _checked(values)
-    ends = bootstrap_ends(values, clusters, confidence)
+    return _resampled(values, *cluster_totals(values, clusters), confidence)
+
+
+def _resampled(values: Array, sums: Array, sizes: Array | None, confidence: float) -> Interval:
+    ends = bootstrap_ends(sums, sizes, confidence)
     if ends is None:
         return Interval(float(values.mean()), None, None, len(values), "none")
     return interval_of(float(values.mean()), ends, n=len(values), kind="bootstrap")
@@ -231,7 +231,7 @@ def paired_difference(
     differences = left - right
     sums, sizes = cluster_totals(differences, clusters)
     binary = _is_binary(left) and _is_binary(right)
-    pairs = _Pairs(differences, sums, sizes, binary, clusters)
+    pairs = _Pairs(differences, sums, sizes, binary)
     n, discordant = len(sums), pairs.lost + pairs.won
     needed = math.ceil(LEAST_DISCORDANT / _discordance(discordant, n) * len(left) / n)
     effect = design_effect(differences, sums, sizes)
@@ -276,7 +276,7 @@ def _difference_interval(pairs: _Pairs, confidence: float) -> Interval:
         return interval_of(mean, ends, n=n, kind="score")
     if not (np.abs(pairs.differences) > 0).any():
         return Interval(mean, None, None, n, "none")
-    return bootstrap_interval(pairs.differences, clusters=pairs.clusters, confidence=confidence)
+    return _resampled(pairs.differences, pairs.sums, pairs.sizes, confidence)
 
 
 def _noninferiority(pairs: _Pairs, *, margin: float, effect: float) -> Noninferiority:
@@ -318,7 +318,7 @@ def _equivalence(pairs: _Pairs, *, margin: float, effect: float) -> Equivalence:
 def _ends_90(pairs: _Pairs) -> tuple[float, float]:
     """Ends whose halves are tests of 5 %; everything where too few clusters differ to resample them."""
     enough = pairs.lost + pairs.won >= LEAST_DISCORDANT
-    return (bootstrap_ends(pairs.differences, pairs.clusters, 0.9) if enough else None) or (-1.0, 1.0)
+    return (bootstrap_ends(pairs.sums, pairs.sizes, 0.9) if enough else None) or (-1.0, 1.0)
 
 
 def _nearly_alike(sums: Array, sizes: Array) -> bool:
