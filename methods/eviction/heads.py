@@ -125,7 +125,6 @@ class HeadPool:
             first += n_owned
         self.table_HW = table_HW.to(device)
         self.counts_H1 = torch.tensor([[len(each)] for each in kept], dtype=torch.int32).to(device)
-        self._head_H = torch.arange(len(kept), device=device)
         self._left_tokens = reserve_tokens
 
     def append(self, k_BH1D: torch.Tensor, v_BH1D: torch.Tensor) -> None:
@@ -134,7 +133,8 @@ class HeadPool:
             self._grow()
         self._left_tokens -= 1
         count_H = self.counts_H1[:, 0].long()
-        page_H = self.table_HW[self._head_H, count_H // self._page_tokens].long()
+        head_H = torch.arange(len(count_H), device=count_H.device)
+        page_H = self.table_HW[head_H, count_H // self._page_tokens].long()
         self.pages[page_H, 0, :, count_H % self._page_tokens] = torch.stack((k_BH1D[0, :, 0], v_BH1D[0, :, 0]), 1)
         self.counts_H1 += 1
 

@@ -231,10 +231,10 @@ class MaskedStepwise(SequenceCache):
         self._alive = {layer: torch.ones((H, N), dtype=torch.bool, device=device) for layer in self.shape.layers}
         self._scores = {layer: torch.zeros((H, N), device=device) for layer in self.shape.layers}
         for layer in self.shape.layers if N else ():
-            self._scores[layer] += method.scores(prompt, layer)
+            self._scores[layer] += method.scores(prompt, layer).to(device)
             while self._alive[layer][0].sum() > self._capacity:
                 # The last tokens of the prompt are the recent ones, before another has come.
-                self._drop(layer, is_recent_N=torch.arange(N) >= N - self._recent)
+                self._drop(layer, is_recent_N=torch.arange(N, device=device) >= N - self._recent)
 
     def _drop(self, layer, is_recent_N):
         stays_HN = ~self._alive[layer] | is_recent_N
@@ -248,12 +248,12 @@ class MaskedStepwise(SequenceCache):
     def attend(self, layer, call):
         n = self._pool.lengths[layer]
         if self._alive[layer][0].sum() == self._capacity:
-            self._drop(layer, is_recent_N=torch.arange(n) > n - self._recent)
+            self._drop(layer, is_recent_N=torch.arange(n, device=self.device) > n - self._recent)
         self._pool.append(layer, call.key, call.value)
         self._alive[layer] = torch.nn.functional.pad(self._alive[layer], (0, 1), value=True)
         pages = self._pool.pages[layer]
-        keep = torch.zeros((len(self._alive[layer]), pages.shape[0] * self.shape.page_tokens), dtype=torch.bool)
-        keep[:, : n + 1] = self._alive[layer]
+        n_room = pages.shape[0] * self.shape.page_tokens
+        keep = torch.nn.functional.pad(self._alive[layer], (0, n_room - n - 1))
         logits_HGT = token_logits(call, pages, n_tokens=n + 1).view(len(keep), -1, n + 1)
         logits_HGT = logits_HGT.masked_fill(~self._alive[layer][:, None], -torch.inf)
         if call.sink_logits is None:
