@@ -81,8 +81,8 @@ class Lsa(CacheMethod[LsaConfig]):
             untrained=self._untrained,
             misfit=self._misfit,
             missing=f"No trained indexer{chunk} comes with kvscope for this model: "
-            f"{HOW_TO_TRAIN}; or take indexer=landmark, which needs none; or selection=synthetic with a budget (bytes and "
-            "times only).",
+            f"{HOW_TO_TRAIN}; or take indexer=landmark, which needs none; or selection=synthetic with a budget (bytes "
+            "and times only).",
         )
 
     @property
