@@ -15,6 +15,9 @@ from kvscope.methods.lsa.indexer import IndexerConfig
 from kvscope.units import format_length
 
 CARD_FILE, CARD_JSON = "README.md", "card.json"
+#: Documents from which on figures mean something: with seven to train, recall was perfect and a third of the answers
+#: were lost (docs/log.md).
+ENOUGH = {"train": 32, "calibrate": 8, "evaluate": 8}
 #: What the card shows of an evaluation: the indexer at its threshold and at shares, and recency at the same.
 SHOWN = (
     ("indexer", "threshold", 0.5),
@@ -46,15 +49,22 @@ class Card:
     hit_rate: float | None
 
     @property
-    def warning(self) -> str | None:
-        """A sentence where the indexer saves little; None where it does not."""
-        if self.evaluated["kept"] <= MOST_KEPT:
-            found: str | None = self.calibrated["warning"]
-            return found
-        return (
-            f"warning: it keeps {self.evaluated['kept']:.1%} of new prompts, and above {MOST_KEPT:.0%} there is little "
-            "to save. Give more --minutes, longer prompts (--length), a lower --target-recall, or a budget."
-        )
+    def warnings(self) -> list[str]:
+        """Return what is to be known before these figures are believed, a sentence each."""
+        found = []
+        few = [f"{self.documents[role]} to {role}" for role, enough in ENOUGH.items() if self.documents[role] < enough]
+        if few:
+            wanted = ", ".join(f"{enough} to {role}" for role, enough in ENOUGH.items())
+            found.append(
+                f"warning: {', '.join(few)} are few documents: answers may lose more than this recall tells. Give more "
+                f"--minutes or shorter documents, for {wanted} at least."
+            )
+        if self.evaluated["kept"] > MOST_KEPT:
+            found.append(
+                f"warning: it keeps {self.evaluated['kept']:.1%} of new prompts, and above {MOST_KEPT:.0%} there is "
+                "little to save. Give more --minutes, longer prompts (--length), a lower --target-recall, or a budget."
+            )
+        return found
 
     @property
     def command(self) -> str:
@@ -96,7 +106,7 @@ class Card:
             f"{text}\n\nEach cell: golden recall at the share of a prompt's bytes kept, on "
             f"{self.documents['evaluate']} new documents. Refreshes: {hits}."
         )
-        return told if self.warning is None else f"{told}\n\n{self.warning}"
+        return "\n\n".join([told, *self.warnings])
 
     def values(self) -> dict[str, Any]:
         """Return everything as plain values."""
@@ -115,7 +125,7 @@ class Card:
             "calibration": self.calibrated,
             "evaluation": {**self.evaluated, "hit_rate": self.hit_rate, "table": self.table()},
             "seconds": state.phases_s,
-            "warning": self.warning,
+            "warnings": self.warnings,
             "indexer": {key: value for key, value in asdict(self.indexer).items() if key != "trained"},
         }
 
@@ -141,7 +151,7 @@ def markdown(card: Card, values: dict[str, Any]) -> str:
     lines = [
         f"# An lsa indexer for {values['model']}",
         "",
-        *([f"**{card.warning}**", ""] if card.warning else []),
+        *(line for warning in card.warnings for line in (f"**{warning}**", "")),
         f"- Model: {values['model']}, revision {values['model_revision']}.",
         f"- Documents: {card.documents['train']} to train, {card.documents['calibrate']} to set the threshold, "
         f"{card.documents['evaluate']} to evaluate, each for one of these alone.",

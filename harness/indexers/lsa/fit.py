@@ -124,7 +124,7 @@ class _Fit:
                 f"{config.minutes:g} minutes were enough for {told}: too few documents for an indexer. Give more "
                 "--minutes (the same command continues), shorter lengths (--length), or fewer tasks (--task)."
             )
-        state.collected = True
+        state.collected, state.minutes = True, config.minutes
         self.watch.save()
 
     @property

@@ -80,7 +80,8 @@ class FitState:
         spent_s: seconds of earlier calls, and of this one up to the last save.
         probe: what the first documents told: ``labels`` tried, ``layers``, ``lengths_tokens``, ``tasks``; None before.
         rounds: complete ones.
-        collected: whether no more documents are to be made.
+        collected: whether no more documents are to be made in ``minutes``.
+        minutes: of the call that ended with that.
         labels: rules tried on the training documents, the one taken last; None before.
         trained: held-out measures of the training; None before.
         phases_s: seconds of each phase.
@@ -91,6 +92,7 @@ class FitState:
     probe: dict[str, Any] | None = None
     rounds: int = 0
     collected: bool = False
+    minutes: float = 0.0
     labels: list[dict[str, Any]] | None = None
     trained: dict[str, Any] | None = None
     phases_s: dict[str, float] = field(default_factory=dict)
@@ -122,6 +124,8 @@ class FitState:
                     f"Folder '{folder}' was begun with {key} {theirs}, and {mine} is asked for; give another --out, or "
                     "the options it was begun with."
                 )
+        if state.collected and config.minutes > state.minutes:  # more documents, and all of them are learnt from
+            state.collected, state.labels, state.trained = False, None, None
         return state
 
     def save(self, folder: Path) -> None:

@@ -5,15 +5,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from lsa_tools import prefilled, run_steps
 from planted import INFO, planted_collection, planted_document
 from tiny import save_tiny_model
 
 from kvscope import cli
 from kvscope.errors import UsageError
+from kvscope.harness.engine.models import load_model
 from kvscope.harness.indexers.collection.label_choice import LabelChoice
 from kvscope.harness.indexers.collection.reading import Collection
 from kvscope.harness.indexers.collection.shards import write_manifest, write_shard
 from kvscope.harness.indexers.lsa import fit as module
+from kvscope.harness.indexers.lsa import recall_tables
 from kvscope.harness.indexers.lsa.calibrate import warning_of
 from kvscope.harness.indexers.lsa.fit import fit, fitting_lengths
 from kvscope.harness.indexers.lsa.fit_config import ROLES, STATE_FILE, FitConfig
@@ -21,6 +24,7 @@ from kvscope.harness.indexers.lsa.gate import gate_failures
 from kvscope.harness.indexers.lsa.label_share import MOST_KEPT, choose_labels, label_share, retrieving_layers
 from kvscope.harness.indexers.lsa.refreshes import Refreshes, hit_rate
 from kvscope.methods.lsa.indexer_files import read_indexer_config
+from kvscope.methods.registry import create_method
 
 
 def quiet(text):
@@ -55,8 +59,16 @@ def sharp(tmp_path_factory):
 
 
 def asked(model, **changes):
-    options = {"minutes": 1.2, "tasks": ("niah_single_1",), "lengths_tokens": (512,), "device": "cpu"}
+    options = {"minutes": 1.2, "tasks": ("long_qa",), "lengths_tokens": (512,), "device": "cpu"}
     return FitConfig(model=model, **{**options, **changes})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_figure():
+    """Tables are what is looked at here; a figure takes longer than all the rest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recall_tables, "draw", lambda folder, rows: None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -69,18 +81,17 @@ def fitted(sharp, tmp_path_factory):
 # -- one command
 
 
-def test_it_leaves_an_indexer_that_run_takes(fitted, sharp, tmp_path, capsys):
+def test_it_leaves_an_indexer_that_decodes(fitted, sharp):
     folder, card, _ = fitted
     config = read_indexer_config(folder)
     assert (config.tau, config.chunk_tokens, config.neighbours, config.lookback_tokens) == (4, 16, 8, 16)
     assert config.trained["calibration"]["target"] == {"target_recall": 0.98}
     assert config.kept_fraction == card.calibrated["after"]["kept_candidates"]
-    command = ["run", "--model", sharp, "-m", "dense", "-m", f"lsa:indexer={folder}", "-t", "niah_single_1",
-               "-l", "512", "-n", "1", "--max-new-tokens", "3", "--no-footprint", "--device", "cpu",
-               "--out", str(tmp_path), "-q"]  # fmt: skip
-    assert cli.run_cli(command) == 0
-    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
-    assert [row["selection"] for row in rows if row["method"] != "dense"] == ["trained"]
+    loaded, method = load_model(sharp, device="cpu"), create_method(f"lsa:indexer={folder},budget_tokens=300")
+    prompt = prefilled(loaded, list(range(5, 505)), method)
+    _, record, _ = run_steps(loaded, method, prompt, [7, 8])
+    assert record.indexer.startswith("out@")
+    assert 200 < record.resident_tokens[0] <= 300
 
 
 def test_the_time_is_kept_and_no_document_serves_two_ends(fitted):
@@ -103,7 +114,7 @@ def test_the_card_says_what_it_was_made_of(fitted, sharp):
     folder, card, _ = fitted
     text, values = (folder / "README.md").read_text(), json.loads((folder / "card.json").read_text())
     config = read_indexer_config(folder)
-    for word in (config.model_revision, "--minutes 1.2", "niah_single_1", "top-p 0.9, least mass 0.2", "torch "):
+    for word in (config.model_revision, "--minutes 1.2", "long_qa", "top-p 0.9, least mass 0.2", "torch "):
         assert word in text
     assert values["documents"] == card.documents
     assert values["command"].startswith(f"kvscope lsa fit {sharp} --minutes 1.2")
@@ -112,6 +123,17 @@ def test_the_card_says_what_it_was_made_of(fitted, sharp):
     kept, recall = (float(at_threshold.split(",")[at]) for at in (6, 7))
     assert f"{recall:.1%} at {kept:.1%}" in text
     assert (values["evaluation"]["recall"], values["evaluation"]["kept"]) == (recall, kept)
+
+
+def test_few_documents_and_large_choices_are_warned_of(fitted):
+    _, card, _ = fitted
+    assert card.documents["train"] < 32
+    assert any("are few documents" in line and "32 to train" in line for line in card.warnings)
+    assert card.warnings[0] in card.summary_text()
+    many = replace(card, documents=dict.fromkeys(card.documents, 40), evaluated={**card.evaluated, "kept": 0.2})
+    assert many.warnings == []
+    (greedy,) = replace(many, evaluated={**card.evaluated, "kept": 0.965}).warnings
+    assert "it keeps 96.5% of new prompts" in greedy
 
 
 def test_the_same_command_again_makes_no_document(fitted, sharp, monkeypatch):
@@ -133,6 +155,9 @@ def test_too_little_time_is_told_and_more_continues(sharp, tmp_path):
     card = fit(asked(sharp, minutes=1.4), tmp_path, note=lines.append, clock=Clock())
     assert not any("layers that retrieve" in line for line in lines), "the probe is not made again"
     assert sum(card.documents.values()) > made
+    more = fit(asked(sharp, minutes=2.5), tmp_path, note=quiet, clock=Clock())
+    assert more.documents["train"] > card.documents["train"], "and so does more time for one that ended"
+    assert more.indexer.trained["start"]["trained"]["documents"] > card.indexer.trained["start"]["trained"]["documents"]
 
 
 def test_a_kill_between_two_documents_costs_none_that_are_whole(sharp, tmp_path, monkeypatch):
@@ -147,12 +172,17 @@ def test_a_kill_between_two_documents_costs_none_that_are_whole(sharp, tmp_path,
             raise Killed
         return real(*args, **options)
 
+    def not_asked_for(*args, **options):
+        raise Killed
+
     monkeypatch.setattr(module, "collect", until_the_fourth)
+    monkeypatch.setattr(module, "train", not_asked_for)
     with pytest.raises(Killed):
         fit(asked(sharp), tmp_path, note=quiet, clock=Clock())
     before = {str(path): path.stat().st_mtime_ns for path in (tmp_path / "data").glob("*/shard*")}
     assert len(list((tmp_path / "data").iterdir())) == 3
-    fit(asked(sharp), tmp_path, note=quiet, clock=Clock())
+    with pytest.raises(Killed):
+        fit(asked(sharp), tmp_path, note=quiet, clock=Clock())
     after = {str(path): path.stat().st_mtime_ns for path in (tmp_path / "data").glob("*/shard*")}
     assert before.items() <= after.items()
     assert len(list((tmp_path / "data").iterdir())) > 3
