@@ -83,6 +83,8 @@ def train_epochs(
     folder: Path,
     say: Callable[..., None],
     note: Callable[[str], None],
+    clock: Callable[[], float] = time.perf_counter,
+    deadline_s: float = math.inf,
 ) -> dict[str, Any]:
     """Train, and leave the weights of the best epoch in ``indexer``; return its measures.
 
@@ -95,22 +97,33 @@ def train_epochs(
         folder: checkpoints go to ``checkpoints/epoch-NN`` below it.
         say: takes fields for the log.
         note: takes lines for the user.
+        clock: seconds from any beginning.
+        deadline_s: by this clock: no epoch is begun that would likely end later, and one that does is cut short.
     """
     optimizer = torch.optim.AdamW(indexer.parameters(), lr=options.lr, weight_decay=options.weight_decay)
     total = options.epochs * math.ceil(len(training) / options.batch_documents)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, total))
     draws = random.Random(options.seed)
-    started_s = time.perf_counter()
+    started_s = clock()
+
+    def rate_at(step: int) -> float:
+        if deadline_s == math.inf:
+            return rate(step, total)
+        # The rate reaches zero with the time, if that is over before the epochs are.
+        past = (clock() - started_s) / max(1e-9, deadline_s - started_s)
+        return rate(max(step, min(total, int(past * total))), total)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_at)
     best: dict[str, Any] | None = None
     since_best = 0
     for epoch in range(1, options.epochs + 1):
         loss = _run_epoch(
-            indexer, training, options, optimizer=optimizer, schedule=schedule, draws=draws, loss_of=loss_of
-        )
+            indexer, training, options, optimizer=optimizer, schedule=schedule, draws=draws, loss_of=loss_of,
+            goes_on=lambda: clock() < deadline_s,
+        )  # fmt: skip
         indexer.eval()
         measures = measure()
         fields = {"epoch": epoch, "loss": round(loss, 5), **measures}
-        elapsed_s = time.perf_counter() - started_s
+        elapsed_s = clock() - started_s
         say(**fields, elapsed_s=round(elapsed_s, 2))
         left_s = elapsed_s / epoch * (options.epochs - epoch)
         note(
@@ -125,6 +138,9 @@ def train_epochs(
             since_best += 1
         if since_best >= options.patience:
             note(f"stopped: nothing gained on held-out documents for {since_best} epochs")
+            break
+        if epoch < options.epochs and started_s + elapsed_s * (epoch + 1) / epoch > deadline_s:
+            note(f"stopped after epoch {epoch} of {options.epochs}: another would end behind the time for training")
             break
     assert best is not None
     indexer.load_state_dict(weights)
@@ -148,8 +164,9 @@ def _run_epoch(
     schedule: Any,
     draws: random.Random,
     loss_of: Callable[[Place], torch.Tensor | None],
+    goes_on: Callable[[], bool],
 ) -> float:
-    """Train one epoch; return the mean loss."""
+    """Train one epoch, or a part of it where ``goes_on`` says no between two batches; return the mean loss."""
     indexer.train()
     order = list(training)
     draws.shuffle(order)
@@ -168,6 +185,8 @@ def _run_epoch(
         optimizer.step()
         schedule.step()
         losses.append(total / len(batch))
+        if not goes_on():
+            break
     return sum(losses) / max(1, len(losses))
 
 

@@ -49,7 +49,7 @@ class LsaEntries(OverEntries, Lsa):
         if not options.indexed:
             reasons.append(
                 f"indexer={options.indexer} is not available over compressed entries: the stock classes hand "
-                "their attention weights to nobody"
+                "their queries and attention weights to nobody"
             )
         else:
             try:

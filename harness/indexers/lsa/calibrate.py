@@ -14,6 +14,7 @@ import torch
 from kvscope.errors import UsageError
 from kvscope.harness.engine.devices import resolve_device
 from kvscope.harness.indexers.collection.places import data_record, note_unfinished
+from kvscope.harness.indexers.lsa.label_share import MOST_KEPT
 from kvscope.harness.indexers.lsa.lineage import data_ids, origin
 from kvscope.harness.indexers.lsa.measuring import EvalConfig, matching_collections, measuring_options
 from kvscope.harness.indexers.lsa.objective import shift_bias
@@ -23,11 +24,12 @@ from kvscope.methods.lsa.indexer_files import indexer_folder, load_indexer, save
 from kvscope.paths import check_out, user_path
 
 WeightDtype = Literal["float32", "bfloat16"]
+DEFAULT_TARGET_RECALL = 0.98
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrateConfig:
-    """What to set, and by which measure. Exactly one of ``threshold``, ``target_recall`` and ``target_kept`` is given.
+    """What to set, and by which measure: ``threshold``, ``target_recall`` or ``target_kept``; else a recall of 0.98.
 
     Attributes:
         chunk_tokens: of the indexer that is written, a multiple of the tokens that share a key; None: as it is.
@@ -51,8 +53,8 @@ class CalibrateConfig:
 
     def __post_init__(self) -> None:
         if len(self.target) != 1:
-            given = ", ".join(self.target) or "none"
-            raise UsageError(f"Give exactly one of threshold, target_recall and target_kept; given: {given}.")
+            given = ", ".join(self.target)
+            raise UsageError(f"Give one of threshold, target_recall and target_kept; given: {given}.")
         ((name, value),) = self.target.items()
         if not 0 < value < 1:
             raise UsageError(f"{name} must lie between 0 and 1, both excluded, got {value}.")
@@ -67,7 +69,8 @@ class CalibrateConfig:
     def target(self) -> dict[str, float]:
         """What was asked for, by name."""
         names = ("threshold", "target_recall", "target_kept")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return given or {"target_recall": DEFAULT_TARGET_RECALL}
 
 
 def calibrate(
@@ -83,7 +86,8 @@ def calibrate(
 
     Returns:
         ``threshold``, which became 0.5; ``shift`` of the bias; measures ``before`` and ``after`` at 0.5, both in the
-        chunks that were asked for, before with the weights as they were.
+        chunks that were asked for, before with the weights as they were; ``warning``, a sentence where that keeps more
+        than 30 % of a prompt, else None.
 
     Raises:
         UsageError: bad options, an indexer and collections that do not belong together, or a target these documents
@@ -115,7 +119,7 @@ def calibrate(
     after = measures(score(indexer, collections, options))
     found = {
         "threshold": round(float(torch.sigmoid(torch.tensor(cut, dtype=torch.float64))), 6),
-        "shift": round(-cut, 6), "before": before, "after": after,
+        "shift": round(-cut, 6), "before": before, "after": after, "warning": warning_of(after),
     }  # fmt: skip
     record = {
         "target": config.target, **found,
@@ -153,12 +157,20 @@ def cut_of(scored: Sequence[Refreshes], config: CalibrateConfig) -> float:
     Raises:
         UsageError: the target cannot be met.
     """
-    if config.threshold is not None:
-        return logit(config.threshold)
-    if config.target_recall is not None:
-        return cut_for_recall(scored, config.target_recall)
-    assert config.target_kept is not None
-    return cut_for_kept(scored, config.target_kept)
+    ((name, value),) = config.target.items()
+    if name == "threshold":
+        return logit(value)
+    return cut_for_recall(scored, value) if name == "target_recall" else cut_for_kept(scored, value)
+
+
+def warning_of(measured: dict[str, Any]) -> str | None:
+    """Return what is wrong with an indexer that keeps nearly everything; None where it does not."""
+    if measured["kept"] <= MOST_KEPT:
+        return None
+    return (
+        f"warning: threshold 0.5 keeps {measured['kept']:.1%} of these prompts, and above {MOST_KEPT:.0%} there is "
+        "little to save: its recall says nothing. Lower the target, or train on labels that ask for less."
+    )
 
 
 @torch.inference_mode()
@@ -195,5 +207,5 @@ def summary_text(found: dict[str, Any]) -> str:
     text = tabulate([row("before"), row("after")], headers=header, disable_numparse=True)
     return (
         f"{text}\n\nMeans over {found['after']['refreshes']} refreshes. What was threshold {found['threshold']:.4g} is "
-        f"0.5 now: bias shifted by {found['shift']:+.4f}."
+        f"0.5 now: bias shifted by {found['shift']:+.4f}." + (f"\n\n{found['warning']}" if found["warning"] else "")
     )

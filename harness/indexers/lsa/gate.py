@@ -1,7 +1,8 @@
 """``kvscope lsa eval --gate``: is what the labels ask for enough?
 
 Every prompt of a collection is answered twice: densely, and with exactly the labelled chunks resident (besides sinks,
-window and decoded tokens), refreshed every tau steps. The labels pass when the second keeps 98 % of the first.
+window and decoded tokens), refreshed every tau steps. The labels pass when the second keeps 98 % of the first and at
+most 30 % of the prompts is kept for it: labels that ask for everything are enough, and teach nothing.
 """
 
 from collections import defaultdict
@@ -21,6 +22,8 @@ from kvscope.harness.indexers.collection.collect import make_tasks
 from kvscope.harness.indexers.collection.label_choice import LabelChoice
 from kvscope.harness.indexers.collection.label_rule import LabelRule
 from kvscope.harness.indexers.collection.reading import Collection, open_collections
+from kvscope.harness.indexers.lsa.label_share import MOST_KEPT
+from kvscope.harness.indexers.lsa.train_config import DEFAULT_TAU
 from kvscope.methods.base import SequenceCache
 from kvscope.methods.dense.method import Dense
 from kvscope.methods.lsa.method import Lsa
@@ -38,11 +41,17 @@ class GateResult:
 
     Attributes:
         rows: one a (task, length), and "all": n, dense score, restricted score, share, mean kept fraction.
-        passed: whether the pooled restricted score is at least 98 % of the dense one.
+        failures: why the labels do not pass, one clause each: the pooled restricted score is below 98 % of the dense
+            one, that one is zero, or more than 30 % of the prompts is kept.
     """
 
     rows: list[dict[str, Any]]
-    passed: bool
+    failures: list[str]
+
+    @property
+    def passed(self) -> bool:
+        """Whether the labels are enough, and few enough."""
+        return not self.failures
 
 
 class ScriptedLsa(Lsa):
@@ -65,7 +74,7 @@ def gate(
     folders: Sequence[str | Path],
     *,
     model: str | None = None,
-    tau: int = 64,
+    tau: int = DEFAULT_TAU,
     choice: LabelChoice | None = None,
     samples: int | None = None,
     chunk_tokens: int | None = None,
@@ -134,7 +143,24 @@ def gate(
                 note(f"{done} prompts answered twice")
     rows = [_row(task, length, triples) for (task, length), triples in sorted(scores.items())]
     pooled = _row("all", 0, [triple for triples in scores.values() for triple in triples])
-    return GateResult(rows=[pooled, *rows], passed=pooled["restricted"] >= LEAST_SHARE * pooled["dense"])
+    return GateResult(rows=[pooled, *rows], failures=gate_failures(pooled))
+
+
+def gate_failures(pooled: dict[str, Any]) -> list[str]:
+    """Return why labels do not pass, by the pooled row; empty where they do."""
+    failures = []
+    if not pooled["dense"]:
+        failures.append("dense answers none of these prompts, so nothing is told; collect tasks that the model answers")
+    elif pooled["restricted"] < LEAST_SHARE * pooled["dense"]:
+        failures.append(
+            f"restricted to its labels, dense keeps {pooled['share']:.1%} of its score, under {LEAST_SHARE:.0%}"
+        )
+    if pooled["kept_fraction"] > MOST_KEPT:
+        failures.append(
+            f"labels keep {pooled['kept_fraction']:.1%} of the prompts, over {MOST_KEPT:.0%}: that much predicts "
+            "nothing; raise --least-mass or lower --top-p"
+        )
+    return failures
 
 
 def script(collection: Collection, index: int, method: Lsa, *, tau: int, rule: LabelRule) -> list[torch.Tensor]:

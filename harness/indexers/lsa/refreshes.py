@@ -87,6 +87,19 @@ def measures(scored: Sequence[Refreshes]) -> dict[str, Any]:
     }
 
 
+def hit_rate(scored: Sequence[Refreshes]) -> float | None:
+    """Return the share of the chunks that later refreshes choose at threshold 0.5 which were resident already.
+
+    None where no document has a second refresh that chooses.
+    """
+    n_kept = n_chosen = 0
+    for each in scored:
+        chosen = (each.logits >= logit(0.5)) & each.within
+        n_kept += int((chosen[1:] & chosen[:-1]).sum())
+        n_chosen += int(chosen[1:].sum())
+    return round(n_kept / n_chosen, 4) if n_chosen else None
+
+
 def cut_for_recall(scored: Sequence[Refreshes], target: float) -> float:
     """Return the highest cut at which the mean recall reaches ``target``.
 

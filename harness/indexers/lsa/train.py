@@ -4,6 +4,8 @@ Focal loss over the positives of a step and random negatives, AdamW, cosine, cli
 the memory side trained along with the query side, because an ordinary model brings no compressed keys of its own.
 """
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -18,11 +20,11 @@ from kvscope.harness.indexers.collection.places import Place, data_record, note_
 from kvscope.harness.indexers.collection.reading import Collection, open_collections
 from kvscope.harness.indexers.lsa.lineage import origin
 from kvscope.harness.indexers.lsa.objective import document_loss, example, measure, shift_to_recall
-from kvscope.harness.indexers.lsa.train_config import TrainConfig
+from kvscope.harness.indexers.lsa.train_config import DEFAULT_NEIGHBOURS, TrainConfig
 from kvscope.harness.indexers.lsa.warm_start import warm_start
 from kvscope.harness.indexers.training import opening_record, train_epochs, training_log
 from kvscope.methods.lsa.indexer import ENCODER_FEATURES, EncoderKind, Indexer, IndexerConfig
-from kvscope.methods.lsa.indexer_files import indexer_folder, load_indexer, save_indexer
+from kvscope.methods.lsa.indexer_files import indexer_folder, load_indexer, read_indexer_config, save_indexer
 from kvscope.paths import check_out, user_path
 
 #: What sets a size that an indexer to begin with has to share.
@@ -39,13 +41,20 @@ MOST_KEY_DIM = 128
 
 
 def train(
-    folders: Sequence[str | Path], out: str | Path, config: TrainConfig, *, note: Callable[[str], None]
+    folders: Sequence[str | Path],
+    out: str | Path,
+    config: TrainConfig,
+    *,
+    note: Callable[[str], None],
+    clock: Callable[[], float] = time.perf_counter,
+    deadline_s: float = math.inf,
 ) -> dict[str, Any]:
     """Train an indexer and write it to a folder, with one checkpoint an epoch and the log beside it.
 
     Args:
         folders: of ``lsa collect``; all made for one model.
         note: takes one line an epoch.
+        clock, deadline_s: see ``train_epochs``.
 
     Returns:
         The held-out measures of the epoch that was kept.
@@ -102,6 +111,8 @@ def train(
             folder=folder,
             say=say,
             note=note,
+            clock=clock,
+            deadline_s=deadline_s,
         )
         if config.target_recall is not None:
             shift = shift_to_recall(indexer, held_out, config, target_recall=config.target_recall)
@@ -208,8 +219,15 @@ def indexer_config(info: CollectionInfo, config: TrainConfig) -> IndexerConfig:
         encoder_width=config.encoder_width,
         lookback_tokens=config.lookback,
         segment_tokens=config.segment_tokens,
-        neighbours=config.neighbours,
+        neighbours=neighbours_of(config),
     )
+
+
+def neighbours_of(config: TrainConfig) -> int:
+    """Return how many segments on either side one lends its score to."""
+    if config.neighbours is not None:
+        return config.neighbours
+    return DEFAULT_NEIGHBOURS if config.start is None else read_indexer_config(indexer_folder(config.start)).neighbours
 
 
 def held_out_text(fields: dict[str, Any]) -> str:

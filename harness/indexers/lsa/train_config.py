@@ -8,6 +8,9 @@ from kvscope.harness.indexers.collection.label_choice import LabelChoice
 from kvscope.harness.indexers.training import TrainingOptions
 from kvscope.methods.lsa.indexer import ENCODER_FEATURES, EncoderKind
 
+#: Decode steps a label looks ahead (docs/lsa-study.md), and segments that one lends its score to.
+DEFAULT_TAU, DEFAULT_NEIGHBOURS = 4, 8
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(TrainingOptions, LabelChoice):
@@ -24,7 +27,8 @@ class TrainConfig(TrainingOptions, LabelChoice):
             chunk may be put together from its segments.
         encoder, encoder_width: memory side; None: ``pooled`` if the collection holds every key, else ``stats``.
         segment_tokens: tokens that share a key; None: a chunk.
-        neighbours: segments on either side that one lends its score to, at a learned price.
+        neighbours: segments on either side that one lends its score to, at a learned price; None: those of ``start``,
+            else 8.
         lookback: states scored a refresh: the token before an answer says little of what the question asked.
         keep: which epoch is kept: the one of the lowest held-out ``loss``, or of the highest ``recall`` of golden
             chunks by the best tenth at refreshes. The loss is lowest early, while the ranking goes on improving: that
@@ -32,22 +36,22 @@ class TrainConfig(TrainingOptions, LabelChoice):
         target_recall: held-out golden recall that threshold 0.5 is set to (a shift of the bias); None: left alone.
     """
 
-    tau: int = 64
+    tau: int = DEFAULT_TAU
     chunk_tokens: int | None = None
     layers: tuple[int, ...] | None = None
-    epochs: int = 5
-    lr: float = 1e-4
+    epochs: int = 4
+    lr: float = 1e-3
     gamma: float = 2.0
-    negatives: int = 3
+    negatives: int = 8
     least_negatives: int = 3
     rank: int | None = None
     start: str | None = None
     encoder: EncoderKind | None = None
     encoder_width: int = 64
     segment_tokens: int | None = None
-    neighbours: int = 0
-    lookback: int = 8
-    keep: Literal["loss", "recall"] = "loss"
+    neighbours: int | None = None
+    lookback: int = 16
+    keep: Literal["loss", "recall"] = "recall"
     patience: int = 2
     target_recall: float | None = None
 

@@ -87,7 +87,8 @@ def test_mass_adds_up_and_sinks_take_their_share():
 def test_recorded_masses_and_states_are_those_of_the_stock_model(family):
     """The oracle is transformers' own eager attention over the whole sequence at once."""
     loaded, stock = loaded_model(family), stock_model(family)
-    config = CollectConfig(tasks=("x",), lengths_tokens=(1,), samples=1, seed=0, chunk_tokens=16, state_tokens=5)
+    config = CollectConfig(tasks=("x",), lengths_tokens=(1,), samples=1, seed=0, chunk_tokens=16, state_tokens=5,
+                           top_p=0.6, least_mass=0.0)  # fmt: skip
     info = describe(config, loaded)
     context, fed = prompt_ids(150), prompt_ids(4, seed=8)
     document = record(
@@ -132,7 +133,8 @@ def test_recorded_masses_and_states_are_those_of_the_stock_model(family):
 
 def test_recording_changes_nothing():
     loaded = loaded_model("smollm3")
-    config = CollectConfig(tasks=("x",), lengths_tokens=(1,), samples=1, seed=0, chunk_tokens=16)
+    config = CollectConfig(tasks=("x",), lengths_tokens=(1,), samples=1, seed=0, chunk_tokens=16,
+                           top_p=0.6, least_mass=0.0)  # fmt: skip
     recorder = Recorder(describe(config, loaded))
     from lsa_tools import prefilled, run_steps
 

@@ -20,7 +20,8 @@ from kvscope.harness.passes.progress import Progress
 from kvscope.methods.lsa.indexer import IndexerConfig
 from kvscope.methods.lsa.indexer_files import load_indexer, read_indexer_config
 
-QUICK = TrainConfig(tau=1, epochs=3, lr=2e-2, recency_tokens=128, device="cpu", lookback=1, patience=3)
+QUICK = TrainConfig(tau=1, epochs=3, lr=2e-2, recency_tokens=128, device="cpu", lookback=1, patience=3,
+                    negatives=3, neighbours=0, keep="loss")  # fmt: skip
 
 
 def quiet(text):
@@ -39,7 +40,7 @@ def tokens(tmp_path_factory):
 def collected(tiny_model, tmp_path_factory):
     """The same documents in chunks of 16, 48 and 64; prompts of 383 tokens end inside a chunk of each size."""
     config = CollectConfig(model=tiny_model, tasks=("niah_single_1",), lengths_tokens=(512,), samples=2, seed=5,
-                           chunk_tokens=16, device="cpu")  # fmt: skip
+                           chunk_tokens=16, top_p=0.6, least_mass=0.0, device="cpu")  # fmt: skip
     folder = tmp_path_factory.mktemp("collected")
     return {size: collect(replace(config, chunk_tokens=size), folder / str(size), progress=Progress())
             for size in (16, 48, 64)}  # fmt: skip

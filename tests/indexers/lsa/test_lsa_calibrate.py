@@ -41,7 +41,8 @@ def begun(data, tmp_path_factory):
     """An indexer that lends, trained a little: its scores overlap, so that a threshold trades recall for bytes."""
     folder = tmp_path_factory.mktemp("begun") / "begun"
     config = TrainConfig(tau=1, epochs=4, lr=2e-2, recency_tokens=128, heads=4, key_dim=8, rank=8, encoder_width=16,
-                         lookback=1, neighbours=1, warm_start=False, patience=12, device="cpu")  # fmt: skip
+                         lookback=1, neighbours=1, warm_start=False, patience=12, device="cpu", negatives=3,
+                         keep="loss")  # fmt: skip
     train(data[:1], folder, config, note=lambda text: None)
     return folder
 
@@ -261,7 +262,6 @@ def test_documents_that_it_has_seen_are_named(data, begun, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "Give exactly one of threshold, target_recall and target_kept; given: none."),
         (["--threshold", "0.4", "--target-kept", "0.2"], "and target_kept; given: threshold, target_kept."),
         (["--threshold", "1"], "threshold must lie between 0 and 1, both excluded, got 1.0."),
         (["--target-recall", "0"], "target_recall must lie between 0 and 1, both excluded, got 0.0."),

@@ -13,7 +13,7 @@ from kvscope.results.frames import load_run
 def indexer(tiny_model, tmp_path_factory):
     """Two collections and an indexer of the tiny model, made by the commands themselves."""
     folder = tmp_path_factory.mktemp("lsa")
-    shared = ["--model", tiny_model, "--task", "niah_single_1", "-l", "512", "--chunk-tokens", "16", "--device", "cpu"]
+    shared = ["--model", tiny_model, "--task", "niah_single_1", "-l", "512", "--least-mass", "0", "--device", "cpu"]
     for name, seed, samples in (("train", "50", "6"), ("test", "60", "2")):
         out = str(folder / name)
         assert cli.run_cli(["lsa", "collect", *shared, "--seed", seed, "-n", samples, "--out", out, "-q"]) == 0
@@ -77,7 +77,7 @@ def test_run_shows_all_of_it(indexer, tiny_model, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("lsa", "No trained indexer comes with kvscope for this model: train one with kvscope lsa collect"),
+        ("lsa", "No trained indexer comes with kvscope for this model: make one with kvscope lsa fit"),
         ("lsa:chunk_tokens=64", "No trained indexer for chunks of 64 tokens comes with kvscope for this model"),
         ("lsa:indexer={indexer},chunk_tokens=32", "trained for chunks of 16 tokens, chunk_tokens=32 was asked for"),
         ("lsa:indexer=nowhere", "There is no indexer 'nowhere'"),

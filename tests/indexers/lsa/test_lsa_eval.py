@@ -124,14 +124,15 @@ def test_training_data_is_no_test_and_other_models_are_refused(trained, tmp_path
 def test_the_gate_answers_twice_and_refuses_another_model(tiny_model, tmp_path):
     config = CollectConfig(
         model=tiny_model, tasks=("niah_single_1",), lengths_tokens=(512,), samples=2, seed=7, chunk_tokens=16,
-        top_p=1.0, device="cpu",
+        top_p=1.0, least_mass=0.0, device="cpu",
     )  # fmt: skip
     folder = collect(config, tmp_path / "data", progress=Progress())
     result = gate([folder], model=tiny_model, tau=1000, device="cpu")
     pooled = result.rows[0]
     assert (pooled["task"], pooled["n"], pooled["kept_fraction"]) == ("all", 2, 1.0), "top-p 1 labels every chunk"
     assert pooled["dense"] == pooled["restricted"]
-    assert result.passed
+    assert not result.passed, "labels that keep everything predict nothing"
+    assert any("labels keep 100.0% of the prompts" in why for why in result.failures)
     none = gate([folder], model=tiny_model, device="cpu", tau=1000, choice=LabelChoice(votes=200))
     # 383 prompt tokens: a chunk of sinks, eight of window, and the incomplete one of 15.
     assert none.rows[0]["kept_fraction"] == pytest.approx((16 + 128 + 15) / 383, abs=1e-3)

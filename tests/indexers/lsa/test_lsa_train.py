@@ -21,7 +21,8 @@ from kvscope.methods.lsa.indexer_files import load_indexer, read_indexer_config
 
 # tau is 1: the state before a step holds the code of that step alone.
 QUICK = TrainConfig(tau=1, epochs=12, lr=2e-2, batch_documents=4, recency_tokens=128, sink_tokens=4, patience=12,
-                    device="cpu", encoder="mean", lookback=1, warm_start=False)  # fmt: skip
+                    device="cpu", encoder="mean", lookback=1, warm_start=False, negatives=3,
+                    neighbours=0, keep="loss")  # fmt: skip
 
 
 def quiet(text):

@@ -212,7 +212,7 @@ def test_training_scores_what_decoding_scores(tiny_model, tmp_path, monkeypatch)
     for module in ("make_document", "recorder"):  # bf16 would differ by more than scores of random weights do
         monkeypatch.setattr(f"kvscope.harness.indexers.collection.{module}.STORED_DTYPE", torch.float32)
     config = CollectConfig(model=tiny_model, tasks=("niah_single_1",), lengths_tokens=(512,), samples=1, seed=3,
-                           chunk_tokens=16, device="cpu")  # fmt: skip
+                           chunk_tokens=16, least_mass=0.0, device="cpu")  # fmt: skip
     collection = Collection(collect(config, tmp_path / "data", progress=Progress()), chunk_tokens=48)
     loaded = load_model(tiny_model, device="cpu")
     folder = random_indexer(

@@ -22,7 +22,8 @@ from kvscope.methods.indexer_files import CONFIG_FILE, WEIGHTS_FILE, indexer_has
 from kvscope.methods.lsa.indexer_files import load_indexer, read_indexer_config
 
 QUICK = TrainConfig(tau=1, epochs=4, lr=2e-2, batch_documents=4, recency_tokens=128, patience=12, device="cpu",
-                    heads=4, key_dim=8, rank=8, encoder_width=16, lookback=1, warm_start=False)  # fmt: skip
+                    heads=4, key_dim=8, rank=8, encoder_width=16, lookback=1, warm_start=False, negatives=3,
+                    neighbours=0, keep="loss")  # fmt: skip
 STILL = replace(QUICK, epochs=1, lr=1e-12, weight_decay=0.0)
 
 
