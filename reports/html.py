@@ -61,7 +61,7 @@ def inline_svg(figure: ReportFigure, text: str) -> Markup:
     body = re.sub(r'(xlink:href="|href="|url\()#', rf"\g<1>#{figure.name}-", body)
     label = escape(f"{figure.title}. {figure.caption}")
     # matplotlib wrote the figure, and escaped what its texts hold.
-    return Markup(body.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1))  # nosec B704
+    return Markup(body.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1))  # nosec
 
 
 def _table_context(table: Table) -> dict[str, Any]:
