@@ -122,6 +122,31 @@ def compare_methods(samples: pd.DataFrame, *, info: RunInfo, margin: float = DEF
     return found
 
 
+def compare_runs(
+    first: pd.DataFrame, second: pd.DataFrame, *, names: tuple[str, str], margin: float = DEFAULT_MARGIN
+) -> list[Comparison]:
+    """Compare two runs' answers to the same prompts: over all, and by task where there are several.
+
+    Of one method in two precisions or batches, this is the noise floor: how far answers move with nothing to be
+    compared. Holm's correction has one comparison a scope, so it leaves p as it is.
+
+    Args:
+        first, second: sample rows of one method each; the first is the baseline.
+        names: what to call them.
+
+    Raises UsageError when they saw different prompts under the same key, as with other seeds.
+    """
+    before, after = names
+    runs = [first[SCORE_COLUMNS].assign(method_label=before), second[SCORE_COLUMNS].assign(method_label=after)]
+    both = pd.concat(runs, ignore_index=True)
+    table = pairs(both, method=after, baseline=before)
+    tasks = table["task"].unique().tolist()
+    found = _compare_within(POOLED, {after: table}, baseline=before, margin=margin)
+    for task in tasks if len(tasks) > 1 else []:
+        found += _compare_within(task, {after: table[table["task"] == task]}, baseline=before, margin=margin)
+    return found
+
+
 def _paired_tables(samples: pd.DataFrame, info: RunInfo, *, baseline: str) -> dict[str, pd.DataFrame]:
     """Method label -> its pairs with the baseline."""
     others = [method.label for method in info.methods if method.label != baseline]

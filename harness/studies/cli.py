@@ -62,6 +62,23 @@ def attention_mass(
     )  # fmt: skip
 
 
+@app.command("noise-floor", short_help="How far one method's answers move between two runs.")
+def noise_floor(
+    first: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run.")],
+    second: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run over the same prompts.")],
+    method: Annotated[
+        str, typer.Option("--method", "-m", metavar="LABEL", help="Its label, as rows have it.")
+    ] = "dense",
+) -> None:
+    """Compare a method with itself in two runs over the same prompts, say in another precision, batch or on a GPU.
+
+    What moves there moves with nothing to be compared: a difference between methods has to stand out from it.
+    """
+    from kvscope.harness.studies.noise_floor import noise_floor_text
+
+    say(noise_floor_text(first, second, method=method))
+
+
 @app.command("block-ranks", short_help="Where a needle's block ranks under a block-sparse method's own score.")
 def block_ranks(
     method: Annotated[

@@ -64,6 +64,7 @@ SURFACE = {
         "-l", "-m", "-n", "-o", "-t",
     ],
     "verify flashmemory": ["--json", "--out", "-o"],
+    "study noise-floor": ["--method", "-m", "first", "second"],
     "study attention-figure": ["--out", "-o", "csv"],
     "backbone train": [
         "--max-seconds", "--out", "--phases", "--replicas", "--resume", "--seconds", "--seed", "--steps", "--workers",

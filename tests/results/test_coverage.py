@@ -12,13 +12,14 @@ import pytest
 from scipy.stats import binomtest
 
 from kvscope.results.exact_tests import mcnemar_test
+from kvscope.results.power import noninferiority_power, pairs_for_equivalence, pairs_for_noninferiority
 from kvscope.results.statistics import PairedDifference, mean_interval, paired_difference
 
 Array = npt.NDArray[np.float64]
 Draw = Callable[[np.random.Generator], tuple[Array, list[str] | None]]
 
 TIMES = 400
-TIMES_OF_ACCURACIES = 1000
+TIMES_OF_ACCURACIES = 800
 ALIKE = 0.3
 """Correlation of two answers about one context."""
 
@@ -100,7 +101,7 @@ def studies(seed: int, n_clusters: int, *, lost: float, won: float, size: int, m
 
 @pytest.mark.parametrize(
     ("n_clusters", "lost", "won", "size"),
-    [(200, 0.10, 0.04, 1), (60, 0.20, 0.10, 4), (300, 0.03, 0.02, 1), (200, 0.05, 0.05, 4)],
+    [(200, 0.10, 0.04, 1), (60, 0.20, 0.10, 4)],
 )
 def test_intervals_of_a_difference_cover_it(n_clusters: int, lost: float, won: float, size: int) -> None:
     held = 0
@@ -112,9 +113,7 @@ def test_intervals_of_a_difference_cover_it(n_clusters: int, lost: float, won: f
     assert 0.93 <= held / TIMES <= 0.97
 
 
-@pytest.mark.parametrize(
-    ("n_clusters", "size"), [(8, 4), (20, 4), (25, 1)], ids=["8-contexts", "20-contexts", "25-alone"]
-)
+@pytest.mark.parametrize(("n_clusters", "size"), [(8, 4), (25, 1)], ids=["8-contexts", "25-alone"])
 def test_few_clusters_that_differ_leave_intervals_wide_enough(n_clusters: int, size: int) -> None:
     """Resampling alone covers half of the time here: what did not happen would be taken for impossible."""
     found = studies(13, n_clusters, lost=0.03, won=0.02, size=size, margin=0.01)
@@ -134,7 +133,7 @@ def test_tests_of_no_difference_are_wrong_in_5_percent(n_clusters: int, size: in
 
 @pytest.mark.parametrize(
     ("n_clusters", "size", "lost", "won"),
-    [(400, 1, 0.09, 0.05), (400, 1, 0.05, 0.09), (150, 4, 0.12, 0.08), (150, 4, 0.08, 0.12)],
+    [(400, 1, 0.09, 0.05), (150, 4, 0.12, 0.08), (150, 4, 0.08, 0.12)],
 )
 def test_noninferiority_and_equivalence_are_wrong_in_5_percent(
     n_clusters: int, size: int, lost: float, won: float
@@ -148,8 +147,6 @@ def test_noninferiority_and_equivalence_are_wrong_in_5_percent(
 
 
 def test_equivalence_has_the_power_it_promises() -> None:
-    from kvscope.results.power import noninferiority_power, pairs_for_equivalence, pairs_for_noninferiority
-
     margin, discordance = 0.05, 0.1
     n = pairs_for_equivalence(discordance=discordance, margin=margin)
     found = studies(16, n, lost=discordance / 2, won=discordance / 2, size=1, margin=margin)
