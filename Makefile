@@ -15,7 +15,7 @@ VERSION_TESTS := tests/cli tests/reports tests/results tests/tasks/test_lm_harne
   tests/benchmarks/test_model_types_benchmark.py
 TEST_TOOLS := pytest pytest-timeout pytest-xdist hypothesis
 
-.PHONY: demo test lint types pytest test-versions test-lowest test-newest test-pins clean
+.PHONY: demo test lint types pytest test-versions test-lowest test-newest test-pins fuzz clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -71,6 +71,11 @@ test-pins:
 	test -x .venvs/newest/bin/python || $(PYTHON) -m venv .venvs/newest
 	.venvs/newest/bin/python -m pip install --quiet --dry-run --ignore-installed --constraint constraints.txt \
 	  "torch===$$(sed -n 's/^torch==//p' constraints.txt)" ".[dev]"
+
+# Coverage-guided, every reader of text and files: 200,000 inputs, some ten minutes. test runs a short form of it.
+fuzz: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet atheris
+	PYTHONPATH=tests/tools $(BIN)/python tests/fuzz/drive.py --runs 10000
 
 clean:
 	rm -rf $(VENV) .venvs $(DEMO) .mypy_cache .ruff_cache .pytest_cache
