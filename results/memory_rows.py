@@ -61,8 +61,12 @@ class FootprintRow(CellRow):
     decode_peak_nvml_bytes: Count | None = None
     """NVML, this process: highest reading during decode, after `empty_cache`."""
     kv_nvml_bytes: Annotated[int, Field(ge=-limits.MOST_COUNT, le=limits.MOST_COUNT)] | None = None
-    """decode_peak_nvml_bytes - baseline_nvml_bytes: the KV cache as the driver sees it, metadata included. Can be
-    negative for caches under the driver's resolution."""
+    """(decode_peak_nvml_bytes - baseline_nvml_bytes) / sequences: the KV cache of a sequence as the driver sees it,
+    metadata included. Can be negative for caches under the driver's resolution."""
+    sequences: Positive | None = None
+    """Sequences of the same prompt that decoded together; null for one. Bytes of the ledger and predictions are those
+    of one sequence, readings of NVML and torch those of the process. The verdict is on all of them, and times are of
+    their shared steps."""
     nvml_reason: Text | None = None
     """Why an NVML column is null."""
     weights_torch_bytes: Count | None = None

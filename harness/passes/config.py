@@ -147,6 +147,12 @@ class RunConfig(BaseModel):
     footprint_decode_tokens: Tokens = Field(
         default=32, ge=2, le=limits.MOST_LENGTH_TOKENS, description="decode steps per footprint cell"
     )
+    footprint_batch: int = Field(
+        default=1,
+        ge=1,
+        le=limits.MOST_BATCH,
+        description="sequences alike in a footprint cell, where the KV of one is below the driver's resolution",
+    )
     footprint_timeout_s: float = Field(default=3600.0, gt=0, description="longest time of one footprint cell")
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -311,6 +317,8 @@ class RunConfig(BaseModel):
         values["footprint_lengths_tokens"] = list(self.footprint_cells_tokens)
         if self.prefill_chunk_tokens is None:
             values["prefill_chunk_tokens"] = CHUNK_TOKENS  # what earlier folders say; the plan knows better
+        if self.footprint_batch == 1:
+            del values["footprint_batch"]  # absent from folders begun before there was a choice
         if not self.accuracy_graph:
             del values["accuracy_graph"]  # absent from folders begun before there was a choice: they go on
         return {"methods": list(self.method_labels), "tasks": list(self.task_labels), **values}

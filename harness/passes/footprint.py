@@ -38,6 +38,11 @@ class FootprintPass(ProcessPass[FootprintRow]):
         Raises:
             UsageError: naming the length and the least it takes.
         """
+        if config.footprint_batch > 1 and facts.backend.holds_one_sequence and self.lengths_tokens(config):
+            raise UsageError(
+                f"footprint_batch: model {config.model!r} brings its own cache, which holds one sequence: leave out "
+                "--footprint-batch."
+            )
         if not tasks or config.synthetic_kv:
             super().check(config, facts, tasks)
             return
@@ -65,7 +70,7 @@ class FootprintPass(ProcessPass[FootprintRow]):
         work = "synthetic KV" if plan.config.synthetic_kv else f"{self.prefill_tokens(plan):,} tokens to prefill"
         return [
             f"footprint  {len(cells)} cells, each a fresh process, at "
-            f"{lengths_text(self.lengths_tokens(plan.config))}: {work}"
+            f"{lengths_text(self.lengths_tokens(plan.config))}: {work}{_together(plan.config.footprint_batch)}"
         ]
 
     def info(self, plan: Plan) -> dict[str, Any]:
@@ -92,6 +97,7 @@ class FootprintPass(ProcessPass[FootprintRow]):
                 "predicted_host_bytes": predicted.host_bytes,
             }
         return FootprintJob(
+            sequences=config.footprint_batch,
             **job_fields(
                 plan,
                 method,
@@ -100,7 +106,7 @@ class FootprintPass(ProcessPass[FootprintRow]):
                 context_tokens=context_tokens,
                 forced_ids=forced_ids,
                 columns=columns,
-            )
+            ),
         )
 
     def rows(self, store: "RunStore") -> RowTable[FootprintRow]:
@@ -119,6 +125,10 @@ class FootprintPass(ProcessPass[FootprintRow]):
     def failures(self, run: "Run") -> list[str]:
         """Return the rows that failed, and those that NVML does not confirm."""
         return [*failed_lines("footprint", run.footprint), *mismatch_lines(run)]
+
+
+def _together(sequences: int) -> str:
+    return "" if sequences == 1 else f", {sequences} sequences alike in each"
 
 
 def footprint_prompt(plan: Plan, length_tokens: int) -> tuple[Ids, Ids]:

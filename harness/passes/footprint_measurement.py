@@ -1,4 +1,4 @@
-"""One footprint cell: the bytes and times of one sequence.
+"""One footprint cell: the bytes and times of one sequence, or of several alike that decode together.
 
 Phases: context -> weights -> warm-up (the baseline) -> prefill (peak) -> ``empty_cache`` -> decode with the memory
 sampler (peak) -> the same decode without it (times). The sampler runs during the prefill whose time is part of
@@ -6,26 +6,31 @@ sampler (peak) -> the same decode without it (times). The sampler runs during th
 """
 
 import statistics
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from kvscope.harness.passes.job import FootprintJob
 from kvscope.harness.passes.measurement import Measurement
 from kvscope.harness.passes.memory import PeakSampler, verdict
 from kvscope.harness.passes.row_columns import ledger_columns
 from kvscope.harness.passes.timing import host_load, spread_s
+from kvscope.methods.shape import Footprint
 from kvscope.results.memory_rows import FootprintRow
 
 if TYPE_CHECKING:
+    from kvscope.harness.engine.batch_decode import DecodeResult
     from kvscope.harness.engine.loaded import LoadedModel
     from kvscope.methods.base import CacheMethod
+    from kvscope.methods.store import PromptKV
 
 
 class FootprintMeasurement(Measurement[FootprintRow]):
     """The phases of a footprint cell."""
 
+    job: FootprintJob
+
     def measure(self) -> FootprintRow:
         """Pass all phases."""
-        from kvscope.harness.engine.decode import decode
-
         job = self.job
         ready = self.prepare()
         if isinstance(ready, list):
@@ -45,23 +50,19 @@ class FootprintMeasurement(Measurement[FootprintRow]):
         forced_ids = job.forced_ids
         self._torch.free()
         self._torch.reset()
-        arguments: dict[str, Any] = {
-            "max_new_tokens": job.decode_tokens,
-            "stop_at_eos": False,
-            "decode_graph": job.decode_graph,
-        }
         with PeakSampler(self._read) as sampler:
-            result = decode(loaded, method, prompt_kv, forced_ids, **arguments)
+            result = self._decode(loaded, method, prompt_kv)
         self.columns["decode_peak_nvml_bytes"] = sampler.peak_bytes
         peaks_bytes = self._torch.peaks_bytes()
         self.columns["decode_peak_torch_bytes"], self.columns["decode_peak_torch_reserved_bytes"] = peaks_bytes
         self.columns["decode_tokens"] = len(result.ids)
-        self.check_budget("The decode", sampler.peak_bytes, ledger_bytes=result.footprint_peak.device_bytes)
+        held_bytes = job.sequences * result.footprint_peak.device_bytes
+        self.check_budget("The decode", sampler.peak_bytes, ledger_bytes=held_bytes)
 
         self.enter("timing")
         self._torch.free()
         self.columns |= host_load()
-        timed = decode(loaded, method, prompt_kv, forced_ids, **arguments)
+        timed = self._decode(loaded, method, prompt_kv)
         first_steps, later_s = len(forced_ids), timed.step_s[len(forced_ids) :]
         prefill_s = 0.0 if job.kv == "synthetic" else prompt_kv.prefill_s
         self.columns["tpot_s"] = statistics.median(later_s)
@@ -73,10 +74,49 @@ class FootprintMeasurement(Measurement[FootprintRow]):
         self.columns["ttft_s"] = prefill_s + timed.open_s + sum(timed.step_s[:first_steps])
         return self._row(loaded, method, prompt_kv_tokens=prompt_kv.n_tokens, result=result)
 
+    def _decode(self, loaded: "LoadedModel", method: "CacheMethod[Any]", prompt_kv: "PromptKV") -> "DecodeResult":
+        """Decode the job's sequences together; return the first's result, with bytes that are the mean of all.
+
+        All are of one prompt, and none ends before the others. ``open_s`` is that of all.
+        """
+        from kvscope.harness.engine.batch_decode import BatchDecode, Request
+
+        job = self.job
+        request = Request(
+            method=method,
+            prompt=prompt_kv,
+            forced_ids=job.forced_ids,
+            max_new_tokens=job.decode_tokens,
+            stop_at_eos=False,
+        )
+        with BatchDecode(loaded, decode_graph=job.decode_graph) as batch:
+            rows = [batch.add(request) for _ in range(job.sequences)]
+            while batch.under_way:
+                batch.step()
+        results = []
+        for row in rows:
+            if row.error is not None:
+                raise row.error
+            assert row.result is not None
+            results.append(row.result)
+        if job.sequences == 1:
+            return results[0]
+
+        def mean(footprints: list[Footprint]) -> Footprint:
+            return sum(footprints, Footprint()).divided_by(job.sequences)
+
+        return replace(
+            results[0],
+            open_s=sum(result.open_s for result in results),
+            footprint_mean=mean([result.footprint_mean for result in results]),
+            footprint_peak=mean([result.footprint_peak for result in results]),
+            bytes_recalled=sum(result.bytes_recalled for result in results) // job.sequences,
+        )
+
     def _row(
         self, loaded: "LoadedModel", method: "CacheMethod[Any]", *, prompt_kv_tokens: int, result: Any
     ) -> FootprintRow:
-        columns = self.columns
+        columns, n = self.columns, self.job.sequences
         baseline_bytes, peak_bytes = columns["baseline_nvml_bytes"], columns["decode_peak_nvml_bytes"]
         known = baseline_bytes is not None and peak_bytes is not None
         dense_kv_bytes = loaded.shape.dense_kv_bytes(prompt_kv_tokens, len(result.step_s))
@@ -84,8 +124,8 @@ class FootprintMeasurement(Measurement[FootprintRow]):
         peak = result.footprint_peak  # NVML reads a peak, and a set that is chosen anew may have been larger before
         judged, why = verdict(
             saving_kind=method.saving_kind,
-            dense_kv_bytes=dense_kv_bytes,
-            ledger_bytes=peak.device_bytes,
+            dense_kv_bytes=n * dense_kv_bytes,
+            ledger_bytes=n * peak.device_bytes,
             baseline_nvml_bytes=baseline_bytes,
             decode_peak_nvml_bytes=peak_bytes,
         )
@@ -95,7 +135,8 @@ class FootprintMeasurement(Measurement[FootprintRow]):
             **columns,
             status="ok",
             backend=self.backend,
-            kv_nvml_bytes=peak_bytes - baseline_bytes if known else None,
+            sequences=n if n > 1 else None,
+            kv_nvml_bytes=(peak_bytes - baseline_bytes) // n if known else None,
             nvml_reason=None if known else self._nvml_reason or "NVML stopped listing this process",
             torch_reason=self._torch.reason if self._torch else None,
             host_rss_peak_bytes=self._host_peak_bytes(),

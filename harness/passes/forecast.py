@@ -87,7 +87,7 @@ def needed_bytes_by_device(
     if config.synthetic_kv and not config.tasks:
         pages_bytes = pages_bytes if mirror else pages_bytes // max(1, len(facts.shape.layers))
         prefill_bytes = 0
-    own_bytes = facts.weights_bytes + max(prefill_bytes, predicted.device_bytes)
+    own_bytes = facts.weights_bytes + max(prefill_bytes, config.footprint_batch * predicted.device_bytes)
     if facts.device == "cpu":
         return {"cpu": own_bytes + pages_bytes}
     return {facts.device: CONTEXT_BYTES + own_bytes, "cpu": pages_bytes}

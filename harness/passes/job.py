@@ -111,11 +111,16 @@ class Job(BaseModel, Generic[RowT]):
 
 
 class FootprintJob(Job[FootprintRow]):
-    """One sequence: its bytes and times."""
+    """Bytes and times of a sequence.
+
+    Attributes:
+        sequences: how many alike decode together, where one alone is below what the driver tells.
+    """
 
     measured_by = "kvscope.harness.passes.footprint_measurement:FootprintMeasurement"
 
     kind: Literal["footprint"] = "footprint"
+    sequences: int = 1
 
     def row(self, columns: Mapping[str, Any]) -> FootprintRow:
         """Return a footprint row."""

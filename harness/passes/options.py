@@ -136,6 +136,14 @@ class RunOptions:
         list[str] | None,
         typer.Option("--footprint-length", metavar="TOKENS", help="Lengths of that; repeatable.  [default: --length]"),
     ]
+    footprint_batch: Annotated[
+        str | None,
+        typer.Option(
+            "--footprint-batch",
+            metavar="N",
+            help="Sequences alike a cell of that, for KV below the driver's resolution.  [default: 1]",
+        ),
+    ]
     kv: Annotated[
         str | None,
         typer.Option(

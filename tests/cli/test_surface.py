@@ -15,7 +15,7 @@ from kvscope.harness.passes.process import worker_environment
 
 SHARED = [
     "--accuracy-graph", "--answer-nll", "--batch", "--chat-template", "--device", "--dtype", "--find-max",
-    "--footprint", "--footprint-length", "--gpu-budget", "--gpus", "--jobs", "--kv", "--length", "--max-new-tokens",
+    "--footprint", "--footprint-batch", "--footprint-length", "--gpu-budget", "--gpus", "--jobs", "--kv", "--length", "--max-new-tokens",
     "--method", "--method-from", "--model", "--no-accuracy-graph", "--no-answer-nll", "--no-footprint",
     "--no-paper-settings", "--no-retry", "--no-self-check", "--out", "--paper-settings", "--retry", "--samples",
     "--seed", "--self-check", "--set", "--sweep", "--task", "--throughput", "--time-limit", "-j", "-l", "-m", "-n",
@@ -78,6 +78,10 @@ SURFACE = {
         "--batch", "--length", "--out", "--samples", "--seed", "--task", "--workers", "-l", "-n", "-o", "-t", "folder",
     ],
     "backbone exclude-types": ["--model", "rows"],
+    "lsa fit": [
+        "--chunk-tokens", "--device", "--dtype", "--length", "--minutes", "--out", "--quiet", "--seed",
+        "--target-recall", "--task", "--tau", "-l", "-o", "-q", "-t", "model",
+    ],
     "lm-eval": ["--dtype", "--method", "--model", "--no-self-check", "--self-check", "-m"],
     "dsa eval": ["--data", "--device", "--indexer", "--out", "--quiet", "--seed", "-o", "-q"],
 }  # fmt: skip

@@ -118,6 +118,7 @@ def test_identity_ignores_where_the_rows_go_but_nothing_that_changes_them() -> N
         "throughput": True,
         "max_batch": 8,
         "footprint_decode_tokens": 5,
+        "footprint_batch": 2,
         "device": "cpu",
         "dtype": "float16",
         "prefill_chunk_tokens": 512,
