@@ -15,11 +15,11 @@ from kvscope.harness.passes.process import worker_environment
 
 SHARED = [
     "--accuracy-graph", "--answer-nll", "--batch", "--chat-template", "--device", "--dtype", "--find-max",
-    "--footprint", "--footprint-batch", "--footprint-length", "--gpu-budget", "--gpus", "--jobs", "--kv", "--length", "--max-new-tokens",
-    "--method", "--method-from", "--model", "--no-accuracy-graph", "--no-answer-nll", "--no-footprint",
-    "--no-paper-settings", "--no-retry", "--no-self-check", "--out", "--paper-settings", "--retry", "--samples",
-    "--seed", "--self-check", "--set", "--sweep", "--task", "--throughput", "--time-limit", "-j", "-l", "-m", "-n",
-    "-o", "-t", "config",
+    "--footprint", "--footprint-batch", "--footprint-length", "--gpu-budget", "--gpus", "--jobs", "--kv", "--length",
+    "--max-new-tokens", "--method", "--method-from", "--model", "--no-accuracy-graph", "--no-answer-nll",
+    "--no-footprint", "--no-paper-settings", "--no-retry", "--no-self-check", "--out", "--paper-settings", "--retry",
+    "--samples", "--seed", "--self-check", "--set", "--sweep", "--task", "--throughput", "--time-limit", "-j", "-l",
+    "-m", "-n", "-o", "-t", "config",
 ]  # fmt: skip
 SURFACE = {
     "run": sorted([*SHARED, "--no-report", "--quiet", "--report", "-q"]),
