@@ -165,14 +165,14 @@ def test_negatives_are_three_to_one_random_and_never_golden():
     golden[0, :20] = True
     golden[1, 5] = True
     draws = torch.Generator().manual_seed(0)
-    drawn = [draw_negatives(golden, TrainConfig(), draws) for _ in range(60)]
+    drawn = [draw_negatives(golden, TrainConfig(negatives=3), draws) for _ in range(60)]
     assert [row.sum().item() for row in drawn[0]] == [60, 3, 3], "three also for a step that needs nothing"
     assert not any((each & golden).any() for each in drawn)
     often = torch.stack(drawn).sum(0)[2]
     assert often.max() < 8, "each of 200 comes up 0.9 times of 60 on average"
     assert (often > 0).sum() > 80
     full = torch.ones(1, 10, dtype=torch.bool)
-    assert not draw_negatives(full, TrainConfig(), draws).any()
+    assert not draw_negatives(full, TrainConfig(negatives=3), draws).any()
 
 
 def test_the_rate_warms_up_and_falls_to_nothing():
