@@ -7,7 +7,7 @@ from kvscope.methods.block_budget import default_budget_tokens
 from kvscope.units import Tokens
 
 PAPER_BUDGET_TOKENS = 2048
-"""SnapKV's default capacity (its authors' code), which ``--paper-settings`` fixes for every eviction method."""
+"""SnapKV's default capacity (its authors' code). ``--paper-settings`` sets it where a paper names sizes, not shares."""
 
 
 @dataclass(frozen=True, kw_only=True)
