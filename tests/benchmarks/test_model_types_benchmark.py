@@ -1,10 +1,9 @@
 """The sweep over model types: what it calls equal, refused and wrong, on types that stand for each."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh
 import pytest
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "model_types.py"
@@ -16,8 +15,7 @@ REFUSED = {"diffllama": "attends twice", "hrm_text": "layers in cycles", "rwkv":
 
 def sweep(out, *arguments):
     """Run the sweep; return how it went and what its file holds."""
-    command = [sys.executable, str(SCRIPT), "--out", str(out), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = fresh.run([str(SCRIPT), "--out", str(out), *arguments])
     return done, json.loads(out.read_text())["types"]
 
 

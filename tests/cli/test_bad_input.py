@@ -1,11 +1,10 @@
 """Bad input: each kind is one clear sentence on stderr, exit 2, and no traceback."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 
 from kvscope import cli
@@ -170,8 +169,7 @@ def test_a_torn_last_line_is_told_once(tiny: list[str], tmp_path: Path, monkeypa
     good = rows.read_text()
     for command in (["report", str(tmp_path / "run")], tiny[:-1]):
         rows.write_text(good + good[:40])
-        whole = [sys.executable, "-m", "kvscope.cli", *command]
-        done = subprocess.run(whole, capture_output=True, text=True, env=worker_environment())
+        done = fresh.run(["-m", "kvscope.cli", *command], env=worker_environment())
         assert done.returncode == 0
         assert done.stderr.count("cut short") == 1, done.stderr
     assert rows.read_text() == good

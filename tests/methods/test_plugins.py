@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import fresh
 import pytest
 
 from kvscope import plugins
@@ -19,7 +20,6 @@ from kvscope.tasks.registry import create_task, task_class
 
 PAGE = Path(__file__).parents[2] / "docs" / "add-a-method.md"
 BLOCK = re.compile(r"```(?:toml|python)\n# (\S+)\n(.*?)```", re.DOTALL)
-KVSCOPE = (sys.executable, "-P", "-m", "kvscope.cli")
 
 
 def write_package(folder: Path) -> dict[str, str]:
@@ -51,7 +51,7 @@ def kvscope(*arguments: str, path: Path | None = None, cwd: Path | None = None) 
     if path is not None:
         environment["PYTHONPATH"] += os.pathsep + str(path)
     environment["OMP_NUM_THREADS"] = "1"
-    return subprocess.run([*KVSCOPE, *arguments], capture_output=True, text=True, env=environment, cwd=cwd)
+    return fresh.run(["-m", "kvscope.cli", *arguments], env=environment, cwd=cwd)
 
 
 def kvscope_answers(commands: list[list[str]], *, path: Path) -> list[str]:
@@ -62,8 +62,7 @@ def kvscope_answers(commands: list[list[str]], *, path: Path) -> list[str]:
     )
     environment = worker_environment()
     environment["PYTHONPATH"] += os.pathsep + str(path)
-    called = [sys.executable, "-P", "-c", code, json.dumps(commands)]
-    done = subprocess.run(called, capture_output=True, text=True, env=environment)
+    done = fresh.run(["-c", code, json.dumps(commands)], env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.split("\0")[:-1]
 
@@ -115,7 +114,7 @@ def test_the_classes_of_the_page_are_measured_by_their_place(tmp_path: Path, tin
     }  # fmt: skip
     script.write_text(f"import kvscope\nkvscope.run({values!r}, progress=False)\n", encoding="utf-8")
     environment = {**worker_environment(), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, cwd="/")
+    done = fresh.run([str(script)], env=environment, cwd="/")
     assert done.returncode == 0, done.stderr
     label = "first_and_last:first_tokens=128"
     assert [(row["method_label"], row["status"]) for row in rows(out, "samples.jsonl")] == [(label, "ok")]

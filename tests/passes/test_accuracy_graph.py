@@ -26,6 +26,7 @@ from kvscope.methods.shape import ModelShape
 from kvscope.results.columns import SURROUNDINGS_COLUMNS, TIME_COLUMNS
 
 PAGE_TOKENS = 16
+N_TOKENS = 14
 FIXED = ["dense", "recency:recency_tokens=128", "sliding_window:window=100", "random:fraction=0.3,recency_tokens=64"]
 CHOOSING = ["quest", "moba", "msa", "dsa:indexer=oracle"]
 BY_ATTENTION = "lsa:indexer=attention,chunk_tokens=16,recency_tokens=64"
@@ -70,6 +71,12 @@ def backends(frame: pd.DataFrame) -> dict[str, set[str]]:
     return {str(label): set(rows) for label, rows in frame.groupby("method_label")["step_backend"]}
 
 
+TWO_LAYERS: dict[str, dict[str, Any]] = {
+    "llama": {"num_hidden_layers": 2},
+    "afmoe": {"num_hidden_layers": 2, "num_dense_layers": 2, "layer_types": ["sliding_attention", "full_attention"]},
+}
+
+
 @pytest.fixture(scope="module", params=[("llama", 0.52), ("afmoe", 0.5)], ids=["llama", "afmoe"])
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Every kind of method on the same prompts, both ways; afmoe has sliding-window layers of its own.
@@ -78,13 +85,13 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """
     family, threshold = request.param
     folder = tmp_path_factory.mktemp(family)
-    model = save_model(folder / "model", family)
+    model = save_model(folder / "model", family, **TWO_LAYERS[family])
     shape = load_model(model, device="cpu", page_tokens=PAGE_TOKENS).shape
     indexer = random_indexer(folder / "indexer", shape, seed=3)
     lsa = [f"lsa:indexer={indexer},recency_tokens=64,{rule}" for rule in lsa_rules(threshold)]
     values = {
         "model": model, "methods": [*FIXED, *lsa, *CHOOSING, BY_ATTENTION], "tasks": ["niah_multikey_2", "cwe"],
-        "lengths_tokens": [640], "samples": 1, "max_new_tokens": 20, "answer_nll": True, "footprint": False,
+        "lengths_tokens": [640], "samples": 1, "max_new_tokens": N_TOKENS, "answer_nll": True, "footprint": False,
         "device": "cpu", "page_tokens": PAGE_TOKENS, "prefill_chunk_tokens": 256,
     }  # fmt: skip
     threads = torch.get_num_threads()
@@ -104,7 +111,7 @@ def test_rows_are_those_of_eager_steps(runs: Runs) -> None:
     eager, graph, _ = runs
     assert_same_rows(eager, graph)
     assert graph["output"].nunique() > 8
-    assert (graph["decode_tokens"] == 20).any()
+    assert (graph["decode_tokens"] == N_TOKENS).any()
     assert graph["answer_nll"].notna().all()
     varying = [row["resident_tokens"] for row in graph["residency"].dropna()]
     assert any(len(set(tokens)) > 2 for tokens in varying)

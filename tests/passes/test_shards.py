@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import stub_shard_worker
-from tiny import MakeConfig
+from tiny import SMALL, MakeConfig
 
 import kvscope
 from kvscope import cli
 from kvscope.errors import UsageError
 from kvscope.harness.passes import shards
 from kvscope.harness.passes.accuracy import AccuracyPass
+from kvscope.harness.passes.config import make_config
 from kvscope.harness.passes.deadline import Deadline, TimeLimitReached
 from kvscope.harness.passes.plan import make_plan
 from kvscope.harness.passes.progress import Progress
@@ -23,6 +24,9 @@ from kvscope.results.columns import SURROUNDINGS_COLUMNS, TIME_COLUMNS
 from kvscope.results.store import RunStore
 
 Key = tuple[str, int, int, str]
+WIDE = {
+    "tasks": ["niah_single_1", "vt"], "lengths_tokens": [512, 640], "samples": 5, "batch": 1, "self_check": False,
+}  # fmt: skip
 
 
 def rows_of(folder: Path) -> dict[Key, dict[str, Any]]:
@@ -40,17 +44,23 @@ def wide(small: MakeConfig) -> MakeConfig:
     """Return a maker of configurations with two tasks, two lengths and five prompts of each, each answered alone."""
 
     def make(**values: Any) -> Any:
-        several = {"tasks": ["niah_single_1", "vt"], "lengths_tokens": [512, 640], "samples": 5, "batch": 1}
-        return small(**{**several, "self_check": False, **values})
+        return small(**{**WIDE, **values})
 
     return make
 
 
+@pytest.fixture(scope="module")
+def one_folder(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a run of one process: read it, do not change it."""
+    folder = tmp_path_factory.mktemp("one")
+    kvscope.run(make_config({**SMALL, **WIDE, "model": tiny_model, "out": str(folder / "run")}), progress=False)
+    return folder / "run"
+
+
 @pytest.fixture
-def one(wide: MakeConfig, tmp_path: Path) -> dict[Key, dict[str, Any]]:
+def one(one_folder: Path) -> dict[Key, dict[str, Any]]:
     """Return the rows of one process."""
-    kvscope.run(wide(out=str(tmp_path / "one")), progress=False)
-    return rows_of(tmp_path / "one")
+    return rows_of(one_folder)
 
 
 @pytest.mark.slow
@@ -92,8 +102,8 @@ class Stubs:
 
 
 @pytest.fixture
-def stubs(wide: MakeConfig, one: dict[Key, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stubs:
-    return Stubs(wide(), tmp_path / "one", tmp_path / "stub", monkeypatch)
+def stubs(wide: MakeConfig, one_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stubs:
+    return Stubs(wide(), one_folder, tmp_path / "stub", monkeypatch)
 
 
 @pytest.mark.parametrize("deaths", [(0,), (3, 1), (1, None, 5), (7, 2, 4, 6)])
@@ -112,9 +122,9 @@ def test_no_row_is_lost_nor_doubled_where_workers_die(
 
 
 def test_what_two_workers_died_with_is_failed_and_measured_by_the_next_call(
-    wide: MakeConfig, one: dict[Key, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wide: MakeConfig, one_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stubs = Stubs(wide(samples=1, tasks=["vt"], lengths_tokens=[512]), tmp_path / "one", tmp_path / "stub", monkeypatch)
+    stubs = Stubs(wide(samples=1, tasks=["vt"], lengths_tokens=[512]), one_folder, tmp_path / "stub", monkeypatch)
     stubs.run(1, 0)
     rows = rows_of(tmp_path / "run")
     assert [row["status"] for row in rows.values()] == ["ok", "failed"]

@@ -2,10 +2,9 @@
 
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -56,13 +55,11 @@ def train_in_processes(out: Path, *, world: int, replicas: int) -> None:
         port = free.getsockname()[1]
     shared = {**os.environ, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     running = [
-        subprocess.Popen(
-            [sys.executable, "-c", RUN, str(out), str(replicas), str(Path(__file__).parent)],
-            env={**shared, "RANK": str(rank)},
-        )
+        fresh.start(["-c", RUN, str(out), str(replicas), str(Path(__file__).parent)], env={**shared, "RANK": str(rank)})
         for rank in range(world)
     ]
-    assert [process.wait() for process in running] == [0] * world
+    ended = [process.wait() for process in running]
+    assert [process.returncode for process in ended] == [0] * world, ended[0].stderr
 
 
 def close(one: torch.Tensor, two: torch.Tensor) -> bool:

@@ -11,6 +11,16 @@ from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
 from kvscope.harness.passes.config import RunConfig, make_config
 
 MakeConfig = Callable[..., RunConfig]
+#: A small configuration, but for its model and its folder.
+SMALL = {
+    "methods": ["dense", "recency:recency_tokens=128"],
+    "tasks": ["niah_single_1"],
+    "lengths_tokens": [512],
+    "samples": 2,
+    "max_new_tokens": 4,
+    "footprint": False,
+    "device": "cpu",
+}
 
 
 def save_tiny_model(folder: Path) -> None:
@@ -49,18 +59,7 @@ def small(tiny_model: str, tmp_path: Path) -> MakeConfig:
     """Return a maker of small configurations over the tiny model; keys given win."""
 
     def make(**values: Any) -> RunConfig:
-        defaults = {
-            "model": tiny_model,
-            "methods": ["dense", "recency:recency_tokens=128"],
-            "tasks": ["niah_single_1"],
-            "lengths_tokens": [512],
-            "samples": 2,
-            "max_new_tokens": 4,
-            "footprint": False,
-            "device": "cpu",
-            "out": str(tmp_path / "run"),
-        }
-        return make_config({**defaults, **values})
+        return make_config({**SMALL, "model": tiny_model, "out": str(tmp_path / "run"), **values})
 
     return make
 
