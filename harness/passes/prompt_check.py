@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kvscope.errors import UsageError
-from kvscope.harness.passes.base import Plan
+from kvscope.harness.passes.base import RunPlan
 
 if TYPE_CHECKING:
     from kvscope.results.schema import SampleRow
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from kvscope.tasks.base import Sample, Task
 
 
-def build(plan: Plan, task: "Task", name: str, length_tokens: int, index: int, *, tokenizer: Any = None) -> "Sample":
+def build(plan: RunPlan, task: "Task", name: str, length_tokens: int, index: int, *, tokenizer: Any = None) -> "Sample":
     """Build a prompt, with its task called as rows call it; by the plan's tokenizer, or by a copy of it.
 
     A model that is spoken to in its chat template ends its answers itself, and may begin with a line about them: there
@@ -52,7 +52,7 @@ class PromptCheck:
             )
 
 
-def check_first_prompts(plan: Plan, store: "RunStore") -> None:
+def check_first_prompts(plan: RunPlan, store: "RunStore") -> None:
     """Build a prompt of every (task, length) asked for that has rows, and compare it with them.
 
     Raises:
