@@ -188,9 +188,9 @@ def _cause(error: BaseException) -> str:
     """Return the innermost reason of a failed connection."""
     inner: Any = error
     while True:
-        cause = inner.args[0] if inner.args and isinstance(inner.args[0], BaseException) else None
-        deeper = getattr(inner, "reason", None) or cause
-        if not isinstance(deeper, BaseException):
+        inside = [getattr(inner, "reason", None), *inner.args]
+        deeper = next((each for each in inside if isinstance(each, BaseException)), None)
+        if deeper is None:
             break
         inner = deeper
     if isinstance(inner, OSError) and inner.strerror:

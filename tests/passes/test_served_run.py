@@ -177,7 +177,7 @@ def test_a_key_is_sent_and_kept_nowhere(
 ) -> None:
     stub.key = KEY
     command = ["run", "--model", stub.url, "--tokenizer", "reference", "-t", "niah_single_1", "-l", "320", "-n", "2",
-               "--max-new-tokens", "8", "--out", asked["out"]]  # fmt: skip
+               "--max-new-tokens", "8", "--no-report", "--out", asked["out"]]  # fmt: skip
     assert cli.run_cli(command) == UsageError.exit_code
     assert not Path(asked["out"]).exists()
     monkeypatch.setenv(KEY_VARIABLE, KEY)

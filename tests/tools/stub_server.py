@@ -134,6 +134,7 @@ def stub_server() -> Iterator[Stub]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        wbufsize = -1  # one packet a reply: a second one would wait for the first one's receipt
 
         def do_GET(self) -> None:
             self._answer(lambda: stub.get(self.path))
