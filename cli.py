@@ -19,7 +19,7 @@ from kvscope.files import disk_is_full, first_line
 from kvscope.harness.engine.oom import is_oom
 from kvscope.harness.indexers.dsa.cli import app as dsa_app
 from kvscope.harness.indexers.lsa.cli import app as lsa_app
-from kvscope.harness.passes.options import with_run_options
+from kvscope.harness.passes.options import SameAnswersOptions, given_values, with_options, with_run_options
 from kvscope.harness.reference_model.cli import app as backbone_app
 from kvscope.harness.studies.cli import app as study_app
 from kvscope.harness.studies.flashmemory.cli import app as verify_app
@@ -128,6 +128,41 @@ def lm_eval(
     from kvscope.harness.lm_harness.command import run_lm_eval
 
     run_lm_eval(model, method, context.args, more={"dtype": dtype, "self_check": self_check})
+
+
+@app.command("same-answers", short_help="Compare two servers' greedy answers.")
+@with_options("values", SameAnswersOptions, given_values)
+def same_answers(
+    a: Annotated[str, typer.Argument(metavar="A", help="URL of a server, or a model as of kvscope run.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="The other; one of the two must be a URL.")],
+    values: dict[str, Any],
+    *,
+    served_model_a: Annotated[
+        str | None, typer.Option("--served-model-a", metavar="NAME", help="A's name for the model, if A is a server.")
+    ] = None,
+    served_model_b: Annotated[
+        str | None, typer.Option("--served-model-b", metavar="NAME", help="B's name for the model, if B is a server.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, every differing answer included.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; the result only.")] = False,
+) -> int:
+    """Ask A, A again and B the same greedy prompts, and say whether B's answers are A's.
+
+    What B changes is held against what A changes by itself. Exit code 1 where B changes more. With --out the rows of
+    all three runs are kept, and the same command continues.
+    """
+    from kvscope.harness.studies.same_answers import same_answers as ask_both
+
+    found = ask_both(
+        a, b, served_model_a=served_model_a, served_model_b=served_model_b, values=values, progress=not quiet
+    )
+    if json:
+        from json import dumps
+
+        say(dumps(found.plain(), indent=2))
+    else:
+        say(found.text())
+    return EXIT_CELLS_FAILED if found.verdict == "different" else EXIT_DONE
 
 
 @app.command(short_help="Write the tables and figures of a run again.")

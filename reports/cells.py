@@ -22,6 +22,8 @@ from kvscope.results.run_schema import RunInfo
 from kvscope.results.statistics import paired_difference
 
 ALL_TASKS = "all tasks"
+NOT_SEEN = "the model runs in a server, whose cache is not seen"
+"""Why a served model has no bytes and no times."""
 
 ACCURACY_COLUMNS = [
     "task",
@@ -113,9 +115,12 @@ def pooled_tasks(info: RunInfo) -> tuple[str, ...]:
 
 @once
 def pooled_answers(run: Run) -> pd.DataFrame:
-    """Return the answered prompts behind pooled accuracies: bytes shown beside those are means over the same ones."""
+    """Return the answered prompts behind pooled accuracies: bytes shown beside those are means over the same ones.
+
+    Those of a server are left out: nobody knows their bytes.
+    """
     rows = answered(pooled(run.samples, run.info))
-    return rows[rows["task"].isin(pooled_tasks(run.info))]
+    return rows[rows["task"].isin(pooled_tasks(run.info)) & rows["ledger_reason"].isna()]
 
 
 def pool_notes(info: RunInfo) -> tuple[str, ...]:

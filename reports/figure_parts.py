@@ -16,6 +16,7 @@ from kvscope.reports.theme import FAINT, TEXT, MethodStyle, shared_options
 from kvscope.reports.units import bytes_text, length_text
 from kvscope.results.frames import Run
 from kvscope.results.plain_text import shortened
+from kvscope.results.run_schema import RunInfo
 
 Line = Literal["-", "--", ":", "None"]
 NESTED = (
@@ -48,7 +49,7 @@ class SkippedFigure:
 
 def subtitle_of(run: Run) -> str:
     """Model, machine and options that no label repeats, under a title; an unfinished run says so in every picture."""
-    device = shortened(str(run.info.environment.get("gpu") or "CPU"), most=80)
+    device = shortened(device_of(run.info), most=80)
     shared = shared_options([method.label for method in run.info.methods])
     device += "".join(f"; every {name}: {', '.join(parts)}" for name, parts in shared.items())
     state = coverage(run)
@@ -59,6 +60,11 @@ def subtitle_of(run: Run) -> str:
     if state.footprint_expected:
         rows += f", {state.footprint_present} of {state.footprint_expected} footprint rows"
     return f"{model} on {device}; unfinished run ({rows})"
+
+
+def device_of(info: RunInfo) -> str:
+    """Where the model of a run computed, in words."""
+    return "a server" if info.served else str(info.environment.get("gpu") or "CPU")
 
 
 def length_axis(axes: Axes, lengths: Sequence[int], *, pad: float = 0.45) -> None:

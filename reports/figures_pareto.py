@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator
 
 from kvscope.reports.canvas import Label, Margins, free_labels, panels
-from kvscope.reports.cells import MemorySource, memory_source, pool_notes, pooled_answers, pooled_cells
+from kvscope.reports.cells import NOT_SEEN, MemorySource, memory_source, pool_notes, pooled_answers, pooled_cells
 from kvscope.reports.families import Family, families, family_styles
 from kvscope.reports.figure_parts import ReportFigure, SkippedFigure, byte_axis, key_entry, points, subtitle_of
 from kvscope.reports.theme import MethodStyle, theme
@@ -39,7 +39,7 @@ def accuracy_against_memory(run: Run, cells: pd.DataFrame) -> ReportFigure | Ski
         less="both holds less",
         note=source.caption,
         caption=caption,
-        nothing="no method has both a score and measured bytes at one length yet",
+        nothing=NOT_SEEN if run.info.served else "no method has both a score and measured bytes at one length yet",
     )
 
 
@@ -62,7 +62,7 @@ def accuracy_against_reads(run: Run, cells: pd.DataFrame) -> ReportFigure | Skip
         less="both reads less",
         note=READS_CAPTION,
         caption=caption,
-        nothing="no prompt has been scored yet",
+        nothing=NOT_SEEN if run.info.served else "no prompt has been scored yet",
     )
 
 

@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from kvscope.reports.coverage import Coverage
-from kvscope.reports.figure_parts import ReportFigure, SkippedFigure
+from kvscope.reports.figure_parts import ReportFigure, SkippedFigure, device_of
 from kvscope.reports.table_parts import Table
 from kvscope.reports.units import length_text
 from kvscope.results.frames import Run
@@ -40,7 +40,7 @@ def page(
     info = run.info
     return _template().render(
         info=info,
-        device=info.environment.get("gpu") or "CPU",
+        device=device_of(info),
         state=state,
         warnings=[*state.sentences(), *run.messages],
         tables=[_table_context(table) for table in tables],

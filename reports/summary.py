@@ -5,6 +5,7 @@ from tabulate import tabulate
 
 from kvscope.reports.cells import (
     ALL_TASKS,
+    NOT_SEEN,
     accuracy_cells,
     comparisons,
     footprint_cells,
@@ -24,6 +25,7 @@ from kvscope.reports.ties import tie_notes
 from kvscope.reports.units import byte_unit, length_text, milliseconds, number, points, with_interval
 from kvscope.results.comparisons import POOLED, baseline_label
 from kvscope.results.frames import Run, records
+from kvscope.units import format_bytes
 
 _INTERVALS_UP_TO = 5
 """With more lengths than this the intervals would not fit a terminal; they are in the tables."""
@@ -41,6 +43,8 @@ def summary_text(run: Run) -> str:
     if not searched and (len(run.footprint) or run.info.footprint_lengths_tokens):
         parts.append(_memory(run))
         parts.append(_time(run))
+    elif run.info.served:
+        parts.append(f"Footprint: not measured: {NOT_SEEN}.{_server_memory(run)}")
     elif run.info.tasks:
         parts.append(_memory_of_samples(run))
     parts += [f"{table.title}\n{text_of(table)}" for table in limit_tables(run)]
@@ -165,6 +169,14 @@ def _memory_of_samples(run: Run) -> str:
     return (
         f"KV cache on the device (ledger, not NVML), {unit.name} (share of dense), by length in tokens\n{grid}\n"
         "Mean over the scored prompts, metadata included. No footprint pass: no times, and no verdict on the savings."
+    )
+
+
+def _server_memory(run: Run) -> str:
+    """What NVML said of a server's processes, most over the answers; nothing where it said nothing."""
+    told = [row["nvml_bytes"] for row in run.samples["served"].dropna() if row["nvml_bytes"] is not None]
+    return (
+        f" Its processes held up to {format_bytes(max(told))} of GPU memory (NVML), weights included." if told else ""
     )
 
 

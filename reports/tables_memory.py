@@ -4,7 +4,7 @@ from typing import Any
 
 import pandas as pd
 
-from kvscope.reports.cells import footprint_cells, pooled_answers, step_note
+from kvscope.reports.cells import NOT_SEEN, footprint_cells, pooled_answers, step_note
 from kvscope.reports.table_parts import Notes, Table, excluded_notes
 from kvscope.reports.trust import time_doubts
 from kvscope.reports.units import (
@@ -200,7 +200,8 @@ def _stays_cell(run: Run, label: str, length: int | None, pooled: pd.DataFrame) 
         reasons.append(f"{found[0]['status']}: {found[0]['reason']}")
     else:
         planned = length in run.info.footprint_lengths_tokens
-        reasons.append("the footprint was not run yet" if planned else "no footprint cell was asked for at this length")
+        absent = NOT_SEEN if run.info.served else "no footprint cell was asked for at this length"
+        reasons.append("the footprint was not run yet" if planned else absent)
         if len(ok):
             held = float((ok["resident_kv_bytes"] + ok["metadata_bytes"]).mean())
             cell |= {"held_bytes": held, "held_of_dense": _share(held, float(ok["dense_kv_bytes"].mean()))}

@@ -21,6 +21,8 @@ MOST_QUESTION_TYPES = 1_000
 """Kinds of questions over all tasks of a run."""
 MOST_CELLS = 200_000
 """Methods x tasks x lengths of a run: reports have a row for each."""
+MOST_REQUESTS = 256
+"""Requests to a server that are under way at a time."""
 MOST_BATCH = 4_096
 """Answers that are decoded in one step."""
 MOST_REFRESHES = 1_000_000

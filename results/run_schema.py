@@ -14,7 +14,7 @@ from kvscope.results.schema import (
     Name,
     Positive,
     Record,
-    SavingKind,
+    RowSavingKind,
     Seed,
     Tasks,
     Text,
@@ -36,8 +36,8 @@ class MethodInfo(Record):
     """What it saves and what it does not, one clause."""
     source: Text
     """Citation."""
-    saving_kind: SavingKind
-    """Where the rest goes: `resident`, `freed` or `offloaded`."""
+    saving_kind: RowSavingKind
+    """Where the rest goes: `resident`, `freed` or `offloaded`; `unknown` of a server."""
     cost: str = ""
     """The method's byte formula as text."""
 
@@ -237,6 +237,11 @@ class RunInfo(Record):
     parts: tuple[RunPart, ...] = ()
     """Of a run merged from several: what each part was asked for and what measured it. Empty for any other, where every
     (task, length) has `samples` prompts."""
+
+    @property
+    def served(self) -> bool:
+        """Whether a server answered, whose cache nobody measures."""
+        return all(method.saving_kind == "unknown" for method in self.methods)
 
     def expected_samples(self, task: str, length_tokens: int) -> int:
         """Return how many prompts of a (task, length) were asked for."""

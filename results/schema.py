@@ -17,6 +17,8 @@ SCHEMA_VERSION = 1
 
 Status = Literal["ok", "unsupported", "failed", "oom"]
 SavingKind = Literal["resident", "freed", "offloaded"]
+RowSavingKind = Literal["resident", "freed", "offloaded", "unknown"]
+"""Of a served model nobody tells what becomes of its cache."""
 Verdict = Literal["freed", "offloaded", "resident", "mismatch", "below_resolution", "not_measured"]
 MethodFrom = Literal["last_token", "question"]
 StopReason = Literal["eos", "stop", "length"]
@@ -104,6 +106,34 @@ _LEDGER = (
 )
 
 
+class ServedRecord(Record):
+    """How a server answered one prompt. Its own word is kept, and decides nothing."""
+
+    request_s: Seconds
+    """Seconds from the first sending to the whole answer, further tries and their pauses included: of a server that
+    others use, too, it says little."""
+    tries: Positive
+    """How often the prompt was sent."""
+    prompt_tokens: Count | None = None
+    """Tokens of the prompt as the server counts them; null where it does not."""
+    completion_tokens: Count | None = None
+    """Tokens of the answer as the server counts them; null where it does not."""
+    after_stop: str = ""
+    """What it said from the first stop string on, which the row's `output` leaves out: no stop string is sent."""
+    finish_reason: Name | None = None
+    """Why the answer ended, as the server has it: see the row's `stop_reason` for what its text and length say."""
+    nvml_bytes: Count | None = None
+    """Most GPU bytes that the server's processes held while it answered, weights and other requests included."""
+    nvml_reason: Text | None = None
+    """Why `nvml_bytes` is null."""
+
+    @model_validator(mode="after")
+    def _nvml_is_explained(self) -> Self:
+        if (self.nvml_bytes is None) == (self.nvml_reason is None):
+            raise ValueError("exactly one of nvml_bytes and nvml_reason must be null")
+        return self
+
+
 class CellRow(Record):
     """What sample rows and footprint rows share: which cell this is, and whether it could be measured."""
 
@@ -123,8 +153,9 @@ class CellRow(Record):
     """`ok`: measured. `unsupported`: the method cannot run here. `oom`: out of memory. `failed`: anything else."""
     reason: Text | None = None
     """Why the cell was not measured, in one sentence; null exactly when `status` is `ok`."""
-    saving_kind: SavingKind
-    """What the method claims: everything stays `resident`, the rest is `freed`, or `offloaded` to host memory."""
+    saving_kind: RowSavingKind
+    """What the method claims: everything stays `resident`, the rest is `freed`, or `offloaded` to host memory; of a
+    served model it is `unknown`."""
     noop: bool
     """True when at this length everything stays resident and is read, so that the method is dense by another name."""
     prefill: Literal["dense", "synthetic"] = "dense"
@@ -135,9 +166,9 @@ class CellRow(Record):
     selection: Selection = "free"
     """What chose the resident set: a `trained` indexer, a `synthetic` stand-in, or `free` (nothing trained)."""
     dtype: Text
-    """Element type of the model's weights and KV cache, e.g. `float32`, `bfloat16`."""
+    """Element type of the model's weights and KV cache, e.g. `float32`, `bfloat16`; `unknown` for a served model."""
     device: Text
-    """Where the KV cache lived, e.g. `cpu`, `cuda:0`."""
+    """Where the KV cache lived, e.g. `cpu`, `cuda:0`; `server` for a served model."""
     self_check: SelfCheckState | None = None
     """Whether the accuracy process found the model's logits through kvscope's cache equal to its own forward's before
     anything was measured: `passed`; `skipped` by `--no-self-check`; `not_run`: a run without that process. Null in rows
@@ -161,6 +192,8 @@ class CellRow(Record):
     null on models that keep K and V of tokens and nothing else, or when the cell was not measured."""
     residency: ResidencyRecord | None = None
     """How the resident set changed while decoding; null where it is fixed at opening, or the cell was not measured."""
+    ledger_reason: Text | None = None
+    """Why the columns of the ledger are null in an ok row: nobody but a server sees its cache."""
     transformers_version: Text | None = None
     """Version of transformers that computed; null in rows of earlier versions."""
     torch_version: Text | None = None
@@ -179,8 +212,12 @@ class CellRow(Record):
             raise ValueError("reason must be null when status is ok")
         if self.status != "ok" and self.reason is None:
             raise ValueError(f"status is {self.status}, so reason must say why")
-        if self.status == "ok":
-            self.demand(_LEDGER, "in an ok row")
+        if self.ledger_reason is not None and (
+            self.status != "ok" or any(self.__dict__[name] is not None for name in _LEDGER)
+        ):
+            raise ValueError("ledger_reason says why an ok row has no ledger, so every column of that must be null")
+        if self.status == "ok" and self.ledger_reason is None:
+            self.demand(_LEDGER, "in an ok row without a ledger_reason")
         return self
 
 
@@ -250,6 +287,9 @@ class SampleRow(CellRow):
     logit_noise: Annotated[float, Field(ge=0.0, le=1e30)] | None = None
     """How far logits of one sequence were measured to differ, in nats, between a step of its own and a step of as many
     as the run's; null where `batch` is 1."""
+    served: ServedRecord | None = None
+    """How a server answered; null for a model that kvscope ran itself, and when status is not ok. Of a server the
+    columns `prefill`, `method_from`, `selection` and `noop` say nothing."""
     tie: bool | None = None
     """Whether `least_logit_gap` is within twice `logit_noise`, as each of the two logits may be off by that: then the
     answer may be another than steps of its own give. Null where `batch` is 1."""
@@ -262,7 +302,9 @@ class SampleRow(CellRow):
     @model_validator(mode="after")
     def _scored_when_ok(self) -> Self:
         if self.status == "ok":
-            self.demand(("output", "score", "stop_reason", "prefill_s", "decode_s", "decode_tokens"), "in an ok row")
+            self.demand(("output", "score", "stop_reason", "decode_tokens"), "in an ok row")
+            if self.served is None:
+                self.demand(("prefill_s", "decode_s"), "in an ok row of a model that is not served")
             if self.answer_nll is None and self.answer_nll_reason is None:
                 raise ValueError("answer_nll is null, so answer_nll_reason must say why")
             in_order(self.step_p10_s, self.step_p90_s, None, "step_p10_s <= step_p90_s")

@@ -91,6 +91,10 @@ class ChatTokenizer:
         text: str = self.plain.decode(token_ids, **kwargs)
         return text
 
+    def rendered(self, text: str) -> str:
+        """Return a user's text in its template: what is encoded, special tokens spelled out."""
+        return self._whole(text)[0]
+
     def _turn(self, text: str, *, offsets: bool) -> dict[str, Any]:
         whole, skipped = self._whole(text)
         made = self.plain(whole, add_special_tokens=False, return_offsets_mapping=offsets)

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 from kvscope.errors import UsageError
 from kvscope.harness.passes.answering import load, measured_noise, release_memory
-from kvscope.harness.passes.base import Left, Plan, failed_lines, is_open
+from kvscope.harness.passes.base import Left, Plan, RunPlan, failed_lines, is_open
 from kvscope.harness.passes.batch_plan import batch_text, jobs_text
 from kvscope.harness.passes.config import RunConfig
 from kvscope.harness.passes.deadline import Deadline
-from kvscope.harness.passes.facts import ModelFacts
+from kvscope.harness.passes.facts import PromptFacts
 from kvscope.harness.passes.progress import Progress
 from kvscope.harness.passes.shards import ShardedAccuracy
 from kvscope.harness.passes.turns import Turns, pending_samples, prompt_work_tokens
@@ -36,7 +36,7 @@ class AccuracyPass:
         """Return the prompts' lengths; none where nothing is scored."""
         return () if config.unscored else config.lengths_tokens
 
-    def check(self, config: RunConfig, facts: ModelFacts, tasks: "Sequence[Task]") -> None:
+    def check(self, config: RunConfig, facts: PromptFacts, tasks: "Sequence[Task]") -> None:
         """Refuse a length at which a task cannot be built: nothing of this ends a run after its first row.
 
         The first prompt of every length is built, and more of them near to the least length: there a sample
@@ -58,12 +58,12 @@ class AccuracyPass:
                 for index in range(min(config.samples, tried)):
                     task.build(facts.tokenizer, length_tokens=length_tokens, sample=index, seed=config.seed)
 
-    def cells(self, plan: Plan) -> "list[tuple[Task, str, int]]":
+    def cells(self, plan: RunPlan) -> "list[tuple[Task, str, int]]":
         """Return every (task, what rows call it, length in tokens), shortest length first."""
         tasks = list(zip(plan.tasks, plan.task_names, strict=True))
         return [(task, name, length_tokens) for length_tokens in plan.config.lengths_tokens for task, name in tasks]
 
-    def prefill_tokens(self, plan: Plan) -> int:
+    def prefill_tokens(self, plan: RunPlan) -> int:
         """Return the tokens to prefill: one prefill a prompt, whatever the number of methods."""
         return sum(length_tokens for _, _, length_tokens in self.cells(plan)) * plan.config.samples
 
@@ -80,7 +80,7 @@ class AccuracyPass:
             *jobs_text(worker_devices(plan.config, plan.facts.device)),
         ]
 
-    def info(self, plan: Plan) -> dict[str, Any]:
+    def info(self, plan: RunPlan) -> dict[str, Any]:
         """Return tasks, lengths and samples; nothing where nothing is scored."""
         if not plan.tasks:
             return {}
@@ -90,7 +90,7 @@ class AccuracyPass:
             "samples": plan.config.samples,
         }
 
-    def reopen(self, plan: Plan, store: "RunStore") -> int:
+    def reopen(self, plan: RunPlan, store: "RunStore") -> int:
         """Reopen the rows of prompts that were not answered."""
         n_reopened = 0
         for _, name, length_tokens in self.cells(plan):
@@ -102,7 +102,7 @@ class AccuracyPass:
                         n_reopened += 1
         return n_reopened
 
-    def left(self, plan: Plan, store: "RunStore") -> Left:
+    def left(self, plan: RunPlan, store: "RunStore") -> Left:
         """Count the prompts that lack a row of a method."""
         left = Left()
         for _, name, length_tokens in self.cells(plan):

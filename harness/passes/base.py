@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from kvscope.harness.passes.batch_plan import BatchCell, prompts_of
 from kvscope.harness.passes.chunks import accuracy_chunk_tokens
 from kvscope.harness.passes.config import RunConfig
 from kvscope.harness.passes.deadline import Deadline
-from kvscope.harness.passes.facts import ModelFacts
+from kvscope.harness.passes.facts import ModelFacts, PromptFacts
 from kvscope.harness.passes.plan_text import forecast_tables, lengths_text
 from kvscope.harness.passes.progress import Progress
 from kvscope.results.continuing import recorded_tasks, without_hash
@@ -78,56 +78,136 @@ class SampleStore(Protocol):
 
 
 class Pass(Protocol):
-    """One kind of measurement of a run."""
+    """One kind of measurement of a run; ``plan`` is the kind of plan that has such passes."""
 
     def lengths_tokens(self, config: RunConfig) -> tuple[int, ...]:
         """Return the lengths that it measures and the plan forecasts; a search finds its own."""
 
-    def check(self, config: RunConfig, facts: ModelFacts, tasks: "Sequence[Task]") -> None:
+    def check(self, config: RunConfig, facts: Any, tasks: "Sequence[Task]") -> None:
         """Refuse lengths that are too short for it.
 
         Raises:
             UsageError: naming the length, the limit and who sets it.
         """
 
-    def cells(self, plan: "Plan") -> Sequence[Any]:
+    def cells(self, plan: Any) -> Sequence[Any]:
         """Return what it measures, in the order in which it is measured."""
 
-    def text(self, plan: "Plan") -> list[str]:
+    def text(self, plan: Any) -> list[str]:
         """Return its lines of the plan."""
 
-    def info(self, plan: "Plan") -> dict[str, Any]:
+    def info(self, plan: Any) -> dict[str, Any]:
         """Return its fields of ``run.json``."""
 
-    def reopen(self, plan: "Plan", store: "RunStore") -> int:
+    def reopen(self, plan: Any, store: "RunStore") -> int:
         """Let its rows that are no results be measured again by this call; return how many."""
 
-    def left(self, plan: "Plan", store: "RunStore") -> Left:
+    def left(self, plan: Any, store: "RunStore") -> Left:
         """Return what a folder lacks of it."""
 
-    def run(self, plan: "Plan", store: "RunStore", progress: Progress, deadline: Deadline) -> None:
+    def run(self, plan: Any, store: "RunStore", progress: Progress, deadline: Deadline) -> None:
         """Measure what is lacking into the store, until the deadline."""
 
     def failures(self, run: "Run") -> list[str]:
         """Return one line per kind of failed cell; empty when all is well."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A checked configuration with everything made that a run needs except the model's weights."""
+class PlannedMethod(Protocol):
+    """What rows and ``run.json`` need of a method."""
+
+    @property
+    def name(self) -> str:
+        """Its registry name."""
+
+    @property
+    def label(self) -> str:
+        """The name with options, unique within a run."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return the fields of its ``MethodInfo``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """A checked configuration with its prompts, whoever answers them."""
 
     config: RunConfig
-    facts: ModelFacts
-    methods: "tuple[CacheMethod[Any], ...]"
+    facts: PromptFacts
+    methods: Sequence[PlannedMethod]
     tasks: "tuple[Task, ...]"
     passes: tuple[Pass, ...]
     cells: tuple[PlannedCell, ...]
-    specs: Mapping[str, Spec]
-    """Label of a method -> the spec that a fresh process makes it from."""
     excluded_types: tuple[ExcludedType, ...] = ()
     """Question types of these tasks that pooled scores leave out, as the model's folder says."""
     task_names: tuple[str, ...] = ()
     """What rows call each task."""
+
+    def in_folder(self, info: RunInfo) -> Self:
+        """Return the plan as a folder has it, which may have been begun by a call that asked for other things.
+
+        Rows call the model and its tasks what the first call did.
+        """
+        named = dict(zip(map(without_hash, recorded_tasks(info)), info.tasks, strict=True))
+        return replace(
+            self,
+            facts=replace(self.facts, name=info.model),
+            task_names=tuple(named[without_hash(spec.label)] for spec in self.config.tasks),
+        )
+
+    @cached_property
+    def _by_key(self) -> dict[tuple[str, int], PlannedCell]:
+        return {(cell.method_label, cell.length_tokens): cell for cell in self.cells}
+
+    def unsupported(self, method_label: str, length_tokens: int) -> str | None:
+        """Return why a method cannot run at a length, or None."""
+        cell = self._by_key.get((method_label, length_tokens))
+        return cell.reason if cell is not None and cell.forecast == "unsupported" else None
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the user may not expect, one sentence each."""
+        said = [f"{each.sentence}." for each in self.excluded_types]
+        if len(self.config.lengths_tokens) > 1:
+            said += [
+                f"the prompts of {task.name} have the length they have, so they are the same at every --length: give "
+                "the longest alone."
+                for task in self.tasks
+                if task.own_lengths
+            ]
+        return said
+
+    def ready(self) -> Self:
+        """Return the plan with what has to be asked before there is a folder; of a model of our own that is nothing."""
+        return self
+
+    def text(self) -> str:
+        """Return the plan as plain text."""
+        lines = [*self.header()]
+        for each in self.passes:
+            lines += each.text(self)
+        return "\n".join([*lines, *(f"note       {text}" for text in self.warnings)])
+
+    def header(self) -> list[str]:
+        """Return its first lines: the model, tasks and lengths."""
+        return self.prompts_text()
+
+    def prompts_text(self) -> list[str]:
+        """Return the plan's lines of tasks and lengths."""
+        config = self.config
+        return [
+            f"tasks    {', '.join(task.name for task in self.tasks)}",
+            f"lengths  {lengths_text(config.lengths_tokens)}, {config.samples} samples each, seed {config.seed}",
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(RunPlan):
+    """A checked configuration with everything made that a run needs except the model's weights."""
+
+    facts: ModelFacts
+    methods: "tuple[CacheMethod[Any], ...]"
+    specs: Mapping[str, Spec]
+    """Label of a method -> the spec that a fresh process makes it from."""
     batch: tuple[BatchCell, ...] = ()
     """Sequences of the accuracy pass that share a step, by length."""
     folder_chunk_tokens: int | None = None
@@ -136,20 +216,15 @@ class Plan:
     """The task whose prompts the folder's footprints are of, as the folder's first call asked for it; None: the first
     of these."""
 
-    def in_folder(self, info: RunInfo) -> "Plan":
-        """Return the plan as a folder has it, which may have been begun by a call that asked for other things.
-
-        Rows call the model and its tasks what the first call did, and footprints are of the same task's prompts.
-        """
-        named = dict(zip(map(without_hash, recorded_tasks(info)), info.tasks, strict=True))
+    def in_folder(self, info: RunInfo) -> Self:
+        """Return the plan as a folder has it; its footprints are of the prompts of the task that it was begun with."""
+        plan = super().in_folder(info)
         mine = [without_hash(spec.label) for spec in self.config.tasks]
         first = recorded_tasks(info)[:1]
         given, chunk = info.config.get("tasks"), info.identity.get("prefill_chunk_tokens")
         other = bool(first) and bool(mine) and without_hash(first[0]) != mine[0] and isinstance(given, list)
         return replace(
-            self,
-            facts=replace(self.facts, name=info.model),
-            task_names=tuple(named[label] for label in mine),
+            plan,
             folder_chunk_tokens=int(chunk) if isinstance(chunk, int) else None,
             first_task=str(given[0]) if other and isinstance(given, list) else None,
         )
@@ -158,10 +233,6 @@ class Plan:
     def chunk_tokens(self) -> int:
         """Tokens of a prefill chunk of the accuracy pass: the folder's, where there is one."""
         return self.folder_chunk_tokens or accuracy_chunk_tokens(self.config, self.facts)
-
-    @cached_property
-    def _by_key(self) -> dict[tuple[str, int], PlannedCell]:
-        return {(cell.method_label, cell.length_tokens): cell for cell in self.cells}
 
     def cell(self, method_label: str, length_tokens: int) -> PlannedCell:
         """Return the forecast of one (method, length)."""
@@ -179,11 +250,6 @@ class Plan:
     def most_batch_rows(self) -> int:
         """Most sequences that may share a step, at any length."""
         return max((cell.rows for cell in self.batch), default=1)
-
-    def unsupported(self, method_label: str, length_tokens: int) -> str | None:
-        """Return why a method cannot run at a length, or None."""
-        cell = self._by_key.get((method_label, length_tokens))
-        return cell.reason if cell is not None and cell.forecast == "unsupported" else None
 
     @property
     def lengths_tokens(self) -> tuple[int, ...]:
@@ -205,20 +271,13 @@ class Plan:
                 said.append(
                     f"{method.label} leaves nothing out at {lengths_text(same)}: there it is dense by another name."
                 )
-        said += [f"{each.sentence}." for each in self.excluded_types]
-        if len(self.config.lengths_tokens) > 1:
-            said += [
-                f"the prompts of {task.name} have the length they have, so they are the same at every --length: give "
-                "the longest alone."
-                for task in self.tasks
-                if task.own_lengths
-            ]
+        said += super().warnings
         note = self.facts.backend.note(self.facts.shape, max(self.config.lengths_tokens))
         return said if note is None else [*said, note]
 
     def text(self) -> str:
         """Return the plan as plain text."""
-        lines = self._header()
+        lines = self.header()
         if self.cells:
             lines += ["", *forecast_tables([method.label for method in self.methods], self.cells), ""]
             for n_tokens in self.lengths_tokens:
@@ -235,7 +294,8 @@ class Plan:
             lines += [f"note       {text}" for text in self.warnings]
         return "\n".join(lines)
 
-    def _header(self) -> list[str]:
+    def header(self) -> list[str]:
+        """Return its first lines: the model, tasks, lengths and the budget."""
         config, facts = self.config, self.facts
         weights = "unknown size" if facts.weights_bytes is None else format_bytes(facts.weights_bytes)
         lines = [
@@ -245,10 +305,7 @@ class Plan:
         if facts.chat_template is not None:
             lines.append(f"chat     prompts are turns of a user by its chat template, {facts.chat_template[:19]}")
         if self.tasks:
-            lines += [
-                f"tasks    {', '.join(task.name for task in self.tasks)}",
-                f"lengths  {lengths_text(config.lengths_tokens)}, {config.samples} samples each, seed {config.seed}",
-            ]
+            lines += self.prompts_text()
         else:
             lines.append("tasks    none: nothing is scored in this run, memory and times alone are measured")
         if config.gpu_budget_bytes is not None:

@@ -15,7 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from kvscope.errors import UsageError, did_you_mean, shown
 from kvscope.harness.engine.presets import is_preset
+from kvscope.harness.passes.served_keys import SERVED_KEYS, check_served, served_values
 from kvscope.harness.passes.yaml_text import read_yaml, yaml_value
+from kvscope.harness.served.address import is_url
 from kvscope.paths import user_path
 from kvscope.results import limits
 from kvscope.specs import MethodSpec, Spec, TaskSpec, parse_spec, split_items, unquoted
@@ -54,7 +56,34 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    model: str = Field(default="reference", description="reference, a folder, a Hugging Face id or preset:NAME")
+    model: str = Field(
+        default="reference", description="reference, a folder, a Hugging Face id, preset:NAME or a server's URL"
+    )
+    served_model: str | None = Field(
+        default=None, min_length=1, description="server: the name it knows the model by (default: its only one)"
+    )
+    tokenizer: str | None = Field(
+        default=None, min_length=1, description="server: its model's tokenizer, as a folder, reference or an id"
+    )
+    api: Literal["auto", "completions", "chat"] = Field(
+        default="auto", description="server: which API; auto is chat where prompts have a chat template"
+    )
+    server_context_tokens: Tokens | None = Field(
+        default=None,
+        ge=2,
+        le=limits.MOST_LENGTH_TOKENS,
+        description="server: longest prompt + answer it takes (default: what it says, else the model's config)",
+    )
+    concurrency: int = Field(
+        default=1, ge=1, le=limits.MOST_REQUESTS, description="server: requests at a time, where that changes no answer"
+    )
+    request_timeout_s: float = Field(default=600.0, gt=0, description="server: longest time of one request")
+    request_tries: int = Field(
+        default=6, ge=1, le=100, description="server: most times a request is sent (429, 5xx, time-outs)"
+    )
+    server_pid: int | None = Field(
+        default=None, ge=1, le=2**31, description="server: its process on this host, whose GPU memory NVML tells"
+    )
     methods: tuple[MethodSpec, ...] = Field(
         default=tuple(map(Spec, ("dense", "sliding_window", "recency", "random"))),
         description="cache methods, as name or name:key=value,key=value",
@@ -223,6 +252,12 @@ class RunConfig(BaseModel):
             values = {**values, "tasks": ()}
         return values
 
+    @model_validator(mode="before")
+    @classmethod
+    def _served(cls, values: Any) -> Any:
+        """Give a server its one method, and take the memory passes out."""
+        return served_values(values) if isinstance(values, dict) else values
+
     @field_validator("device")
     @classmethod
     def _device(cls, value: str) -> str:
@@ -260,6 +295,7 @@ class RunConfig(BaseModel):
             )
         if self.gpus is not None and self.device != "auto":
             raise UsageError("gpus says where prompts are answered: leave out --device.")
+        check_served(self.model, self.methods, self.tokenizer, changed=_changed(self))
         if self.find_max and self.throughput:
             raise UsageError("find_max and throughput are two runs: ask for one of them.")
         if not self.footprint and (self.unscored or self.gpu_budget_bytes is not None or self.kv == "synthetic"):
@@ -272,6 +308,11 @@ class RunConfig(BaseModel):
             if twice:
                 raise UsageError(f"{key}: {twice[0]!r} is given twice: keep one.")
         return self
+
+    @property
+    def served(self) -> bool:
+        """Whether the model is one behind a server."""
+        return is_url(self.model)
 
     @property
     def unscored(self) -> bool:
@@ -312,7 +353,7 @@ class RunConfig(BaseModel):
         """
         values = self.model_dump(
             mode="json",
-            exclude={*_NO_VALUES, "chat_template", "methods", "tasks"},
+            exclude={*_NO_VALUES, *SERVED_KEYS, "chat_template", "methods", "tasks"},
         )
         values["footprint_lengths_tokens"] = list(self.footprint_cells_tokens)
         if self.prefill_chunk_tokens is None:
@@ -322,6 +363,11 @@ class RunConfig(BaseModel):
         if not self.accuracy_graph:
             del values["accuracy_graph"]  # absent from folders begun before there was a choice: they go on
         return {"methods": list(self.method_labels), "tasks": list(self.task_labels), **values}
+
+
+def _changed(config: RunConfig) -> set[str]:
+    """Return the keys whose values are not the defaults."""
+    return {key for key, field in RunConfig.model_fields.items() if getattr(config, key) != field.default}
 
 
 @lru_cache(maxsize=1)

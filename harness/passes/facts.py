@@ -16,34 +16,44 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelFacts:
-    """A model described by its configuration files alone.
+class PromptFacts:
+    """What prompts and rows need of a model, whoever computes it.
 
     Attributes:
         spec: the model as asked for.
+        name: what rows call it: ``reference``, a hub id, a folder's name, or a server's name for it.
+        device: where it will compute, ``auto`` resolved: ``cpu`` or ``cuda:N``; ``server``.
+        dtype: element type of weights and KV cache, ``auto`` resolved, e.g. ``float32``.
         tokenizer: what encodes prompts: the transformers tokenizer, or a ``ChatTokenizer`` around it; None for a
             preset.
         chat_template: hash of the template that prompts are put into; None for none.
-        name: what rows call it: ``reference``, a hub id, or a folder's name.
-        backend: its kind of cache.
-        device: where it will compute, ``auto`` resolved: ``cpu`` or ``cuda:N``.
-        dtype: element type of weights and KV cache, ``auto`` resolved, e.g. ``float32``.
-        weights_bytes: bytes of the weights in ``dtype``; None when the configuration does not tell.
         max_length_tokens: longest prompt plus answer.
-        intermediate_size: width of the MLP.
-        vocab_size: token ids are below it.
-        revision: hub commit, or a hash of a folder's files.
+        revision: hub commit, or a hash of a folder's files; None where nobody tells.
     """
 
     spec: str
     name: str
     device: str
     dtype: str
-    backend: Backend[Any]
-    shape: ModelShape
     tokenizer: Any
     chat_template: str | None
     max_length_tokens: int
+    revision: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts(PromptFacts):
+    """A model described by its configuration files alone.
+
+    Attributes:
+        backend: its kind of cache.
+        weights_bytes: bytes of the weights in ``dtype``; None when the configuration does not tell.
+        intermediate_size: width of the MLP.
+        vocab_size: token ids are below it.
+    """
+
+    backend: Backend[Any]
+    shape: ModelShape
     intermediate_size: int
     vocab_size: int
     weights_bytes: int | None

@@ -28,7 +28,48 @@ class RunOptions:
     config: Annotated[Path | None, typer.Argument(show_default=False, help="YAML file; flags win over it.")]
     model: Annotated[
         str | None,
-        typer.Option("--model", help="reference, a folder, a Hugging Face id or preset:NAME.  [default: reference]"),
+        typer.Option(
+            "--model",
+            help="reference, a folder, a Hugging Face id, preset:NAME, or a server's URL.  [default: reference]",
+        ),
+    ]
+    served_model: Annotated[
+        str | None,
+        typer.Option("--served-model", metavar="NAME", help="Server: its name for the model.  [default: its only one]"),
+    ]
+    tokenizer: Annotated[
+        str | None,
+        typer.Option("--tokenizer", metavar="MODEL", help="Server: its model's tokenizer; folder, reference or an id."),
+    ]
+    api: Annotated[
+        str | None,
+        typer.Option(
+            "--api",
+            metavar="auto|completions|chat",
+            help="Server: which API; auto is chat where there is a chat template.  [default: auto]",
+        ),
+    ]
+    server_context_tokens: Annotated[
+        str | None,
+        typer.Option(
+            "--server-context",
+            metavar="TOKENS",
+            help="Server: longest prompt + answer.  [default: what it says, else the model's config]",
+        ),
+    ]
+    concurrency: Annotated[
+        str | None,
+        typer.Option(
+            "--concurrency", metavar="N", help="Server: requests at a time, if that changes no answer.  [default: 1]"
+        ),
+    ]
+    request_timeout_s: Annotated[
+        str | None,
+        typer.Option("--request-timeout", metavar="SECONDS", help="Server: most for one request.  [default: 600]"),
+    ]
+    server_pid: Annotated[
+        str | None,
+        typer.Option("--server-pid", metavar="PID", help="Server: its process here, whose GPU memory NVML tells."),
     ]
     methods: Annotated[
         list[str] | None,
@@ -199,6 +240,33 @@ class RunOptions:
     ]
 
 
+class SameAnswersOptions:
+    """The options of ``kvscope same-answers``: those of a run that mean something of two servers."""
+
+    __annotations__ = {
+        name: RunOptions.__annotations__[name]
+        for name in (
+            *(
+                "tasks",
+                "lengths_tokens",
+                "samples",
+                "seed",
+                "out",
+                "max_new_tokens",
+                "chat_template",
+                "tokenizer",
+                "api",
+            ),
+            *("server_context_tokens", "concurrency", "request_timeout_s", "time_limit_s", "device", "dtype"),
+        )
+    }
+
+
+def given_values(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that were given."""
+    return {name: value for name, value in given.items() if value is not None and value != []}
+
+
 def build_config(given: Mapping[str, Any]) -> "RunConfig":
     """Merge file, flags, ``--set`` and ``--sweep`` of a command, named as in :class:`RunOptions`.
 
@@ -207,7 +275,7 @@ def build_config(given: Mapping[str, Any]) -> "RunConfig":
     """
     from kvscope.harness.passes.config import load_config
 
-    flags = {name: value for name, value in given.items() if value is not None and value != []}
+    flags = given_values(given)
     path, sets, sweeps = flags.pop("config", None), flags.pop("sets", ()), flags.pop("sweeps", ())
     return load_config(path, flags=flags, sets=sets, sweeps=sweeps)
 

@@ -9,14 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 from kvscope.errors import UsageError, shown
 from kvscope.harness.passes.accuracy import AccuracyPass
-from kvscope.harness.passes.base import Pass, Plan
+from kvscope.harness.passes.base import Pass, Plan, RunPlan
 from kvscope.harness.passes.batch_plan import plan_batch
 from kvscope.harness.passes.config import RunConfig
-from kvscope.harness.passes.facts import ModelFacts, describe_model
+from kvscope.harness.passes.facts import ModelFacts, PromptFacts, describe_model
 from kvscope.harness.passes.find_max import FindMaxPass
 from kvscope.harness.passes.footprint import FootprintPass
 from kvscope.harness.passes.forecast import device_rooms, plan_cell
 from kvscope.harness.passes.pooling import excluded_types
+from kvscope.harness.passes.served_facts import describe_served
+from kvscope.harness.passes.served_pass import ServedPass
+from kvscope.harness.passes.served_plan import ServedMethod, ServedPlan
+from kvscope.harness.passes.server_memory import check_pid
 from kvscope.harness.passes.task_names import row_names
 from kvscope.harness.passes.throughput_pass import ThroughputPass
 from kvscope.paths import check_out, user_path
@@ -27,23 +31,50 @@ if TYPE_CHECKING:
     from kvscope.tasks.base import Task
 
 
-def make_plan(config: RunConfig) -> Plan:
-    """Check a configuration and forecast every (method, length).
+def make_plan(config: RunConfig) -> RunPlan:
+    """Check a configuration and forecast every (method, length); of a served model there is nothing to forecast.
 
     Raises:
         UsageError: an unknown method, task, model or option; a trained part of a method that is missing or belongs to
-            another model; a length too long for the model or too short for a task; results in a place that is none.
+            another model; a length too long for the model or too short for a task; results in a place that is none; no
+        server that can be used.
     """
-    from kvscope.methods.registry import check_one_class_a_name, create_method
-    from kvscope.tasks.registry import create_task
-
     if config.out is not None:
         check_out(user_path(config.out, what="out"))
-    methods = tuple(create_method(spec, paper_settings=config.paper_settings) for spec in config.methods)
-    check_one_class_a_name(list(methods))
-    check_unique([method.label for method in methods])
-    check_lengths_of_names([*(method.label for method in methods), *config.task_labels, config.model])
-    specs = {method.label: spec for method, spec in zip(methods, config.methods, strict=True)}
+    return _served_plan(config) if config.served else _own_plan(config)
+
+
+def _served_plan(config: RunConfig) -> ServedPlan:
+    """Return the plan of a model behind a server."""
+    method = ServedMethod()
+    check_lengths_of_names([method.label, *config.task_labels, config.model])
+    tasks, names = planned_tasks(config)
+    if config.server_pid is not None:
+        check_pid(config.server_pid)
+    facts = describe_served(config)
+    check_lengths_of_names([facts.name])
+    accuracy = ServedPass()
+    check_longest(config, facts, accuracy.lengths_tokens(config))
+    accuracy.check(config, facts, tasks)
+    return ServedPlan(
+        config=config,
+        facts=facts,
+        methods=(method,),
+        tasks=tasks,
+        passes=(accuracy,),
+        cells=(),
+        task_names=names,
+    )
+
+
+def planned_tasks(config: RunConfig) -> "tuple[tuple[Task, ...], tuple[str, ...]]":
+    """Return (the tasks of a run, what rows call each).
+
+    Raises:
+        UsageError: a task is unknown, has fewer samples than asked for, or cannot be told from another.
+    """
+    from kvscope.tasks.registry import create_task
+
     tasks = []
     for spec in config.tasks:
         task = create_task(spec)
@@ -52,6 +83,19 @@ def make_plan(config: RunConfig) -> Plan:
         tasks.append(task)
     names = row_names(config.tasks, tasks)
     check_tasks(tasks, config.samples, names=names)
+    return tuple(tasks), names
+
+
+def _own_plan(config: RunConfig) -> Plan:
+    """Return the plan of a model that kvscope runs itself."""
+    from kvscope.methods.registry import check_one_class_a_name, create_method
+
+    methods = tuple(create_method(spec, paper_settings=config.paper_settings) for spec in config.methods)
+    check_one_class_a_name(list(methods))
+    check_unique([method.label for method in methods])
+    check_lengths_of_names([*(method.label for method in methods), *config.task_labels, config.model])
+    specs = {method.label: spec for method, spec in zip(methods, config.methods, strict=True)}
+    tasks, names = planned_tasks(config)
     facts = describe_model(
         config.model,
         device=config.first_device,
@@ -85,7 +129,7 @@ def make_plan(config: RunConfig) -> Plan:
         config=config,
         facts=facts,
         methods=methods,
-        tasks=tuple(tasks),
+        tasks=tasks,
         passes=passes,
         cells=tuple(cells),
         specs=specs,
@@ -178,7 +222,7 @@ def check_tasks(tasks: "Sequence[Task]", samples: int, *, names: Sequence[str]) 
             )
 
 
-def check_longest(config: RunConfig, facts: ModelFacts, lengths_tokens: Sequence[int]) -> None:
+def check_longest(config: RunConfig, facts: PromptFacts, lengths_tokens: Sequence[int]) -> None:
     """Refuse lengths that the model cannot take.
 
     Raises:

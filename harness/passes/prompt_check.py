@@ -4,14 +4,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kvscope.errors import UsageError
-from kvscope.harness.passes.base import Plan, SampleStore
+from kvscope.harness.passes.base import RunPlan, SampleStore
 
 if TYPE_CHECKING:
     from kvscope.results.schema import SampleRow
     from kvscope.tasks.base import Sample, Task
 
 
-def build(plan: Plan, task: "Task", name: str, length_tokens: int, index: int, *, tokenizer: Any = None) -> "Sample":
+def build(plan: RunPlan, task: "Task", name: str, length_tokens: int, index: int, *, tokenizer: Any = None) -> "Sample":
     """Build a prompt, with its task called as rows call it; by the plan's tokenizer, or by a copy of it.
 
     A model that is spoken to in its chat template ends its answers itself, and may begin with a line about them: there
@@ -51,7 +51,7 @@ class PromptCheck:
             )
 
 
-def check_first_prompts(plan: Plan, store: SampleStore) -> None:
+def check_first_prompts(plan: RunPlan, store: SampleStore) -> None:
     """Build a prompt of every (task, length) asked for that has rows, and compare it with them.
 
     Raises:

@@ -7,21 +7,22 @@ from pydantic import ValidationError
 
 import kvscope
 from kvscope.errors import UsageError
-from kvscope.harness.passes.base import Plan
+from kvscope.harness.passes.base import Plan, RunPlan
 from kvscope.harness.passes.environment import capture_environment
+from kvscope.harness.passes.served_plan import ServedPlan
 from kvscope.harness.passes.task_names import recorded_task
 from kvscope.results.rowfile import first_problem
 from kvscope.results.run_schema import MethodInfo, RunInfo
 
 
-def run_info(plan: Plan) -> RunInfo:
+def run_info(plan: RunPlan) -> RunInfo:
     """Return what ``run.json`` says: the configuration, the plan, and where it runs.
 
     Raises:
         UsageError: a file of the model cannot be read, or the run is more than a folder can hold.
     """
     config, facts = plan.config, plan.facts
-    environment = capture_environment(device=facts.device, attention_backend=planned_backend(plan))
+    environment = surroundings(plan)
     measured: dict[str, Any] = {"tasks": (), "lengths_tokens": (), "samples": 0}
     for each in plan.passes:
         measured |= each.info(plan)
@@ -46,12 +47,23 @@ def run_info(plan: Plan) -> RunInfo:
         raise UsageError(f"This run could not be read afterwards: {first_problem(error)}.") from error
 
 
-def identity(plan: Plan) -> dict[str, Any]:
+def surroundings(plan: RunPlan) -> dict[str, Any]:
+    """Return where a plan is run: this machine, and what was found of a server."""
+    if isinstance(plan, ServedPlan):
+        return plan.environment()
+    assert isinstance(plan, Plan)
+    return capture_environment(device=plan.facts.device, attention_backend=planned_backend(plan))
+
+
+def identity(plan: RunPlan) -> dict[str, Any]:
     """Return what rows of one folder have in common: the configuration, and the model part by part.
 
     Raises:
         UsageError: a file of the model cannot be read.
     """
+    if isinstance(plan, ServedPlan):
+        return plan.identity()
+    assert isinstance(plan, Plan)
     from kvscope.harness.engine.identity import model_parts
     from kvscope.harness.engine.loading import load_config
     from kvscope.harness.engine.names import resolve_model
@@ -59,7 +71,7 @@ def identity(plan: Plan) -> dict[str, Any]:
     facts = plan.facts
     where, _ = resolve_model(facts.spec)
     trained = {method.label: method.trained_part(facts.shape) for method in plan.methods}
-    values = earlier_identity(plan)
+    values = _earlier_identity(plan)
     del values["model_revision"]  # of samples of the weights
     return {
         **values,
@@ -68,7 +80,12 @@ def identity(plan: Plan) -> dict[str, Any]:
     }
 
 
-def earlier_identity(plan: Plan) -> dict[str, Any]:
+def earlier_identity(plan: RunPlan) -> dict[str, Any] | None:
+    """Return the identity that versions to 0.2 gave a run; None for one that they did not have."""
+    return _earlier_identity(plan) if isinstance(plan, Plan) else None
+
+
+def _earlier_identity(plan: Plan) -> dict[str, Any]:
     """Return the identity that versions to 0.2 gave a run.
 
     Its values are resolved, so that ``auto`` on another machine does not continue this machine's rows.

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 from kvscope.errors import KvscopeError
 from kvscope.harness.passes.answering import load, measured_noise
+from kvscope.harness.passes.base import Plan
 from kvscope.harness.passes.batch import Batch
 from kvscope.harness.passes.config import make_config
 from kvscope.harness.passes.deadline import Deadline
@@ -93,6 +94,7 @@ def main() -> int:
     try:
         store = RemoteStore(Path(asked["folder"]), say, n_jobs=asked["n_jobs"])
         plan = make_plan(make_config(asked["config"])).in_folder(store.info)
+        assert isinstance(plan, Plan)
         progress = RemoteProgress(say)
         loaded = load(plan)
         noise = measured_noise(plan, loaded, progress)

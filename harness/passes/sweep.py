@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvscope.errors import UsageError
 from kvscope.harness.engine.presets import refuse_plan_only
-from kvscope.harness.passes.base import Left, Plan
+from kvscope.harness.passes.base import Left, RunPlan
 from kvscope.harness.passes.config import RunConfig, make_config
 from kvscope.harness.passes.deadline import Deadline
 from kvscope.harness.passes.plan import make_plan, passes_for
@@ -45,7 +45,7 @@ def run(
     folder = user_path(folder, what="out")
     check_out(folder)
     with as_progress(progress) as shown:
-        plan = make_plan(config)
+        plan = make_plan(config).ready()
         with RunStore.create(folder, run_info(plan), earlier_identity=earlier_identity(plan)) as store:
             measure(plan.in_folder(store.info), store, shown)
     from kvscope.results.frames import load_run
@@ -53,7 +53,7 @@ def run(
     return load_run(folder)
 
 
-def measure(plan: Plan, store: RunStore, progress: Progress) -> None:
+def measure(plan: RunPlan, store: RunStore, progress: Progress) -> None:
     """Run every pass into an open store.
 
     Raises:
@@ -80,7 +80,7 @@ def as_progress(progress: bool | Progress) -> Progress:
     return progress if isinstance(progress, Progress) else make_progress(progress)
 
 
-def begin(plan: Plan, store: RunStore, progress: Progress) -> None:
+def begin(plan: RunPlan, store: RunStore, progress: Progress) -> None:
     """Count what is left to do and tell the progress, and the user when it is a continuation."""
     reopened = sum(each.reopen(plan, store) for each in plan.passes) if plan.config.retry else 0
     if reopened:

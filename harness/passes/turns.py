@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from kvscope.harness.passes.answering import Prompt
-from kvscope.harness.passes.base import Plan, SampleStore
+from kvscope.harness.passes.base import Plan, RunPlan, SampleStore
 from kvscope.harness.passes.progress import Progress
 from kvscope.harness.passes.prompt_check import PromptCheck, build
 from kvscope.units import format_length
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _AHEAD = 2
 DECODE_WORK_TOKENS = 256
 
-Pending = list[tuple[int, "list[CacheMethod[Any]]"]]
+Pending = list[tuple[int, list[Any]]]
 
 
 class Turns:
@@ -128,7 +128,7 @@ def prompt_work_tokens(length_tokens: int, *, methods: int) -> int:
     return length_tokens + methods * DECODE_WORK_TOKENS
 
 
-def pending_samples(plan: Plan, store: SampleStore, task_name: str, length_tokens: int) -> Pending:
+def pending_samples(plan: RunPlan, store: SampleStore, task_name: str, length_tokens: int) -> Pending:
     """Return (sample index, methods without a row) of one (task, length); prompts that are done are left out."""
     found = []
     for index in range(plan.config.samples):
@@ -138,7 +138,7 @@ def pending_samples(plan: Plan, store: SampleStore, task_name: str, length_token
     return found
 
 
-def cell_summary(plan: Plan, store: SampleStore, task_name: str, length_tokens: int) -> str:
+def cell_summary(plan: RunPlan, store: SampleStore, task_name: str, length_tokens: int) -> str:
     """Return the mean pooled score of each method in one (task, length), or how many of its rows failed."""
     parts = []
     rows = [

@@ -14,16 +14,22 @@ from kvscope.harness.passes.options import RunOptions, build_config
 from kvscope.harness.passes.process import worker_environment
 
 SHARED = [
-    "--accuracy-graph", "--answer-nll", "--batch", "--chat-template", "--device", "--dtype", "--find-max",
-    "--footprint", "--footprint-batch", "--footprint-length", "--gpu-budget", "--gpus", "--jobs", "--kv", "--length",
-    "--max-new-tokens", "--method", "--method-from", "--model", "--no-accuracy-graph", "--no-answer-nll",
-    "--no-footprint", "--no-paper-settings", "--no-retry", "--no-self-check", "--out", "--paper-settings", "--retry",
-    "--samples", "--seed", "--self-check", "--set", "--sweep", "--task", "--throughput", "--time-limit", "-j", "-l",
-    "-m", "-n", "-o", "-t", "config",
+    "--accuracy-graph", "--answer-nll", "--api", "--batch", "--chat-template", "--concurrency", "--device", "--dtype",
+    "--find-max", "--footprint", "--footprint-batch", "--footprint-length", "--gpu-budget", "--gpus", "--jobs",
+    "--kv", "--length", "--max-new-tokens", "--method", "--method-from", "--model", "--no-accuracy-graph",
+    "--no-answer-nll", "--no-footprint", "--no-paper-settings", "--no-retry", "--no-self-check", "--out",
+    "--paper-settings", "--request-timeout", "--retry", "--samples", "--seed", "--self-check", "--served-model",
+    "--server-context", "--server-pid", "--set", "--sweep", "--task", "--throughput", "--time-limit", "--tokenizer",
+    "-j", "-l", "-m", "-n", "-o", "-t", "config",
 ]  # fmt: skip
 SURFACE = {
     "run": sorted([*SHARED, "--no-report", "--quiet", "--report", "-q"]),
     "plan": SHARED,
+    "same-answers": [
+        "--api", "--chat-template", "--concurrency", "--device", "--dtype", "--json", "--length", "--max-new-tokens",
+        "--out", "--quiet", "--request-timeout", "--samples", "--seed", "--served-model-a", "--served-model-b",
+        "--server-context", "--task", "--time-limit", "--tokenizer", "-l", "-n", "-o", "-q", "-t", "a", "b",
+    ],
     "report": ["folder"],
     "list": ["--json", "kind"],
     "show": ["name"],

@@ -6,6 +6,7 @@ import pytest
 
 from kvscope.errors import UsageError
 from kvscope.harness.passes.config import RunConfig, load_config, make_config
+from kvscope.harness.passes.served_keys import SERVED_KEYS
 from kvscope.specs import Spec, parse_spec
 from kvscope.units import format_length, parse_length
 
@@ -136,6 +137,7 @@ def test_identity_ignores_where_the_rows_go_but_nothing_that_changes_them() -> N
         "retry",
         "self_check",
         "batch",
+        *SERVED_KEYS,  # a server's run has an identity of its own
     }
     for key, value in changed.items():
         assert make_config({key: value}).identity() != base.identity(), key
