@@ -10,7 +10,6 @@ Shapes: B batch (1), N prompt tokens, S tokens of a chunk, H KV heads, P tokens 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch
 from torch import nn
 
 from kvscope.harness.engine.backend import ReadyModel
+from kvscope.harness.engine.clock import Clock
 from kvscope.harness.engine.finite import require_finite_layers, total
 from kvscope.harness.engine.glue import (
     EngineCache,
@@ -216,37 +216,6 @@ def _stand_ins(decoder: Any) -> Iterator[list[_Recorded]]:
         yield log
     finally:
         set_layers(decoder, real)
-
-
-class Clock:
-    """How long the device was busy with something, in pieces. On a GPU nothing waits until the sum is asked for."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._pieces_s: list[float] = []
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Time what is done inside."""
-        if not self._cuda:
-            started_s = time.perf_counter()
-            yield
-            self._pieces_s.append(time.perf_counter() - started_s)
-            return
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        first.record()
-        yield
-        last.record()
-        self._events.append((first, last))
-
-    def total_s(self) -> float | None:
-        """Return the seconds of all pieces; None where there was none."""
-        if self._events:
-            torch.cuda.synchronize()
-            self._pieces_s += [first.elapsed_time(last) / 1000 for first, last in self._events]
-            self._events.clear()
-        return sum(self._pieces_s) if self._pieces_s else None
 
 
 class PrefillLayer(EngineLayer):

@@ -18,8 +18,8 @@ from kvscope.methods.base import AttentionCall, Collector
 from kvscope.methods.eviction.weights import attention_weights
 
 Pooling = Literal["avg", "max"]
-#: Most logits written out at once, so that a long prompt's attention does not fill the device: 256 MiB in fp32.
-MOST_LOGITS = 2**26
+#: Most logits written out at once, so that a long prompt's attention does not fill the device: 64 MiB in fp32.
+MOST_LOGITS = 2**24
 
 
 class ScoreCollector(Collector):
