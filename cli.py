@@ -1,6 +1,7 @@
 """The ``kvscope`` command: parses, calls, prints. Everything heavy is imported inside the commands.
 
-Exit codes: 0 done, 1 some cells failed, 2 usage, 3 environment, 70 a fault of kvscope's own, 130 interrupted.
+Exit codes: 0 done, 1 some cells failed or a limit is crossed, 2 usage, 3 environment, 70 a fault of kvscope's own, 130
+interrupted.
 """
 
 import gc
@@ -23,7 +24,7 @@ from kvscope.harness.passes.options import with_run_options
 from kvscope.harness.reference_model.cli import app as backbone_app
 from kvscope.harness.studies.cli import app as study_app
 from kvscope.harness.studies.flashmemory.cli import app as verify_app
-from kvscope.terminal import complain, printable, say, tell
+from kvscope.terminal import complain, line_width, printable, say, tell
 
 if TYPE_CHECKING:
     from kvscope.harness.passes.config import RunConfig
@@ -176,6 +177,56 @@ def print_report(folder: Path) -> None:
         say(f"report   {path}")
 
 
+@app.command(short_help="Compare runs, and fail where a limit is crossed.")
+def compare(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="A B [C ...]", help="Folders of runs; each is set against A.")
+    ],
+    *,
+    pair: Annotated[
+        tuple[str, str] | None,
+        typer.Option("--pair", metavar="A_METHOD B_METHOD", help="Compare these two methods alone."),
+    ] = None,
+    fail_if: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--fail-if",
+            metavar="LIMIT",
+            help="Exit 1 where it is crossed: accuracy:-1pt, footprint:+5% (host, tpot, ttft); repeatable.",
+        ),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> int:
+    """Set runs against a first one: accuracy on the same prompts, bytes, times, and what was configured otherwise.
+
+    Methods of one label are compared, and with them the one label that each run has alone. Limits are judged on
+    estimates: B minus A over all prompts, or the change of a cell.
+    """
+    from kvscope.reports.compare import compare_runs
+    from kvscope.reports.compare_text import compare_text, compare_values
+    from kvscope.reports.gates import crossed, parse_limit
+    from kvscope.reports.legible import legible
+    from kvscope.results.frames import load_run
+
+    limits = [parse_limit(text) for text in fail_if or ()]
+    runs = [legible(load_run(folder)) for folder in folders]
+    for message in (message for run in runs for message in run.messages):
+        tell(message)
+    found = compare_runs(runs, pair)
+    over = crossed(limits, found)
+    say(as_json(compare_values(runs, found, over)) if json else compare_text(runs, found, width=line_width()))
+    for line in over:
+        tell(line)
+    return EXIT_CELLS_FAILED if over else EXIT_DONE
+
+
+def as_json(values: object) -> str:
+    """Return plain values as JSON."""
+    from json import dumps
+
+    return dumps(values, indent=2, allow_nan=False)
+
+
 @app.command("list", short_help="List methods, tasks or models.")
 def list_(
     kind: Annotated[str, typer.Argument(metavar="methods|tasks|models", help="What to list.")],
@@ -185,9 +236,7 @@ def list_(
     from kvscope.harness.info.catalog import entries, list_text
 
     if json:
-        from json import dumps
-
-        say(dumps(entries(kind), indent=2))
+        say(as_json(entries(kind)))
     else:
         say(list_text(kind))
 

@@ -25,6 +25,7 @@ SURFACE = {
     "run": sorted([*SHARED, "--no-report", "--quiet", "--report", "-q"]),
     "plan": SHARED,
     "report": ["folder"],
+    "compare": ["--fail-if", "--json", "--pair", "folders"],
     "list": ["--json", "kind"],
     "show": ["name"],
     "doctor": ["--out", "-o"],

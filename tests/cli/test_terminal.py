@@ -10,7 +10,7 @@ import kvscope
 from kvscope import cli
 from kvscope.harness.passes import sweep
 from kvscope.harness.passes.progress import PlainProgress, RichProgress
-from kvscope.terminal import printable
+from kvscope.terminal import folded, grid, printable
 
 HOSTILE = "a\x1b[2Jb\x9b31mc\u202ed\x07\r\x00\x7f\udc80"
 HARMLESS = r"a\x1b[2Jb\x9b31mc\u202ed\x07\r\x00\x7f\udc80"
@@ -59,6 +59,25 @@ def test_everything_is_printed_in_one_place() -> None:
     assert len(files) > 200
     writes = re.compile(r"typer\.echo|sys\.std(out|err)\.write|(?<![\w.])print\(")
     assert [path for path in files if writes.search(path.read_text("utf-8"))] == []
+
+
+def test_a_wide_table_goes_on_below_and_no_word_is_broken() -> None:
+    headers = ["task", *(f"column{number}" for number in range(8)), "why"]
+    rows = [[f"niah_multikey_{row}", *(f"{row}.{number}" for number in range(8)), "a reason of many words " * 9]
+            for row in (1, 2)]  # fmt: skip
+    text = grid(rows, headers, aligned=["left", *["right"] * 8, "left"], width=80)
+    assert max(map(len, text.splitlines())) <= 80
+    for word in {*headers, *(word for row in rows for cell in row for word in cell.split())}:
+        assert word in text.split()
+    assert text.split().count("niah_multikey_1") == text.split().count("task") > 1
+    assert len(grid(rows, headers, aligned=["left", *["right"] * 8, "left"]).splitlines()) == 4
+    long = f"{'x' * 100} and more"
+    assert grid([["a", long]], ["name", "text"], aligned=["left", "left"], width=40).split()[-3] == "x" * 100
+
+
+def test_prose_is_folded_between_words() -> None:
+    assert folded("niah_single_1, niah_multikey_2 of 80\nnext", 20) == "niah_single_1,\nniah_multikey_2 of\n80\nnext"
+    assert folded("a " * 100, None) == "a " * 100
 
 
 def failing(*arguments: Any, **options: Any) -> Any:
