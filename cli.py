@@ -220,6 +220,55 @@ def compare(
     return EXIT_CELLS_FAILED if over else EXIT_DONE
 
 
+@app.command(short_help="Show prompts of a run with every method's answer.")
+def samples(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, finished or not.")],
+    *,
+    failed: Annotated[bool, typer.Option("--failed", help="Answers without full score, or none at all.")] = False,
+    method: Annotated[
+        list[str] | None, typer.Option("--method", "-m", metavar="LABEL", help="Method as rows call it; repeatable.")
+    ] = None,
+    task: Annotated[list[str] | None, typer.Option("--task", "-t", metavar="NAME", help="Task; repeatable.")] = None,
+    length: Annotated[
+        list[str] | None, typer.Option("--length", "-l", metavar="TOKENS", help="Length, as 4k; repeatable.")
+    ] = None,
+    differs_from: Annotated[
+        str | None, typer.Option("--differs-from", metavar="LABEL", help="Answers of another score than this method's.")
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Most prompts to show.")] = 10,
+    prompt: Annotated[bool, typer.Option("--prompt", help="Build the prompts' texts again, evidence marked.")] = False,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Whose tokenizer builds them.  [default: the run's]")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON; texts are whole there.")] = False,
+) -> None:
+    """Print prompts of a run: targets, hash, and every method's answer with its score.
+
+    Texts are not kept in a run. With --prompt they are built again from the seed, and compared with the rows' hashes.
+    """
+    from kvscope.reports.legible import legible
+    from kvscope.reports.samples import Wanted, found_prompts, samples_text, samples_values
+    from kvscope.results.frames import load_run
+
+    loaded = load_run(folder)
+    for message in loaded.messages:
+        tell(message)
+    wanted = Wanted(
+        methods=method or (), tasks=task or (), lengths=length or (), failed=failed, differs_from=differs_from
+    )
+    found = found_prompts(legible(loaded), wanted)
+    prompt_of = None
+    if prompt:
+        from kvscope.harness.passes.rebuilt import RebuiltPrompts
+
+        prompt_of = RebuiltPrompts(loaded, model=model).of
+    chosen, n_found = found[:limit], len(found)
+    if json:
+        say(as_json(samples_values(chosen, n_found=n_found, prompt_of=prompt_of)))
+    else:
+        say(samples_text(chosen, n_found=n_found, prompt_of=prompt_of, width=line_width()))
+
+
 def as_json(values: object) -> str:
     """Return plain values as JSON."""
     from json import dumps

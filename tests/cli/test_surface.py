@@ -26,6 +26,10 @@ SURFACE = {
     "plan": SHARED,
     "report": ["folder"],
     "compare": ["--fail-if", "--json", "--pair", "folders"],
+    "samples": [
+        "--differs-from", "--failed", "--json", "--length", "--limit", "--method", "--model", "--prompt", "--task",
+        "-l", "-m", "-t", "folder",
+    ],
     "list": ["--json", "kind"],
     "show": ["name"],
     "doctor": ["--out", "-o"],
