@@ -10,6 +10,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,7 +25,7 @@ from kvscope.harness.passes.options import with_run_options
 from kvscope.harness.reference_model.cli import app as backbone_app
 from kvscope.harness.studies.cli import app as study_app
 from kvscope.harness.studies.flashmemory.cli import app as verify_app
-from kvscope.terminal import complain, line_width, printable, say, tell
+from kvscope.terminal import complain, folded, line_width, printable, say, tell
 
 if TYPE_CHECKING:
     from kvscope.harness.passes.config import RunConfig
@@ -35,7 +36,6 @@ COLLECTOR_THRESHOLDS = (20_000, 20, 20)
 app = typer.Typer(
     name="kvscope",
     help="What a KV-cache method keeps in memory, what that costs in accuracy, and what it costs in time.",
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -100,11 +100,12 @@ def run(
 
 @app.command(short_help="Say what run would do; run nothing.")
 @with_run_options
-def plan(config: "RunConfig") -> None:
+def plan(config: "RunConfig", *, json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Print what `run` with the same options would do: cells, predicted bytes, forecasts. Runs nothing."""
     from kvscope.harness.passes.plan import make_plan
 
-    say(make_plan(config).text())
+    made = make_plan(config)
+    say(as_json(made.values()) if json else made.text(width=line_width()))
 
 
 @app.command(
@@ -169,7 +170,7 @@ def print_report(folder: Path) -> None:
     from kvscope.reports.build import write_report
     from kvscope.reports.summary import summary_text
 
-    say(summary_text(loaded))
+    say(summary_text(loaded, width=line_width()))
     paths = write_report(loaded)
     html = [path for path in paths if path.suffix == ".html"]
     say(f"\n{len(paths)} files under {folder / 'report'}")
@@ -287,31 +288,36 @@ def list_(
     if json:
         say(as_json(entries(kind)))
     else:
-        say(list_text(kind))
+        say(list_text(kind, width=line_width()))
 
 
 @app.command(short_help="Explain one method, task or model.")
 def show(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A method, task or model.")],
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print what stays, what is read, options with types and defaults, cost and source of a method, task or model."""
-    from kvscope.harness.info.catalog import show_text
+    from kvscope.harness.info.catalog import show_entry, show_text
 
-    say(show_text(name))
+    say(as_json(show_entry(name)) if json else folded(show_text(name), line_width()))
 
 
 @app.command(short_help="Check this machine.")
 def doctor(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where results would go.")] = Path(),
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
     """Check this machine: Python, packages, GPU, NVML, reference model, memory, disk. Exit 3 when a need is missing."""
     from kvscope.harness.info.doctor import failed, run_checks
 
     checks = run_checks(out)
+    if json:
+        say(as_json([asdict(check) for check in checks]))
+        return EXIT_ENVIRONMENT if failed(checks) else EXIT_DONE
     width = max(len(check.name) for check in checks)
     for check in checks:
         mend = f" ({check.mend})" if check.mend else ""
-        say(f"{check.status:<4}  {check.name:<{width}}  {check.finding}{mend}")
+        say(folded(f"{check.status:<4}  {check.name:<{width}}  {check.finding}{mend}", line_width()))
     return EXIT_ENVIRONMENT if failed(checks) else EXIT_DONE
 
 

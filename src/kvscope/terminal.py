@@ -41,10 +41,17 @@ def line_width() -> int | None:
 
 
 def folded(text: str, width: int | None) -> str:
-    """Return text whose lines are at most ``width`` columns, broken between words alone; None: as it is."""
+    """Return text whose lines are at most ``width`` columns, broken between words alone; None: as it is.
+
+    What goes on stands as far in as its line begins.
+    """
     if width is None:
         return text
-    return "\n".join("\n".join(_wrapped(line, width)) for line in text.split("\n"))
+    lines = []
+    for line in text.split("\n"):
+        inset = line[: len(line) - len(line.lstrip(" "))]
+        lines += [line] if len(line) <= width else _wrapped(line, width, subsequent_indent=inset)
+    return "\n".join(lines)
 
 
 def grid(
@@ -103,8 +110,11 @@ def _widest(column: Sequence[str]) -> int:
     return max(2 + max(map(len, lines[0])), *(len(line) for cell in lines[1:] for line in cell), 0)
 
 
-def _wrapped(line: str, width: int) -> list[str]:
-    return textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False) or [""]
+def _wrapped(line: str, width: int, *, subsequent_indent: str = "") -> list[str]:
+    wrapped = textwrap.wrap(
+        line, width, subsequent_indent=subsequent_indent, break_long_words=False, break_on_hyphens=False
+    )
+    return wrapped or [""]
 
 
 def _write(stream: TextIO, text: str) -> None:
