@@ -1,6 +1,7 @@
 """The ``kvscope`` command: parses, calls, prints. Everything heavy is imported inside the commands.
 
-Exit codes: 0 done, 1 some cells failed, 2 usage, 3 environment, 70 a fault of kvscope's own, 130 interrupted.
+Exit codes: 0 done, 1 some cells failed or a limit is crossed, 2 usage, 3 environment, 70 a fault of kvscope's own, 130
+interrupted.
 """
 
 import gc
@@ -9,6 +10,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,7 +25,7 @@ from kvscope.harness.passes.options import SameAnswersOptions, given_values, wit
 from kvscope.harness.reference_model.cli import app as backbone_app
 from kvscope.harness.studies.cli import app as study_app
 from kvscope.harness.studies.flashmemory.cli import app as verify_app
-from kvscope.terminal import complain, printable, say, tell
+from kvscope.terminal import complain, folded, line_width, printable, say, tell
 
 if TYPE_CHECKING:
     from kvscope.harness.passes.config import RunConfig
@@ -34,7 +36,6 @@ COLLECTOR_THRESHOLDS = (20_000, 20, 20)
 app = typer.Typer(
     name="kvscope",
     help="What a KV-cache method keeps in memory, what that costs in accuracy, and what it costs in time.",
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -99,11 +100,12 @@ def run(
 
 @app.command(short_help="Say what run would do; run nothing.")
 @with_run_options
-def plan(config: "RunConfig") -> None:
+def plan(config: "RunConfig", *, json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Print what `run` with the same options would do: cells, predicted bytes, forecasts. Runs nothing."""
     from kvscope.harness.passes.plan import make_plan
 
-    say(make_plan(config).text())
+    made = make_plan(config)
+    say(as_json(made.values()) if json else made.text(width=line_width()))
 
 
 @app.command(
@@ -203,12 +205,111 @@ def print_report(folder: Path) -> None:
     from kvscope.reports.build import write_report
     from kvscope.reports.summary import summary_text
 
-    say(summary_text(loaded))
+    say(summary_text(loaded, width=line_width()))
     paths = write_report(loaded)
     html = [path for path in paths if path.suffix == ".html"]
     say(f"\n{len(paths)} files under {folder / 'report'}")
     for path in html:
         say(f"report   {path}")
+
+
+@app.command(short_help="Compare runs, and fail where a limit is crossed.")
+def compare(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="A B [C ...]", help="Folders of runs; each is set against A.")
+    ],
+    *,
+    pair: Annotated[
+        tuple[str, str] | None,
+        typer.Option("--pair", metavar="A_METHOD B_METHOD", help="Compare these two methods alone."),
+    ] = None,
+    fail_if: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--fail-if",
+            metavar="LIMIT",
+            help="Exit 1 where it is crossed: accuracy:-1pt, footprint:+5% (host, tpot, ttft); repeatable.",
+        ),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> int:
+    """Set runs against a first one: accuracy on the same prompts, bytes, times, and what was configured otherwise.
+
+    Methods of one label are compared, and with them the one label that each run has alone. Limits are judged on
+    estimates: B minus A over all prompts, or the change of a cell.
+    """
+    from kvscope.reports.compare import compare_runs
+    from kvscope.reports.compare_text import compare_text, compare_values
+    from kvscope.reports.gates import crossed, parse_limit
+    from kvscope.reports.legible import legible
+    from kvscope.results.frames import load_run
+
+    limits = [parse_limit(text) for text in fail_if or ()]
+    runs = [legible(load_run(folder)) for folder in folders]
+    for message in (message for run in runs for message in run.messages):
+        tell(message)
+    found = compare_runs(runs, pair)
+    over = crossed(limits, found)
+    say(as_json(compare_values(runs, found, over)) if json else compare_text(runs, found, width=line_width()))
+    for line in over:
+        tell(line)
+    return EXIT_CELLS_FAILED if over else EXIT_DONE
+
+
+@app.command(short_help="Show prompts of a run with every method's answer.")
+def samples(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, finished or not.")],
+    *,
+    failed: Annotated[bool, typer.Option("--failed", help="Answers without full score, or none at all.")] = False,
+    method: Annotated[
+        list[str] | None, typer.Option("--method", "-m", metavar="LABEL", help="Method as rows call it; repeatable.")
+    ] = None,
+    task: Annotated[list[str] | None, typer.Option("--task", "-t", metavar="NAME", help="Task; repeatable.")] = None,
+    length: Annotated[
+        list[str] | None, typer.Option("--length", "-l", metavar="TOKENS", help="Length, as 4k; repeatable.")
+    ] = None,
+    differs_from: Annotated[
+        str | None, typer.Option("--differs-from", metavar="LABEL", help="Answers of another score than this method's.")
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Most prompts to show.")] = 10,
+    prompt: Annotated[bool, typer.Option("--prompt", help="Build the prompts' texts again, evidence marked.")] = False,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Whose tokenizer builds them.  [default: the run's]")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON; texts are whole there.")] = False,
+) -> None:
+    """Print prompts of a run: targets, hash, and every method's answer with its score.
+
+    Texts are not kept in a run. With --prompt they are built again from the seed, and compared with the rows' hashes.
+    """
+    from kvscope.reports.legible import legible
+    from kvscope.reports.samples import Wanted, found_prompts, samples_text, samples_values
+    from kvscope.results.frames import load_run
+
+    loaded = load_run(folder)
+    for message in loaded.messages:
+        tell(message)
+    wanted = Wanted(
+        methods=method or (), tasks=task or (), lengths=length or (), failed=failed, differs_from=differs_from
+    )
+    found = found_prompts(legible(loaded), wanted)
+    prompt_of = None
+    if prompt:
+        from kvscope.harness.passes.rebuilt import RebuiltPrompts
+
+        prompt_of = RebuiltPrompts(loaded, model=model).of
+    chosen, n_found = found[:limit], len(found)
+    if json:
+        say(as_json(samples_values(chosen, n_found=n_found, prompt_of=prompt_of)))
+    else:
+        say(samples_text(chosen, n_found=n_found, prompt_of=prompt_of, width=line_width()))
+
+
+def as_json(values: object) -> str:
+    """Return plain values as JSON."""
+    from json import dumps
+
+    return dumps(values, indent=2, allow_nan=False)
 
 
 @app.command("list", short_help="List methods, tasks or models.")
@@ -220,35 +321,38 @@ def list_(
     from kvscope.harness.info.catalog import entries, list_text
 
     if json:
-        from json import dumps
-
-        say(dumps(entries(kind), indent=2))
+        say(as_json(entries(kind)))
     else:
-        say(list_text(kind))
+        say(list_text(kind, width=line_width()))
 
 
 @app.command(short_help="Explain one method, task or model.")
 def show(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A method, task or model.")],
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print what stays, what is read, options with types and defaults, cost and source of a method, task or model."""
-    from kvscope.harness.info.catalog import show_text
+    from kvscope.harness.info.catalog import show_entry, show_text
 
-    say(show_text(name))
+    say(as_json(show_entry(name)) if json else folded(show_text(name), line_width()))
 
 
 @app.command(short_help="Check this machine.")
 def doctor(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where results would go.")] = Path(),
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
     """Check this machine: Python, packages, GPU, NVML, reference model, memory, disk. Exit 3 when a need is missing."""
     from kvscope.harness.info.doctor import failed, run_checks
 
     checks = run_checks(out)
+    if json:
+        say(as_json([asdict(check) for check in checks]))
+        return EXIT_ENVIRONMENT if failed(checks) else EXIT_DONE
     width = max(len(check.name) for check in checks)
     for check in checks:
         mend = f" ({check.mend})" if check.mend else ""
-        say(f"{check.status:<4}  {check.name:<{width}}  {check.finding}{mend}")
+        say(folded(f"{check.status:<4}  {check.name:<{width}}  {check.finding}{mend}", line_width()))
     return EXIT_ENVIRONMENT if failed(checks) else EXIT_DONE
 
 

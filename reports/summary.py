@@ -1,7 +1,6 @@
 """The run in a few lines of plain text, for the end of `kvscope run` and `kvscope report`."""
 
 import pandas as pd
-from tabulate import tabulate
 
 from kvscope.reports.cells import (
     ALL_TASKS,
@@ -25,46 +24,48 @@ from kvscope.reports.ties import tie_notes
 from kvscope.reports.units import byte_unit, length_text, milliseconds, number, points, with_interval
 from kvscope.results.comparisons import POOLED, baseline_label
 from kvscope.results.frames import Run, records
+from kvscope.terminal import folded, grid
 from kvscope.units import format_bytes
 
 _INTERVALS_UP_TO = 5
 """With more lengths than this the intervals would not fit a terminal; they are in the tables."""
 
 
-def summary_text(run: Run) -> str:
-    """Accuracy, difference to dense, bytes, verdict and time by method and length as text, and what is missing."""
+def summary_text(run: Run, *, width: int | None = None) -> str:
+    """Accuracy, difference to dense, bytes, verdict and time by method and length as text, and what is missing.
+
+    Lines are at most `width` columns, None for any.
+    """
     run = legible(run)
     parts = [subtitle_of(run)]
     if run.info.tasks:
         cells = accuracy_cells(run)
-        parts.append(_accuracy(run, cells))
-        parts.append(_differences(run, cells))
+        parts.append(_accuracy(run, cells, width))
+        parts.append(_differences(run, cells, width))
     searched = run.info.config.get("find_max") is True
     if not searched and (len(run.footprint) or run.info.footprint_lengths_tokens):
-        parts.append(_memory(run))
-        parts.append(_time(run))
+        parts.append(_memory(run, width))
+        parts.append(_time(run, width))
     elif run.info.served:
         parts.append(f"Footprint: not measured: {NOT_SEEN}.{_server_memory(run)}")
     elif run.info.tasks:
-        parts.append(_memory_of_samples(run))
-    parts += [f"{table.title}\n{text_of(table)}" for table in limit_tables(run)]
+        parts.append(_memory_of_samples(run, width))
+    parts += [f"{table.title}\n{text_of(table, width=width)}" for table in limit_tables(run)]
     parts += excluded_notes(run.info)
     parts += tie_notes(run)
     parts += coverage(run).sentences()
     parts += run.messages
-    return "\n\n".join(parts) + "\n"
+    return folded("\n\n".join(parts), width) + "\n"
 
 
-def text_of(table: Table) -> str:
+def text_of(table: Table, *, width: int | None = None) -> str:
     """A table as plain text, with its caption and notes."""
     columns = list(table.text.columns)
-    grid = tabulate(
-        table.text.values.tolist(), headers=columns, tablefmt="simple", disable_numparse=True, colalign=["left"]
-    )
-    return "\n".join([grid, table.caption, *table.notes])
+    lines = grid(table.text.values.tolist(), columns, aligned=["left"] * len(columns), width=width)
+    return "\n".join([lines, table.caption, *table.notes])
 
 
-def _accuracy(run: Run, cells: pd.DataFrame) -> str:
+def _accuracy(run: Run, cells: pd.DataFrame, width: int | None) -> str:
     """Accuracy by method, pooled over tasks; of a single method by task."""
     pooled = pooled_cells(run, cells)
     by_task = len(run.info.methods) == 1 and len(run.info.tasks) > 1
@@ -83,13 +84,13 @@ def _accuracy(run: Run, cells: pd.DataFrame) -> str:
     title = f"Accuracy (%{', 95 % interval' if intervals else ''}) by length in tokens, {n_text} prompts a cell"
     lengths = list(run.info.lengths_tokens)
     if by_task:
-        grid = _grid(list(run.info.tasks), "task", texts, lengths)
-        return f"{title}: {run.info.methods[0].label} by task; -: not asked for\n{grid}"
-    text = f"{title}: {', '.join(pooled_tasks(run.info))}\n{_methods_grid(run, texts, lengths)}"
+        table = _grid(list(run.info.tasks), "task", texts, lengths, width=width)
+        return f"{title}: {run.info.methods[0].label} by task; -: not asked for\n{table}"
+    text = f"{title}: {', '.join(pooled_tasks(run.info))}\n{_methods_grid(run, texts, lengths, width=width)}"
     return "\n".join([text, *pool_notes(run.info)])
 
 
-def _differences(run: Run, cells: pd.DataFrame) -> str:
+def _differences(run: Run, cells: pd.DataFrame, width: int | None) -> str:
     """Paired difference to dense by method and length; over all prompts with its interval and what it proves."""
     title = "Accuracy minus dense (points, paired)"
     baseline = baseline_label(run.info)
@@ -106,11 +107,12 @@ def _differences(run: Run, cells: pd.DataFrame) -> str:
     for found in (each for each in comparisons(run) if each.scope == POOLED):
         whole = found.paired.difference
         last[found.method_label] = f"{with_interval(whole.mean, whole.low, whole.high, text=points)} {found.verdict}"
-    grid = _grid(others, "method", texts, list(run.info.lengths_tokens), last=("all prompts", last))
-    return f"{title} by length in tokens; over all prompts with 95 % interval and verdict\n{grid}"
+    lengths = list(run.info.lengths_tokens)
+    table = _grid(others, "method", texts, lengths, last=("all prompts", last), width=width)
+    return f"{title} by length in tokens; over all prompts with 95 % interval and verdict\n{table}"
 
 
-def _memory(run: Run) -> str:
+def _memory(run: Run, width: int | None) -> str:
     source = memory_source(run)
     column = "kv_nvml_bytes" if source.kind == "nvml" else "held_bytes"
     cells = footprint_cells(run)
@@ -130,8 +132,9 @@ def _memory(run: Run) -> str:
         texts[cell["method_label"], cell["length_tokens"]] = text
     title = f"{source.axis}, {unit.name} (share of dense where it was measured), by length in tokens"
     verdicts = _verdicts(cells)
-    grid = _methods_grid(run, texts, _footprint_lengths(cells), last=("verdict", verdicts) if verdicts else None)
-    return f"{title}\n{grid}\n{source.caption}{'' if verdicts else ' So there is no verdict on the savings.'}"
+    last = ("verdict", verdicts) if verdicts else None
+    table = _methods_grid(run, texts, _footprint_lengths(cells), last=last, width=width)
+    return f"{title}\n{table}\n{source.caption}{'' if verdicts else ' So there is no verdict on the savings.'}"
 
 
 def _verdicts(cells: pd.DataFrame) -> dict[str, str]:
@@ -152,7 +155,7 @@ def _verdicts(cells: pd.DataFrame) -> dict[str, str]:
     }
 
 
-def _memory_of_samples(run: Run) -> str:
+def _memory_of_samples(run: Run, width: int | None) -> str:
     """Bytes of a run without a footprint pass: the ledger's, mean over the prompts behind the pooled accuracies."""
     ok = pooled_answers(run)
     key = ["method_label", "length_tokens"]
@@ -165,9 +168,9 @@ def _memory_of_samples(run: Run) -> str:
         for row in records(shown)
         if row["dense"]
     }
-    grid = _methods_grid(run, texts, list(run.info.lengths_tokens), absent="not run")
+    table = _methods_grid(run, texts, list(run.info.lengths_tokens), absent="not run", width=width)
     return (
-        f"KV cache on the device (ledger, not NVML), {unit.name} (share of dense), by length in tokens\n{grid}\n"
+        f"KV cache on the device (ledger, not NVML), {unit.name} (share of dense), by length in tokens\n{table}\n"
         "Mean over the scored prompts, metadata included. No footprint pass: no times, and no verdict on the savings."
     )
 
@@ -180,7 +183,7 @@ def _server_memory(run: Run) -> str:
     )
 
 
-def _time(run: Run) -> str:
+def _time(run: Run, width: int | None) -> str:
     cells = footprint_cells(run)
     lengths = _footprint_lengths(cells)
     known = bool(cells["tpot_p10_s"].notna().any())
@@ -194,8 +197,8 @@ def _time(run: Run) -> str:
             text = notes.doubted(milliseconds(cell["tpot_s"], *ends), cell["time_doubts"])
         texts[cell["method_label"], cell["length_tokens"]] = text
     how = "median [10th, 90th percentile]" if spread else "median" if known else "median; spread not recorded"
-    grid = _methods_grid(run, texts, lengths)
-    return "\n".join(filter(None, [f"Time per output token (ms, {how}) by length in tokens", grid, *notes.lines(),
+    table = _methods_grid(run, texts, lengths, width=width)
+    return "\n".join(filter(None, [f"Time per output token (ms, {how}) by length in tokens", table, *notes.lines(),
                                    step_note(run)]))  # fmt: skip
 
 
@@ -214,8 +217,10 @@ def _methods_grid(
     *,
     last: tuple[str, dict[str, str]] | None = None,
     absent: str = "not asked",
+    width: int | None,
 ) -> str:
-    return _grid([method.label for method in run.info.methods], "method", texts, lengths, last=last, absent=absent)
+    labels = [method.label for method in run.info.methods]
+    return _grid(labels, "method", texts, lengths, last=last, absent=absent, width=width)
 
 
 def _grid(
@@ -226,6 +231,7 @@ def _grid(
     *,
     last: tuple[str, dict[str, str]] | None = None,
     absent: str = "not asked",
+    width: int | None,
 ) -> str:
     """A row a name and a column a length; `last` is the header of one more column and its texts by name."""
     rows = [[name, *(texts.get((name, length), absent) for length in lengths)] for name in names]
@@ -235,4 +241,4 @@ def _grid(
         headers.append(last[0])
         aligned.append("left")
         rows = [[*row, last[1].get(row[0], "-")] for row in rows]
-    return tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True, colalign=aligned)
+    return grid(rows, headers, aligned=aligned, width=width)

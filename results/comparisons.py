@@ -1,6 +1,6 @@
 """Every method of a run against its baseline, on the prompts both answered."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -112,13 +112,32 @@ def compare_methods(samples: pd.DataFrame, *, info: RunInfo, margin: float = DEF
     samples = pooled(samples, info)[SCORE_COLUMNS]
     tables = _paired_tables(samples, info, baseline=baseline)
     lengths, tasks = sorted(samples["length_tokens"].unique()), samples["task"].unique().tolist()
-    found = _compare_within(POOLED, tables, baseline=baseline, margin=margin)
+    return compare_tables(
+        tables, baselines=dict.fromkeys(tables, baseline), lengths=lengths, tasks=tasks, margin=margin
+    )
+
+
+def compare_tables(
+    tables: Mapping[str, pd.DataFrame],
+    *,
+    baselines: Mapping[str, str],
+    lengths: Sequence[int],
+    tasks: Sequence[str],
+    margin: float = DEFAULT_MARGIN,
+) -> list[Comparison]:
+    """Compare methods with their baselines in every scope: all pairs, by length and by task where there are several.
+
+    Args:
+        tables: method label -> its pairs, with the columns of `pairs`.
+        baselines: method label -> label of what it is compared with.
+    """
+    found = _compare_within(POOLED, tables, baselines=baselines, margin=margin)
     for length in lengths if len(lengths) > 1 else []:
         within = {label: table[table["length_tokens"] == length] for label, table in tables.items()}
-        found += _compare_within(f"{length} tokens", within, baseline=baseline, margin=margin)
+        found += _compare_within(f"{length} tokens", within, baselines=baselines, margin=margin)
     for task in tasks if len(tasks) > 1 else []:
         within = {label: table[table["task"] == task] for label, table in tables.items()}
-        found += _compare_within(task, within, baseline=baseline, margin=margin)
+        found += _compare_within(task, within, baselines=baselines, margin=margin)
     return found
 
 
@@ -141,10 +160,7 @@ def compare_runs(
     both = pd.concat(runs, ignore_index=True)
     table = pairs(both, method=after, baseline=before)
     tasks = table["task"].unique().tolist()
-    found = _compare_within(POOLED, {after: table}, baseline=before, margin=margin)
-    for task in tasks if len(tasks) > 1 else []:
-        found += _compare_within(task, {after: table[table["task"] == task]}, baseline=before, margin=margin)
-    return found
+    return compare_tables({after: table}, baselines={after: before}, lengths=(), tasks=tasks, margin=margin)
 
 
 def _paired_tables(samples: pd.DataFrame, info: RunInfo, *, baseline: str) -> dict[str, pd.DataFrame]:
@@ -160,7 +176,9 @@ def cluster_names(context_ids: Sequence[str | None]) -> list[str] | None:
     return [f"row {index}" if name is None else f"context {name}" for index, name in enumerate(context_ids)]
 
 
-def _compare_within(scope: str, tables: dict[str, pd.DataFrame], *, baseline: str, margin: float) -> list[Comparison]:
+def _compare_within(
+    scope: str, tables: Mapping[str, pd.DataFrame], *, baselines: Mapping[str, str], margin: float
+) -> list[Comparison]:
     tables = {label: table for label, table in tables.items() if len(table)}
     results = {
         label: paired_difference(
@@ -176,7 +194,7 @@ def _compare_within(scope: str, tables: dict[str, pd.DataFrame], *, baseline: st
         Comparison(
             scope=scope,
             method_label=label,
-            baseline_label=baseline,
+            baseline_label=baselines[label],
             method_mean=float(tables[label]["score_method"].mean()),
             baseline_mean=float(tables[label]["score_baseline"].mean()),
             paired=result,

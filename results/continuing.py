@@ -224,13 +224,19 @@ def _noted(info: RunInfo, asked: RunInfo) -> RunInfo:
 
 def identity_differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
     """Name every key whose value differs, with both values; nested keys are joined by dots."""
-    left, right = _flatten(stored), _flatten(asked)
-    lines = []
-    for key in sorted(left.keys() | right.keys()):
-        old, new = left.get(key, "(absent)"), right.get(key, "(absent)")
-        if old != new:
-            lines.append(f"{key} (there: {old}, asked: {new})")
-    return lines
+    return [
+        f"{key} (there: {old}, asked: {new})" for key, old, new in differing_values(stored, asked, absent="(absent)")
+    ]
+
+
+def differing_values(
+    left: Mapping[str, Any], right: Mapping[str, Any], *, absent: str = "-"
+) -> list[tuple[str, str, str]]:
+    """Return every key whose value differs, with both as JSON; nested keys are joined by dots."""
+    first, second = _flatten(left), _flatten(right)
+    keys = sorted(first.keys() | second.keys())
+    both = [(key, first.get(key, absent), second.get(key, absent)) for key in keys]
+    return [(key, old, new) for key, old, new in both if old != new]
 
 
 def plain(identity: Mapping[str, Any]) -> dict[str, Any]:

@@ -219,6 +219,14 @@ class Places:
         """Return the first token that begins at the character ``at`` or behind it."""
         return bisect_left(self._starts, self._place(at))
 
+    def characters(self, first: int, behind: int) -> tuple[int, int]:
+        """Return where the tokens from ``first`` to before ``behind`` stand: (first character, the one behind)."""
+        start, end = self._starts[first], self._ends[behind - 1]
+        if self._exact:
+            return start, end
+        at = [place for place, character in enumerate(self._text) if _bare(character)]
+        return at[start], at[end - 1] + 1
+
     def _place(self, at: int) -> int:
         return at if self._exact else len(_bare(self._text[:at]))
 

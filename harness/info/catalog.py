@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from kvscope.errors import UsageError, did_you_mean
 from kvscope.specs import PLACE_PATTERN
+from kvscope.terminal import grid
 from kvscope.units import format_length
 from kvscope.values import type_name, without_none
 
@@ -46,16 +47,26 @@ def _or_fault(entry: Callable[[str], dict[str, Any]], name: str) -> dict[str, An
         return {"name": name, "fault": str(error)}
 
 
-def list_text(kind: str) -> str:
-    """Return the names of a kind, each with one clause."""
+def list_text(kind: str, *, width: int | None = None) -> str:
+    """Return the names of a kind, each with one clause; lines have at most ``width`` columns, None for any."""
     rows = entries(kind)
-    width = max(len(row["name"]) for row in rows)
+    room = max(len(row["name"]) for row in rows)
     if kind != "methods":
-        return "\n".join(f"{row['name']:<{width}}  {row.get('fault') or row['description']}" for row in rows)
+        texts = [f"{row['name']:<{room}}  {row.get('fault') or row['description']}" for row in rows]
+        return "\n".join(texts if width is None else (_hanging(text, room + 2, width) for text in texts))
     cells = [METHOD_COLUMNS, *(_method_cells(row) for row in rows if "fault" not in row)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    faults = [f"{row['name']:<{widths[0]}}  {row['fault']}" for row in rows if "fault" in row]
+    if width is not None and sum(widths) + 2 * len(widths) > width:
+        table = grid(cells[1:], METHOD_COLUMNS, aligned=["left"] * len(METHOD_COLUMNS), width=width)
+        return "\n".join([table, *(_hanging(fault, widths[0] + 2, width) for fault in faults)])
     lines = ["  ".join(f"{cell:<{each}}" for cell, each in zip(row, widths, strict=True)).rstrip() for row in cells]
-    return "\n".join([*lines, *(f"{row['name']:<{widths[0]}}  {row['fault']}" for row in rows if "fault" in row)])
+    return "\n".join([*lines, *faults])
+
+
+def _hanging(text: str, indent: int, width: int) -> str:
+    wrapped = textwrap.wrap(text, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(wrapped)
 
 
 METHOD_COLUMNS = ("method", "training", "saves", "chosen", "source", "what stays on the device")
@@ -86,29 +97,39 @@ def show_text(name: str) -> str:
     Raises:
         UsageError: no method, task or model has that name.
     """
+    entry = show_entry(name)
+    return {"method": _method_text, "task": _task_text, "model": _model_text}[entry.pop("kind")](entry)
+
+
+def show_entry(name: str) -> dict[str, Any]:
+    """Return the same as plain values: ``kind`` is ``method``, ``task`` or ``model``.
+
+    Raises:
+        UsageError: no method, task or model has that name.
+    """
     if name in _method_names():
-        return _method_text(method_entry(name))
+        return {"kind": "method", **method_entry(name)}
     if name in _task_names():
-        return _task_text(task_entry(name))
+        return {"kind": "task", **task_entry(name)}
     if PLACE_PATTERN.fullmatch(name):
-        return _outside_text(name)
+        return _outside_entry(name)
     if name in _models():
-        return _model_text(name)
+        return {"kind": "model", **model_entry(name)}
     known = [*_method_names(), *_task_names(), *_models()]
     near = did_you_mean(name, known)
     hint = near if "Did you mean" in near else " See kvscope list methods, list tasks and list models."
     raise UsageError(f"No method, task or model is named {name!r}.{hint}")
 
 
-def _outside_text(name: str) -> str:
+def _outside_entry(name: str) -> dict[str, Any]:
     """Return everything known of a method or task given as ``package.module:Class``."""
     from kvscope import plugins
     from kvscope.tasks.base import Task
 
     found = plugins.load(plugins.find("method", name, {}))
     if isinstance(found, type) and issubclass(found, Task):
-        return _task_text(task_entry(name))
-    return _method_text(method_entry(name))
+        return {"kind": "task", **task_entry(name)}
+    return {"kind": "method", **method_entry(name)}
 
 
 def method_entry(name: str) -> dict[str, Any]:
@@ -259,21 +280,39 @@ def _task_text(entry: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _model_text(name: str) -> str:
+def model_entry(name: str) -> dict[str, Any]:
+    """Return a model's words and sizes as plain values; ``fault`` says why there are no sizes."""
     from kvscope.harness.passes.facts import describe_model
 
-    lines = [f"{name} (model)", f"  what       {_models()[name]}"]
+    entry: dict[str, Any] = {"name": name, "description": _models()[name]}
     try:
         facts = describe_model(name)
     except UsageError as error:
-        return "\n".join([*lines, f"  shape      not known here: {error}"])
+        return {**entry, "fault": str(error)}
     shape = facts.shape
+    return {
+        **entry,
+        "layers": shape.n_layers,
+        "full_attention_layers": len(shape.layers),
+        "query_heads": shape.n_q_heads,
+        "kv_heads": shape.n_kv_heads,
+        "head_dim": shape.head_dim,
+        "kv_bytes_per_token": shape.kv_bytes_per_token,
+        "dtype": facts.dtype,
+        "max_length_tokens": facts.max_length_tokens,
+    }
+
+
+def _model_text(entry: dict[str, Any]) -> str:
+    lines = [f"{entry['name']} (model)", f"  what       {entry['description']}"]
+    if "fault" in entry:
+        return "\n".join([*lines, f"  shape      not known here: {entry['fault']}"])
     lines += [
-        f"  layers     {shape.n_layers}, {len(shape.layers)} with full attention",
-        f"  heads      {shape.n_q_heads} query, {shape.n_kv_heads} KV, {shape.head_dim} wide",
-        f"  KV cache   {shape.kv_bytes_per_token:,} bytes a token in {facts.dtype}",
-        f"  context    {facts.max_length_tokens:,} tokens at most",
-        f"  use        --model {name}",
+        f"  layers     {entry['layers']}, {entry['full_attention_layers']} with full attention",
+        f"  heads      {entry['query_heads']} query, {entry['kv_heads']} KV, {entry['head_dim']} wide",
+        f"  KV cache   {entry['kv_bytes_per_token']:,} bytes a token in {entry['dtype']}",
+        f"  context    {entry['max_length_tokens']:,} tokens at most",
+        f"  use        --model {entry['name']}",
     ]
     return "\n".join(lines)
 

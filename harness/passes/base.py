@@ -5,7 +5,7 @@ differs between them is a method of the pass, so the plan, the progress, the run
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -20,6 +20,7 @@ from kvscope.harness.passes.progress import Progress
 from kvscope.results.continuing import recorded_tasks, without_hash
 from kvscope.results.run_schema import ExcludedType, PlannedCell, RunInfo
 from kvscope.specs import Spec
+from kvscope.terminal import folded
 from kvscope.units import format_bytes, format_length
 
 if TYPE_CHECKING:
@@ -180,12 +181,25 @@ class RunPlan:
         """Return the plan with what has to be asked before there is a folder; of a model of our own that is nothing."""
         return self
 
-    def text(self) -> str:
-        """Return the plan as plain text."""
+    def text(self, *, width: int | None = None) -> str:
+        """Return the plan as plain text, with lines of at most ``width`` columns; None for any."""
         lines = [*self.header()]
         for each in self.passes:
             lines += each.text(self)
-        return "\n".join([*lines, *(f"note       {text}" for text in self.warnings)])
+        return folded("\n".join([*lines, *(f"note       {text}" for text in self.warnings)]), width)
+
+    def values(self) -> dict[str, Any]:
+        """Return the plan as plain values, for JSON."""
+        asked: dict[str, Any] = {}
+        for each in self.passes:
+            asked |= each.info(self)
+        return {
+            "model": self.config.model,
+            "methods": [method.label for method in self.methods],
+            **asked,
+            "warnings": self.warnings,
+            "config": self.config.model_dump(mode="json", exclude={"out"}),
+        }
 
     def header(self) -> list[str]:
         """Return its first lines: the model, tasks and lengths."""
@@ -275,11 +289,11 @@ class Plan(RunPlan):
         note = self.facts.backend.note(self.facts.shape, max(self.config.lengths_tokens))
         return said if note is None else [*said, note]
 
-    def text(self) -> str:
-        """Return the plan as plain text."""
+    def text(self, *, width: int | None = None) -> str:
+        """Return the plan as plain text, with lines of at most ``width`` columns; None for any."""
         lines = self.header()
         if self.cells:
-            lines += ["", *forecast_tables([method.label for method in self.methods], self.cells), ""]
+            lines += ["", *forecast_tables([method.label for method in self.methods], self.cells, width=width), ""]
             for n_tokens in self.lengths_tokens:
                 running = [each for each in self.methods if self.unsupported(each.label, n_tokens) is None]
                 lines += self.facts.backend.tables(self.facts.shape, running, n_tokens)
@@ -292,7 +306,23 @@ class Plan(RunPlan):
                 if cell.reason
             ]
             lines += [f"note       {text}" for text in self.warnings]
-        return "\n".join(lines)
+        return folded("\n".join(lines), width)
+
+    def values(self) -> dict[str, Any]:
+        """Return the plan as plain values, for JSON."""
+        facts = self.facts
+        return {
+            **super().values(),
+            "device": facts.device,
+            "dtype": facts.dtype,
+            "weights_bytes": facts.weights_bytes,
+            "kv_bytes_per_token": facts.shape.kv_bytes_per_token,
+            "max_length_tokens": facts.max_length_tokens,
+            "chat_template": facts.chat_template,
+            "cells": [cell.model_dump() for cell in self.cells],
+            "batch": [asdict(cell) for cell in self.batch],
+            "warnings": self.warnings if self.cells else [],
+        }
 
     def header(self) -> list[str]:
         """Return its first lines: the model, tasks, lengths and the budget."""

@@ -2,20 +2,20 @@
 
 from collections.abc import Sequence
 
-from tabulate import tabulate
-
 from kvscope.results.run_schema import PlannedCell
+from kvscope.terminal import grid
 from kvscope.units import format_length
 
 MIB = 1024**2
 
 
-def forecast_tables(labels: Sequence[str], cells: Sequence[PlannedCell]) -> list[str]:
+def forecast_tables(labels: Sequence[str], cells: Sequence[PlannedCell], *, width: int | None = None) -> list[str]:
     """Return the tables of device bytes and, where there are any, of host bytes, each under its title.
 
     Args:
         labels: the methods, a row each.
         cells: a forecast of each method at each length.
+        width: columns of a line; None for any.
     """
     by_key = {(cell.method_label, cell.length_tokens): cell for cell in cells}
     lengths = sorted({cell.length_tokens for cell in cells})
@@ -23,7 +23,7 @@ def forecast_tables(labels: Sequence[str], cells: Sequence[PlannedCell]) -> list
     aligned = ("left", *("right" for _ in lengths))
 
     def table(texts: list[list[str]]) -> str:
-        return tabulate(texts, headers=header, tablefmt="simple", disable_numparse=True, colalign=aligned)
+        return grid(texts, header, aligned=aligned, width=width)
 
     kv = [[label, *(_device_text(by_key[label, n]) for n in lengths)] for label in labels]
     lines = ["Predicted bytes on the device (KV + metadata), MiB", table(kv)]

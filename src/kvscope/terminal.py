@@ -1,7 +1,10 @@
 """Everything printed to a terminal goes through here: names from files and folders cannot steer it."""
 
 import re
+import shutil
 import sys
+import textwrap
+from collections.abc import Sequence
 from typing import TextIO
 
 #: C0 and C1 but line breaks and tabs, lone surrogates, and what turns the reading order, which makes one name look like
@@ -30,6 +33,88 @@ def tell(text: str) -> None:
 def complain(sentence: str) -> None:
     """Print why a command ended, on one line of stderr."""
     tell("kvscope: " + sentence.replace("\n", "\\n"))
+
+
+def line_width() -> int | None:
+    """Return the columns of the terminal that results go to; None for a file or a pipe, where no line is folded."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def folded(text: str, width: int | None) -> str:
+    """Return text whose lines are at most ``width`` columns, broken between words alone; None: as it is.
+
+    What goes on stands as far in as its line begins.
+    """
+    if width is None:
+        return text
+    lines = []
+    for line in text.split("\n"):
+        inset = line[: len(line) - len(line.lstrip(" "))]
+        lines += [line] if len(line) <= width else _wrapped(line, width, subsequent_indent=inset)
+    return "\n".join(lines)
+
+
+def grid(
+    rows: Sequence[Sequence[str]], headers: Sequence[str], *, aligned: Sequence[str], width: int | None = None
+) -> str:
+    """Return a table as text.
+
+    One that is wider than ``width`` columns goes on below with the columns that did not fit, the first one repeated.
+    Sentences are broken between words; a word never is.
+
+    Args:
+        aligned: ``left`` or ``right``, one a column.
+        width: None for any.
+    """
+    from tabulate import tabulate
+
+    columns = [[header, *(row[place] for row in rows)] for place, header in enumerate(headers)]
+    blocks = [list(range(len(headers)))] if width is None else _blocks(columns, width)
+    texts = []
+    for block in blocks:
+        cells = [columns[place] for place in block]
+        lines = list(zip(*cells, strict=True))
+        sides = [aligned[place] for place in block]
+        texts.append(
+            tabulate(
+                [list(line) for line in lines[1:]],
+                headers=list(lines[0]),
+                tablefmt="simple",
+                disable_numparse=True,
+                colalign=sides if len(lines) > 1 else None,
+            )
+        )
+    return "\n\n".join(texts)
+
+
+def _blocks(columns: list[list[str]], width: int) -> list[list[int]]:
+    """Return which columns stand side by side; cells that are too long for that are wrapped in place."""
+    first = _widest(columns[0])
+    for place, column in enumerate(columns[1:], 1):
+        room = max(width - first - 4, max((len(word) for cell in column for word in cell.split()), default=1))
+        columns[place] = ["\n".join(_wrapped(cell, room)) if len(cell) > room else cell for cell in column]
+    blocks, used = [[0]], first
+    for place, column in enumerate(columns[1:], 1):
+        needed = 2 + _widest(column)
+        if used + needed > width and len(blocks[-1]) > 1:
+            blocks.append([0])
+            used = first
+        blocks[-1].append(place)
+        used += needed
+    return blocks
+
+
+def _widest(column: Sequence[str]) -> int:
+    """Columns that tabulate gives a header and its cells: the header gets room around it."""
+    lines = [cell.split("\n") for cell in column]
+    return max(2 + max(map(len, lines[0])), *(len(line) for cell in lines[1:] for line in cell), 0)
+
+
+def _wrapped(line: str, width: int, *, subsequent_indent: str = "") -> list[str]:
+    wrapped = textwrap.wrap(
+        line, width, subsequent_indent=subsequent_indent, break_long_words=False, break_on_hyphens=False
+    )
+    return wrapped or [""]
 
 
 def _write(stream: TextIO, text: str) -> None:

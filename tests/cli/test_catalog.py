@@ -51,6 +51,16 @@ def test_every_option_of_a_method_is_explained(name: str) -> None:
         assert len(option["meaning"]) > 10, option["name"]
 
 
+def test_what_is_shown_is_there_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    method, task, model = (json.loads(output(capsys, "show", name, "--json")) for name in ("lsa", "vt", "reference"))
+    assert [each["kind"] for each in (method, task, model)] == ["method", "task", "model"]
+    (listed,) = (entry for entry in catalog.entries("methods") if entry["name"] == "lsa")
+    assert method == {"kind": "method", **json.loads(json.dumps(listed))}
+    assert f"{model['kv_bytes_per_token']:,} bytes a token in {model['dtype']}" in show_text("reference")
+    assert task["description"] in show_text("vt")
+    assert cli.run_cli(["show", "lza", "--json"]) == 2
+
+
 def test_automatic_values_are_shown_by_length() -> None:
     lines = show_text("moba").splitlines()
     at = next(index for index, line in enumerate(lines) if "by prompt length" in line)

@@ -27,6 +27,19 @@ def test_plan_runs_nothing(arguments: list[str], tmp_path: Path, capsys: pytest.
     assert not (tmp_path / "run").exists()
 
 
+def test_a_plan_as_json_has_what_its_text_says(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run_cli(["plan", *arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["methods"] == ["dense", "recency:recency_tokens=128"]
+    assert (found["tasks"], found["lengths_tokens"], found["samples"]) == (["niah_single_1"], [512, 1024], 2)
+    cells = {(cell["method_label"], cell["length_tokens"]): cell for cell in found["cells"]}
+    assert len(cells) == 4
+    dense, recency = (cells[label, 1024] for label in found["methods"])
+    assert recency["predicted_kv_bytes"] < dense["predicted_kv_bytes"] == 1024 * found["kv_bytes_per_token"]
+    assert [cell["length_tokens"] for cell in found["batch"]] == [512, 1024]
+    assert found["config"]["max_new_tokens"] == 2
+
+
 @pytest.mark.slow
 def test_run_prints_tables_and_paths_and_the_same_command_resumes(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -24,16 +24,21 @@ SHARED = [
 ]  # fmt: skip
 SURFACE = {
     "run": sorted([*SHARED, "--no-report", "--quiet", "--report", "-q"]),
-    "plan": SHARED,
     "same-answers": [
         "--api", "--chat-template", "--concurrency", "--device", "--dtype", "--json", "--length", "--max-new-tokens",
         "--out", "--quiet", "--request-timeout", "--samples", "--seed", "--served-model-a", "--served-model-b",
         "--server-context", "--task", "--time-limit", "--tokenizer", "-l", "-n", "-o", "-q", "-t", "a", "b",
     ],
+    "plan": sorted([*SHARED, "--json"]),
     "report": ["folder"],
+    "compare": ["--fail-if", "--json", "--pair", "folders"],
+    "samples": [
+        "--differs-from", "--failed", "--json", "--length", "--limit", "--method", "--model", "--prompt", "--task",
+        "-l", "-m", "-t", "folder",
+    ],
     "list": ["--json", "kind"],
-    "show": ["name"],
-    "doctor": ["--out", "-o"],
+    "show": ["--json", "name"],
+    "doctor": ["--json", "--out", "-o"],
     "models fetch": ["name"],
     "tasks fetch": ["name"],
     "lsa collect": [
@@ -185,3 +190,15 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_no_argument_is_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run_cli([]) == 0
     assert "doctor" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("typed", "words"), [("kvscope co", ["compare"]), ("kvscope compare --f", ["--fail-if"])])
+def test_a_shell_completes_commands_and_options(
+    typed: str, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("_KVSCOPE_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", typed)
+    monkeypatch.setenv("COMP_CWORD", str(typed.count(" ")))
+    with pytest.raises(SystemExit):
+        cli.run_cli([])
+    assert capsys.readouterr().out.split() == words

@@ -5,12 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from synthetic_rows import wide_rows
 
 import kvscope
 from kvscope import cli
+from kvscope.harness.info.catalog import list_text
 from kvscope.harness.passes import sweep
 from kvscope.harness.passes.progress import PlainProgress, RichProgress
-from kvscope.terminal import printable
+from kvscope.reports.summary import summary_text
+from kvscope.results.frames import make_run
+from kvscope.terminal import folded, grid, printable
 
 HOSTILE = "a\x1b[2Jb\x9b31mc\u202ed\x07\r\x00\x7f\udc80"
 HARMLESS = r"a\x1b[2Jb\x9b31mc\u202ed\x07\r\x00\x7f\udc80"
@@ -59,6 +63,43 @@ def test_everything_is_printed_in_one_place() -> None:
     assert len(files) > 200
     writes = re.compile(r"typer\.echo|sys\.std(out|err)\.write|(?<![\w.])print\(")
     assert [path for path in files if writes.search(path.read_text("utf-8"))] == []
+
+
+def test_a_wide_table_goes_on_below_and_no_word_is_broken() -> None:
+    headers = ["task", *(f"column{number}" for number in range(8)), "why"]
+    rows = [[f"niah_multikey_{row}", *(f"{row}.{number}" for number in range(8)), "a reason of many words " * 9]
+            for row in (1, 2)]  # fmt: skip
+    text = grid(rows, headers, aligned=["left", *["right"] * 8, "left"], width=80)
+    assert max(map(len, text.splitlines())) <= 80
+    for word in {*headers, *(word for row in rows for cell in row for word in cell.split())}:
+        assert word in text.split()
+    assert text.split().count("niah_multikey_1") == text.split().count("task") > 1
+    assert len(grid(rows, headers, aligned=["left", *["right"] * 8, "left"]).splitlines()) == 4
+    long = f"{'x' * 100} and more"
+    assert grid([["a", long]], ["name", "text"], aligned=["left", "left"], width=40).split()[-3] == "x" * 100
+
+
+def test_prose_is_folded_between_words() -> None:
+    assert folded("niah_single_1, niah_multikey_2 of 80\nnext", 20) == "niah_single_1,\nniah_multikey_2 of\n80\nnext"
+    assert folded("  niah_single_1   niah_multikey_2", 20) == "  niah_single_1\n  niah_multikey_2"
+    assert folded("short   as it is  ", 20) == "short   as it is  "
+    assert folded("a " * 100, None) == "a " * 100
+
+
+def test_a_summary_fits_a_narrow_terminal() -> None:
+    samples, footprints, info = wide_rows(samples=1)
+    run = make_run(samples, footprints, info=info, folder=".")
+    wide, narrow = summary_text(run), summary_text(run, width=80)
+    assert max(map(len, wide.splitlines())) > 80 >= max(map(len, narrow.splitlines()))
+    dashes = re.compile(r"-{3,}")
+    assert {word for word in wide.split() if not dashes.fullmatch(word)} <= set(narrow.split())
+
+
+def test_a_list_fits_a_narrow_terminal() -> None:
+    for kind in ("methods", "tasks", "models"):
+        wide, narrow = list_text(kind), list_text(kind, width=80)
+        assert max(map(len, narrow.splitlines())) <= 80
+        assert set(wide.split()) <= set(narrow.split())
 
 
 def failing(*arguments: Any, **options: Any) -> Any:

@@ -1,9 +1,11 @@
 """The doctor's findings, each way round."""
 
+import json
 from pathlib import Path
 
 import pytest
 
+from kvscope.cli import run_cli
 from kvscope.harness.info import doctor
 from kvscope.harness.info.doctor import Check, failed, run_checks
 
@@ -14,6 +16,15 @@ def test_every_check_answers_and_every_trouble_says_how_to_mend_it(tmp_path: Pat
     for check in checks:
         assert check.finding
         assert check.status == "ok" or check.mend
+
+
+def test_json_holds_every_check_and_the_code_stays(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checks = [Check(name="a", status="ok", finding="b"), Check(name="c", status="fail", finding="d", mend="e")]
+    monkeypatch.setattr(doctor, "run_checks", lambda folder: checks)
+    assert run_cli(["doctor", "--json"]) == 3
+    assert [Check(**each) for each in json.loads(capsys.readouterr().out)] == checks
 
 
 def test_only_a_fail_fails() -> None:
