@@ -5,7 +5,8 @@
     python benchmarks/served_servers.py --out benchmarks/results/served_servers.json
 
 Of each server it keeps what the probe found, a small run whose server is killed after two answers and started again,
-and kvscope's own dense answers beside the server's. It ends with 0 when every check holds, else with 1.
+and kvscope's own dense answers beside the server's. Last, `same-answers` compares llama.cpp's server with itself, its
+keys kept in 4 bits. It ends with 0 when every check holds, else with 1.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,14 @@ from kvscope.harness.passes.progress import Progress
 from kvscope.harness.studies.same_answers import same_answers
 
 START_S = 120.0
+FOUR_BITS = "llama.cpp, keys in 4 bits"
 LLAMA_CPP = """
 import sys, threading, xllamacpp
 params = xllamacpp.CommonParams()
 params.model.path, params.port, params.hostnames = sys.argv[1], int(sys.argv[2]), ["127.0.0.1"]
 params.n_ctx, params.n_parallel, params.cpuparams.n_threads = 4096, 2, 2
+if len(sys.argv) > 3:
+    params.cache_type_k = getattr(xllamacpp.ggml_type, sys.argv[3])
 server = xllamacpp.Server(params)
 threading.Event().wait()
 """
@@ -53,6 +57,11 @@ class Kind:
     ours: dict[str, Any]
 
 
+def llama_cpp(port: int, *cache_type: str) -> list[str]:
+    """Return the command of llama.cpp's server."""
+    return [sys.executable, "-c", LLAMA_CPP, str(public_model_file("smollm2-135m")), str(port), *cache_type]
+
+
 KINDS = {
     "transformers serve": Kind(
         "transformers",
@@ -64,7 +73,7 @@ KINDS = {
     "llama.cpp": Kind(
         "xllamacpp",
         "smollm2-135m",
-        lambda port: [sys.executable, "-c", LLAMA_CPP, str(public_model_file("smollm2-135m")), str(port)],
+        llama_cpp,
         {"task": "niah_single_1", "length_tokens": 512, "samples": 6},
     ),
 }  # fmt: skip
@@ -89,9 +98,10 @@ def main() -> int:
     """Try every kind of server; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="file of the result (JSON)")
-    parser.add_argument("--only", choices=KINDS, action="append", help="this kind alone; repeatable")
+    parser.add_argument("--only", choices=[*KINDS, FOUR_BITS], action="append", help="this kind alone; repeatable")
     given = parser.parse_args()
-    results = {name: tried(name) for name in given.only or KINDS}
+    names = given.only or [*KINDS, FOUR_BITS]
+    results = {name: four_bits() if name == FOUR_BITS else tried(name) for name in names}
     told = {
         "kvscope": kvscope.__version__,
         "python": platform.python_version(),
@@ -154,6 +164,24 @@ def tried(name: str) -> dict[str, Any]:
             ),
             "A repeats itself": beside.noise.mean == 1.0,
         },
+    }
+
+
+def four_bits() -> dict[str, Any]:
+    """Compare llama.cpp's server with one that keeps keys in 4 bits."""
+    plain = KINDS["llama.cpp"]
+    small = replace(plain, command=lambda port: llama_cpp(port, "GGML_TYPE_Q4_0"))
+    asked = {"tasks": ["niah_single_1"], "lengths_tokens": [320], "samples": 10, "max_new_tokens": 40,
+             "tokenizer": plain.model, "chat_template": "none"}  # fmt: skip
+    ports = free_port(), free_port()
+    with served(plain, ports[0]), served(small, ports[1]):
+        found = same_answers(*(f"http://127.0.0.1:{port}/v1" for port in ports), values=asked, progress=False)
+    print(f"{FOUR_BITS}: {found.sentence}", flush=True)
+    return {
+        "package": f"{plain.package} {metadata.version(plain.package)}",
+        "model": plain.model,
+        "same_answers": {key: value for key, value in found.plain().items() if key not in ("a", "b")},
+        "checks": {"A repeats itself": found.noise.mean == 1.0, "it differs": found.verdict == "different"},
     }
 
 
