@@ -77,7 +77,7 @@ class RunConfig(BaseModel):
     concurrency: int = Field(
         default=1, ge=1, le=limits.MOST_REQUESTS, description="server: requests at a time, where that changes no answer"
     )
-    request_timeout_s: float = Field(default=600.0, gt=0, description="server: longest time of one request")
+    request_timeout_s: float = Field(default=600.0, gt=0, description="server: longest time that it may be silent")
     request_tries: int = Field(
         default=6, ge=1, le=100, description="server: most times a request is sent (429, 5xx, time-outs)"
     )

@@ -65,7 +65,7 @@ class RunOptions:
     ]
     request_timeout_s: Annotated[
         str | None,
-        typer.Option("--request-timeout", metavar="SECONDS", help="Server: most for one request.  [default: 600]"),
+        typer.Option("--request-timeout", metavar="SECONDS", help="Server: longest silence.  [default: 600]"),
     ]
     server_pid: Annotated[
         str | None,

@@ -174,7 +174,7 @@ class _Sending:
             return None
         return (
             f"the server counts {answer.prompt_tokens:,} tokens where the prompt has {len(sample.ids) + extra:,}: it "
-            "answers another prompt (cut to its context?)"
+            "answers another prompt (cut to its context, or another tokenizer?)"
         )
 
     def _row(self, turn: _Turn, answer: Answer, outcome: _Outcome) -> SampleRow:

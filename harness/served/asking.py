@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from kvscope.errors import shown
 from kvscope.harness.served.client import Client, RequestFailed
+from kvscope.results.limits import MOST_COUNT, MOST_NAME_CHARS
 
 Api = Literal["completions", "chat"]
 Form = Literal["token_ids", "text", "messages"]
@@ -126,12 +127,14 @@ def _text(choice: dict[str, Any], api: Api) -> str:
         return ""  # all of the answer's room went into thoughts
     if not isinstance(text, str):
         raise UnusableAnswer(f"the reply's first choice has no text: {shown(choice)}")
-    return text
+    # Half a character of UTF-16, as a cut answer may end in, can be written to no file.
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+    is_count = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_COUNT
+    return value if is_count else None
 
 
 def _name(value: Any) -> str | None:
-    return value if isinstance(value, str) and value else None
+    return value if isinstance(value, str) and 0 < len(value) <= MOST_NAME_CHARS else None

@@ -55,7 +55,7 @@ class Client:
     Args:
         url: of the API, as ``http://HOST:PORT/v1``.
         key: the API key; None for none. It stands in no message: what a server says of it is struck out.
-        timeout_s: longest time until the whole answer is there.
+        timeout_s: longest time that the server may be silent.
         tries: most times that a request is sent.
         sleep: waits so many seconds.
     """
@@ -117,11 +117,13 @@ class Client:
                 if problem is None:
                     return reply.json(), count
                 pause_s = max(pause_s, min(MOST_PAUSE_S, _retry_after_s(reply)))
+            except requests.ConnectTimeout:
+                problem = ServerGone(f"The server at {self.url} cannot be reached (no connection in time)")
             except requests.Timeout:
                 problem = Unanswered(f"no answer within {self._timeout_s:g} s")
             except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError) as error:
                 problem = ServerGone(f"The server at {self.url} cannot be reached ({self._redacted(_cause(error))})")
-            except requests.exceptions.JSONDecodeError:
+            except (requests.exceptions.JSONDecodeError, RecursionError):
                 problem = Unanswered(f"no whole JSON, but {shown(self._redacted(reply.text))}")
             except requests.RequestException as error:
                 raise Unanswered(self._redacted(_cause(error))) from error
@@ -154,7 +156,7 @@ class Client:
         text = reply.text
         try:
             found = reply.json()
-        except requests.exceptions.JSONDecodeError:
+        except (requests.exceptions.JSONDecodeError, RecursionError):
             found = None
         if isinstance(found, dict):
             inner = found.get("error", found)

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from kvscope.errors import UsageError, shown
-from kvscope.harness.served.asking import Answer, Api, Manner, ServedPrompt, UnusableAnswer, ask
-from kvscope.harness.served.client import Client, Refused, RequestFailed, ServerGone
+from kvscope.harness.served.asking import Answer, Api, Manner, ServedPrompt, ask
+from kvscope.harness.served.client import Client, RequestFailed, ServerGone
 from kvscope.harness.served.server import Server
 
 PROBE_TOKENS = 16
@@ -207,8 +207,6 @@ def _fields(client: Client, manner: Manner, prompt: ServedPrompt) -> dict[str, A
     for key, value in OPTIONAL_FIELDS.items():
         try:
             _ask(client, replace(manner, fields={**taken, key: value}), prompt, max_new_tokens=1, tries=1)
-        except (Refused, UnusableAnswer):
-            continue
         except RequestFailed:  # a plain request was answered just now: it is the field that fails
             continue
         taken[key] = value

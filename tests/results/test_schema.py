@@ -9,7 +9,7 @@ from synthetic_rows import CPU, H100, KINDS, demo_rows, footprint_row, sample_ro
 
 from kvscope.results.memory_rows import NVML_COLUMNS, TORCH_COLUMNS, FootprintRow
 from kvscope.results.run_schema import MethodInfo, PlannedCell, Resumption, RunInfo
-from kvscope.results.schema import SampleRow
+from kvscope.results.schema import SampleRow, ServedRecord
 
 SAMPLE = sample_row(KINDS["recency"], task="niah_single_1", length=2048, sample=3)
 ON_CPU = footprint_row(KINDS["recency"], machine=CPU, length=2048)
@@ -28,7 +28,7 @@ def changed(row: BaseModel, **updates: object) -> dict[str, object]:
     return {**row.model_dump(), **updates}
 
 
-@pytest.mark.parametrize("kind", [SampleRow, FootprintRow, RunInfo, MethodInfo, PlannedCell, Resumption])
+@pytest.mark.parametrize("kind", [SampleRow, ServedRecord, FootprintRow, RunInfo, MethodInfo, PlannedCell, Resumption])
 def test_every_field_is_described(kind: type[BaseModel]) -> None:
     silent = [name for name, field in kind.model_fields.items() if not field.description]
     assert silent == []
@@ -109,6 +109,38 @@ def test_a_failed_cell_needs_no_measurement_but_a_reason() -> None:
     assert (row.status, row.score, row.resident_kv_bytes) == ("oom", None, None)
     assert row.reason is not None
     assert "out of memory" in row.reason
+
+
+def served_row(**updates: object) -> dict[str, object]:
+    """Return the values of an answer by a server: no ledger, no times of steps."""
+    unknown = dict.fromkeys(
+        ("resident_kv_bytes", "metadata_bytes", "host_kv_bytes", "dense_kv_bytes", "bytes_read_per_step",
+         "attention_flops_per_step", "bytes_recalled", "prefill_s", "decode_s", "step_p10_s", "step_p90_s")
+    )  # fmt: skip
+    served = {"request_s": 0.5, "tries": 1, "nvml_reason": "no --server-pid"}
+    return changed(SAMPLE, **unknown, saving_kind="unknown", ledger_reason="a server", served=served) | updates
+
+
+def test_an_answer_of_a_server_has_no_ledger_and_says_why() -> None:
+    row = SampleRow.model_validate(served_row())
+    assert SampleRow.model_validate_json(row.model_dump_json()) == row
+
+
+@pytest.mark.parametrize(
+    ("updates", "message"),
+    [
+        ({"ledger_reason": None}, "must not be null in an ok row without a ledger_reason"),
+        ({"resident_kv_bytes": 1}, "ledger_reason says why an ok row has no ledger"),
+        ({"status": "failed", "reason": "HTTP 500", "output": None, "score": None}, "ledger_reason says why"),
+        ({"served": None}, "prefill_s, decode_s must not be null"),
+        ({"served": {"request_s": 0.5, "tries": 1}}, "exactly one of nvml_bytes and nvml_reason"),
+        ({"served": {"request_s": 0.5, "tries": 0, "nvml_bytes": 1}}, "greater than or equal to 1"),
+        ({"decode_tokens": None}, "decode_tokens must not be null"),
+    ],
+)
+def test_bad_answers_of_servers_are_refused(updates: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        SampleRow.model_validate(served_row(**updates))
 
 
 def test_two_methods_may_not_share_a_label() -> None:

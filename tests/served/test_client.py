@@ -33,8 +33,9 @@ def test_a_busy_server_is_asked_again_with_growing_pauses(stub: Stub, monkeypatc
         (200, {"Content-Length": "4000"}, '{"choices": []}'),
         (200, {}, "<html><body>proxy</body></html>"),
         (408, {}, "{}"),
+        (200, {}, "[" * 100_000),
     ],
-    ids=["truncated JSON", "connection cut off", "HTML", "time-out said"],
+    ids=["truncated JSON", "connection cut off", "HTML", "time-out said", "a bomb of brackets"],
 )
 def test_half_an_answer_is_asked_for_again(stub: Stub, broken: tuple[int, dict[str, str], str]) -> None:
     stub.planned.append(broken)
@@ -61,6 +62,15 @@ def test_a_time_out_is_tried_again(stub: Stub, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(Unanswered, match=r"no answer within 3 s \(2 tries\)"):
         Client(stub.url, timeout_s=3.0, tries=2).post("completions", BODY)
     assert asked == [(3.0, 3.0)] * 2
+
+
+def test_a_host_that_takes_no_connection_is_gone(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise requests.ConnectTimeout
+
+    monkeypatch.setattr(requests.Session, "request", unreachable)
+    with pytest.raises(ServerGone, match=r"cannot be reached \(no connection in time\)"):
+        Client(stub.url, tries=2).post("completions", BODY)
 
 
 def test_what_is_refused_is_not_sent_again(stub: Stub) -> None:

@@ -182,6 +182,15 @@ def test_an_alias_is_a_name(stub: Stub) -> None:
     assert describe_server(Client(stub.url), model="small").model == "small"
 
 
+def test_what_no_row_could_hold_is_left_out(stub: Stub) -> None:
+    usage = {"prompt_tokens": 2**60, "completion_tokens": True}
+    said = {"choices": [{"text": "half a smile \ud83d", "finish_reason": "x" * 2000}], "usage": usage, "model": 7}
+    stub.planned.append((200, {}, json.dumps(said)))
+    answer = ask(Client(stub.url), Manner(model="stub", form="text"), served_prompt("Hello"), max_new_tokens=4)
+    assert answer.text == "half a smile \ufffd"
+    assert (answer.prompt_tokens, answer.completion_tokens, answer.finish_reason, answer.model) == (None,) * 4
+
+
 def test_thoughts_without_an_answer_are_no_answer(stub: Stub) -> None:
     said = {"choices": [{"message": {"content": None, "reasoning_content": "hmm"}, "finish_reason": "length"}]}
     stub.planned.append((200, {}, json.dumps(said)))
