@@ -8,10 +8,11 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from kvscope.errors import EnvironmentProblem, UsageError
-from kvscope.tasks.base import Sample, Task, Tokenizer
-from kvscope.tasks.public.built import Parts, built, encoded
+from kvscope.errors import EnvironmentProblem
+from kvscope.tasks.base import Sample, Tokenizer
+from kvscope.tasks.public.built import Parts, encoded
 from kvscope.tasks.public.records import Record, benchmark_records
+from kvscope.tasks.public.task import BenchmarkTask
 from kvscope.units import Tokens
 
 LETTERS = ("A", "B", "C", "D")
@@ -41,7 +42,7 @@ class Question(Record):
         return values
 
 
-class LongBenchV2Task(Task):
+class LongBenchV2Task(BenchmarkTask[Question]):
     """Questions of LongBench v2, each at the length it has; the middle of a longer prompt is cut out.
 
     The prompt is that of the installed lm-eval (its task ``longbench2``). An answer counts by the letter it names.
@@ -51,61 +52,44 @@ class LongBenchV2Task(Task):
         new_tokens: room left for an answer.
     """
 
-    own_lengths = True
+    cuts = True
+    stop = ()
     source = "LongBench v2, arXiv 2412.15204; prompt of lm-eval"
 
     def __init__(self, name: str, *, data: str | None = None, new_tokens: Tokens = 128) -> None:
-        if new_tokens < 1:
-            raise UsageError(f"Task {name}: new_tokens must be at least 1, got {new_tokens}.")
-        self.name, self.max_new_tokens = name, new_tokens
-        self._questions, self.data_sha256 = benchmark_records(name, data, Question)
-        self.n_samples = len(self._questions)
-        self.question_types = tuple(sorted({each.difficulty for each in self._questions}))
+        questions, data_sha256 = benchmark_records(name, data, Question)
+        none = f"The data of {name} has no question."
+        super().__init__(name, questions, data_sha256=data_sha256, new_tokens=new_tokens, none=none)
+
+    def parts(self, question: Question) -> Parts:
+        """Return lm-eval's prompt."""
+        import jinja2
+
+        # A prompt is no HTML: nothing is escaped.
+        environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)  # nosec B701
+        text = environment.from_string(_prompt()).render(
+            context=_MARK, question=question.question, choices=list(question.choices)
+        )
+        head, _, tail = text.partition(_MARK)
+        return Parts(head=head, context=question.context, tail=tail)
+
+    def type_of(self, question: Question) -> str:
+        """Return easy or hard."""
+        return question.difficulty
+
+    def targets_of(self, question: Question) -> tuple[str, ...]:
+        """Return the right letter."""
+        return (question.answer,)
 
     def min_length_tokens(self, tokenizer: Tokenizer) -> int:
         """Return the answer room and twice the longest question: as much again for context."""
-        return self.max_new_tokens + 2 * max(
-            len(encoded(tokenizer, parts.head + parts.tail)) for parts in map(_parts, self._questions)
-        )
-
-    def build(self, tokenizer: Tokenizer, *, length_tokens: int, sample: int, seed: int) -> Sample:
-        """Return question ``sample``, whatever the seed (see Task.build)."""
-        question = self._questions[sample]
-        made = built(
-            tokenizer,
-            _parts(question),
-            room_tokens=length_tokens - self.max_new_tokens,
-            cuts=True,
-            what=f"Question {sample + 1} of {self.name}",
-        )
-        return made.assembled.sample(
-            self,
-            question_type=question.difficulty,
-            length_tokens=length_tokens,
-            sample=sample,
-            seed=seed,
-            evidence=(),
-            targets=(question.answer,),
-            stop=(),
-            truncated_tokens=made.truncated_tokens,
-        )
+        asked = (parts.head + parts.tail for parts in map(self.parts, self._questions))
+        return self.max_new_tokens + 2 * max(len(encoded(tokenizer, text)) for text in asked)
 
     def score(self, sample: Sample, output: str) -> float:
         """Return 1 where the answer names the right letter first, as ``The correct answer is (B)`` or ``B``."""
         found = _SAID.search(output)
         return float(found is not None and (found[1] or found[2]) == sample.targets[0])
-
-
-def _parts(question: Question) -> Parts:
-    import jinja2
-
-    # A prompt is no HTML: nothing is escaped.
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)  # nosec B701
-    text = environment.from_string(_prompt()).render(
-        context=_MARK, question=question.question, choices=list(question.choices)
-    )
-    head, _, tail = text.partition(_MARK)
-    return Parts(head=head, context=question.context, tail=tail)
 
 
 @cache

@@ -4,11 +4,11 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from kvscope.errors import UsageError
 from kvscope.tasks.answers import METRICS
-from kvscope.tasks.base import Sample, Task, Tokenizer
-from kvscope.tasks.public.built import Parts, built, encoded
+from kvscope.tasks.base import Sample
+from kvscope.tasks.public.built import Parts
 from kvscope.tasks.public.records import Record, benchmark_records
+from kvscope.tasks.public.task import BenchmarkTask
 from kvscope.units import Tokens
 
 Metric = Literal["f1", "string_match_any", "exact_match"]
@@ -50,7 +50,7 @@ class Question(Record):
         return self.question_type not in NEEDS_JUDGE and not self.question_id.endswith(_ABSTENTION)
 
 
-class LongMemEvalTask(Task):
+class LongMemEvalTask(BenchmarkTask[Question]):
     """Questions of LongMemEval, each at the length it has; nothing is cut.
 
     The wording around chats and question is kvscope's own. Answers are scored by words in common with the reference,
@@ -63,64 +63,42 @@ class LongMemEvalTask(Task):
         new_tokens: room left for an answer.
     """
 
-    own_lengths = True
     source = "LongMemEval, arXiv 2410.10813; wording and score of kvscope"
 
     def __init__(self, name: str, *, data: str | None = None, metric: Metric = "f1", new_tokens: Tokens = 128) -> None:
-        if new_tokens < 1:
-            raise UsageError(f"Task {name}: new_tokens must be at least 1, got {new_tokens}.")
-        self.name, self.max_new_tokens, self._metric = name, new_tokens, METRICS[metric]
-        records, self.data_sha256 = benchmark_records(name, data, Question)
-        self._questions = tuple(each for each in records if each.is_scored)
-        if not self._questions:
-            raise UsageError(f"The data of {name} has no question that can be scored without a judge.")
-        self.n_samples = len(self._questions)
-        self.question_types = tuple(sorted({each.question_type for each in self._questions}))
+        self._metric = METRICS[metric]
+        records, data_sha256 = benchmark_records(name, data, Question)
+        questions = tuple(each for each in records if each.is_scored)
+        none = f"The data of {name} has no question that can be scored without a judge."
+        super().__init__(name, questions, data_sha256=data_sha256, new_tokens=new_tokens, none=none)
 
-    def min_length_tokens(self, tokenizer: Tokenizer) -> int:
-        """Return the length that holds the longest prompt of the file, and an answer."""
-        longest = max(self._questions, key=lambda each: sum(len(t.content) for s in each.haystack_sessions for t in s))
-        return self.max_new_tokens + len(encoded(tokenizer, _parts(longest).text))
+    def parts(self, question: Question) -> Parts:
+        """Return the chats in their order, with dates, and the question."""
+        sessions, evidence, at = [], [], 0
+        for date, session_id, turns in zip(
+            question.haystack_dates, question.haystack_session_ids, question.haystack_sessions, strict=True
+        ):
+            said = "".join(f"{turn.role.capitalize()}: {turn.content}\n" for turn in turns)
+            text = f"Chat of {date}\n{said}\n"
+            if session_id in question.answer_session_ids:
+                evidence.append((at, at + len(text)))
+            sessions.append(text)
+            at += len(text)
+        return Parts(
+            head="These are dated chats between a user and an assistant. A question about them follows.\n\n",
+            context="".join(sessions),
+            tail=f"It is {question.question_date}. The user asks: {question.question}\nThe answer in a few words is:",
+            evidence=evidence,
+        )
 
-    def build(self, tokenizer: Tokenizer, *, length_tokens: int, sample: int, seed: int) -> Sample:
-        """Return question ``sample``, whatever the seed (see Task.build)."""
-        question = self._questions[sample]
-        made = built(
-            tokenizer,
-            _parts(question),
-            room_tokens=length_tokens - self.max_new_tokens,
-            cuts=False,
-            what=f"Question {question.question_id!r} of {self.name}",
-        )
-        return made.assembled.sample(
-            self,
-            question_type=question.question_type,
-            length_tokens=length_tokens,
-            sample=sample,
-            seed=seed,
-            evidence=made.evidence,
-            targets=(str(question.answer),),
-        )
+    def type_of(self, question: Question) -> str:
+        """Return the benchmark's own type."""
+        return question.question_type
+
+    def targets_of(self, question: Question) -> tuple[str, ...]:
+        """Return the reference."""
+        return (str(question.answer),)
 
     def score(self, sample: Sample, output: str) -> float:
         """Score an answer by the metric asked for."""
         return self._metric(sample.targets, output)
-
-
-def _parts(question: Question) -> Parts:
-    sessions, evidence, at = [], [], 0
-    for date, session_id, turns in zip(
-        question.haystack_dates, question.haystack_session_ids, question.haystack_sessions, strict=True
-    ):
-        said = "".join(f"{turn.role.capitalize()}: {turn.content}\n" for turn in turns)
-        text = f"Chat of {date}\n{said}\n"
-        if session_id in question.answer_session_ids:
-            evidence.append((at, at + len(text)))
-        sessions.append(text)
-        at += len(text)
-    return Parts(
-        head="These are chats between a user and an assistant, with their dates. A question about them follows.\n\n",
-        context="".join(sessions),
-        tail=f"It is {question.question_date}. The user asks: {question.question}\nThe answer in a few words is:",
-        evidence=evidence,
-    )

@@ -5,10 +5,10 @@ from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError, field_validator
 
-from kvscope.errors import UsageError
-from kvscope.tasks.base import Sample, Task, Tokenizer
-from kvscope.tasks.public.built import Parts, built, encoded
+from kvscope.tasks.base import Sample
+from kvscope.tasks.public.built import Parts
 from kvscope.tasks.public.records import Record, benchmark_records
+from kvscope.tasks.public.task import BenchmarkTask
 from kvscope.units import Tokens
 
 
@@ -40,7 +40,7 @@ class Question(Record):
             raise ValueError("prompt is no JSON list of messages with role and content") from error
 
 
-class MrcrTask(Task):
+class MrcrTask(BenchmarkTask[Question]):
     """Conversations of MRCR, each at the length it has, as a transcript that the answer continues; nothing is cut.
 
     The score is the dataset's own: 0 unless the answer begins with the random text asked for, else the ratio of
@@ -53,7 +53,7 @@ class MrcrTask(Task):
         new_tokens: room left for an answer.
     """
 
-    own_lengths = True
+    stop = ("\n\nUser:",)
     source = "openai/mrcr, after Michelangelo, arXiv 2409.12640"
 
     def __init__(
@@ -65,45 +65,40 @@ class MrcrTask(Task):
         most_chars: int | None = None,
         new_tokens: Tokens = 1024,
     ) -> None:
-        if new_tokens < 1:
-            raise UsageError(f"Task {name}: new_tokens must be at least 1, got {new_tokens}.")
-        self.name, self.max_new_tokens = name, new_tokens
-        records, self.data_sha256 = benchmark_records(name, data, Question)
-        self._questions = tuple(
+        records, data_sha256 = benchmark_records(name, data, Question)
+        questions = tuple(
             each
             for each in records
             if needles in (None, each.n_needles) and (most_chars is None or each.n_chars <= most_chars)
         )
-        if not self._questions:
-            raise UsageError(f"No conversation of {name} has needles={needles} and most_chars={most_chars}.")
-        self.n_samples = len(self._questions)
-        self.question_types = tuple(sorted({_type(each) for each in self._questions}))
+        none = f"No conversation of {name} has needles={needles} and most_chars={most_chars}."
+        super().__init__(name, questions, data_sha256=data_sha256, new_tokens=new_tokens, none=none)
 
-    def min_length_tokens(self, tokenizer: Tokenizer) -> int:
-        """Return the length that holds the longest conversation, and an answer."""
-        longest = max(self._questions, key=lambda each: each.n_chars)
-        return self.max_new_tokens + len(encoded(tokenizer, _parts(longest).text))
+    def parts(self, question: Question) -> Parts:
+        """Return the conversation as a transcript; its evidence is the reply that is to be repeated."""
+        texts, evidence, at = [], [], 0
+        wanted = question.answer.removeprefix(question.random_string_to_prepend)
+        for message in question.prompt[:-1]:
+            text = f"{message.role.capitalize()}: {message.content}\n\n"
+            if message.role == "assistant" and message.content.strip() == wanted.strip():
+                evidence.append((at, at + len(text)))
+            texts.append(text)
+            at += len(text)
+        last = question.prompt[-1]
+        return Parts(
+            head="",
+            context="".join(texts),
+            tail=f"{last.role.capitalize()}: {last.content}\n\nAssistant:",
+            evidence=evidence,
+        )
 
-    def build(self, tokenizer: Tokenizer, *, length_tokens: int, sample: int, seed: int) -> Sample:
-        """Return conversation ``sample``, whatever the seed (see Task.build)."""
-        question = self._questions[sample]
-        made = built(
-            tokenizer,
-            _parts(question),
-            room_tokens=length_tokens - self.max_new_tokens,
-            cuts=False,
-            what=f"Conversation {sample + 1} of {self.name}",
-        )
-        return made.assembled.sample(
-            self,
-            question_type=_type(question),
-            length_tokens=length_tokens,
-            sample=sample,
-            seed=seed,
-            evidence=made.evidence,
-            targets=(question.answer, question.random_string_to_prepend),
-            stop=("\n\nUser:",),
-        )
+    def type_of(self, question: Question) -> str:
+        """Return how many requests are alike."""
+        return f"{question.n_needles}_needles"
+
+    def targets_of(self, question: Question) -> tuple[str, ...]:
+        """Return the whole answer, and the text that it has to begin with."""
+        return question.answer, question.random_string_to_prepend
 
     def score(self, sample: Sample, output: str) -> float:
         """Score an answer as the dataset does."""
@@ -112,25 +107,3 @@ class MrcrTask(Task):
         if not said.startswith(begin):
             return 0.0
         return SequenceMatcher(None, said.removeprefix(begin), answer.removeprefix(begin)).ratio()
-
-
-def _type(question: Question) -> str:
-    return f"{question.n_needles}_needles"
-
-
-def _parts(question: Question) -> Parts:
-    texts, evidence, at = [], [], 0
-    wanted = question.answer.removeprefix(question.random_string_to_prepend)
-    for message in question.prompt[:-1]:
-        text = f"{message.role.capitalize()}: {message.content}\n\n"
-        if message.role == "assistant" and message.content.strip() == wanted.strip():
-            evidence.append((at, at + len(text)))
-        texts.append(text)
-        at += len(text)
-    last = question.prompt[-1]
-    return Parts(
-        head="",
-        context="".join(texts),
-        tail=f"{last.role.capitalize()}: {last.content}\n\nAssistant:",
-        evidence=evidence,
-    )

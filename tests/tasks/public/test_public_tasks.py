@@ -154,7 +154,7 @@ def test_chats_have_their_dates_and_tell_where_the_answer_is(tmp_path: Path, tok
     assert made.depth == pytest.approx(0.5, abs=0.3)
     assert task.score(made, "It was Business Administration") == pytest.approx(2 * 2 / 6)
     assert (other.targets, task.score(other, "3")) == (("3",), 1.0)
-    with pytest.raises(UsageError, match=r"'e47becba' of longmemeval_s has .* use a larger --length"):
+    with pytest.raises(UsageError, match=r"Question 1 of longmemeval_s has .* use a larger --length"):
         task.build(tokenizer, length_tokens=160, sample=0, seed=0)
 
 
