@@ -29,6 +29,7 @@ from kvscope.terminal import complain, folded, line_width, printable, say, tell
 
 if TYPE_CHECKING:
     from kvscope.harness.passes.config import RunConfig
+    from kvscope.results.frames import Run
 
 EXIT_DONE, EXIT_CELLS_FAILED, EXIT_USAGE, EXIT_ENVIRONMENT, EXIT_FAULT, EXIT_INTERRUPTED = 0, 1, 2, 3, 70, 130
 COLLECTOR_THRESHOLDS = (20_000, 20, 20)
@@ -173,8 +174,9 @@ def report(
 ) -> int:
     """Write tables, figures and report.html of a run into DIR/report, and print the summary.
 
-    A folder of runs gets one report a run, each in its own folder. A run that cannot be reported is named, the others
-    are reported all the same, and the exit code is that of its fault.
+    A folder of runs gets one report a run, each in its own folder, and DIR/index.html with a row for every method of
+    every run. A run that cannot be reported is named, the others are reported all the same, and the exit code is that
+    of its fault.
     """
     from kvscope.results.plain_text import visible
     from kvscope.results.store import run_folders
@@ -182,20 +184,26 @@ def report(
     if (folders := run_folders(folder)) == [folder]:
         print_report(folder)
         return EXIT_DONE
+    from kvscope.reports.index import Cell, index_rows, write_index
+
     code = EXIT_DONE
+    rows: list[list[Cell]] = []
+    faults: list[str] = []
     for run_folder in folders:
         name = visible(run_folder.name)
         say(f"{name}\n{'=' * len(name)}")
         try:
-            print_report(run_folder)
+            rows += index_rows(print_report(run_folder))
         except KvscopeError as error:
             complain(str(error))
+            faults.append(str(error))
             code = max(code, error.exit_code)
+    say(f"index    {write_index(folder, rows, faults)}")
     return code
 
 
-def print_report(folder: Path) -> None:
-    """Make the report of a folder; print the summary tables and where everything is."""
+def print_report(folder: Path) -> "Run":
+    """Make the report of a folder; print the summary tables and where everything is. Return what was reported."""
     from kvscope.reports.legible import legible
     from kvscope.results.frames import load_run
 
@@ -211,6 +219,7 @@ def print_report(folder: Path) -> None:
     say(f"\n{len(paths)} files under {folder / 'report'}")
     for path in html:
         say(f"report   {path}")
+    return loaded
 
 
 @app.command(short_help="Compare runs, and fail where a limit is crossed.")

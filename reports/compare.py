@@ -57,6 +57,7 @@ class RunComparison:
         first, other: their folders.
         pairs: labels of the methods that stand against each other, A's first.
         accuracy: B minus A in every scope, on the prompts that both answered; `method_label` is `pair_text` of a pair.
+        same_answers: of each pair, how many answers are the same text, and how many there are.
         cells: bytes and times of a pair at a length, one mapping each (see `_cell`).
         lone_cells: footprint cells that are not compared.
         gaps: prompts that are in no comparison.
@@ -70,6 +71,7 @@ class RunComparison:
     other: Path
     pairs: tuple[MethodPair, ...]
     accuracy: tuple[Comparison, ...]
+    same_answers: tuple[tuple[int, int], ...]
     cells: tuple[dict[str, Any], ...]
     lone_cells: tuple[LoneCell, ...]
     gaps: tuple[Gap, ...]
@@ -139,6 +141,7 @@ def _compared(first: Run, other: Run, letter: str, asked: MethodPair | None) -> 
                 tasks=every["task"].unique().tolist(),
             )
         ),
+        same_answers=tuple((int(table["same_answer"].sum()), len(table)) for table in joined.tables),
         cells=tuple(cells),
         lone_cells=tuple(lone_cells),
         gaps=joined.gaps,

@@ -57,7 +57,13 @@ def _accuracy(found: RunComparison, width: int | None) -> str:
     )
     headers = ["method", "prompts", "n", "A", b, f"{b} - A", "lost / won", "p", "verdict"]
     aligned = ["left", "left", *["right"] * 6, "left"]
-    return f"{folded(title, width)}\n{grid(rows, headers, aligned=aligned, width=width)}"
+    same = ", ".join(
+        f"{pair_text(pair)} {n_same} of {n}"
+        for pair, (n_same, n) in zip(found.pairs, found.same_answers, strict=True)
+        if n
+    )
+    table = grid(rows, headers, aligned=aligned, width=width)
+    return "\n".join([folded(title, width), table, folded(f"Answers that are the same text: {same}.", width)])
 
 
 def _bytes(found: RunComparison, width: int | None) -> str:
@@ -171,7 +177,10 @@ def _values(found: RunComparison) -> dict[str, Any]:
     labels = {pair_text(pair): pair for pair in found.pairs}
     return {
         "run": found.letter,
-        "methods": [{"baseline": a, "method": b} for a, b in found.pairs],
+        "methods": [
+            {"baseline": pair[0], "method": pair[1], "n_answers": n, "n_same_answers": n_same}
+            for pair, (n_same, n) in zip(found.pairs, found.same_answers, strict=True)
+        ],
         "accuracy": [
             {
                 **asdict(row),

@@ -38,7 +38,7 @@ def page(
         if isinstance(figure, ReportFigure)
     ]
     info = run.info
-    return _template().render(
+    return template("report.html.j2").render(
         info=info,
         device=device_of(info),
         state=state,
@@ -114,9 +114,10 @@ def _lines(values: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 @cache
-def _template() -> Template:
+def template(name: str) -> Template:
+    """Return a page's template; whatever it is given is text, never markup."""
     loader = FileSystemLoader(Path(__file__).parent / "templates")
     settings = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    return settings.get_template("report.html.j2")
+    return settings.get_template(name)

@@ -1,4 +1,4 @@
-"""The report folder of a run: a new report replaces what the last one wrote, and nothing else.
+"""The report folder of a run, and the page over several: a new one replaces what the last one wrote, and nothing else.
 
 A run folder may come from anywhere, and people put files of their own beside a report. So no link is followed, and only
 files that a report's list of files (`.manifest.json`) names are removed.
@@ -19,6 +19,9 @@ from kvscope.results.reading import parse_json, read_regular
 
 FOLDERS = ("tables", "figures")
 MANIFEST = ".manifest.json"
+INDEX = "index.html"
+_INDEX_MARK = b'<meta name="generator" content="kvscope index of runs">'
+_MOST_INDEX_BYTES = 64 << 20
 _BUILDING = ".building-"
 _MOST_MANIFEST_BYTES = 1 << 20
 # Whatever a list of files says, nothing of another shape is ever removed.
@@ -99,6 +102,29 @@ def put_in_place(aside: Path, target: Path, names: Sequence[str]) -> None:
     for name in before - set(names):
         (target / name).unlink(missing_ok=True)
     _list_files(aside, target, sorted(names))
+
+
+def put_index(folder: Path, text: str) -> Path:
+    """Write the page over a folder of runs, in the place of the last one; return its path.
+
+    Raises:
+        UsageError: a link, or something else than such a page, has its name.
+        EnvironmentProblem: the disk is full, or the folder cannot be written; the page before is kept.
+    """
+    path = folder / INDEX
+    with _told(folder):
+        if path.is_symlink():
+            raise UsageError(f"{path} is a link: no page is written through one. Remove the link, or move it away.")
+        before = read_regular(path, most_bytes=_MOST_INDEX_BYTES, mend="Move it away.")
+        if before is not None and _INDEX_MARK not in before:
+            raise UsageError(f"{path} is no index of runs that kvscope wrote. Move it away.")
+        aside = Path(tempfile.mkdtemp(prefix=_BUILDING, dir=folder))
+        try:
+            (aside / INDEX).write_text(text, encoding="utf-8")
+            (aside / INDEX).replace(path)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    return path
 
 
 def _written_before(target: Path) -> set[str]:

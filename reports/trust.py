@@ -6,10 +6,8 @@ from typing import Any
 import pandas as pd
 
 from kvscope.results.frames import records
+from kvscope.results.quiet import load_doubt, others_doubt
 
-MOST_LOAD_PER_CORE = 1.25
-"""Load average per core above which a host was busy with more than the measurement: a process that uses every core is a
-load of 1 a core by itself."""
 MOST_SPREAD = 1.5
 """Ratio of the 90th to the 10th percentile of the steps above which their median says little."""
 
@@ -19,17 +17,11 @@ def time_doubts(row: Mapping[str, Any]) -> str:
 
     A row of an earlier version that says neither load nor spread is judged by the rest.
     """
-    found = []
-    others = row.get("other_processes")
-    if others:
-        found.append(f"{others} other process{'es' if others > 1 else ''} on the GPU")
-    load, cores = row.get("load_1min"), row.get("cpu_cores")
-    if load is not None and cores and load > MOST_LOAD_PER_CORE * cores:
-        found.append(f"host load {load:.1f} on {cores} cores")
+    found = [others_doubt(row.get("other_processes")), load_doubt(row.get("load_1min"), row.get("cpu_cores"))]
     low, high = row.get("tpot_p10_s", row.get("step_p10_s")), row.get("tpot_p90_s", row.get("step_p90_s"))
     if low is not None and high is not None and high > MOST_SPREAD * low:
         found.append(f"p90 of the steps is over {MOST_SPREAD:g} times p10")
-    return "; ".join(found)
+    return "; ".join(filter(None, found))
 
 
 def with_doubts(frame: pd.DataFrame) -> pd.DataFrame:

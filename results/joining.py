@@ -14,7 +14,7 @@ from kvscope.results.frames import Run, records
 
 PROMPT = ["task", "length_tokens", "prompt_sha256", "_copy"]
 """What tells a prompt; `_copy` counts prompts of a task that are word for word the same."""
-_COLUMNS = [*PAIR_KEY, "prompt_sha256", "context_id", "status", "reason", "score", "answer_nll"]
+_COLUMNS = [*PAIR_KEY, "prompt_sha256", "context_id", "status", "reason", "score", "answer_nll", "output"]
 
 _LOST = "no answer in B"
 MethodPair = tuple[str, str]
@@ -46,7 +46,8 @@ class Joined:
     Attributes:
         pairs: the methods compared.
         tables: for each of them the prompts that both answered, with the columns of `comparisons.pairs`: `_baseline` is
-            the first run's, `_method` the other's.
+            the first run's, `_method` the other's. `same_answer`: whether the texts are the same; `row_baseline` and
+            `row_method`: where the rows stand in the runs' samples.
         gaps: prompts without a partner, without an answer, or out of pooled scores.
         left_out: labels of each run that are compared with nothing.
     """
@@ -126,9 +127,12 @@ def _joined(first: Run, other: Run, pair: MethodPair) -> tuple[pd.DataFrame, lis
         for (reason, task, length), n in sorted(counts.items())
     ]
     matched = both[why.isna()]
+    matched = matched.assign(same_answer=matched["output_baseline"] == matched["output_method"])
     names = {"context_id_baseline": "context_id", "sample_baseline": "sample"}
     of_both = [f"{name}_{side}" for name in ("score", "answer_nll", "row") for side in ("baseline", "method")]
-    return matched.rename(columns=names)[[*PAIR_KEY, "context_id", *of_both]].reset_index(drop=True), gaps
+    return matched.rename(columns=names)[[*PAIR_KEY, "context_id", "same_answer", *of_both]].reset_index(
+        drop=True
+    ), gaps
 
 
 def _prompts(run: Run, label: str) -> pd.DataFrame:

@@ -35,7 +35,7 @@ if not torch.cuda.is_available():
 from interpreter import language_patched_once_a_launch
 from tiny import one_thread, small, tiny_model
 
-from kvscope.harness.passes import process
+from kvscope.harness.passes import process, quiet
 
 # The same examples on every machine, and as much time for them as a loaded one needs.
 settings.register_profile("kvscope", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -61,6 +61,14 @@ def one_worker_server() -> None:
     """One server forks the workers of all tests: the name of the test at hand is no environment of its own."""
     real = process.worker_environment
     process.worker_environment = lambda: {k: v for k, v in real().items() if k != "PYTEST_CURRENT_TEST"}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quiet_machine() -> Iterator[None]:
+    """What a run says of the machine's load is not the same on every machine."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(quiet, "load_1min", lambda: 0.0)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from kvscope.errors import UsageError, did_you_mean
 from kvscope.specs import PLACE_PATTERN
-from kvscope.terminal import grid
+from kvscope.terminal import folded, grid
 from kvscope.units import format_length
 from kvscope.values import type_name, without_none
 
@@ -53,20 +53,15 @@ def list_text(kind: str, *, width: int | None = None) -> str:
     room = max(len(row["name"]) for row in rows)
     if kind != "methods":
         texts = [f"{row['name']:<{room}}  {row.get('fault') or row['description']}" for row in rows]
-        return "\n".join(texts if width is None else (_hanging(text, room + 2, width) for text in texts))
+        return folded("\n".join(texts), width, hang=room + 2)
     cells = [METHOD_COLUMNS, *(_method_cells(row) for row in rows if "fault" not in row)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     faults = [f"{row['name']:<{widths[0]}}  {row['fault']}" for row in rows if "fault" in row]
     if width is not None and sum(widths) + 2 * len(widths) > width:
         table = grid(cells[1:], METHOD_COLUMNS, aligned=["left"] * len(METHOD_COLUMNS), width=width)
-        return "\n".join([table, *(_hanging(fault, widths[0] + 2, width) for fault in faults)])
+        return "\n".join([table, *(folded(fault, width, hang=widths[0] + 2) for fault in faults)])
     lines = ["  ".join(f"{cell:<{each}}" for cell, each in zip(row, widths, strict=True)).rstrip() for row in cells]
     return "\n".join([*lines, *faults])
-
-
-def _hanging(text: str, indent: int, width: int) -> str:
-    wrapped = textwrap.wrap(text, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
-    return "\n".join(wrapped)
 
 
 METHOD_COLUMNS = ("method", "training", "saves", "chosen", "source", "what stays on the device")

@@ -26,6 +26,7 @@ from kvscope.harness.passes.turns import Turns
 from kvscope.plugins import extend_search_path
 from kvscope.results.schema import SampleRow
 from kvscope.results.store import RunStore, SampleKey
+from kvscope.terminal import complain
 
 
 class RemoteStore:
@@ -99,7 +100,7 @@ def main() -> int:
         loaded = load(plan)
         noise = measured_noise(plan, loaded, progress)
     except KvscopeError as error:
-        sys.stderr.write(f"kvscope: {error}\n")
+        complain(str(error))
         return error.exit_code
     say({"ready": True})
     tasks = dict(zip(plan.task_names, plan.tasks, strict=True))

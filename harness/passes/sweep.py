@@ -12,7 +12,9 @@ from kvscope.harness.passes.deadline import Deadline
 from kvscope.harness.passes.plan import make_plan, passes_for
 from kvscope.harness.passes.progress import Progress, make_progress
 from kvscope.harness.passes.prompt_check import check_first_prompts
+from kvscope.harness.passes.quiet import disturbances
 from kvscope.harness.passes.recording import earlier_identity, run_info
+from kvscope.harness.passes.workers import worker_devices
 from kvscope.paths import check_out, user_path
 from kvscope.results.store import RunStore
 from kvscope.units import format_length
@@ -95,6 +97,8 @@ def begin(plan: RunPlan, store: RunStore, progress: Progress) -> None:
         )
     elif done and not left.cells:
         progress.note(f"All {done} rows are there already: nothing left to measure.")
+    if left.cells and (disturbed := disturbances(worker_devices(plan.config, plan.facts.device))):
+        progress.note(f"note: this machine is not quiet ({disturbed}): times measured now are not to be trusted.")
     progress.begin(cells=left.cells, work_tokens=left.work_tokens)
 
 

@@ -40,16 +40,16 @@ def line_width() -> int | None:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
-def folded(text: str, width: int | None) -> str:
+def folded(text: str, width: int | None, *, hang: int = 0) -> str:
     """Return text whose lines are at most ``width`` columns, broken between words alone; None: as it is.
 
-    What goes on stands as far in as its line begins.
+    What goes on stands as far in as its line begins, and ``hang`` columns more.
     """
     if width is None:
         return text
     lines = []
     for line in text.split("\n"):
-        inset = line[: len(line) - len(line.lstrip(" "))]
+        inset = " " * (len(line) - len(line.lstrip(" ")) + hang)
         lines += [line] if len(line) <= width else _wrapped(line, width, subsequent_indent=inset)
     return "\n".join(lines)
 

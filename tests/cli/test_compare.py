@@ -57,6 +57,7 @@ def test_the_same_methods_are_paired_on_the_same_prompts(tmp_path: Path, capsys:
     assert (pooled["dense"]["paired"]["lost"], pooled["dense"]["verdict"]) == (right, "worse")
     assert pooled["recency"]["paired"]["difference"]["mean"] == 0
     assert found["unmatched_prompts"] == []
+    assert {(pair["n_same_answers"], pair["n_answers"]) for pair in found["methods"]} == {(40, 40)}
     differences = [tuple(each.values()) for each in found["differences"]]
     assert differences == [
         ("version", "kvscope", '"0.1.0"', '"0.9.0"'),
@@ -78,7 +79,7 @@ def test_two_methods_of_two_folders_are_set_against_each_other(
     ]
     assert [row["paired"]["lost"] for row in found["accuracy"]] == [0, 8]
     (found,) = values(capsys, a, b, "--pair", "dense", "recency")["comparisons"]
-    assert found["methods"] == [{"baseline": "dense", "method": "recency"}]
+    assert found["methods"] == [{"baseline": "dense", "method": "recency", "n_answers": 8, "n_same_answers": 0}]
     assert found["methods_left_out"] == {"A": ["quest"], "B": ["dense"]}
 
 

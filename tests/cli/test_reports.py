@@ -25,6 +25,10 @@ def test_a_bad_run_is_named_and_the_runs_behind_it_are_reported(
     assert "\x1b" not in out + err
     assert err.count("\n") == 1
     assert r"a\x1b[31m/run.json is no regular file" in err
+    index = (tmp_path / "index.html").read_text()
+    assert f"index    {tmp_path / 'index.html'}" in out
+    assert '<a href="good/report/report.html">good</a>' in index
+    assert r"a\x1b[31m/run.json is no regular file" in index
 
 
 def test_a_single_bad_run_ends_with_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
