@@ -96,9 +96,9 @@ def test_a_block_that_fills_up_is_chosen_from_the_next_step_on(tiny):
     methods = [create_method("quest:budget_tokens=64"), create_method("moba:budget_tokens=64,block_tokens=16")]
     [prompt] = prompts_of(tiny, methods, (156,))
     pairs = [(method, prompt) for method in methods]
-    ids, _, _ = together(tiny, pairs, n_steps=8)
+    ids, _, _ = together(tiny, pairs, n_steps=6)
     for row, (method, _) in enumerate(pairs):
-        alone = decode(tiny, method, prompt, [5], max_new_tokens=8, stop_at_eos=False)
+        alone = decode(tiny, method, prompt, [5], max_new_tokens=6, stop_at_eos=False)
         assert ids[row] == alone.ids, method.label
 
 
@@ -108,7 +108,7 @@ def test_sequences_leave_until_one_is_left_and_go_past_what_was_reserved(tiny, s
     monkeypatch.setattr(dsa, "lightning_scores", without_ties)
     method = create_method(spec)
     [prompt] = prompts_of(tiny, [method], (250,))
-    n_steps = 12
+    n_steps = 8
     alone = decode(tiny, method, prompt, [5], max_new_tokens=n_steps, stop_at_eos=False)
     session = Session(tiny, decode_graph="on") if DEVICE == "cuda" else new_session(tiny, TOGETHER)
     with session:

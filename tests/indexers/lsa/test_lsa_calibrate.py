@@ -24,6 +24,7 @@ from kvscope.methods.indexer_files import CONFIG_FILE, WEIGHTS_FILE, indexer_has
 from kvscope.methods.lsa.indexer import logit
 from kvscope.methods.lsa.indexer_files import FILES, load_indexer, read_indexer_config
 
+pytestmark = pytest.mark.usefixtures("no_figure")
 MEASURE = EvalConfig(recency_tokens=128)
 N_DOCUMENTS, N_REFRESHES = 20, 120
 

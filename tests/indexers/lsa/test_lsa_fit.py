@@ -16,7 +16,6 @@ from kvscope.harness.indexers.collection.label_choice import LabelChoice
 from kvscope.harness.indexers.collection.reading import Collection
 from kvscope.harness.indexers.collection.shards import write_manifest, write_shard
 from kvscope.harness.indexers.lsa import fit as module
-from kvscope.harness.indexers.lsa import recall_tables
 from kvscope.harness.indexers.lsa.calibrate import warning_of
 from kvscope.harness.indexers.lsa.fit import fit, fitting_lengths
 from kvscope.harness.indexers.lsa.fit_config import ROLES, STATE_FILE, FitConfig
@@ -25,6 +24,8 @@ from kvscope.harness.indexers.lsa.label_share import MOST_KEPT, choose_labels, l
 from kvscope.harness.indexers.lsa.refreshes import Refreshes, hit_rate
 from kvscope.methods.lsa.indexer_files import read_indexer_config
 from kvscope.methods.registry import create_method
+
+pytestmark = pytest.mark.usefixtures("no_figure")
 
 
 def quiet(text):
@@ -61,14 +62,6 @@ def sharp(tmp_path_factory):
 def asked(model, **changes):
     options = {"minutes": 1.2, "tasks": ("long_qa",), "lengths_tokens": (512,), "device": "cpu"}
     return FitConfig(model=model, **{**options, **changes})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_figure():
-    """Tables are what is looked at here; a figure takes longer than all the rest."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recall_tables, "draw", lambda folder, rows: None)
-        yield
 
 
 @pytest.fixture(scope="module")
