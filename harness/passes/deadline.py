@@ -16,13 +16,18 @@ class Deadline:
         self._limit_s = limit_s
         self._started_s = time.monotonic()
 
+    @property
+    def left_s(self) -> float | None:
+        """Seconds that are left; None where there is no limit."""
+        return None if self._limit_s is None else max(0.0, self._limit_s - (time.monotonic() - self._started_s))
+
     def check(self) -> None:
         """Let the next piece begin.
 
         Raises:
             TimeLimitReached: the time is over.
         """
-        if self._limit_s is not None and time.monotonic() - self._started_s >= self._limit_s:
+        if self.left_s == 0:
             raise TimeLimitReached(
                 f"The time limit of {self._limit_s:g} s is reached: every finished row is kept, and the same command "
                 "continues."

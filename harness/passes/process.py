@@ -22,6 +22,8 @@ from kvscope.results.schema import OomOf
 #: ``-P``: the folder that a user happens to stand in is no place to import from.
 WORKER_COMMAND = (sys.executable, "-P", "-m", "kvscope.harness.passes.worker")
 PHASES = ("start", "load", "warm-up", "prefill", "decode", "timing")
+SAID = "kvscope: "
+"""Begins a worker's last line on stderr where the user can act on what it met."""
 STDERR_TAIL_CHARACTERS = 2000
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 ALLOCATOR_SETTINGS = "expandable_segments:True"

@@ -2,15 +2,17 @@
 
 Its first line on stdin is the run, every further one a shard. JSON lines go out on stdout: ``{"ready": true}`` when the
 model is loaded, ``{"row": ...}`` for each row, ``{"note": ...}`` for what the user should hear, ``{"done": true}`` when
-a shard is. It ends when stdin closes: the sweep is done with it, or gone.
+a shard is, or its time is over. It ends when stdin closes: the sweep is done with it, or gone. An error that the user
+can act on ends it with that error's exit code, and is the last line on stderr.
 """
 
+import contextlib
 import json
 import os
 import queue
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,7 +21,7 @@ from kvscope.harness.passes.answering import load, measured_noise
 from kvscope.harness.passes.base import Plan
 from kvscope.harness.passes.batch import Batch
 from kvscope.harness.passes.config import make_config
-from kvscope.harness.passes.deadline import Deadline
+from kvscope.harness.passes.deadline import Deadline, TimeLimitReached
 from kvscope.harness.passes.plan import make_plan
 from kvscope.harness.passes.progress import Progress
 from kvscope.harness.passes.turns import Turns
@@ -27,6 +29,9 @@ from kvscope.plugins import extend_search_path
 from kvscope.results.schema import SampleRow
 from kvscope.results.store import RunStore, SampleKey
 from kvscope.terminal import complain
+
+Say = Callable[[dict[str, Any]], None]
+"""Sends a message."""
 
 
 class RemoteStore:
@@ -36,7 +41,7 @@ class RemoteStore:
         folder, info: as of ``RunStore``.
     """
 
-    def __init__(self, folder: Path, say: "Speaker", *, n_jobs: int) -> None:
+    def __init__(self, folder: Path, say: Say, *, n_jobs: int) -> None:
         with RunStore.open(folder) as store:
             self.folder, self.info = store.folder, store.info
             self._rows = store.samples()
@@ -77,7 +82,7 @@ class Speaker:
 class RemoteProgress(Progress):
     """Passes notes on: prompts and cells are counted by who writes the rows."""
 
-    def __init__(self, say: Speaker) -> None:
+    def __init__(self, say: Say) -> None:
         self._say = say
 
     def note(self, text: str) -> None:
@@ -86,32 +91,40 @@ class RemoteProgress(Progress):
 
 
 def main() -> int:
-    """Load the model, then answer shard by shard."""
+    """Answer shard by shard."""
     say = Speaker(os.fdopen(os.dup(1), "w", encoding="utf-8"))
     os.dup2(2, 1)  # whatever libraries print
     asked = json.loads(sys.stdin.readline())
-    lines = _lines()
     extend_search_path(asked["import_folders"])
     try:
-        store = RemoteStore(Path(asked["folder"]), say, n_jobs=asked["n_jobs"])
-        plan = make_plan(make_config(asked["config"])).in_folder(store.info)
-        assert isinstance(plan, Plan)
-        progress = RemoteProgress(say)
-        loaded = load(plan)
-        noise = measured_noise(plan, loaded, progress)
+        answer(asked, say)
     except KvscopeError as error:
         complain(str(error))
         return error.exit_code
+    return 0
+
+
+def answer(asked: Mapping[str, Any], say: Say) -> None:
+    """Load the model, then answer what comes. The folder is there with the first shard, and no sooner."""
+    lines = _lines()
+    plan = make_plan(make_config(asked["config"]))
+    assert isinstance(plan, Plan)
+    progress = RemoteProgress(say)
+    loaded = load(plan)
+    noise = measured_noise(plan, loaded, progress)
     say({"ready": True})
-    tasks = dict(zip(plan.task_names, plan.tasks, strict=True))
+    store: RemoteStore | None = None
     for line in lines:
         shard = json.loads(line)
+        if store is None:
+            store = RemoteStore(Path(asked["folder"]), say, n_jobs=asked["n_jobs"])
+            plan = plan.in_folder(store.info)
         store.take(shard)
-        cells = [(tasks[shard["task"]], shard["task"], int(shard["length_tokens"]))]
-        with Turns(plan, store, progress, cells) as turns:
-            Batch(plan, loaded, store, turns, noise=noise).run(Deadline())
+        task = dict(zip(plan.task_names, plan.tasks, strict=True))[shard["task"]]
+        turns = Turns(plan, store, progress, [(task, shard["task"], int(shard["length_tokens"]))])
+        with contextlib.suppress(TimeLimitReached), turns:  # the sweep sees what is left
+            Batch(plan, loaded, store, turns, noise=noise).run(Deadline(shard["left_s"]))
         say({"done": True})
-    return 0
 
 
 def _lines() -> Iterator[str]:

@@ -22,7 +22,7 @@ from kvscope.errors import EnvironmentProblem, UsageError
 from kvscope.harness.passes.answering import sample_cell
 from kvscope.harness.passes.base import Plan
 from kvscope.harness.passes.deadline import Deadline, TimeLimitReached
-from kvscope.harness.passes.process import STDERR_TAIL_CHARACTERS, worker_environment
+from kvscope.harness.passes.process import SAID, STDERR_TAIL_CHARACTERS, worker_environment
 from kvscope.harness.passes.progress import Progress
 from kvscope.harness.passes.prompt_check import build
 from kvscope.harness.passes.row_columns import failed_sample_row
@@ -58,9 +58,10 @@ class Shard:
     prompts: tuple[tuple[int, tuple[str, ...]], ...]
     deaths: int = 0
 
-    def message(self) -> str:
-        """Return the line that gives it out."""
-        return json.dumps({"task": self.task, "length_tokens": self.length_tokens, "prompts": self.prompts}) + "\n"
+    def message(self, left_s: float | None) -> str:
+        """Return the line that gives it out, for so long; None is no limit."""
+        values = {"task": self.task, "length_tokens": self.length_tokens, "prompts": self.prompts, "left_s": left_s}
+        return json.dumps(values) + "\n"
 
 
 @dataclass(eq=False)
@@ -78,15 +79,15 @@ class _Worker:
     shard: Shard | None = None
     ready: bool = False
 
-    def give(self, shard: Shard | None) -> None:
-        """Give it a shard, or let it end."""
+    def give(self, shard: Shard | None, left_s: float | None) -> None:
+        """Give it a shard, whose prompts begin within so many seconds; or let it end."""
         self.shard = shard
         assert self.process.stdin is not None
         with contextlib.suppress(OSError):  # it has died: its reader says so
             if shard is None:
                 self.process.stdin.close()
             else:
-                self.process.stdin.write(shard.message())
+                self.process.stdin.write(shard.message(left_s))
                 self.process.stdin.flush()
 
 
@@ -132,13 +133,13 @@ class ShardedAccuracy:
 
         Raises:
             TimeLimitReached: there are prompts left.
-            UsageError, EnvironmentProblem: a worker could not begin; the message is its own.
+            UsageError, EnvironmentProblem: a worker could not begin, or what it met is for the user to mend; the
+                message is its own.
         """
         self._count()
         self._waiting.extend(shards_of(self.plan, self.store, self.cells, n_workers=len(self.devices)))
         if not self._waiting:
             return
-        self.store.begin()
         over: TimeLimitReached | None = None
         try:
             for device in self.devices[: len(self._waiting)]:
@@ -152,9 +153,12 @@ class ShardedAccuracy:
                 elif "note" in message:
                     self.progress.note(message["note"])
                 else:  # ready, or done with a shard
+                    self.store.begin()  # not before one has loaded the model: damaged weights leave no run behind
                     worker.ready = True
                     over = over or _time_is_over(deadline)
-                    worker.give(self._waiting.popleft() if self._waiting and over is None else None)
+                    if over is not None and worker.shard is not None:
+                        self._take_back(worker.shard)
+                    worker.give(self._waiting.popleft() if self._waiting and over is None else None, deadline.left_s)
         finally:
             for worker in self._workers:
                 worker.process.kill()
@@ -220,10 +224,12 @@ class ShardedAccuracy:
         lines = [line.strip() for line in worker.stderr.read()[-STDERR_TAIL_CHARACTERS:].splitlines() if line.strip()]
         worker.stderr.close()
         last = lines[-1] if lines else "it said nothing"
+        text = last.removeprefix(SAID)
+        if text != last:
+            for kind in (UsageError, EnvironmentProblem):
+                if code == kind.exit_code:
+                    raise kind(text)
         if not worker.ready:
-            text = last.removeprefix("kvscope: ")
-            if code == UsageError.exit_code:
-                raise UsageError(text)
             raise EnvironmentProblem(
                 f"A process of --jobs on {worker.device} could not begin (exit code {code}): {text}"
             )
@@ -240,6 +246,12 @@ class ShardedAccuracy:
             self._give_up(shard, f"{ended}, as did {_MOST_DEATHS - 1} before it with these prompts")
         if self._waiting:
             self._start(worker.device)
+
+    def _take_back(self, shard: Shard) -> None:
+        """Let what a worker's time did not do wait."""
+        shard.prompts = self._lacking(shard)
+        if shard.prompts:
+            self._waiting.appendleft(shard)
 
     def _lacking(self, shard: Shard) -> tuple[tuple[int, tuple[str, ...]], ...]:
         """Return what of a shard has no row yet."""

@@ -12,7 +12,7 @@ from tiny import SMALL, MakeConfig
 import kvscope
 from kvscope import cli
 from kvscope.errors import UsageError
-from kvscope.harness.passes import shards
+from kvscope.harness.passes import shard_worker, shards
 from kvscope.harness.passes.accuracy import AccuracyPass
 from kvscope.harness.passes.config import make_config
 from kvscope.harness.passes.deadline import Deadline, TimeLimitReached
@@ -138,6 +138,46 @@ def test_what_two_workers_died_with_is_failed_and_measured_by_the_next_call(
 def test_a_worker_that_cannot_begin_ends_the_run_in_its_own_words(stubs: Stubs) -> None:
     with pytest.raises(UsageError, match=r"^The model's weights are cut off\.$"):
         stubs.run("begins not", "begins not")
+    assert not Path(stubs.plan.config.out or "", "run.json").exists()  # the mended model is not refused
+
+
+def test_what_the_user_is_to_mend_ends_the_run_in_the_midst_of_a_shard(stubs: Stubs) -> None:
+    with pytest.raises(UsageError, match=r"^The folder holds another prompt\.$"):
+        stubs.run("another prompt")
+
+
+def test_prompts_of_a_shard_that_the_time_did_not_do_are_left(
+    stubs: Stubs, one: dict[Key, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Told(Deadline):
+        """Is over where a stub says so."""
+
+        @property
+        def left_s(self) -> float:
+            return 0.0 if (stubs.folder / "over").exists() else 60.0
+
+    monkeypatch.setattr(shards, "_SHARDS_A_WORKER", 1)  # of several prompts each
+    with pytest.raises(TimeLimitReached):
+        stubs.run("is slow", "is slow", deadline=Told(60.0))
+    assert 0 < len(rows_of(tmp_path / "run")) < len(one)
+    stubs.run()
+    assert rows_of(tmp_path / "run") == one
+
+
+def test_a_worker_begins_no_prompt_after_its_time(
+    wide: MakeConfig, tmp_path: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = wide()
+    plan = make_plan(config)
+    with RunStore.create(tmp_path / "run", run_info(plan)) as store:
+        store.begin()
+    values = config.model_dump(mode="json", exclude={"out", "gpus"})
+    shard = {"task": "vt", "length_tokens": 512, "prompts": [[0, ["dense"]]]}
+    lines = [json.dumps({**shard, "left_s": left_s}) for left_s in (0.0, None)]
+    monkeypatch.setattr(shard_worker, "_lines", lambda: iter(lines))
+    said: list[dict[str, Any]] = []
+    shard_worker.answer({"config": values, "folder": str(tmp_path / "run"), "n_jobs": 2}, said.append)
+    assert [next(iter(each)) for each in said] == ["ready", "done", "row", "done"]
 
 
 def test_a_time_limit_gives_nothing_more_out(stubs: Stubs, one: dict[Key, Any], tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Stands in for a process of the accuracy pass: says rows that were measured before, and dies when it is told to.
 
 Its folder holds ``rows.jsonl`` and ``deaths.json``: how many rows each of its processes says before it dies, in the
-order in which they begin.
+order in which they begin; or what else ends them. One that is slow answers a prompt until the time is over.
 """
 
 import json
@@ -25,6 +25,10 @@ def main() -> int:
         sys.stderr.write("kvscope: The model's weights are cut off.\n")
         return 2
     say({"ready": True})
+    if before_death == "another prompt":
+        sys.stdin.readline()
+        sys.stderr.write("kvscope: The folder holds another prompt.\n")
+        return 2
     for line in sys.stdin:
         shard = json.loads(line)
         for index, labels in shard["prompts"]:
@@ -34,7 +38,10 @@ def main() -> int:
                     sys.stdout.flush()
                     os.kill(os.getpid(), signal.SIGKILL)
                 say({"row": rows[shard["task"], shard["length_tokens"], index, label]})
-                before_death = None if before_death is None else before_death - 1
+                before_death = before_death - 1 if isinstance(before_death, int) else before_death
+            if before_death == "is slow":
+                (folder / "over").touch()
+                break
         say({"done": True})
     return 0
 
