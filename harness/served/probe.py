@@ -19,6 +19,8 @@ PROBE_TOKENS = 16
 OPTIONAL_FIELDS: dict[str, Any] = {"cache_prompt": False, "repetition_penalty": 1.0, "seed": 0}
 """Fields that are sent where the server takes them: no reuse of another prompt's cache (llama.cpp), none of the penalty
 that a model's own generation config may bring, and one seed."""
+CHAT_FIELDS: dict[str, Any] = {"chat_template_kwargs": {"enable_thinking": False}}
+"""The same for the chat API: its template as kvscope's own prompts have it, without thoughts."""
 _SHORT = "The numbers in order are one, two, three, four, five,"
 _LONG = "\n".join(
     f"Line {number}: the code of room {number * 37 % 101} is {number * 7919 % 1000}." for number in range(12)
@@ -142,7 +144,7 @@ def probe(
         no_token_ids=why_not,
         bos="as it is" if not manner.bos else "taken off" if manner.cut_bos else "put before",
         fields=tuple(manner.fields),
-        fields_refused=tuple(key for key in OPTIONAL_FIELDS if key not in manner.fields),
+        fields_refused=tuple(key for key in _optional(api) if key not in manner.fields),
         extra_prompt_tokens=extra,
         extra_is=_extra_text(extra, api),
         repeats=repeats,
@@ -204,13 +206,17 @@ def _with_bos(client: Client, manner: Manner, prompt: ServedPrompt, bos: str) ->
 def _fields(client: Client, manner: Manner, prompt: ServedPrompt) -> dict[str, Any]:
     """Return the optional fields that the server does not refuse."""
     taken: dict[str, Any] = {}
-    for key, value in OPTIONAL_FIELDS.items():
+    for key, value in _optional(manner.api).items():
         try:
             _ask(client, replace(manner, fields={**taken, key: value}), prompt, max_new_tokens=1, tries=1)
         except RequestFailed:  # a plain request was answered just now: it is the field that fails
             continue
         taken[key] = value
     return taken
+
+
+def _optional(api: Api) -> dict[str, Any]:
+    return {**OPTIONAL_FIELDS, **CHAT_FIELDS} if api == "chat" else OPTIONAL_FIELDS
 
 
 def _check_model(url: str, server: Server, answer: Answer) -> None:

@@ -95,6 +95,7 @@ def test_the_chat_api(stub: Stub) -> None:
     manner, found = probed(stub, api="chat")
     assert (manner.form, found.form, found.extra_is) == ("messages", "messages", "one token more in its template")
     assert stub.requests[0]["messages"][0]["role"] == "user"
+    assert stub.requests[-1]["chat_template_kwargs"] == {"enable_thinking": False}
     assert "the server counts +1 prompt tokens against ours: one token more in its template." in found.notes
 
 
