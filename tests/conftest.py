@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-# What imports and collection make lasts: a collector that looks through it again and again is a fifth of their time.
+# Imports and collection make modules and tests, no garbage, and a collector that looks through them each time takes
+# a fifth of their time. It is off until ``pytest_collection_finish``, so that every test runs with it.
 gc.disable()
 
 # Before torch reads it, and for the processes that tests start: two test processes share two cores.
@@ -45,14 +46,14 @@ __all__ = ["one_thread", "small", "tiny_model"]
 
 
 def pytest_collection_finish() -> None:
-    """Modules and tests are no garbage: the collections that sweeps ask for need not look through them."""
+    """Turn the garbage collector on for what comes from now on; modules and tests that are there stay to the end."""
     gc.collect()
     gc.freeze()
     gc.enable()
 
 
 def pytest_unconfigure() -> None:
-    """Let Python take down what was held, or bindings complain of leaks."""
+    """Let the collector see the modules again: bindings complain of leaks where it cannot free them at exit."""
     gc.unfreeze()
 
 
@@ -73,7 +74,10 @@ def quiet_machine() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def no_wait_for_the_disk() -> Iterator[None]:
-    """No test cuts the power, so none waits until its thousands of rows have reached the disk."""
+    """Let ``os.fsync`` return at once in the test process: no test cuts the power, and each row of a run asks for it.
+
+    What a test kills is a process of its own, which waits as users' do.
+    """
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(os, "fsync", lambda fd: None)
         yield
@@ -96,7 +100,10 @@ def same_draws() -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Files go to the test processes in the order below, not with those of few tests last, as pytest-xdist has it."""
+    """Keep the order of files below: pytest-xdist would deal those of many tests first, wherever the slow ones are.
+
+    It is pytest-xdist's ``--no-loadscope-reorder``, said here so that every call of pytest has it.
+    """
     config.option.loadscopereorder = False
 
 

@@ -222,7 +222,7 @@ def test_the_whole_way_through_the_commands(collected, tiny_model, tmp_path, cap
     assert json.loads((tables / "recall.json").read_text())["about"]["tokens"] == "every one"
     run = ["run", "--model", tiny_model, "-m", "dense", "-m", f"dsa:indexer={out},budget_tokens=64", "--task",
            "niah_single_1", "-l", "512", "-n", "1", "--max-new-tokens", "3", "--no-footprint", "--device", "cpu",
-           "--out", str(tmp_path / "run"), "-q"]  # fmt: skip
+           "--out", str(tmp_path / "run"), "-q", "--no-report"]  # fmt: skip
     assert cli.run_cli(run) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     (row,) = [row for row in rows if row["method"] != "dense"]

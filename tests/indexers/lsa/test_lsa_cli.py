@@ -108,7 +108,7 @@ def test_an_indexer_of_another_model_is_refused_naming_both(indexer, tmp_path, c
 def test_synthetic_is_planned_and_marked(tiny_model, tmp_path, capsys):
     command = ["run", "--model", tiny_model, "-m", "lsa:selection=synthetic,budget_fraction=0.5", "--task",
                "niah_single_1", "-l", "512", "-n", "1", "--max-new-tokens", "3", "--no-footprint", "--device", "cpu",
-               "--out", str(tmp_path / "run"), "-q"]  # fmt: skip
+               "--out", str(tmp_path / "run"), "-q", "--no-report"]  # fmt: skip
     assert cli.run_cli(command) == 0
     (row,) = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     assert row["selection"] == "synthetic"
@@ -139,7 +139,7 @@ def test_one_collection_serves_an_indexer_of_larger_chunks(indexer, tiny_model, 
     command = ["run", "--model", tiny_model, "-m", "dense", "-m",
                f"lsa:indexer={larger},tau=2,recency_tokens=64,budget_fraction=0.7", "--task", "niah_single_1", "-l",
                "512", "-n", "1", "--max-new-tokens", "5", "--no-footprint", "--device", "cpu", "--out",
-               str(tmp_path / "run"), "-q"]  # fmt: skip
+               str(tmp_path / "run"), "-q", "--no-report"]  # fmt: skip
     assert cli.run_cli(command) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     (row,) = [row for row in rows if row["method"] == "lsa"]
