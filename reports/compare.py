@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from kvscope.errors import UsageError
+from kvscope.reports.cells import NOT_SEEN
 from kvscope.reports.trust import time_doubts
 from kvscope.results.comparisons import Comparison, compare_tables
 from kvscope.results.continuing import differing_values
@@ -126,6 +127,8 @@ def _compared(first: Run, other: Run, letter: str, asked: MethodPair | None) -> 
     ]
     if searches:
         notes.append(f"Rows of {' and '.join(searches)} are not compared.")
+    if first.info.served or other.info.served:
+        notes.append(f"Bytes of answers are not compared: {NOT_SEEN}.")
     tables = {pair_text(pair): table for pair, table in zip(joined.pairs, joined.tables, strict=True)}
     every = pd.concat(joined.tables)
     return RunComparison(
@@ -165,7 +168,7 @@ def _cells(first: Run, other: Run, joined: Joined) -> tuple[list[dict[str, Any]]
                 states = [row["status"] if row else "not there" for row in (a, b)]
                 lone.append(LoneCell(methods=pair, length_tokens=length, a=states[0], b=states[1]))
             matched = table[table["length_tokens"] == length]
-            if len(matched):
+            if len(matched) and not (first.info.served or other.info.served):
                 a, b = (_means(run, matched[name]) for run, name in ((first, "row_baseline"), (other, "row_method")))
                 found.append(_cell(pair, length, "answers", a, b))
     return found, lone

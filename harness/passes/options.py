@@ -33,44 +33,6 @@ class RunOptions:
             help="reference, a folder, a Hugging Face id, preset:NAME, or a server's URL.  [default: reference]",
         ),
     ]
-    served_model: Annotated[
-        str | None,
-        typer.Option("--served-model", metavar="NAME", help="Server: its name for the model.  [default: its only one]"),
-    ]
-    tokenizer: Annotated[
-        str | None,
-        typer.Option("--tokenizer", metavar="MODEL", help="Server: its model's tokenizer; folder, reference or an id."),
-    ]
-    api: Annotated[
-        str | None,
-        typer.Option(
-            "--api",
-            metavar="auto|completions|chat",
-            help="Server: which API; auto is chat where there is a chat template.  [default: auto]",
-        ),
-    ]
-    server_context_tokens: Annotated[
-        str | None,
-        typer.Option(
-            "--server-context",
-            metavar="TOKENS",
-            help="Server: longest prompt + answer.  [default: what it says, else the model's config]",
-        ),
-    ]
-    concurrency: Annotated[
-        str | None,
-        typer.Option(
-            "--concurrency", metavar="N", help="Server: requests at a time, if that changes no answer.  [default: 1]"
-        ),
-    ]
-    request_timeout_s: Annotated[
-        str | None,
-        typer.Option("--request-timeout", metavar="SECONDS", help="Server: longest silence.  [default: 600]"),
-    ]
-    server_pid: Annotated[
-        str | None,
-        typer.Option("--server-pid", metavar="PID", help="Server: its process here, whose GPU memory NVML tells."),
-    ]
     methods: Annotated[
         list[str] | None,
         typer.Option(
@@ -225,6 +187,44 @@ class RunOptions:
             metavar="auto|float32|bfloat16|float16",
             help="auto is float32 on a CPU, bfloat16 on a GPU.  [default: auto]",
         ),
+    ]
+    served_model: Annotated[
+        str | None,
+        typer.Option("--served-model", metavar="NAME", help="Server: its name for the model.  [default: its only one]"),
+    ]
+    tokenizer: Annotated[
+        str | None,
+        typer.Option("--tokenizer", metavar="MODEL", help="Server: its model's tokenizer; folder, reference or an id."),
+    ]
+    api: Annotated[
+        str | None,
+        typer.Option(
+            "--api",
+            metavar="auto|completions|chat",
+            help="Server: which API; auto is chat where there is a chat template.  [default: auto]",
+        ),
+    ]
+    server_context_tokens: Annotated[
+        str | None,
+        typer.Option(
+            "--server-context",
+            metavar="TOKENS",
+            help="Server: longest prompt + answer.  [default: what it says, else the model's config]",
+        ),
+    ]
+    concurrency: Annotated[
+        str | None,
+        typer.Option(
+            "--concurrency", metavar="N", help="Server: requests at a time, if that changes no answer.  [default: 1]"
+        ),
+    ]
+    request_timeout_s: Annotated[
+        str | None,
+        typer.Option("--request-timeout", metavar="SECONDS", help="Server: longest silence.  [default: 600]"),
+    ]
+    server_pid: Annotated[
+        str | None,
+        typer.Option("--server-pid", metavar="PID", help="Server: its process here, whose GPU memory NVML tells."),
     ]
     sweeps: Annotated[
         list[str] | None,

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from kvscope.errors import UsageError
+from kvscope.harness.passes.served_facts import served_tokenizer
 from kvscope.results.continuing import recorded_tasks, without_hash
 from kvscope.results.frames import Run
 
@@ -16,7 +17,8 @@ class RebuiltPrompts:
 
     Args:
         run: the run.
-        model: whose tokenizer to take, as of `kvscope run`; None: the run's own model.
+        model: whose tokenizer to take, as of `kvscope run`; None: the run's own model, or of a served model the
+            tokenizer that its run was given.
 
     Raises:
         UsageError: the model's tokenizer is not there.
@@ -28,8 +30,11 @@ class RebuiltPrompts:
         from kvscope.harness.engine.names import resolve_model
 
         config = run.info.config
-        spec = model or str(config.get("model", run.info.model))
-        tokenizer = load_tokenizer(spec, resolve_model(spec)[0], load_config(spec))
+        spec = model or str(config.get("tokenizer") or config.get("model", run.info.model))
+        if run.info.served:
+            tokenizer = served_tokenizer(spec)[0]
+        else:
+            tokenizer = load_tokenizer(spec, resolve_model(spec)[0], load_config(spec))
         if tokenizer is None:
             raise UsageError(f"Model {spec!r} has no tokenizer, so there is no prompt to show.")
         self._tokenizer: Any = chat_tokenizer(tokenizer, str(config.get("chat_template", "none"))) or tokenizer

@@ -206,6 +206,20 @@ def test_another_server_does_not_continue_a_folder(stub: Stub, asked: dict[str, 
         run_of(asked, lengths_tokens=[320], seed=1)
 
 
+def test_runs_of_servers_are_compared_and_shown(
+    stub: Stub, asked: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = run_of(asked, lengths_tokens=[320])
+    stub.answer = lambda text, asked: " no idea"
+    other = run_of(asked, lengths_tokens=[320], out=asked["out"] + "2")
+    assert cli.run_cli(["compare", str(first.folder), str(other.folder)]) == 0
+    said = capsys.readouterr().out
+    assert "100.0  0.0" in said
+    assert "Bytes of answers are not compared: the model runs in a server, whose cache is not seen." in said
+    assert cli.run_cli(["samples", str(first.folder), "--prompt", "--limit", "1"]) == 0
+    assert f"is: {first.samples['targets'][0][0]}." in capsys.readouterr().out
+
+
 def test_more_of_the_same_continues_a_folder(stub: Stub, asked: dict[str, Any]) -> None:
     run_of(asked, lengths_tokens=[320], samples=1)
     run = run_of(asked, concurrency=2, request_timeout_s=5.0)
