@@ -126,6 +126,10 @@ def test_a_longer_prompt_loses_its_middle(kind: str, tmp_path: Path) -> None:
         (" (B) Ben", 1.0),
         ("I think.\nThe correct answer is: B", 1.0),
         ("The correct answer is (A), not (B)", 0.0),
+        ("**The correct answer is** (B)", 1.0),
+        ("The correct answer is **(B)**", 1.0),
+        ("A close look shows that the correct answer is (B).", 1.0),
+        ("A man with a beard, so\nB.", 1.0),
         ("Ben", 0.0),
         ("Because of B", 0.0),
         ("", 0.0),
@@ -158,6 +162,15 @@ def test_chats_have_their_dates_and_tell_where_the_answer_is(tmp_path: Path, tok
         task.build(tokenizer, length_tokens=160, sample=0, seed=0)
 
 
+def test_a_message_may_say_nothing(tmp_path: Path, tokenizer: Any) -> None:
+    silent = {"role": "assistant", "content": ""}
+    chats = {**CHATS, "haystack_sessions": [[silent], *CHATS["haystack_sessions"][1:]]}  # type: ignore[index]
+    repeat = {**REPEAT, "prompt": json.dumps([silent, *SAID])}
+    for name, record in (("longmemeval_s", chats), ("mrcr", repeat)):
+        task = make(name, write(tmp_path / f"{name}.json", record))
+        assert "Assistant: \n" in task.build(tokenizer, length_tokens=4096, sample=0, seed=0).text
+
+
 def test_a_reply_is_repeated_and_scored_as_the_dataset_says(tmp_path: Path, tokenizer: Any) -> None:
     longer = {**REPEAT, "n_needles": 4, "n_chars": 900}
     path = write(tmp_path / "2needle.parquet", REPEAT, longer)
@@ -187,6 +200,7 @@ def test_a_reply_is_repeated_and_scored_as_the_dataset_says(tmp_path: Path, toke
         ("longmemeval_s", json.dumps([{**CHATS, "haystack_dates": ["2023"]}]), "differ in length"),
         ("longmemeval_s", json.dumps([{**CHATS, "question_id": "x_abs"}]), "without a judge"),
         ("mrcr", json.dumps([{**REPEAT, "prompt": "[{]"}]), "prompt is no JSON list of messages"),
+        ("mrcr", json.dumps([{**REPEAT, "prompt": "[]"}]), "Record 1 of .*prompt"),
     ],
 )
 def test_the_first_fault_is_told_by_its_place(name: str, text: str, said: str, tmp_path: Path) -> None:
