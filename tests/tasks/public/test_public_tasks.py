@@ -13,6 +13,7 @@ from tokenizer_kinds import KINDS
 import kvscope
 from kvscope import cli
 from kvscope.errors import EnvironmentProblem, UsageError
+from kvscope.harness.passes.plan import make_plan
 from kvscope.tasks.public import fetched
 from kvscope.tasks.registry import create_task
 
@@ -266,3 +267,14 @@ def test_without_a_network_fetching_says_so(monkeypatch: pytest.MonkeyPatch, tmp
         fetched.fetch("longbench_v2")
     with pytest.raises(UsageError, match="Did you mean 'mrcr'"):
         fetched.fetch("mrrc")
+
+
+def test_a_prompt_too_long_is_refused_by_the_plan_wherever_it_stands(small: MakeConfig, tmp_path: Path) -> None:
+    dense = [{**SAID[1], "content": "1234567890!@#$%^&*" * 28}, *SAID]  # few characters, many tokens
+    plain = [{**SAID[1], "content": "the word " * 60}, *SAID]
+    records = [{**REPEAT, "prompt": json.dumps(plain), "n_chars": 9000}] * 40 + [
+        {**REPEAT, "prompt": json.dumps(dense)}
+    ]
+    data = write(tmp_path / "data.jsonl", *records)
+    with pytest.raises(UsageError, match=r"Conversation 41 of mrcr has .* use a larger --length"):
+        make_plan(small(tasks=[f"mrcr:data={data},new_tokens=8"], lengths_tokens=[300], samples=41))
