@@ -23,9 +23,11 @@ from kvscope.errors import UsageError, shown
 from kvscope.harness.engine.batch_decode import DecodeResult
 from kvscope.harness.engine.identity import eos_ids
 from kvscope.harness.engine.models import load_model
+from kvscope.harness.engine.presets import refuse_preset
 from kvscope.harness.engine.self_check import self_check as check_model
 from kvscope.harness.lm_harness.answering import Answering, Ask, Continuation, Score
 from kvscope.harness.passes.environment import package_version
+from kvscope.harness.served.address import is_url
 from kvscope.methods.registry import create_method
 from kvscope.specs import Spec, parse_spec
 
@@ -95,6 +97,12 @@ class KvscopeLM(HFLM):  # type: ignore[misc]  # lm-eval comes without types
                 f"{', '.join(sorted(_HFLM_ARGUMENTS))}."
             )
         chosen = create_method(_spec(method, options))
+        refuse_preset(pretrained, "ask")
+        if is_url(pretrained):
+            raise UsageError(
+                f"{shown(pretrained)} is a server, and its cache takes no method: ask lm-eval's own local-completions, "
+                "or use kvscope run --model URL."
+            )
         loaded = load_model(pretrained, device=device or "auto", dtype=dtype)
         if loaded.tokenizer is None:
             raise UsageError(f"Model '{pretrained}' has no tokenizer, and tasks of lm-eval are text: take another.")

@@ -40,7 +40,7 @@ class AccuracyPass:
         """Refuse a length at which a task cannot be built: nothing of this ends a run after its first row.
 
         The first prompt of every length is built, and more of them near to the least length: there a sample
-        with longer words than others may not fit.
+        with longer words than others may not fit. Prompts that have the length they have are all built there.
 
         Raises:
             UsageError: naming the length, the task and the least it takes, or what is in the way.
@@ -54,7 +54,8 @@ class AccuracyPass:
                         f"{least_tokens:,} tokens."
                     )
             for length_tokens in config.lengths_tokens:
-                tried = _TRIED_NEAR_LEAST if length_tokens < 2 * least_tokens else 1
+                near_least = config.samples if task.own_lengths else _TRIED_NEAR_LEAST
+                tried = near_least if length_tokens < 2 * least_tokens else 1
                 for index in range(min(config.samples, tried)):
                     task.build(facts.tokenizer, length_tokens=length_tokens, sample=index, seed=config.seed)
 

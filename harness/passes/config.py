@@ -298,7 +298,10 @@ class RunConfig(BaseModel):
         check_served(self.model, self.methods, self.tokenizer, changed=_changed(self))
         if self.find_max and self.throughput:
             raise UsageError("find_max and throughput are two runs: ask for one of them.")
-        if not self.footprint and (self.unscored or self.gpu_budget_bytes is not None or self.kv == "synthetic"):
+        if self.unscored and (self.jobs > 1 or self.gpus is not None):
+            raise UsageError("jobs and gpus say who answers prompts, and this run asks none: leave them out.")
+        asks_memory = self.gpu_budget_bytes is not None or self.kv == "synthetic" or self.footprint_batch > 1
+        if not self.footprint and (self.unscored or asks_memory):
             raise UsageError(
                 "footprint is off, so this run would measure no memory, which its other options ask for: leave out "
                 "--no-footprint."

@@ -18,7 +18,9 @@ from kvscope.units import Tokens
 LETTERS = ("A", "B", "C", "D")
 _PROMPT_FILE = Path("tasks", "longbench2", "_longbench_common_yaml")
 _MARK = "\0context\0"
-_SAID = re.compile(r"correct answer is[:\s]*\(?([A-D])\b|^\W*([A-D])(?![A-Za-z])", re.MULTILINE)
+_SENTENCE = re.compile(r"correct answer is[:\s]*\(?([A-D])\b")
+_ALONE = re.compile(r"^\W*([A-D])(?=[ \t]*$|[).:,])", re.MULTILINE)
+"""A letter at the beginning of a line; what follows tells it from the article of ``A man``."""
 
 
 class Question(Record):
@@ -87,9 +89,13 @@ class LongBenchV2Task(BenchmarkTask[Question]):
         return self.max_new_tokens + 2 * max(len(encoded(tokenizer, text)) for text in asked)
 
     def score(self, sample: Sample, output: str) -> float:
-        """Return 1 where the answer names the right letter first, as ``The correct answer is (B)`` or ``B``."""
-        found = _SAID.search(output)
-        return float(found is not None and (found[1] or found[2]) == sample.targets[0])
+        """Return 1 where the answer names the right letter first, as ``The correct answer is (B)``, or else as ``B``.
+
+        Asterisks (bold) are left out, as in LongBench's own code.
+        """
+        output = output.replace("*", "")
+        found = _SENTENCE.search(output) or _ALONE.search(output)
+        return float(found is not None and found[1] == sample.targets[0])
 
 
 @cache

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from kvscope.tasks.answers import METRICS
 from kvscope.tasks.base import Sample
@@ -18,10 +18,10 @@ _ABSTENTION = "_abs"
 
 
 class Turn(Record):
-    """One message."""
+    """One message; what is said may be nothing."""
 
     role: Literal["user", "assistant"]
-    content: str
+    content: str = Field(min_length=0)
 
 
 class Question(Record):

@@ -3,7 +3,7 @@
 from difflib import SequenceMatcher
 from typing import Literal
 
-from pydantic import TypeAdapter, ValidationError, field_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator
 
 from kvscope.tasks.base import Sample
 from kvscope.tasks.public.built import Parts
@@ -13,10 +13,10 @@ from kvscope.units import Tokens
 
 
 class Message(Record):
-    """One turn of the conversation."""
+    """One turn of the conversation; what is said may be nothing."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str
+    content: str = Field(min_length=0)
 
 
 _MESSAGES: TypeAdapter[tuple[Message, ...]] = TypeAdapter(tuple[Message, ...])
@@ -25,7 +25,7 @@ _MESSAGES: TypeAdapter[tuple[Message, ...]] = TypeAdapter(tuple[Message, ...])
 class Question(Record):
     """A record of the dataset; ``prompt`` is a JSON list of messages."""
 
-    prompt: tuple[Message, ...]
+    prompt: tuple[Message, ...] = Field(min_length=1)
     answer: str
     random_string_to_prepend: str
     n_needles: int

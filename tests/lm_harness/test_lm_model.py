@@ -193,12 +193,24 @@ def test_scores_that_cannot_be_are_refused(folder: str) -> None:
         ({"peft": "adapter"}, "has no argument 'peft'"),
         ({"batch_size": "many"}, "expected auto or a number"),
         ({"max_length": 10**6}, "expected 2 to 4,096 tokens"),
-        ({"pretrained": "preset:tiny"}, "has no tokenizer"),
     ],
 )
 def test_bad_arguments_are_one_sentence(folder: str, arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         KvscopeLM(**{"pretrained": folder, "device": "cpu", "self_check": False, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("model", "said"), [("preset:llama-3.1-8b", "no tokenizer"), ("http://localhost:8000/v1", "is a server")]
+)
+def test_what_has_no_text_or_no_cache_here_is_refused_before_it_loads(
+    model: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "kvscope.harness.lm_harness.model.load_model", lambda *a, **k: pytest.fail("something was loaded")
+    )
+    with pytest.raises(UsageError, match=said):
+        KvscopeLM(model, device="cpu")
 
 
 def test_options_of_a_method_come_as_text_mapping_or_one_by_one(folder: str) -> None:

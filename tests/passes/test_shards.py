@@ -217,6 +217,9 @@ def test_shards_are_runs_of_prompts_of_one_cell(wide: MakeConfig, tmp_path: Path
         (["--gpus", "0,0"], "names no GPUs"),
         (["--gpus", "first"], "names no GPUs"),
         (["--gpus", "all", "--device", "cpu"], "leave out --device"),
+        (["--jobs", "2", "--find-max"], "this run asks none"),
+        (["--gpus", "all", "--throughput"], "this run asks none"),
+        (["--footprint-batch", "2", "--no-footprint"], "leave out --no-footprint"),
     ],
 )
 def test_bad_options_are_one_sentence(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

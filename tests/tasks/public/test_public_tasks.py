@@ -13,6 +13,7 @@ from tokenizer_kinds import KINDS
 import kvscope
 from kvscope import cli
 from kvscope.errors import EnvironmentProblem, UsageError
+from kvscope.harness.passes.plan import make_plan
 from kvscope.tasks.public import fetched
 from kvscope.tasks.registry import create_task
 
@@ -126,6 +127,10 @@ def test_a_longer_prompt_loses_its_middle(kind: str, tmp_path: Path) -> None:
         (" (B) Ben", 1.0),
         ("I think.\nThe correct answer is: B", 1.0),
         ("The correct answer is (A), not (B)", 0.0),
+        ("**The correct answer is** (B)", 1.0),
+        ("The correct answer is **(B)**", 1.0),
+        ("A close look shows that the correct answer is (B).", 1.0),
+        ("A man with a beard, so\nB.", 1.0),
         ("Ben", 0.0),
         ("Because of B", 0.0),
         ("", 0.0),
@@ -158,6 +163,15 @@ def test_chats_have_their_dates_and_tell_where_the_answer_is(tmp_path: Path, tok
         task.build(tokenizer, length_tokens=160, sample=0, seed=0)
 
 
+def test_a_message_may_say_nothing(tmp_path: Path, tokenizer: Any) -> None:
+    silent = {"role": "assistant", "content": ""}
+    chats = {**CHATS, "haystack_sessions": [[silent], *CHATS["haystack_sessions"][1:]]}  # type: ignore[index]
+    repeat = {**REPEAT, "prompt": json.dumps([silent, *SAID])}
+    for name, record in (("longmemeval_s", chats), ("mrcr", repeat)):
+        task = make(name, write(tmp_path / f"{name}.json", record))
+        assert "Assistant: \n" in task.build(tokenizer, length_tokens=4096, sample=0, seed=0).text
+
+
 def test_a_reply_is_repeated_and_scored_as_the_dataset_says(tmp_path: Path, tokenizer: Any) -> None:
     longer = {**REPEAT, "n_needles": 4, "n_chars": 900}
     path = write(tmp_path / "2needle.parquet", REPEAT, longer)
@@ -187,6 +201,7 @@ def test_a_reply_is_repeated_and_scored_as_the_dataset_says(tmp_path: Path, toke
         ("longmemeval_s", json.dumps([{**CHATS, "haystack_dates": ["2023"]}]), "differ in length"),
         ("longmemeval_s", json.dumps([{**CHATS, "question_id": "x_abs"}]), "without a judge"),
         ("mrcr", json.dumps([{**REPEAT, "prompt": "[{]"}]), "prompt is no JSON list of messages"),
+        ("mrcr", json.dumps([{**REPEAT, "prompt": "[]"}]), "Record 1 of .*prompt"),
     ],
 )
 def test_the_first_fault_is_told_by_its_place(name: str, text: str, said: str, tmp_path: Path) -> None:
@@ -252,3 +267,14 @@ def test_without_a_network_fetching_says_so(monkeypatch: pytest.MonkeyPatch, tmp
         fetched.fetch("longbench_v2")
     with pytest.raises(UsageError, match="Did you mean 'mrcr'"):
         fetched.fetch("mrrc")
+
+
+def test_a_prompt_too_long_is_refused_by_the_plan_wherever_it_stands(small: MakeConfig, tmp_path: Path) -> None:
+    dense = [{**SAID[1], "content": "1234567890!@#$%^&*" * 28}, *SAID]  # few characters, many tokens
+    plain = [{**SAID[1], "content": "the word " * 60}, *SAID]
+    records = [{**REPEAT, "prompt": json.dumps(plain), "n_chars": 9000}] * 40 + [
+        {**REPEAT, "prompt": json.dumps(dense)}
+    ]
+    data = write(tmp_path / "data.jsonl", *records)
+    with pytest.raises(UsageError, match=r"Conversation 41 of mrcr has .* use a larger --length"):
+        make_plan(small(tasks=[f"mrcr:data={data},new_tokens=8"], lengths_tokens=[300], samples=41))
