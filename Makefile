@@ -8,7 +8,7 @@ DEMO ?= demo
 JOBS ?= 2
 
 # What test-versions runs: every place where another package is called, at about ten minutes an environment on two cores.
-VERSION_TESTS := tests/cli tests/reports tests/results tests/tasks/test_lm_harness.py \
+VERSION_TESTS := tests/cli tests/reports tests/results tests/served tests/tasks/test_lm_harness.py \
   $(filter-out %_gpu.py %_decode_graph.py,$(wildcard tests/engine/test_*.py)) \
   $(addprefix tests/methods/test_methods_,matrix.py pinned.py registry.py sparse_stock.py store.py) \
   $(addprefix tests/methods/,lsa/test_lsa_shipped.py kernels/test_kernel_dispatch.py kernels/test_kernels_compile.py) \

@@ -171,7 +171,7 @@ def four_bits() -> dict[str, Any]:
     """Compare llama.cpp's server with one that keeps keys in 4 bits."""
     plain = KINDS["llama.cpp"]
     small = replace(plain, command=lambda port: llama_cpp(port, "GGML_TYPE_Q4_0"))
-    asked = {"tasks": ["niah_single_1"], "lengths_tokens": [320], "samples": 10, "max_new_tokens": 40,
+    asked = {"tasks": ["niah_single_1"], "lengths_tokens": [256], "samples": 16, "max_new_tokens": 40,
              "tokenizer": plain.model, "chat_template": "none"}  # fmt: skip
     ports = free_port(), free_port()
     with served(plain, ports[0]), served(small, ports[1]):
