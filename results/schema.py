@@ -221,6 +221,11 @@ class CellRow(Record):
         return self
 
 
+_SCORED_ELSEWHERE = ("output", "score", "stop_reason", "decode_tokens")
+_SCORED = (*_SCORED_ELSEWHERE, "prefill_s", "decode_s")
+"""Columns of an answered prompt; a server does not tell its times."""
+
+
 class SampleRow(CellRow):
     """One prompt answered under one method (accuracy pass). Key: task, length_tokens, sample, method_label."""
 
@@ -302,9 +307,7 @@ class SampleRow(CellRow):
     @model_validator(mode="after")
     def _scored_when_ok(self) -> Self:
         if self.status == "ok":
-            self.demand(("output", "score", "stop_reason", "decode_tokens"), "in an ok row")
-            if self.served is None:
-                self.demand(("prefill_s", "decode_s"), "in an ok row of a model that is not served")
+            self.demand(_SCORED if self.served is None else _SCORED_ELSEWHERE, "in an ok row")
             if self.answer_nll is None and self.answer_nll_reason is None:
                 raise ValueError("answer_nll is null, so answer_nll_reason must say why")
             in_order(self.step_p10_s, self.step_p90_s, None, "step_p10_s <= step_p90_s")

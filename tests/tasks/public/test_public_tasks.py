@@ -276,5 +276,5 @@ def test_a_prompt_too_long_is_refused_by_the_plan_wherever_it_stands(small: Make
         {**REPEAT, "prompt": json.dumps(dense)}
     ]
     data = write(tmp_path / "data.jsonl", *records)
-    with pytest.raises(UsageError, match=r"Conversation 41 of mrcr has .* use a larger --length"):
+    with pytest.raises(UsageError, match=r"Question 41 of mrcr has .* use a larger --length"):
         make_plan(small(tasks=[f"mrcr:data={data},new_tokens=8"], lengths_tokens=[300], samples=41))
