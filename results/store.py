@@ -7,6 +7,7 @@ and the cell is simply measured again. A cell that failed may have a later row, 
 holds an exclusive `flock`; readers need none.
 """
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -63,6 +64,7 @@ class RunStore:
         self.messages: list[str] = list(messages)
         self._lock_fd = lock_fd
         self._unwritten = lock_fd is not None
+        self._is_new = False
         if is_packed(folder):
             if lock_fd is not None:
                 raise UsageError(f"{folder} holds a packed run, which is only read. Give --out another folder.")
@@ -101,6 +103,7 @@ class RunStore:
         `identity` differs in what must be equal (the message names the keys that differ, with both values).
         """
         folder = Path(folder)
+        is_new = not folder.exists()
         _make_folder(folder)
         lock_fd = _lock(folder)
         messages: list[str] = []
@@ -109,7 +112,9 @@ class RunStore:
                 info, messages = continued(folder, read_info(folder), info, earlier_identity=earlier_identity)
             else:
                 _refuse_orphan_rows(folder)
-            return cls(folder, info, lock_fd=lock_fd, messages=messages)
+            store = cls(folder, info, lock_fd=lock_fd, messages=messages)
+            store._is_new = is_new
+            return store
         except BaseException:
             os.close(lock_fd)
             raise
@@ -176,10 +181,14 @@ class RunStore:
         )
 
     def close(self) -> None:
-        """Release the lock and the descriptors. Safe to call twice."""
+        """Release the lock and the descriptors; a folder that was made for a run that never began goes. Safe twice."""
         for table in (self.sample_rows, self.footprint_rows, self.max_context_rows, self.throughput_rows):
             table.close()
         if self._lock_fd is not None:
+            if self._is_new and self._unwritten:
+                with contextlib.suppress(OSError):  # something else lies there by now
+                    (self.folder / LOCK_FILE).unlink()
+                    self.folder.rmdir()
             os.close(self._lock_fd)
             self._lock_fd = None
 

@@ -289,3 +289,19 @@ def test_rows_of_two_kinds_do_not_mix(tmp_path: Path, rows: Rows) -> None:
     (tmp_path / "footprint.jsonl").write_bytes((tmp_path / "samples.jsonl").read_bytes())
     with pytest.raises(UsageError, match=r"footprint\.jsonl, line 1 is not a valid row"):
         RunStore.open(tmp_path)
+
+
+def test_a_run_that_never_began_leaves_no_folder_of_its_own(tmp_path: Path, rows: Rows) -> None:
+    _, _, info = rows
+    with RunStore.create(tmp_path / "run", info):
+        assert (tmp_path / "run").is_dir()
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "mine").mkdir()
+    RunStore.create(tmp_path / "mine", info).close()
+    assert (tmp_path / "mine").is_dir()  # it was the user's
+    with RunStore.create(tmp_path / "run", info):
+        (tmp_path / "run" / "notes.txt").write_text("mine")
+    assert (tmp_path / "run" / "notes.txt").is_file()
+    with RunStore.create(tmp_path / "begun", info) as store:
+        store.begin()
+    assert (tmp_path / "begun" / "run.json").is_file()
