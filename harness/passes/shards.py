@@ -22,6 +22,7 @@ from kvscope.errors import EnvironmentProblem, UsageError
 from kvscope.harness.passes.answering import sample_cell
 from kvscope.harness.passes.base import Plan
 from kvscope.harness.passes.deadline import Deadline, TimeLimitReached
+from kvscope.harness.passes.mps import side_by_side
 from kvscope.harness.passes.process import SAID, STDERR_TAIL_CHARACTERS, worker_environment
 from kvscope.harness.passes.progress import Progress
 from kvscope.harness.passes.prompt_check import build
@@ -121,6 +122,7 @@ class ShardedAccuracy:
     cells: "Sequence[tuple[Task, str, int]]"
     devices: Sequence[str]
     _waiting: deque[Shard] = field(default_factory=deque)
+    _environment: dict[str, str] = field(default_factory=dict)
     _workers: list[_Worker] = field(default_factory=list)
     _said: "queue.Queue[tuple[_Worker, str | None]]" = field(default_factory=queue.Queue)
     _left: dict[tuple[str, int, int], int] = field(default_factory=dict)
@@ -140,9 +142,14 @@ class ShardedAccuracy:
         self._waiting.extend(shards_of(self.plan, self.store, self.cells, n_workers=len(self.devices)))
         if not self._waiting:
             return
+        devices = self.devices[: len(self._waiting)]
+        with side_by_side(devices, note=self.progress.note) as self._environment:
+            self._answer(devices, deadline)
+
+    def _answer(self, devices: Sequence[str], deadline: Deadline) -> None:
         over: TimeLimitReached | None = None
         try:
-            for device in self.devices[: len(self._waiting)]:
+            for device in devices:
                 self._start(device)
             while self._workers:
                 worker, line = self._said.get()
@@ -177,7 +184,7 @@ class ShardedAccuracy:
     # -- workers
 
     def _start(self, device: str) -> None:
-        environment = worker_environment()
+        environment = {**worker_environment(), **self._environment}
         if device == "cpu":
             threads = max(1, (os.cpu_count() or 1) // len(self.devices))
             environment.setdefault("OMP_NUM_THREADS", str(threads))
