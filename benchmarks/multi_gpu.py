@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -103,7 +102,7 @@ def measure(case: dict[str, Any], *, model: str, n_gpus: int, jobs: int, out: Pa
         "gpus": n_gpus, "jobs": jobs, "rows": n_rows, "whole_s": round(whole_s, 2), "worker_killed": seen.killed,
         "rows_per_s": round((last[1] - first[1]) / (last[0] - first[0]), 2), "measured_s": round(last[0] - first[0], 2),
         "first_row_s": round(next(s for s, rows in seen.marks if rows), 2),
-        "gpu_busy_percent": [round(mean(each), 1) for each in zip(*(seen.gpu_percent[at] for at in between), strict=True)],
+        "gpu_busy_percent": [round(mean(seen.gpu_percent[at][gpu] for at in between), 1) for gpu in range(n_gpus)],
         "cores_busy": round(mean(seen.cores_busy[at] for at in between), 2),
         "writer_cores": round(mean(seen.writer_cores[at] for at in between), 3),
         "mps": "Multi-Process Service" in text, "said": [line for line in text.splitlines() if "rocess" in line],
@@ -163,7 +162,8 @@ def compared(one: dict[str, dict[str, Any]], other: dict[str, dict[str, Any]]) -
     return {
         "rows_lost": len(one.keys() - other.keys()), "rows_too_many": len(other.keys() - one.keys()),
         "prompts_differ": sum(one[key]["prompt_sha256"] != other[key]["prompt_sha256"] for key in keys),
-        "answers_differ": len(differing), "of_these_ties": len(ties), "not_ties": sorted(set(differing) - set(ties))[:20],
+        "answers_differ": len(differing), "of_these_ties": len(ties),
+        "not_ties": sorted(set(differing) - set(ties))[:20],
         "scores_differ": sum(one[key]["score"] != other[key]["score"] for key in keys),
     }  # fmt: skip
 
@@ -180,7 +180,8 @@ def main() -> None:
     found = json.loads(options.out.read_text()) if options.out.exists() else {"cases": {}}
     for name in options.case or ("methods-16k", "methods-64k"):
         case = {**CASES[name], **({"samples": options.samples} if options.samples else {})}
-        runs, rows = [], {}
+        runs: list[dict[str, Any]] = []
+        rows: dict[int, dict[str, dict[str, Any]]] = {}
         with tempfile.TemporaryDirectory() as folder:
             for n_gpus in options.gpus:
                 out = Path(folder, str(n_gpus))
