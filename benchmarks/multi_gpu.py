@@ -30,6 +30,10 @@ OF_METHODS = ("niah_multikey_2", "niah_multikey_3", "niah_multivalue", "vt", "lo
 CASES: dict[str, dict[str, Any]] = {
     "methods-16k": {"method": NINE, "task": OF_METHODS, "length": ("16k",), "samples": 72},
     "methods-64k": {"method": NINE, "task": OF_METHODS, "length": ("64k",), "samples": 27},
+    "gemma-4k": {
+        "method": ("dense", "msa", "quest", "moba", "recency:budget_fraction=0.135"),
+        "task": ("niah_single_1", "niah_multikey_2", "vt"), "length": ("4k",), "samples": 60,
+    },
     "gemma-16k": {
         "method": ("dense", "lsa:indexer=landmark", "quest", "msa", "moba", "recency", "random"),
         "task": ("niah_single_1", "niah_multikey_2", "niah_multivalue", "long_qa"), "length": ("16k",), "samples": 54,
@@ -171,7 +175,7 @@ def compared(one: dict[str, dict[str, Any]], other: dict[str, dict[str, Any]]) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", action="append", choices=sorted(CASES), help="repeatable; all that need no folder")
-    parser.add_argument("--model", default="reference", help="of gemma-16k: its folder or GGUF file")
+    parser.add_argument("--model", default="reference", help="of gemma-*: its folder or GGUF file")
     parser.add_argument("--gpus", action="append", type=int, required=True, help="how many, ascending; repeatable")
     parser.add_argument("--jobs", type=int, default=3, help="processes a GPU")
     parser.add_argument("--samples", type=int, help="prompts a task and length, other than a case's own")
