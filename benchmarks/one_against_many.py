@@ -11,7 +11,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from kvscope.harness.passes.environment import capture_environment
 from kvscope.harness.passes.mps import multi_process_service

@@ -41,6 +41,7 @@ class IndexerSource(Generic[ConfigT, ModuleT]):
         self._placed: dict[torch.device, ModuleT] = {}
         self._checked: set[Path] = set()
         self._shape: ModelShape | None = None
+        self._found: tuple[ModelShape, Path | None] | None = None
 
     @functools.cached_property
     def given_folder(self) -> Path | None:
@@ -60,7 +61,10 @@ class IndexerSource(Generic[ConfigT, ModuleT]):
         if self.given_folder is not None:
             return self.given_folder
         shape = self._shape
-        found = None if shape is None else self._files.find_shipped(lambda config: self._misfit(config, shape))
+        if shape is not None and (self._found is None or self._found[0] is not shape):
+            # Once a model: every sequence and row asks.
+            self._found = shape, self._files.find_shipped(lambda config: self._misfit(config, shape))
+        found = None if self._found is None else self._found[1]
         if found is None:
             raise UsageError(self._missing)
         return found

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvscope.errors import UsageError
+from kvscope.harness.engine.host_threads import few_host_threads
 from kvscope.harness.passes.answering import load, measured_noise, release_memory
 from kvscope.harness.passes.base import Left, Plan, RunPlan, failed_lines, is_open
 from kvscope.harness.passes.batch_plan import batch_text, jobs_text
@@ -122,7 +123,7 @@ class AccuracyPass:
         if len(devices) > 1:
             ShardedAccuracy(plan, store, progress, self.cells(plan), devices).run(deadline)
             return
-        with Turns(plan, store, progress, self.cells(plan)) as turns:
+        with few_host_threads(plan.facts.device), Turns(plan, store, progress, self.cells(plan)) as turns:
             if turns.next_length_tokens is None:
                 return
             from kvscope.harness.passes.batch import Batch

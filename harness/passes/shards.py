@@ -6,7 +6,6 @@ take the next shard when theirs is done. A worker that dies gives its shard back
 
 import contextlib
 import json
-import os
 import queue
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from kvscope.errors import EnvironmentProblem, UsageError
+from kvscope.harness.engine.host_threads import threads_a_process
 from kvscope.harness.passes.answering import sample_cell
 from kvscope.harness.passes.base import Plan
 from kvscope.harness.passes.deadline import Deadline, TimeLimitReached
@@ -185,9 +185,7 @@ class ShardedAccuracy:
 
     def _start(self, device: str) -> None:
         environment = {**worker_environment(), **self._environment}
-        if device == "cpu":
-            threads = max(1, (os.cpu_count() or 1) // len(self.devices))
-            environment.setdefault("OMP_NUM_THREADS", str(threads))
+        environment.setdefault("OMP_NUM_THREADS", str(threads_a_process(len(self.devices), device=device)))
         stderr = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed when it ends
         process = subprocess.Popen(
             WORKER_COMMAND,

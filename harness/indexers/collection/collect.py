@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from kvscope.errors import EnvironmentProblem, UsageError
 from kvscope.files import make_folder
 from kvscope.harness.engine.backend import require_token_attention
+from kvscope.harness.engine.host_threads import few_host_threads
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.models import load_model
 from kvscope.harness.engine.presets import refuse_preset
@@ -145,10 +146,11 @@ def collect(
         number = len(shards)
         progress.begin_cell(f"shard {number + 1} of {len(groups)}", steps=len(group))
         documents = []
-        for job in group:
-            progress.begin_step(f"{job.task.name} {format_length(job.length_tokens)} {job.sample}")
-            documents.append(make_document(loaded, recorder, info, job, seed=config.seed))
-            progress.end_step(work_tokens=job.length_tokens)
+        with few_host_threads(str(loaded.device)):
+            for job in group:
+                progress.begin_step(f"{job.task.name} {format_length(job.length_tokens)} {job.sample}")
+                documents.append(make_document(loaded, recorder, info, job, seed=config.seed))
+                progress.end_step(work_tokens=job.length_tokens)
         name = f"shard-{number:05d}.safetensors"
         size_bytes = write_shard(folder / name, documents, info)
         infos = [asdict(document.info) for document in documents]

@@ -24,7 +24,7 @@ COLLECT_UNTIL, TRAIN_UNTIL = 0.7, 0.92
 #: What rounds of documents are for, over and over, at one length after the other; no document serves two ends.
 ROLES = ("train", "calibrate", "evaluate", "train", "train")
 STATE_FILE = "fit.json"
-FORMAT = 1
+FORMAT = 2
 MOST_STATE_BYTES = 2**20
 
 
