@@ -263,7 +263,7 @@ class CacheMethod(ABC, Generic[ConfigT]):
     cost: ClassVar[str]
     saving_kind: ClassVar[SavingKind]
     reads: ClassVar[str] = "every resident token"
-    reads_vary: ClassVar[bool] = False
+    reads_vary: bool = False
     budget_sets_window: ClassVar[bool] = True
     needs_training: ClassVar[str] = "no"
     through_decode: ClassVar[bool] = False
@@ -271,12 +271,16 @@ class CacheMethod(ABC, Generic[ConfigT]):
     paper_options: ClassVar[Mapping[str, Any]] = {}
     Config: ClassVar[type[Any]]
 
-    #: Format of the store, the option ``kv`` of every method; None: the model's dtype. ``create_method`` sets it.
+    #: Format of the store, the option ``kv`` of every method; None: the model's dtype.
     kv: KvFormat | None = None
 
     def __init__(self, config: ConfigT | None = None, *, label: str | None = None) -> None:
         self.config: ConfigT = self.Config() if config is None else config
         self.label = label or canonical_label(self.name, self.config)
+
+    def use_kv(self, kv: KvFormat) -> None:
+        """Store in this format; asked once, before anything is opened."""
+        self.kv = kv
 
     def stored(self, shape: ShapeT) -> ShapeT:
         """Return the shape with the format this method's store has: bytes are counted by it."""

@@ -181,6 +181,11 @@ class PackedPool:
             found_2HTD = torch.where(is_raw_HT[None, :, :, None], found_2HTD, packed_2HTD)
         return found_2HTD[0], found_2HTD[1]
 
+    def keys(self, layer: int, start_tokens: int, end_tokens: int) -> torch.Tensor:
+        """Return the keys [H, T, D] of tokens start to end (excluded), as they are read back."""
+        token_T = torch.arange(start_tokens, end_tokens, device=self._residual.device)
+        return self.tokens(layer, token_T.expand(self.shape.n_kv_heads, -1))[0].to(self.dtype)
+
     def make_step(self, counters: StepCounters) -> PackedStep:
         """Return what appends and reads at fixed addresses from here on."""
         return PackedStep(self, counters)

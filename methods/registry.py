@@ -116,7 +116,7 @@ def create_method(given: str | Mapping[str, Any] | Spec, *, paper_settings: bool
     # The label is what the user asked for; `effective_config` says what the paper's settings made of it.
     method = cls(config, label=label)
     if kv is not None:
-        method.kv = kv
+        method.use_kv(kv)
     return method
 
 

@@ -174,6 +174,13 @@ class PagePool:
         """Attend one query to every token; the call and the result are ``paged_attention``'s."""
         return paged_attention(call, self.pages[layer], n_tokens=self.lengths[layer])
 
+    def keys(self, layer: int, start_tokens: int, end_tokens: int) -> torch.Tensor:
+        """Return the keys [H, T, D] of tokens start to end (excluded); copies those pages only."""
+        P = self.shape.page_tokens
+        first = start_tokens // P
+        k_HTD = self.pages[layer][first : -(-end_tokens // P), :, 0].transpose(0, 1).flatten(1, 2)
+        return k_HTD[:, start_tokens - first * P : end_tokens - first * P]
+
     def make_step(self, counters: StepCounters) -> StepPages:
         """Return what appends and reads at fixed addresses from here on."""
         from kvscope.methods.static_step import StepPages
