@@ -62,7 +62,8 @@ class PagePacking:
     """How one KV head's part of a page lies in memory: a record of bytes.
 
     In order: elements of K [P, D/F], elements of V [P, D/F], then in fp16 K's scales (and zero points)
-    [groups, numbers, D] and V's [F, numbers, P]. Bits i of byte j hold channel ``i * D/F + j``.
+    [groups, numbers, D] and V's [F, P, numbers]. Bits i of byte j hold channel ``i * D/F + j``. K's numbers are in the
+    order of ``channel_order``: that of the fields of words of two bytes, in which a kernel reads.
 
     Attributes:
         format: of the elements.
@@ -105,6 +106,12 @@ class PagePacking:
         return self.format.fields * self.format.numbers * self.page_tokens
 
     @property
+    def channel_order(self) -> tuple[int, ...]:
+        """The channels by field of a word: field f of word m holds channel ``f % F * D/F + f // F + 2 m``."""
+        F, size = self.format.fields, self.token_bytes
+        return tuple(f % F * size + f // F + 2 * m for f in range(2 * F) for m in range(size // 2))
+
+    @property
     def record_bytes(self) -> int:
         """Bytes of the record, rounded up to whole pieces of 32."""
         held = 2 * self.element_bytes + _META_BYTES * (self.key_numbers + self.value_numbers)
@@ -112,9 +119,10 @@ class PagePacking:
 
     def unsupported(self) -> list[str]:
         """Return every reason why pages cannot be packed so."""
-        if self.head_dim % self.format.fields:
+        if self.head_dim % (2 * self.format.fields):
             return [
-                f"kv={self.format.name} puts {self.format.fields} channels into a byte, and heads have {self.head_dim}"
+                f"kv={self.format.name} puts {2 * self.format.fields} channels into a word of two bytes, and heads have "
+                f"{self.head_dim}"
             ]
         return []
 

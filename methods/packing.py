@@ -19,7 +19,7 @@ _LOOSE = 2.0**-10  # twice fp16's rounding
 
 def pack_pages(pages: torch.Tensor, packing: PagePacking) -> torch.Tensor:
     """Return pages [X, 2, P, D] as records [X, R] of uint8, on the device they are on."""
-    numbers, D, P = packing.format.numbers, packing.head_dim, packing.page_tokens
+    D, P = packing.head_dim, packing.page_tokens
     fields, groups = packing.format.fields, packing.key_groups
     lead = pages.shape[:-3]
     k_ngTD = pages[..., 0, :, :].reshape(-1, groups, P // groups, D).float()
@@ -31,9 +31,9 @@ def pack_pages(pages: torch.Tensor, packing: PagePacking) -> torch.Tensor:
     size, at = packing.element_bytes, 2 * packing.element_bytes
     record[:, :size] = _fold(k_codes.view(n, P, fields, D // fields)).view(n, -1)
     record[:, size:at] = _fold(v_codes).view(n, -1)
-    k_meta = torch.stack([each.view(n, groups, D) for each in k_numbers], 2)  # [n, groups, numbers, D]
-    v_meta = torch.stack([each.view(n, P, fields).transpose(1, 2) for each in v_numbers], 2)  # [n, F, numbers, P]
-    assert k_meta.shape[2] == v_meta.shape[2] == numbers
+    order_D = torch.tensor(packing.channel_order, device=pages.device)
+    k_meta = torch.stack([each.view(n, groups, D) for each in k_numbers], 2)[..., order_D]  # [n, groups, numbers, D]
+    v_meta = torch.stack([each.view(n, P, fields).transpose(1, 2) for each in v_numbers], 3)  # [n, F, P, numbers]
     meta = torch.cat([k_meta.reshape(n, -1), v_meta.reshape(n, -1)], 1).contiguous().view(torch.uint8)
     record[:, at : at + meta.shape[1]] = meta
     return record.view(*lead, packing.record_bytes)
@@ -49,7 +49,7 @@ def unpack_pages(records: torch.Tensor, packing: PagePacking, dtype: torch.dtype
     k = _values(flat[:, :size].reshape(n, groups, -1, D // fields), packing, work)  # [n, groups, T, F, D/F]
     v = _values(flat[:, size : 2 * size].reshape(n, P, D // fields), packing, work)  # [n, P, F, D/F]
     k_per_channel = k_numbers.view(n, groups, -1, 1, fields, D // fields)
-    v_per_token = v_numbers.permute(0, 3, 1, 2)[..., None]  # [n, P, F, numbers, 1]
+    v_per_token = v_numbers.transpose(1, 2)[..., None]  # [n, P, F, numbers, 1]
     k, v = k * k_per_channel[:, :, 0], v * v_per_token[:, :, :, 0]
     if not packing.format.is_float:
         k, v = k + k_per_channel[:, :, 1], v + v_per_token[:, :, :, 1]
@@ -75,7 +75,7 @@ def unpack_tokens(
     )  # [H, T, F, D/F]
     k_meta = k_numbers[page_HT, head_H1, offset_HT // packing.key_group_tokens].float()  # [H, T, numbers, D]
     k_meta = k_meta.view(*page_HT.shape, -1, fields, C)
-    v_meta = v_numbers[page_HT, head_H1, :, :, offset_HT].float()[..., None]  # [H, T, F, numbers, 1]
+    v_meta = v_numbers[page_HT, head_H1, :, offset_HT].float()[..., None]  # [H, T, F, numbers, 1]
     k, v = k * k_meta[:, :, 0], v * v_meta[:, :, :, 0]
     if not packing.format.is_float:
         k, v = k + k_meta[:, :, 1], v + v_meta[:, :, :, 1]
@@ -128,14 +128,15 @@ def _values(elements: torch.Tensor, packing: PagePacking, work: torch.dtype) -> 
 
 
 def _raw_numbers(flat: torch.Tensor, packing: PagePacking) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return K's numbers [n, groups, numbers, D] and V's [n, F, numbers, P] of records [n, R], views in fp16."""
+    """Return K's numbers [n, groups, numbers, D] and V's [n, F, P, numbers] of records [n, R], in fp16."""
     n, numbers = len(flat), packing.format.numbers
     halves = flat.view(torch.float16)
     at = packing.element_bytes  # two blocks of elements, two bytes a number
     k = halves[:, at : at + packing.key_numbers].view(n, packing.key_groups, numbers, packing.head_dim)
     at += packing.key_numbers
-    v = halves[:, at : at + packing.value_numbers].view(n, packing.format.fields, numbers, packing.page_tokens)
-    return k, v
+    v = halves[:, at : at + packing.value_numbers].view(n, packing.format.fields, packing.page_tokens, numbers)
+    place_D = torch.tensor(packing.channel_order, device=flat.device).argsort()
+    return k[..., place_D], v
 
 
 def _numbers(flat: torch.Tensor, packing: PagePacking, work: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

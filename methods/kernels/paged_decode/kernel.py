@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import triton
+import triton.language as tl
 
 from kvscope.methods.kernels.grid import launches_dependents, n_sms
 from kvscope.methods.kernels.paged_decode.inputs import PagedKV, check_inputs, index_strides
@@ -52,7 +53,7 @@ class PackedTuning:
     """
 
     tile_tokens: int = 64
-    programs_per_sm: int = 2
+    programs_per_sm: int = 3
     num_warps: int = 4
     num_stages: int = 4
 
@@ -128,8 +129,9 @@ def paged_decode(
         if packing is not None:
             packed_split_kernel[(programs,)](
                 q_BQ1D,
-                store.pages,
+                store.pages.view(torch.int16),
                 store.pages.view(torch.float16),
+                store.pages.view(torch.int32),
                 table,
                 lengths.pointer,
                 out,
@@ -148,7 +150,7 @@ def paged_decode(
                 G=G,
                 G_PAD=max(16, triton.next_power_of_2(G)),
                 D=D,
-                C_PAD=max(16, triton.next_power_of_2(packing.token_bytes)),
+                C_PAD=max(16, triton.next_power_of_2(packing.token_bytes // 2)),
                 P=packing.page_tokens,
                 N=tile_tokens,
                 GROUP=packing.key_group_tokens,
@@ -160,6 +162,8 @@ def paged_decode(
                 HAS_TABLE=store.page_table is not None,
                 HAS_SOFTCAP=softcap is not None,
                 DEVICE_LENGTHS=lengths.on_device,
+                OPERAND=tl.float32 if q_BQ1D.dtype == torch.float32 else tl.float16,
+                ASSEMBLY=device.type == "cuda" and q_BQ1D.dtype != torch.float32,
                 PRECISION="ieee",
                 num_warps=packed_tuning.num_warps,
                 num_stages=packed_tuning.num_stages,

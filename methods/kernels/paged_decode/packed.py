@@ -1,12 +1,12 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
-"""paged_decode's first kernel over packed pages: elements are unpacked in registers, scales go to the query and weights.
+"""paged_decode's first kernel over packed pages: what is stored is unpacked in registers, beside the products.
 
-With K = c s + z (a scale and a zero point a channel), q . K = (q s) . c + q . z: the query takes the scales, once a tile.
-With V = c s + z (a token's), sum_t w_t V_t = sum_t (w_t s_t) c_t + sum_t w_t z_t: the weights take them. So what is done
-for each element is to make a number of its bits.
+Elements are read as words of 16 bits, whose W fields are W parts of a token's channels, each multiplied by itself: so
+no element changes its place. Operands are fp16 (fp32 for fp32 queries): it holds every code, and a dequantised element
+to 11 bits. Queries and weights are scaled by powers of two to stay within its range.
 
-Shapes: G query heads a KV head, D head size, F elements a byte, C = D / F bytes of a token, P tokens a page, N tokens a
-tile. ``kv_format.PagePacking`` has the layout of a page.
+Shapes: G query heads a KV head, D head size, F elements a byte, W = 2 F elements a word, C = D / W words of a token,
+P tokens a page, N tokens a tile. ``kv_format.PagePacking`` has the layout of a page.
 """
 
 import triton
@@ -16,6 +16,36 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kvscope.methods.kernels.paged_decode.work import begin_of, counts_of, row_of, share_of_work, value_at
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LOG2_QUERY = tl.constexpr(4.0)  # queries reach 2^4 to 2^5
+LOG2_WEIGHT = tl.constexpr(14.0)  # the greatest weight is 2^14: weights of 2^-28 of it are normal numbers yet
+
+
+@triton.constexpr_function
+def _whole_asm(bits, field):
+    """Return assembly for whole numbers: $0 = (field of $1) * $2 + $3, two words at once."""
+    mask = (1 << bits) - 1
+    mask |= mask << 16
+    shift = f"shr.b32 t, $1, {bits * field};" if field else "mov.b32 t, $1;"
+    return (
+        "{ .reg .b32 t, m; mov.b32 m, 0x64006400; "
+        f"{shift} lop3.b32 t, t, {mask:#x}, m, 0xea; "  # (t & mask) | m: 1024 + c
+        "sub.f16x2 t, t, m; fma.rn.f16x2 $0, t, $2, $3; }"
+    )
+
+
+@triton.constexpr_function
+def _float_asm(field):
+    """Return assembly for e4m3: $0 = (byte of $1) * $2, two words at once; the bits of e4m3 at those of fp16 are the
+    number over 2^8."""
+    high = "mov.b32 t, $1;" if field else "shl.b32 t, $1, 8;"
+    return (
+        "{ .reg .b32 t, u, m; "
+        f"{high} shr.b32 u, t, 1; and.b32 u, u, 0x3f803f80; "
+        "lop3.b32 t, t, 0x80008000, u, 0xea; mov.b32 m, 0x5c005c00; "  # (t & signs) | u; m is 256
+        "mul.f16x2 u, $2, m; mul.f16x2 $0, t, u; }"
+    )
+
+
 # What changes with steps, batches and pools that grow: a compilation for each divisibility would buy nothing.
 _PACKED_VARY = ["n_tokens", "capacity", "n_counts", "rows_each", "n_kv_heads", "stride_tb", "stride_th", "stride_lb",
                 "stride_lh"]  # fmt: skip
@@ -26,6 +56,7 @@ def packed_split_kernel(
     q_ptr,
     pages_ptr,
     numbers_ptr,
+    pairs_ptr,
     table_ptr,
     lengths_ptr,
     out_ptr,
@@ -58,16 +89,18 @@ def packed_split_kernel(
     HAS_TABLE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     DEVICE_LENGTHS: tl.constexpr,
+    OPERAND: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
     PRECISION: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """Attend to this program's share of the tiles; partial results as ``split_kernel`` leaves them.
 
-    ``pages_ptr`` and ``numbers_ptr`` are the same pages, as bytes and as fp16. ``GROUP``: tokens that share a channel's
+    ``pages_ptr``, ``numbers_ptr`` and ``pairs_ptr`` are the same pages, as words, as fp16 and as pairs of fp16. ``GROUP``: tokens that share a channel's
     scale, a multiple of N. ``RECORD``: bytes of one KV head's part of a page.
     """
-    F: tl.constexpr = 8 // BITS
-    C: tl.constexpr = D // F
+    W: tl.constexpr = 16 // BITS
+    C: tl.constexpr = D // W
     if DEPENDENT:
         gdc_wait()
     program = tl.program_id(0).to(tl.int64)
@@ -93,45 +126,44 @@ def packed_split_kernel(
         tile_begin = tl.maximum(begin - row_begin, 0)
         tile_end = tl.minimum(end - row_begin, n_tiles)
         b, h = row // n_kv_heads, row % n_kv_heads
-        q_at = q_ptr + b * stride_qb + (h * G + g)[:, None] * stride_qh + c[None, :]
-        q0 = tl.load(q_at, mask=wanted, other=0.0)
-        q1, q2, q3 = q0, q0, q0
-        if F > 1:
-            q1 = tl.load(q_at + C, mask=wanted, other=0.0)
-        if F > 2:
-            q2 = tl.load(q_at + 2 * C, mask=wanted, other=0.0)
-            q3 = tl.load(q_at + 3 * C, mask=wanted, other=0.0)
-        weight_sum, top, acc0, acc1, acc2, acc3 = _attend_packed(
-            q0, q1, q2, q3, pages_ptr + h * RECORD, numbers_ptr + h * (RECORD // 2),
-            table_ptr + b * stride_tb + h * stride_th, n, tile_begin, tile_end, n_kv_heads, scale, softcap,
-            G_PAD, D, C_PAD, P, N, GROUP, BITS, IS_FLOAT, RECORD, HAS_TABLE, HAS_SOFTCAP, PRECISION,
+        q_at = q_ptr + b * stride_qb + (h * G + g)[:, None] * stride_qh
+        q = ()
+        top_q = tl.full([G_PAD], 0.0, tl.float32)
+        for f in tl.static_range(W):
+            part = tl.load(q_at + _channel(c, f, D, BITS)[None, :], mask=wanted, other=0.0)
+            q = q + (part,)
+            top_q = tl.maximum(top_q, tl.max(tl.abs(part.to(tl.float32)), 1))
+        # A power of two: it costs no precision.
+        factor = tl.exp2(tl.floor(tl.log2(tl.maximum(top_q, 1e-30))) - LOG2_QUERY)
+        scaled = ()
+        for f in tl.static_range(W):
+            scaled = scaled + ((q[f].to(tl.float32) / factor[:, None]).to(OPERAND),)
+        weight_sum, top, acc = _attend_packed(
+            scaled, factor * scale, pages_ptr + h * (RECORD // 2), numbers_ptr + h * (RECORD // 2),
+            pairs_ptr + h * (RECORD // 4),
+            table_ptr + b * stride_tb + h * stride_th, n, tile_begin, tile_end, n_kv_heads, softcap,
+            G_PAD, D, C_PAD, P, N, GROUP, BITS, IS_FLOAT, RECORD, HAS_TABLE, HAS_SOFTCAP, OPERAND, ASSEMBLY, PRECISION,
         )  # fmt: skip
         safe_sum = tl.where(weight_sum > 0, weight_sum, 1.0)
         partial = (row + program) * G + g
-        tl.store(lse_ptr + partial, top + tl.log2(safe_sum), mask=g < G)
-        out_at = out_ptr + partial[:, None] * D + c[None, :]
-        tl.store(out_at, acc0 / safe_sum[:, None], mask=wanted)
-        if F > 1:
-            tl.store(out_at + C, acc1 / safe_sum[:, None], mask=wanted)
-        if F > 2:
-            tl.store(out_at + 2 * C, acc2 / safe_sum[:, None], mask=wanted)
-            tl.store(out_at + 3 * C, acc3 / safe_sum[:, None], mask=wanted)
+        tl.store(lse_ptr + partial, top + tl.log2(safe_sum) - LOG2_WEIGHT, mask=g < G)
+        for f in tl.static_range(W):
+            out_at = out_ptr + partial[:, None] * D + _channel(c, f, D, BITS)[None, :]
+            tl.store(out_at, acc[f] / safe_sum[:, None], mask=wanted)
 
 
 @triton.jit
 def _attend_packed(
-    q0,
-    q1,
-    q2,
-    q3,
+    q,
+    scale,
     head,
     numbers,
+    pairs,
     table,
     n,
     tile_begin,
     tile_end,
     n_kv_heads,
-    scale,
     softcap,
     G_PAD: tl.constexpr,
     D: tl.constexpr,
@@ -144,121 +176,122 @@ def _attend_packed(
     RECORD: tl.constexpr,
     HAS_TABLE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    OPERAND: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Attend one group of queries, in F parts [G_PAD, C_PAD], to tiles of one row; every tile lies in one page.
+    """Attend one group of queries, in W parts [G_PAD, C_PAD], to tiles of one row; every tile lies in one page.
 
-    ``head`` and ``numbers`` point to the KV head in the first page.
+    ``head``, ``numbers`` and ``pairs`` point to the KV head in the first page; ``scale`` is of each query, [G_PAD].
     """
+    W: tl.constexpr = 16 // BITS
     F: tl.constexpr = 8 // BITS
-    C: tl.constexpr = D // F
+    C: tl.constexpr = D // W
+    KINDS: tl.constexpr = 1 if IS_FLOAT else 2
+    FIRST_K: tl.constexpr = P * D // F  # numbers are two bytes, and elements of K and of V lie before them
+    FIRST_V: tl.constexpr = FIRST_K + P // GROUP * (KINDS * D)
     c = tl.arange(0, C_PAD)
     t = tl.arange(0, N)
     top = tl.full([G_PAD], float("-inf"), tl.float32)
     weight_sum = tl.zeros([G_PAD], tl.float32)
-    # Parts that there are not are as small as can be.
-    acc0 = tl.zeros([G_PAD, C_PAD], tl.float32)
-    acc1 = tl.zeros([G_PAD, C_PAD if F > 1 else 1], tl.float32)
-    acc2 = tl.zeros([G_PAD, C_PAD if F > 2 else 1], tl.float32)
-    acc3 = tl.zeros([G_PAD, C_PAD if F > 2 else 1], tl.float32)
-    inside = (c < C)[None, :] & (t < N)[:, None]
-    # Slots are known a tile ahead, and scales are loaded a tile ahead: no load waits for one of its own iteration.
-    slot = _slot_of(tile_begin, n, table, P, N, HAS_TABLE)
-    next_slot = _slot_of(tile_begin + 1, n, table, P, N, HAS_TABLE)
-    ks0, ks1, ks2, ks3, kz0, kz1, kz2, kz3 = _key_numbers(
-        numbers, slot, tile_begin, n_kv_heads, D, C_PAD, P, N, GROUP, BITS, IS_FLOAT, RECORD
-    )
-    vs0, vs1, vs2, vs3, vz0, vz1, vz2, vz3 = _value_numbers(
-        numbers, slot, tile_begin, n_kv_heads, D, P, N, GROUP, BITS, IS_FLOAT, RECORD
-    )
+    acc = ()
+    for f in tl.static_range(W):
+        acc = acc + (tl.zeros([G_PAD, C_PAD], tl.float32),)
+    # A slot is known a tile ahead: no load waits for one of its own iteration. Triton pipelines no loop that hands a
+    # value on unchanged, so it is the page's distance that is carried.
+    page_words = n_kv_heads * (RECORD // 2)
+    page = _slot_of(tile_begin, n, table, P, N, HAS_TABLE) * page_words
     for tile in range(tile_begin, tile_end):
-        offset = tile * N % P
-        at = head + slot * n_kv_heads * RECORD + offset * C
-        k_bytes = tl.load(at + (t * C)[:, None] + c[None, :], mask=inside, other=0)
-        v_bytes = tl.load(at + P * C + (t * C)[:, None] + c[None, :], mask=inside, other=0)
-        slot_after = _slot_of(tile + 2, n, table, P, N, HAS_TABLE)
-        next_ks0, next_ks1, next_ks2, next_ks3, next_kz0, next_kz1, next_kz2, next_kz3 = _key_numbers(
-            numbers, next_slot, tile + 1, n_kv_heads, D, C_PAD, P, N, GROUP, BITS, IS_FLOAT, RECORD
-        )
-        next_vs0, next_vs1, next_vs2, next_vs3, next_vz0, next_vz1, next_vz2, next_vz3 = _value_numbers(
-            numbers, next_slot, tile + 1, n_kv_heads, D, P, N, GROUP, BITS, IS_FLOAT, RECORD
-        )
+        offset = tl.multiple_of(tile * N % P, N)
+        at = head + page + (offset + t)[:, None] * C + c[None, :]
+        if C == C_PAD:
+            k_words = tl.load(at)
+            v_words = tl.load(at + P * C)
+        else:
+            inside = (c < C)[None, :] & (t < N)[:, None]
+            k_words = tl.load(at, mask=inside, other=0)
+            v_words = tl.load(at + P * C, mask=inside, other=0)
+        k_numbers = numbers + page + FIRST_K + offset // GROUP * (KINDS * D)
+        v_numbers = numbers + page + FIRST_V + offset + t
+        v_pairs = pairs + page // 2 + FIRST_V // 2 + offset + t
+        page = _slot_of(tile + 1, n, table, P, N, HAS_TABLE) * page_words
 
-        logits, shift = _add_logits(q0, k_bytes, ks0, kz0, 0, BITS, IS_FLOAT, PRECISION)
-        if F > 1:
-            more, also = _add_logits(q1, k_bytes, ks1, kz1, 1, BITS, IS_FLOAT, PRECISION)
-            logits, shift = logits + more, shift + also
-        if F > 2:
-            more, also = _add_logits(q2, k_bytes, ks2, kz2, 2, BITS, IS_FLOAT, PRECISION)
-            logits, shift = logits + more, shift + also
-            more, also = _add_logits(q3, k_bytes, ks3, kz3, 3, BITS, IS_FLOAT, PRECISION)
-            logits, shift = logits + more, shift + also
-        if not IS_FLOAT:
-            logits += shift[:, None]
-        logits *= scale
+        logits = tl.zeros([G_PAD, N], tl.float32)
+        for f in tl.static_range(W):
+            s = tl.load(k_numbers + f * C + c, mask=c < C, other=0.0)
+            z = s
+            if not IS_FLOAT:
+                z = tl.load(k_numbers + D + f * C + c, mask=c < C, other=0.0)
+            k = _values(k_words, s[None, :], z[None, :], f, BITS, IS_FLOAT, OPERAND, ASSEMBLY)
+            logits = tl.dot(q[f], tl.trans(k), logits, input_precision=PRECISION)
+        logits *= scale[:, None]
         if HAS_SOFTCAP:
             # softcap * tanh(x), by an exponential that saturates to +-1 where it overflows.
             logits = softcap * (1.0 - 2.0 / (tl.exp2(logits * (2.0 * LOG2E) / softcap) + 1.0)) * LOG2E
-        seen = tile * N + t < n
-        logits = tl.where(seen[None, :], logits, float("-inf"))
+        logits = tl.where((tile * N + t < n)[None, :], logits, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, 1))
         fade = tl.exp2(top - new_top)
-        weights = tl.exp2(logits - new_top[:, None])
+        weights = tl.exp2(logits - (new_top - LOG2_WEIGHT)[:, None])
         weight_sum = weight_sum * fade + tl.sum(weights, 1)
-        acc0 = _add_values(acc0 * fade[:, None], weights, v_bytes, vs0, vz0, 0, q0, BITS, IS_FLOAT, PRECISION)
-        if F > 1:
-            acc1 = _add_values(acc1 * fade[:, None], weights, v_bytes, vs1, vz1, 1, q0, BITS, IS_FLOAT, PRECISION)
-        if F > 2:
-            acc2 = _add_values(acc2 * fade[:, None], weights, v_bytes, vs2, vz2, 2, q0, BITS, IS_FLOAT, PRECISION)
-            acc3 = _add_values(acc3 * fade[:, None], weights, v_bytes, vs3, vz3, 3, q0, BITS, IS_FLOAT, PRECISION)
+        operand = weights.to(OPERAND)
+        scales = ()
+        zeros = ()
+        for group in tl.static_range(F):
+            if IS_FLOAT:
+                scales = scales + (tl.load(v_numbers + group * P),)
+                zeros = scales
+            else:
+                # Two bytes a lane are fewer than an asynchronous copy takes: a scale and its zero point come together.
+                pair = tl.load(v_pairs + group * P)
+                scales = scales + ((pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True),)
+                zeros = zeros + ((pair >> 16).to(tl.int16).to(tl.float16, bitcast=True),)
+        added = ()
+        for f in tl.static_range(W):
+            v = _values(
+                v_words, scales[f % F][:, None], zeros[f % F][:, None], f, BITS, IS_FLOAT, OPERAND, ASSEMBLY
+            )
+            added = added + (tl.dot(operand, v, acc[f] * fade[:, None], input_precision=PRECISION),)
+        acc = added
         top = new_top
-        slot, next_slot = next_slot, slot_after
-        ks0, ks1, ks2, ks3 = next_ks0, next_ks1, next_ks2, next_ks3
-        kz0, kz1, kz2, kz3 = next_kz0, next_kz1, next_kz2, next_kz3
-        vs0, vs1, vs2, vs3 = next_vs0, next_vs1, next_vs2, next_vs3
-        vz0, vz1, vz2, vz3 = next_vz0, next_vz1, next_vz2, next_vz3
-    return weight_sum, top, acc0, acc1, acc2, acc3
+    return weight_sum, top, acc
 
 
 @triton.jit
-def _add_logits(q, k_bytes, scales, zeros, FIELD: tl.constexpr, BITS: tl.constexpr, IS_FLOAT: tl.constexpr,
-                PRECISION: tl.constexpr):  # fmt: skip
-    """Return a part's logits [G_PAD, N] and what zero points add to all of them [G_PAD]."""
-    codes = _codes(k_bytes, q.dtype, FIELD, BITS, IS_FLOAT)
-    scaled = (q.to(tl.float32) * scales[None, :]).to(q.dtype)
-    logits = tl.dot(scaled, tl.trans(codes), input_precision=PRECISION, out_dtype=tl.float32)
-    shift = tl.sum(q.to(tl.float32) * zeros[None, :], 1)
-    return logits, shift
+def _channel(c, FIELD: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr):
+    """Return the channels of a part: bits i of byte j hold channel i * D / F + j, and a word is two bytes."""
+    F: tl.constexpr = 8 // BITS
+    return FIELD % F * (D // F) + FIELD // F + 2 * c
 
 
 @triton.jit
-def _add_values(acc, weights, v_bytes, scales, zeros, FIELD: tl.constexpr, like, BITS: tl.constexpr,
-                IS_FLOAT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Add a part's weighted values to ``acc``; ``like`` has the dtype of the products' operands."""
-    codes = _codes(v_bytes, like.dtype, FIELD, BITS, IS_FLOAT)
-    acc = tl.dot((weights * scales[None, :]).to(like.dtype), codes, acc, input_precision=PRECISION)
-    if not IS_FLOAT:
-        acc += tl.sum(weights * zeros[None, :], 1)[:, None]
-    return acc
+def _values(
+    words, scales, zeros, FIELD: tl.constexpr, BITS: tl.constexpr, IS_FLOAT: tl.constexpr, OPERAND: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """Return a field of words as dequantised numbers of ``OPERAND``.
 
-
-@triton.jit
-def _codes(packed, dtype: tl.constexpr, FIELD: tl.constexpr, BITS: tl.constexpr, IS_FLOAT: tl.constexpr):
-    """Return one field of bytes as numbers of ``dtype``; all of them are exact in it."""
+    The assembly does what stands below it, for two words at once; Triton's interpreter has none.
+    """
+    if ASSEMBLY:
+        shape: tl.constexpr = words.shape
+        words, scales, zeros = tl.broadcast_to(words, shape), tl.broadcast_to(scales, shape), tl.broadcast_to(zeros, shape)
+        if IS_FLOAT:
+            return tl.inline_asm_elementwise(
+                _float_asm(FIELD), "=r,r,r", [words, scales], dtype=tl.float16, is_pure=True, pack=2
+            )
+        return tl.inline_asm_elementwise(
+            _whole_asm(BITS, FIELD), "=r,r,r,r", [words, scales, zeros], dtype=tl.float16, is_pure=True, pack=2
+        )
     if IS_FLOAT:
-        numbers = packed.to(tl.float8e4nv, bitcast=True).to(dtype)
-    elif BITS == 8:
-        numbers = packed.to(dtype)
-    else:
-        field = (packed >> (BITS * FIELD)) & ((1 << BITS) - 1)
-        if dtype == tl.bfloat16:
-            # 128 + c has c in its last bits: cheaper than a conversion.
-            numbers = (field.to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True) - 128.0
-        elif dtype == tl.float16:
-            numbers = (field.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True) - 1024.0
-        else:
-            numbers = field.to(dtype)
-    return numbers.to(dtype)
+        # The bits of e4m3 at those of fp16 give the number over 2^8, small ones included.
+        high = words if FIELD == 1 else words << 8
+        bits = (high & -0x8000) | ((high >> 1) & 0x3F80)
+        numbers = bits.to(tl.float16, bitcast=True).to(OPERAND) * 256.0
+        return (numbers * scales.to(OPERAND)).to(OPERAND)
+    field = (words >> (BITS * FIELD)) & ((1 << BITS) - 1)
+    # 1024 + c has c in its last bits: cheaper than a conversion.
+    codes = (field | 0x6400).to(tl.float16, bitcast=True) - 1024.0
+    return (codes.to(OPERAND) * scales.to(OPERAND) + zeros.to(OPERAND)).to(OPERAND)
 
 
 @triton.jit
@@ -271,60 +304,3 @@ def _slot_of(tile, n, table, P: tl.constexpr, N: tl.constexpr, HAS_TABLE: tl.con
     else:
         slot = tl.where(is_there, page, 0).to(tl.int64)
     return slot
-
-
-@triton.jit
-def _key_numbers(
-    numbers, slot, tile, n_kv_heads, D: tl.constexpr, C_PAD: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-    GROUP: tl.constexpr, BITS: tl.constexpr, IS_FLOAT: tl.constexpr, RECORD: tl.constexpr,
-):  # fmt: skip
-    """Return the scales and zero points of a tile's keys, in fp32: four parts of each [C_PAD], the last ones repeats."""
-    F: tl.constexpr = 8 // BITS
-    C: tl.constexpr = D // F
-    KINDS: tl.constexpr = 1 if IS_FLOAT else 2
-    c = tl.arange(0, C_PAD)
-    # Numbers are two bytes, and elements of K and of V lie before them.
-    group = tile * N % P // GROUP
-    at = numbers + slot * n_kv_heads * (RECORD // 2) + P * C + group * (KINDS * D) + c
-    s0 = tl.load(at, mask=c < C, other=0.0).to(tl.float32)
-    z0 = s0
-    if not IS_FLOAT:
-        z0 = tl.load(at + D, mask=c < C, other=0.0).to(tl.float32)
-    s1, s2, s3, z1, z2, z3 = s0, s0, s0, z0, z0, z0
-    if F > 1:
-        s1 = tl.load(at + C, mask=c < C, other=0.0).to(tl.float32)
-        z1 = tl.load(at + D + C, mask=c < C, other=0.0).to(tl.float32)
-    if F > 2:
-        s2 = tl.load(at + 2 * C, mask=c < C, other=0.0).to(tl.float32)
-        z2 = tl.load(at + D + 2 * C, mask=c < C, other=0.0).to(tl.float32)
-        s3 = tl.load(at + 3 * C, mask=c < C, other=0.0).to(tl.float32)
-        z3 = tl.load(at + D + 3 * C, mask=c < C, other=0.0).to(tl.float32)
-    return s0, s1, s2, s3, z0, z1, z2, z3
-
-
-@triton.jit
-def _value_numbers(
-    numbers, slot, tile, n_kv_heads, D: tl.constexpr, P: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr,
-    BITS: tl.constexpr, IS_FLOAT: tl.constexpr, RECORD: tl.constexpr,
-):  # fmt: skip
-    """The same of a tile's values: parts [N]."""
-    F: tl.constexpr = 8 // BITS
-    C: tl.constexpr = D // F
-    KINDS: tl.constexpr = 1 if IS_FLOAT else 2
-    t = tl.arange(0, N)
-    first = P * C + P // GROUP * (KINDS * D)
-    at = numbers + slot * n_kv_heads * (RECORD // 2) + first + tile * N % P + t
-    s0 = tl.load(at).to(tl.float32)
-    z0 = s0
-    if not IS_FLOAT:
-        z0 = tl.load(at + P).to(tl.float32)
-    s1, s2, s3, z1, z2, z3 = s0, s0, s0, z0, z0, z0
-    if F > 1:
-        s1 = tl.load(at + 2 * P).to(tl.float32)
-        z1 = tl.load(at + 3 * P).to(tl.float32)
-    if F > 2:
-        s2 = tl.load(at + 4 * P).to(tl.float32)
-        z2 = tl.load(at + 5 * P).to(tl.float32)
-        s3 = tl.load(at + 6 * P).to(tl.float32)
-        z3 = tl.load(at + 7 * P).to(tl.float32)
-    return s0, s1, s2, s3, z0, z1, z2, z3
