@@ -16,8 +16,9 @@ import torch
 from kvscope.methods.attention import stored_attention
 from kvscope.methods.call import AttentionCall
 from kvscope.methods.kernels.paged_decode.inputs import PagedKV, TokenPlace
-from kvscope.methods.kv_format import residual_pages
+from kvscope.methods.kv_format import PagePacking, residual_pages
 from kvscope.methods.packing import pack_pages, unpack_tokens
+from kvscope.methods.pinned import empty_pinned
 from kvscope.methods.shape import ModelShape, tensor_bytes
 from kvscope.methods.step_batch import StepReads
 from kvscope.methods.step_counters import StepCounters
@@ -201,6 +202,35 @@ class PackedPool:
         """Free the pages."""
         self.pages.clear()
         self._residual_LWH2PD = None
+
+
+def packed_mirror(prompt: PromptKV, packing: PagePacking, device: torch.device) -> dict[int, torch.Tensor]:
+    """Return the prompt's host pages packed, for methods that recall: layer -> [pages, H, 2, 1, R / 2] in host memory.
+
+    A record is cut in halves where raw pages have K and V, so that what moves raw pages moves these. Whole prompts are
+    packed, the unused end of the last page too; on a GPU it packs, block by block.
+
+    Args:
+        packing: its page is the unit of recall, and divides the prompt's pages.
+    """
+    found = prompt.packed.get(packing)
+    if found is None:
+        found = {layer: _packed_layer(pages, packing, device) for layer, pages in prompt.pages.items()}
+        prompt.packed[packing] = found
+    return found
+
+
+def _packed_layer(raw: torch.Tensor, packing: PagePacking, device: torch.device) -> torch.Tensor:
+    S, H, _, P, D = raw.shape
+    parts, unit = P // packing.page_tokens, packing.page_tokens
+    size = (S * parts, H, 2, 1, packing.record_bytes // 2)
+    packed = empty_pinned(size, dtype=torch.uint8) if raw.is_pinned() else torch.empty(size, dtype=torch.uint8)
+    for first in range(0, S, _PAGES_AT_ONCE):
+        block = raw[first : first + _PAGES_AT_ONCE].to(device)
+        units = block.view(-1, H, 2, parts, unit, D).permute(0, 3, 1, 2, 4, 5)
+        records = pack_pages(units, packing).view(-1, *size[1:])
+        packed[first * parts : first * parts + len(records)] = records.cpu()
+    return packed
 
 
 class PackedStep:

@@ -13,6 +13,7 @@ import torch
 
 from kvscope.methods.attention import paged_attention
 from kvscope.methods.call import AttentionCall
+from kvscope.methods.kv_format import PagePacking
 from kvscope.methods.pinned import empty_pinned
 from kvscope.methods.shape import ModelShape, tensor_bytes
 
@@ -42,6 +43,7 @@ class PromptKV:
         prefill_s: wall-clock seconds of the prefill.
         scores_s: seconds of these that collectors took over its attention; None where none heard it.
         peak_device_kv_bytes: K and V held on the device at once while prefilling: one layer, and the stock layers.
+        packed: mirrors in fewer bits that methods asked for (``packed_pool.packed_mirror``), made once for all of them.
     """
 
     shape: ModelShape
@@ -56,6 +58,7 @@ class PromptKV:
     prefill_s: float = 0.0
     scores_s: float | None = None
     peak_device_kv_bytes: int = 0
+    packed: dict[PagePacking, dict[int, torch.Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def host_bytes(self) -> int:
