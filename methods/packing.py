@@ -29,12 +29,12 @@ def pack_pages(pages: torch.Tensor, packing: PagePacking) -> torch.Tensor:
     n = len(k_codes)
     record = torch.zeros((n, packing.record_bytes), dtype=torch.uint8, device=pages.device)
     size, at = packing.element_bytes, 2 * packing.element_bytes
-    record[:, :size] = _fold(k_codes.view(n, P, fields, D // fields)).view(n, -1)
-    record[:, size:at] = _fold(v_codes).view(n, -1)
+    record[:, :size] = _fold(k_codes.view(n, P, fields, D // fields)).flatten(1)
+    record[:, size:at] = _fold(v_codes).flatten(1)
     order_D = torch.tensor(packing.channel_order, device=pages.device)
     k_meta = torch.stack([each.view(n, groups, D) for each in k_numbers], 2)[..., order_D]  # [n, groups, numbers, D]
     v_meta = torch.stack([each.view(n, P, fields).transpose(1, 2) for each in v_numbers], 3)  # [n, F, P, numbers]
-    meta = torch.cat([k_meta.reshape(n, -1), v_meta.reshape(n, -1)], 1).contiguous().view(torch.uint8)
+    meta = torch.cat([k_meta.flatten(1), v_meta.flatten(1)], 1).contiguous().view(torch.uint8)
     record[:, at : at + meta.shape[1]] = meta
     return record.view(*lead, packing.record_bytes)
 
@@ -46,9 +46,9 @@ def unpack_pages(records: torch.Tensor, packing: PagePacking, dtype: torch.dtype
     flat = records.reshape(-1, packing.record_bytes)
     n, size = len(flat), packing.element_bytes
     k_numbers, v_numbers = _numbers(flat, packing, work)
-    k = _values(flat[:, :size].reshape(n, groups, -1, D // fields), packing, work)  # [n, groups, T, F, D/F]
+    k = _values(flat[:, :size].reshape(n, groups, P // groups, D // fields), packing, work)  # [n, groups, T, F, D/F]
     v = _values(flat[:, size : 2 * size].reshape(n, P, D // fields), packing, work)  # [n, P, F, D/F]
-    k_per_channel = k_numbers.view(n, groups, -1, 1, fields, D // fields)
+    k_per_channel = k_numbers.view(n, groups, packing.format.numbers, 1, fields, D // fields)
     v_per_token = v_numbers.transpose(1, 2)[..., None]  # [n, P, F, numbers, 1]
     k, v = k * k_per_channel[:, :, 0], v * v_per_token[:, :, :, 0]
     if not packing.format.is_float:
