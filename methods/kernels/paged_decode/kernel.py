@@ -17,7 +17,7 @@ from kvscope.methods.kernels.paged_decode.inputs import PagedKV, check_inputs, i
 from kvscope.methods.kernels.paged_decode.merge import merge_kernel
 from kvscope.methods.kernels.paged_decode.packed import packed_split_kernel
 from kvscope.methods.kernels.paged_decode.split import split_kernel
-from kvscope.methods.kv_format import PagePacking
+from kvscope.methods.kv_format import FORMATS, PagePacking
 
 _LOG2E = 1.4426950408889634
 MIN_TILES = 4  # below this many tiles a program costs more than it hides
@@ -58,7 +58,8 @@ class PackedTuning:
     num_stages: int = 4
 
 
-DEFAULT_PACKED = PackedTuning()
+#: By format; chosen by the compiled kernel's registers and instructions (docs/quantised-kv.md).
+PACKED_DEFAULTS = {name: PackedTuning() for name in FORMATS}
 
 
 def paged_decode(
@@ -70,7 +71,7 @@ def paged_decode(
     sink_logits: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     tuning: Tuning = DEFAULT,
-    packed_tuning: PackedTuning = DEFAULT_PACKED,
+    packed_tuning: PackedTuning | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend one query a sequence to the tokens of one store of pages or two.
 
@@ -84,6 +85,7 @@ def paged_decode(
         softcap: logits become softcap * tanh(logits / softcap).
         sink_logits: [Q], one logit a head that takes mass and has no value.
         out_dtype: of the output; the queries' when None.
+        tuning, packed_tuning: constants of raw and of packed pages; the latter None: those of the format.
 
     Returns:
         Output [B, Q, 1, D] and natural log-sum-exp of the logits [B, Q] in fp32, sink logit included. Where nothing
@@ -114,9 +116,11 @@ def paged_decode(
     parts = []
     for store in stores:
         packing = store.packing
-        tile_tokens = tile_size(store, tuning) if packing is None else packed_tile_size(packing, packed_tuning)
-        per_sm = tuning.programs_per_sm if packing is None else packed_tuning.programs_per_sm
-        n_programs = per_sm * n_sms(device)
+        if packing is None:
+            tile_tokens, n_programs = tile_size(store, tuning), tuning.programs_per_sm * n_sms(device)
+        else:
+            packed = packed_tuning or PACKED_DEFAULTS[packing.format.name]
+            tile_tokens, n_programs = packed_tile_size(packing, packed), packed.programs_per_sm * n_sms(device)
         # No more programs than the capacity could ever keep busy: short contexts launch small grids.
         most_tiles = B * H * -(-store.capacity_tokens // tile_tokens)
         programs = max(1, min(n_programs, -(-most_tiles // MIN_TILES)))
@@ -165,8 +169,8 @@ def paged_decode(
                 OPERAND=tl.float32 if q_BQ1D.dtype == torch.float32 else tl.float16,
                 ASSEMBLY=device.type == "cuda" and q_BQ1D.dtype != torch.float32,
                 PRECISION="ieee",
-                num_warps=packed_tuning.num_warps,
-                num_stages=packed_tuning.num_stages,
+                num_warps=packed.num_warps,
+                num_stages=packed.num_stages,
                 DEPENDENT=dependent,
                 **({"launch_pdl": True} if dependent else {}),
             )
@@ -255,9 +259,9 @@ def tile_size(store: PagedKV, tuning: Tuning = DEFAULT) -> int:
     return min(128, 1 << (most.bit_length() - 1))
 
 
-def packed_tile_size(packing: PagePacking, tuning: PackedTuning = DEFAULT_PACKED) -> int:
+def packed_tile_size(packing: PagePacking, tuning: PackedTuning | None = None) -> int:
     """Return the tokens of a tile: the greatest power of two that divides the tokens of a scale, within ``tuning``."""
-    tokens = packing.key_group_tokens
+    tokens, tuning = packing.key_group_tokens, tuning or PACKED_DEFAULTS[packing.format.name]
     return min(tuning.tile_tokens, tokens & -tokens)
 
 

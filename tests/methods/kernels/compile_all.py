@@ -15,7 +15,7 @@ from kvscope.methods.kernels.block_scores import kernel as block_scores
 from kvscope.methods.kernels.host_gather import kernel as host_gather
 from kvscope.methods.kernels.indexer_score import kernel as indexer_score
 from kvscope.methods.kernels.paged_decode.kernel import DEFAULT as PAGED_DECODE
-from kvscope.methods.kernels.paged_decode.kernel import DEFAULT_PACKED, packed_tile_size
+from kvscope.methods.kernels.paged_decode.kernel import PACKED_DEFAULTS, packed_tile_size
 from kvscope.methods.kernels.paged_decode.merge import merge_kernel
 from kvscope.methods.kernels.paged_decode.packed import packed_split_kernel
 from kvscope.methods.kernels.paged_decode.rows_kernel import append_rows_kernel, merge_rows_kernel, split_rows_kernel
@@ -43,7 +43,7 @@ def compile_kernel(name, function, constants, *, pointers, num_warps=4, num_stag
 
 def _counts(ptx):
     return {
-        "async_copies": ptx.count("cp.async.cg.shared.global"),
+        "async_copies": ptx.count("cp.async.cg.shared.global") + ptx.count("cp.async.ca.shared.global"),
         "wgmma": ptx.count("wgmma.mma_async"),
         "dependent_waits": ptx.count("griddepcontrol.wait"),
     }
@@ -82,8 +82,8 @@ def packed(kv, dtype="bf16", **changes):
         packed_split_kernel,
         constants,
         pointers={**pointers, "out_ptr": "fp32", "lse_ptr": "fp32"},
-        num_warps=DEFAULT_PACKED.num_warps,
-        num_stages=DEFAULT_PACKED.num_stages,
+        num_warps=PACKED_DEFAULTS[kv].num_warps,
+        num_stages=PACKED_DEFAULTS[kv].num_stages,
         aligned=("stride_qb", "stride_qh"),
     )
 
