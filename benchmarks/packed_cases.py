@@ -65,9 +65,7 @@ def sets(form: KvFormat | None, batch: int, length_tokens: int) -> list[tuple[to
 
 def calls(inputs: list[tuple[torch.Tensor, PagedKV]], tuning: PackedTuning | None = None) -> list[Call]:
     """Return a call a set."""
-    return [
-        lambda q=q, store=store: paged_decode(q, [store], scale=SCALE, packed_tuning=tuning) for q, store in inputs
-    ]
+    return [lambda q=q, store=store: paged_decode(q, [store], scale=SCALE, packed_tuning=tuning) for q, store in inputs]
 
 
 def read_bytes(form: KvFormat | None, batch: int, length_tokens: int) -> int:

@@ -240,6 +240,8 @@ class BlockSparseSequence(PagedSequence):
         total = scored.scores_HGN.sum(dtype=torch.float32)
         self._scored = total if self._scored is None else self._scored + total
         chosen = choose(scored.scores_HGN, n_chosen=self._plan.n_blocks - 1, current=query.n_before, n_kv_heads=H)
+        n_read: int | torch.Tensor
+        raw: int | torch.Tensor
         if isinstance(pool, PackedPool):
             part, n_read, raw = self._attend_unpacked(pool, layer, query, chosen)
         else:

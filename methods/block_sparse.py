@@ -155,4 +155,6 @@ class BlockSparse(CacheMethod[ConfigT]):
         )
 
     def open(self, prompt: PromptKV, device: torch.device | str, *, reserve_tokens: int = 0) -> SequenceCache:
-        return BlockSparseSequence(self, self.stored_prompt(prompt), torch.device(device), reserve_tokens=reserve_tokens)
+        return BlockSparseSequence(
+            self, self.stored_prompt(prompt), torch.device(device), reserve_tokens=reserve_tokens
+        )

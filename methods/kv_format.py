@@ -121,8 +121,8 @@ class PagePacking:
         """Return every reason why pages cannot be packed so."""
         if self.head_dim % (2 * self.format.fields):
             return [
-                f"kv={self.format.name} puts {2 * self.format.fields} channels into a word of two bytes, and heads have "
-                f"{self.head_dim}"
+                f"kv={self.format.name} puts {2 * self.format.fields} channels into a word of two bytes, and heads "
+                f"have {self.head_dim}"
             ]
         return []
 

@@ -176,9 +176,7 @@ class PackedPool:
         found_2HTD = self.residual(layer)[slot_HT, head_H1, :, raw_HT % P].permute(2, 0, 1, 3).float()
         if n_packed:
             at_HT = token_HT.clamp_max(n_packed * P - 1)
-            packed_2HTD = unpack_tokens(
-                self.pages[layer], self.packing, page_HT=at_HT // P, offset_HT=at_HT % P
-            )
+            packed_2HTD = unpack_tokens(self.pages[layer], self.packing, page_HT=at_HT // P, offset_HT=at_HT % P)
             found_2HTD = torch.where(is_raw_HT[None, :, :, None], found_2HTD, packed_2HTD)
         return found_2HTD[0], found_2HTD[1]
 

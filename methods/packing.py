@@ -1,8 +1,8 @@
 """Packs pages of K and V into fewer bits and unpacks them, in torch: on the host, on a GPU, and for the tests.
 
-With z a group's least value and b bits, an element x is kept as ``c = round((x - z) / s)``, ``s = (max - z) / (2^b - 1)``,
-and read as ``c * s + z``. z and s are fp16, rounded down and up, and c is computed from them as they are stored: so
-nothing is cut off, and no element is off by more than s / 2. fp8 keeps ``e4m3(x / s)``, ``s = max |x| / 448``.
+With z a group's least value and b bits, an element x is kept as ``c = round((x - z) / s)`` and read as ``c * s + z``,
+where ``s = (max - z) / (2^b - 1)``. z and s are fp16, rounded down and up, and c is computed from them as they are
+stored: nothing is cut off, and no element is off by more than s / 2. fp8 keeps ``e4m3(x / s)``, ``s = max |x| / 448``.
 
 Shapes: X any leading sizes, P tokens a page, D head size, F fields of a byte, R bytes of a record; ``kv_format`` has
 the layout of a record.

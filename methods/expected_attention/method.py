@@ -69,7 +69,10 @@ class ExpectedAttention(KeptTokens[ExpectedAttentionConfig]):
         if not shape.unknown_rotation_layers:
             return reasons
         layers = ", ".join(map(str, shape.unknown_rotation_layers))
-        return [*reasons, f"the position encoding of layers {layers} cannot be undone, which the mean of the queries needs"]
+        return [
+            *reasons,
+            f"the position encoding of layers {layers} cannot be undone, which the mean of the queries needs",
+        ]
 
     def collector(self, layer: int) -> ScoreCollector:
         config = self.config

@@ -100,9 +100,6 @@ def _unsupported_packed(device: torch.device, dtype: torch.dtype, packing: PageP
         reasons.append(
             f"keys share scales over {packing.key_group_tokens} tokens, the kernel takes multiples of {MIN_PACKED_TILE}"
         )
-    if packing.format.is_float and device.type == "cuda":
-        if torch.cuda.get_device_capability(device) < _FP8_CAPABILITY:
-            reasons.append("the GPU has no fp8")
     return tuple(reasons)
 
 

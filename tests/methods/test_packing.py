@@ -33,7 +33,7 @@ def group_of(packing, kind, token, channel):
 
 
 def plain(x_2PD, packing):
-    """Quantise and dequantise by the formula, a group at a time, in fp64; scales as fp16, at or above what is needed."""
+    """Quantise and dequantise by the formula, a group at a time, in fp64; scales are fp16, as small as will do."""
     found = torch.zeros_like(x_2PD, dtype=torch.float64)
     bits = packing.format.bits
     for kind in (0, 1):

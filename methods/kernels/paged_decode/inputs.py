@@ -111,7 +111,7 @@ def _check_packed(q_BQ1D: torch.Tensor, store: PagedKV) -> None:
     fits = pages.ndim == 3 and pages.shape[2] == packing.record_bytes and packing.head_dim == q_BQ1D.shape[3]
     if not fits or q_BQ1D.shape[1] % pages.shape[1] or store.tokens is not None:
         raise ValueError(
-            f"packed pages must be [S, H, {packing.record_bytes}] of heads of {packing.head_dim}, without a token list, "
+            f"packed pages must be [S, H, {packing.record_bytes}] of heads of {packing.head_dim}, with no token list, "
             f"got {tuple(pages.shape)} for queries {tuple(q_BQ1D.shape)}"
         )
     if pages.dtype != torch.uint8 or pages.device != q_BQ1D.device or not pages.is_contiguous():

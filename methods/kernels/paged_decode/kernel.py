@@ -48,7 +48,7 @@ class PackedTuning:
     """The same of packed pages.
 
     Attributes:
-        tile_tokens: most tokens read in one iteration; tiles share one scale a channel, so they are no longer than that.
+        tile_tokens: most tokens read in one iteration; a tile's tokens share their channels' scales.
         programs_per_sm, num_warps, num_stages: as ``Tuning``'s.
     """
 

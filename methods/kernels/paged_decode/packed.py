@@ -1,4 +1,5 @@
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc, assignment"
+# ruff: noqa: RUF005 - Triton adds tuples up, and does not unpack them into others
 """paged_decode's first kernel over packed pages: what is stored is unpacked in registers, beside the products.
 
 Elements are read as words of 16 bits, whose W fields are W parts of a token's channels, each multiplied by itself: so
@@ -96,8 +97,8 @@ def packed_split_kernel(
 ):
     """Attend to this program's share of the tiles; partial results as ``split_kernel`` leaves them.
 
-    ``pages_ptr``, ``numbers_ptr`` and ``pairs_ptr`` are the same pages, as words, as fp16 and as pairs of fp16. ``GROUP``: tokens that share a channel's
-    scale, a multiple of N. ``RECORD``: bytes of one KV head's part of a page.
+    ``pages_ptr``, ``numbers_ptr`` and ``pairs_ptr`` are the same pages, as words, as fp16 and as pairs of fp16.
+    ``GROUP``: tokens that share a channel's scale, a multiple of N. ``RECORD``: bytes of one KV head's part of a page.
     """
     W: tl.constexpr = 16 // BITS
     C: tl.constexpr = D // W
@@ -195,7 +196,7 @@ def _attend_packed(
     top = tl.full([G_PAD], float("-inf"), tl.float32)
     weight_sum = tl.zeros([G_PAD], tl.float32)
     acc = ()
-    for f in tl.static_range(W):
+    for _ in tl.static_range(W):
         acc = acc + (tl.zeros([G_PAD, C_PAD], tl.float32),)
     # A slot is known a tile ahead: no load waits for one of its own iteration. Triton pipelines no loop that hands a
     # value on unchanged, so it is the page's distance that is carried.
@@ -247,9 +248,7 @@ def _attend_packed(
                 zeros = zeros + ((pair >> 16).to(tl.int16).to(tl.float16, bitcast=True),)
         added = ()
         for f in tl.static_range(W):
-            v = _values(
-                v_words, scales[f % F][:, None], zeros[f % F][:, None], f, BITS, IS_FLOAT, OPERAND, ASSEMBLY
-            )
+            v = _values(v_words, scales[f % F][:, None], zeros[f % F][:, None], f, BITS, IS_FLOAT, OPERAND, ASSEMBLY)
             added = added + (tl.dot(operand, v, acc[f] * fade[:, None], input_precision=PRECISION),)
         acc = added
         top = new_top
@@ -274,7 +273,11 @@ def _values(
     """
     if ASSEMBLY:
         shape: tl.constexpr = words.shape
-        words, scales, zeros = tl.broadcast_to(words, shape), tl.broadcast_to(scales, shape), tl.broadcast_to(zeros, shape)
+        words, scales, zeros = (
+            tl.broadcast_to(words, shape),
+            tl.broadcast_to(scales, shape),
+            tl.broadcast_to(zeros, shape),
+        )
         if IS_FLOAT:
             return tl.inline_asm_elementwise(
                 _float_asm(FIELD), "=r,r,r", [words, scales], dtype=tl.float16, is_pure=True, pack=2

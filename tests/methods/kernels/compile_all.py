@@ -74,9 +74,17 @@ def packed(kv, dtype="bf16", **changes):
         "G": 4, "G_PAD": 16, "D": 128, "C_PAD": packing.token_bytes // 2, "P": 64, "N": packed_tile_size(packing),
         "GROUP": packing.key_group_tokens, "BITS": packing.format.bits, "IS_FLOAT": packing.format.is_float,
         "RECORD": packing.record_bytes, "COUNTS": 2, "MIN_TILES": 4, "HAS_TABLE": True, "HAS_SOFTCAP": False,
-        "DEVICE_LENGTHS": True, "OPERAND": tl.float16, "ASSEMBLY": True, "PRECISION": "ieee", "DEPENDENT": True, **changes,
+        "DEVICE_LENGTHS": True, "OPERAND": tl.float16, "ASSEMBLY": True, "PRECISION": "ieee", "DEPENDENT": True,
+        **changes,
     }  # fmt: skip
-    pointers = {"q_ptr": dtype, "pages_ptr": "i16", "numbers_ptr": "fp16", "pairs_ptr": "i32", "table_ptr": "i32", "lengths_ptr": "i32"}
+    pointers = {
+        "q_ptr": dtype,
+        "pages_ptr": "i16",
+        "numbers_ptr": "fp16",
+        "pairs_ptr": "i32",
+        "table_ptr": "i32",
+        "lengths_ptr": "i32",
+    }
     compile_kernel(
         f"packed {kv} {dtype} {changes}",
         packed_split_kernel,

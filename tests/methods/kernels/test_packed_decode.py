@@ -113,7 +113,7 @@ def test_what_does_not_fit_is_refused():
     for wrong, words in (
         ({"pages": store.pages[:, :, :-32].contiguous()}, "must be"),
         ({"pages": store.pages.to(torch.int8)}, "bytes"),
-        ({"tokens": torch.zeros((1, 1, 3), dtype=torch.int32, device=DEVICE)}, "without a token list"),
+        ({"tokens": torch.zeros((1, 1, 3), dtype=torch.int32, device=DEVICE)}, "no token list"),
     ):
         with pytest.raises(ValueError, match=words):
             paged_decode(q, [dataclasses.replace(store, **wrong)], scale=1.0)
