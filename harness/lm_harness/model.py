@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 import kvscope
 from kvscope.errors import UsageError, shown
+from kvscope.harness.engine.backend import form_on
 from kvscope.harness.engine.batch_decode import DecodeResult
 from kvscope.harness.engine.identity import eos_ids
 from kvscope.harness.engine.models import load_model
@@ -109,7 +110,7 @@ class KvscopeLM(HFLM):  # type: ignore[misc]  # lm-eval comes without types
         # As stock generate has it: of generation config and tokenizer, not of the config.
         generation = getattr(loaded.model, "generation_config", None)
         self.loaded = replace(loaded, eos_ids=eos_ids(generation, loaded.tokenizer) or loaded.eos_ids)
-        self.method = loaded.backend.form_of(chosen, loaded.shape)
+        self.method = form_on(loaded.backend, chosen, loaded.shape)
         self.method.require(loaded.shape)
         if reasons := self.method.unsupported(loaded.shape, loaded.device):
             raise UsageError(f"Method {self.method.label!r} cannot run on '{loaded.name}': {'; '.join(reasons)}.")

@@ -88,6 +88,7 @@ def planned_tasks(config: RunConfig) -> "tuple[tuple[Task, ...], tuple[str, ...]
 
 def _own_plan(config: RunConfig) -> Plan:
     """Return the plan of a model that kvscope runs itself."""
+    from kvscope.harness.engine.backend import form_on
     from kvscope.methods.registry import check_one_class_a_name, create_method
 
     methods = tuple(create_method(spec, paper_settings=config.paper_settings) for spec in config.methods)
@@ -104,7 +105,7 @@ def _own_plan(config: RunConfig) -> Plan:
         chat_template=config.chat_template,
     )
     check_synthetic(config, facts)
-    methods = tuple(facts.backend.form_of(method, facts.shape) for method in methods)
+    methods = tuple(form_on(facts.backend, method, facts.shape) for method in methods)
     for method in methods:
         method.require(facts.shape)
     check_rehearsals(config, methods)

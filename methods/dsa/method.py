@@ -135,7 +135,12 @@ class DSA(BlockSparse[DSAConfig]):
             self._indexer_config(shape)
         except UsageError as error:
             return [str(error).rstrip(".")]
-        return []
+        return self.unsupported_kv(shape, device)
+
+    def unsupported_kv(self, shape: ModelShape, device: torch.device | str) -> list[str]:
+        if self.oracle and self.kv is not None:
+            return [f"indexer={ORACLE} weighs the raw keys of every token, which kv={self.kv.name} does not hold"]
+        return super().unsupported_kv(shape, device)
 
     def observed_layers(self, shape: ModelShape) -> tuple[int, ...]:
         config = self._indexer_config(shape)

@@ -1,6 +1,7 @@
 """Which prompt tokens always stay and which chunks are chosen, for one prompt length. No torch."""
 
 from dataclasses import dataclass
+from math import gcd
 
 TokenRange = tuple[int, int]
 
@@ -23,6 +24,10 @@ class ChunkLayout:
     chunk_tokens: int
     sink_tokens: int
     recency_tokens: int
+
+    def unit_tokens(self, page_tokens: int) -> int:
+        """Return the tokens that are recalled in one piece: the most that divide a chunk and a page."""
+        return gcd(self.chunk_tokens, page_tokens)
 
     @property
     def n_whole(self) -> int:

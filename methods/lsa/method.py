@@ -67,6 +67,7 @@ class Lsa(CacheMethod[LsaConfig]):
     source = "Lookahead Sparse Attention (FlashMemory-DeepSeek-V4), arXiv 2606.09079"
     cost = "resident = read = S + R + chosen chunks * C + decoded tokens a layer; (E + 4) bytes a key and indexed layer"
     saving_kind = "offloaded"
+    kv_refusal = ""
     budget_sets_window = False
     needs_training = "an indexer"
     through_decode = True
@@ -107,11 +108,20 @@ class Lsa(CacheMethod[LsaConfig]):
             config = self._indexer_config(shape)
         except UsageError as error:
             return [str(error).rstrip(".")]
+        reasons = self.unsupported_kv(shape, device)
         unknown = sorted(set(config.layers if config else ()) & set(shape.unknown_rotation_layers))
         if not unknown:
-            return []
+            return reasons
         layers = ", ".join(map(str, unknown))
-        return [f"the position encoding of layers {layers} cannot be undone, which the indexer's chunk keys need"]
+        return [
+            *reasons,
+            f"the position encoding of layers {layers} cannot be undone, which the indexer's chunk keys need",
+        ]
+
+    def unsupported_kv(self, shape: ModelShape, device: torch.device | str) -> list[str]:
+        if self.kv is not None and self.config.indexer in (ATTENTION, HINDSIGHT):
+            return [f"indexer={self.config.indexer} weighs the raw keys of the prompt, which kv={self.kv.name} packs"]
+        return super().unsupported_kv(shape, device)
 
     def observed_layers(self, shape: ModelShape) -> tuple[int, ...]:
         config = self._indexer_config(shape)
@@ -243,7 +253,7 @@ class Lsa(CacheMethod[LsaConfig]):
         A threshold keeps what it keeps: then the share the indexer kept on held-out documents counts, or everything
         if that is not known. With ``stale1`` it is an upper bound: every chunk chosen may be new.
         """
-        config, layout = self._indexer_config(shape), self.layout(n_tokens)
+        config, layout, shape = self._indexer_config(shape), self.layout(n_tokens), self.stored(shape)
         rule = self.rule(layout)
         n_chosen = rule.n_chunks
         if n_chosen is None:
@@ -252,7 +262,7 @@ class Lsa(CacheMethod[LsaConfig]):
         C, tau = layout.chunk_tokens, self.tau()
         n_held = min(layout.n_candidates, 2 * n_chosen) if self.config.refresh == "stale1" else n_chosen
         static_tokens, n_total = layout.static_tokens + n_new_tokens, n_tokens + n_new_tokens
-        n_read = static_tokens + n_chosen * C
+        n_read, n_layers, unit = static_tokens + n_chosen * C, len(shape.layers), layout.unit_tokens(shape.page_tokens)
         scored = Footprint()
         if config is not None and layout.n_candidates:
             scored = Footprint(
@@ -268,10 +278,12 @@ class Lsa(CacheMethod[LsaConfig]):
             )
         return scored + Footprint(
             kv_bytes=shape.paged_kv_bytes(static_tokens)
-            + n_held * C * shape.kv_bytes_per_token
+            + n_layers * shape.packed_bytes(n_held * C, unit_tokens=unit)
             + shape.stock_kv_bytes(n_tokens, n_new_tokens),
-            host_bytes=shape.paged_kv_bytes(n_tokens),
-            bytes_read_per_step=shape.read_bytes(n_read) + shape.stock_read_bytes(n_total),
+            host_bytes=n_layers * shape.packed_bytes(shape.pages(n_tokens) * shape.page_tokens, unit_tokens=unit),
+            bytes_read_per_step=shape.read_bytes(static_tokens)
+            + n_layers * shape.packed_bytes(n_chosen * C, unit_tokens=unit)
+            + shape.stock_read_bytes(n_total),
             attention_flops_per_step=shape.attention_flops(n_read) + shape.stock_attention_flops(n_total),
         )
 
@@ -336,7 +348,7 @@ class Lsa(CacheMethod[LsaConfig]):
     ) -> LsaSequence:
         """Open a prompt with a selector of one's own (the label gate scripts one)."""
         return RecallingSequence(
-            prompt,
+            self.stored_prompt(prompt),
             torch.device(device),
             layout=layout,
             selector=selector,
