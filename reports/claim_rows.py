@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from kvscope.results.claims import weighted_sum
+from kvscope.results.claims import careful_difference, weighted_sum
 from kvscope.results.comparisons import answered, cluster_names, pairs, pooled, texts_of
 from kvscope.results.frames import Run
 from kvscope.results.reproduction import CellPlan
@@ -77,7 +78,7 @@ class CellRows:
         rows = rows[rows["dense_kv_bytes"].notna()]
         if not len(rows):
             return None
-        values = prompt_shares(rows, accounting=accounting).to_numpy(float)
+        values = np.asarray(prompt_shares(rows, accounting=accounting), dtype=np.float64)
         return bootstrap_interval(values, clusters=_clusters(rows["context_id"]))
 
     def dense_bytes(self) -> float:
@@ -121,7 +122,7 @@ def pooled_difference(cells: Sequence[CellRows], name: str, baseline: str = "den
     found = [(cell, paired) for cell in cells if (paired := cell.difference(name, baseline)) is not None]
     if not found:
         return Pooled(None, missing="no row is measured")
-    interval = weighted_sum([paired.difference for _, paired in found], [1 / len(found)] * len(found))
+    interval = weighted_sum([careful_difference(paired) for _, paired in found], [1 / len(found)] * len(found))
     return Pooled(
         interval,
         interval.n,

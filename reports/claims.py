@@ -11,13 +11,14 @@ from kvscope.results.claims import ClaimVerdict, Range, verdict_of
 from kvscope.results.reproduction import Reproduction
 
 COLUMNS = [
-    "key", "claim", "accounting", "source", "paper", "unit", "asked_low", "asked_high", "ours", "ci_low", "ci_high", "n",
-    "discordant", "lost", "won", "verdict", "why",
+    "key", "claim", "accounting", "source", "paper", "unit", "asked_low", "asked_high", "ours", "ci_low", "ci_high",
+    "n", "discordant", "lost", "won", "verdict", "why",
 ]  # fmt: skip
 CAPTION = (
     "Each claim beside what was measured. A verdict needs the whole 95 % interval: inside the range that was fixed "
     "before, it is reproduced; outside, not reproduced; on an end, inconclusive. Rows of the paper's table have equal "
-    "weight; their intervals are joined by squaring and adding (MOVER). Differences are paired on the same prompts."
+    "weight; their intervals are joined by squaring and adding (MOVER). Differences are paired on the same prompts; "
+    "`-, +` counts pairs lost and won, the discordant ones. KV alone includes the model's own sliding-window layers."
 )
 
 
@@ -114,20 +115,21 @@ def _record(claim: Claim) -> dict[str, object]:
 
 
 def _text(claim: Claim) -> dict[str, str]:
+    known = claim.low is not None and claim.high is not None
+    ends = f"[{_signed(claim.low or 0.0, claim.unit)}, {_signed(claim.high or 0.0, claim.unit)}]"
     return {
         "claim": claim.text,
+        "paper": "not claimed" if claim.paper is None else quantity(claim.paper, claim.unit),
+        "ours": "-" if claim.ours is None else quantity(claim.ours, claim.unit),
+        "95 % interval": ends if known else "-",
+        "n": "-" if claim.n is None else f"{claim.n:,}",
+        "-, +": "-" if claim.lost is None else f"{claim.lost}, {claim.won}",
+        "verdict": claim.verdict,
+        "counts as the claim": "-" if claim.asked is None else claim.asked.text(claim.unit),
         "accounting": claim.accounting,
         "source": claim.source,
-        "paper": "not claimed" if claim.paper is None else quantity(claim.paper, claim.unit),
-        "asked": "-" if claim.asked is None else claim.asked.text(claim.unit),
-        "ours": "-" if claim.ours is None else quantity(claim.ours, claim.unit),
-        "95 % interval": "-" if claim.low is None or claim.high is None else
-        f"[{_signed(claim.low, claim.unit)}, {_signed(claim.high, claim.unit)}]",
-        "n": "-" if claim.n is None else f"{claim.n:,}",
-        "discordant (-, +)": "-" if claim.discordant is None else f"{claim.discordant} ({claim.lost}, {claim.won})",
-        "verdict": claim.verdict,
         "why": claim.why or "-",
-    }  # fmt: skip
+    }
 
 
 def quantity(value: float, unit: str) -> str:

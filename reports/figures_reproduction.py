@@ -1,12 +1,14 @@
 """Figures of ``kvscope reproduce lsa``: claims against their ranges, and Table 1 beside the paper's."""
 
+from typing import Any
+
 import pandas as pd
 from matplotlib.axes import Axes
 
 from kvscope.reports.canvas import Margins, panels
 from kvscope.reports.claims import Claim
 from kvscope.reports.claims_lsa import lsa_claims
-from kvscope.reports.figure_parts import ReportFigure, key_entry
+from kvscope.reports.figure_parts import ReportFigure, device_of, key_entry
 from kvscope.reports.table_1 import method_words, table_1_records
 from kvscope.reports.theme import TEXT, method_styles, theme
 from kvscope.reports.units import length_text
@@ -32,8 +34,8 @@ def claims_figure(loaded: Loaded) -> ReportFigure | None:
     words = {"%": "share of dense's bytes (%)", "points": "difference (points)"}
     with theme(name):
         figure, all_axes = panels(
-            len(groups), columns=1, width_in=5.2, height_in=0.3 * max(map(len, groups)) + 0.3,
-            margins=Margins(left=3.6, right=0.3, top=0.3, bottom=0.55), title=title,
+            len(groups), columns=1, width_in=6.0, height_in=0.3 * max(map(len, groups)) + 0.3,
+            margins=Margins(left=2.2, right=0.3, top=0.3, bottom=0.55), title=title,
             subtitle=_subtitle(loaded),
             note=loaded.plan.scale_sentence,
             key=[key_entry("measured, 95 % interval", marker="o", line="-", color=TEXT),
@@ -71,6 +73,7 @@ def _claims_panel(axes: Axes, claims: list[Claim]) -> None:
                 axes.barh(place, right - left, left=left, height=0.8, color=_RANGE, zorder=1)
         if claim.low is not None and claim.high is not None:
             axes.plot([claim.low, claim.high], [place, place], color=TEXT, linewidth=1.6, zorder=3)
+        assert claim.ours is not None
         axes.plot([claim.ours], [place], marker="o", color=TEXT, markersize=5, zorder=4)
         if claim.paper is not None:
             axes.plot([claim.paper], [place], marker="D", color="#D55E00", markersize=5, zorder=2.5)
@@ -120,7 +123,7 @@ def row_figure(loaded: Loaded, what: str) -> ReportFigure | None:
         labels = [f"{row}\nas {length_text(lengths[row])}" if loaded.plan.scaled else row for row in rows]
         axes.set_xticks(range(len(rows)), labels, rotation=35, ha="right", fontsize=8)
         axes.set_ylabel("accuracy (%)" if what == "accuracy" else "bytes over dense's (%)")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(bottom=-3)
         axes.grid(axis="x", visible=False)
     columns = ["row", "length_tokens", "method", "n", what, f"paper_{what}"]
     if what == "accuracy":
@@ -130,7 +133,7 @@ def row_figure(loaded: Loaded, what: str) -> ReportFigure | None:
     return ReportFigure(name, title, caption.strip(), figure, kept.reindex(columns=columns).reset_index(drop=True))
 
 
-def _mark(axes: Axes, x: float, row: "pd.Series", what: str, color: str, marker: str) -> None:  # type: ignore[type-arg]
+def _mark(axes: Axes, x: float, row: "pd.Series[Any]", what: str, color: str, marker: str) -> None:
     value, printed = row.get(what), row.get(f"paper_{what}")
     if pd.notna(value):
         low, high = row.get("ci_low"), row.get("ci_high")
@@ -144,8 +147,6 @@ def _mark(axes: Axes, x: float, row: "pd.Series", what: str, color: str, marker:
 
 
 def _subtitle(loaded: Loaded) -> str:
-    from kvscope.reports.figure_parts import device_of
-
     plan = loaded.plan
     run = next(iter(loaded.runs.values()), None)
     where = "" if run is None else f" on {device_of(run.info)}"

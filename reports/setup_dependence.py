@@ -51,7 +51,14 @@ class Point:
 
 def setup_points(loaded: Loaded) -> list[Point]:
     """Return every point that has rows, by setting in the order of ``WORDS``, values ascending."""
-    found: list[Point] = []
+    if "points" not in loaded.memo:
+        loaded.memo["points"] = _points(loaded)
+    found: list[Point] = loaded.memo["points"]
+    return found
+
+
+def _points(loaded: Loaded) -> list[Point]:
+    found: list[Point | None] = []
     for cell, run in loaded.of_role("sweep"):
         if run is None:
             continue
@@ -64,7 +71,9 @@ def setup_points(loaded: Loaded) -> list[Point]:
                 own = CellRows(cell, replace(run, samples=samples))
                 found.append(_point(own, "lsa", "task", task, as_asked=False))
     order = list(WORDS)
-    return sorted((each for each in found if each), key=lambda each: (order.index(each.setting), _order(each)))
+    return sorted(
+        (each for each in found if each is not None), key=lambda each: (order.index(each.setting), _order(each))
+    )
 
 
 def _order(point: Point) -> tuple[float, str]:
@@ -74,8 +83,8 @@ def _order(point: Point) -> tuple[float, str]:
         return 0.0, point.value
 
 
-def _options(rows: CellRows) -> list[Point]:
-    found = []
+def _options(rows: CellRows) -> list[Point | None]:
+    found: list[Point | None] = []
     for name in rows.plan.methods:
         setting, equals, value = name.partition("=")
         if equals:
@@ -191,11 +200,10 @@ def _panel(axes: Axes, mine: Sequence[Point], values: Sequence[Interval], label:
     for place, point, value in zip(places, mine, values, strict=True):
         if value.low is not None and value.high is not None:
             axes.plot([place, place], [100 * value.low, 100 * value.high], color=color, linewidth=1.4, zorder=3)
-        edge = {
-            "markeredgecolor": TEXT if point.as_asked else "white",
-            "markeredgewidth": 1.4 if point.as_asked else 0.6,
-        }
-        axes.plot([place], [100 * value.mean], marker="o", color=color, markersize=5.5, zorder=4, **edge)
+        edge, edge_points = (TEXT, 1.4) if point.as_asked else ("white", 0.6)
+        axes.plot(
+            [place], [100 * value.mean], marker="o", color=color, markersize=5.5, zorder=4, mec=edge, mew=edge_points
+        )
     names = [length_text(int(point.value)) if point.setting == "length" else point.value for point in mine]
     turned = max(map(len, names)) > 6
     axes.set_xticks(places, names, rotation=30 if turned else 0, ha="right" if turned else "center")

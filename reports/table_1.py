@@ -47,6 +47,13 @@ def table_1(loaded: Loaded) -> Table:
 
 def table_1_records(loaded: Loaded) -> list[dict[str, Any]]:
     """Return the rows of the table as plain values, fractions in [0, 1]; None where nothing is measured."""
+    if "table_1" not in loaded.memo:
+        loaded.memo["table_1"] = _records(loaded)
+    found: list[dict[str, Any]] = loaded.memo["table_1"]
+    return found
+
+
+def _records(loaded: Loaded) -> list[dict[str, Any]]:
     found = []
     printed = {row.label: row for row in paper.TABLE_1}
     for cell, run in loaded.of_role(*TABLE_1_ROLES):

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from kvscope.results.statistics import Interval, interval_of
+from kvscope.results.statistics import LEAST_DISCORDANT, Interval, PairedDifference, interval_of
+from kvscope.results.tango import tango_interval
 
 ClaimVerdict = Literal["reproduced", "not reproduced", "inconclusive", "not measurable here"]
 
@@ -87,3 +88,20 @@ def weighted_sum(parts: Sequence[Interval], weights: Sequence[float]) -> Interva
 def equal_mean(parts: Sequence[Interval]) -> Interval:
     """Return the mean of independent estimates, each with equal weight."""
     return weighted_sum(parts, [1 / len(parts)] * len(parts))
+
+
+def careful_difference(paired: PairedDifference) -> Interval:
+    """Return the interval of a paired difference as a verdict may rest on it.
+
+    Of graded scores of which fewer than 6 pairs differ a bootstrap knows next to nothing, and nothing where none does.
+    A pair differs by one at most, so the difference lies between minus the chance to lose and the chance to win: the
+    ends are then the score intervals of these two (Tango 1998), or the bootstrap's where those are further out.
+    """
+    found = paired.difference
+    if found.kind == "score" or paired.discordant_clusters >= LEAST_DISCORDANT:
+        return found
+    low, _ = tango_interval(lost=paired.lost_clusters, won=0, n_pairs=paired.n_clusters)
+    _, high = tango_interval(lost=0, won=paired.won_clusters, n_pairs=paired.n_clusters)
+    low = low if found.low is None else min(low, found.low)
+    high = high if found.high is None else max(high, found.high)
+    return interval_of(found.mean, (low, high), n=found.n, kind="score")

@@ -5,9 +5,9 @@ in which cells are measured. Tables of claims are made of these rows alone.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, JsonValue, ValidationError, model_validator
 
@@ -140,6 +140,8 @@ class Loaded:
     runs: Mapping[str, Run]
     """Name of a cell -> its rows, for those that have any."""
     folder: Path
+    memo: dict[str, Any] = field(init=False, default_factory=dict, repr=False, compare=False)
+    """What was worked out of these rows already, by name. It must not be changed."""
 
     def of_role(self, *roles: str) -> list[tuple[CellPlan, Run | None]]:
         """Return the cells of some roles, each with its rows where there are any."""
