@@ -2,21 +2,26 @@
 
 from pathlib import Path
 
+from kvscope.files import whole_file
 from kvscope.reports.build import REPORT_FOLDER
 from kvscope.reports.claim_rows import CellRows
 from kvscope.reports.claims import claims_table
 from kvscope.reports.claims_lsa import lsa_claims
-from kvscope.reports.export import write_figure, write_table
+from kvscope.reports.export import csv_text, write_figure, write_table
 from kvscope.reports.figure_parts import ReportFigure, device_of
 from kvscope.reports.figures_reproduction import reproduction_figures
 from kvscope.reports.html import inline_svg, table_context, template
 from kvscope.reports.place import put_in_place, report_place
+from kvscope.reports.reproduction_page import page_markdown
 from kvscope.reports.setup_dependence import setup_figures, setup_table
 from kvscope.reports.summary import text_of
 from kvscope.reports.table_1 import prompts_table, table_1
 from kvscope.reports.table_parts import Table
 from kvscope.results.reproduction import Loaded
 from kvscope.terminal import folded
+
+PAGE = "page.md"
+"""Tables for a page of the documentation."""
 
 
 def reproduction_text(loaded: Loaded, *, width: int | None = None) -> str:
@@ -26,17 +31,31 @@ def reproduction_text(loaded: Loaded, *, width: int | None = None) -> str:
 
 
 def write_reproduction(loaded: Loaded) -> list[Path]:
-    """Write ``report/`` of a reproduction: tables, figures and ``report.html``; return the paths.
+    """Write ``report/`` (tables, figures, ``report.html``), and beside it CSV files and ``page.md``; return the paths.
 
     Raises:
         UsageError: ``report`` is a link or a file.
         EnvironmentProblem: the folder cannot be written; the report before is kept.
     """
+    kept = _write_kept(loaded)
     target = loaded.folder / REPORT_FOLDER
     with report_place(target) as aside:
         names = [path.relative_to(aside).as_posix() for path in _write(loaded, aside)]
         put_in_place(aside, target, names)
-    return [target / name for name in names]
+    return [*kept, *(target / name for name in names)]
+
+
+def _write_kept(loaded: Loaded) -> list[Path]:
+    """Write what is kept beside the rows: the tables as CSV, and the page's tables made of them."""
+    texts = {f"{table.name}.csv": csv_text(table.data) for table in tables_of(loaded)}
+    if loaded.plan.profile == "lsa":
+        texts[PAGE] = page_markdown(loaded)
+    paths = []
+    for name, text in texts.items():
+        paths.append(loaded.folder / name)
+        with whole_file(paths[-1]) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return paths
 
 
 def tables_of(loaded: Loaded) -> list[Table]:
