@@ -75,6 +75,15 @@ SURFACE = {
         "-l", "-m", "-n", "-o", "-t",
     ],
     "verify flashmemory": ["--json", "--out", "-o"],
+    "reproduce lsa": [
+        "--batch", "--device", "--divisor", "--dry-run", "--dtype", "--gpus", "--jobs", "--lsa", "--model", "--out",
+        "--profile", "--quiet", "--time-limit", "-j", "-o", "-q",
+    ],
+    "reproduce setup": [
+        "--batch", "--device", "--dry-run", "--dtype", "--gpus", "--jobs", "--lsa", "--model", "--out", "--profile",
+        "--quiet", "--time-limit", "-j", "-o", "-q",
+    ],
+    "reproduce claims": ["folder"],
     "study noise-floor": ["--method", "-m", "first", "second"],
     "study attention-figure": ["--out", "-o", "csv"],
     "backbone train": [
