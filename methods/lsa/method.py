@@ -278,6 +278,9 @@ class Lsa(CacheMethod[LsaConfig]):
     def trained_part(self, shape: ModelShape) -> str | None:
         return self._source.files_hash(shape) if self.config.indexed else None
 
+    def trained_prompts(self, shape: ModelShape) -> str | None:
+        return self._source.trained_prompts(shape) if self.config.indexed else None
+
     def effective_config(self, n_tokens: int, shape: ModelShape | None = None) -> dict[str, Any]:
         self._source.see(shape)
         layout, config = self.layout(n_tokens), self.config

@@ -5,13 +5,14 @@ A shard is on disk whole or not at all; the same call again continues after the 
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from kvscope.errors import EnvironmentProblem, UsageError
 from kvscope.files import make_folder
 from kvscope.harness.engine.backend import require_token_attention
+from kvscope.harness.engine.chat import AUTO, chat_tokenizer
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.models import load_model
 from kvscope.harness.engine.presets import refuse_preset
@@ -61,7 +62,7 @@ class CollectConfig:
         token_samples: random tokens of each prompt of which state, keys and attention are stored for training a
             lightning indexer (``dsa``), beside those that steps attend to most; 0: none.
         answers: ``own``: the model's, greedily decoded; ``reference``: the task's, fed whatever the model would say.
-        device, dtype: as ``kvscope run``.
+        chat_template, device, dtype: as ``kvscope run``.
     """
 
     model: str = "reference"
@@ -80,6 +81,7 @@ class CollectConfig:
     shard_documents: int = 16
     token_samples: int = 0
     answers: Answers = "own"
+    chat_template: str = AUTO
     device: str = "auto"
     dtype: str = "auto"
 
@@ -113,7 +115,7 @@ def collect(
         goes_on: asked before every shard; where it says no, the collection stays unfinished.
 
     Raises:
-        UsageError: bad options, or a folder that holds another collection.
+        UsageError: bad options, a chat template that cannot be used, or a folder that holds another collection.
         EnvironmentProblem: the disk is too small.
     """
     folder = user_path(out, what="out")
@@ -121,7 +123,8 @@ def collect(
     tasks = make_tasks(config.tasks)
     refuse_preset(config.model, "collect")
     loaded = loaded or load_model(config.model, device=config.device, dtype=config.dtype)
-    info = describe(config, loaded)
+    chat = chat_tokenizer(loaded.tokenizer, config.chat_template)
+    info = replace(describe(config, loaded), chat_template=None if chat is None else chat.sha256)
     jobs = [
         Job(task, parse_length(length), sample)
         for length in sorted(config.lengths_tokens)
@@ -147,7 +150,7 @@ def collect(
         documents = []
         for job in group:
             progress.begin_step(f"{job.task.name} {format_length(job.length_tokens)} {job.sample}")
-            documents.append(make_document(loaded, recorder, info, job, seed=config.seed))
+            documents.append(make_document(loaded, recorder, info, job, seed=config.seed, chat=chat))
             progress.end_step(work_tokens=job.length_tokens)
         name = f"shard-{number:05d}.safetensors"
         size_bytes = write_shard(folder / name, documents, info)
