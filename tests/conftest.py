@@ -18,8 +18,8 @@ gc.disable()
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Before anything reads it: what is cached (hashes of models' files) is shared by the processes of one run of the tests,
-# and neither taken from the user's cache nor left there. Models of the hub and matplotlib's list of fonts are read where
-# the user has them.
+# and neither taken from the user's cache nor left there. Models of the hub and matplotlib's list of fonts are where the
+# user has them.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _users_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     os.environ.setdefault("HF_HOME", str(Path(_users_cache, "huggingface")))

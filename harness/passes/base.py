@@ -292,6 +292,11 @@ class Plan(RunPlan):
                     f"the indexer of {method.label} was trained on {learnt}, and this run asks {asked}: collect again "
                     "as the run asks, or give the run the --chat-template of the indexer."
                 )
+        if self.tasks and self.facts.not_applied:
+            said.append(
+                f"answers are greedy and leave out the model's own {', '.join(self.facts.not_applied)}, which its "
+                "generation config asks for and stock generate applies."
+            )
         said += super().warnings
         note = self.facts.backend.note(self.facts.shape, max(self.config.lengths_tokens))
         return said if note is None else [*said, note]

@@ -124,6 +124,7 @@ def collect(
     refuse_preset(config.model, "collect")
     loaded = loaded or load_model(config.model, device=config.device, dtype=config.dtype)
     chat = chat_tokenizer(loaded.tokenizer, config.chat_template)
+    check_lengths(tasks, config.lengths_tokens, chat or loaded.tokenizer, loaded)
     info = replace(describe(config, loaded), chat_template=None if chat is None else chat.sha256)
     jobs = [
         Job(task, parse_length(length), sample)
@@ -159,6 +160,27 @@ def collect(
         write_manifest(folder, info, shards, complete=number + 1 == len(groups))
         progress.end_cell(f"{format_bytes(size_bytes)}, {positive_text(documents, info)}")
     return folder
+
+
+def check_lengths(tasks: "Sequence[Task]", lengths_tokens: Sequence[int], tokenizer: Any, loaded: LoadedModel) -> None:
+    """Refuse lengths that the model does not take, or that have no room for a task.
+
+    Raises:
+        UsageError: naming the length, and the task or the model.
+    """
+    lengths = [parse_length(length) for length in lengths_tokens]
+    if max(lengths) > loaded.max_length_tokens:
+        raise UsageError(
+            f"Length {max(lengths):,} is over the {loaded.max_length_tokens:,} tokens that model '{loaded.name}' "
+            "takes: use shorter lengths or another model."
+        )
+    for task in tasks:
+        least_tokens = task.min_length_tokens(tokenizer)
+        if min(lengths) < least_tokens:
+            raise UsageError(
+                f"Length {min(lengths):,} is too short for task {task.name!r}: it needs at least {least_tokens:,} "
+                "tokens."
+            )
 
 
 def make_tasks(specs: Sequence[str]) -> "list[Task]":

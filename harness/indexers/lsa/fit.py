@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from kvscope.errors import UsageError
 from kvscope.files import make_folder
-from kvscope.harness.engine.chat import ChatTokenizer, chat_tokenizer
+from kvscope.harness.engine.chat import chat_tokenizer
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.models import load_model
 from kvscope.harness.engine.presets import refuse_preset
-from kvscope.harness.indexers.collection.collect import CollectConfig, collect, make_tasks
+from kvscope.harness.indexers.collection.collect import CollectConfig, check_lengths, collect, make_tasks
 from kvscope.harness.indexers.collection.places import places_of, split
 from kvscope.harness.indexers.collection.reading import Collection, open_collections
 from kvscope.harness.indexers.collection.shards import MANIFEST
@@ -76,7 +76,6 @@ def fit(
     check_out(folder)
     refuse_preset(config.model, "fit")
     state = FitState.of(folder, config)
-    make_folder(folder)
     run = _Fit(config, folder, state, note, clock)
     run.documents()
     run.train()
@@ -109,8 +108,12 @@ class _Fit:
         chat = chat_tokenizer(loaded.tokenizer, config.chat_template)
         template = None if chat is None else chat.sha256
         if state.probe is None:
+            lengths = lengths_to_try(config, loaded)
+            tasks = tasks_to_ask(config, chat or loaded.tokenizer, lengths[0])
+            check_lengths(make_tasks(tasks), lengths, chat or loaded.tokenizer, loaded)
+            make_folder(self.folder)  # not before: what is refused leaves no folder behind
             self.watch.begin("probe")
-            self._probe(loaded, chat)
+            self._probe(loaded, lengths, tasks)
         elif state.probe.get("chat_template") != template:
             raise UsageError(
                 f"Folder '{self.folder}' was begun with {prompts_text(state.probe.get('chat_template'))}, and "
@@ -146,11 +149,9 @@ class _Fit:
         """Whether another document fits the time for documents."""
         return self.watch.left_s(COLLECT_UNTIL) >= document_s
 
-    def _probe(self, loaded: LoadedModel, chat: ChatTokenizer | None) -> None:
+    def _probe(self, loaded: LoadedModel, lengths: tuple[int, ...], tasks: tuple[str, ...]) -> None:
         """Make one document of every task, short, with all layers: labels, layers and lengths go by them."""
         config = self.config
-        lengths = lengths_to_try(config, loaded)
-        tasks = tasks_to_ask(config, chat or loaded.tokenizer, lengths[0])
         self.note(f"labels, layers and lengths go by {len(tasks)} documents of {format_length(lengths[0])}")
         since_s = self.watch.clock()
         collecting = CollectConfig(
