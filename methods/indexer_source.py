@@ -8,7 +8,15 @@ from typing import Generic
 import torch
 
 from kvscope.errors import UsageError
-from kvscope.methods.indexer_files import WEIGHTS_FILE, ConfigT, IndexerFiles, ModuleT, finite_weights, indexer_hash
+from kvscope.methods.indexer_files import (
+    WEIGHTS_FILE,
+    ConfigT,
+    IndexerFiles,
+    ModuleT,
+    finite_weights,
+    indexer_hash,
+    trained_prompts,
+)
 from kvscope.methods.shape import ModelShape
 
 
@@ -129,6 +137,15 @@ class IndexerSource(Generic[ConfigT, ModuleT]):
             return indexer_hash(self.folder())
         except UsageError:
             return None  # ``require`` and ``unsupported`` say why
+
+    def trained_prompts(self, shape: ModelShape) -> str | None:
+        """Return what the trained indexer learnt from, in words; None for a synthetic one, or without one."""
+        if self._synthetic:
+            return None
+        try:
+            return trained_prompts(self.config(shape).trained)
+        except UsageError:
+            return None
 
     @property
     def keys_id(self) -> str:

@@ -112,12 +112,9 @@ class Lsa(CacheMethod[LsaConfig]):
             config = self._indexer_config(shape)
         except UsageError as error:
             return [str(error).rstrip(".")]
-<<<<<<< HEAD
         reasons = self.unsupported_kv(shape, device)
-=======
         if uneven := self.uneven_pages():
-            return [uneven]
->>>>>>> repro
+            reasons.append(uneven)
         unknown = sorted(set(config.layers if config else ()) & set(shape.unknown_rotation_layers))
         if not unknown:
             return reasons
@@ -324,6 +321,9 @@ class Lsa(CacheMethod[LsaConfig]):
 
     def trained_part(self, shape: ModelShape) -> str | None:
         return self._source.files_hash(shape) if self.config.indexed else None
+
+    def trained_prompts(self, shape: ModelShape) -> str | None:
+        return self._source.trained_prompts(shape) if self.config.indexed else None
 
     def effective_config(self, n_tokens: int, shape: ModelShape | None = None) -> dict[str, Any]:
         self._source.see(shape)

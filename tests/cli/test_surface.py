@@ -42,9 +42,9 @@ SURFACE = {
     "models fetch": ["name"],
     "tasks fetch": ["name"],
     "lsa collect": [
-        "--answers", "--chunk-tokens", "--device", "--dtype", "--features", "--layers", "--least-mass", "--length",
-        "--model", "--out", "--quiet", "--samples", "--seed", "--shard-documents", "--states", "--task",
-        "--token-samples", "--top-p", "--voters", "--votes", "-l", "-n", "-o", "-q", "-t",
+        "--answers", "--chat-template", "--chunk-tokens", "--device", "--dtype", "--features", "--layers",
+        "--least-mass", "--length", "--model", "--out", "--quiet", "--samples", "--seed", "--shard-documents",
+        "--states", "--task", "--token-samples", "--top-p", "--voters", "--votes", "-l", "-n", "-o", "-q", "-t",
     ],
     "lsa train": [
         "--batch-documents", "--batch-rows", "--chunk-tokens", "--cold-start", "--data", "--device", "--encoder",
@@ -99,8 +99,8 @@ SURFACE = {
     ],
     "backbone exclude-types": ["--model", "rows"],
     "lsa fit": [
-        "--chunk-tokens", "--device", "--dtype", "--length", "--minutes", "--out", "--quiet", "--seed",
-        "--target-recall", "--task", "--tau", "-l", "-o", "-q", "-t", "model",
+        "--chat-template", "--chunk-tokens", "--device", "--dtype", "--length", "--minutes", "--out", "--quiet",
+        "--seed", "--target-recall", "--task", "--tau", "-l", "-o", "-q", "-t", "model",
     ],
     "lm-eval": ["--dtype", "--method", "--model", "--no-self-check", "--self-check", "-m"],
     "dsa eval": ["--data", "--device", "--indexer", "--out", "--quiet", "--seed", "-o", "-q"],

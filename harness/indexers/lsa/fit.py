@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from kvscope.errors import UsageError
 from kvscope.files import make_folder
+from kvscope.harness.engine.chat import chat_tokenizer
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.models import load_model
 from kvscope.harness.engine.presets import refuse_preset
-from kvscope.harness.indexers.collection.collect import CollectConfig, collect
+from kvscope.harness.indexers.collection.collect import CollectConfig, check_lengths, collect, make_tasks
 from kvscope.harness.indexers.collection.places import places_of, split
 from kvscope.harness.indexers.collection.reading import Collection, open_collections
 from kvscope.harness.indexers.collection.shards import MANIFEST
@@ -41,6 +42,7 @@ from kvscope.harness.indexers.lsa.refreshes import hit_rate, measures, score
 from kvscope.harness.indexers.lsa.train import train
 from kvscope.harness.indexers.lsa.train_config import TrainConfig
 from kvscope.harness.passes.progress import Progress
+from kvscope.methods.indexer_files import prompts_text
 from kvscope.methods.lsa.indexer_files import load_indexer
 from kvscope.paths import check_out, user_path
 from kvscope.units import format_length, format_seconds
@@ -74,7 +76,6 @@ def fit(
     check_out(folder)
     refuse_preset(config.model, "fit")
     state = FitState.of(folder, config)
-    make_folder(folder)
     run = _Fit(config, folder, state, note, clock)
     run.documents()
     run.train()
@@ -104,9 +105,21 @@ class _Fit:
             return
         config = self.config
         loaded = load_model(config.model, device=config.device, dtype=config.dtype)
+        chat = chat_tokenizer(loaded.tokenizer, config.chat_template)
+        template = None if chat is None else chat.sha256
         if state.probe is None:
+            lengths = lengths_to_try(config, loaded)
+            tasks = tasks_to_ask(config, chat or loaded.tokenizer, lengths[0])
+            check_lengths(make_tasks(tasks), lengths, chat or loaded.tokenizer, loaded)
+            make_folder(self.folder)  # not before: what is refused leaves no folder behind
             self.watch.begin("probe")
-            self._probe(loaded)
+            self._probe(loaded, lengths, tasks)
+        elif state.probe.get("chat_template") != template:
+            raise UsageError(
+                f"Folder '{self.folder}' was begun with {prompts_text(state.probe.get('chat_template'))}, and "
+                f"{prompts_text(template)} are asked for: give --chat-template what it was begun with, or another "
+                "--out."
+            )
         self.watch.begin("collect")
         lengths = tuple(self._probed["lengths_tokens"])
         self.note(
@@ -136,11 +149,9 @@ class _Fit:
         """Whether another document fits the time for documents."""
         return self.watch.left_s(COLLECT_UNTIL) >= document_s
 
-    def _probe(self, loaded: LoadedModel) -> None:
+    def _probe(self, loaded: LoadedModel, lengths: tuple[int, ...], tasks: tuple[str, ...]) -> None:
         """Make one document of every task, short, with all layers: labels, layers and lengths go by them."""
         config = self.config
-        lengths = lengths_to_try(config, loaded)
-        tasks = tasks_to_ask(config, loaded, lengths[0])
         self.note(f"labels, layers and lengths go by {len(tasks)} documents of {format_length(lengths[0])}")
         probe = self.folder / "data" / "probe"
 
@@ -148,7 +159,7 @@ class _Fit:
             collecting = CollectConfig(
                 model=config.model, tasks=(task,), lengths_tokens=(length_tokens,), samples=1, seed=config.seed,
                 chunk_tokens=config.chunk_tokens, least_mass=min(LAXER_MASSES), shard_documents=1,
-                device=config.device, dtype=config.dtype,
+                chat_template=config.chat_template, device=config.device, dtype=config.dtype,
             )  # fmt: skip
             since_s = self.watch.clock()
             collect(collecting, probe / f"{task}-{length_tokens}", progress=Progress(), loaded=loaded)
@@ -166,7 +177,7 @@ class _Fit:
         chosen = config.lengths_tokens or fitting_lengths(lengths, cost, self.watch.left_s(COLLECT_UNTIL))
         self.state.probe = {
             "tasks": list(tasks), "lengths_tokens": list(chosen), "document_s": cost.of_length(max(chosen)),
-            "labels": record_of(tried), "layers": list(layers),
+            "labels": record_of(tried), "layers": list(layers), "chat_template": opened[0].info.chat_template,
         }  # fmt: skip
         for each in tried:
             self.note(each.text())
@@ -196,7 +207,7 @@ class _Fit:
             model=self.config.model, tasks=tuple(probed["tasks"]), lengths_tokens=(length,),
             samples=1, seed=self.config.seed + 1 + state.rounds, chunk_tokens=self.config.chunk_tokens,
             layers=tuple(probed["layers"]), top_p=rule["top_p"], least_mass=rule["least_mass"], shard_documents=1,
-            device=self.config.device, dtype=self.config.dtype,
+            chat_template=self.config.chat_template, device=self.config.device, dtype=self.config.dtype,
         )  # fmt: skip
         target = self._round_folder(state.rounds)
         collect(collecting, target, progress=Progress(), loaded=loaded, goes_on=lambda: self._goes_on(document_s))

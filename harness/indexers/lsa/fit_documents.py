@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvscope.errors import UsageError
 from kvscope.harness.engine.loaded import LoadedModel
@@ -73,12 +73,12 @@ def lengths_to_try(config: FitConfig, loaded: LoadedModel) -> tuple[int, ...]:
     return found
 
 
-def tasks_to_ask(config: FitConfig, loaded: LoadedModel, length_tokens: int) -> tuple[str, ...]:
+def tasks_to_ask(config: FitConfig, tokenizer: Any, length_tokens: int) -> tuple[str, ...]:
     """Return the tasks asked for, or those of four that the shortest length has room for."""
     if config.tasks is not None:
         return config.tasks
 
     def has_room(task: "Task") -> bool:
-        return task.min_length_tokens(loaded.tokenizer) <= length_tokens
+        return task.min_length_tokens(tokenizer) <= length_tokens
 
     return tuple(task.name for task in make_tasks(TASKS) if has_room(task))

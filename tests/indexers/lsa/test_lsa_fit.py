@@ -203,6 +203,21 @@ def test_bad_options_are_one_sentence(options, why, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"model": "nowhere"}, "There is no model 'nowhere'"),
+        ({"lengths_tokens": (8192,)}, "over the 4,096 tokens"),
+        ({"lengths_tokens": (16,)}, "too short for task 'long_qa'"),
+        ({"chat_template": "nowhere.jinja"}, "Cannot read the chat template"),
+    ],
+)
+def test_what_is_refused_leaves_no_folder(options, why, tiny_model, tmp_path):
+    with pytest.raises(UsageError, match=why):
+        fit(asked(**{"model": tiny_model, **options}), tmp_path / "out", note=quiet)
+    assert not (tmp_path / "out").exists()
+
+
 def test_presets_have_nothing_to_learn_from(tmp_path, capsys):
     assert cli.run_cli(["lsa", "fit", "preset:llama-3.1-8b", "--out", str(tmp_path / "out")]) == 2
     assert "preset:llama-3.1-8b" in capsys.readouterr().err
