@@ -101,11 +101,28 @@ def run(
 
 @app.command(short_help="Say what run would do; run nothing.")
 @with_run_options
-def plan(config: "RunConfig", *, json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Print what `run` with the same options would do: cells, predicted bytes, forecasts. Runs nothing."""
-    from kvscope.harness.passes.plan import make_plan
+def plan(
+    config: "RunConfig",
+    *,
+    target: Annotated[
+        str | None,
+        typer.Option("--target", metavar="MACHINE", help="Plan for h100, h200, a100-40 or a size as 24GiB instead."),
+    ] = None,
+    host_memory: Annotated[
+        str | None, typer.Option("--host-memory", metavar="SIZE", help="Host memory of that machine, as 128GiB.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print what `run` with the same options would do: cells, predicted bytes, forecasts. Runs nothing.
 
-    made = make_plan(config)
+    With --target no GPU is needed: longest contexts, largest batches and times are forecast for that machine.
+    """
+    from kvscope.harness.passes.plan import make_plan
+    from kvscope.harness.passes.target import parse_target
+
+    if target is None and host_memory is not None:
+        raise UsageError("--host-memory is of the machine that --target names: give that, too.")
+    made = make_plan(config, None if target is None else parse_target(target, host_memory=host_memory))
     say(as_json(made.values()) if json else made.text(width=line_width()))
 
 

@@ -48,11 +48,16 @@ def static_reasons(loaded: LoadedModel, cache: SequenceCache) -> list[str]:
     types = {str(rope.get("rope_type")) for rope in nested} & _HOST_ROPES
     if types:
         reasons.append(f"rotary positions of type {', '.join(sorted(types))} are computed from the host")
-    if any(type(module).__name__.endswith("Experts") for module in loaded.model.modules()):
+    if has_experts(loaded.model):
         reasons.append("which experts a token goes to is known to the device alone")
     if cache.stock:
         reasons += unsupported_stock(loaded.shape, loaded.device, loaded.dtype)
     return reasons
+
+
+def has_experts(model: Any) -> bool:
+    """Whether tokens go to experts: which weights a step reads, the device alone knows."""
+    return any(type(module).__name__.endswith("Experts") for module in model.modules())
 
 
 class GraphStep:

@@ -29,7 +29,7 @@ SURFACE = {
         "--out", "--quiet", "--request-timeout", "--samples", "--seed", "--served-model-a", "--served-model-b",
         "--server-context", "--task", "--time-limit", "--tokenizer", "-l", "-n", "-o", "-q", "-t", "a", "b",
     ],
-    "plan": sorted([*SHARED, "--json"]),
+    "plan": sorted([*SHARED, "--host-memory", "--json", "--target"]),
     "report": ["folder"],
     "compare": ["--fail-if", "--json", "--pair", "folders"],
     "samples": [
