@@ -30,7 +30,7 @@ SURFACE = {
         "--server-context", "--task", "--time-limit", "--tokenizer", "-l", "-n", "-o", "-q", "-t", "a", "b",
     ],
     "plan": sorted([*SHARED, "--host-memory", "--json", "--target"]),
-    "report": ["folder"],
+    "report": ["--format", "--label", "--methods", "--no-title", "--style", "--title", "--width", "folder"],
     "compare": ["--fail-if", "--json", "--pair", "folders"],
     "samples": [
         "--differs-from", "--failed", "--json", "--length", "--limit", "--method", "--model", "--prompt", "--task",
