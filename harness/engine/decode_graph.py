@@ -49,15 +49,15 @@ def static_reasons(loaded: LoadedModel, cache: SequenceCache) -> list[str]:
     types = {str(rope.get("rope_type")) for rope in nested} & _HOST_ROPES
     if types:
         reasons.append(f"rotary positions of type {', '.join(sorted(types))} are computed from the host")
-    if _has_experts(loaded.model):
+    if has_experts(loaded.model):
         reasons.append("which experts a token goes to is known to the device alone")
     if cache.stock:
         reasons += unsupported_stock(loaded.shape, loaded.device, loaded.dtype)
     return reasons
 
 
-def _has_experts(model: Any) -> bool:
-    """Whether a module is a set of experts; looked for once a model, since every sequence asks."""
+def has_experts(model: Any) -> bool:
+    """Whether tokens go to experts: which weights a step reads, the device alone knows. Looked for once a model."""
     if model not in _EXPERTS:
         _EXPERTS[model] = any(type(module).__name__.endswith("Experts") for module in model.modules())
     return _EXPERTS[model]

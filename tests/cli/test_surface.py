@@ -29,8 +29,8 @@ SURFACE = {
         "--out", "--quiet", "--request-timeout", "--samples", "--seed", "--served-model-a", "--served-model-b",
         "--server-context", "--task", "--time-limit", "--tokenizer", "-l", "-n", "-o", "-q", "-t", "a", "b",
     ],
-    "plan": sorted([*SHARED, "--json"]),
-    "report": ["folder"],
+    "plan": sorted([*SHARED, "--host-memory", "--json", "--target"]),
+    "report": ["--format", "--label", "--methods", "--no-title", "--style", "--title", "--width", "folder"],
     "compare": ["--fail-if", "--json", "--pair", "folders"],
     "samples": [
         "--differs-from", "--failed", "--json", "--length", "--limit", "--method", "--model", "--prompt", "--task",
