@@ -144,8 +144,8 @@ class RunConfig(BaseModel):
     )
     ray_address: str | None = Field(
         default=None,
-        description="ray: the cluster, as HOST:PORT, auto (one on this machine) or local (default: $RAY_ADDRESS, auto, "
-        "else local)",
+        description="ray: the cluster, as HOST:PORT, local (one that is started for the run) or auto: $RAY_ADDRESS, "
+        "one that runs on this machine, else local",
     )
     paper_settings: bool = Field(
         default=False, description="fix recency_tokens at 8192, blocks and budgets at their papers' values"
@@ -301,7 +301,7 @@ class RunConfig(BaseModel):
         if value is not None and not re.fullmatch(
             r"auto|local|[\w.-]{1,255}:[0-9]{1,5}|\[[0-9a-fA-F:]+\]:[0-9]{1,5}", value
         ):
-            raise UsageError(f"ray_address: {shown(value)} is no cluster: write HOST:PORT, auto or local.")
+            raise UsageError(f"ray_address: {shown(value)} is no cluster: write HOST:PORT, local or auto.")
         return value
 
     @field_validator("out", mode="before")

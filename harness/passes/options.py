@@ -122,7 +122,9 @@ class RunOptions:
     ray_address: Annotated[
         str | None,
         typer.Option(
-            "--ray-address", metavar="HOST:PORT|auto|local", help="That cluster.  [default: a running one, else local]"
+            "--ray-address",
+            metavar="HOST:PORT|auto|local",
+            help="That cluster; auto: a running one, else local.  [default: auto]",
         ),
     ]
     accuracy_graph: Annotated[

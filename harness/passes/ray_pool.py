@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import kvscope
-from kvscope.errors import EnvironmentProblem, UsageError
+from kvscope.errors import EnvironmentProblem, UsageError, shown
 from kvscope.harness.passes.config import RunConfig
 from kvscope.harness.passes.pools import Ended, Said, Worker
 from kvscope.harness.passes.process import SAID
@@ -62,12 +62,12 @@ def connect(ray: Any, config: RunConfig) -> bool:
 
     Raises:
         UsageError: a module of the run cannot be sent, or nothing answers at the address.
-        EnvironmentProblem: Ray refuses, say for its version.
+        EnvironmentProblem: Ray refuses, say for its version, or no cluster is there.
     """
     if ray.is_initialized():
         return False
-    address = config.ray_address
-    check_reachable(address or os.environ.get("RAY_ADDRESS"))
+    address = config.ray_address or os.environ.get("RAY_ADDRESS")
+    check_reachable(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody unless the user says so
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -81,11 +81,6 @@ def connect(ray: Any, config: RunConfig) -> bool:
                 return True
             address = "local"
         ray.init(address=address, **options, **(own if address == "local" else {}))
-    except ConnectionError as error:
-        raise UsageError(
-            f"ray_address: no Ray cluster runs on this machine ({one_line(error)}): start one (ray start --head), give "
-            "--ray-address HOST:PORT, or local."
-        ) from error
     except (RuntimeError, ValueError, OSError) as error:
         raise EnvironmentProblem(f"Ray cannot be used: {one_line(error)}.") from error
     return True
@@ -95,8 +90,13 @@ def check_reachable(address: str | None) -> None:
     """Refuse an address where nothing answers: Ray itself tries for minutes.
 
     Raises:
-        UsageError: nothing does.
+        UsageError: nothing does, or it is one of Ray's client, whose sweep would write rows from afar.
     """
+    if "://" in (address or ""):
+        raise UsageError(
+            f"ray_address: {shown(address)} is an address of Ray's client: run on a machine of the cluster, and give "
+            "HOST:PORT or nothing."
+        )
     host, colon, port = (address or "").rpartition(":")
     if not colon or not port.isdigit():
         return
@@ -192,13 +192,12 @@ class RayPool:
         self._alive: list[RayWorker] = []
         self._unusable: set[str] = set()
         self._since_s = time.monotonic()
-        self._n_jobs = max(1, self.n_workers)
-        self._task = {**task, "import_folders": [], "n_jobs": self._n_jobs, "version": kvscope.__version__}
+        self._task = {**task, "import_folders": [], "n_jobs": self.n_workers, "version": kvscope.__version__}
 
     @property
     def n_workers(self) -> int:
         """How many the nodes that are there have room for."""
-        return sum(room for _, room in self._rooms())
+        return max(1, sum(room for _, room in self._rooms()))
 
     def _rooms(self) -> list[tuple[Mapping[str, Any], int]]:
         """Return (node, workers that belong there)."""

@@ -19,8 +19,8 @@ SHARED = [
     "--jobs", "--kv", "--length", "--max-new-tokens", "--method", "--method-from", "--model", "--no-accuracy-graph",
     "--no-answer-nll", "--no-footprint", "--no-paper-settings", "--no-retry", "--no-self-check", "--out",
     "--paper-settings", "--ray-address", "--request-timeout", "--retry", "--samples", "--seed", "--self-check",
-    "--served-model", "--server-context", "--server-pid", "--set", "--sweep", "--task", "--throughput", "--time-limit", "--tokenizer",
-    "-j", "-l", "-m", "-n", "-o", "-t", "config",
+    "--served-model", "--server-context", "--server-pid", "--set", "--sweep", "--task", "--throughput", "--time-limit",
+    "--tokenizer", "-j", "-l", "-m", "-n", "-o", "-t", "config",
 ]  # fmt: skip
 SURFACE = {
     "run": sorted([*SHARED, "--no-report", "--quiet", "--report", "-q"]),

@@ -1,4 +1,4 @@
-"""The accuracy pass on a real Ray cluster of two nodes, on one machine: rows are those of one process, whatever is lost.
+"""The accuracy pass on a real Ray cluster, two nodes of one machine: rows are those of one process, whatever is lost.
 
 Ray is not among the development tools (260 MiB): where it is missing these are skipped. ``pip install ray`` runs them.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
-from tiny import SMALL, MakeConfig
+from tiny import SMALL
 
 import kvscope
 from kvscope.harness.passes.config import make_config
@@ -68,7 +68,7 @@ class Cluster:
     def __init__(self, model: str, folder: Path) -> None:
         from ray.cluster_utils import Cluster as RayCluster
 
-        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
         node = {"num_cpus": 1, "object_store_memory": 96 * 2**20, "include_dashboard": False}
         self.ray = RayCluster(initialize_head=True, head_node_args=node)
         self.node = {"num_cpus": 1, "object_store_memory": 96 * 2**20}
