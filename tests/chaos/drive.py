@@ -1,8 +1,9 @@
 """Kills kvscope at random instants, many times: ``python tests/chaos/drive.py [--kills 200] [--seed 0] [--only NAME]``.
 
 Each command is killed by SIGKILL until it has been killed as often as it shall: at a step of its own (``fuse``: files
-opened, written in part, synced, renamed), or after a random time, or in a process of its own. Then the same command
-ends, and what it leaves is compared with what an undisturbed one left. Prints a row for each, and JSON with ``--out``.
+opened, written in part, synced, renamed), or after a random time, or in a process of its own. In between the disk takes
+no file over some size, which must be a sentence and exit code 3. Then the same command ends, and what it leaves is
+compared with what an undisturbed one left. Prints a row for each, and JSON with ``--out``.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import gc
 import json
 import os
 import random
+import resource
 import signal
 import sys
 import tempfile
@@ -27,16 +29,17 @@ from fuse import NEVER, Fuse
 from scenarios import Scenario, report_files, scenarios
 from stub_server import stub_server
 
+from kvscope.errors import EnvironmentProblem, KvscopeError
+
 MARK = "KVSCOPE_CHAOS"
 _END_S = 60.0
 """How long processes of a sweep that was killed may live on."""
-_MOST_TRIES = 40
 
 
 class Child:
     """A command in a process of its own, forked from here."""
 
-    def __init__(self, scenario: Scenario, folder: Path, *, at: int = NEVER) -> None:
+    def __init__(self, scenario: Scenario, folder: Path, *, at: int = NEVER, most_file_bytes: int = -1) -> None:
         reader, writer = os.pipe()
         self._said = reader
         self.pid = os.fork()
@@ -46,10 +49,14 @@ class Child:
             try:
                 fuse = Fuse(folder, at=at)
                 fuse.light()
+                resource.setrlimit(resource.RLIMIT_FSIZE, (most_file_bytes, resource.RLIM_INFINITY))
                 scenario.act(folder)
                 os.write(writer, str(fuse.n_steps).encode())
                 status = 0
-            except BaseException:
+            except KvscopeError as error:
+                os.write(writer, str(error).encode())
+                status = error.exit_code
+            except BaseException:  # noqa: BLE001 - a fork of this process must not go on as this process
                 os.write(writer, traceback.format_exc()[-2000:].encode())
             finally:
                 os._exit(status)
@@ -111,12 +118,27 @@ def orphans(mark: str) -> list[int]:
         time.sleep(0.05)
 
 
+def difference(expected: Any, found: Any, where: str = "") -> str:
+    """Return the first place where two values differ, and what is there."""
+    if isinstance(expected, dict) and isinstance(found, dict) and expected.keys() == found.keys():
+        key = next((key for key in expected if expected[key] != found[key]), None)
+        return "nothing" if key is None else difference(expected[key], found[key], f"{where} {key}")
+    if isinstance(expected, tuple) and isinstance(found, tuple) and len(expected) == len(found):
+        at = next(at for at in range(len(expected)) if expected[at] != found[at])
+        return difference(expected[at], found[at], where)
+    if isinstance(expected, dict) and isinstance(found, dict):
+        other = sorted(expected.keys() ^ found.keys())[:5]
+        return f"{where}: {len(expected)} expected, {len(found)} found; they differ in {other}"
+    return f"{where}: {str(expected)[:200]} expected, {str(found)[:200]} found"
+
+
 class Chaos:
     """Kills one scenario so often, and counts."""
 
     def __init__(self, scenario: Scenario, base: Path, dice: random.Random, *, by_steps_alone: bool) -> None:
         self.scenario, self.base, self.dice = scenario, base, dice
         self.kinds = ["step"] if by_steps_alone else ["step", "time", *(["worker"] if scenario.workers else [])]
+        self.n_kills = 0
         self.counts: Counter[str] = Counter()
         self.problems: list[str] = []
 
@@ -130,7 +152,9 @@ class Chaos:
         self.whole_s, self.n_steps = time.monotonic() - began_s, int(said)
         self.whole = self._final(whole)
         number = 0
-        while sum(self.counts[f"by {kind}"] for kind in self.kinds) < n_kills:
+        sizes = [path.stat().st_size for path in whole.rglob("*") if path.is_file()]
+        self.most_file_bytes = max(sizes)
+        while self.n_kills < n_kills:
             number += 1
             self._one_folder(self.base / f"killed-{number}", n_kills)
         return {"what": self.scenario.name, **self.counts, "problems": self.problems}
@@ -146,15 +170,16 @@ class Chaos:
         held: dict[str, Any] = {}
         parts = self.scenario.kills_a_folder
         for _ in range(parts):
-            if sum(self.counts[f"by {kind}"] for kind in self.kinds) >= n_kills:
+            if self.n_kills >= n_kills:
                 break
             kind = self.dice.choice(self.kinds)
             status, said, killed = self._disturb(kind, folder, parts)
-            if killed:
-                self.counts[f"by {kind}"] += 1
+            self.counts[f"by {kind}"] += killed
+            self.n_kills += killed
             held = self._compare(folder, held, kind)
             if os.WIFEXITED(status) and os.WEXITSTATUS(status):
                 self.problems.append(f"{kind}: {said[-600:]}")
+        held = self._fill_disk(folder, held)
         for _ in range(3):  # a worker's end is a failed row, which the next call measures again
             status, said = Child(self.scenario, folder).end()
             if status:
@@ -163,7 +188,20 @@ class Chaos:
                 break
         self.counts["doubled"] += self.scenario.doubled(folder)
         self.counts["resumed"] += 1
-        self.counts["equal"] += self._final(folder) == self.whole
+        final = self._final(folder)
+        self.counts["equal"] += final == self.whole
+        if final != self.whole:
+            self.problems.append(difference(self.whole, final))
+
+    def _fill_disk(self, folder: Path, held: dict[str, Any]) -> dict[str, Any]:
+        """Let the command meet a disk that takes no file over some size."""
+        most_bytes = int(self.most_file_bytes ** self.dice.uniform(0.2, 1))
+        status, said = Child(self.scenario, folder, most_file_bytes=most_bytes).end()
+        code = os.waitstatus_to_exitcode(status)
+        if code not in (0, EnvironmentProblem.exit_code):
+            self.problems.append(f"no file over {most_bytes} bytes: exit code {code}: {said[-600:]}")
+        self.counts["disk full"] += code == EnvironmentProblem.exit_code
+        return self._compare(folder, held, "disk")
 
     def _disturb(self, kind: str, folder: Path, parts: int) -> tuple[int, str, bool]:
         os.environ[MARK] = mark = f"{os.getpid()}-{self.dice.random()}"

@@ -70,11 +70,18 @@ def rows(folder: Path) -> Held:
         every = [*store.samples(), *store.footprints(), *store.max_contexts(), *store.throughputs()]
     load_run(folder)
     return {
-        f"{type(row).__name__} {row.key}": {
-            key: value for key, value in row.model_dump(mode="json").items() if key not in _LOOSE
-        }
+        f"{type(row).__name__} {row.key}": _firm(row.model_dump(mode="json"))
         for row in every
         if getattr(row, "status", "ok") == "ok"
+    }
+
+
+def _firm(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what two runs must agree in."""
+    return {
+        key: _firm(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if key not in _LOOSE and key != "request_s"  # of a server
     }
 
 
