@@ -1,7 +1,8 @@
 """What a sweep costs, as a model of its parts: fitted on measured runs, checked on others, and multiplied out.
 
-    python benchmarks/scale_model.py measure [--out FILE]   # a few runs on a CPU, and the one writer with invented rows
-    python benchmarks/scale_model.py fit [--file FILE]      # the model of these and of the committed rows of a GPU
+    python benchmarks/scale_model.py runs     # measures a few runs on a CPU
+    python benchmarks/scale_model.py writer   # measures the one writer, with invented rows
+    python benchmarks/scale_model.py fit      # the model of these and of the committed rows of a GPU
 
 A prompt of T tokens costs p + a T + b T^2, once for all its methods; each token of an answer c + d T, by method. A run
 costs s besides, and each further process w. On a GPU a short prompt costs what its launches take, whatever they
@@ -246,14 +247,16 @@ def million(*, gpus: int = 64, prompts: int = 1_000_000, answer_tokens: int = 12
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return 1 where a prediction of what was held out is off by more than 15 %."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["measure", "fit"])
-    parser.add_argument("--file", "--out", type=Path, default=FILE)
+    parser.add_argument("what", choices=["runs", "writer", "fit"])
+    parser.add_argument("--file", type=Path, default=FILE, help="what was measured")
     parser.add_argument("--repetitions", type=int, default=2)
     options = parser.parse_args(arguments)
-    if options.what == "measure":
-        found = {"cpu": measure_all(options.repetitions), "writer": writer_figures()}
+    found = json.loads(options.file.read_text()) if options.file.exists() else {}
+    if options.what != "fit":
+        key = {"runs": "cpu", "writer": "writer"}[options.what]
+        found[key] = measure_all(options.repetitions) if key == "cpu" else writer_figures()
         options.file.write_text(json.dumps(found, indent=1) + "\n")
-    found = json.loads(options.file.read_text())
+        return 0
     model = {
         "cpu": cpu_model(found["cpu"]), "prefill, H100": prefill_model(), "step, H100": step_model(),
         "a million prompts at 128K": million(), "writer": found["writer"],

@@ -82,7 +82,10 @@ def connect(ray: Any, config: RunConfig) -> bool:
             address = "local"
         ray.init(address=address, **options, **(own if address == "local" else {}))
     except (RuntimeError, ValueError, OSError) as error:
-        raise EnvironmentProblem(f"Ray cannot be used: {one_line(error)}.") from error
+        token = (
+            " A cluster that asks for a token needs RAY_AUTH_MODE=token." if isinstance(error, ConnectionError) else ""
+        )
+        raise EnvironmentProblem(f"Ray cannot be used: {one_line(error)}.{token}") from error
     return True
 
 
@@ -147,7 +150,7 @@ class RayWorker:
     def _said_end(self, how: Mapping[str, Any]) -> Ended:
         last = str(how["last"])
         if last.startswith(SAID):
-            last = f"{SAID}{self.where}: {last.removeprefix(SAID)}"
+            last = f"{SAID}On {self.where}: {last.removeprefix(SAID)}"
         return Ended(int(how["code"]), last)
 
     def _lost(self, error: BaseException | None) -> Ended:

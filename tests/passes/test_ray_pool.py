@@ -131,7 +131,7 @@ def test_a_node_that_goes_takes_no_row_along_and_is_no_fault_of_its_prompts(clus
 
 
 def test_a_node_without_the_model_says_which_and_what(cluster: Cluster) -> None:
-    with pytest.raises(UsageError, match=r"^a CPU of node node-[12]: The model's weights are cut off\.$"):
+    with pytest.raises(UsageError, match=r"^On a CPU of node node-[12]: The model's weights are cut off\.$"):
         cluster.run("begins not", "begins not")
     assert not Path(cluster.plan.config.out or "", "run.json").exists()
 
@@ -216,6 +216,11 @@ def test_a_cluster_is_looked_for_before_one_is_started(monkeypatch: pytest.Monke
     assert [each["address"] for each in ray.asked] == ["auto", "local"]
     assert "runtime_env" not in ray.asked[0]
     assert not connect(ray, small(executor="ray"))  # the caller's own connection stays
+    ray.is_up, none_runs = False, iter([ConnectionError("Failed to connect to it.")])
+    with pytest.raises(
+        EnvironmentProblem, match=r"^Ray cannot be used: Failed to connect to it\. A cluster that asks for"
+    ):
+        connect(ray, small(executor="ray", ray_address="local"))
 
 
 def test_modules_of_methods_and_tasks_by_path_are_sent(
