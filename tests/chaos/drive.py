@@ -229,6 +229,7 @@ class Chaos:
         except Exception as error:  # noqa: BLE001 - whatever is damaged is counted
             self.problems.append(f"{kind}: what is there cannot be read: {type(error).__name__}: {str(error)[:300]}")
             return before
+        self.counts["looked at"] += len(before)
         self.counts["lost"] += sum(now.get(key) != value for key, value in before.items())
         return now
 
