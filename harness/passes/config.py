@@ -31,7 +31,18 @@ MOST_SAMPLES = 1_000_000
 Length = Annotated[Tokens, Field(ge=1, le=limits.MOST_LENGTH_TOKENS)]
 
 #: Keys that decide no value of a row.
-_NO_VALUES = ("out", "footprint_timeout_s", "time_limit_s", "retry", "self_check", "batch", "jobs", "gpus")
+_NO_VALUES = (
+    "out",
+    "footprint_timeout_s",
+    "time_limit_s",
+    "retry",
+    "self_check",
+    "batch",
+    "jobs",
+    "gpus",
+    "executor",
+    "ray_address",
+)
 #: Key -> why nothing is scored where it is set (``model``: to a preset).
 _UNSCORED = {
     "model": "a preset has random weights, so its answers mean nothing",
@@ -127,6 +138,15 @@ class RunConfig(BaseModel):
     )
     gpus: str | None = Field(
         default=None, description="accuracy pass: GPUs that answer prompts, all or as 0,1 (default: the device's one)"
+    )
+    executor: Literal["processes", "ray"] = Field(
+        default="processes",
+        description="accuracy pass: who answers, processes of this machine or jobs a node (or GPU) of a Ray cluster",
+    )
+    ray_address: str | None = Field(
+        default=None,
+        description="ray: the cluster, as HOST:PORT, local (one that is started for the run) or auto: $RAY_ADDRESS, "
+        "one that runs on this machine, else local",
     )
     paper_settings: bool = Field(
         default=False, description="fix recency_tokens at 8192, blocks and budgets at their papers' values"
@@ -292,6 +312,15 @@ class RunConfig(BaseModel):
             raise UsageError(f"gpus: {shown(value)} names no GPUs: write all, or different numbers as 0,1.")
         return value
 
+    @field_validator("ray_address")
+    @classmethod
+    def _ray_address(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(
+            r"auto|local|[\w.-]{1,255}:[0-9]{1,5}|\[[0-9a-fA-F:]+\]:[0-9]{1,5}", value
+        ):
+            raise UsageError(f"ray_address: {shown(value)} is no cluster: write HOST:PORT, local or auto.")
+        return value
+
     @field_validator("out", mode="before")
     @classmethod
     def _out(cls, value: object) -> object:
@@ -315,8 +344,16 @@ class RunConfig(BaseModel):
         check_served(self.model, self.methods, self.tokenizer, changed=_changed(self))
         if self.find_max and self.throughput:
             raise UsageError("find_max and throughput are two runs: ask for one of them.")
-        if self.unscored and (self.jobs > 1 or self.gpus is not None):
-            raise UsageError("jobs and gpus say who answers prompts, and this run asks none: leave them out.")
+        if self.unscored and (self.jobs > 1 or self.gpus is not None or self.executor != "processes"):
+            raise UsageError("jobs, gpus and executor say who answers prompts, and this run asks none: leave them out.")
+        if self.executor == "ray" and self.gpus is not None:
+            raise UsageError(
+                "gpus: they are those of this machine, and Ray gives out those of its nodes: leave it out."
+            )
+        if self.executor == "ray" and ":" in self.device:
+            raise UsageError("device: Ray gives out the GPUs of its nodes: write cuda without a number.")
+        if self.executor != "ray" and self.ray_address is not None:
+            raise UsageError("ray_address: it is about a cluster: give --executor ray, too, or leave it out.")
         asks_memory = self.gpu_budget_bytes is not None or self.kv == "synthetic" or self.footprint_batch > 1
         if not self.footprint and (self.unscored or asks_memory):
             raise UsageError(

@@ -111,6 +111,22 @@ class RunOptions:
         str | None,
         typer.Option("--gpus", metavar="all|0,1", help="GPUs that answer prompts.  [default: the one of --device]"),
     ]
+    executor: Annotated[
+        str | None,
+        typer.Option(
+            "--executor",
+            metavar="processes|ray",
+            help="Who answers prompts; ray: a cluster's nodes.  [default: processes]",
+        ),
+    ]
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            "--ray-address",
+            metavar="HOST:PORT|auto|local",
+            help="That cluster; auto: a running one, else local.  [default: auto]",
+        ),
+    ]
     accuracy_graph: Annotated[
         bool | None,
         typer.Option(

@@ -132,6 +132,8 @@ def test_identity_ignores_where_the_rows_go_but_nothing_that_changes_them() -> N
         "out",
         "jobs",
         "gpus",
+        "executor",
+        "ray_address",
         "chat_template",  # the plan says what it comes to
         "footprint_timeout_s",
         "time_limit_s",
