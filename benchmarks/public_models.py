@@ -25,8 +25,15 @@ from statistics import mean
 
 from kvscope.units import format_length, parse_length
 
-CANDIDATES = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "niah_multivalue", "niah_multiquery",
-              "vt", "cwe", "fwe", "long_qa")  # fmt: skip
+CANDIDATES = (
+    "niah_single_1",
+    "niah_multikey_2",
+    "niah_multikey_3",
+    "niah_multivalue",
+    "niah_multiquery",
+    "vt",
+    "long_qa",
+)
 LEAST_SCORE = 0.6
 CHOOSING_SEED, CHOOSING_SAMPLES = 1000, 12
 MEASURING_SEED = 0
@@ -34,12 +41,16 @@ STEPS = ("fit", "choose", "measure", "footprint")
 INDEXER = "indexer"
 
 
-def methods_of(share: float, *, fitted: bool) -> list[str]:
-    """Return the methods of a length: those that keep a set, at one share of the prompt's tokens."""
-    lsa = [f"lsa:budget_fraction={share:g},indexer={INDEXER}", f"lsa:indexer={INDEXER}"] if fitted else []
-    landmark = f"lsa:budget_fraction={share:g},indexer=landmark"
+def tested(share: float, *, fitted: bool) -> list[str]:
+    """Return what is tested against dense on all prompts of a length, at a share of its tokens."""
+    fit = [f"lsa:budget_fraction={share:g},indexer={INDEXER}", f"lsa:indexer={INDEXER}"] if fitted else []
+    return ["dense", *fit, f"lsa:budget_fraction={share:g},indexer=landmark"]
+
+
+def others(share: float) -> list[str]:
+    """Return what stands beside them, on fewer prompts: those that keep a set, at the same share."""
     freed = [f"{name}:budget_fraction={share:g}" for name in ("snapkv", "recency", "random")]
-    return ["dense", *lsa, landmark, "quest", "msa", "moba", *freed]
+    return ["dense", "quest", "msa", "moba", *freed]
 
 
 class Recipe:
@@ -91,16 +102,17 @@ class Recipe:
     def measure(self) -> None:
         """Measure every method, a run a length."""
         tasks = json.loads((self.work / "tasks.json").read_text(encoding="utf-8"))["tasks"]
-        for length, share in self.shares.items():
-            self._run(f"measure-{format_length(length)}", methods=methods_of(share, fitted=self._fitted),
-                      tasks=tasks, lengths=[length], samples=-(-self.options.samples // len(tasks)),
-                      seed=MEASURING_SEED)  # fmt: skip
+        for name, samples in (("tested", self.options.samples), ("others", self.options.other_samples)):
+            for length, share in self.shares.items():
+                methods = tested(share, fitted=self._fitted) if name == "tested" else others(share)
+                self._run(f"{name}-{format_length(length)}", methods=methods, tasks=tasks, lengths=[length],
+                          samples=-(-samples // len(tasks)), seed=MEASURING_SEED)  # fmt: skip
 
     def footprint(self) -> None:
         """Let the driver say what several sequences hold at the longest length."""
         length = max(self.shares)
-        methods = [each for each in methods_of(self.shares[length], fitted=self._fitted)
-                   if each.startswith(("dense", "lsa:budget", "recency", "snapkv"))]  # fmt: skip
+        share = self.shares[length]
+        methods = [*tested(share, fitted=self._fitted), f"recency:budget_fraction={share:g}"]
         self._run("footprint", methods=methods, tasks=["niah_single_1"], lengths=[length], samples=1,
                   seed=MEASURING_SEED, footprint=True)  # fmt: skip
 
@@ -129,7 +141,8 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="as of kvscope run; a path is taken from --work or absolute")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--length", action="append", required=True, help="as 16k=0.25: with its share; repeatable")
-    parser.add_argument("--samples", type=int, default=540, help="prompts a length, over all tasks")
+    parser.add_argument("--samples", type=int, default=504, help="prompts a length, over all tasks, of the test")
+    parser.add_argument("--other-samples", type=int, default=108, help="the same of the methods beside it")
     parser.add_argument("--fit-minutes", type=float, default=4.0)
     parser.add_argument("--fit-length", action="append", default=[], help="lengths of the documents; none: chosen")
     parser.add_argument("--gpus", help="as of kvscope run")
