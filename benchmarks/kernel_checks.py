@@ -66,7 +66,7 @@ def check_packed_decode() -> float:
     for form, P, dtype in itertools.product(FORMATS.values(), (16, 64, 128), (torch.bfloat16, torch.float16)):
         packing = PagePacking(form, P, 128)
         n_pages = 8192 // P
-        # Channels of unlike means, which zero points are for; and tokens of small values, which scales are for.
+        # Channels of unlike means, which bases are for; and tokens of small values, which scales are for.
         raw = _randn(n_pages, 8, 2, P, 128, dtype=torch.float32) * torch.rand(n_pages, 1, 1, P, 1, device=DEVICE)
         raw += 4 * _randn(128, dtype=torch.float32)
         table = torch.randperm(n_pages, device=DEVICE)[None, None].int()

@@ -69,7 +69,7 @@ def calls(inputs: list[tuple[torch.Tensor, PagedKV]], tuning: PackedTuning | Non
 
 
 def read_bytes(form: KvFormat | None, batch: int, length_tokens: int) -> int:
-    """Bytes of the pages of one layer, scales and zero points included."""
+    """Bytes of the pages of one layer, scales and bases included."""
     if form is None:
         return kv_bytes(batch, length_tokens)
     packing = PagePacking(form, PAGE_TOKENS, HEAD_DIM)

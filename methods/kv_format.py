@@ -14,7 +14,7 @@ KvName = Literal["fp8", "int8", "int4", "kivi2"]
 RESIDUAL_TOKENS = 64
 """Newest tokens that are never packed; the pages that hold them and one page more are the residual."""
 _RECORD_ALIGNMENT = 32  # halves of a record are what the kernel that recalls moves, 16 bytes at a time
-_META_BYTES = 2  # scales and zero points are fp16
+_META_BYTES = 2  # scales and bases are fp16
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class KvFormat:
     Attributes:
         name: as ``kv=`` gives it.
         bits: of an element.
-        is_float: e4m3 with a scale; else whole numbers with a scale and a zero point.
+        is_float: e4m3 with a scale; else whole numbers with a scale and a base.
+        place: bit of an fp16's fraction where a kernel puts a code's last bit.
         most_key_tokens: most tokens that share a channel's scale; None: those of a page.
     """
 
@@ -32,6 +33,12 @@ class KvFormat:
     bits: int
     is_float: bool = False
     most_key_tokens: int | None = None
+    place: int = 0
+
+    @property
+    def step(self) -> float:
+        """What a code counts in units of its group's scale."""
+        return 2.0 ** (self.place - 10)
 
     @property
     def fields(self) -> int:
@@ -40,7 +47,7 @@ class KvFormat:
 
     @property
     def numbers(self) -> int:
-        """Numbers a group keeps beside its elements: a scale and, for whole numbers, a zero point."""
+        """Numbers a group keeps beside its elements: a scale and, for whole numbers, a base."""
         return 1 if self.is_float else 2
 
     def key_group_tokens(self, page_tokens: int) -> int:
@@ -52,8 +59,8 @@ class KvFormat:
 FORMATS: dict[str, KvFormat] = {
     "fp8": KvFormat("fp8", 8, is_float=True),
     "int8": KvFormat("int8", 8),
-    "int4": KvFormat("int4", 4),
-    "kivi2": KvFormat("kivi2", 2, most_key_tokens=32),
+    "int4": KvFormat("int4", 4, place=4),
+    "kivi2": KvFormat("kivi2", 2, most_key_tokens=32, place=8),
 }
 
 
@@ -61,7 +68,7 @@ FORMATS: dict[str, KvFormat] = {
 class PagePacking:
     """How one KV head's part of a page lies in memory: a record of bytes.
 
-    In order: elements of K [P, D/F], elements of V [P, D/F], then in fp16 K's scales (and zero points)
+    In order: elements of K [P, D/F], elements of V [P, D/F], then in fp16 K's scales (and bases)
     [groups, numbers, D] and V's [F, P, numbers]. Bits i of byte j hold channel ``i * D/F + j``. K's numbers are in the
     order of ``channel_order``: that of the fields of words of two bytes, in which a kernel reads.
 
@@ -97,12 +104,12 @@ class PagePacking:
 
     @property
     def key_numbers(self) -> int:
-        """Scales and zero points of K."""
+        """Scales and bases of K."""
         return self.key_groups * self.format.numbers * self.head_dim
 
     @property
     def value_numbers(self) -> int:
-        """Scales and zero points of V."""
+        """Scales and bases of V."""
         return self.format.fields * self.format.numbers * self.page_tokens
 
     @property

@@ -24,7 +24,7 @@ from kvscope.methods.step_batch import StepReads
 from kvscope.methods.step_counters import StepCounters
 from kvscope.methods.store import PromptKV, TokenRange, head_pages, page_shape, range_pages
 
-_PAGES_AT_ONCE = 256  # raw pages on the device at once while a prompt is packed
+_PAGES_AT_ONCE = 128  # raw pages on the device at once while a prompt is packed
 Source = Callable[[int, int, int], torch.Tensor]
 """Layer, first page and page behind the last -> raw host pages of the tokens kept, packed in order."""
 
@@ -193,7 +193,7 @@ class PackedPool:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of the live pages, scales, zero points and residual included."""
+        """Bytes of the live pages, scales, bases and residual included."""
         return tensor_bytes([*self.pages.values(), self._residual_LWH2PD])
 
     def clear(self) -> None:

@@ -1,8 +1,11 @@
 """Packs pages of K and V into fewer bits and unpacks them, in torch: on the host, on a GPU, and for the tests.
 
-With z a group's least value and b bits, an element x is kept as ``c = round((x - z) / s)`` and read as ``c * s + z``,
-where ``s = (max - z) / (2^b - 1)``. z and s are fp16, rounded down and up, and c is computed from them as they are
-stored: nothing is cut off, and no element is off by more than s / 2. fp8 keeps ``e4m3(x / s)``, ``s = max |x| / 448``.
+A group of b bits keeps a scale s and a base a, both fp16, and of each element x a code c. What is read is
+``(1 + c 2^-k) s + a`` with k = 10, 6 and 2 for 8, 4 and 2 bits: a factor between 1 and 2 that is an fp16 with the code among
+its bits, so that a kernel multiplies what it reads. In other words a code counts steps of ``s 2^-k`` above ``s + a``, which is
+the group's least value, rounded down. s and a are chosen so that the greatest is no more than ``2^b - 1`` steps above, and
+codes are computed from them as they are stored: no element is off by more than half a step. fp8 keeps
+``e4m3(x / s)``, ``s = max |x| / 448``.
 
 Shapes: X any leading sizes, P tokens a page, D head size, F fields of a byte, R bytes of a record; ``kv_format`` has
 the layout of a record.
@@ -22,8 +25,8 @@ def pack_pages(pages: torch.Tensor, packing: PagePacking) -> torch.Tensor:
     D, P = packing.head_dim, packing.page_tokens
     fields, groups = packing.format.fields, packing.key_groups
     lead = pages.shape[:-3]
-    k_ngTD = pages[..., 0, :, :].reshape(-1, groups, P // groups, D).float()
-    v_nPFC = pages[..., 1, :, :].reshape(-1, P, fields, D // fields).float()
+    k_ngTD = pages[..., 0, :, :].reshape(-1, groups, P // groups, D).double()
+    v_nPFC = pages[..., 1, :, :].reshape(-1, P, fields, D // fields).double()
     k_codes, k_numbers = _quantise(k_ngTD, packing, dim=2)
     v_codes, v_numbers = _quantise(v_nPFC, packing, dim=3)
     n = len(k_codes)
@@ -50,9 +53,10 @@ def unpack_pages(records: torch.Tensor, packing: PagePacking, dtype: torch.dtype
     v = _values(flat[:, size : 2 * size].reshape(n, P, D // fields), packing, work)  # [n, P, F, D/F]
     k_per_channel = k_numbers.view(n, groups, packing.format.numbers, 1, fields, D // fields)
     v_per_token = v_numbers.transpose(1, 2)[..., None]  # [n, P, F, numbers, 1]
-    k, v = k * k_per_channel[:, :, 0], v * v_per_token[:, :, :, 0]
-    if not packing.format.is_float:
-        k, v = k + k_per_channel[:, :, 1], v + v_per_token[:, :, :, 1]
+    k, v = (
+        _scaled(codes, numbers, packing, work)
+        for codes, numbers in ((k, k_per_channel.unbind(2)), (v, v_per_token.unbind(3)))
+    )
     return torch.stack([k.reshape(n, P, D), v.reshape(n, P, D)], 1).view(*lead, 2, P, D).to(dtype)
 
 
@@ -76,30 +80,37 @@ def unpack_tokens(
     k_meta = k_numbers[page_HT, head_H1, offset_HT // packing.key_group_tokens].float()  # [H, T, numbers, D]
     k_meta = k_meta.view(*page_HT.shape, -1, fields, C)
     v_meta = v_numbers[page_HT, head_H1, :, offset_HT].float()[..., None]  # [H, T, F, numbers, 1]
-    k, v = k * k_meta[:, :, 0], v * v_meta[:, :, :, 0]
-    if not packing.format.is_float:
-        k, v = k + k_meta[:, :, 1], v + v_meta[:, :, :, 1]
+    k, v = (
+        _scaled(codes, numbers, packing, torch.float32)
+        for codes, numbers in ((k, k_meta.unbind(2)), (v, v_meta.unbind(3)))
+    )
     return torch.stack([k.flatten(2), v.flatten(2)]).view(2, *page_HT.shape, D)
 
 
 def _quantise(x: torch.Tensor, packing: PagePacking, *, dim: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Return codes (uint8, as ``x``) and the numbers of each group, which lies along ``dim``."""
+    """Return codes (uint8, as ``x``) and the numbers of each group, which lies along ``dim``.
+
+    In fp64: a base is as large as many steps, and is taken away from elements of its size.
+    """
     if packing.format.is_float:
         scale = _above(x.abs().amax(dim, keepdim=True) / FP8_MAX)
-        scaled = x / scale.float().clamp_min(_TINY)
-        return scaled.to(KEY_DTYPE).view(torch.uint8), [scale]
-    levels = 2**packing.format.bits - 1
+        scaled = x / scale.double().clamp_min(_TINY)
+        return scaled.float().to(KEY_DTYPE).view(torch.uint8), [scale]
+    levels, step = 2**packing.format.bits - 1, packing.format.step
     low, high = torch.aminmax(x, dim=dim, keepdim=True)
-    zero = _below(low)
-    scale = _above((high - zero.float()) / levels)
-    steps = (x - zero.float()) / scale.float().clamp_min(_TINY)
-    return steps.round_().clamp_(0, levels).to(torch.uint8), [scale, zero]
+    # The base may be rounded down by this much, and the steps still reach the greatest element.
+    reach = (high - low) / levels
+    rounding = (low.abs() + 1.01 * reach / step) * (2 * _LOOSE) + 2 * _TINY
+    scale = _above((high - low + rounding) / (levels * step))
+    base = _below(low - scale.double())
+    steps = (x - base.double() - scale.double()) / (scale.double() * step)
+    return steps.round_().clamp_(0, levels).to(torch.uint8), [scale, base]
 
 
 def _below(x: torch.Tensor) -> torch.Tensor:
-    """Return the fp16 at or a little below ``x`` in fp32."""
+    """Return the fp16 at or a little below ``x`` in fp64."""
     near = x.half()
-    return torch.where(near.float() > x, (x - x.abs() * _LOOSE - _TINY).half(), near)
+    return torch.where(near.double() > x, (x - x.abs() * _LOOSE - _TINY).half(), near)
 
 
 def _above(x: torch.Tensor) -> torch.Tensor:
@@ -125,6 +136,17 @@ def _values(elements: torch.Tensor, packing: PagePacking, work: torch.dtype) -> 
         return elements.to(work)[..., None, :]
     parts = [(elements >> (bits * field)) & (2**bits - 1) for field in range(fields)]
     return torch.stack(parts, -2).to(work)
+
+
+def _scaled(
+    codes: torch.Tensor, numbers: tuple[torch.Tensor, ...], packing: PagePacking, work: torch.dtype
+) -> torch.Tensor:
+    """Return what codes stand for, by their groups' numbers, in ``work``."""
+    if packing.format.is_float:
+        return codes * numbers[0]
+    # Scale and base nearly cancel: their sum, the group's least value, is exact in fp64.
+    scale, base = (each.double() for each in numbers)
+    return codes * (scale * packing.format.step).to(work) + (scale + base).to(work)
 
 
 def _raw_numbers(flat: torch.Tensor, packing: PagePacking) -> tuple[torch.Tensor, torch.Tensor]:

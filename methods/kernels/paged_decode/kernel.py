@@ -161,6 +161,7 @@ def paged_decode(
                 BITS=packing.format.bits,
                 IS_FLOAT=packing.format.is_float,
                 RECORD=packing.record_bytes,
+                PLACE=packing.format.place,
                 COUNTS=lengths.padded,
                 MIN_TILES=MIN_TILES,
                 HAS_TABLE=store.page_table is not None,

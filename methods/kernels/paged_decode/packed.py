@@ -22,15 +22,16 @@ LOG2_WEIGHT = tl.constexpr(14.0)  # the greatest weight is 2^14: weights of 2^-2
 
 
 @triton.constexpr_function
-def _whole_asm(bits, field):
-    """Return assembly for whole numbers: $0 = (field of $1) * $2 + $3, two words at once."""
-    mask = (1 << bits) - 1
+def _whole_asm(bits, field, place):
+    """Return assembly for whole numbers, two words at once: $0 = (1 + field of $1, in fractions) * $2 + $3."""
+    mask = ((1 << bits) - 1) << place
     mask |= mask << 16
-    shift = f"shr.b32 t, $1, {bits * field};" if field else "mov.b32 t, $1;"
+    by = bits * field - place
+    shift = "mov.b32 t, $1;" if by == 0 else f"shr.b32 t, $1, {by};" if by > 0 else f"shl.b32 t, $1, {-by};"
     return (
-        "{ .reg .b32 t, m; mov.b32 m, 0x64006400; "
-        f"{shift} lop3.b32 t, t, {mask:#x}, m, 0xea; "  # (t & mask) | m: 1024 + c
-        "sub.f16x2 t, t, m; fma.rn.f16x2 $0, t, $2, $3; }"
+        "{ .reg .b32 t, m; mov.b32 m, 0x3c003c00; "
+        f"{shift} lop3.b32 t, t, {mask:#x}, m, 0xea; "  # (t & mask) | m
+        "fma.rn.f16x2 $0, t, $2, $3; }"
     )
 
 
@@ -85,6 +86,7 @@ def packed_split_kernel(
     BITS: tl.constexpr,
     IS_FLOAT: tl.constexpr,
     RECORD: tl.constexpr,
+    PLACE: tl.constexpr,
     COUNTS: tl.constexpr,
     MIN_TILES: tl.constexpr,
     HAS_TABLE: tl.constexpr,
@@ -143,7 +145,8 @@ def packed_split_kernel(
             scaled, factor * scale, pages_ptr + h * (RECORD // 2), numbers_ptr + h * (RECORD // 2),
             pairs_ptr + h * (RECORD // 4),
             table_ptr + b * stride_tb + h * stride_th, n, tile_begin, tile_end, n_kv_heads, softcap,
-            G_PAD, D, C_PAD, P, N, GROUP, BITS, IS_FLOAT, RECORD, HAS_TABLE, HAS_SOFTCAP, OPERAND, ASSEMBLY, PRECISION,
+            G_PAD, D, C_PAD, P, N, GROUP, BITS, IS_FLOAT, RECORD, PLACE, HAS_TABLE, HAS_SOFTCAP, OPERAND, ASSEMBLY,
+            PRECISION,
         )  # fmt: skip
         safe_sum = tl.where(weight_sum > 0, weight_sum, 1.0)
         partial = (row + program) * G + g
@@ -175,6 +178,7 @@ def _attend_packed(
     BITS: tl.constexpr,
     IS_FLOAT: tl.constexpr,
     RECORD: tl.constexpr,
+    PLACE: tl.constexpr,
     HAS_TABLE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     OPERAND: tl.constexpr,
@@ -223,7 +227,7 @@ def _attend_packed(
             z = s
             if not IS_FLOAT:
                 z = tl.load(k_numbers + D + f * C + c, mask=c < C, other=0.0)
-            k = _values(k_words, s[None, :], z[None, :], f, BITS, IS_FLOAT, OPERAND, ASSEMBLY)
+            k = _values(k_words, s[None, :], z[None, :], f, BITS, IS_FLOAT, PLACE, OPERAND, ASSEMBLY)
             logits = tl.dot(q[f], tl.trans(k), logits, input_precision=PRECISION)
         logits *= scale[:, None]
         if HAS_SOFTCAP:
@@ -236,19 +240,20 @@ def _attend_packed(
         weight_sum = weight_sum * fade + tl.sum(weights, 1)
         operand = weights.to(OPERAND)
         scales = ()
-        zeros = ()
+        bases = ()
         for group in tl.static_range(F):
             if IS_FLOAT:
                 scales = scales + (tl.load(v_numbers + group * P),)
-                zeros = scales
+                bases = scales
             else:
-                # Two bytes a lane are fewer than an asynchronous copy takes: a scale and its zero point come together.
+                # Two bytes a lane are fewer than an asynchronous copy takes: a scale and its base come together.
                 pair = tl.load(v_pairs + group * P)
                 scales = scales + ((pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True),)
-                zeros = zeros + ((pair >> 16).to(tl.int16).to(tl.float16, bitcast=True),)
+                bases = bases + ((pair >> 16).to(tl.int16).to(tl.float16, bitcast=True),)
         added = ()
         for f in tl.static_range(W):
-            v = _values(v_words, scales[f % F][:, None], zeros[f % F][:, None], f, BITS, IS_FLOAT, OPERAND, ASSEMBLY)
+            s, z = scales[f % F][:, None], bases[f % F][:, None]
+            v = _values(v_words, s, z, f, BITS, IS_FLOAT, PLACE, OPERAND, ASSEMBLY)
             added = added + (tl.dot(operand, v, acc[f] * fade[:, None], input_precision=PRECISION),)
         acc = added
         top = new_top
@@ -264,8 +269,8 @@ def _channel(c, FIELD: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def _values(
-    words, scales, zeros, FIELD: tl.constexpr, BITS: tl.constexpr, IS_FLOAT: tl.constexpr, OPERAND: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
+    words, scales, bases, FIELD: tl.constexpr, BITS: tl.constexpr, IS_FLOAT: tl.constexpr, PLACE: tl.constexpr,
+    OPERAND: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
     """Return a field of words as dequantised numbers of ``OPERAND``.
 
@@ -273,17 +278,17 @@ def _values(
     """
     if ASSEMBLY:
         shape: tl.constexpr = words.shape
-        words, scales, zeros = (
+        words, scales, bases = (
             tl.broadcast_to(words, shape),
             tl.broadcast_to(scales, shape),
-            tl.broadcast_to(zeros, shape),
+            tl.broadcast_to(bases, shape),
         )
         if IS_FLOAT:
             return tl.inline_asm_elementwise(
                 _float_asm(FIELD), "=r,r,r", [words, scales], dtype=tl.float16, is_pure=True, pack=2
             )
         return tl.inline_asm_elementwise(
-            _whole_asm(BITS, FIELD), "=r,r,r,r", [words, scales, zeros], dtype=tl.float16, is_pure=True, pack=2
+            _whole_asm(BITS, FIELD, PLACE), "=r,r,r,r", [words, scales, bases], dtype=tl.float16, is_pure=True, pack=2
         )
     if IS_FLOAT:
         # The bits of e4m3 at those of fp16 give the number over 2^8, small ones included.
@@ -292,9 +297,9 @@ def _values(
         numbers = bits.to(tl.float16, bitcast=True).to(OPERAND) * 256.0
         return (numbers * scales.to(OPERAND)).to(OPERAND)
     field = (words >> (BITS * FIELD)) & ((1 << BITS) - 1)
-    # 1024 + c has c in its last bits: cheaper than a conversion.
-    codes = (field | 0x6400).to(tl.float16, bitcast=True) - 1024.0
-    return (codes.to(OPERAND) * scales.to(OPERAND) + zeros.to(OPERAND)).to(OPERAND)
+    # 1 in fp16, the code in its fraction. Products are exact in fp32 and rounded once, as fused ones are.
+    factor = ((field << PLACE) | 0x3C00).to(tl.float16, bitcast=True).to(tl.float32)
+    return (factor * scales.to(tl.float32) + bases.to(tl.float32)).to(OPERAND)
 
 
 @triton.jit

@@ -20,7 +20,7 @@ SMALL_TILES = PackedTuning(tile_tokens=16)
 
 
 def packed_store(kv, S, H, P, D, *, n_tokens, seed, table=None, head_table=False):
-    """Pages drawn around channels of unlike means, packed; a channel's mean is what a zero point is for."""
+    """Pages drawn around channels of unlike means, packed; a channel's mean is what a base is for."""
     packing = PagePacking(FORMATS[kv], P, D)
     raw = randn(S, H, 2, P, D, seed=seed) + 2 * randn(D, seed=seed + 1)
     page_table = None
