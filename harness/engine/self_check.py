@@ -200,6 +200,11 @@ def _own_logits(loaded: LoadedModel, ids: Sequence[int]) -> tuple[torch.Tensor, 
             f"{str(loaded.dtype).removeprefix('torch.')} are not finite: its weights are damaged, or need --dtype "
             "bfloat16 or float32."
         )
+    if not bool((own != own[:, :1]).any()):
+        raise UsageError(
+            f"Model '{loaded.name}' cannot be measured: the logits of its own forward are the same for every token, so "
+            "nothing of its cache shows in them: its weights are zeros, or damaged."
+        )
     both = loaded.model(input_ids=torch.cat([tokens_1N, tokens_1N.flip(1)]), use_cache=False).logits
     return own, difference(both[0, -_N_STEPS:].float(), own)
 
