@@ -122,6 +122,24 @@ def test_steps_of_fixed_addresses_are_the_same_steps(case, spec):
         torch.testing.assert_close(moved, as_it_comes, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        ("dense:kv=fp8", "torch: pages packed as fp8 (the device is cpu"),
+        ("snapkv:budget_tokens=150,kv=int4", "torch: pages packed as int4 (the device is cpu"),
+        (with_kv(LSA, "int8"), "torch: pages packed as int8 (the device is cpu"),
+        ("quest:budget_tokens=96,kv=int8", "torch: what is chosen of pages packed as int8"),
+        ("dense", None),
+    ],
+)
+def test_the_row_says_what_reads_packed_pages(case, spec, text):
+    loaded, prompt = case
+    found = create_method(spec).open(prompt, "cpu").backends()
+    assert any(each.startswith(text) for each in found) if text else found == ()
+    config = create_method(spec).effective_config(N_TOKENS, loaded.shape) | create_method(spec).kv_values()
+    assert config.get("kv") == (spec.partition("kv=")[2] or None)
+
+
 def test_recall_moves_packed_bytes(case):
     loaded, _ = case
     _, footprint, packed = run(case, with_kv(LSA, "int4"))
