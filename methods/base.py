@@ -294,6 +294,11 @@ class CacheMethod(ABC, Generic[ConfigT]):
         """Return the shape with the format this method's store has: bytes are counted by it."""
         return shape if self.kv is None or shape is None or shape.kv is not None else replace(shape, kv=self.kv)
 
+    @property
+    def recalls_raw_pages(self) -> bool:
+        """Whether the prompt's own pages are what it recalls; else they are of no use once it is opened."""
+        return self.saving_kind == "offloaded" and self.kv is None
+
     def stored_prompt(self, prompt: PromptKV) -> PromptKV:
         """Return the prompt as this method opens it: the same pages, a shape that says how they are to be stored."""
         return prompt.stored_as(self.stored(prompt.shape))

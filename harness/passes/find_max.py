@@ -177,8 +177,7 @@ def predicted_max(plan: Plan, method: "CacheMethod[Any]") -> int:
         if facts.device == "cpu" and config.gpu_budget_bytes is not None:
             needs = {"cpu": (facts.weights_bytes or 0) + predicted.device_bytes}
         else:
-            mirror = method.saving_kind == "offloaded"
-            needs = needed_bytes_by_device(predicted, length_tokens, config=config, facts=facts, mirror=mirror)
+            needs = needed_bytes_by_device(method, predicted, length_tokens, config=config, facts=facts)
         return all(free is None or needs.get(device, 0) <= free for device, (free, _) in rooms.items())
 
     low, high = 1, facts.max_length_tokens // unit

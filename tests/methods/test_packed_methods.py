@@ -210,3 +210,24 @@ def test_bad_options_are_told(spec, words):
 def test_none_is_the_models_dtype():
     assert create_method("dense:kv=none").label == "dense"
     assert create_method("dense:kv=none").kv is None
+
+
+def test_a_plan_counts_a_packed_mirror_beside_the_prompt():
+    from kvscope.harness.passes.config import RunConfig
+    from kvscope.harness.passes.facts import describe_model
+    from kvscope.harness.passes.forecast import needed_bytes_by_device
+
+    facts = describe_model("preset:qwen3-0.6b", device="cpu")
+    config = RunConfig(model="preset:qwen3-0.6b", methods=["dense"], kv="synthetic", lengths_tokens=[8192])
+
+    def host_bytes(spec):
+        method = create_method(spec)
+        predicted = method.predict(facts.shape, 8192)
+        needs = needed_bytes_by_device(method, predicted, 8192, config=config, facts=facts)
+        return needs["cpu"] - predicted.device_bytes - facts.weights_bytes, predicted.host_bytes
+
+    raw, raw_mirror = host_bytes(LSA)
+    packed, packed_mirror = host_bytes(with_kv(LSA, "int4"))
+    assert raw == facts.shape.dense_kv_bytes(8192) >= raw_mirror
+    # The prompt's layers share memory where nothing recalls them.
+    assert packed == packed_mirror + facts.shape.dense_kv_bytes(8192) // len(facts.shape.layers)
