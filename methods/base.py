@@ -332,6 +332,11 @@ class CacheMethod(ABC, Generic[ConfigT]):
         del shape
         return None
 
+    def trained_prompts(self, shape: ModelShape) -> str | None:
+        """Return what the prompts were, in words, that the trained part learnt from; None where that is not known."""
+        del shape
+        return None
+
     def unsupported(self, shape: ModelShape, device: torch.device | str) -> list[str]:
         """Return every reason why the method cannot run on this model and device; empty when it can."""
         return self.unsupported_kv(shape, device)

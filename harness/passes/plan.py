@@ -17,10 +17,13 @@ from kvscope.harness.passes.find_max import FindMaxPass
 from kvscope.harness.passes.footprint import FootprintPass
 from kvscope.harness.passes.forecast import device_rooms, plan_cell
 from kvscope.harness.passes.pooling import excluded_types
+from kvscope.harness.passes.ray_pool import check_installed
 from kvscope.harness.passes.served_facts import describe_served
 from kvscope.harness.passes.served_pass import ServedPass
 from kvscope.harness.passes.served_plan import ServedMethod, ServedPlan
 from kvscope.harness.passes.server_memory import check_pid
+from kvscope.harness.passes.target import Target, check_target
+from kvscope.harness.passes.target_plan import plan_target
 from kvscope.harness.passes.task_names import row_names
 from kvscope.harness.passes.throughput_pass import ThroughputPass
 from kvscope.paths import check_out, user_path
@@ -31,8 +34,11 @@ if TYPE_CHECKING:
     from kvscope.tasks.base import Task
 
 
-def make_plan(config: RunConfig) -> RunPlan:
+def make_plan(config: RunConfig, target: Target | None = None) -> RunPlan:
     """Check a configuration and forecast every (method, length); of a served model there is nothing to forecast.
+
+    Args:
+        target: another machine that is planned for; None: this one.
 
     Raises:
         UsageError: an unknown method, task, model or option; a trained part of a method that is missing or belongs to
@@ -41,7 +47,9 @@ def make_plan(config: RunConfig) -> RunPlan:
     """
     if config.out is not None:
         check_out(user_path(config.out, what="out"))
-    return _served_plan(config) if config.served else _own_plan(config)
+    if target is not None:
+        check_target(config)
+    return _served_plan(config) if config.served else _own_plan(config, target)
 
 
 def _served_plan(config: RunConfig) -> ServedPlan:
@@ -86,11 +94,13 @@ def planned_tasks(config: RunConfig) -> "tuple[tuple[Task, ...], tuple[str, ...]
     return tuple(tasks), names
 
 
-def _own_plan(config: RunConfig) -> Plan:
+def _own_plan(config: RunConfig, target: Target | None) -> Plan:
     """Return the plan of a model that kvscope runs itself."""
     from kvscope.harness.engine.backend import form_on
     from kvscope.methods.registry import check_one_class_a_name, create_method
 
+    if config.executor == "ray":
+        check_installed()
     methods = tuple(create_method(spec, paper_settings=config.paper_settings) for spec in config.methods)
     check_one_class_a_name(list(methods))
     check_unique([method.label for method in methods])
@@ -103,6 +113,7 @@ def _own_plan(config: RunConfig) -> Plan:
         dtype=config.dtype,
         page_tokens=config.page_tokens,
         chat_template=config.chat_template,
+        elsewhere=target is not None,
     )
     check_synthetic(config, facts)
     methods = tuple(form_on(facts.backend, method, facts.shape) for method in methods)
@@ -114,7 +125,7 @@ def _own_plan(config: RunConfig) -> Plan:
     check_longest(config, facts, lengths)
     for each in passes:
         each.check(config, facts, tasks)
-    rooms = device_rooms(config, facts)
+    rooms = device_rooms(config, facts, target)
     cells = [
         plan_cell(method, length_tokens, config=config, facts=facts, rooms=rooms)
         for method in methods
@@ -136,7 +147,10 @@ def _own_plan(config: RunConfig) -> Plan:
         specs=specs,
         excluded_types=tuple(excluded),
         task_names=names,
-        batch=plan_batch(config, facts, methods, tasks),
+        batch=plan_batch(config, facts, methods, tasks, target=target),
+        elsewhere=None
+        if target is None
+        else plan_target(target, methods, lengths, config=config, facts=facts, rooms=rooms),
     )
 
 

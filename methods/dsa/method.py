@@ -204,6 +204,9 @@ class DSA(BlockSparse[DSAConfig]):
     def trained_part(self, shape: ModelShape) -> str | None:
         return None if self.oracle else self._source.files_hash(shape)
 
+    def trained_prompts(self, shape: ModelShape) -> str | None:
+        return None if self.oracle else self._source.trained_prompts(shape)
+
     def effective_config(self, n_tokens: int, shape: ModelShape | None = None) -> dict[str, Any]:
         values = {**super().effective_config(n_tokens, shape), "indexer": self._indexer_name(shape)}
         if self.config.selection == "synthetic":

@@ -1,6 +1,7 @@
 """The accuracy pass in several processes: the rows of one process, whatever dies on the way."""
 
 import json
+import queue
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,15 @@ from tiny import SMALL, MakeConfig
 import kvscope
 from kvscope import cli
 from kvscope.errors import UsageError
-from kvscope.harness.passes import shard_worker, shards
+from kvscope.harness.passes import pools, shard_worker, shards
 from kvscope.harness.passes.accuracy import AccuracyPass
 from kvscope.harness.passes.config import make_config
 from kvscope.harness.passes.deadline import Deadline, TimeLimitReached
 from kvscope.harness.passes.plan import make_plan
+from kvscope.harness.passes.pools import ProcessPool
 from kvscope.harness.passes.progress import Progress
 from kvscope.harness.passes.recording import run_info
-from kvscope.harness.passes.shards import ShardedAccuracy, shards_of
+from kvscope.harness.passes.shards import ShardedAccuracy, shards_of, worker_task
 from kvscope.results.columns import SURROUNDINGS_COLUMNS, TIME_COLUMNS
 from kvscope.results.store import RunStore
 
@@ -81,7 +83,7 @@ class Stubs:
         folder.mkdir()
         (folder / "rows.jsonl").write_text((rows / "samples.jsonl").read_text())
         command = (sys.executable, str(stub_shard_worker.__file__), str(folder))
-        monkeypatch.setattr(shards, "WORKER_COMMAND", command)
+        monkeypatch.setattr(pools, "WORKER_COMMAND", command)
         self.notes: list[str] = []
 
     def run(self, *deaths: int | str | None, deadline: Deadline | None = None) -> None:
@@ -98,7 +100,9 @@ class Stubs:
             for each in self.plan.passes:
                 each.reopen(self.plan, store)
             cells = AccuracyPass().cells(self.plan)
-            ShardedAccuracy(self.plan, store, Listening(), cells, ["cpu", "cpu"]).run(deadline or Deadline())
+            said: pools.Said = queue.Queue()
+            pool = ProcessPool(["cpu", "cpu"], worker_task(self.plan, store), said)
+            ShardedAccuracy(self.plan, store, Listening(), cells, pool, said).run(deadline or Deadline())
 
 
 @pytest.fixture
@@ -169,14 +173,13 @@ def test_a_worker_begins_no_prompt_after_its_time(
 ) -> None:
     config = wide()
     plan = make_plan(config)
-    with RunStore.create(tmp_path / "run", run_info(plan)) as store:
-        store.begin()
     values = config.model_dump(mode="json", exclude={"out", "gpus"})
-    shard = {"task": "vt", "length_tokens": 512, "prompts": [[0, ["dense"]]]}
+    shard = {"task": "vt", "length_tokens": 512, "prompts": [[0, ["dense"]]], "rows": []}
+    info = run_info(plan).model_dump(mode="json")
     lines = [json.dumps({**shard, "left_s": left_s}) for left_s in (0.0, None)]
     monkeypatch.setattr(shard_worker, "_lines", lambda: iter(lines))
     said: list[dict[str, Any]] = []
-    shard_worker.answer({"config": values, "folder": str(tmp_path / "run"), "n_jobs": 2}, said.append)
+    shard_worker.answer({"config": values, "folder": "run", "info": info, "n_jobs": 2}, said.append)
     assert [next(iter(each)) for each in said] == ["ready", "done", "row", "done"]
 
 
