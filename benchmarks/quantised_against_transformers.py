@@ -1,7 +1,7 @@
-"""What storing K and V in fewer bits does to a model's predictions: kvscope's packed pages and transformers' QuantizedCache.
+"""What K and V in fewer bits do to a model's predictions: kvscope's packed pages and transformers' QuantizedCache.
 
-Same model, same token ids, float32 on both sides. Each side is held against its own dense cache: the mean divergence KL of
-the next token's distribution over a teacher-forced continuation, and the bytes that its cache holds at the end.
+Same model, same token ids, float32 on both sides. Each side is held against its own dense cache: the mean divergence KL
+of the next token's distribution over a teacher-forced continuation, and the bytes that its cache holds at the end.
 transformers' back ends come from PyPI (`pip install optimum-quanto hqq`); one that is not there is a line that says so.
 
     python benchmarks/quantised_against_transformers.py                     # a Qwen3 with random weights, made here
@@ -24,7 +24,7 @@ from kvscope.harness.engine.session import Session
 from kvscope.methods.kv_format import FORMATS
 from kvscope.methods.registry import create_method
 
-#: Name of a line -> what QuantizedCache is made with. HQQ's axis 0 is its default, axis 1 groups along one head's channels.
+#: Name of a line -> what QuantizedCache is made with. HQQ's axis 0 is its default, axis 1 groups one head's channels.
 PEERS: dict[str, dict[str, Any]] = {
     "quanto, 4 bits, axis 0": {"backend": "quanto", "nbits": 4},
     "quanto, 4 bits, axis -1": {"backend": "quanto", "nbits": 4, "axis_key": -1, "axis_value": -1},

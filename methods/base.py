@@ -137,6 +137,7 @@ class SequenceCache(ABC):
     def __init__(self, prompt: PromptKV, device: torch.device) -> None:
         self.shape = prompt.shape
         self.device = device
+        self._dtype = prompt.dtype
         self.stock: dict[int, Any] = {layer: _clone_stock(state, device) for layer, state in prompt.stock.items()}
 
     @property
@@ -156,7 +157,14 @@ class SequenceCache(ABC):
 
     def backends(self) -> tuple[str, ...]:
         """Return what computes the method's own parts beside attention, one text each, for the row."""
-        return ()
+        if self.shape.kv is None:
+            return ()
+        from kvscope.methods.kernels.dispatch import unsupported_packed
+
+        n_heads = {"n_q_heads": self.shape.n_q_heads, "n_kv_heads": self.shape.n_kv_heads}
+        reasons = unsupported_packed(self.device, dtype=self._dtype, packing=self.shape.packing(), **n_heads)
+        name = f"pages packed as {self.shape.kv.name}"
+        return (f"torch: {name} ({'; '.join(reasons)})",) if reasons else (f"triton: {name}",)
 
     def scored(self) -> torch.Tensor | None:
         """Return a scalar on the device that is not finite where a score that was chosen by is not; None: no scores."""
@@ -285,6 +293,11 @@ class CacheMethod(ABC, Generic[ConfigT]):
     def stored(self, shape: ShapeT) -> ShapeT:
         """Return the shape with the format this method's store has: bytes are counted by it."""
         return shape if self.kv is None or shape is None or shape.kv is not None else replace(shape, kv=self.kv)
+
+    @property
+    def recalls_raw_pages(self) -> bool:
+        """Whether the prompt's own pages are what it recalls; else they are of no use once it is opened."""
+        return self.saving_kind == "offloaded" and self.kv is None
 
     def stored_prompt(self, prompt: PromptKV) -> PromptKV:
         """Return the prompt as this method opens it: the same pages, a shape that says how they are to be stored."""

@@ -297,8 +297,10 @@ class BlockSparseSequence(PagedSequence):
 
     def backends(self) -> tuple[str, ...]:
         method, shape = self._method, self.shape
+        # What is chosen of packed pages is unpacked in torch wherever the rest runs.
+        packed = () if shape.kv is None else (f"torch: what is chosen of pages packed as {shape.kv.name}",)
         if not method.score_kernel:
-            return ("torch: token scores",)
+            return (*packed, "torch: token scores")
         reasons = unsupported_block_scores(
             self.device,
             dtype=self._pool.dtype,
@@ -306,7 +308,7 @@ class BlockSparseSequence(PagedSequence):
             group=shape.n_q_heads // shape.n_kv_heads,
             block_tokens=None if method.summary() is not None else self._plan.block_tokens,
         )
-        return (f"torch: block scores ({'; '.join(reasons)})",) if reasons else ("triton: block_scores",)
+        return (*packed, f"torch: block scores ({'; '.join(reasons)})" if reasons else "triton: block_scores")
 
     def managed_footprint(self) -> Footprint:
         if self._step is None:

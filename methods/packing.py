@@ -1,11 +1,11 @@
 """Packs pages of K and V into fewer bits and unpacks them, in torch: on the host, on a GPU, and for the tests.
 
-A group of b bits keeps a scale s and a base a, both fp16, and of each element x a code c. What is read is
-``(1 + c 2^-k) s + a`` with k = 10, 6 and 2 for 8, 4 and 2 bits: a factor between 1 and 2 that is an fp16 with the code among
-its bits, so that a kernel multiplies what it reads. In other words a code counts steps of ``s 2^-k`` above ``s + a``, which is
-the group's least value, rounded down. s and a are chosen so that the greatest is no more than ``2^b - 1`` steps above, and
-codes are computed from them as they are stored: no element is off by more than half a step. fp8 keeps
-``e4m3(x / s)``, ``s = max |x| / 448``.
+A group of b bits keeps a scale s and a base a, both fp16, and of each element a code c. What is read is
+``(1 + c 2^-k) s + a`` with k = 10, 6 and 2 for 8, 4 and 2 bits. The factor is an fp16 between 1 and 2 with the code
+among its bits, so that a kernel multiplies what it reads. In other words, a code counts steps of ``s 2^-k`` above
+``s + a``, which is the group's least value, rounded down. s and a are chosen so that the greatest is no more than
+``2^b - 1`` steps above, and codes are computed from them as they are stored: no element is off by more than half a
+step. fp8 keeps ``e4m3(x / s)``, ``s = max |x| / 448``.
 
 Shapes: X any leading sizes, P tokens a page, D head size, F fields of a byte, R bytes of a record; ``kv_format`` has
 the layout of a record.

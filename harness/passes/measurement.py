@@ -189,7 +189,7 @@ class Measurement(ABC, Generic[RowT]):
             return synthetic_prompt(
                 loaded,
                 job.context_tokens,
-                mirror=method.saving_kind == "offloaded",
+                mirror=method.recalls_raw_pages,
                 collectors=collectors,
                 chunk_tokens=job.prefill_chunk_tokens,
                 seed=job.seed,

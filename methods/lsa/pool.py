@@ -131,7 +131,7 @@ def slots_store(
     page_table: torch.Tensor | None = None,
 ) -> PagedKV:
     """Return slots as attention reads them; packed ones are moved in halves and read as whole records."""
-    pages = slots if packing is None else slots.view(len(slots), -1, packing.record_bytes)
+    pages = slots if packing is None else slots.view(*slots.shape[:2], packing.record_bytes)
     return PagedKV(pages=pages, n_tokens=n_tokens, page_table=page_table, packing=packing)
 
 

@@ -169,9 +169,10 @@ class RecallingSequence(LsaSequence):
             self._resident_tokens.append(self._layout.static_tokens + held * self._layout.chunk_tokens)
 
     def backends(self) -> tuple[str, ...]:
+        packed = super().backends()
         if not self._layout.n_candidates:
-            return ()
-        return (*self._selector.backends(), f"recall: {self._recall}")
+            return packed
+        return (*packed, *self._selector.backends(), f"recall: {self._recall}")
 
     def residency(self) -> Residency:
         self.settle()

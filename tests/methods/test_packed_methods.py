@@ -32,7 +32,8 @@ SPECS = [
     "lsa:tau=3,budget_fraction=0.5,chunk_tokens=12,recency_tokens=33,selection=synthetic,refresh=stale1",
     "lsa:tau=3,budget_fraction=0.5,chunk_tokens=16,recency_tokens=33,indexer=landmark",
 ]
-STATIC = [spec for spec in SPECS if spec.split(":")[0] not in ("quest", "moba", "dsa")]
+# One of each kind of sequence; pyramidkv has pools of unlike lengths.
+STATIC = [spec for spec in SPECS if spec.split(":")[0] in ("dense", "random", "pyramidkv", "lsa")]
 REFUSED = {
     "sliding_window": "takes the place of the oldest one",
     "tova": "takes the place of an older one",
@@ -40,7 +41,7 @@ REFUSED = {
     "adakv": "fill their pages at different steps",
     "msa": "raw keys of every token",
 }
-N_TOKENS, N_STEPS = 310, 40
+N_TOKENS, N_STEPS = 310, 34  # pages of 16 fill twice
 #: Largest error of the logits over their norm that a format may make here. dsa and the block-sparse methods choose
 #: otherwise where a score is near another's, so theirs may be larger.
 NEAR = {"fp8": 0.02, "int8": 0.005, "int4": 0.05, "kivi2": 0.15}
@@ -122,6 +123,24 @@ def test_steps_of_fixed_addresses_are_the_same_steps(case, spec):
         torch.testing.assert_close(moved, as_it_comes, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        ("dense:kv=fp8", "torch: pages packed as fp8 (the device is cpu"),
+        ("snapkv:budget_tokens=150,kv=int4", "torch: pages packed as int4 (the device is cpu"),
+        (with_kv(LSA, "int8"), "torch: pages packed as int8 (the device is cpu"),
+        ("quest:budget_tokens=96,kv=int8", "torch: what is chosen of pages packed as int8"),
+        ("dense", None),
+    ],
+)
+def test_the_row_says_what_reads_packed_pages(case, spec, text):
+    loaded, prompt = case
+    found = create_method(spec).open(prompt, "cpu").backends()
+    assert any(each.startswith(text) for each in found) if text else found == ()
+    config = create_method(spec).effective_config(N_TOKENS, loaded.shape) | create_method(spec).kv_values()
+    assert config.get("kv") == (spec.partition("kv=")[2] or None)
+
+
 def test_recall_moves_packed_bytes(case):
     loaded, _ = case
     _, footprint, packed = run(case, with_kv(LSA, "int4"))
@@ -191,3 +210,24 @@ def test_bad_options_are_told(spec, words):
 def test_none_is_the_models_dtype():
     assert create_method("dense:kv=none").label == "dense"
     assert create_method("dense:kv=none").kv is None
+
+
+def test_a_plan_counts_a_packed_mirror_beside_the_prompt():
+    from kvscope.harness.passes.config import RunConfig
+    from kvscope.harness.passes.facts import describe_model
+    from kvscope.harness.passes.forecast import needed_bytes_by_device
+
+    facts = describe_model("preset:qwen3-0.6b", device="cpu")
+    config = RunConfig(model="preset:qwen3-0.6b", methods=["dense"], kv="synthetic", lengths_tokens=[8192])
+
+    def host_bytes(spec):
+        method = create_method(spec)
+        predicted = method.predict(facts.shape, 8192)
+        needs = needed_bytes_by_device(method, predicted, 8192, config=config, facts=facts)
+        return needs["cpu"] - predicted.device_bytes - facts.weights_bytes, predicted.host_bytes
+
+    raw, raw_mirror = host_bytes(LSA)
+    packed, packed_mirror = host_bytes(with_kv(LSA, "int4"))
+    assert raw == facts.shape.dense_kv_bytes(8192) >= raw_mirror
+    # The prompt's layers share memory where nothing recalls them.
+    assert packed == packed_mirror + facts.shape.dense_kv_bytes(8192) // len(facts.shape.layers)
