@@ -27,6 +27,8 @@ WORDS = {
     "task": "Task",
 }
 """Setting -> what its axis says, in the order of the figures."""
+NAMED = ("policy", "task")
+"""Settings whose values have no order, so that no line joins them."""
 _COLUMNS = [
     "setting", "value", "as_asked", "method_label", "length_tokens", "n", "share", "share_low", "share_high",
     "accuracy", "dense_accuracy", "difference", "difference_low", "difference_high", "lost", "won",
@@ -175,7 +177,7 @@ def _figure(loaded: Loaded, setting: str, mine: Sequence[Point]) -> ReportFigure
     n_text = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
     run = next(iter(loaded.runs.values()))
     lengths = ", ".join(length_text(each) for each in sorted({point.length_tokens for point in mine}))
-    long_names = setting in ("policy", "task")
+    long_names = setting in NAMED
     with theme(name):
         figure, (left, right) = panels(
             2, columns=2, width_in=3.4, height_in=2.5, margins=Margins(bottom=1.15 if long_names else 0.6), title=title,
@@ -196,7 +198,8 @@ def _figure(loaded: Loaded, setting: str, mine: Sequence[Point]) -> ReportFigure
 
 def _panel(axes: Axes, mine: Sequence[Point], values: Sequence[Interval], label: str, color: str) -> None:
     places = list(range(len(mine)))
-    axes.plot(places, [100 * value.mean for value in values], color=color, linewidth=1.0, alpha=0.5, zorder=2)
+    if mine[0].setting not in NAMED:
+        axes.plot(places, [100 * value.mean for value in values], color=color, linewidth=1.0, alpha=0.5, zorder=2)
     for place, point, value in zip(places, mine, values, strict=True):
         if value.low is not None and value.high is not None:
             axes.plot([place, place], [100 * value.low, 100 * value.high], color=color, linewidth=1.4, zorder=3)

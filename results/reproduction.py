@@ -12,11 +12,12 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, JsonValue, ValidationError, model_validator
 
 from kvscope.errors import UsageError
+from kvscope.results import limits
 from kvscope.results.frames import Run, load_run, make_run
 from kvscope.results.merge import Piece, merge_pieces
 from kvscope.results.packed import Rows, is_packed, write_packed
 from kvscope.results.reading import parse_json, read_regular
-from kvscope.results.rowfile import first_problem
+from kvscope.results.rowfile import check_version, first_problem
 from kvscope.results.run_schema import RunInfo
 from kvscope.results.schema import Count, Length, Name, Positive, Record, Seed, Text
 from kvscope.results.store import RUN_FILE, RunStore
@@ -40,13 +41,13 @@ class CellPlan(Record):
     """What its rows stand for."""
     paper_row: Name | None = None
     """Row of the paper's Table 1 that it stands for, as `kvscope verify flashmemory` calls it."""
-    lengths_tokens: tuple[Length, ...]
+    lengths_tokens: Annotated[tuple[Length, ...], Field(min_length=1, max_length=limits.MOST_LENGTHS)]
     """Lengths as measured; one, but for cells of memory and throughput."""
     tasks: tuple[Name, ...] = ()
     """Tasks as asked for, each with as many prompts."""
     samples: Positive = 1
     """Prompts a task and seed."""
-    seeds: tuple[Seed, ...] = (0,)
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1, max_length=1000)] = (0,)
     """Seeds of its pieces, fixed before."""
     methods: dict[str, Name] = Field(default_factory=dict)
     """What a method stands for (`dense`, `lsa`, `recency_equal`) -> its label in the rows."""
@@ -89,7 +90,7 @@ class Reproduction(Record):
     """Lengths are the paper's over this."""
     window_tokens: Count
     """Last prompt tokens that lsa, recency and random keep: the paper's 8,192 over the divisor."""
-    cells: tuple[CellPlan, ...]
+    cells: Annotated[tuple[CellPlan, ...], Field(max_length=1000)]
     """In the order in which they are measured."""
 
     @property
@@ -126,7 +127,7 @@ class Reproduction(Record):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"two cells share the name {twice[0]!r}")
-        odd = next((name for name in names if "/" in name or name in (".", "..", PIECES_FOLDER)), None)
+        odd = next((name for name in names if "/" in name or name in (".", "..", PIECES_FOLDER, "report")), None)
         if odd is not None:
             raise ValueError(f"{odd!r} is not the name of a folder")
         return self
@@ -159,11 +160,14 @@ def read_reproduction(folder: Path) -> Reproduction | None:
     if data is None:
         return None
     try:
-        return Reproduction.model_validate(parse_json(data))
-    except ValidationError as error:
-        raise UsageError(f"{path} is not valid: {first_problem(error)}. Restore it from its source.") from error
+        values = parse_json(data)
     except ValueError as error:
         raise UsageError(f"{path} is not JSON: {error}. Restore it from its source.") from error
+    check_version(values, str(path))
+    try:
+        return Reproduction.model_validate_json(data)
+    except ValidationError as error:
+        raise UsageError(f"{path} is not valid: {first_problem(error)}. Restore it from its source.") from error
 
 
 def load_reproduction(folder: str | Path) -> Loaded:

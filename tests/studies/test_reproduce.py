@@ -15,7 +15,9 @@ from kvscope.harness.studies.reproduce.budgets import equal_methods
 from kvscope.harness.studies.reproduce.planning import make_reproduction, plan_text
 from kvscope.harness.studies.reproduce.profiles import RULER_TASKS, Asked, lsa_cells, pilot_cells
 from kvscope.methods.lsa import printed
+from kvscope.methods.recency.method import Recency
 from kvscope.methods.registry import create_method
+from kvscope.reports import reproduction
 from kvscope.results.reproduction import TABLE_1_ROLES, load_reproduction, read_reproduction
 
 LANDMARK = "lsa:indexer=landmark"
@@ -83,6 +85,12 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(profiles.EQUAL_BYTES, "quick", ("recency",))
 
 
+@pytest.fixture
+def no_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables are printed, and no report is drawn."""
+    monkeypatch.setattr(reproduction, "write_reproduction", lambda loaded: [])
+
+
 def words(model: str, out: Path, *more: str) -> list[str]:
     return ["reproduce", "lsa", "--model", model, "--lsa", LANDMARK, "--divisor", "128", "--out", str(out), "-q", *more]
 
@@ -138,13 +146,43 @@ def test_a_small_one_from_plan_to_claims(
     assert "holds another reproduction" in capsys.readouterr().err
 
 
-def test_it_goes_on_where_it_stopped(few: None, tiny_model: str, tmp_path: Path) -> None:
+def test_it_goes_on_where_it_stopped(few: None, no_files: None, tiny_model: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert cli.run_cli(words(tiny_model, out, "--time-limit", "0.001")) == 1
     loaded = load_reproduction(out)
     assert loaded.runs == {}
     assert cli.run_cli(words(tiny_model, out)) == 0
     assert set(load_reproduction(out).runs) == {"ruler-64k", "ruler-128k", "mrcr"}
+
+
+def test_what_failed_is_measured_again_and_decides_nothing(
+    few: None,
+    no_files: None,
+    tiny_model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    monkeypatch.setattr(printed, "TABLE_1", tuple(row for row in printed.TABLE_1 if row.label == "RULER 64K"))
+    real = Recency.open
+
+    def full(self: Recency, prompt: Any, *arguments: Any, **options: Any) -> Any:
+        if self.config.budget_fraction is not None:
+            raise RuntimeError("the page is torn")
+        return real(self, prompt, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recency, "open", full)
+        assert cli.run_cli(words(tiny_model, out)) == 1
+    said = capsys.readouterr()
+    assert "ruler-64k: " in said.err
+    assert "the page is torn" in said.err
+    assert "0 of 3 prompts of ruler-64k under recency_equal" in said.out
+    assert not (out / "ruler-64k").exists()
+    assert cli.run_cli(words(tiny_model, out)) == 0
+    assert "Unfinished" not in capsys.readouterr().out
+    assert (out / "ruler-64k" / "samples.parquet").exists()
 
 
 def test_setup_leaves_out_what_cannot_be_changed_and_says_so(tiny_model: str) -> None:

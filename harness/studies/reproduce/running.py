@@ -98,10 +98,11 @@ def reproduce(
         for cell in plan.cells:
             if cell.left_out is not None or is_packed(folder / cell.name):
                 continue
-            if _measure(cell, plan, folder, overrides, left_s(), shown, outcome):
-                pack_cell(folder, cell)
-            else:
+            if not _measure(cell, plan, folder, overrides, left_s(), shown, outcome):
                 outcome.complete = False
+            elif not any(failed_rows(piece_folder(folder, cell.name, seed)) for seed in cell.seeds):
+                # What failed is measured again by the next call, so its pieces stay as they are.
+                pack_cell(folder, cell)
     return outcome
 
 
@@ -154,7 +155,7 @@ def _measure(
     for seed in cell.seeds:
         config = cell_config(cell, plan, seed=seed, overrides=overrides)
         place = piece_folder(folder, cell.name, seed)
-        if has_all_rows(place, config):
+        if has_all_rows(place, config) and not failed_rows(place):
             continue
         remaining_s = None if left_s is None else left_s - (time.monotonic() - started_s)
         if remaining_s is not None and remaining_s < LEAST_PIECE_S:
@@ -181,6 +182,15 @@ def has_all_rows(place: Path, config: RunConfig) -> bool:
     samples = len(config.tasks) * len(config.lengths_tokens) * config.samples * len(config.methods)
     footprints = len(config.footprint_cells_tokens) * len(config.methods)
     return len(store.samples()) == samples and len(store.footprints()) == footprints
+
+
+def failed_rows(place: Path) -> int:
+    """Return how many rows of a piece are no results though the plan expected some: failed, or out of memory."""
+    if not (place / RUN_FILE).exists():
+        return 0
+    store = RunStore.open(place)
+    rows = (*store.samples(), *store.footprints(), *store.throughputs())
+    return sum(row.status in ("failed", "oom") for row in rows)
 
 
 def _sized_by(plan: Reproduction, pilot: CellPlan) -> list[CellPlan]:
