@@ -119,6 +119,7 @@ class ShardedAccuracy:
     _waiting: deque[Shard] = field(default_factory=deque)
     _workers: dict[Worker, _Hand] = field(default_factory=dict)
     _lost_at_start: int = 0
+    _some_began: bool = False
     _left: dict[tuple[str, int, int], int] = field(default_factory=dict)
     """Rows that a prompt lacks."""
     _in_cell: dict[tuple[str, int], int] = field(default_factory=dict)
@@ -159,7 +160,7 @@ class ShardedAccuracy:
                 else:  # ready, or done with a shard
                     self.store.begin()  # not before one has loaded the model: damaged weights leave no run behind
                     hand = self._workers[worker]
-                    hand.ready = True
+                    hand.ready = self._some_began = True
                     over = over or _time_is_over(deadline)
                     if over is not None and hand.shard is not None:
                         self._take_back(hand.shard)
@@ -215,7 +216,7 @@ class ShardedAccuracy:
 
     def _mend(self, error: UsageError | EnvironmentProblem, worker: Worker, hand: _Hand) -> None:
         """End the run with what the user is to mend; a machine that came later is left out."""
-        if hand.ready or self.pool.tick_s is None or not any(each.ready for each in self._workers.values()):
+        if hand.ready or self.pool.tick_s is None or not self._some_began:
             raise error
         self.progress.note(f"{error} It is left out.")
         self.pool.left(worker, usable=False)

@@ -12,7 +12,7 @@ from tiny import SMALL, MakeConfig
 
 import kvscope
 from kvscope import cli
-from kvscope.errors import UsageError
+from kvscope.errors import EnvironmentProblem, UsageError
 from kvscope.harness.passes import pools, shard_worker, shards
 from kvscope.harness.passes.accuracy import AccuracyPass
 from kvscope.harness.passes.config import make_config
@@ -143,6 +143,18 @@ def test_a_worker_that_cannot_begin_ends_the_run_in_its_own_words(stubs: Stubs) 
     with pytest.raises(UsageError, match=r"^The model's weights are cut off\.$"):
         stubs.run("begins not", "begins not")
     assert not Path(stubs.plan.config.out or "", "run.json").exists()  # the mended model is not refused
+
+
+def test_a_worker_that_is_killed_as_it_begins_has_a_follower(stubs: Stubs, one: dict[Key, Any], tmp_path: Path) -> None:
+    stubs.run("is killed as it begins", None, "is killed as it begins")
+    assert rows_of(tmp_path / "run") == one
+    assert "before it could begin: another begins." in stubs.notes[0]
+
+
+def test_workers_that_are_all_killed_as_they_begin_end_the_run(stubs: Stubs) -> None:
+    with pytest.raises(EnvironmentProblem, match=r"on cpu could not begin \(exit code -9\)"):
+        stubs.run(*["is killed as it begins"] * 9)
+    assert not Path(stubs.plan.config.out or "", "run.json").exists()
 
 
 def test_what_the_user_is_to_mend_ends_the_run_in_the_midst_of_a_shard(stubs: Stubs) -> None:
