@@ -13,7 +13,7 @@ from tiny import SMALL, MakeConfig
 import kvscope
 from kvscope import cli
 from kvscope.errors import EnvironmentProblem, UsageError
-from kvscope.harness.passes import pools, shard_worker, shards
+from kvscope.harness.passes import pools, shard_list, shard_worker, shards
 from kvscope.harness.passes.accuracy import AccuracyPass
 from kvscope.harness.passes.config import make_config
 from kvscope.harness.passes.deadline import Deadline, TimeLimitReached
@@ -21,7 +21,8 @@ from kvscope.harness.passes.plan import make_plan
 from kvscope.harness.passes.pools import ProcessPool
 from kvscope.harness.passes.progress import Progress
 from kvscope.harness.passes.recording import run_info
-from kvscope.harness.passes.shards import ShardedAccuracy, shards_of, worker_task
+from kvscope.harness.passes.shard_list import shards_of, worker_task
+from kvscope.harness.passes.shards import ShardedAccuracy
 from kvscope.results.columns import SURROUNDINGS_COLUMNS, TIME_COLUMNS
 from kvscope.results.store import RunStore
 
@@ -172,7 +173,7 @@ def test_prompts_of_a_shard_that_the_time_did_not_do_are_left(
         def left_s(self) -> float:
             return 0.0 if (stubs.folder / "over").exists() else 60.0
 
-    monkeypatch.setattr(shards, "_SHARDS_A_WORKER", 1)  # of several prompts each
+    monkeypatch.setattr(shard_list, "_SHARDS_A_WORKER", 1)  # of several prompts each
     with pytest.raises(TimeLimitReached):
         stubs.run("is slow", "is slow", deadline=Told(60.0))
     assert 0 < len(rows_of(tmp_path / "run")) < len(one)
