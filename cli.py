@@ -25,10 +25,12 @@ from kvscope.harness.passes.options import SameAnswersOptions, given_values, wit
 from kvscope.harness.reference_model.cli import app as backbone_app
 from kvscope.harness.studies.cli import app as study_app
 from kvscope.harness.studies.flashmemory.cli import app as verify_app
+from kvscope.harness.studies.reproduce.cli import reproduce_app
 from kvscope.terminal import complain, folded, line_width, printable, say, tell
 
 if TYPE_CHECKING:
     from kvscope.harness.passes.config import RunConfig
+    from kvscope.reports.look import Look
     from kvscope.results.frames import Run
 
 EXIT_DONE, EXIT_CELLS_FAILED, EXIT_USAGE, EXIT_ENVIRONMENT, EXIT_FAULT, EXIT_INTERRUPTED = 0, 1, 2, 3, 70, 130
@@ -101,11 +103,28 @@ def run(
 
 @app.command(short_help="Say what run would do; run nothing.")
 @with_run_options
-def plan(config: "RunConfig", *, json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Print what `run` with the same options would do: cells, predicted bytes, forecasts. Runs nothing."""
-    from kvscope.harness.passes.plan import make_plan
+def plan(
+    config: "RunConfig",
+    *,
+    target: Annotated[
+        str | None,
+        typer.Option("--target", metavar="MACHINE", help="Plan for h100, h200, a100-40 or a size as 24GiB instead."),
+    ] = None,
+    host_memory: Annotated[
+        str | None, typer.Option("--host-memory", metavar="SIZE", help="Host memory of that machine, as 128GiB.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print what `run` with the same options would do: cells, predicted bytes, forecasts. Runs nothing.
 
-    made = make_plan(config)
+    With --target no GPU is needed: longest contexts, largest batches and times are forecast for that machine.
+    """
+    from kvscope.harness.passes.plan import make_plan
+    from kvscope.harness.passes.target import parse_target
+
+    if target is None and host_memory is not None:
+        raise UsageError("--host-memory is of the machine that --target names: give that, too.")
+    made = make_plan(config, None if target is None else parse_target(target, host_memory=host_memory))
     say(as_json(made.values()) if json else made.text(width=line_width()))
 
 
@@ -171,18 +190,37 @@ def same_answers(
 @app.command(short_help="Write the tables and figures of a run again.")
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run, finished or not.")],
+    *,
+    formats: Annotated[
+        str | None, typer.Option("--format", metavar="LIST", help="Files of a figure, of png, svg, pdf.")
+    ] = None,
+    width: Annotated[str | None, typer.Option("--width", metavar="SIZE", help="Width of figures, as 3.3in.")] = None,
+    title: Annotated[bool, typer.Option("--title/--no-title", help="Titles within figures.")] = True,
+    methods: Annotated[
+        str | None, typer.Option("--methods", metavar="LIST", help="Labels of the methods that are shown.")
+    ] = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option("--label", metavar="LABEL=NAME", help="What a method is called; repeatable."),
+    ] = None,
+    style: Annotated[str, typer.Option("--style", metavar="screen|paper", help="Sizes of type.")] = "screen",
 ) -> int:
     """Write tables, figures and report.html of a run into DIR/report, and print the summary.
+
+    Numbers are the same whatever is shown: --methods leaves rows and lines out, and a comparison's correction goes over
+    all methods of the run. PNG has 300 dots an inch with --width, --no-title, --style paper or a PDF beside it.
 
     A folder of runs gets one report a run, each in its own folder, and DIR/index.html with a row for every method of
     every run. A run that cannot be reported is named, the others are reported all the same, and the exit code is that
     of its fault.
     """
+    from kvscope.reports.look import make_look
     from kvscope.results.plain_text import visible
     from kvscope.results.store import run_folders
 
+    look = make_look(formats=formats, width=width, titled=title, methods=methods, names=label or (), style=style)
     if (folders := run_folders(folder)) == [folder]:
-        print_report(folder)
+        print_report(folder, look)
         return EXIT_DONE
     from kvscope.reports.index import Cell, index_rows, write_index
 
@@ -193,7 +231,7 @@ def report(
         name = visible(run_folder.name)
         say(f"{name}\n{'=' * len(name)}")
         try:
-            rows += index_rows(print_report(run_folder))
+            rows += index_rows(print_report(run_folder, look))
         except KvscopeError as error:
             complain(str(error))
             faults.append(str(error))
@@ -202,7 +240,7 @@ def report(
     return code
 
 
-def print_report(folder: Path) -> "Run":
+def print_report(folder: Path, look: "Look | None" = None) -> "Run":
     """Make the report of a folder; print the summary tables and where everything is. Return what was reported."""
     from kvscope.reports.legible import legible
     from kvscope.results.frames import load_run
@@ -214,7 +252,7 @@ def print_report(folder: Path) -> "Run":
     from kvscope.reports.summary import summary_text
 
     say(summary_text(loaded, width=line_width()))
-    paths = write_report(loaded)
+    paths = write_report(loaded, look)
     html = [path for path in paths if path.suffix == ".html"]
     say(f"\n{len(paths)} files under {folder / 'report'}")
     for path in html:
@@ -363,6 +401,22 @@ def doctor(
         mend = f" ({check.mend})" if check.mend else ""
         say(folded(f"{check.status:<4}  {check.name:<{width}}  {check.finding}{mend}", line_width()))
     return EXIT_ENVIRONMENT if failed(checks) else EXIT_DONE
+
+
+def print_reproduction(folder: Path) -> None:
+    """Write the tables and figures of a reproduction, and print the tables."""
+    from kvscope.reports.reproduction import reproduction_text, write_reproduction
+    from kvscope.results.reproduction import load_reproduction
+
+    loaded = load_reproduction(folder)
+    say(reproduction_text(loaded, width=line_width()))
+    paths = write_reproduction(loaded)
+    say(f"\n{len(paths)} files under {folder / 'report'}")
+    for path in (path for path in paths if path.suffix == ".html"):
+        say(f"report   {path}")
+
+
+app.add_typer(reproduce_app(print_reproduction), short_help="Measure a paper's claims.")
 
 
 @models_app.callback()

@@ -6,16 +6,19 @@ import pandas as pd
 
 from kvscope.reports.cells import accuracy_cells
 from kvscope.reports.coverage import coverage
-from kvscope.reports.export import write_figure, write_table
+from kvscope.reports.export import svg_text, write_figure, write_includes, write_table
 from kvscope.reports.figure_parts import ReportFigure, SkippedFigure
 from kvscope.reports.figures_accuracy import accuracy_by_length, accuracy_by_task
 from kvscope.reports.figures_depth import depth_by_task, needle_heatmap
+from kvscope.reports.figures_difference import accuracy_minus_dense
 from kvscope.reports.figures_memory import memory_by_length, tpot_by_length
 from kvscope.reports.figures_pareto import accuracy_against_memory, accuracy_against_reads
 from kvscope.reports.figures_residency import resident_over_steps
 from kvscope.reports.html import page
 from kvscope.reports.legible import legible
+from kvscope.reports.look import Look, fitted, look, wearing
 from kvscope.reports.place import put_in_place, report_place
+from kvscope.reports.shown import shown_run, shown_table
 from kvscope.reports.tables import all_tables
 from kvscope.results.frames import Run, load_run
 
@@ -29,11 +32,20 @@ def build_report(folder: str | Path) -> list[Path]:
     return write_report(load_run(folder))
 
 
-def write_report(run: Run) -> list[Path]:
-    """Write the report of a loaded run into its folder; see `kvscope.reports.make_report`."""
+def write_report(run: Run, chosen: Look | None = None) -> list[Path]:
+    """Write the report of a loaded run into its folder; see `kvscope.reports.make_report`.
+
+    Args:
+        chosen: how it is published (``make_look``); None: as it is looked at on a screen.
+
+    Raises:
+        UsageError: as there, or the look names methods that the run does not have.
+    """
     run = legible(run)
     target = run.folder / REPORT_FOLDER
-    with report_place(target) as aside:
+    labels = [method.label for method in run.info.methods]
+    worn = Look() if chosen is None else fitted(chosen, labels, where=str(run.folder))
+    with report_place(target) as aside, wearing(worn):
         names = [path.relative_to(aside).as_posix() for path in _write(run, aside)]
         put_in_place(aside, target, names)
     return [target / name for name in names]
@@ -57,6 +69,7 @@ def all_figures(run: Run, cells: pd.DataFrame) -> list[ReportFigure | SkippedFig
         accuracy_against_memory(run, cells),
         accuracy_against_reads(run, cells),
         accuracy_by_length(run, cells),
+        accuracy_minus_dense(run),
         accuracy_by_task(run, cells),
         needle_heatmap(run),
         depth_by_task(run),
@@ -71,11 +84,16 @@ def _write(run: Run, folder: Path) -> list[Path]:
     tables_folder.mkdir()
     figures_folder.mkdir()
     cells = accuracy_cells(run)
-    tables, figures = all_tables(run, cells), all_figures(run, cells)
+    tables = [shown_table(table) for table in all_tables(run, cells)]
+    part = shown_run(run)
+    labels = [method.label for method in part.info.methods]
+    figures = all_figures(part, cells[cells["method_label"].isin(labels)])
     written = [path for table in tables for path in write_table(table, tables_folder)]
     drawn = [figure for figure in figures if isinstance(figure, ReportFigure)]
     written += [path for figure in drawn for path in write_figure(figure, figures_folder)]
-    svgs = {figure.name: (figures_folder / f"{figure.name}.svg").read_text(encoding="utf-8") for figure in drawn}
+    svgs = {figure.name: svg_text(figure) for figure in drawn}
+    if "pdf" in look().formats:
+        written.append(write_includes(drawn, figures_folder))
     html = folder / "report.html"
     html.write_text(page(run, tables, figures, svgs, coverage(run)), encoding="utf-8")
     return [*written, html]

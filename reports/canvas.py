@@ -9,6 +9,7 @@ import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 
+from kvscope.errors import UsageError
+from kvscope.reports.look import look
 from kvscope.reports.theme import FAINT
 from kvscope.results.plain_text import shortened
 
@@ -26,6 +29,8 @@ TITLE_IN, LINE_IN = 0.34, 0.19
 _MOST_WORDS = 1_200
 # Line height of end labels in font sizes, and how far they may stand above and below the axes (at 100 dpi).
 END_LINE, END_SLACK_PX = 1.3, 14
+# A panel of a figure whose width is asked for: below the first fewer stand side by side, below the second is none.
+_LEAST_PANEL_IN, _NARROWEST_PANEL_IN = 1.3, 0.6
 
 
 @dataclass(frozen=True)
@@ -49,66 +54,114 @@ def panels(
     subtitle: str = "",
     note: str = "",
     key: Sequence[Line2D] = (),
+    rowed: bool = False,
 ) -> tuple[Figure, list[Axes]]:
     """A figure with `count` equal panels, a title with subtitle above, and an optional key and note below.
 
-    Everything outside the panels has its own band, so nothing can cover data.
+    Everything outside the panels has its own band, so nothing can cover data. Where the look asks for a width, panels
+    become narrower, and fewer stand side by side; `rowed` ones keep their height.
+
+    Raises:
+        UsageError: that width leaves no room beside the names of methods.
     """
-    title, subtitle, note = (
-        shortened(text, most=most) for text, most in ((title, 90), (subtitle, _MOST_WORDS), (note, _MOST_WORDS))
-    )
+    worn = look()
+    sizes = worn.pt
     columns = min(columns, count)
+    if worn.width_in is not None:
+        columns, width_in = _within(worn.width_in, columns, width_in, margins)
+        height_in = height_in if rowed else min(height_in, max(_LEAST_PANEL_IN, 0.75 * width_in))
     rows = math.ceil(count / columns)
     cell_w, cell_h = width_in + margins.left + margins.right, height_in + margins.top + margins.bottom
-    total_w = max(columns * cell_w, 5.6)
-    under = textwrap.wrap(subtitle, int(total_w * 13.5), break_on_hyphens=False)
-    notes = textwrap.wrap(note, int(total_w * 16.5), break_on_hyphens=False)
-    widest = max((text_width_in([str(entry.get_label())], fontsize=8.5) for entry in key), default=0.0) + 0.65
-    everything = sum(text_width_in([str(entry.get_label())], fontsize=8.5) + 0.65 for entry in key)
-    key_columns = len(key) if everything < total_w else max(1, int(total_w / widest))
-    key_rows = math.ceil(len(key) / key_columns) if key else 0
-    head = TITLE_IN + LINE_IN * len(under) + (0.11 + LINE_IN * key_rows if key else 0.0) + 0.08
+    total_w = worn.width_in or max(columns * cell_w, 5.6)
+    head_texts = (title, subtitle) if worn.titled else ("", "")
+    heading = _wrapped(head_texts[0], total_w, most=90, fontsize=12, bold=True)
+    under = _wrapped(head_texts[1], total_w, most=_MOST_WORDS, fontsize=9)
+    notes = _wrapped("" if worn.style == "paper" else note, total_w, most=_MOST_WORDS, fontsize=8)
+    title_in = TITLE_IN + 0.22 * (len(heading) - 1) if heading else 0.08
+    key_columns, key_lines = _key_layout(key, total_w)
+    key_in = (0.11 + LINE_IN * sizes(9) / 9 * key_lines) if key else 0.0
+    head = title_in + LINE_IN * len(under) + key_in + (0.08 if worn.titled else 0.0)
     foot = LINE_IN * len(notes) + (0.12 if notes else 0.0)
     total_h = head + rows * cell_h + foot
     figure = Figure(figsize=(total_w, total_h))
     FigureCanvasAgg(figure)
-    figure.text(0.12 / total_w, 1 - 0.1 / total_h, title, fontsize=12, fontweight="bold", va="top")
-    figure.text(
-        0.12 / total_w, 1 - TITLE_IN / total_h, "\n".join(under), fontsize=9, color=FAINT, va="top", linespacing=1.25
-    )
+    left = 0.12 / total_w
+    figure.text(left, 1 - 0.1 / total_h, "\n".join(heading), fontsize=sizes(12), fontweight="bold", va="top")
+    below: dict[str, Any] = {"color": FAINT, "va": "top", "linespacing": 1.25}
+    figure.text(left, 1 - title_in / total_h, "\n".join(under), fontsize=sizes(9), **below)
     if key:
         figure.legend(
             handles=list(key),
             loc="upper left",
-            bbox_to_anchor=(0.06 / total_w, 1 - (TITLE_IN + LINE_IN * len(under)) / total_h),
+            bbox_to_anchor=(0.06 / total_w, 1 - (title_in + LINE_IN * len(under)) / total_h),
             ncols=key_columns,
             frameon=False,
-            fontsize=8.5,
+            fontsize=sizes(8.5),
             handletextpad=0.5,
             columnspacing=1.6,
             borderaxespad=0.2,
         )
     if notes:
-        figure.text(0.12 / total_w, 0.08 / total_h, "\n".join(notes), fontsize=8, color=FAINT, va="bottom")
+        figure.text(left, 0.08 / total_h, "\n".join(notes), fontsize=sizes(8), color=FAINT, va="bottom")
     axes = []
     for index in range(count):
         row, column = divmod(index, columns)
-        left = column * cell_w + margins.left
+        start = column * cell_w + margins.left
         bottom = total_h - head - (row + 1) * cell_h + margins.bottom
-        axes.append(figure.add_axes((left / total_w, bottom / total_h, width_in / total_w, height_in / total_h)))
+        axes.append(figure.add_axes((start / total_w, bottom / total_h, width_in / total_w, height_in / total_h)))
     return figure, axes
+
+
+def _within(total_w: float, columns: int, width_in: float, margins: Margins) -> tuple[int, float]:
+    """Return (panels side by side, width of each) that fill a width."""
+    for n in range(columns, 0, -1):
+        room = total_w / n - margins.left - margins.right
+        if n == 1 or room >= min(width_in, _LEAST_PANEL_IN):
+            break
+    if room < _NARROWEST_PANEL_IN:
+        raise UsageError(
+            f"--width: {total_w:.2g} inches leave no room beside the names of methods or tasks: take more, or give "
+            "shorter names with --label."
+        )
+    return n, room
+
+
+def _wrapped(text: str, total_w: float, *, most: int, fontsize: float, bold: bool = False) -> list[str]:
+    """Return a text of `most` characters at most as lines that a figure holds."""
+    a_char_in = look().pt(fontsize) * (0.62 if bold else 0.57) / 72
+    room = max(12, int((total_w - 0.2) / a_char_in))
+    return textwrap.wrap(shortened(text, most=most), room, break_on_hyphens=False)
+
+
+def _key_layout(key: Sequence[Line2D], total_w: float) -> tuple[int, int]:
+    """Return (columns of a key, lines of its longest column); labels that are too long are broken in place."""
+    if not key:
+        return 0, 0
+    for entry in key:
+        entry.set_label("\n".join(_wrapped(str(entry.get_label()), total_w - 0.5, most=_MOST_WORDS, fontsize=8.5)))
+    sizes = [text_width_in([str(entry.get_label())], fontsize=8.5) + 0.65 for entry in key]
+    columns = len(key) if sum(sizes) < total_w else max(1, int(total_w / max(sizes)))
+    lines = [1 + str(entry.get_label()).count("\n") for entry in key]
+    return columns, max(sum(map(int, column)) for column in np.array_split(lines, columns))
 
 
 def text_width_in(texts: Sequence[str], *, fontsize: float) -> float:
     """Generous width of the longest line in bold DejaVu Sans, inches."""
     longest = max((len(line) for text in texts for line in text.split("\n")), default=0)
-    return longest * fontsize * 0.68 / 72
+    return longest * look().pt(fontsize) * 0.68 / 72
 
 
 def end_labels_height_in(texts: Sequence[str], *, fontsize: float = 8.5) -> float:
     """Least height of the axes beside which `end_labels` finds room for all of them, inches."""
     lines = sum(1 + text.count("\n") for text in texts)
-    return lines * fontsize / 72 * END_LINE - 2 * END_SLACK_PX / 100
+    if look().keyed:
+        return 0.0
+    return lines * look().pt(fontsize) / 72 * END_LINE - 2 * END_SLACK_PX / 100
+
+
+def names_margin_in(texts: Sequence[str]) -> float:
+    """Room right of a panel for the names of its lines, inches."""
+    return 0.2 if look().keyed else 0.4 + text_width_in(texts, fontsize=8.5)
 
 
 def title_band_in(titles: Sequence[str]) -> float:
@@ -159,8 +212,13 @@ class Label:
 
 
 def end_labels(axes: Axes, labels: Sequence[Label], *, fontsize: float = 8.5, gap_px: float = 22) -> None:
-    """Write labels in the margin right of the axes, each beside the end of its line, joined by a thin leader."""
-    figure = _figure(axes)
+    """Write labels in the margin right of the axes, each beside the end of its line, joined by a thin leader.
+
+    Nothing where a key names the lines.
+    """
+    if look().keyed:
+        return
+    figure, fontsize = _figure(axes), look().pt(fontsize)
     box = axes.get_window_extent()
     points = [axes.transData.transform((label.x, label.y)) for label in labels]
     line_px = fontsize * figure.dpi / 72 * END_LINE
@@ -193,9 +251,12 @@ def free_labels(
 ) -> None:
     """Write each label near its own point inside the axes, clear of points, of each other and, if it can, of `lines`.
 
-    Tries places on growing rings and takes the first free one; the most crowded point chooses first.
+    Tries places on growing rings and takes the first free one; the most crowded point chooses first. Nothing where a
+    key names the points.
     """
-    figure = _figure(axes)
+    if look().keyed:
+        return
+    figure, fontsize = _figure(axes), look().pt(fontsize)
     inside = axes.get_window_extent()
     points = np.array([axes.transData.transform((label.x, label.y)) for label in labels]).reshape(-1, 2)
     dots = np.concatenate([points - 7, points + 7], axis=1)

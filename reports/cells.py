@@ -289,6 +289,14 @@ def predicted_cells(run: Run) -> pd.DataFrame:
     return frame.sort_values(["method_label", "length_tokens"], ignore_index=True)
 
 
+def answered_cells(run: Run) -> pd.DataFrame:
+    """Device bytes per (method, length) by the ledger, mean over the pooled prompts that were answered."""
+    rows = pooled_answers(run)
+    held = (rows["resident_kv_bytes"] + rows["metadata_bytes"]).astype("float64").rename("answered_bytes")
+    key = ["method_label", "length_tokens"]
+    return pd.concat([rows[key], held], axis=1).groupby(key)["answered_bytes"].mean().reset_index()
+
+
 def _planned(run: Run) -> dict[tuple[str, int], int]:
     return {
         (cell.method_label, cell.length_tokens): cell.predicted_kv_bytes + (cell.predicted_metadata_bytes or 0)

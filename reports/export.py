@@ -3,40 +3,26 @@
 The same rows give the same bytes: no dates, no random ids.
 """
 
+import io
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from kvscope.reports.figure_parts import ReportFigure
+from kvscope.reports.latex import latex, tex
+from kvscope.reports.look import look
 from kvscope.reports.table_parts import Table
-from kvscope.reports.theme import PNG_DPI, theme
+from kvscope.reports.theme import PNG_DPI, PRINT_DPI, theme
 from kvscope.results.plain_text import visible
 
 PNG_LEVEL = 3
 """Of zlib: a tenth larger than at the usual 6, in a third of the time. The picture is the same."""
-_WIDE_TEXT = 26
 # What begins code, emphasis, HTML, an entity, a formula, a cell, a link's address, or at the start a heading or a list.
 _MARKDOWN = re.compile(r"[\\`*<>|~$]|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)|\](?=[(\[:])|^[#+-](?=\s)")
-_LATEX = str.maketrans(
-    {
-        "\\": r"\textbackslash{}",
-        "&": r"\&",
-        "%": r"\%",
-        "$": r"\$",
-        "#": r"\#",
-        "_": r"\_",
-        "{": r"\{",
-        "}": r"\}",
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-        "<": r"\textless{}",
-        ">": r"\textgreater{}",
-        "|": r"\textbar{}",
-        "`": r"\textasciigrave{}",
-    }
-)
 
 
 def write_table(table: Table, folder: Path) -> list[Path]:
@@ -50,19 +36,66 @@ def write_table(table: Table, folder: Path) -> list[Path]:
 
 
 def write_figure(figure: ReportFigure, folder: Path) -> list[Path]:
-    """Write `figure` as PNG and SVG with the rows behind it; returns the paths."""
-    paths = [folder / f"{figure.name}.{ending}" for ending in ("png", "svg", "csv")]
+    """Write `figure` in the formats of the look, with the rows behind it; returns the paths."""
+    paths = [folder / f"{figure.name}.{ending}" for ending in look().formats]
     with theme(figure.name):
-        packed = {"compress_level": PNG_LEVEL}
-        figure.figure.savefig(paths[0], dpi=PNG_DPI, metadata={"Software": "kvscope"}, pil_kwargs=packed)
-        figure.figure.savefig(paths[1], metadata={"Date": None, "Creator": "kvscope", "Title": figure.title})
-    write_csv(figure.data, paths[2])
+        for path in paths:
+            _save(figure, path, path.suffix.removeprefix("."))
+    paths.append(folder / f"{figure.name}.csv")
+    write_csv(figure.data, paths[-1])
     return paths
+
+
+def write_includes(figures: Sequence[ReportFigure], folder: Path) -> Path:
+    """Write what LaTeX needs to show the PDF figures, captions included; returns the path."""
+    lines = [r"% Needs \usepackage{graphicx}; \graphicspath{{FOLDER/}} says where the figures are."]
+    for figure in figures:
+        lines += [
+            r"\begin{figure}",
+            r"\centering",
+            rf"\includegraphics[width=\linewidth]{{{figure.name}.pdf}}"
+            if look().width_in is None
+            else rf"\includegraphics{{{figure.name}.pdf}}",
+            rf"\caption{{{tex(figure.caption)}}}",
+            rf"\label{{fig:{figure.name}}}",
+            r"\end{figure}",
+        ]
+    path = folder / "figures.tex"
+    path.write_text("\n".join([*lines, ""]), encoding="utf-8")
+    return path
+
+
+def svg_text(figure: ReportFigure) -> str:
+    """Return `figure` as the text of an SVG file."""
+    written = io.StringIO()
+    with theme(figure.name):
+        _save(figure, written, "svg")
+    return written.getvalue()
+
+
+def _save(figure: ReportFigure, place: Path | io.StringIO, ending: str) -> None:
+    """Write a figure, without a date."""
+    about: dict[str, dict[str, Any]] = {
+        "png": {
+            "dpi": PRINT_DPI if look().is_print else PNG_DPI,
+            "metadata": {"Software": "kvscope"},
+            "pil_kwargs": {"compress_level": PNG_LEVEL},
+        },
+        "svg": {"metadata": {"Date": None, "Creator": "kvscope", "Title": figure.title}},
+        "pdf": {"metadata": {"CreationDate": None, "Creator": "kvscope", "Title": figure.title}},
+    }
+    figure.figure.savefig(place, format=ending, **about[ending])
 
 
 def write_csv(frame: pd.DataFrame, path: Path) -> None:
     """Plain CSV: integers whole, other numbers with nine digits, nulls empty."""
-    _flat(frame).to_csv(path, index=False, lineterminator="\n", float_format="%.9g")
+    path.write_text(csv_text(frame), encoding="utf-8")
+
+
+def csv_text(frame: pd.DataFrame) -> str:
+    """What `write_csv` writes."""
+    text: str = _flat(frame).to_csv(index=False, lineterminator="\n", float_format="%.9g")
+    return text
 
 
 def markdown(table: Table) -> str:
@@ -74,41 +107,6 @@ def markdown(table: Table) -> str:
     for note in table.notes:
         lines += ["", _md(note)]
     return "\n".join(lines) + "\n"
-
-
-def latex(table: Table) -> str:
-    """The text form as a booktabs table; needs `\\usepackage{booktabs}` and nothing else."""
-    text = table.text
-    spec = "".join(
-        "p{4cm}" if max((len(cell) for cell in text[column]), default=0) > _WIDE_TEXT else "l"
-        for column in text.columns
-    )
-    rows = [" & ".join(_tex(cell) for cell in row) + r" \\" for row in text.itertuples(index=False)]
-    return "\n".join(
-        [
-            "% Needs \\usepackage{booktabs}. Wide tables: put it into \\begin{landscape} or scale it.",
-            r"\begin{table}",
-            r"\centering\footnotesize",
-            rf"\caption{{{_tex(table.caption)}}}",
-            rf"\label{{tab:{table.name}}}",
-            rf"\begin{{tabular}}{{{spec}}}",
-            r"\toprule",
-            " & ".join(_tex(column) for column in text.columns) + r" \\",
-            r"\midrule",
-            *rows,
-            r"\bottomrule",
-            r"\end{tabular}",
-            *(rf"\par {_tex(note)}" for note in table.notes),
-            r"\end{table}",
-            "",
-        ]
-    )
-
-
-def _tex(text: object) -> str:
-    escaped = _one_line(text).translate(_LATEX)
-    # Behind the end of a row a bracket would be its option.
-    return f"{{[}}{escaped[1:]}" if escaped.startswith("[") else escaped
 
 
 def _md(text: object) -> str:

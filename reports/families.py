@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kvscope.reports.look import look
 from kvscope.reports.theme import MethodStyle, method_styles, shared_options
 
 LEAST_SETTINGS = 3
@@ -70,7 +71,7 @@ def family_styles(
             styles[head].color,
             styles[head].marker,
             styles[head].dash,
-            f"{family.method} {text}" if with_method else text,
+            look().names.get(label) or (f"{family.method} {text}" if with_method else text),
         )
         for family in found
         for label, text in family.values.items()

@@ -1,24 +1,29 @@
 """What the figures share: the result type, axes in K tokens and bytes, and a method's points."""
 
+import itertools
 import math
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
+from kvscope.reports.canvas import text_width_in
 from kvscope.reports.coverage import coverage
+from kvscope.reports.look import look
 from kvscope.reports.theme import FAINT, TEXT, MethodStyle, shared_options
 from kvscope.reports.units import bytes_text, length_text
 from kvscope.results.frames import Run
 from kvscope.results.plain_text import shortened
 from kvscope.results.run_schema import RunInfo
 
-Line = Literal["-", "--", ":", "None"]
+Line = Literal["-", "--", ":", "-.", "None"]
 NESTED = (
     "Every point stands at its own length and value: of points that coincide the larger marker lies below the smaller, "
     "and lines that coincide take turns, dash by dash."
@@ -73,16 +78,46 @@ def length_axis(axes: Axes, lengths: Sequence[int], *, pad: float = 0.45) -> Non
     low, high = min(lengths), max(lengths)
     axes.set_xlim(low / 2**pad, high * 2**pad)
     figure = axes.figure
-    width_in = axes.get_window_extent().width / figure.dpi
-    fits = max(1, int(width_in / 0.42))
-    stride = math.ceil(len(lengths) / fits)
     ordered = sorted(lengths)
-    shown = ordered[::-1][::stride][::-1]
+    places_in = [float(axes.transData.transform((length, 1))[0]) / figure.dpi for length in ordered]
+    shown = [ordered[i] for i in apart(places_in, [length_text(length) for length in ordered])]
     axes.xaxis.set_major_locator(FixedLocator(shown))
     axes.xaxis.set_major_formatter(lambda value, _: length_text(round(value)))
     axes.xaxis.set_minor_locator(FixedLocator(ordered))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("length (tokens)")
+
+
+def beside(axes: Axes, text: str) -> str:
+    """Return the name of a vertical axis, broken where the axis is too short for it."""
+    height_in = axes.get_window_extent().height / axes.figure.dpi
+    return "\n".join(textwrap.wrap(text, max(8, int(height_in / (look().pt(9) * 0.56 / 72)))))
+
+
+def apart(places_in: Sequence[float], texts: Sequence[str], *, fontsize: float = 8.5) -> list[int]:
+    """Return which labels along an axis leave each other room, from the last one on.
+
+    Args:
+        places_in: their centres, ascending, inches.
+        texts: what stands there.
+    """
+    half_in = [text_width_in([text], fontsize=fontsize) / 2 for text in texts]
+
+    def clear(left: int, right: int) -> bool:
+        return places_in[right] - places_in[left] >= half_in[left] + half_in[right] + 0.05
+
+    last = len(texts) - 1
+    gaps = np.diff(places_in)
+    if len(gaps) and gaps.max() < 1.5 * gaps.min():  # every second, third ... one, for a reader counts on
+        for stride in range(1, len(texts) + 1):
+            even = list(range(last, -1, -stride))[::-1]
+            if all(clear(left, right) for left, right in itertools.pairwise(even)):
+                return even
+    shown = [last]
+    for place in range(last - 1, -1, -1):
+        if clear(place, shown[-1]):
+            shown.append(place)
+    return shown[::-1]
 
 
 def byte_ticks(low_bytes: float, high_bytes: float, *, most: int = 7) -> list[float]:
@@ -121,6 +156,26 @@ def key_entry(text: str, *, marker: str = "None", line: Line = "None", color: st
         mec=TEXT,
         mew=0.4,
     )
+
+
+def hollow_entry(text: str) -> Line2D:
+    """A handle for the key: an outline."""
+    entry = key_entry(text, marker="o")
+    entry.set(markerfacecolor="white", markeredgecolor=FAINT, markeredgewidth=1.2)
+    return entry
+
+
+def names_key(styles: Mapping[str, MethodStyle], labels: Sequence[str], *, lines: bool = True) -> list[Line2D]:
+    """Entries of a key that name methods, where they are not named beside their lines."""
+    if not look().keyed:
+        return []
+    found: dict[str, Line2D] = {}
+    for label in labels:
+        style = styles[label]
+        text = style.text.replace("\n", "")
+        entry = key_entry(text, marker=style.marker, line=style.dash if lines else "None", color=style.color)
+        found.setdefault(text, entry)
+    return list(found.values())
 
 
 def points(axes: Axes, x: list[float], y: list[float], style: MethodStyle) -> None:

@@ -1,6 +1,7 @@
 """Accuracy figures: by length and by task."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import pandas as pd
 from matplotlib import colormaps
@@ -13,6 +14,7 @@ from kvscope.reports.canvas import (
     Margins,
     end_labels,
     end_labels_height_in,
+    names_margin_in,
     panels,
     text_width_in,
     title_band_in,
@@ -22,9 +24,12 @@ from kvscope.reports.figure_parts import (
     NESTED,
     ReportFigure,
     SkippedFigure,
+    apart,
     length_axis,
+    names_key,
     subtitle_of,
 )
+from kvscope.reports.look import look
 from kvscope.reports.overlap import draw_lines, draw_markers
 from kvscope.reports.theme import MethodStyle, figure_names, method_styles, short_lines, theme
 from kvscope.reports.units import length_text
@@ -53,7 +58,7 @@ def accuracy_by_length(run: Run, cells: pd.DataFrame) -> ReportFigure | SkippedF
     )
     with theme(name):
         if len(labels) <= _ONE_PANEL:
-            right = 0.4 + text_width_in([styles[label].text for label in labels], fontsize=8.5)
+            right = names_margin_in([styles[label].text for label in labels])
             figure, (axes,) = panels(
                 1,
                 columns=1,
@@ -62,6 +67,7 @@ def accuracy_by_length(run: Run, cells: pd.DataFrame) -> ReportFigure | SkippedF
                 margins=Margins(right=right, top=0.15),
                 title=title,
                 subtitle=subtitle,
+                key=names_key(styles, labels),
             )
             _percent_axis(axes)
             length_axis(axes, lengths)
@@ -167,6 +173,7 @@ def accuracy_by_task(run: Run, cells: pd.DataFrame) -> ReportFigure | SkippedFig
             margins=Margins(left=0.25 + text_width_in(texts, fontsize=8.5), right=0.2, top=0.42, bottom=0.6),
             title=title,
             subtitle=f"{subtitle_of(run)}; accuracy in %, n prompts a cell; hatched: nothing scored",
+            rowed=True,
         )
         for group, axes in zip(groups, all_axes, strict=True):
             filled = {
@@ -207,8 +214,15 @@ def _percent_axis(axes: Axes) -> None:
 
 
 def heat_panel(axes: Axes, filled: dict[tuple[int, int], tuple[float, int]], *, lengths: list[int], rows: int) -> None:
-    """A grid of lengths by rows; `filled` maps (column, row) to (accuracy, n), all other cells are hatched."""
+    """A grid of lengths by rows; `filled` maps (column, row) to (accuracy, n), all other cells are hatched.
+
+    Cells that are too small for n have the accuracy alone.
+    """
     colors = colormaps[HEAT]
+    cell_in = axes.get_window_extent().width / axes.figure.dpi / len(lengths)
+    counts = [f"n={n}" for _, n in filled.values()]
+    tall = axes.get_window_extent().height / axes.figure.dpi / rows >= 0.26
+    counted = tall and text_width_in(counts, fontsize=6.5) * 0.85 <= cell_in
     axes.grid(visible=False)
     axes.set_xlim(0, len(lengths))
     axes.set_ylim(rows, 0)
@@ -224,10 +238,16 @@ def heat_panel(axes: Axes, filled: dict[tuple[int, int], tuple[float, int]], *, 
             axes.add_artist(Rectangle((column, row), 1, 1, facecolor=color, edgecolor="white", linewidth=0.8))
             ink = "white" if 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] < 0.5 else "black"
             middle = column + 0.5
-            axes.text(middle, row + 0.36, f"{100 * accuracy:.0f}", ha="center", va="center", fontsize=8.5, color=ink)
-            axes.text(middle, row + 0.76, f"n={n}", ha="center", va="center", fontsize=6.5, color=ink)
-    axes.xaxis.set_major_locator(FixedLocator([column + 0.5 for column in range(len(lengths))]))
-    axes.set_xticklabels([length_text(length) for length in lengths])
+            written: dict[str, Any] = {"ha": "center", "va": "center", "color": ink}
+            if counted:
+                axes.text(middle, row + 0.36, f"{100 * accuracy:.0f}", fontsize=look().pt(8.5), **written)
+                axes.text(middle, row + 0.76, f"n={n}", fontsize=look().pt(6.5), **written)
+            else:
+                axes.text(middle, row + 0.5, f"{100 * accuracy:.0f}", fontsize=look().pt(7), **written)
+    texts = [length_text(length) for length in lengths]
+    shown = apart([cell_in * (column + 0.5) for column in range(len(lengths))], texts)
+    axes.xaxis.set_major_locator(FixedLocator([column + 0.5 for column in shown]))
+    axes.set_xticklabels([texts[column] for column in shown])
     axes.tick_params(length=0)
     for side in axes.spines.values():
         side.set_visible(False)

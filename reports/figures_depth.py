@@ -17,10 +17,11 @@ from kvscope.reports.depth import (
 )
 from kvscope.reports.figure_parts import ReportFigure, SkippedFigure, subtitle_of
 from kvscope.reports.figures_accuracy import heat_panel
+from kvscope.reports.look import look
 from kvscope.reports.theme import figure_names, short_lines, theme
 from kvscope.results.frames import Run, records
 
-_CELL_W_IN, _CELL_H_IN = 0.54, 0.36
+_CELL_W_IN, _CELL_H_IN, _NARROW_H_IN = 0.54, 0.36, 0.2
 _WIDEST_IN = 16.5
 _NO_DEPTH = "no scored prompt has evidence at one known depth"
 
@@ -79,10 +80,11 @@ def _heatmaps(
             len(shown),
             columns=columns,
             width_in=width,
-            height_in=_CELL_H_IN * bins,
+            height_in=(_CELL_H_IN if not look().keyed else _NARROW_H_IN) * bins,
             margins=margins,
             title=title,
             subtitle=f"{subtitle_of(run)}; {about}; accuracy in %, n prompts a cell; hatched: nothing scored",
+            rowed=True,
         )
         for (_, scope, cells), text, axes in zip(shown, titles, all_axes, strict=True):
             filled = {

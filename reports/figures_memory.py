@@ -2,21 +2,25 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from kvscope.reports.canvas import Label, Margins, end_labels, end_labels_height_in, panels, text_width_in
-from kvscope.reports.cells import footprint_cells, memory_source, predicted_cells, step_note
+from kvscope.reports.canvas import Label, Margins, end_labels, end_labels_height_in, names_margin_in, panels
+from kvscope.reports.cells import answered_cells, footprint_cells, memory_source, predicted_cells, step_note
 from kvscope.reports.families import families, family_note, family_styles
 from kvscope.reports.figure_parts import (
     NESTED,
     ReportFigure,
     SkippedFigure,
+    beside,
     byte_axis,
+    hollow_entry,
     key_entry,
     length_axis,
+    names_key,
     subtitle_of,
 )
 from kvscope.reports.overlap import draw_crosses, draw_lines, draw_markers
@@ -24,6 +28,7 @@ from kvscope.reports.theme import MethodStyle, theme
 from kvscope.reports.units import number
 from kvscope.results.frames import Run, records
 
+ANSWERED = "measured while answering (ledger; no footprint cell)"
 ESTIMATED = (
     "A threshold keeps what the text asks for: its line is an estimate, or all it could hold where no indexer says how "
     "much it keeps."
@@ -38,9 +43,15 @@ def memory_by_length(run: Run) -> ReportFigure | SkippedFigure:
     column = "kv_nvml_bytes" if source.kind == "nvml" else "held_bytes"
     cells["measured_bytes"] = cells[column].where(cells["status"] == "ok")
     columns = ["method_label", "length_tokens", "status", "reason", "measured_bytes"]
-    data = cells[columns].merge(predicted_cells(run), on=["method_label", "length_tokens"], how="outer")
+    key = ["method_label", "length_tokens"]
+    data = (
+        cells[columns].merge(predicted_cells(run), on=key, how="outer").merge(answered_cells(run), on=key, how="outer")
+    )
     data["status"] = data["status"].fillna("not in the footprint pass")
-    values = pd.concat([data["measured_bytes"], data["predicted_bytes"]]).dropna().astype(float)
+    # Where a fresh process measured a cell, what its prompts held while they were answered is not drawn beside it.
+    data["answered_bytes"] = data["answered_bytes"].where(data["measured_bytes"].isna())
+    values = pd.concat([data[name] for name in ("measured_bytes", "predicted_bytes", "answered_bytes")])
+    values = values.dropna().astype(float)
     values = values[values > 0]
     if not len(values):
         return SkippedFigure(name, title, "no bytes have been measured or predicted yet")
@@ -55,6 +66,7 @@ def memory_by_length(run: Run) -> ReportFigure | SkippedFigure:
     remarks = [NESTED] if len(labels) > 1 else []
     remarks += [about] if about else []
     note = " ".join([*remarks, *([ESTIMATED] if chosen_by_text else []), source.caption])
+    measured_text = "measured in a process of its own"
     with theme(name):
         figure, (axes,) = panels(
             1,
@@ -66,8 +78,10 @@ def memory_by_length(run: Run) -> ReportFigure | SkippedFigure:
             subtitle=subtitle_of(run),
             note=note,
             key=[
-                key_entry("measured", marker="o"),
-                key_entry("predicted", line="-"),
+                *names_key(styles, labels),
+                *([key_entry(measured_text, marker="o")] if data["measured_bytes"].notna().any() else []),
+                *([hollow_entry(ANSWERED)] if data["answered_bytes"].notna().any() else []),
+                *([key_entry("predicted before the run", line=":")] if data["predicted_bytes"].notna().any() else []),
                 *(
                     [key_entry("out of memory (at the predicted bytes)", marker="x")]
                     if "oom" in set(data["status"])
@@ -77,12 +91,14 @@ def memory_by_length(run: Run) -> ReportFigure | SkippedFigure:
         )
         length_axis(axes, lengths)
         byte_axis(axes, float(values.min()) / 1.8, float(values.max()) * 1.8, which="y", most=9)
-        axes.set_ylabel(source.axis)
+        axes.set_ylabel(beside(axes, source.axis))
         rows = {label: data[data["method_label"] == label].sort_values("length_tokens") for label in labels}
         end_labels(axes, _memory_lines(axes, rows, styles))
     caption = (
-        "Bytes of the KV cache against length, both axes logarithmic. Lines are predictions made before the run, "
-        f"markers are measurements, crosses are cells that ran out of memory. {note}"
+        "Bytes of the KV cache against length, both axes logarithmic. Markers are measurements, those of a process of "
+        "its own joined by a line. Hollow ones are the ledger's mean over the scored prompts, where no footprint cell "
+        "ran. Dotted lines are predictions made before the run, and crosses are cells that ran out of memory. "
+        f"{note}"
     )
     return ReportFigure(name, title, caption, figure, data.reset_index(drop=True))
 
@@ -131,7 +147,10 @@ def tpot_by_length(run: Run) -> ReportFigure | SkippedFigure:
             title=title,
             subtitle=f"{subtitle_of(run)}; median of {step_text} decode steps, batch 1; {spread}",
             note=" ".join(filter(None, [NESTED if len(labels) > 1 else "", about, doubts])),
-            key=[key_entry("out of memory (no time)", marker="x")] if len(failed) else [],
+            key=[
+                *names_key(styles, labels),
+                *([key_entry("out of memory (no time)", marker="x")] if len(failed) else []),
+            ],
         )
         length_axis(axes, lengths)
         shown = [*timed["tpot_s"], *timed["tpot_p10_s"].dropna(), *timed["tpot_p90_s"].dropna()]
@@ -167,14 +186,19 @@ def _memory_lines(axes: Axes, rows: Mapping[str, pd.DataFrame], styles: Mapping[
     """Predicted lines, measured points and crosses by method; returns the labels for the lines' right ends."""
     predicted = {label: _places(table, "predicted_bytes") for label, table in rows.items()}
     measured = {label: _places(table, "measured_bytes") for label, table in rows.items()}
+    answered = {label: _places(table, "answered_bytes") for label, table in rows.items()}
     crosses = {label: _places(table[table["status"] == "oom"], "predicted_bytes") for label, table in rows.items()}
-    draw_lines(axes, {label: path for label, path in predicted.items() if len(path) > 1}, styles, width=1.1, alpha=0.8)
     for label, path in predicted.items():
-        if len(path) == 1:
-            axes.plot(*zip(*path, strict=True), color=styles[label].color, marker="_", ms=26, alpha=0.8, zorder=2)
-    draw_markers(axes, measured, styles)
+        short: dict[str, Any] = {"marker": "_", "ms": 20} if len(path) == 1 else {}
+        if path:
+            x, y = zip(*path, strict=True)
+            axes.plot(x, y, color=styles[label].color, linestyle=":", linewidth=1, alpha=0.8, zorder=1.5, **short)
+    draw_lines(axes, {label: path for label, path in measured.items() if len(path) > 1}, styles, width=1.3)
+    both = {label: [*measured[label], *answered[label]] for label in rows}
+    hollow = [(label, len(measured[label]) + i) for label in rows for i in range(len(answered[label]))]
+    draw_markers(axes, both, styles, hollow=hollow)
     draw_crosses(axes, crosses, styles)
-    ends = {label: predicted[label] or measured[label] for label in rows}
+    ends = {label: [*predicted[label], *both[label]] for label in rows}
     return [Label(styles[label].text, *max(path), styles[label].color) for label, path in ends.items() if path]
 
 
@@ -196,7 +220,7 @@ def _styles(run: Run) -> tuple[dict[str, MethodStyle], str]:
 
 
 def _label_margin_in(styles: dict[str, MethodStyle]) -> float:
-    return 0.4 + text_width_in([style.text for style in styles.values()], fontsize=8.5)
+    return names_margin_in([style.text for style in styles.values()])
 
 
 def _labels_in(styles: dict[str, MethodStyle], labels: Sequence[str]) -> float:
@@ -207,7 +231,7 @@ def _labels_in(styles: dict[str, MethodStyle], labels: Sequence[str]) -> float:
 def _time_axis(axes: Axes, values_ms: list[float]) -> float:
     """Linear from nil, or logarithmic when the times differ more than tenfold; returns the top of the axis."""
     low, high = min(values_ms), max(values_ms)
-    axes.set_ylabel("time per output token (ms)")
+    axes.set_ylabel(beside(axes, "time per output token (ms)"))
     if high <= 10 * low:
         top = 1.15 * high
         axes.set_ylim(0, top)

@@ -11,11 +11,22 @@ from matplotlib.ticker import FixedLocator
 from kvscope.reports.canvas import Label, Margins, free_labels, panels
 from kvscope.reports.cells import NOT_SEEN, MemorySource, memory_source, pool_notes, pooled_answers, pooled_cells
 from kvscope.reports.families import Family, families, family_styles
-from kvscope.reports.figure_parts import ReportFigure, SkippedFigure, byte_axis, key_entry, points, subtitle_of
+from kvscope.reports.figure_parts import (
+    ReportFigure,
+    SkippedFigure,
+    byte_axis,
+    key_entry,
+    names_key,
+    points,
+    subtitle_of,
+)
+from kvscope.reports.look import look
 from kvscope.reports.theme import MethodStyle, theme
 from kvscope.reports.units import length_text
 from kvscope.results.frames import Run, records
 
+MOST_IN_COLUMN = 3
+"""Panels of a figure whose width is asked for."""
 READS_AXIS = "KV cache read a decode step (counted)"
 READS_CAPTION = (
     "Bytes read are counted, not timed: keys and values that the step attends to and what it reads to choose them, "
@@ -77,6 +88,8 @@ def _pareto_figure(
         return SkippedFigure(name, title, nothing)
     data = pd.concat([_with_front(rows) for _, rows in data.groupby("length_tokens")], ignore_index=True)
     lengths = sorted(set(data["length_tokens"]))
+    # A panel a length: in a column of text more than these are taller than a page.
+    panels_shown = lengths[-MOST_IN_COLUMN:] if look().keyed else lengths
     labels = [method.label for method in run.info.methods]
     swept = families(labels)
     styles = family_styles(labels, swept)
@@ -87,9 +100,10 @@ def _pareto_figure(
     for family in swept:
         style = styles[next(iter(family.values))]
         key.append(key_entry(family.text, marker=style.marker, color=style.color, line=style.dash))
+    key = [*names_key(styles, [label for label in labels if label in set(data["method_label"])], lines=False), *key]
     with theme(name):
         figure, all_axes = panels(
-            len(lengths),
+            len(panels_shown),
             columns=2,
             width_in=4.6 if crowded or len(lengths) == 1 else 3.7,
             height_in=3.2 if crowded else 2.7,
@@ -99,9 +113,11 @@ def _pareto_figure(
             note=note,
             key=key,
         )
-        for length, axes in zip(lengths, all_axes, strict=True):
+        for length, axes in zip(panels_shown, all_axes, strict=True):
             _pareto_panel(axes, data[data["length_tokens"] == length], styles, axis, swept)
             axes.set_title(f"{length_text(length)} tokens", fontweight="bold")
+    if len(panels_shown) < len(lengths):
+        caption += f" Shorter lengths are in the CSV alone: {', '.join(map(length_text, lengths[:-MOST_IN_COLUMN]))}."
     caption = " ".join([caption, *pool_notes(run.info)])
     return ReportFigure(name, title, caption, figure, data)
 

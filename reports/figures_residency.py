@@ -6,8 +6,8 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 
-from kvscope.reports.canvas import Label, Margins, end_labels, end_labels_height_in, panels, text_width_in
-from kvscope.reports.figure_parts import ReportFigure, subtitle_of
+from kvscope.reports.canvas import Label, Margins, end_labels, end_labels_height_in, names_margin_in, panels
+from kvscope.reports.figure_parts import ReportFigure, names_key, subtitle_of
 from kvscope.reports.theme import MethodStyle, method_styles, theme
 from kvscope.reports.units import length_text
 from kvscope.results.frames import Run
@@ -32,11 +32,11 @@ def resident_over_steps(run: Run) -> list[ReportFigure]:
             columns=2,
             width_in=3.6,
             height_in=max(2.6, end_labels_height_in(shown)),
-            margins=Margins(left=0.75, right=0.4 + text_width_in(shown, fontsize=8.5), top=0.42, bottom=0.62),
+            margins=Margins(left=0.75, right=names_margin_in(shown), top=0.42, bottom=0.62),
             title=title,
             subtitle=f"{subtitle_of(run)}; share of the prompt's tokens, everything that stays counted",
             note="Mean over prompts whose answers reached the refresh; sinks, window and chunks on their way count.",
-            key=[],
+            key=names_key(styles, list(dict.fromkeys(data["method_label"]))),
         )
         for length, axes in zip(lengths, all_axes, strict=True):
             _panel(axes, data[data["length_tokens"] == length], styles)

@@ -43,7 +43,7 @@ def page(
         device=device_of(info),
         state=state,
         warnings=[*state.sentences(), *run.messages],
-        tables=[_table_context(table) for table in tables],
+        tables=[table_context(table) for table in tables],
         figures=drawn,
         skipped=[figure for figure in figures if isinstance(figure, SkippedFigure)],
         environment=_lines(info.environment),
@@ -64,7 +64,8 @@ def inline_svg(figure: ReportFigure, text: str) -> Markup:
     return Markup(body.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1))  # nosec
 
 
-def _table_context(table: Table) -> dict[str, Any]:
+def table_context(table: Table) -> dict[str, Any]:
+    """What the templates need of a table: columns and rows with the kind of each column."""
     columns = list(table.text.columns)
     kinds = [_kind([str(cell) for cell in table.text[column]]) for column in columns]
     rows = [[str(cell) for cell in row] for row in table.text.itertuples(index=False)]

@@ -25,7 +25,9 @@ _MOST_INDEX_BYTES = 64 << 20
 _BUILDING = ".building-"
 _MOST_MANIFEST_BYTES = 1 << 20
 # Whatever a list of files says, nothing of another shape is ever removed.
-_OWN_FILE = re.compile(r"report\.html|(tables|figures)/[a-z0-9_]{1,80}\.(csv|md|tex|parquet|png|svg)")
+_OWN_FILE = re.compile(
+    r"report\.html|(tables|figures)/[a-z0-9_]{1,80}\.(csv|md|tex|parquet|png|svg|pdf)|figures/figures\.tex"
+)
 # What reports wrote before they kept a list.
 _TABLES_BEFORE = (
     "stays_and_saves",

@@ -10,6 +10,7 @@ from kvscope.reports.depth import depth_table
 from kvscope.reports.table_parts import Table
 from kvscope.reports.tables_accuracy import accuracy_table, statistics_table
 from kvscope.reports.tables_limits import limit_tables
+from kvscope.reports.tables_main import main_table
 from kvscope.reports.tables_memory import footprint_table, stays_table
 from kvscope.reports.tables_types import type_tables
 from kvscope.results.frames import Run
@@ -17,8 +18,10 @@ from kvscope.results.frames import Run
 
 def all_tables(run: Run, cells: pd.DataFrame) -> list[Table]:
     """The report's tables, in the order they are read; `cells` comes from `accuracy_cells(run)`."""
+    stays = stays_table(run, cells)
     return [
-        stays_table(run, cells),
+        main_table(run, stays),
+        stays,
         accuracy_table(run, cells),
         *type_tables(run),
         depth_table(run),

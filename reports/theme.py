@@ -12,15 +12,17 @@ from typing import Any, Literal
 
 import matplotlib as mpl
 
+from kvscope.reports.look import look
 from kvscope.results.plain_text import shortened
 
 DENSE_COLOR = "#000000"
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999933", "#882255")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "*", "<", ">", "h")
-Dash = Literal["-", "--", ":"]
-DASHES: tuple[Dash, ...] = ("-", "--", ":")
+Dash = Literal["-", "--", ":", "-."]
+#: In turns: without colour, lines are told apart by their dashes and markers.
+DASHES: tuple[Dash, ...] = ("--", "-.", ":", "-")
 GRID, FAINT, TEXT = "#DDDDDD", "#666666", "#222222"
-PNG_DPI = 160
+PNG_DPI, PRINT_DPI = 160, 300
 _MOST_LABEL_CHARS = 160
 _MOST_LINE_CHARS = 48
 
@@ -63,6 +65,9 @@ def figure_names(labels: Sequence[str]) -> dict[str, str]:
     shared = shared_options(labels)
     names = {}
     for label in labels:
+        if label in look().names:
+            names[label] = look().names[label]
+            continue
         name, _, text = label.partition(":")
         own = [part for part in text.split(",") if part not in shared.get(name, [])]
         names[label] = f"{name}:{','.join(own)}" if text and own else name
@@ -76,11 +81,12 @@ def method_styles(labels: Sequence[str]) -> dict[str, MethodStyle]:
     others = [label for label in labels if label != "dense"]
     for label in labels:
         if label == "dense":
-            styles[label] = MethodStyle(DENSE_COLOR, MARKERS[0], "-", label)
+            styles[label] = MethodStyle(DENSE_COLOR, MARKERS[0], "-", short_lines(names[label]))
             continue
         place = others.index(label)
         marker = MARKERS[1 + place % (len(MARKERS) - 1)]
-        dash = DASHES[place // len(COLORS) % len(DASHES)]
+        # The second round of colours has other dashes than the first.
+        dash = DASHES[(place + place // len(COLORS)) % len(DASHES)]
         styles[label] = MethodStyle(COLORS[place % len(COLORS)], marker, dash, short_lines(names[label]))
     return styles
 
@@ -105,12 +111,13 @@ def short_lines(label: str, *, width: int = 20) -> str:
 @contextmanager
 def theme(name: str) -> Iterator[None]:
     """matplotlib settings for one figure; `name` seeds the SVG ids, so that figures can share one HTML page."""
+    pt = look().pt
     settings: Any = {
         "font.family": "DejaVu Sans",
-        "font.size": 9,
-        "axes.titlesize": 9.5,
+        "font.size": pt(9),
+        "axes.titlesize": pt(9.5),
         "axes.titlelocation": "left",
-        "axes.labelsize": 9,
+        "axes.labelsize": pt(9),
         "axes.edgecolor": FAINT,
         "axes.labelcolor": TEXT,
         "axes.spines.top": False,
@@ -123,12 +130,14 @@ def theme(name: str) -> Iterator[None]:
         "ytick.color": FAINT,
         "xtick.labelcolor": TEXT,
         "ytick.labelcolor": TEXT,
-        "xtick.labelsize": 8.5,
-        "ytick.labelsize": 8.5,
+        "xtick.labelsize": pt(8.5),
+        "ytick.labelsize": pt(8.5),
         "text.color": TEXT,
         "figure.dpi": 100,
-        "savefig.dpi": PNG_DPI,
-        "svg.fonttype": "path",
+        # Text stays text: it can be found, copied and edited, and TrueType is what publishers take.
+        "svg.fonttype": "none",
+        "pdf.fonttype": 42,
+        "ps.fonttype": 42,
         # A dollar sign in a name is a dollar sign, no formula.
         "text.parse_math": False,
         "svg.hashsalt": f"kvscope-{name}",

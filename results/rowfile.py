@@ -169,7 +169,8 @@ def first_problem(error: ValidationError) -> str:
     """The first thing pydantic objects to, in a clause."""
     first = error.errors(include_url=False, include_input=False)[0]
     place = shortened(".".join(str(part) for part in first["loc"]), most=120)
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")  # pydantic's own words
     more = error.error_count() - 1
-    return f"{place + ': ' if place else ''}{shortened(first['msg'], most=300)}" + (
+    return f"{place + ': ' if place else ''}{shortened(message, most=300)}" + (
         f" (and {more} more problems)" if more else ""
     )

@@ -35,6 +35,7 @@ GRAPH, EAGER = "cuda graph", "eager"
 PAYS_FROM_STEPS = 5
 #: Position tables that are made anew from the largest position the host reads back.
 _HOST_ROPES = {"dynamic", "longrope"}
+_EXPERTS: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 
 
 def static_reasons(loaded: LoadedModel, cache: SequenceCache) -> list[str]:
@@ -48,11 +49,18 @@ def static_reasons(loaded: LoadedModel, cache: SequenceCache) -> list[str]:
     types = {str(rope.get("rope_type")) for rope in nested} & _HOST_ROPES
     if types:
         reasons.append(f"rotary positions of type {', '.join(sorted(types))} are computed from the host")
-    if any(type(module).__name__.endswith("Experts") for module in loaded.model.modules()):
+    if has_experts(loaded.model):
         reasons.append("which experts a token goes to is known to the device alone")
     if cache.stock:
         reasons += unsupported_stock(loaded.shape, loaded.device, loaded.dtype)
     return reasons
+
+
+def has_experts(model: Any) -> bool:
+    """Whether tokens go to experts: which weights a step reads, the device alone knows. Looked for once a model."""
+    if model not in _EXPERTS:
+        _EXPERTS[model] = any(type(module).__name__.endswith("Experts") for module in model.modules())
+    return _EXPERTS[model]
 
 
 class GraphStep:

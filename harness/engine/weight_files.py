@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kvscope.errors import UsageError
+from kvscope.harness.engine.folder_files import is_there
 from kvscope.harness.engine.loading import explained
 from kvscope.harness.engine.names import cannot_load
 from kvscope.harness.engine.quantised import quantization
@@ -52,10 +53,12 @@ def check_weight_files(spec: str, where: str, config: Any, model: Any) -> None:
 def _files(spec: str, folder: Path) -> list[tuple[Path, set[str]]]:
     """Return the files that transformers will read, and the tensors that an index promises in each."""
     for name in (_WHOLE, _PICKLED):
-        if (folder / name).exists():
-            return [(folder / name, set())]
         index = folder / f"{name}{_INDEX}"
-        if index.is_file():
+        with explained(spec):
+            whole, in_shards = is_there(folder / name), is_there(index)
+        if whole:
+            return [(folder / name, set())]
+        if in_shards:
             return _shards(spec, index)
     others = sorted(path.name for end in ("gguf", "pth", "ckpt", "h5", "msgpack") for path in folder.glob(f"*.{end}"))
     there = f"; {_few(others)} cannot be read, save it as safetensors" if others else ""
@@ -67,10 +70,11 @@ def _shards(spec: str, index: Path) -> list[tuple[Path, set[str]]]:
         weight_map = json.loads(index.read_bytes())["weight_map"]
         named: dict[str, set[str]] = {}
         for tensor, file in weight_map.items():
-            named.setdefault(str(Path(file).name), set()).add(tensor)
+            named.setdefault(str(file), set()).add(tensor)
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(cannot_load(spec, f"{index.name} is not an index of shards (JSON with weight_map)")) from error
-    missing = sorted(name for name in named if not (index.parent / name).exists())
+    with explained(spec):
+        missing = sorted(name for name in named if not is_there(index.parent / name))
     if missing:
         raise UsageError(cannot_load(spec, f"the folder lacks {_few(missing)}, which {index.name} names"))
     return [(index.parent / name, tensors) for name, tensors in sorted(named.items())]

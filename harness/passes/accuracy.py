@@ -1,10 +1,11 @@
 """The accuracy pass: one prefill per prompt, every method on it, a row as soon as it exists."""
 
 import queue
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvscope.errors import UsageError
+from kvscope.harness.engine.host_threads import few_host_threads
 from kvscope.harness.passes.answering import load, measured_noise, release_memory
 from kvscope.harness.passes.base import Left, Plan, RunPlan, failed_lines, is_open
 from kvscope.harness.passes.batch_plan import batch_text, jobs_text, ray_text
@@ -125,10 +126,10 @@ class AccuracyPass:
         if len(devices) > 1 or plan.config.executor == "ray":
             if self.left(plan, store).prompts:
                 said: Said = queue.Queue()
-                pool = _pool(plan, store, said, devices)
+                pool = _pool(plan, store, said, devices, note=progress.note)
                 ShardedAccuracy(plan, store, progress, self.cells(plan), pool, said).run(deadline)
             return
-        with Turns(plan, store, progress, self.cells(plan)) as turns:
+        with few_host_threads(plan.facts.device), Turns(plan, store, progress, self.cells(plan)) as turns:
             if turns.next_length_tokens is None:
                 return
             from kvscope.harness.passes.batch import Batch
@@ -149,10 +150,10 @@ def executor_text(plan: Plan) -> list[str]:
     return jobs_text(worker_devices(plan.config, plan.facts.device))
 
 
-def _pool(plan: Plan, store: "RunStore", said: Said, devices: Sequence[str]) -> Pool:
+def _pool(plan: Plan, store: "RunStore", said: Said, devices: Sequence[str], *, note: Callable[[str], None]) -> Pool:
     task = worker_task(plan, store)
     if plan.config.executor == "processes":
-        return ProcessPool(devices, task, said)
+        return ProcessPool(devices, task, said, note=note)
     from kvscope.harness.passes.ray_pool import RayPool
     from kvscope.harness.passes.recording import identity
 

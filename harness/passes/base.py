@@ -17,6 +17,7 @@ from kvscope.harness.passes.deadline import Deadline
 from kvscope.harness.passes.facts import ModelFacts, PromptFacts
 from kvscope.harness.passes.plan_text import forecast_tables, lengths_text
 from kvscope.harness.passes.progress import Progress
+from kvscope.methods.indexer_files import prompts_text
 from kvscope.results.continuing import recorded_tasks, without_hash
 from kvscope.results.run_schema import ExcludedType, PlannedCell, RunInfo
 from kvscope.specs import Spec
@@ -24,6 +25,7 @@ from kvscope.terminal import folded
 from kvscope.units import format_bytes, format_length
 
 if TYPE_CHECKING:
+    from kvscope.harness.passes.target_plan import TargetPlan
     from kvscope.methods.base import CacheMethod
     from kvscope.results.frames import Run
     from kvscope.results.memory_rows import FootprintRow
@@ -229,6 +231,8 @@ class Plan(RunPlan):
     first_task: str | None = None
     """The task whose prompts the folder's footprints are of, as the folder's first call asked for it; None: the first
     of these."""
+    elsewhere: "TargetPlan | None" = None
+    """What is forecast of the machine that is planned for; None: it is this one."""
 
     def in_folder(self, info: RunInfo) -> Self:
         """Return the plan as a folder has it; its footprints are of the prompts of the task that it was begun with."""
@@ -285,6 +289,17 @@ class Plan(RunPlan):
                 said.append(
                     f"{method.label} leaves nothing out at {lengths_text(same)}: there it is dense by another name."
                 )
+            learnt, asked = method.trained_prompts(self.facts.shape), prompts_text(self.facts.chat_template)
+            if self.tasks and learnt not in (None, asked):
+                said.append(
+                    f"the indexer of {method.label} was trained on {learnt}, and this run asks {asked}: collect again "
+                    "as the run asks, or give the run the --chat-template of the indexer."
+                )
+        if self.tasks and self.facts.not_applied:
+            said.append(
+                f"answers are greedy and leave out the model's own {', '.join(self.facts.not_applied)}, which its "
+                "generation config asks for and stock generate applies."
+            )
         said += super().warnings
         note = self.facts.backend.note(self.facts.shape, max(self.config.lengths_tokens))
         return said if note is None else [*said, note]
@@ -297,6 +312,8 @@ class Plan(RunPlan):
             for n_tokens in self.lengths_tokens:
                 running = [each for each in self.methods if self.unsupported(each.label, n_tokens) is None]
                 lines += self.facts.backend.tables(self.facts.shape, running, n_tokens)
+        if self.elsewhere is not None:
+            lines += [*self.elsewhere.text(width=width), ""]
         for each in self.passes:
             lines += each.text(self)
         if self.cells:  # a search finds its own lengths: there is nothing to forecast, or to note about one
@@ -322,16 +339,20 @@ class Plan(RunPlan):
             "cells": [cell.model_dump() for cell in self.cells],
             "batch": [asdict(cell) for cell in self.batch],
             "warnings": self.warnings if self.cells else [],
+            **({} if self.elsewhere is None else {"elsewhere": self.elsewhere.values()}),
         }
 
     def header(self) -> list[str]:
         """Return its first lines: the model, tasks, lengths and the budget."""
         config, facts = self.config, self.facts
+        where = facts.device if self.elsewhere is None else self.elsewhere.target.name
         weights = "unknown size" if facts.weights_bytes is None else format_bytes(facts.weights_bytes)
         lines = [
-            f"model    {config.model}: {facts.dtype} on {facts.device}, {weights} of weights, "
+            f"model    {config.model}: {facts.dtype} on {where}, {weights} of weights, "
             f"{facts.shape.kv_bytes_per_token:,} B of KV a token, at most {facts.max_length_tokens:,} tokens",
         ]
+        if self.elsewhere is not None:
+            lines += self.elsewhere.target.lines()
         if facts.chat_template is not None:
             lines.append(f"chat     prompts are turns of a user by its chat template, {facts.chat_template[:19]}")
         if self.tasks:

@@ -14,6 +14,7 @@ from kvscope.harness.passes.config import RunConfig
 from kvscope.harness.passes.device_budget import CONTEXT_BYTES
 from kvscope.harness.passes.facts import ModelFacts
 from kvscope.harness.passes.memory import total_device_bytes
+from kvscope.harness.passes.target import Target
 from kvscope.harness.passes.workers import worker_devices
 from kvscope.units import format_bytes, format_length
 
@@ -51,13 +52,22 @@ def prompts_of(rows: int, n_methods: int) -> int:
 
 
 def plan_batch(
-    config: RunConfig, facts: ModelFacts, methods: "Sequence[CacheMethod[Any]]", tasks: "Sequence[Task]"
+    config: RunConfig,
+    facts: ModelFacts,
+    methods: "Sequence[CacheMethod[Any]]",
+    tasks: "Sequence[Task]",
+    *,
+    target: Target | None = None,
 ) -> tuple[BatchCell, ...]:
-    """Return the steps' sizes, a cell a length of the accuracy pass, shortest first."""
+    """Return the steps' sizes, a cell a length of the accuracy pass, shortest first.
+
+    Args:
+        target: another machine that is planned for; None: this one.
+    """
     if not tasks:
         return ()
     longest_answer = max(task.max_new_tokens for task in tasks)
-    sizes = _Sizes(config, facts, methods, n_new_tokens=longest_answer)
+    sizes = _Sizes(config, facts, methods, n_new_tokens=longest_answer, target=target)
     return tuple(sizes.cell(length_tokens) for length_tokens in config.lengths_tokens)
 
 
@@ -95,15 +105,26 @@ class _Sizes:
     """Bytes of so many sequences."""
 
     def __init__(
-        self, config: RunConfig, facts: ModelFacts, methods: "Sequence[CacheMethod[Any]]", *, n_new_tokens: int
+        self,
+        config: RunConfig,
+        facts: ModelFacts,
+        methods: "Sequence[CacheMethod[Any]]",
+        *,
+        n_new_tokens: int,
+        target: Target | None,
     ) -> None:
         self._config, self._facts, self._n_new_tokens = config, facts, n_new_tokens
         self._methods = [method for method in methods if not method.unsupported(facts.shape, facts.device)]
         self._is_cpu = facts.device == "cpu"
         # Each process has its part of what there is.
         device_bytes = None if self._is_cpu else total_device_bytes(facts.device)
+        host_bytes: int | None = None
+        if target is None:
+            host_bytes = total_host_bytes()
+        else:
+            device_bytes, host_bytes = target.memory_bytes, target.host_bytes
         self._device_room = None if device_bytes is None else device_bytes // config.jobs
-        self._host_room = total_host_bytes() // len(worker_devices(config, facts.device))
+        self._host_room = None if host_bytes is None else host_bytes // len(worker_devices(config, facts.device))
 
     def cell(self, length_tokens: int) -> BatchCell:
         """Return the size of a step at one length: as asked for, or the most that fits."""
@@ -126,7 +147,7 @@ class _Sizes:
         device_bytes, host_bytes = self._bytes(rows, length_tokens)
         return not (
             (device_bytes and self._device_room and device_bytes > DEVICE_SHARE * self._device_room)
-            or (host_bytes and host_bytes > HOST_SHARE * self._host_room)
+            or (host_bytes and self._host_room and host_bytes > HOST_SHARE * self._host_room)
         )
 
     def _bytes(self, rows: int, length_tokens: int) -> tuple[int | None, int | None]:

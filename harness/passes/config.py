@@ -5,7 +5,8 @@ a wrong type is the same sentence wherever it came from. No torch here: bad inpu
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
@@ -239,6 +240,22 @@ class RunConfig(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             raise UsageError(_sentence(error, source=source)) from None
+
+    @classmethod
+    def model_validate(cls, obj: Any, **options: Any) -> Self:
+        """Read a mapping, or pass a configuration on, with the sentences of ``make_config``.
+
+        Raises:
+            UsageError: as ``make_config``.
+        """
+        with _told():
+            return super().model_validate(obj, **options)
+
+    @classmethod
+    def model_validate_json(cls, json_data: str | bytes | bytearray, **options: Any) -> Self:
+        """Read a JSON object, as ``model_validate``."""
+        with _told():
+            return super().model_validate_json(json_data, **options)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -527,10 +544,21 @@ EXPECTED = {
 }
 
 
+@contextmanager
+def _told() -> Iterator[None]:
+    """Turn what pydantic raises of a whole configuration into a sentence."""
+    try:
+        yield
+    except ValidationError as error:
+        raise UsageError(_sentence(error, source=_source.get())) from None
+
+
 def _sentence(error: ValidationError, *, source: str) -> str:
     """Turn the first problem of a pydantic error into one sentence: key, value, what was expected."""
     problem = error.errors()[0]
     inner = problem.get("ctx", {}).get("error")
+    if not problem["loc"] and not isinstance(inner, UsageError):
+        return f"{source[0].upper()}{source[1:]} is {shown(problem['input'])}, expected a mapping of keys."
     key = str(problem["loc"][0]) if problem["loc"] else ""
     if isinstance(inner, UsageError):
         text = str(inner)

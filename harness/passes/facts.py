@@ -50,6 +50,8 @@ class ModelFacts(PromptFacts):
         weights_bytes: bytes of the weights in ``dtype``; None when the configuration does not tell.
         intermediate_size: width of the MLP.
         vocab_size: token ids are below it.
+        not_applied: settings of its generation config that stock applies to greedy answers and kvscope does not.
+        step_weights_bytes: of these, what a decode step reads; None with experts, too, where tokens decide it.
     """
 
     backend: Backend[Any]
@@ -58,6 +60,8 @@ class ModelFacts(PromptFacts):
     vocab_size: int
     weights_bytes: int | None
     revision: str
+    not_applied: tuple[str, ...] = ()
+    step_weights_bytes: int | None = None
 
     def prefill_peak_bytes(self, n_tokens: int, *, chunk_tokens: int) -> int:
         """Estimate device bytes of a prefill besides weights."""
@@ -73,27 +77,33 @@ def describe_model(
     dtype: str = "auto",
     page_tokens: int = DEFAULT_PAGE_TOKENS,
     chat_template: str = "none",
+    elsewhere: bool = False,
 ) -> ModelFacts:
     """Describe a model from its configuration and tokenizer files, without loading weights.
 
     Args: as :func:`kvscope.harness.engine.models.load_model`, and
-        chat_template: ``auto``, ``none`` or a file (see :func:`kvscope.harness.engine.chat.chat_tokenizer`).
+        chat_template: ``auto``, ``none`` or a file (see :func:`kvscope.harness.engine.chat.chat_tokenizer`), and
+        elsewhere: describe it as on a GPU of another machine; ``device`` means nothing then.
 
     Raises:
         UsageError: no such model, an architecture that cannot be run, a bad device or dtype, or a bad template.
         EnvironmentProblem: the device asked for is not there.
     """
     import_libraries()
+    import torch
+
     from kvscope.harness.engine.chat import chat_tokenizer
     from kvscope.harness.engine.configs import max_length_tokens, text_config
     from kvscope.harness.engine.devices import resolve_device, resolve_dtype
+    from kvscope.harness.engine.identity import generation_config, model_folder, not_applied
     from kvscope.harness.engine.loading import explained, load_config, load_tokenizer
     from kvscope.harness.engine.names import resolve_model, sampled_revision
+    from kvscope.harness.engine.presets import is_preset
     from kvscope.harness.engine.without_weights import model_without_weights
 
     where, name = resolve_model(spec)
     config = load_config(spec)
-    target = indexed(resolve_device(device))
+    target = torch.device("cuda", 0) if elsewhere else indexed(resolve_device(device))
     element_type = resolve_dtype(dtype, target)
     backend = backend_of(config)
     with explained(spec):
@@ -120,6 +130,8 @@ def describe_model(
         vocab_size=int(text.vocab_size),
         weights_bytes=None if model is None else _weights_bytes(model, element_type.itemsize),
         revision=revision,
+        not_applied=() if is_preset(spec) else tuple(not_applied(generation_config(model_folder(where), config))),
+        step_weights_bytes=None if model is None else _step_weights_bytes(model, element_type.itemsize),
     )
 
 
@@ -134,3 +146,10 @@ def indexed(device: "torch.device") -> "torch.device":
 
 def _weights_bytes(model: Any, element_bytes: int) -> int:
     return element_bytes * sum(int(parameter.numel()) for parameter in model.parameters())
+
+
+def _step_weights_bytes(model: Any, element_bytes: int) -> int | None:
+    from kvscope.harness.engine.decode_graph import has_experts
+    from kvscope.harness.passes.floor import weights_read
+
+    return None if has_experts(model) else element_bytes * sum(int(each.numel()) for each in weights_read(model))

@@ -14,7 +14,7 @@ from kvscope.harness.passes.config import RunConfig
 from kvscope.harness.passes.deadline import Deadline
 from kvscope.harness.passes.facts import ModelFacts
 from kvscope.harness.passes.footprint import FootprintPass, mismatch_lines
-from kvscope.harness.passes.forecast import device_rooms, needed_bytes_by_device
+from kvscope.harness.passes.forecast import Rooms, device_rooms, longest_that_fits
 from kvscope.harness.passes.progress import Progress
 from kvscope.results.memory_rows import FootprintRow, MaxContextRow
 from kvscope.results.schema import Bound
@@ -166,26 +166,11 @@ def find_max(plan: Plan, method: "CacheMethod[Any]", measure: Callable[[int], Fo
 def predicted_max(plan: Plan, method: "CacheMethod[Any]") -> int:
     """Return the longest length that the byte formulas expect to fit, in whole pages; one page where none does."""
     config, facts = plan.config, plan.facts
-    rooms, unit = device_rooms(config, facts), plan.config.page_tokens
+    rooms: Rooms = device_rooms(config, facts)
     if config.gpu_budget_bytes is not None and facts.device == "cpu":
         # On a CPU the budget holds weights and cache alone (``DeviceBudget``).
         rooms = {"cpu": (config.gpu_budget_bytes, "the device budget")}
-
-    def fits(length_tokens: int) -> bool:
-        steps = min(config.footprint_decode_tokens, length_tokens - 1)
-        predicted = method.predict(facts.shape, length_tokens - steps - 1, steps)
-        if facts.device == "cpu" and config.gpu_budget_bytes is not None:
-            needs = {"cpu": (facts.weights_bytes or 0) + predicted.device_bytes}
-        else:
-            mirror = method.saving_kind == "offloaded"
-            needs = needed_bytes_by_device(predicted, length_tokens, config=config, facts=facts, mirror=mirror)
-        return all(free is None or needs.get(device, 0) <= free for device, (free, _) in rooms.items())
-
-    low, high = 1, facts.max_length_tokens // unit
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle * unit) else (low, middle - 1)
-    return low * unit
+    return longest_that_fits(method, config=config, facts=facts, rooms=rooms) or config.page_tokens
 
 
 def _whole(length: float, unit: int) -> int:

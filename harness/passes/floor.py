@@ -52,11 +52,15 @@ def weights_read_bytes(loaded: LoadedModel) -> int:
 
     Of a table of embeddings a step reads a row a sequence. Experts count whether or not a token goes to them.
     """
-    model: Any = loaded.model
+    return sum(each.numel() * each.element_size() for each in weights_read(loaded.model))
+
+
+def weights_read(model: Any) -> list[torch.Tensor]:
+    """Return the weights that a step reads, as ``weights_read_bytes`` counts them; the model may have no storage."""
     embeddings, output = model.get_input_embeddings(), model.get_output_embeddings()
     apart = embeddings is not None and (output is None or output.weight is not embeddings.weight)
     skipped = {id(parameter) for parameter in embeddings.parameters()} if apart else set()
-    return sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in skipped)
+    return [each for each in model.parameters() if id(each) not in skipped]
 
 
 def floor_s(

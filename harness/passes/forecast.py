@@ -8,6 +8,7 @@ from kvscope.harness.passes.config import RunConfig
 from kvscope.harness.passes.device_budget import CONTEXT_BYTES
 from kvscope.harness.passes.facts import ModelFacts
 from kvscope.harness.passes.memory import free_device_bytes
+from kvscope.harness.passes.target import Target
 from kvscope.results.run_schema import PlannedCell
 from kvscope.results.schema import Forecast
 from kvscope.units import format_bytes
@@ -16,9 +17,22 @@ if TYPE_CHECKING:
     from kvscope.methods.base import CacheMethod, Footprint
 
 
-def device_rooms(config: RunConfig, facts: ModelFacts) -> dict[str, tuple[int | None, str]]:
-    """Return device -> (free bytes, its name) for the computing device and the host; a budget lowers the device's."""
-    rooms = {device: free_device_bytes(device) for device in {facts.device, "cpu"}}
+Rooms = Mapping[str, tuple[int | None, str]]
+"""Device -> (free bytes, its name); None bytes where nobody told."""
+
+
+def device_rooms(
+    config: RunConfig, facts: ModelFacts, target: Target | None = None
+) -> dict[str, tuple[int | None, str]]:
+    """Return device -> (free bytes, its name) for the computing device and the host; a budget lowers the device's.
+
+    Args:
+        target: the machine that is planned for; None: this one.
+    """
+    if target is None:
+        rooms = {device: free_device_bytes(device) for device in {facts.device, "cpu"}}
+    else:
+        rooms = {facts.device: (target.memory_bytes, target.name), "cpu": (target.host_bytes, "host memory")}
     budget_bytes = config.gpu_budget_bytes
     if budget_bytes is not None and facts.device != "cpu":
         free_bytes, _ = rooms[facts.device]
@@ -33,7 +47,7 @@ def plan_cell(
     *,
     config: RunConfig,
     facts: ModelFacts,
-    rooms: Mapping[str, tuple[int | None, str]],
+    rooms: Rooms,
 ) -> PlannedCell:
     """Forecast one (method, length): predicted bytes, and whether they fit.
 
@@ -91,3 +105,24 @@ def needed_bytes_by_device(
     if facts.device == "cpu":
         return {"cpu": own_bytes + pages_bytes}
     return {facts.device: CONTEXT_BYTES + own_bytes, "cpu": pages_bytes}
+
+
+def longest_that_fits(method: "CacheMethod[Any]", *, config: RunConfig, facts: ModelFacts, rooms: Rooms) -> int:
+    """Return the longest length that the byte formulas expect to fit, in whole pages; 0 where none does."""
+    unit = config.page_tokens
+
+    def fits(length_tokens: int) -> bool:
+        steps = min(config.footprint_decode_tokens, length_tokens - 1)
+        predicted = method.predict(facts.shape, length_tokens - steps - 1, steps)
+        if facts.device == "cpu" and config.gpu_budget_bytes is not None:
+            needs = {"cpu": (facts.weights_bytes or 0) + predicted.device_bytes}
+        else:
+            mirror = method.saving_kind == "offloaded"
+            needs = needed_bytes_by_device(predicted, length_tokens, config=config, facts=facts, mirror=mirror)
+        return all(free is None or needs.get(device, 0) <= free for device, (free, _) in rooms.items())
+
+    low, high = 0, facts.max_length_tokens // unit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle * unit) else (low, middle - 1)
+    return low * unit

@@ -278,6 +278,14 @@ class SameAnswersOptions:
     }
 
 
+class ReproduceOptions:
+    """The options of ``kvscope reproduce``: those of a run that decide no value of a claim's rows."""
+
+    __annotations__ = {
+        name: RunOptions.__annotations__[name] for name in ("device", "dtype", "batch", "jobs", "gpus", "time_limit_s")
+    }
+
+
 def given_values(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that were given."""
     return {name: value for name, value in given.items() if value is not None and value != []}

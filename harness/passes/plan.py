@@ -22,6 +22,8 @@ from kvscope.harness.passes.served_facts import describe_served
 from kvscope.harness.passes.served_pass import ServedPass
 from kvscope.harness.passes.served_plan import ServedMethod, ServedPlan
 from kvscope.harness.passes.server_memory import check_pid
+from kvscope.harness.passes.target import Target, check_target
+from kvscope.harness.passes.target_plan import plan_target
 from kvscope.harness.passes.task_names import row_names
 from kvscope.harness.passes.throughput_pass import ThroughputPass
 from kvscope.paths import check_out, user_path
@@ -32,8 +34,11 @@ if TYPE_CHECKING:
     from kvscope.tasks.base import Task
 
 
-def make_plan(config: RunConfig) -> RunPlan:
+def make_plan(config: RunConfig, target: Target | None = None) -> RunPlan:
     """Check a configuration and forecast every (method, length); of a served model there is nothing to forecast.
+
+    Args:
+        target: another machine that is planned for; None: this one.
 
     Raises:
         UsageError: an unknown method, task, model or option; a trained part of a method that is missing or belongs to
@@ -42,7 +47,9 @@ def make_plan(config: RunConfig) -> RunPlan:
     """
     if config.out is not None:
         check_out(user_path(config.out, what="out"))
-    return _served_plan(config) if config.served else _own_plan(config)
+    if target is not None:
+        check_target(config)
+    return _served_plan(config) if config.served else _own_plan(config, target)
 
 
 def _served_plan(config: RunConfig) -> ServedPlan:
@@ -87,8 +94,9 @@ def planned_tasks(config: RunConfig) -> "tuple[tuple[Task, ...], tuple[str, ...]
     return tuple(tasks), names
 
 
-def _own_plan(config: RunConfig) -> Plan:
+def _own_plan(config: RunConfig, target: Target | None) -> Plan:
     """Return the plan of a model that kvscope runs itself."""
+    from kvscope.harness.engine.backend import form_on
     from kvscope.methods.registry import check_one_class_a_name, create_method
 
     if config.executor == "ray":
@@ -105,9 +113,10 @@ def _own_plan(config: RunConfig) -> Plan:
         dtype=config.dtype,
         page_tokens=config.page_tokens,
         chat_template=config.chat_template,
+        elsewhere=target is not None,
     )
     check_synthetic(config, facts)
-    methods = tuple(facts.backend.form_of(method, facts.shape) for method in methods)
+    methods = tuple(form_on(facts.backend, method, facts.shape) for method in methods)
     for method in methods:
         method.require(facts.shape)
     check_rehearsals(config, methods)
@@ -116,7 +125,7 @@ def _own_plan(config: RunConfig) -> Plan:
     check_longest(config, facts, lengths)
     for each in passes:
         each.check(config, facts, tasks)
-    rooms = device_rooms(config, facts)
+    rooms = device_rooms(config, facts, target)
     cells = [
         plan_cell(method, length_tokens, config=config, facts=facts, rooms=rooms)
         for method in methods
@@ -138,7 +147,10 @@ def _own_plan(config: RunConfig) -> Plan:
         specs=specs,
         excluded_types=tuple(excluded),
         task_names=names,
-        batch=plan_batch(config, facts, methods, tasks),
+        batch=plan_batch(config, facts, methods, tasks, target=target),
+        elsewhere=None
+        if target is None
+        else plan_target(target, methods, lengths, config=config, facts=facts, rooms=rooms),
     )
 
 

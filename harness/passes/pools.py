@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import queue
 import subprocess
 import sys
@@ -12,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, Protocol
 
+from kvscope.harness.engine.host_threads import threads_a_process
+from kvscope.harness.passes.mps import side_by_side
 from kvscope.harness.passes.process import STDERR_TAIL_CHARACTERS, worker_environment
 from kvscope.plugins import search_path
 
@@ -97,12 +98,17 @@ class WorkerProcess:
     """A worker on this machine."""
 
     def __init__(
-        self, where: str, task: Mapping[str, Any], hear: Callable[["WorkerProcess", str | None], None], *, threads: int
+        self,
+        where: str,
+        task: Mapping[str, Any],
+        hear: Callable[["WorkerProcess", str | None], None],
+        *,
+        threads: int,
+        variables: Mapping[str, str],
     ) -> None:
         self.where = where
-        environment = worker_environment()
-        if where == "cpu":
-            environment.setdefault("OMP_NUM_THREADS", str(threads))
+        environment = {**worker_environment(), **variables}
+        environment.setdefault("OMP_NUM_THREADS", str(threads))
         self._hear = hear
         self._stderr: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - see ended
         self._process = subprocess.Popen(
@@ -153,12 +159,17 @@ class ProcessPool:
 
     Args:
         task: the first line of a worker, but for its device.
+        note: takes a line on how they share a GPU.
     """
 
     tick_s: float | None = None
 
-    def __init__(self, devices: Sequence[str], task: Mapping[str, Any], said: Said) -> None:
-        self._devices, self._said = devices, said
+    def __init__(
+        self, devices: Sequence[str], task: Mapping[str, Any], said: Said, *, note: Callable[[str], None]
+    ) -> None:
+        self._devices, self._said, self._note = devices, said, note
+        self._held = contextlib.ExitStack()
+        self._variables: Mapping[str, str] | None = None
         self._task = {**task, "import_folders": search_path(), "n_jobs": len(devices)}
         self._free = list(devices)
 
@@ -170,13 +181,15 @@ class ProcessPool:
     def fill(self, most: int) -> Sequence[Worker]:
         """Start workers on free devices."""
         started, self._free = self._free[: max(0, most)], self._free[max(0, most) :]
-        threads = max(1, (os.cpu_count() or 1) // len(self._devices))
+        if started and self._variables is None:
+            self._variables = self._held.enter_context(side_by_side(self._devices, note=self._note))
         return [
             WorkerProcess(
                 device,
                 {**self._task, "config": {**self._task["config"], "device": device}},
                 lambda worker, line: self._said.put((worker, line)),
-                threads=threads,
+                threads=threads_a_process(len(self._devices), device=device),
+                variables=self._variables or {},
             )
             for device in started
         ]
@@ -187,4 +200,6 @@ class ProcessPool:
             self._free.append(worker.where)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """End what lets processes share a GPU."""
+        self._held.close()
+        self._variables = None

@@ -29,8 +29,8 @@ SURFACE = {
         "--out", "--quiet", "--request-timeout", "--samples", "--seed", "--served-model-a", "--served-model-b",
         "--server-context", "--task", "--time-limit", "--tokenizer", "-l", "-n", "-o", "-q", "-t", "a", "b",
     ],
-    "plan": sorted([*SHARED, "--json"]),
-    "report": ["folder"],
+    "plan": sorted([*SHARED, "--host-memory", "--json", "--target"]),
+    "report": ["--format", "--label", "--methods", "--no-title", "--style", "--title", "--width", "folder"],
     "compare": ["--fail-if", "--json", "--pair", "folders"],
     "samples": [
         "--differs-from", "--failed", "--json", "--length", "--limit", "--method", "--model", "--prompt", "--task",
@@ -42,9 +42,9 @@ SURFACE = {
     "models fetch": ["name"],
     "tasks fetch": ["name"],
     "lsa collect": [
-        "--answers", "--chunk-tokens", "--device", "--dtype", "--features", "--layers", "--least-mass", "--length",
-        "--model", "--out", "--quiet", "--samples", "--seed", "--shard-documents", "--states", "--task",
-        "--token-samples", "--top-p", "--voters", "--votes", "-l", "-n", "-o", "-q", "-t",
+        "--answers", "--chat-template", "--chunk-tokens", "--device", "--dtype", "--features", "--layers",
+        "--least-mass", "--length", "--model", "--out", "--quiet", "--samples", "--seed", "--shard-documents",
+        "--states", "--task", "--token-samples", "--top-p", "--voters", "--votes", "-l", "-n", "-o", "-q", "-t",
     ],
     "lsa train": [
         "--batch-documents", "--batch-rows", "--chunk-tokens", "--cold-start", "--data", "--device", "--encoder",
@@ -75,6 +75,15 @@ SURFACE = {
         "-l", "-m", "-n", "-o", "-t",
     ],
     "verify flashmemory": ["--json", "--out", "-o"],
+    "reproduce lsa": [
+        "--batch", "--device", "--divisor", "--dry-run", "--dtype", "--gpus", "--jobs", "--lsa", "--model", "--out",
+        "--profile", "--quiet", "--time-limit", "-j", "-o", "-q",
+    ],
+    "reproduce setup": [
+        "--batch", "--device", "--dry-run", "--dtype", "--gpus", "--jobs", "--lsa", "--model", "--out", "--profile",
+        "--quiet", "--time-limit", "-j", "-o", "-q",
+    ],
+    "reproduce claims": ["folder"],
     "study noise-floor": ["--method", "-m", "first", "second"],
     "study attention-figure": ["--out", "-o", "csv"],
     "backbone train": [
@@ -90,8 +99,8 @@ SURFACE = {
     ],
     "backbone exclude-types": ["--model", "rows"],
     "lsa fit": [
-        "--chunk-tokens", "--device", "--dtype", "--length", "--minutes", "--out", "--quiet", "--seed",
-        "--target-recall", "--task", "--tau", "-l", "-o", "-q", "-t", "model",
+        "--chat-template", "--chunk-tokens", "--device", "--dtype", "--length", "--minutes", "--out", "--quiet",
+        "--seed", "--target-recall", "--task", "--tau", "-l", "-o", "-q", "-t", "model",
     ],
     "lm-eval": ["--dtype", "--method", "--model", "--no-self-check", "--self-check", "-m"],
     "dsa eval": ["--data", "--device", "--indexer", "--out", "--quiet", "--seed", "-o", "-q"],

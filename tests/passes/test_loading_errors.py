@@ -129,7 +129,39 @@ def of_type(name: str, **sizes: Any) -> Damage:
     return lambda folder: getattr(transformers, name)(**sizes).save_pretrained(folder)
 
 
+def instead(name: str, make: Callable[[Path], object]) -> Damage:
+    """Something else than a regular file has the file's name."""
+
+    def change(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        make(folder / name)
+
+    return change
+
+
+def link(path: Path) -> None:
+    path.symlink_to("/nowhere/at/all")
+
+
 DAMAGES: dict[str, tuple[Damage, str]] = {
+    "weights-pipe": (instead(WEIGHTS, os.mkfifo), "model.safetensors is no regular file"),
+    "weights-link": (instead(WEIGHTS, link), "model.safetensors is a link to nothing"),
+    "shard-link": (
+        lambda folder: (index("model-2.safetensors")(folder), link(folder / "model-2.safetensors")),
+        "model-2.safetensors is a link to nothing",
+    ),
+    # transformers passes over these: the model would run without its end tokens, its BOS or its template.
+    "generation-config-link": (instead("generation_config.json", link), "generation_config.json is a link to nothing"),
+    "tokenizer-config-folder": (instead("tokenizer_config.json", Path.mkdir), "tokenizer_config.json is a folder"),
+    "chat-template-pipe": (instead("chat_template.jinja", os.mkfifo), "chat_template.jinja is no regular file"),
+    "generation-config-list": (write("generation_config.json", "[]"), "generation_config.json holds no JSON object"),
+    "generation-config-nested": (write("generation_config.json", "[" * 100_000), "nested too deeply"),
+    "generation-config-eos": (
+        write("generation_config.json", '{"eos_token_id": [1, "x"]}'),
+        r"eos_token_id in generation_config.json is \[1, 'x'\]",
+    ),
+    "special-tokens-list": (write("special_tokens_map.json", "[]"), "special_tokens_map.json holds no JSON object"),
+    "tokenizer-of-nothing": (write("tokenizer.json", "{}"), "tokenizer.json holds no tokenizer"),
     "config-json": (write("config.json", "{bad"), "config.json is not valid JSON"),
     "config-nested": (write("config.json", "[" * 100_000), "config.json is not valid JSON"),
     "config-list": (write("config.json", "[]"), "config.json holds no JSON object"),
@@ -301,7 +333,18 @@ def pickled_weights(folder: Path) -> None:
     pickled(load_file(folder / WEIGHTS))(folder)
 
 
-@pytest.mark.parametrize("change", [special_token, known_code, pickled_weights])
+def shard_in_a_folder(folder: Path) -> None:
+    """Where transformers looks for it, too."""
+    from safetensors.torch import load_file
+
+    names = list(load_file(folder / WEIGHTS))
+    (folder / "shards").mkdir()
+    (folder / WEIGHTS).rename(folder / "shards" / WEIGHTS)
+    weight_map = dict.fromkeys(names, f"shards/{WEIGHTS}")
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("change", [special_token, known_code, pickled_weights, shard_in_a_folder])
 def test_what_is_odd_but_whole_loads(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Damage
 ) -> None:

@@ -27,6 +27,7 @@ NAMES = [
     "accuracy_against_memory",
     "accuracy_against_reads",
     "accuracy_by_length",
+    "accuracy_minus_dense",
     "accuracy_by_task",
     "needle_heatmap",
     "depth_by_task",
@@ -167,8 +168,8 @@ def _labels(tick: Tick) -> tuple[Text, Text]:
 @pytest.mark.parametrize("name", [*NAMES, "resident_over_steps"])
 def test_no_text_covers_another_or_leaves_the_picture(pictures: Pictures, which: str, name: str) -> None:
     if name not in pictures[which]:
-        assert name == "resident_over_steps" or which == "single"
-        assert name in ("accuracy_by_task", "depth_by_task", "resident_over_steps")
+        assert name == "resident_over_steps" or which == "single" or (name, which) == ("accuracy_minus_dense", "depths")
+        assert name in ("accuracy_by_task", "depth_by_task", "resident_over_steps", "accuracy_minus_dense")
         return
     picture = pictures[which][name]
     found = picture.texts
@@ -313,6 +314,50 @@ def test_heatmaps_pool_the_needle_tasks_alone(pictures: Pictures) -> None:
     assert all(task in by_task.words for task in by_task.figure.data["task"])
 
 
+def test_where_no_footprint_ran_the_ledger_of_the_answers_is_marked_and_predictions_are_dotted(
+    pictures: Pictures,
+) -> None:
+    picture = pictures["demo"]["memory_by_length"]
+    data = picture.figure.data
+    assert data["answered_bytes"].notna().sum() == 8
+    assert not (data["answered_bytes"].notna() & data["measured_bytes"].notna()).any()
+    (axes,) = picture.figure.figure.axes
+    marked = [line for line in axes.lines if line.get_marker() not in ("None", "_", "x") and len(line.get_xdata()) == 1]
+    hollow = [line for line in marked if line.get_markerfacecolor() == "white"]
+    assert (len(hollow), len(marked)) == (8, 16)
+    assert "measured while answering (ledger; no footprint cell)" in picture.words
+    dotted = [line for line in axes.lines if line.get_linestyle() == ":" and line.get_zorder() < 2]
+    assert len(dotted) == 4, "one prediction a method"
+    assert "predicted before the run" in picture.words
+    assert "answering" not in pictures["wide"]["memory_by_length"].words
+
+
+def test_the_difference_to_dense_shows_half_a_point_its_interval_and_the_margin(pictures: Pictures) -> None:
+    picture = pictures["wide"]["accuracy_minus_dense"]
+    data, (axes,) = picture.figure.data, picture.figure.figure.axes
+    assert data["scope"].nunique() == 9
+    data = data[data["scope"] == "all prompts"]  # the drawing holds these alone: rows for every length are too many
+    assert axes.get_xscale() == "symlog"
+    assert "margin, 1 point, fixed before" in picture.words
+    spans = [tuple(line.get_xdata()) for line in axes.lines if line.get_linestyle() == "--"]
+    assert spans == [(-1.0, -1.0), (1.0, 1.0)]
+    low, high = axes.get_xlim()
+    assert low <= 100 * data["difference_low"].min() < 100 * data["difference_high"].max() <= high
+    to_px = axes.transData.transform
+    assert to_px((0.5, 0))[0] - to_px((0, 0))[0] > 0.03 * (to_px((high, 0))[0] - to_px((low, 0))[0])
+    assert "accuracy_minus_dense" not in pictures["single"]
+
+
+def test_ticks_of_lengths_that_are_close_leave_each_other_room() -> None:
+    lengths = (504_704, 512_256, 519_872, 524_288)
+    rows = make_rows(["dense"], tasks=("niah_single_1",), lengths=lengths, samples=2, footprint_lengths=lengths)
+    for figure in drawn(rows).values():
+        boxes = placed_texts(figure)
+        for (text, box), (other, there) in itertools.combinations(boxes, 2):
+            apart = min(min(box.x1, there.x1) - max(box.x0, there.x0), min(box.y1, there.y1) - max(box.y0, there.y0))
+            assert apart < 2, (figure.name, text, other)
+
+
 def test_pareto_front_by_brute_force(pictures: Pictures) -> None:
     data = pictures["wide"]["accuracy_against_memory"].figure.data
     for _, rows in data.groupby("length_tokens"):
@@ -338,6 +383,8 @@ def test_styles_differ_in_marker_and_colour() -> None:
     assert styles["dense"].color == DENSE_COLOR
     assert len({style.color for style in styles.values()}) == 9
     assert len({style.marker for style in styles.values()}) == 9
+    assert len({(style.marker, style.dash) for style in styles.values()}) == 9, "without colour, too"
+    assert {styles[f"method_{i}"].dash for i in range(4)} == {"-", "--", "-.", ":"}
     many = method_styles([f"m{i}" for i in range(20)])
     assert len({(style.color, style.marker, style.dash) for style in many.values()}) == 20
 

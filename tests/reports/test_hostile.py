@@ -81,8 +81,9 @@ def test_tables_keep_their_shape(hostile: Path) -> None:
         grid = [line for line in path.read_text().splitlines() if line.startswith("|")]
         assert len(Counter(len(re.findall(r"(?<!\\)\|", line)) for line in grid)) == 1, path.name
     for path in hostile.glob("tables/*.tex"):
-        rows = [line for line in path.read_text().splitlines() if line.endswith(r" \\")]
-        assert len(Counter(len(re.findall(r"(?<!\\)&", row)) for row in rows)) == 1, path.name
+        for block in path.read_text().split(r"\begin{table}"):
+            rows = [line for line in block.splitlines() if line.endswith(r" \\")]
+            assert len(Counter(len(re.findall(r"(?<!\\)&", row)) for row in rows)) <= 1, path.name
 
 
 def test_escapes_of_markdown_and_latex() -> None:
@@ -92,7 +93,8 @@ def test_escapes_of_markdown_and_latex() -> None:
     for part in (r"\_\_x\_\_ snake_case", r"a\*b\`c\<d\>\|e\~f\$g\&amp;h & [i\](j)", "l m\\\\", r"## \# x", r"h\|"):
         assert part in text
     text = latex(table)
-    for part in (r"\_\_x\_\_", r"\textasciigrave{}c", r"{[}k \\", r"l m\textbackslash{} \\", r"\& [i](j)"):
+    parts = [r"\_\_x\_\allowbreak{}\_", r"snake\_\allowbreak{}case", r"\textasciigrave{}c"]
+    for part in [*parts, r"{[}k \\", r"l m\textbackslash{} \\", r"\& [i](j)"]:
         assert part in text
 
 

@@ -38,8 +38,14 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
 def test_every_table_and_figure_in_every_format(demo: tuple[Path, list[Path]]) -> None:
     folder, paths = demo
     names = {path.relative_to(folder / "report").as_posix() for path in paths}
-    tables = ("stays_and_saves", "accuracy", "accuracy_by_depth", "footprint", "statistics")
-    figures = ("accuracy_against_memory", "accuracy_against_reads", "accuracy_by_length", "accuracy_by_task")
+    tables = ("main", "stays_and_saves", "accuracy", "accuracy_by_depth", "footprint", "statistics")
+    figures = (
+        "accuracy_against_memory",
+        "accuracy_against_reads",
+        "accuracy_by_length",
+        "accuracy_by_task",
+        "accuracy_minus_dense",
+    )
     figures += ("needle_heatmap", "depth_by_task", "memory_by_length", "tpot_by_length")
     expected = {f"tables/{name}.{ending}" for name in tables for ending in ("csv", "md", "tex", "parquet")}
     expected |= {f"figures/{name}.{ending}" for name in figures for ending in ("png", "svg", "csv")}
