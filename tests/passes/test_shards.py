@@ -102,7 +102,7 @@ class Stubs:
                 each.reopen(self.plan, store)
             cells = AccuracyPass().cells(self.plan)
             said: pools.Said = queue.Queue()
-            pool = ProcessPool(["cpu", "cpu"], worker_task(self.plan, store), said)
+            pool = ProcessPool(["cpu", "cpu"], worker_task(self.plan, store), said, note=notes.append)
             ShardedAccuracy(self.plan, store, Listening(), cells, pool, said).run(deadline or Deadline())
 
 
