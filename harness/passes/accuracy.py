@@ -14,7 +14,8 @@ from kvscope.harness.passes.deadline import Deadline
 from kvscope.harness.passes.facts import PromptFacts
 from kvscope.harness.passes.pools import Pool, ProcessPool, Said
 from kvscope.harness.passes.progress import Progress
-from kvscope.harness.passes.shards import ShardedAccuracy, worker_task
+from kvscope.harness.passes.shard_list import worker_task
+from kvscope.harness.passes.shards import ShardedAccuracy
 from kvscope.harness.passes.turns import Turns, pending_samples, prompt_work_tokens
 from kvscope.harness.passes.workers import worker_devices
 

@@ -7,7 +7,7 @@ take the next shard when theirs is done. A worker that dies gives its shard back
 import json
 import queue
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from kvscope.harness.passes.process import SAID
 from kvscope.harness.passes.progress import Progress
 from kvscope.harness.passes.prompt_check import build
 from kvscope.harness.passes.row_columns import failed_sample_row
+from kvscope.harness.passes.shard_list import Shard, shards_of
 from kvscope.harness.passes.turns import cell_summary, pending_samples, prompt_work_tokens
 from kvscope.results.schema import SampleRow
 from kvscope.units import format_length
@@ -28,43 +29,9 @@ if TYPE_CHECKING:
     from kvscope.results.store import RunStore
     from kvscope.tasks.base import Task
 
-#: Shards of a cell for each worker: the last ones to end leave few others waiting.
-_SHARDS_A_WORKER = 4
+_MOST_ROWS_A_SYNC = 256
 _MOST_DEATHS = 2
 """A shard that has ended so many workers is not given out again."""
-
-
-@dataclass(eq=False)
-class Shard:
-    """Prompts of one (task, length) that lack rows.
-
-    Attributes:
-        task: what rows call it.
-        prompts: index of each prompt, and labels of the methods that lack a row of it.
-        deaths: workers that died with it.
-    """
-
-    task: str
-    length_tokens: int
-    prompts: tuple[tuple[int, tuple[str, ...]], ...]
-    deaths: int = 0
-
-    def message(self, store: "RunStore", left_s: float | None) -> str:
-        """Return the line that gives it out, for so long (None is no limit), with what there is of its prompts."""
-        keys = [
-            (self.task, self.length_tokens, index, method.label)
-            for index, _ in self.prompts
-            for method in store.info.methods
-        ]
-        found = [row for key in keys if (row := store.sample_rows.get(key)) is not None]
-        values = {
-            "task": self.task,
-            "length_tokens": self.length_tokens,
-            "prompts": self.prompts,
-            "rows": [row.model_dump(mode="json") for row in found],
-            "left_s": left_s,
-        }
-        return json.dumps(values) + "\n"
 
 
 @dataclass(eq=False)
@@ -77,29 +44,6 @@ class _Hand:
 
     shard: Shard | None = None
     ready: bool = False
-
-
-def shards_of(
-    plan: Plan, store: "RunStore", cells: "Sequence[tuple[Task, str, int]]", *, n_workers: int
-) -> list[Shard]:
-    """Return what lacks rows in shards, in the order in which one process would answer."""
-    found = []
-    for _, name, length_tokens in cells:
-        pending = [
-            (index, tuple(method.label for method in methods))
-            for index, methods in pending_samples(plan, store, name, length_tokens)
-        ]
-        least = plan.batch_prompts(plan.batch_rows(length_tokens)) if plan.batch_rows(length_tokens) > 1 else 1
-        size = max(1, min(least, -(-len(pending) // n_workers)), -(-len(pending) // (n_workers * _SHARDS_A_WORKER)))
-        found += [Shard(name, length_tokens, tuple(pending[at : at + size])) for at in range(0, len(pending), size)]
-    return found
-
-
-def worker_task(plan: Plan, store: "RunStore") -> dict[str, Any]:
-    """Return the first line of every worker, but for where it computes and who else does."""
-    # Where prompts are answered is said here; a worker is one process on one device.
-    config = plan.config.model_dump(mode="json", exclude={"out", "gpus", "device", "executor", "ray_address"})
-    return {"config": config, "folder": str(store.folder), "info": store.info.model_dump(mode="json")}
 
 
 @dataclass
@@ -118,7 +62,10 @@ class ShardedAccuracy:
     said: Said
     _waiting: deque[Shard] = field(default_factory=deque)
     _workers: dict[Worker, _Hand] = field(default_factory=dict)
+    _next: deque[tuple[Worker, str | None]] = field(default_factory=deque)
+    """What was said, and is not heard yet."""
     _lost_at_start: int = 0
+    _some_began: bool = False
     _left: dict[tuple[str, int, int], int] = field(default_factory=dict)
     """Rows that a prompt lacks."""
     _in_cell: dict[tuple[str, int], int] = field(default_factory=dict)
@@ -140,7 +87,7 @@ class ShardedAccuracy:
             self._fill()
             while self._workers or (self._waiting and over is None):
                 try:
-                    worker, line = self.said.get(timeout=self.pool.tick_s)
+                    worker, line = self._next.popleft() if self._next else self.said.get(timeout=self.pool.tick_s)
                 except queue.Empty:
                     over = over or _time_is_over(deadline)
                     if over is None:
@@ -153,13 +100,13 @@ class ShardedAccuracy:
                     if over is None:
                         self._fill()
                 elif "row" in (message := json.loads(line)):
-                    self._row(SampleRow.model_validate(message["row"]))
+                    self._rows([message["row"], *self._more_rows()])
                 elif "note" in message:
                     self.progress.note(message["note"])
                 else:  # ready, or done with a shard
                     self.store.begin()  # not before one has loaded the model: damaged weights leave no run behind
                     hand = self._workers[worker]
-                    hand.ready = True
+                    hand.ready = self._some_began = True
                     over = over or _time_is_over(deadline)
                     if over is not None and hand.shard is not None:
                         self._take_back(hand.shard)
@@ -215,7 +162,7 @@ class ShardedAccuracy:
 
     def _mend(self, error: UsageError | EnvironmentProblem, worker: Worker, hand: _Hand) -> None:
         """End the run with what the user is to mend; a machine that came later is left out."""
-        if hand.ready or self.pool.tick_s is None or not any(each.ready for each in self._workers.values()):
+        if hand.ready or self.pool.tick_s is None or not self._some_began:
             raise error
         self.progress.note(f"{error} It is left out.")
         self.pool.left(worker, usable=False)
@@ -256,19 +203,49 @@ class ShardedAccuracy:
             sample = build(plan, task, shard.task, shard.length_tokens, index)
             for method in methods:
                 cell = sample_cell(plan, method, sample)
-                self._row(failed_sample_row(cell, sample, status="failed", reason=f"decode: {reason}"))
+                row = failed_sample_row(cell, sample, status="failed", reason=f"decode: {reason}")
+                self._rows([row.model_dump(mode="json")])
 
     # -- rows
 
-    def _row(self, row: SampleRow) -> None:
-        key = (row.task, row.length_tokens, row.sample)
-        if self.store.has_sample((*key, row.method_label)):
-            return  # answered by a worker that died before it could say that it was done
-        cell, name = key[:2], f"{row.task} {format_length(row.length_tokens)}"
+    def _more_rows(self) -> list[dict[str, Any]]:
+        """Return the rows that wait behind one: they get one sync, which on many disks takes longer than all else."""
+        found: list[dict[str, Any]] = []
+        while not self._next and len(found) < _MOST_ROWS_A_SYNC:
+            try:
+                worker, line = self.said.get_nowait()
+            except queue.Empty:
+                break
+            message = {} if line is None or worker not in self._workers else json.loads(line)
+            if "row" in message:
+                found.append(message["row"])
+            else:
+                self._next.append((worker, line))
+        return found
+
+    def _rows(self, said: Sequence[Mapping[str, Any]]) -> None:
+        """Put rows on disk, but for those that are there, and tell what is done with them."""
+        rows = {row.key: row for row in map(SampleRow.model_validate, said)}
+        # Others were answered by a worker that died before it could say that it was done.
+        fresh = [row for key, row in rows.items() if not self.store.has_sample(key)]
+        if not fresh:
+            return
+        for row in fresh:
+            self._begin_cell(row)
+        self.store.append_samples(fresh)
+        for row in fresh:
+            self._done(row)
+
+    def _begin_cell(self, row: SampleRow) -> None:
+        cell = (row.task, row.length_tokens)
         if self._in_cell.get(cell, 0) > 0 and cell not in self._begun:
             self._begun.add(cell)
+            name = f"{row.task} {format_length(row.length_tokens)}"
             self.progress.begin_cell(name, steps=self._in_cell[cell])
-        self.store.append_sample(row)
+
+    def _done(self, row: SampleRow) -> None:
+        key = (row.task, row.length_tokens, row.sample)
+        cell, name = key[:2], f"{row.task} {format_length(row.length_tokens)}"
         self._left[key] -= 1
         if self._left[key]:
             return

@@ -12,8 +12,8 @@ from tiny import SMALL, MakeConfig
 
 import kvscope
 from kvscope import cli
-from kvscope.errors import UsageError
-from kvscope.harness.passes import pools, shard_worker, shards
+from kvscope.errors import EnvironmentProblem, UsageError
+from kvscope.harness.passes import pools, shard_list, shard_worker, shards
 from kvscope.harness.passes.accuracy import AccuracyPass
 from kvscope.harness.passes.config import make_config
 from kvscope.harness.passes.deadline import Deadline, TimeLimitReached
@@ -21,7 +21,8 @@ from kvscope.harness.passes.plan import make_plan
 from kvscope.harness.passes.pools import ProcessPool
 from kvscope.harness.passes.progress import Progress
 from kvscope.harness.passes.recording import run_info
-from kvscope.harness.passes.shards import ShardedAccuracy, shards_of, worker_task
+from kvscope.harness.passes.shard_list import shards_of, worker_task
+from kvscope.harness.passes.shards import ShardedAccuracy
 from kvscope.results.columns import SURROUNDINGS_COLUMNS, TIME_COLUMNS
 from kvscope.results.store import RunStore
 
@@ -101,7 +102,7 @@ class Stubs:
                 each.reopen(self.plan, store)
             cells = AccuracyPass().cells(self.plan)
             said: pools.Said = queue.Queue()
-            pool = ProcessPool(["cpu", "cpu"], worker_task(self.plan, store), said)
+            pool = ProcessPool(["cpu", "cpu"], worker_task(self.plan, store), said, note=notes.append)
             ShardedAccuracy(self.plan, store, Listening(), cells, pool, said).run(deadline or Deadline())
 
 
@@ -145,6 +146,18 @@ def test_a_worker_that_cannot_begin_ends_the_run_in_its_own_words(stubs: Stubs) 
     assert not Path(stubs.plan.config.out or "", "run.json").exists()  # the mended model is not refused
 
 
+def test_a_worker_that_is_killed_as_it_begins_has_a_follower(stubs: Stubs, one: dict[Key, Any], tmp_path: Path) -> None:
+    stubs.run("is killed as it begins", None, "is killed as it begins")
+    assert rows_of(tmp_path / "run") == one
+    assert "before it could begin: another begins." in stubs.notes[0]
+
+
+def test_workers_that_are_all_killed_as_they_begin_end_the_run(stubs: Stubs) -> None:
+    with pytest.raises(EnvironmentProblem, match=r"on cpu could not begin \(exit code -9\)"):
+        stubs.run(*["is killed as it begins"] * 9)
+    assert not Path(stubs.plan.config.out or "", "run.json").exists()
+
+
 def test_what_the_user_is_to_mend_ends_the_run_in_the_midst_of_a_shard(stubs: Stubs) -> None:
     with pytest.raises(UsageError, match=r"^The folder holds another prompt\.$"):
         stubs.run("another prompt")
@@ -160,7 +173,7 @@ def test_prompts_of_a_shard_that_the_time_did_not_do_are_left(
         def left_s(self) -> float:
             return 0.0 if (stubs.folder / "over").exists() else 60.0
 
-    monkeypatch.setattr(shards, "_SHARDS_A_WORKER", 1)  # of several prompts each
+    monkeypatch.setattr(shard_list, "_SHARDS_A_WORKER", 1)  # of several prompts each
     with pytest.raises(TimeLimitReached):
         stubs.run("is slow", "is slow", deadline=Told(60.0))
     assert 0 < len(rows_of(tmp_path / "run")) < len(one)
