@@ -31,6 +31,11 @@ def open_pool(shape: ModelShape, *, n_tokens: int, dtype: torch.dtype, device: t
     return kind(shape, n_tokens=n_tokens, dtype=dtype, device=device)
 
 
+def make_step(pool: Pool, counters: StepCounters) -> StepPages | PackedStep:
+    """Return what appends to a pool and reads it at fixed addresses from here on."""
+    return StepPages(pool, counters) if isinstance(pool, PagePool) else pool.make_step(counters)
+
+
 def unsupported_step(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> list[str]:
     """Return every reason why attention of a captured step cannot run here.
 
@@ -61,7 +66,7 @@ class PagedSequence(SequenceCache):
         return unsupported_step(self.shape, self.device, self._appended.dtype)
 
     def make_static(self, counters: StepCounters) -> None:
-        self._step = self._appended.make_step(counters)
+        self._step = make_step(self._appended, counters)
 
     @property
     def static_version(self) -> int:

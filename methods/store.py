@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -16,10 +16,6 @@ from kvscope.methods.call import AttentionCall
 from kvscope.methods.kv_format import PagePacking
 from kvscope.methods.pinned import empty_pinned
 from kvscope.methods.shape import ModelShape, tensor_bytes
-
-if TYPE_CHECKING:
-    from kvscope.methods.static_step import StepPages
-    from kvscope.methods.step_counters import StepCounters
 
 TokenRange = tuple[int, int]
 """Tokens start (included) to end (excluded)."""
@@ -183,12 +179,6 @@ class PagePool:
         first = start_tokens // P
         k_HTD = self.pages[layer][first : -(-end_tokens // P), :, 0].transpose(0, 1).flatten(1, 2)
         return k_HTD[:, start_tokens - first * P : end_tokens - first * P]
-
-    def make_step(self, counters: StepCounters) -> StepPages:
-        """Return what appends and reads at fixed addresses from here on."""
-        from kvscope.methods.static_step import StepPages
-
-        return StepPages(self, counters)
 
     @property
     def n_bytes(self) -> int:

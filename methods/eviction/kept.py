@@ -21,7 +21,7 @@ from kvscope.methods.eviction.choice import prompt_scores, top_tokens
 from kvscope.methods.eviction.collectors import ScoreCollector
 from kvscope.methods.packed_pool import PackedStep
 from kvscope.methods.shape import Footprint, ModelShape
-from kvscope.methods.static_step import Pool, StepPages, open_pool, unsupported_step
+from kvscope.methods.static_step import Pool, StepPages, make_step, open_pool, unsupported_step
 from kvscope.methods.step_batch import StepReads
 from kvscope.methods.step_counters import StepCounters
 from kvscope.methods.store import PromptKV
@@ -171,7 +171,7 @@ class KeptSequence(SequenceCache):
 
     def make_static(self, counters: StepCounters) -> None:
         for pool in self._pools:
-            self._steps |= dict.fromkeys(pool.shape.layers, pool.make_step(counters))
+            self._steps |= dict.fromkeys(pool.shape.layers, make_step(pool, counters))
 
     @property
     def static_version(self) -> int:

@@ -17,7 +17,7 @@ from kvscope.methods.lsa.schedule import LsaSequence, Schedule
 from kvscope.methods.lsa.selection import Selector
 from kvscope.methods.packed_pool import PackedPool, PackedStep, packed_mirror
 from kvscope.methods.shape import Footprint, tensor_bytes
-from kvscope.methods.static_step import StepPages, open_pool, unsupported_step, write_token
+from kvscope.methods.static_step import StepPages, make_step, open_pool, unsupported_step, write_token
 from kvscope.methods.step_batch import StepReads, keep_query
 from kvscope.methods.step_counters import StepCounters
 from kvscope.methods.store import PagePool, PromptKV
@@ -92,7 +92,7 @@ class RecallingSequence(LsaSequence):
     def make_static(self, counters: StepCounters) -> None:
         from kvscope.methods.lsa.slots import ChunkSlots
 
-        self._step = self._static.make_step(counters)
+        self._step = make_step(self._static, counters)
         self._first_chosen = len(next(iter(self._pools.values())).ids)
         budgeted = self._selector.n_chosen is not None
         if self._layout.n_candidates and not (budgeted and not self._first_chosen):
