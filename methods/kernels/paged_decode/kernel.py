@@ -58,8 +58,9 @@ class PackedTuning:
     num_stages: int = 4
 
 
-#: By format; chosen by the compiled kernel's registers and instructions (docs/quantised-kv.md).
+#: By format, the fastest of a sweep on an H200 at 1 x 128K (benchmarks/results/packed_decode_h200.json).
 PACKED_DEFAULTS = {name: PackedTuning() for name in FORMATS}
+PACKED_DEFAULTS |= dict.fromkeys(("int4", "kivi2"), PackedTuning(programs_per_sm=4, num_warps=2, num_stages=3))
 
 
 def paged_decode(
