@@ -190,3 +190,11 @@ def test_the_main_table_has_ten_rows_at_most_dense_among_them() -> None:
     assert main.text["method"].iloc[0] == "dense"
     assert len(main.text.columns) == 6
     assert "5 methods are in the other tables alone" in main.notes[-1]
+
+
+def test_the_main_table_stands_at_the_longest_length_that_dense_was_measured_at() -> None:
+    run = run_of(wide_rows(tasks=2))
+    main = all_tables(run, accuracy_cells(run))[0]
+    assert set(main.data["length_tokens"]) == {256 * 1024}, "dense ran out of memory at 512K"
+    assert main.text.iloc[0].str.startswith("n/m").tolist() == [False] * 5 + [True]
+    assert "at 256K tokens" in main.caption
