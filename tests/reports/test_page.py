@@ -16,11 +16,12 @@ from test_report import stored
 
 from kvscope import cli
 from kvscope.errors import UsageError
-from kvscope.reports import browser, html
+from kvscope.reports import browser, build, html
 from kvscope.reports.browser import browsed, chosen_rows
 from kvscope.reports.build import write_report
 from kvscope.reports.hover import tip, with_titles
 from kvscope.reports.html import inert_json
+from kvscope.reports.look import make_look
 from kvscope.reports.samples import marked, segments
 from kvscope.results.frames import Run, load_run, make_run
 
@@ -62,6 +63,12 @@ class Page(HTMLParser):
     def samples(self) -> dict[str, Any]:
         (text,) = [text for _, attrs, text in self.raw if attrs.get("id") == "samples-data"]
         return dict(json.loads(text))
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports without figures: drawing is most of their time."""
+    monkeypatch.setattr(build, "all_figures", lambda run, cells: [])
 
 
 def run_of(rows: Rows) -> Run:
@@ -211,7 +218,9 @@ def test_a_large_run_shows_prompts_that_tell_methods_apart_of_every_task_and_len
     assert f"{3 * cells:,} of {n_found:,} prompts" in html._samples_context(found, 0)["said"]
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_samples_that_one_page_does_not_hold_go_on_in_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    most_bytes = browser.MOST_PAGE_BYTES
     monkeypatch.setattr(browser, "MOST_PAGE_BYTES", 5_000)
     folder = stored(tmp_path, demo_rows())
     paths = write_report(load_run(folder))
@@ -224,7 +233,7 @@ def test_samples_that_one_page_does_not_hold_go_on_in_others(monkeypatch: pytest
         links = {attrs["href"] for tag, attrs in page.elements if tag == "a" and attrs["href"].endswith(".html")}
         assert set(names) - {name} <= links
         assert page.policy["script-src"]
-    monkeypatch.undo()
+    monkeypatch.setattr(browser, "MOST_PAGE_BYTES", most_bytes)
     write_report(load_run(folder))
     assert sorted(path.name for path in (folder / "report").glob("*.html")) == ["report.html"], "old pages are removed"
 
@@ -247,7 +256,7 @@ def test_texts_are_built_within_a_budget_and_a_fault_is_told(monkeypatch: pytest
 
 def test_a_page_stays_under_five_million_bytes(tmp_path: Path) -> None:
     folder = stored(tmp_path, wide_rows(tasks=2))
-    write_report(load_run(folder), prompt_of=prompt_of)
+    write_report(load_run(folder), make_look(formats="svg"), prompt_of=prompt_of)
     for path in (folder / "report").glob("*.html"):
         assert path.stat().st_size < 5_000_000, path.name
 
@@ -262,6 +271,7 @@ def test_segments_of_a_prompt_are_whole_and_marked() -> None:
     assert segments("", []) == []
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_the_command_builds_texts_where_the_model_is_at_hand(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run_cli(["report", str(folder.parent), "--no-prompts"]) == 0
     text = (folder / "report.html").read_text()
