@@ -15,7 +15,7 @@ VERSION_TESTS := tests/cli tests/reports tests/results tests/served tests/tasks/
   tests/benchmarks/test_model_types_benchmark.py
 TEST_TOOLS := pytest pytest-timeout pytest-xdist hypothesis
 
-.PHONY: demo test lint types pytest test-versions test-lowest test-newest test-pins fuzz clean
+.PHONY: demo test lint types pytest test-versions test-lowest test-newest test-pins fuzz chaos clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -76,6 +76,14 @@ test-pins:
 fuzz: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install --quiet atheris
 	PYTHONPATH=tests/tools $(BIN)/python tests/fuzz/drive.py --runs 10000
+
+# 200 kills of every pass, of reports, collections and trainings, at steps and at random times, and full disks; then the tests of
+# single faults. Half an hour on two quiet cores. test runs a short form of it.
+chaos: $(VENV)/.installed-dev
+	PYTHONPATH=tests/tools $(BIN)/python tests/chaos/drive.py --kills 200 --out chaos.json
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests/chaos tests/passes/test_faults.py tests/passes/test_retry.py \
+	  tests/passes/test_kill_resume.py tests/passes/test_shards.py tests/engine/test_finite.py tests/results/test_store.py \
+	  tests/cli/test_full_disk.py tests/reports/test_place.py tests/indexers/collection/test_kill_collect.py
 
 clean:
 	rm -rf $(VENV) .venvs $(DEMO) .mypy_cache .ruff_cache .pytest_cache

@@ -25,6 +25,7 @@ from kvscope.harness.passes.options import SameAnswersOptions, given_values, wit
 from kvscope.harness.reference_model.cli import app as backbone_app
 from kvscope.harness.studies.cli import app as study_app
 from kvscope.harness.studies.flashmemory.cli import app as verify_app
+from kvscope.harness.studies.reproduce.cli import reproduce_app
 from kvscope.terminal import complain, folded, line_width, printable, say, tell
 
 if TYPE_CHECKING:
@@ -433,6 +434,22 @@ def doctor(
         mend = f" ({check.mend})" if check.mend else ""
         say(folded(f"{check.status:<4}  {check.name:<{width}}  {check.finding}{mend}", line_width()))
     return EXIT_ENVIRONMENT if failed(checks) else EXIT_DONE
+
+
+def print_reproduction(folder: Path) -> None:
+    """Write the tables and figures of a reproduction, and print the tables."""
+    from kvscope.reports.reproduction import reproduction_text, write_reproduction
+    from kvscope.results.reproduction import load_reproduction
+
+    loaded = load_reproduction(folder)
+    say(reproduction_text(loaded, width=line_width()))
+    paths = write_reproduction(loaded)
+    say(f"\n{len(paths)} files under {folder / 'report'}")
+    for path in (path for path in paths if path.suffix == ".html"):
+        say(f"report   {path}")
+
+
+app.add_typer(reproduce_app(print_reproduction), short_help="Measure a paper's claims.")
 
 
 @models_app.callback()

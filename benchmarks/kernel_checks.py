@@ -1,5 +1,6 @@
 """Every kernel against its reference in fp64 on the GPU, before anything is timed. Shapes as in the modules."""
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -15,6 +16,8 @@ from kvscope.methods.kernels.paged_decode.kernel import paged_decode
 from kvscope.methods.kernels.paged_decode.reference import paged_decode_reference
 from kvscope.methods.kernels.select import kernel as selection
 from kvscope.methods.kernels.select.reference import diff_reference, select_reference
+from kvscope.methods.kv_format import FORMATS, PagePacking
+from kvscope.methods.packing import pack_pages
 
 DEVICE = torch.device("cuda")
 
@@ -54,6 +57,29 @@ def check_paged_decode() -> float:
             _near(lse, exact_lse, 1e-4)
             # Each sequence for itself: a short one has larger values than the mean of thousands.
             worst = max([worst, *(_near(out[b], exact[b], 1e-2) for b in range(3))])
+    return worst
+
+
+def check_packed_decode() -> float:
+    """Packed pages of every format, with a residual beside them; each against the reference, which unpacks in fp64."""
+    worst = 0.0
+    for form, P, dtype in itertools.product(FORMATS.values(), (16, 64, 128), (torch.bfloat16, torch.float16)):
+        packing = PagePacking(form, P, 128)
+        n_pages = 8192 // P
+        # Channels of unlike means, which bases are for; and tokens of small values, which scales are for.
+        raw = _randn(n_pages, 8, 2, P, 128, dtype=torch.float32) * torch.rand(n_pages, 1, 1, P, 1, device=DEVICE)
+        raw += 4 * _randn(128, dtype=torch.float32)
+        table = torch.randperm(n_pages, device=DEVICE)[None, None].int()
+        n = torch.tensor([[8192 - 2 * P]], dtype=torch.int32, device=DEVICE)
+        packed = PagedKV(pages=pack_pages(raw, packing), n_tokens=n, page_table=table, packing=packing)
+        residual = PagedKV(pages=_randn(3, 8, 2, P, 128, dtype=dtype), n_tokens=2 * P + 5)
+        q = _randn(1, 32, 1, 128, dtype=dtype)
+        for stores in ([packed], [packed, residual]):
+            for softcap in (None, 30.0):
+                out, lse = paged_decode(q, stores, scale=128**-0.5, softcap=softcap)
+                exact, exact_lse = paged_decode_reference(q, stores, scale=128**-0.5, softcap=softcap)
+                _near(lse, exact_lse, 2e-3)
+                worst = max(worst, _near(out, exact, 1e-2))
     return worst
 
 
@@ -131,6 +157,7 @@ def check_block_scores() -> float:
 
 CHECKS: dict[str, Callable[[], float]] = {
     "paged_decode": check_paged_decode,
+    "packed_decode": check_packed_decode,
     "indexer_score": check_indexer_score,
     "select": check_select,
     "host_gather": check_host_gather,

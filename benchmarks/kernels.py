@@ -2,6 +2,7 @@
 
     python benchmarks/kernels.py                 # checks, times, targets; writes results/kernels.json
     python benchmarks/kernels.py --sweep         # and the constants of paged decode and of the indexer
+    python benchmarks/kernels.py --only packed_decode [--sweep]    # decode over packed pages against bf16
 
 Times are medians on the GPU; inputs take turns so that no cache holds them. A kernel that fails its check is not timed.
 Ends with 0 when every check passes and every target is met, else with 1.
@@ -22,7 +23,7 @@ from measure import RESULTS, say
 from kvscope.harness.passes.environment import capture_environment
 from kvscope.methods.kernels.dispatch import unsupported_machine
 
-OPS = ("paged_decode", "indexer_score", "select", "host_gather", "block_scores")
+OPS = ("paged_decode", "packed_decode", "indexer_score", "select", "host_gather", "block_scores")
 SDPA_TARGET, FLASHINFER_TARGET = 0.95, 1.0
 
 
@@ -78,6 +79,12 @@ def measure(ops: list[str], checks: dict[str, Any], *, sweep: bool) -> list[dict
         if sweep:
             collect(rows, lambda: cases.sweep_rows(inputs), "sweep")
         del inputs
+    if "packed_decode" in good:
+        import packed_cases
+
+        collect(rows, packed_cases.packed_rows, "packed_decode")
+        if sweep:
+            collect(rows, packed_cases.sweep_rows, "packed_decode sweep")
     groups = {
         "indexer_score": cases.indexer_rows,
         "select": cases.select_rows,
@@ -110,6 +117,18 @@ def judge(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for r in rows:
         if r["op"] == "flashinfer" and r["case"] in ours and "time_s" in r:
             comparisons.append(_comparison("flashinfer", r["case"], r["time_s"], ours, FLASHINFER_TARGET))
+    for r in rows:
+        if r.get("target_over_bf16") is not None:
+            ratio, target = r["speed_over_bf16"], r["target_over_bf16"]
+            comparisons.append(
+                {
+                    "peer": "paged_decode in bf16",
+                    "case": r["case"],
+                    "speed_over_peer": ratio,
+                    "target": target,
+                    "target_met": ratio >= target,
+                }
+            )
     return comparisons
 
 
@@ -123,7 +142,8 @@ def _line(r: dict[str, Any]) -> str:
         return f"{r['op']:<20} {r['case']:<58} {r['status']}: {r['reason']}"
     share = f"{100 * r['share_of_copy']:5.1f} % of copy" if "share_of_copy" in r else ""
     met = {True: "met", False: "MISSED"}.get(r.get("target_met"), "")  # type: ignore[call-overload]
-    return f"{r['op']:<20} {r['case']:<58} {1e6 * r['time_s']:9.1f} us {r['gb_per_s']:8.1f} GB/s {share} {met}"
+    over = f"{r['speed_over_bf16']:.2f} x bf16" if "speed_over_bf16" in r else ""
+    return f"{r['op']:<20} {r['case']:<58} {1e6 * r['time_s']:9.1f} us {r['gb_per_s']:8.1f} GB/s {share} {over} {met}"
 
 
 def _first_line(error: Exception) -> str:

@@ -28,12 +28,12 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import yaml
-from mps import multi_process_service
 from reference_cells import CELLS_FILE, USED_FILE, Cell, is_done, read_cells, used_minutes
 from reference_pack import pack_cells
 
 from kvscope.errors import KvscopeError, UsageError
 from kvscope.harness.passes.config import RunConfig
+from kvscope.harness.passes.mps import multi_process_service
 from kvscope.harness.passes.process import worker_environment
 
 #: A piece is not begun with less time than this left: its process would hardly come to measure anything.

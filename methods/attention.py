@@ -15,8 +15,9 @@ import torch
 
 from kvscope.methods.call import AttentionCall
 from kvscope.methods.flash import attention_with_lse, flash_runs_on
-from kvscope.methods.kernels.dispatch import unsupported_decode
-from kvscope.methods.kernels.paged_decode.inputs import PagedKV
+from kvscope.methods.kernels.dispatch import unsupported_decode, unsupported_packed
+from kvscope.methods.kernels.paged_decode.inputs import MAX_STORES, PagedKV
+from kvscope.methods.packing import unpack_pages
 
 
 class Partial(NamedTuple):
@@ -72,9 +73,9 @@ def stored_attention(call: AttentionCall, stores: Sequence[PagedKV]) -> torch.Te
 
     This is what a captured step calls: the kernel reads counts and tables when it runs. Where the kernel does not run,
     counts are read back, so the call cannot be captured. Token lists need the kernel. The call and the result are
-    ``paged_attention``'s.
+    ``paged_attention``'s. Packed pages make three stores of two: they are joined afterwards.
     """
-    if all(kernel_runs(call.query, store.pages) for store in stores):
+    if len(stores) <= MAX_STORES and all(_kernel_reads(call.query, store) for store in stores):
         return _kernel_attention(call, stores)
     parts = [stored_partial(call.query, store, scale=call.scale, softcap=call.softcap) for store in stores]
     return merge_partials(parts, call.query, sink_logits=call.sink_logits)
@@ -82,15 +83,35 @@ def stored_attention(call: AttentionCall, stores: Sequence[PagedKV]) -> torch.Te
 
 def stored_partial(q_BQ1D: torch.Tensor, store: PagedKV, *, scale: float, softcap: float | None = None) -> Partial:
     """Attend one query [B, Q, 1, D] to one such store and return the unmerged result."""
-    if not kernel_runs(q_BQ1D, store.pages):
-        n_tokens, P = int(store.n_tokens), store.pages.shape[3]
+    if not _kernel_reads(q_BQ1D, store):
+        n_tokens, P = int(store.n_tokens), store.page_tokens
         table = None if store.page_table is None else store.page_table[0, :, : -(-n_tokens // P)].long()
         if table is not None and table.shape[0] == 1:
             table = table[0]
+        if store.packing is not None:
+            return _unpacked_partial(q_BQ1D, store, table, n_tokens=n_tokens, scale=scale, softcap=softcap)
         return paged_partial(q_BQ1D, store.pages, n_tokens=n_tokens, scale=scale, softcap=softcap, page_table=table)
     out, lse = _kernel(q_BQ1D, [store], scale=scale, softcap=softcap, out_dtype=torch.float32)
     H, D = store.pages.shape[1], q_BQ1D.shape[3]
     return Partial(out.view(H, -1, D), lse.view(H, -1))
+
+
+def _unpacked_partial(
+    q_BQ1D: torch.Tensor,
+    store: PagedKV,
+    table: torch.Tensor | None,
+    *,
+    n_tokens: int,
+    scale: float,
+    softcap: float | None,
+) -> Partial:
+    """Unpack what is read, then attend to it: where the kernel does not run."""
+    assert store.packing is not None
+    if table is not None and table.ndim != 1:
+        raise ValueError("packed pages are read here by one table for all KV heads")
+    used = slice(-(-n_tokens // store.page_tokens)) if table is None else table
+    pages = unpack_pages(store.pages[used], store.packing, q_BQ1D.dtype)
+    return paged_partial(q_BQ1D, pages, n_tokens=n_tokens, scale=scale, softcap=softcap)
 
 
 def paged_partial(
@@ -152,6 +173,19 @@ def kernel_runs(q_BQ1D: torch.Tensor, pages: torch.Tensor) -> bool:
         head_dim=pages.shape[4],
         n_q_heads=q_BQ1D.shape[1],
         n_kv_heads=pages.shape[1],
+    )
+
+
+def _kernel_reads(q_BQ1D: torch.Tensor, store: PagedKV) -> bool:
+    """Whether the kernel attends to a store, packed or not."""
+    if store.packing is None:
+        return kernel_runs(q_BQ1D, store.pages)
+    return store.pages.is_cuda and not unsupported_packed(
+        store.pages.device,
+        dtype=q_BQ1D.dtype,
+        packing=store.packing,
+        n_q_heads=q_BQ1D.shape[1],
+        n_kv_heads=store.pages.shape[1],
     )
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from kvscope.methods.call import AttentionCall, Rotation
+from kvscope.methods.kv_format import KvFormat
 from kvscope.methods.options import canonical_label, effective_values
 from kvscope.methods.shape import Footprint, ModelShape, tensor_bytes
 from kvscope.results.schema import SavingKind
@@ -39,6 +40,7 @@ __all__ = [
 ]
 
 ConfigT = TypeVar("ConfigT")
+ShapeT = TypeVar("ShapeT", bound="ModelShape | None")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +137,7 @@ class SequenceCache(ABC):
     def __init__(self, prompt: PromptKV, device: torch.device) -> None:
         self.shape = prompt.shape
         self.device = device
+        self._dtype = prompt.dtype
         self.stock: dict[int, Any] = {layer: _clone_stock(state, device) for layer, state in prompt.stock.items()}
 
     @property
@@ -154,7 +157,14 @@ class SequenceCache(ABC):
 
     def backends(self) -> tuple[str, ...]:
         """Return what computes the method's own parts beside attention, one text each, for the row."""
-        return ()
+        if self.shape.kv is None:
+            return ()
+        from kvscope.methods.kernels.dispatch import unsupported_packed
+
+        n_heads = {"n_q_heads": self.shape.n_q_heads, "n_kv_heads": self.shape.n_kv_heads}
+        reasons = unsupported_packed(self.device, dtype=self._dtype, packing=self.shape.packing(), **n_heads)
+        name = f"pages packed as {self.shape.kv.name}"
+        return (f"torch: {name} ({'; '.join(reasons)})",) if reasons else (f"triton: {name}",)
 
     def scored(self) -> torch.Tensor | None:
         """Return a scalar on the device that is not finite where a score that was chosen by is not; None: no scores."""
@@ -249,6 +259,7 @@ class CacheMethod(ABC, Generic[ConfigT]):
         budget_sets_window: whether a byte budget sizes the recency window (else it buys something beside it).
         needs_training: what has to be trained for a model, in two words; ``no`` where nothing has.
         through_decode: whether what a query reads is chosen anew while decoding; else it is fixed when the prompt ends.
+        kv_refusal: why the method's store cannot be packed (``kv=int8``), as a clause; empty where it can.
         paper_options: what ``--paper-settings`` sets the automatic options to.
         Config: frozen dataclass of the options, with defaults, validated in ``__post_init__``.
     """
@@ -260,16 +271,43 @@ class CacheMethod(ABC, Generic[ConfigT]):
     cost: ClassVar[str]
     saving_kind: ClassVar[SavingKind]
     reads: ClassVar[str] = "every resident token"
-    reads_vary: ClassVar[bool] = False
+    reads_vary: bool = False
     budget_sets_window: ClassVar[bool] = True
     needs_training: ClassVar[str] = "no"
     through_decode: ClassVar[bool] = False
+    kv_refusal: ClassVar[str] = "its store was written for K and V at the model's precision"
     paper_options: ClassVar[Mapping[str, Any]] = {}
     Config: ClassVar[type[Any]]
+
+    #: Format of the store, the option ``kv`` of every method; None: the model's dtype.
+    kv: KvFormat | None = None
 
     def __init__(self, config: ConfigT | None = None, *, label: str | None = None) -> None:
         self.config: ConfigT = self.Config() if config is None else config
         self.label = label or canonical_label(self.name, self.config)
+
+    def use_kv(self, kv: KvFormat) -> None:
+        """Store in this format; asked once, before anything is opened."""
+        self.kv = kv
+
+    def stored(self, shape: ShapeT) -> ShapeT:
+        """Return the shape with the format this method's store has: bytes are counted by it."""
+        return shape if self.kv is None or shape is None or shape.kv is not None else replace(shape, kv=self.kv)
+
+    @property
+    def recalls_raw_pages(self) -> bool:
+        """Whether the prompt's own pages are what it recalls; else they are of no use once it is opened."""
+        return self.saving_kind == "offloaded" and self.kv is None
+
+    def stored_prompt(self, prompt: PromptKV) -> PromptKV:
+        """Return the prompt as this method opens it: the same pages, a shape that says how they are to be stored."""
+        return prompt.stored_as(self.stored(prompt.shape))
+
+    def unsupported_kv(self, shape: ModelShape, device: torch.device | str) -> list[str]:
+        """Return every reason why the store cannot have this method's format on this model; part of ``unsupported``."""
+        if self.kv is None:
+            return []
+        return self.stored(shape).packing().unsupported()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.label})"
@@ -294,10 +332,14 @@ class CacheMethod(ABC, Generic[ConfigT]):
         del shape
         return None
 
+    def trained_prompts(self, shape: ModelShape) -> str | None:
+        """Return what the prompts were, in words, that the trained part learnt from; None where that is not known."""
+        del shape
+        return None
+
     def unsupported(self, shape: ModelShape, device: torch.device | str) -> list[str]:
         """Return every reason why the method cannot run on this model and device; empty when it can."""
-        del shape, device
-        return []
+        return self.unsupported_kv(shape, device)
 
     def observed_layers(self, shape: ModelShape) -> tuple[int, ...]:
         """Return the layers whose entering hidden states ``observe`` wants at each step."""
@@ -341,12 +383,16 @@ class CacheMethod(ABC, Generic[ConfigT]):
         """
         return None
 
+    def kv_values(self) -> dict[str, Any]:
+        """Return the format of the store as a row's ``config`` holds it; empty where it is the model's dtype."""
+        return {} if self.kv is None else {"kv": self.kv.name}
+
     def describe(self) -> dict[str, Any]:
         """Return what reports print about the method: label, name, options, and the texts above."""
         return {
             "label": self.label,
             "name": self.name,
-            "options": effective_values(self.config),
+            "options": effective_values(self.config) | self.kv_values(),
             "stays": self.stays,
             "saves": self.saves,
             "source": self.source,

@@ -4,6 +4,7 @@ Shapes: H KV heads, G query heads a KV head, N blocks before the current one, X 
 P tokens a page, D head size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,11 +23,13 @@ class Reads:
         n_tokens: tokens whose K and V it reads, added up over KV heads; a tensor where only the device knows.
         scan_bytes: bytes read to score blocks.
         scan_flops: FLOPs of scoring them.
+        n_raw: of these tokens, those of a packed store that are not packed.
     """
 
     n_tokens: "int | torch.Tensor"
     scan_bytes: int = 0
     scan_flops: int = 0
+    n_raw: "int | torch.Tensor" = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,13 +83,23 @@ class Scored:
 
 def read_footprint(shape: ModelShape, reads: list[Reads], *, kv_bytes: int, metadata_bytes: int) -> Footprint:
     """Return the footprint of layers that hold ``kv_bytes`` and read ``reads``."""
-    n_known = sum(read.n_tokens for read in reads if isinstance(read.n_tokens, int))
-    counted = [read.n_tokens for read in reads if not isinstance(read.n_tokens, int)]
-    # One wait for the device, not one a layer.
-    n_tokens = n_known + (int(torch.stack(counted).sum()) if counted else 0)
+    n_tokens = _sum([read.n_tokens for read in reads])
+    token_bytes = n_tokens * layer_token_bytes(shape)
+    if shape.kv is not None:
+        n_raw = _sum([read.n_raw for read in reads])
+        # A token's share of its page: what its scales take is read with it.
+        packed_bytes = -(-(n_tokens - n_raw) * shape.packing().record_bytes // shape.page_tokens)
+        token_bytes = n_raw * layer_token_bytes(shape) + packed_bytes
     return Footprint(
         kv_bytes=kv_bytes,
         metadata_bytes=metadata_bytes,
-        bytes_read_per_step=n_tokens * layer_token_bytes(shape) + sum(read.scan_bytes for read in reads),
+        bytes_read_per_step=token_bytes + sum(read.scan_bytes for read in reads),
         attention_flops_per_step=n_tokens * layer_token_flops(shape) + sum(read.scan_flops for read in reads),
     )
+
+
+def _sum(counts: "Sequence[int | torch.Tensor]") -> int:
+    """Add up counts, with one wait for the device, not one a layer."""
+    counted = [count for count in counts if not isinstance(count, int)]
+    known = sum(count for count in counts if isinstance(count, int))
+    return known + (int(torch.stack(counted).sum()) if counted else 0)

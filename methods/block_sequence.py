@@ -11,7 +11,6 @@ from kvscope.methods.attention import (
     Partial,
     kernel_runs,
     merge_partials,
-    paged_attention,
     stored_attention,
     stored_partial,
 )
@@ -20,10 +19,11 @@ from kvscope.methods.block_budget import BlockPlan
 from kvscope.methods.block_query import Query, Reads, Scored, read_footprint
 from kvscope.methods.gather import Chosen, choose, chosen_store, gather_blocks, token_partial
 from kvscope.methods.kernels.dispatch import unsupported_block_scores
+from kvscope.methods.packed_pool import PackedPool
 from kvscope.methods.shape import Footprint, ModelShape
-from kvscope.methods.static_step import PagedSequence, write_token
+from kvscope.methods.static_step import PagedSequence, Pool, StepPages, open_pool, write_token
 from kvscope.methods.step_batch import StepReads
-from kvscope.methods.store import PagePool, PromptKV
+from kvscope.methods.store import PromptKV
 from kvscope.methods.summaries import MetadataStore, Summary
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class BlockSparseSequence(PagedSequence):
         self._method = method
         self._plan = method.blocks(prompt.n_tokens)
         self._sparse = method.sparse_layers(self.shape)
-        self._pool = PagePool(self.shape, n_tokens=prompt.n_tokens + reserve_tokens, dtype=prompt.dtype, device=device)
+        self._pool = open_pool(self.shape, n_tokens=prompt.n_tokens + reserve_tokens, dtype=prompt.dtype, device=device)
         self._pool.load(prompt, [(0, prompt.n_tokens)])
         self._store = method.open_store(prompt, device, reserve_tokens=reserve_tokens)
         self._reads: dict[int, Reads] = {}
@@ -92,12 +92,12 @@ class BlockSparseSequence(PagedSequence):
     # -- steps at fixed addresses
 
     @property
-    def _appended(self) -> PagePool:
+    def _appended(self) -> Pool:
         return self._pool
 
     @property
     def count_11(self) -> torch.Tensor:
-        assert self._step is not None
+        assert isinstance(self._step, StepPages)
         return self._step.count_11
 
     @property
@@ -120,6 +120,8 @@ class BlockSparseSequence(PagedSequence):
 
     def static_reasons(self) -> list[str]:
         reasons = super().static_reasons()
+        if isinstance(self._pool, PackedPool):
+            reasons.append("what a query chose of packed pages is unpacked token by token, in torch")
         if self.device.type != "cuda":
             reasons.append("a step that chooses blocks needs the kernels, which a GPU has")
         if not self._method.scores_room:
@@ -142,7 +144,7 @@ class BlockSparseSequence(PagedSequence):
             return None
         place = self._step.place_of(layer)
         if not self._chooses(layer):
-            return StepReads(place=place, stores=(self._step.store(layer),))
+            return StepReads(place=place, stores=self._step.stores(layer))
         return StepReads(place=place, chooser=self)
 
     def room_scores(self, layer: int, call: AttentionCall) -> torch.Tensor:
@@ -168,7 +170,7 @@ class BlockSparseSequence(PagedSequence):
             self._store.make_room(self.n_tokens + 1)
             # A block that the last token filled is scored from this step on.
             for layer in self._sparse:
-                self._store.appended(layer, self._pool.pages[layer], self.n_tokens)
+                self._store.appended(layer, self._pool.keys, self.n_tokens)
         self._step.place()
 
     def end_step(self) -> None:
@@ -217,16 +219,20 @@ class BlockSparseSequence(PagedSequence):
     def attend(self, layer: int, call: AttentionCall) -> torch.Tensor:
         if self._step is not None:
             return self._attend_static(layer, call)
-        self._pool.append(layer, call.key, call.value)
-        pages, n_tokens = self._pool.pages[layer], self._pool.lengths[layer]
+        pool = self._pool
+        pool.append(layer, call.key, call.value)
+        pages, n_tokens = pool.pages[layer], pool.lengths[layer]
+        n_raw = 0
+        if isinstance(pool, PackedPool):
+            pages, n_raw = pool.residual(layer), pool.residual_tokens(layer)
         H, D = self.shape.n_kv_heads, self.shape.head_dim
         kept: object = None
         if self._store is not None and layer in self._sparse:
-            self._store.appended(layer, pages, n_tokens)
+            self._store.appended(layer, self._pool.keys, n_tokens)
             kept = self._store.before(layer, self._plan.count(n_tokens) - 1)
         if layer not in self._sparse or self._plan.reads_all(n_tokens):
-            self._reads[layer] = Reads(H * n_tokens)
-            return paged_attention(call, pages, n_tokens=n_tokens)
+            self._reads[layer] = Reads(H * n_tokens, n_raw=H * n_raw)
+            return pool.attend(layer, call)
         query = Query(
             q_HGD=call.query.view(H, -1, D), kept=kept, pages=pages, n_tokens=n_tokens, plan=self._plan, call=call
         )
@@ -234,8 +240,13 @@ class BlockSparseSequence(PagedSequence):
         total = scored.scores_HGN.sum(dtype=torch.float32)
         self._scored = total if self._scored is None else self._scored + total
         chosen = choose(scored.scores_HGN, n_chosen=self._plan.n_blocks - 1, current=query.n_before, n_kv_heads=H)
-        part, n_read = self._attend_chosen(query, chosen)
-        self._reads[layer] = Reads(n_read, scored.n_bytes, scored.n_flops)
+        n_read: int | torch.Tensor
+        raw: int | torch.Tensor
+        if isinstance(pool, PackedPool):
+            part, n_read, raw = self._attend_unpacked(pool, layer, query, chosen)
+        else:
+            (part, n_read), raw = self._attend_chosen(query, chosen), 0
+        self._reads[layer] = Reads(n_read, scored.n_bytes, scored.n_flops, raw)
         return merge_partials([part], call.query, sink_logits=call.sink_logits)
 
     def _attend_chosen(self, query: Query, chosen: Chosen) -> tuple[Partial, "int | torch.Tensor"]:
@@ -261,6 +272,23 @@ class BlockSparseSequence(PagedSequence):
         part = token_partial(query.q_HGD, k_HTD, v_HTD, scale=call.scale, softcap=call.softcap, keep_HT=keep_HT)
         return part, n_read
 
+    def _attend_unpacked(
+        self, pool: PackedPool, layer: int, query: Query, chosen: Chosen
+    ) -> tuple[Partial, torch.Tensor, torch.Tensor]:
+        """Return attention over the chosen blocks, the tokens read over all KV heads, and those that are not packed."""
+        block, call = query.plan.block_tokens, query.call
+        n_tokens = (chosen.blocks_HB.shape[1] - 1) * block + query.plan.tail_tokens(query.n_tokens)
+        within = torch.arange(block, device=chosen.blocks_HB.device)
+        token_HT = (chosen.blocks_HB[:, :, None] * block + within).flatten(1)[:, :n_tokens]
+        k_HTD, v_HTD = (each.to(pool.dtype) for each in pool.tokens(layer, token_HT))
+        keep_HT = None
+        if chosen.keep_HB is not None:
+            keep_HT = chosen.keep_HB.repeat_interleave(block, 1)[:, :n_tokens]
+        part = token_partial(query.q_HGD, k_HTD, v_HTD, scale=call.scale, softcap=call.softcap, keep_HT=keep_HT)
+        read_HT = torch.ones_like(token_HT, dtype=torch.bool) if keep_HT is None else keep_HT
+        is_raw_HT = token_HT >= query.n_tokens - pool.residual_tokens(layer)
+        return part, read_HT.sum(), (read_HT & is_raw_HT).sum()
+
     def scored(self) -> torch.Tensor | None:
         if not self._choices:
             return self._scored
@@ -269,8 +297,10 @@ class BlockSparseSequence(PagedSequence):
 
     def backends(self) -> tuple[str, ...]:
         method, shape = self._method, self.shape
+        # What is chosen of packed pages is unpacked in torch wherever the rest runs.
+        packed = () if shape.kv is None else (f"torch: what is chosen of pages packed as {shape.kv.name}",)
         if not method.score_kernel:
-            return ("torch: token scores",)
+            return (*packed, "torch: token scores")
         reasons = unsupported_block_scores(
             self.device,
             dtype=self._pool.dtype,
@@ -278,7 +308,7 @@ class BlockSparseSequence(PagedSequence):
             group=shape.n_q_heads // shape.n_kv_heads,
             block_tokens=None if method.summary() is not None else self._plan.block_tokens,
         )
-        return (f"torch: block scores ({'; '.join(reasons)})",) if reasons else ("triton: block_scores",)
+        return (*packed, f"torch: block scores ({'; '.join(reasons)})" if reasons else "triton: block_scores")
 
     def managed_footprint(self) -> Footprint:
         if self._step is None:

@@ -14,6 +14,7 @@ from kvscope.methods.base import CacheMethod, Collector, SequenceCache
 from kvscope.methods.block_budget import BlockPlan, plan_blocks
 from kvscope.methods.block_query import Query, Reads, Scored, read_footprint
 from kvscope.methods.block_sequence import BlockSparseSequence
+from kvscope.methods.kv_format import KvFormat
 from kvscope.methods.shape import Footprint, ModelShape
 from kvscope.methods.store import PromptKV
 from kvscope.methods.summaries import MetadataStore, Summary, SummaryCollector, SummaryStore, summary_bytes
@@ -42,6 +43,7 @@ class BlockSparse(CacheMethod[ConfigT]):
     """
 
     saving_kind = "resident"
+    kv_refusal = ""
     through_decode = True
     paper_block_tokens: ClassVar[int]
     paper_budget_tokens: ClassVar[int] = 2048
@@ -49,6 +51,10 @@ class BlockSparse(CacheMethod[ConfigT]):
     per_query_head: ClassVar[bool] = False
     scores_room: bool = True
     one_choice: bool = False
+
+    def use_kv(self, kv: KvFormat) -> None:
+        super().use_kv(kv)
+        self.reads_vary = True  # how much of what is chosen lies in the residual, the data decide
 
     def summary(self) -> Summary | None:
         """Return what is kept of each block's keys, or None."""
@@ -104,13 +110,14 @@ class BlockSparse(CacheMethod[ConfigT]):
     def layer_reads(self, shape: ModelShape, n_tokens: int, plan: BlockPlan) -> Reads:
         """Return what the query at the end of ``n_tokens`` reads in a layer that chooses: the most it can be."""
         H = shape.n_kv_heads
+        n_raw = 0 if shape.kv is None else n_tokens - shape.packed_pages(n_tokens) * shape.page_tokens
         if plan.reads_all(n_tokens):
-            return Reads(H * n_tokens)
+            return Reads(H * n_tokens, n_raw=H * n_raw)
         n_chosen = plan.n_blocks - 1
         if self.per_query_head:
             n_chosen = min(shape.n_q_heads // H * n_chosen, plan.count(n_tokens) - 1)
         n_read = n_chosen * plan.block_tokens + plan.tail_tokens(n_tokens)
-        return Reads(H * n_read, *self.scan_reads(shape, n_tokens, plan))
+        return Reads(H * n_read, *self.scan_reads(shape, n_tokens, plan), H * min(n_read, n_raw))
 
     def collectors(self, layer: int) -> list[Collector]:
         summary = self.summary()
@@ -130,10 +137,11 @@ class BlockSparse(CacheMethod[ConfigT]):
         }
 
     def predict(self, shape: ModelShape, n_tokens: int, n_new_tokens: int = 0) -> Footprint:
-        plan, n_total = self.blocks(n_tokens), n_tokens + n_new_tokens
+        plan, n_total, shape = self.blocks(n_tokens), n_tokens + n_new_tokens, self.stored(shape)
+        n_raw = 0 if shape.kv is None else n_total - shape.packed_pages(n_total) * shape.page_tokens
         sparse = self.sparse_layers(shape)
         reads = [self.layer_reads(shape, n_total, plan)] * len(sparse)
-        reads += [Reads(shape.n_kv_heads * n_total)] * (len(shape.layers) - len(sparse))
+        reads += [Reads(shape.n_kv_heads * n_total, n_raw=shape.n_kv_heads * n_raw)] * (len(shape.layers) - len(sparse))
         stock = Footprint(
             kv_bytes=shape.stock_kv_bytes(n_tokens, n_new_tokens),
             bytes_read_per_step=shape.stock_read_bytes(n_total),
@@ -147,4 +155,6 @@ class BlockSparse(CacheMethod[ConfigT]):
         )
 
     def open(self, prompt: PromptKV, device: torch.device | str, *, reserve_tokens: int = 0) -> SequenceCache:
-        return BlockSparseSequence(self, prompt, torch.device(device), reserve_tokens=reserve_tokens)
+        return BlockSparseSequence(
+            self, self.stored_prompt(prompt), torch.device(device), reserve_tokens=reserve_tokens
+        )

@@ -49,10 +49,15 @@ def budget_tokens(method: str, n_tokens: int, *, options: Budgeted, shape: Model
         raise UsageError(
             f"Method '{method}': budget_bytes needs the model's shape to become tokens; use budget_fraction instead."
         )
-    page_bytes = shape.page_tokens * shape.kv_bytes_per_token
-    if budget_bytes < page_bytes:
+    n_tokens = shape.token_capacity(budget_bytes)
+    if not n_tokens and shape.kv is not None:
         raise UsageError(
-            f"Method '{method}': budget_bytes={budget_bytes} is less than one page of every layer ({page_bytes} "
-            "bytes); raise the budget or load the model with smaller pages."
+            f"Method '{method}': budget_bytes={budget_bytes} is less than the newest tokens that kv={shape.kv.name} "
+            f"keeps unpacked in every layer ({shape.paged_kv_bytes(0)} bytes); raise the budget."
         )
-    return budget_bytes // page_bytes * shape.page_tokens
+    if not n_tokens:
+        raise UsageError(
+            f"Method '{method}': budget_bytes={budget_bytes} is less than one page of every layer "
+            f"({shape.paged_kv_bytes(1)} bytes); raise the budget or load the model with smaller pages."
+        )
+    return n_tokens

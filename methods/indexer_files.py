@@ -6,7 +6,7 @@ Finding, checking, loading and writing them. A kind (that of lsa, that of dsa) i
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 FORMAT = 1
 WEIGHTS_FILE, CONFIG_FILE = "indexer.safetensors", "config.json"
 MOST_CONFIG_BYTES = 16 * 2**20
+_MOST_STARTS = 20
+"""How far back an indexer's record is followed to the one that saw documents."""
 
 
 class TrainedConfig(Protocol):
@@ -39,6 +41,8 @@ class TrainedConfig(Protocol):
     def layers(self) -> tuple[int, ...]: ...
     @property
     def hidden_size(self) -> int: ...
+    @property
+    def trained(self) -> Mapping[str, Any]: ...
 
 
 ConfigT = TypeVar("ConfigT", bound=TrainedConfig)
@@ -320,3 +324,27 @@ def owner_mismatch(config: TrainedConfig, shape: ModelShape) -> str | None:
 def listed(layers: "tuple[int, ...] | list[int]") -> str:
     """Return layers as text."""
     return ", ".join(map(str, layers))
+
+
+def prompts_text(chat_template: object) -> str:
+    """Return what prompts are, by the hash of their chat template; None where they have none."""
+    return "plain texts" if chat_template is None else f"prompts in the chat template {shown(str(chat_template)[:19])}"
+
+
+def trained_prompts(trained: Mapping[str, Any]) -> str | None:
+    """Return what an indexer was trained on, as ``prompts_text``; None where its record does not tell.
+
+    Records from before there was a choice say nothing of it: all prompts were plain texts then.
+
+    Args:
+        trained: the record in its configuration, which may come from anywhere.
+    """
+    record: object = trained
+    for _ in range(_MOST_STARTS):
+        if not isinstance(record, Mapping):
+            return None
+        data, start = record.get("data"), record.get("start")
+        if isinstance(data, list | tuple) and data and isinstance(data[0], Mapping):
+            return prompts_text(data[0].get("chat_template"))
+        record = start.get("trained") if isinstance(start, Mapping) else None
+    return None

@@ -8,7 +8,15 @@ from typing import Generic
 import torch
 
 from kvscope.errors import UsageError
-from kvscope.methods.indexer_files import WEIGHTS_FILE, ConfigT, IndexerFiles, ModuleT, finite_weights, indexer_hash
+from kvscope.methods.indexer_files import (
+    WEIGHTS_FILE,
+    ConfigT,
+    IndexerFiles,
+    ModuleT,
+    finite_weights,
+    indexer_hash,
+    trained_prompts,
+)
 from kvscope.methods.shape import ModelShape
 
 
@@ -41,6 +49,7 @@ class IndexerSource(Generic[ConfigT, ModuleT]):
         self._placed: dict[torch.device, ModuleT] = {}
         self._checked: set[Path] = set()
         self._shape: ModelShape | None = None
+        self._found: tuple[ModelShape, Path | None] | None = None
 
     @functools.cached_property
     def given_folder(self) -> Path | None:
@@ -60,7 +69,10 @@ class IndexerSource(Generic[ConfigT, ModuleT]):
         if self.given_folder is not None:
             return self.given_folder
         shape = self._shape
-        found = None if shape is None else self._files.find_shipped(lambda config: self._misfit(config, shape))
+        if shape is not None and (self._found is None or self._found[0] is not shape):
+            # Once a model: every sequence and row asks.
+            self._found = shape, self._files.find_shipped(lambda config: self._misfit(config, shape))
+        found = None if self._found is None else self._found[1]
         if found is None:
             raise UsageError(self._missing)
         return found
@@ -125,6 +137,15 @@ class IndexerSource(Generic[ConfigT, ModuleT]):
             return indexer_hash(self.folder())
         except UsageError:
             return None  # ``require`` and ``unsupported`` say why
+
+    def trained_prompts(self, shape: ModelShape) -> str | None:
+        """Return what the trained indexer learnt from, in words; None for a synthetic one, or without one."""
+        if self._synthetic:
+            return None
+        try:
+            return trained_prompts(self.config(shape).trained)
+        except UsageError:
+            return None
 
     @property
     def keys_id(self) -> str:

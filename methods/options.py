@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvscope.errors import UsageError
+from kvscope.methods.kv_format import FORMATS, KvFormat, KvName
 from kvscope.values import read_options, value_text, without_none
+
+KV_OPTION = "kv"
 
 
 def field_types(config_type: type[Any]) -> dict[str, Any]:
@@ -15,21 +18,31 @@ def field_types(config_type: type[Any]) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(config_type)}
 
 
+def method_field_types(config_type: type[Any]) -> dict[str, Any]:
+    """Return the same of a method, whose store's format is an option beside its own."""
+    return {**field_types(config_type), **({} if KV_OPTION in _names(config_type) else {KV_OPTION: KvName | None})}
+
+
+def _names(config_type: type[Any]) -> set[str]:
+    return {field.name for field in dataclasses.fields(config_type)}
+
+
 def optional_fields(config_type: type[Any]) -> set[str]:
     """Return the options that may be ``none`` (chosen automatically)."""
     return {name for name, declared in field_types(config_type).items() if without_none(declared)[1]}
 
 
-def build_config(method: str, config_type: type[Any], options: Mapping[str, object]) -> Any:
-    """Return a ``config_type`` from options as given.
+def build_config(method: str, config_type: type[Any], options: Mapping[str, object]) -> tuple[Any, KvFormat | None]:
+    """Return a ``config_type`` from options as given, and the format of the store.
 
     Raises:
         UsageError: unknown option, a value that is not of the option's type, or one its config refuses.
     """
     owner = f"Method '{method}'"
-    values = read_options(owner, field_types(config_type), options)
+    values = read_options(owner, method_field_types(config_type), options)
+    kv = None if KV_OPTION in _names(config_type) else values.pop(KV_OPTION, None)
     try:
-        return config_type(**values)
+        return config_type(**values), None if kv is None else FORMATS[kv]
     except ValueError as error:
         raise UsageError(f"{owner}: {error}") from error
 
@@ -39,11 +52,14 @@ def effective_values(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def canonical_label(name: str, config: Any) -> str:
-    """Return ``name`` or ``name:key=value,...`` with the options that differ from their defaults, in declared order."""
+def canonical_label(name: str, config: Any, kv: KvFormat | None = None) -> str:
+    """Return ``name`` or ``name:key=value,...`` with the options that differ from their defaults, in declared order;
+    the format of the store comes last."""
     changed = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if value != field.default:
             changed.append(f"{field.name}={value_text(value)}")
+    if kv is not None:
+        changed.append(f"{KV_OPTION}={kv.name}")
     return f"{name}:{','.join(changed)}" if changed else name

@@ -101,8 +101,10 @@ def create_method(given: str | Mapping[str, Any] | Spec, *, paper_settings: bool
     spec = parse_spec(given, kind="method")
     cls = method_class(spec.name)
     options: dict[str, Any] = dict(spec.options)
-    config = build_config(cls.name, cls.Config, options)
-    label = canonical_label(cls.name, config)
+    config, kv = build_config(cls.name, cls.Config, options)
+    if kv is not None and cls.kv_refusal:
+        raise UsageError(f"Method '{cls.name}' cannot store kv={kv.name}: {cls.kv_refusal}; leave kv out.")
+    label = canonical_label(cls.name, config, kv)
     if paper_settings:
         open_options = optional_fields(cls.Config)
         budgeted = any(getattr(config, key, None) is not None for key in ("budget_bytes", "budget_fraction"))
@@ -110,9 +112,12 @@ def create_method(given: str | Mapping[str, Any] | Spec, *, paper_settings: bool
             # Where a byte budget already sizes the window, the paper's 8192 tokens have nothing left to fix.
             if key in open_options and getattr(config, key) is None and not (budgeted and cls.budget_sets_window):
                 options[key] = value
-        config = build_config(cls.name, cls.Config, options)
+        config, _ = build_config(cls.name, cls.Config, options)
     # The label is what the user asked for; `effective_config` says what the paper's settings made of it.
-    return cls(config, label=label)
+    method = cls(config, label=label)
+    if kv is not None:
+        method.use_kv(kv)
+    return method
 
 
 def check_one_class_a_name(methods: list[CacheMethod[Any]]) -> None:

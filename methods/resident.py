@@ -8,12 +8,12 @@ from typing import TypeVar
 
 import torch
 
-from kvscope.methods.attention import paged_attention, stored_attention
+from kvscope.methods.attention import stored_attention
 from kvscope.methods.base import AttentionCall, CacheMethod, SequenceCache
 from kvscope.methods.shape import Footprint, ModelShape
-from kvscope.methods.static_step import PagedSequence
+from kvscope.methods.static_step import PagedSequence, Pool, open_pool
 from kvscope.methods.step_batch import StepReads
-from kvscope.methods.store import PagePool, PromptKV, TokenRange
+from kvscope.methods.store import PromptKV, TokenRange
 
 ConfigT = TypeVar("ConfigT")
 
@@ -33,6 +33,7 @@ class StaticResidency(CacheMethod[ConfigT]):
         return self.n_resident_tokens(n_tokens, shape) >= n_tokens
 
     def predict(self, shape: ModelShape, n_tokens: int, n_new_tokens: int = 0) -> Footprint:
+        shape = self.stored(shape)
         n_resident = self.n_resident_tokens(n_tokens, shape) + n_new_tokens
         n_total = n_tokens + n_new_tokens
         return Footprint(
@@ -42,6 +43,7 @@ class StaticResidency(CacheMethod[ConfigT]):
         )
 
     def open(self, prompt: PromptKV, device: torch.device | str, *, reserve_tokens: int = 0) -> SequenceCache:
+        prompt = self.stored_prompt(prompt)
         ranges = self.resident_ranges(prompt)
         return ResidentSequence(prompt, torch.device(device), ranges=ranges, reserve_tokens=reserve_tokens)
 
@@ -54,7 +56,7 @@ class ResidentSequence(PagedSequence):
     ) -> None:
         super().__init__(prompt, device)
         n_kept = sum(end - start for start, end in ranges)
-        self.pool = PagePool(prompt.shape, n_tokens=n_kept + reserve_tokens, dtype=prompt.dtype, device=device)
+        self.pool = open_pool(prompt.shape, n_tokens=n_kept + reserve_tokens, dtype=prompt.dtype, device=device)
         self.pool.load(prompt, ranges)
         self._n_dropped = prompt.n_tokens - n_kept
 
@@ -69,12 +71,12 @@ class ResidentSequence(PagedSequence):
     def attend(self, layer: int, call: AttentionCall) -> torch.Tensor:
         if self._step is not None:
             self._step.append(layer, call.key, call.value)
-            return stored_attention(call, [self._step.store(layer)])
+            return stored_attention(call, self._step.stores(layer))
         self.pool.append(layer, call.key, call.value)
-        return paged_attention(call, self.pool.pages[layer], n_tokens=self.pool.lengths[layer])
+        return self.pool.attend(layer, call)
 
     @property
-    def _appended(self) -> PagePool:
+    def _appended(self) -> Pool:
         return self.pool
 
     def begin_step(self) -> None:
@@ -93,9 +95,7 @@ class ResidentSequence(PagedSequence):
         )
 
     def step_reads(self, layer: int) -> StepReads | None:
-        if self._step is None:
-            return None
-        return StepReads(place=self._step.place_of(layer), stores=(self._step.store(layer),))
+        return None if self._step is None else self._step.reads(layer)
 
     def close(self) -> None:
         self._release_step()

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
+from kvscope.methods.kv_format import KvFormat, PagePacking, residual_pages
+
 if TYPE_CHECKING:
     import torch
 
@@ -32,6 +34,7 @@ class ModelShape:
         unknown_rotation_layers: layers whose position encoding was measured at load and is not a rotation
             that can be undone; a method that re-places keys is unsupported there.
         revision: identity of the weights, which trained parts of a method name; empty when unknown.
+        kv: format of packed pages; None: K and V are stored as they are. A method's ``stored`` sets it.
     """
 
     layers: tuple[int, ...]
@@ -50,6 +53,7 @@ class ModelShape:
     sliding_kv_width: int = 0
     unknown_rotation_layers: tuple[int, ...] = ()
     revision: str = ""
+    kv: KvFormat | None = None
 
     @property
     def layer_bytes_per_token(self) -> int:
@@ -83,8 +87,56 @@ class ModelShape:
         return -(-n_tokens // self.page_tokens)
 
     def paged_kv_bytes(self, n_tokens: int) -> int:
-        """Bytes of the whole pages that hold ``n_tokens`` in every managed layer."""
-        return self.pages(n_tokens) * self.page_tokens * self.kv_bytes_per_token
+        """Bytes of the whole pages that hold ``n_tokens`` in every managed layer; of packed ones, the residual's too.
+
+        Raw pages of no tokens take nothing; packed ones keep room for the residual, at addresses that stay.
+        """
+        return len(self.layers) * self.layer_paged_bytes(n_tokens)
+
+    def layer_paged_bytes(self, n_tokens: int) -> int:
+        """``paged_kv_bytes`` of one layer."""
+        page_bytes = self.page_tokens * self.layer_bytes_per_token
+        if self.kv is None:
+            return self.pages(n_tokens) * page_bytes
+        packed_bytes = self.packed_pages(n_tokens) * self.packed_bytes(self.page_tokens)
+        return packed_bytes + residual_pages(self.page_tokens) * page_bytes
+
+    def packed_pages(self, n_tokens: int) -> int:
+        """Pages of a store of ``n_tokens`` that are packed; the newest ones are the residual."""
+        return max(0, self.pages(n_tokens) - residual_pages(self.page_tokens))
+
+    def packed_bytes(self, n_tokens: int, *, unit_tokens: int | None = None) -> int:
+        """Bytes of ``n_tokens`` in one layer where all of them are packed (raw ones without ``kv``), no residual.
+
+        Args:
+            unit_tokens: tokens of a packed page, where it is not ``page_tokens``; ``n_tokens`` are whole pages.
+        """
+        if self.kv is None:
+            return n_tokens * self.layer_bytes_per_token
+        unit = unit_tokens or self.page_tokens
+        return -(-n_tokens // unit) * self.n_kv_heads * self.packing(unit).record_bytes
+
+    def packing(self, page_tokens: int | None = None) -> PagePacking:
+        """Return how a page of one KV head is packed.
+
+        Raises:
+            ValueError: nothing is packed.
+        """
+        if self.kv is None:
+            raise ValueError("K and V are stored as they are")
+        return PagePacking(self.kv, page_tokens or self.page_tokens, self.head_dim)
+
+    def token_capacity(self, budget_bytes: int) -> int:
+        """Return the most tokens, in whole pages, whose ``paged_kv_bytes`` a budget holds; 0 where it holds no page."""
+        page_bytes = len(self.layers) * self.page_tokens * self.layer_bytes_per_token
+        if self.kv is None:
+            return budget_bytes // page_bytes * self.page_tokens
+        n_residual = residual_pages(self.page_tokens)
+        left_bytes = budget_bytes - n_residual * page_bytes
+        if left_bytes < 0:
+            return 0
+        n_packed = left_bytes // (len(self.layers) * self.packed_bytes(self.page_tokens))
+        return (n_packed + n_residual) * self.page_tokens
 
     def stock_kv_bytes(self, n_tokens: int, n_new_tokens: int = 0) -> int:
         """Bytes of the model's own sliding-window layers after ``n_tokens`` of prompt and ``n_new_tokens`` steps.
@@ -100,8 +152,15 @@ class ModelShape:
         return self.paged_kv_bytes(n_tokens + n_new_tokens) + self.stock_kv_bytes(n_tokens, n_new_tokens)
 
     def read_bytes(self, n_tokens: int) -> int:
-        """Bytes one decode step reads when every managed layer reads ``n_tokens``."""
-        return n_tokens * self.kv_bytes_per_token
+        """Bytes one decode step reads when every managed layer reads a store of ``n_tokens``, residual included."""
+        return len(self.layers) * self.layer_read_bytes(n_tokens)
+
+    def layer_read_bytes(self, n_tokens: int) -> int:
+        """``read_bytes`` of one layer."""
+        if self.kv is None:
+            return n_tokens * self.layer_bytes_per_token
+        n_packed_tokens = self.packed_pages(n_tokens) * self.page_tokens
+        return self.packed_bytes(n_packed_tokens) + (n_tokens - n_packed_tokens) * self.layer_bytes_per_token
 
     def stock_read_bytes(self, n_tokens: int) -> int:
         """Bytes one decode step reads in the sliding-window layers at ``n_tokens`` of context."""

@@ -14,11 +14,21 @@ from abc import abstractmethod
 import torch
 
 from kvscope.methods.base import SequenceCache
-from kvscope.methods.kernels.dispatch import unsupported_decode
+from kvscope.methods.kernels.dispatch import unsupported_decode, unsupported_packed
 from kvscope.methods.kernels.paged_decode.inputs import PagedKV, TokenPlace
+from kvscope.methods.packed_pool import PackedPool, PackedStep
 from kvscope.methods.shape import ModelShape
+from kvscope.methods.step_batch import StepReads
 from kvscope.methods.step_counters import StepCounters
 from kvscope.methods.store import PagePool
+
+Pool = PagePool | PackedPool
+
+
+def open_pool(shape: ModelShape, *, n_tokens: int, dtype: torch.dtype, device: torch.device) -> Pool:
+    """Return an empty pool with room for ``n_tokens``, of packed pages where the shape says so."""
+    kind = PagePool if shape.kv is None else PackedPool
+    return kind(shape, n_tokens=n_tokens, dtype=dtype, device=device)
 
 
 def unsupported_step(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> list[str]:
@@ -28,9 +38,10 @@ def unsupported_step(shape: ModelShape, device: torch.device, dtype: torch.dtype
     """
     if device.type == "cpu":
         return []
-    return unsupported_decode(
-        device, dtype=dtype, head_dim=shape.head_dim, n_q_heads=shape.n_q_heads, n_kv_heads=shape.n_kv_heads
-    )
+    n_heads = {"n_q_heads": shape.n_q_heads, "n_kv_heads": shape.n_kv_heads}
+    if shape.kv is not None:
+        return unsupported_packed(device, dtype=dtype, packing=shape.packing(), **n_heads)
+    return unsupported_decode(device, dtype=dtype, head_dim=shape.head_dim, **n_heads)
 
 
 class PagedSequence(SequenceCache):
@@ -39,18 +50,18 @@ class PagedSequence(SequenceCache):
     A subclass gives the pool, and does for a step what its storage needs beside it.
     """
 
-    _step: StepPages | None = None
+    _step: StepPages | PackedStep | None = None
 
     @property
     @abstractmethod
-    def _appended(self) -> PagePool:
+    def _appended(self) -> Pool:
         """The pool."""
 
     def static_reasons(self) -> list[str]:
         return unsupported_step(self.shape, self.device, self._appended.dtype)
 
     def make_static(self, counters: StepCounters) -> None:
-        self._step = StepPages(self._appended, counters)
+        self._step = self._appended.make_step(counters)
 
     @property
     def static_version(self) -> int:
@@ -109,9 +120,17 @@ class StepPages:
         """Return where the step's token goes."""
         return TokenPlace(pages=self._pool.pages[layer], slot_1=self._slot.device_1, offset_1=self._offset.device_1)
 
-    def store(self, layer: int) -> PagedKV:
+    def stores(self, layer: int) -> tuple[PagedKV, ...]:
         """Return what attention reads, the step's token included."""
+        return (self.store(layer),)
+
+    def store(self, layer: int) -> PagedKV:
+        """The same: all of it is in one store."""
         return PagedKV(pages=self._pool.pages[layer], n_tokens=self.count_11)
+
+    def reads(self, layer: int) -> StepReads | None:
+        """Return what a step does in a layer, so that many sequences attend in one launch."""
+        return StepReads(place=self.place_of(layer), stores=self.stores(layer))
 
     def release(self) -> None:
         """Give the counters back, once."""

@@ -3,14 +3,23 @@
 Shapes: H KV heads, P tokens a page, D head size. One layer's pages are one tensor [pages, H, 2, P, D].
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvscope.methods.attention import paged_attention
+from kvscope.methods.call import AttentionCall
+from kvscope.methods.kv_format import PagePacking
 from kvscope.methods.pinned import empty_pinned
 from kvscope.methods.shape import ModelShape, tensor_bytes
+
+if TYPE_CHECKING:
+    from kvscope.methods.static_step import StepPages
+    from kvscope.methods.step_counters import StepCounters
 
 TokenRange = tuple[int, int]
 """Tokens start (included) to end (excluded)."""
@@ -34,6 +43,7 @@ class PromptKV:
         prefill_s: wall-clock seconds of the prefill.
         scores_s: seconds of these that collectors took over its attention; None where none heard it.
         peak_device_kv_bytes: K and V held on the device at once while prefilling: one layer, and the stock layers.
+        packed: mirrors in fewer bits that methods asked for (``packed_pool.packed_mirror``), made once for all of them.
     """
 
     shape: ModelShape
@@ -48,11 +58,16 @@ class PromptKV:
     prefill_s: float = 0.0
     scores_s: float | None = None
     peak_device_kv_bytes: int = 0
+    packed: dict[PagePacking, dict[int, torch.Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def host_bytes(self) -> int:
         """Bytes of the host pages."""
         return tensor_bytes(self.pages.values())
+
+    def stored_as(self, shape: ModelShape) -> PromptKV:
+        """Return the same prompt for a store of another format: ``shape`` says which."""
+        return self if shape == self.shape else replace(self, shape=shape)
 
 
 def empty_host_pages(shape: ModelShape, n_tokens: int, *, dtype: torch.dtype, pinned: bool) -> torch.Tensor:
@@ -109,7 +124,7 @@ class PagePool:
                 # The last page may bring tokens beyond the range along: what is dropped is not kept out of sight.
                 pool[at - 1, :, :, (n_tokens - 1) % P + 1 :] = 0
             elif n_tokens:
-                packed = _pack(host, ranges, n_tokens, self.shape)
+                packed = range_pages(host, ranges, self.shape)
                 pool[: packed.shape[0]].copy_(packed)
             self.lengths[layer] = n_tokens
         device = next(iter(self.pages.values())).device
@@ -122,15 +137,10 @@ class PagePool:
         Args:
             kept: of each layer of the pool [H, n]: the positions each head keeps, n of them everywhere.
         """
-        P, H = self.shape.page_tokens, self.shape.n_kv_heads
         for layer, pool in self.pages.items():
-            token_HN = kept[layer]
-            n_tokens = token_HN.shape[1]
+            n_tokens = kept[layer].shape[1]
             if n_tokens:
-                host = prompt.pages[layer]
-                packed = host.new_zeros(page_shape(self.shape, self.shape.pages(n_tokens)))
-                head_H1, to = torch.arange(H)[:, None], torch.arange(n_tokens)
-                packed[to // P, head_H1, :, to % P] = host[token_HN // P, head_H1, :, token_HN % P]
+                packed = head_pages(prompt.pages[layer], kept[layer], self.shape)
                 pool[: packed.shape[0]].copy_(packed)
             self.lengths[layer] = n_tokens
 
@@ -163,6 +173,23 @@ class PagePool:
         head_H = torch.arange(len(index_H), device=index_H.device)
         self.pages[layer][index_H // P, head_H, :, index_H % P] = torch.stack((k_BH1D[0, :, 0], v_BH1D[0, :, 0]), 1)
 
+    def attend(self, layer: int, call: AttentionCall) -> torch.Tensor:
+        """Attend one query to every token; the call and the result are ``paged_attention``'s."""
+        return paged_attention(call, self.pages[layer], n_tokens=self.lengths[layer])
+
+    def keys(self, layer: int, start_tokens: int, end_tokens: int) -> torch.Tensor:
+        """Return the keys [H, T, D] of tokens start to end (excluded); copies those pages only."""
+        P = self.shape.page_tokens
+        first = start_tokens // P
+        k_HTD = self.pages[layer][first : -(-end_tokens // P), :, 0].transpose(0, 1).flatten(1, 2)
+        return k_HTD[:, start_tokens - first * P : end_tokens - first * P]
+
+    def make_step(self, counters: StepCounters) -> StepPages:
+        """Return what appends and reads at fixed addresses from here on."""
+        from kvscope.methods.static_step import StepPages
+
+        return StepPages(self, counters)
+
     @property
     def n_bytes(self) -> int:
         """Bytes of the live pages. Asked at every step of every sequence, so counted when they change."""
@@ -186,12 +213,37 @@ def page_shape(shape: ModelShape, n_pages: int) -> tuple[int, int, int, int, int
     return (n_pages, shape.n_kv_heads, 2, shape.page_tokens, shape.head_dim)
 
 
-def _pack(host: torch.Tensor, ranges: list[TokenRange], n_tokens: int, shape: ModelShape) -> torch.Tensor:
-    """Gather tokens of host pages into new, packed host pages; the end of the last one is zero."""
+def range_pages(
+    host: torch.Tensor, ranges: list[TokenRange], shape: ModelShape, *, first: int = 0, last: int | None = None
+) -> torch.Tensor:
+    """Gather tokens of one layer's host pages into pages, packed in order; the end of the last page is zero.
+
+    Args:
+        host: [pages, H, 2, P, D].
+        ranges: ascending, disjoint.
+        first, last: of the pages of these tokens, the ones wanted (``last`` excluded); all of them.
+    """
     P = shape.page_tokens
-    token = torch.cat([torch.arange(start, end) for start, end in ranges])
-    packed = host.new_zeros(page_shape(shape, shape.pages(n_tokens)))
+    if len(ranges) == 1 and last is not None and ranges[0][0] % P == 0 and ranges[0][0] + last * P <= ranges[0][1]:
+        begin = ranges[0][0] // P  # whole pages of the prompt, as they lie there
+        return host[begin + first : begin + last]
+    pages = [torch.arange(start, end) for start, end in ranges]
+    token = torch.cat(pages) if pages else torch.arange(0)
+    token = token[first * P : None if last is None else last * P]
+    packed = host.new_zeros(page_shape(shape, shape.pages(len(token))))
     # Advanced indices on both sides of slices come first: [n, H, 2, D] either way, so the two sides line up.
-    to = torch.arange(n_tokens)
+    to = torch.arange(len(token))
     packed[to // P, :, :, to % P] = host[token // P, :, :, token % P]
+    return packed
+
+
+def head_pages(
+    host: torch.Tensor, token_HN: torch.Tensor, shape: ModelShape, *, first: int = 0, last: int | None = None
+) -> torch.Tensor:
+    """The same of tokens that differ from KV head to KV head, [H, N], equally many of each."""
+    P, H = shape.page_tokens, shape.n_kv_heads
+    token_HN = token_HN[:, first * P : None if last is None else last * P]
+    packed = host.new_zeros(page_shape(shape, shape.pages(token_HN.shape[1])))
+    head_H1, to = torch.arange(H)[:, None], torch.arange(token_HN.shape[1])
+    packed[to // P, head_H1, :, to % P] = host[token_HN // P, head_H1, :, token_HN % P]
     return packed

@@ -15,6 +15,8 @@ from kvscope.methods.store import PromptKV
 
 Summarise = Callable[[torch.Tensor], torch.Tensor]
 """Keys of whole blocks [H, N, T, D] -> summaries [N, H, X, D], in the dtype of the keys."""
+Keys = Callable[[int, int, int], torch.Tensor]
+"""Layer, first token, token behind the last -> the stored keys [H, T, D], unpacked where they are packed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +90,8 @@ class MetadataStore(ABC):
     def end_step(self) -> None:  # noqa: B027 - most are made of keys
         """A step of fixed addresses has ended."""
 
-    def appended(self, layer: int, pages: torch.Tensor, n_tokens: int) -> None:  # noqa: B027 - most: of keys alone
-        """Take note that the layer's pages hold ``n_tokens`` now."""
+    def appended(self, layer: int, keys: Keys, n_tokens: int) -> None:  # noqa: B027 - most: of keys alone
+        """Take note that the layer's store holds ``n_tokens`` now; ``keys`` reads them."""
 
     @abstractmethod
     def before(self, layer: int, n_blocks: int) -> object:
@@ -144,7 +146,7 @@ class SummaryStore(MetadataStore):
             self.summaries[layer] = room
         self._lengths = dict.fromkeys(layers, n_found)
 
-    def appended(self, layer: int, pages: torch.Tensor, n_tokens: int) -> None:
+    def appended(self, layer: int, keys: Keys, n_tokens: int) -> None:
         """The same; a block that was just filled gets its summary, once."""
         index = self._lengths[layer]
         if n_tokens % self._block or index == n_tokens // self._block:
@@ -153,7 +155,7 @@ class SummaryStore(MetadataStore):
         if index == old.shape[0]:
             self.summaries[layer] = torch.cat([old, old.new_zeros((1, *old.shape[1:]))])
             self.moves += 1
-        k_HTD = block_keys(pages, n_tokens - self._block, n_tokens)
+        k_HTD = keys(layer, n_tokens - self._block, n_tokens)
         self.summaries[layer][index] = self._summary.of_blocks(k_HTD[:, None])[0]
         self._lengths[layer] += 1
 
@@ -166,14 +168,6 @@ class SummaryStore(MetadataStore):
 
     def clear(self) -> None:
         self.summaries.clear()
-
-
-def block_keys(pages: torch.Tensor, start_tokens: int, end_tokens: int) -> torch.Tensor:
-    """Return the keys [H, T, D] of tokens start to end (excluded) of pages [S, H, 2, P, D]; copies those pages only."""
-    P = pages.shape[3]
-    first = start_tokens // P
-    k_HTD = pages[first : -(-end_tokens // P), :, 0].transpose(0, 1).flatten(1, 2)
-    return k_HTD[:, start_tokens - first * P : end_tokens - first * P]
 
 
 def summary_bytes(shape: ModelShape, n_vectors: int, n_blocks: int) -> int:

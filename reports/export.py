@@ -93,7 +93,13 @@ def _save(figure: ReportFigure, place: Path | io.StringIO, ending: str) -> None:
 
 def write_csv(frame: pd.DataFrame, path: Path) -> None:
     """Plain CSV: integers whole, other numbers with nine digits, nulls empty."""
-    _flat(frame).to_csv(path, index=False, lineterminator="\n", float_format="%.9g")
+    path.write_text(csv_text(frame), encoding="utf-8")
+
+
+def csv_text(frame: pd.DataFrame) -> str:
+    """What `write_csv` writes."""
+    text: str = _flat(frame).to_csv(index=False, lineterminator="\n", float_format="%.9g")
+    return text
 
 
 def markdown(table: Table) -> str:

@@ -67,7 +67,7 @@ def page(
         device=device_of(info),
         state=state,
         warnings=[*state.sentences(), *run.messages],
-        tables=[_table_context(table) for table in tables],
+        tables=[table_context(table) for table in tables],
         figures=drawn,
         endings=(*look().formats, "csv"),
         skipped=[figure for figure in figures if isinstance(figure, SkippedFigure)],
@@ -151,7 +151,8 @@ def _as_attributes(found: re.Match[str]) -> str:
     return " ".join(f'{name.strip()}="{value.strip()}"' for name, _, value in pairs if name.strip() != "font-family")
 
 
-def _table_context(table: Table) -> dict[str, Any]:
+def table_context(table: Table) -> dict[str, Any]:
+    """What the templates need of a table: columns and rows with the kind of each column."""
     columns = list(table.text.columns)
     kinds = [_kind([str(cell) for cell in table.text[column]]) for column in columns]
     rows = [[str(cell) for cell in row] for row in table.text.itertuples(index=False)]

@@ -1,11 +1,11 @@
 """The rows of one kind in a run folder: what is there, what may be measured again, and putting more on disk."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Generic
 
-from kvscope.results.rowfile import RowT, append_line, open_for_append, put
+from kvscope.results.rowfile import RowT, append_lines, open_for_append, put
 
 
 class RowTable(Generic[RowT]):
@@ -54,13 +54,26 @@ class RowTable(Generic[RowT]):
             ValueError: its cell is done.
             EnvironmentProblem: the disk is full or broken.
         """
-        if self.has(row.key):
-            raise ValueError(f"{self.path.name} already holds a row with key {row.key}")
+        self.extend([row])
+
+    def extend(self, rows: Sequence[RowT]) -> None:
+        """Put rows on disk, whole, before this returns, with one sync for all of them.
+
+        Raises:
+            ValueError: a cell is done, or two are of one.
+            EnvironmentProblem: the disk is full or broken.
+        """
+        seen: set[Any] = set()
+        for row in rows:
+            if self.has(row.key) or row.key in seen:
+                raise ValueError(f"{self.path.name} already holds a row with key {row.key}")
+            seen.add(row.key)
         if self._fd is None:
             self._fd = open_for_append(self.path)
-        append_line(self._fd, row.model_dump_json(), path=self.path)
-        self._rows[row.key] = row
-        self._reopened.discard(row.key)
+        append_lines(self._fd, (row.model_dump_json() for row in rows), path=self.path)
+        for row in rows:
+            self._rows[row.key] = row
+            self._reopened.discard(row.key)
 
     def close(self) -> None:
         """Release the descriptor. Safe to call twice."""

@@ -1,7 +1,7 @@
 """Reading and appending JSON lines that survive being killed: one write a row, a torn last line recognised."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -28,12 +28,12 @@ def open_for_append(path: Path) -> int:
     return fd
 
 
-def append_line(fd: int, text: str, *, path: Path) -> None:
-    """Put `text` and a newline on disk with one write. On failure the file is cut back to what it was.
+def append_lines(fd: int, texts: Iterable[str], *, path: Path) -> None:
+    """Put texts and newlines on disk with one write and one sync. On failure the file is cut back to what it was.
 
     Raises EnvironmentProblem when the disk is full or broken.
     """
-    data = text.encode() + b"\n"
+    data = b"".join(text.encode() + b"\n" for text in texts)
     try:
         before = os.fstat(fd).st_size
         try:
@@ -169,7 +169,8 @@ def first_problem(error: ValidationError) -> str:
     """The first thing pydantic objects to, in a clause."""
     first = error.errors(include_url=False, include_input=False)[0]
     place = shortened(".".join(str(part) for part in first["loc"]), most=120)
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")  # pydantic's own words
     more = error.error_count() - 1
-    return f"{place + ': ' if place else ''}{shortened(first['msg'], most=300)}" + (
+    return f"{place + ': ' if place else ''}{shortened(message, most=300)}" + (
         f" (and {more} more problems)" if more else ""
     )

@@ -21,7 +21,7 @@ from kvscope.results.exact_tests import NIL, mcnemar_test, sign_test
 from kvscope.results.power import design_effect, noninferiority_power, pairs_for_equivalence, pairs_for_noninferiority
 from kvscope.results.tango import tango_interval, tango_z
 
-IntervalKind = Literal["wilson", "bootstrap", "score", "none"]
+IntervalKind = Literal["wilson", "bootstrap", "score", "mover", "none"]
 
 LEAST_DISCORDANT = 6
 """With fewer discordant pairs the exact test cannot reach p < .05 (five to nil gives .0625)."""

@@ -138,8 +138,12 @@ class RunStore:
 
     def append_sample(self, row: SampleRow) -> None:
         """Put one sample row on disk. Raises ValueError for a cell that is done."""
+        self.append_samples([row])
+
+    def append_samples(self, rows: Sequence[SampleRow]) -> None:
+        """Put sample rows on disk with one sync. Raises ValueError for a cell that is done, or two of one."""
         self.begin()
-        self.sample_rows.append(row)
+        self.sample_rows.extend(rows)
 
     def append_footprint(self, row: FootprintRow) -> None:
         """Put one footprint row on disk. Raises ValueError for a cell that is done."""

@@ -18,10 +18,12 @@ gc.disable()
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Before anything reads it: what is cached (hashes of models' files) is shared by the processes of one run of the tests,
-# and neither taken from the user's cache nor left there. Models of the hub are read where the user has them.
+# and neither taken from the user's cache nor left there. Models of the hub and matplotlib's list of fonts are where the
+# user has them.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _users_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     os.environ.setdefault("HF_HOME", str(Path(_users_cache, "huggingface")))
+    os.environ.setdefault("MPLCONFIGDIR", str(Path(_users_cache, "matplotlib")))  # its list of fonts takes seconds
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="kvscope-tests-cache-")
     atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
@@ -44,12 +46,24 @@ settings.load_profile("kvscope")
 
 __all__ = ["one_thread", "small", "tiny_model"]
 
+_begun: set[Path] = set()
+
 
 def pytest_collection_finish() -> None:
     """Turn the garbage collector on for what comes from now on; modules and tests that are there stay to the end."""
     gc.collect()
     gc.freeze()
     gc.enable()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+    """Keep what the first test of a file imported from the collector, too: every run ends by a whole collection."""
+    yield
+    if item.path not in _begun:
+        _begun.add(item.path)
+        gc.collect()
+        gc.freeze()
 
 
 def pytest_unconfigure() -> None:

@@ -71,12 +71,14 @@ class Backend(Protocol[ShapeT]):
         name: for messages.
         instead_of_tokens: what the cache keeps in place of K and V of single tokens, in two words; empty where it keeps
             these. What reads the attention over single tokens is refused elsewhere.
+        packs_pages: whether its stores can be in fewer bits, as a method's ``kv=`` asks; else such methods are refused.
         holds_one_sequence: whether a sequence brings the model's own cache, so that none steps with another.
     """
 
     name: ClassVar[str]
     instead_of_tokens: ClassVar[str] = ""
     holds_one_sequence: ClassVar[bool] = False
+    packs_pages: ClassVar[bool] = False
 
     @abstractmethod
     def shape(
@@ -221,6 +223,14 @@ class NoForm(CacheMethod[Any]):
 
     def effective_config(self, n_tokens: int, shape: ModelShape | None = None) -> dict[str, Any]:
         return self._method.effective_config(n_tokens, shape)
+
+
+def form_on(backend: Backend[Any], method: CacheMethod[Any], shape: Any) -> CacheMethod[Any]:
+    """Return a method as it runs on a backend's cache; a ``NoForm`` where it wants packed pages and there are none."""
+    form = backend.form_of(method, shape)
+    if method.kv is None or backend.packs_pages or isinstance(form, NoForm):
+        return form
+    return NoForm(method, f"kv={method.kv.name} packs pages of K and V, and this model's cache has none")
 
 
 def backend_of(config: Any) -> Backend[Any]:

@@ -155,8 +155,14 @@ def chat_tokenizer(tokenizer: Any, choice: str) -> ChatTokenizer | None:
     Raises:
         UsageError: as :class:`ChatTokenizer`; the file cannot be read; a file for a model without tokenizer.
     """
-    if choice == NONE or (choice == AUTO and not getattr(tokenizer, "chat_template", None)):
+    own = getattr(tokenizer, "chat_template", None)
+    if choice == NONE or (choice == AUTO and not own):
         return None
+    if choice == AUTO and not isinstance(own, str | dict):
+        raise UsageError(
+            f"The chat template of {tokenizer.name_or_path} is {shown(own)}, and no text: use --chat-template none, or "
+            "a file with one."
+        )
     if choice == AUTO:
         try:
             template: str = tokenizer.get_chat_template()

@@ -35,6 +35,7 @@ GRAPH, EAGER = "cuda graph", "eager"
 PAYS_FROM_STEPS = 5
 #: Position tables that are made anew from the largest position the host reads back.
 _HOST_ROPES = {"dynamic", "longrope"}
+_EXPERTS: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 
 
 def static_reasons(loaded: LoadedModel, cache: SequenceCache) -> list[str]:
@@ -56,8 +57,10 @@ def static_reasons(loaded: LoadedModel, cache: SequenceCache) -> list[str]:
 
 
 def has_experts(model: Any) -> bool:
-    """Whether tokens go to experts: which weights a step reads, the device alone knows."""
-    return any(type(module).__name__.endswith("Experts") for module in model.modules())
+    """Whether tokens go to experts: which weights a step reads, the device alone knows. Looked for once a model."""
+    if model not in _EXPERTS:
+        _EXPERTS[model] = any(type(module).__name__.endswith("Experts") for module in model.modules())
+    return _EXPERTS[model]
 
 
 class GraphStep:

@@ -33,6 +33,16 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 """In the order in which transformers takes the first that is there."""
 ADAPTER_PATTERN = "adapter_*"
 _TEMPLATE_KEY = "chat_template"
+STOCK_APPLIES = {
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "min_new_tokens": 0,
+    "num_beams": 1,
+    "suppress_tokens": None,
+    "forced_eos_token_id": None,
+}
+"""Settings of a generation config that stock applies to greedy answers, each with the value that changes nothing."""
 
 
 def model_parts(spec: str, where: str, config: Any, tokenizer: Any) -> dict[str, Any]:
@@ -123,6 +133,18 @@ def eos_ids(*sources: Any) -> frozenset[int]:
         ids = getattr(source, "eos_token_id", None)
         found.update([ids] if isinstance(ids, int) else ids or [])
     return frozenset(found)
+
+
+def not_applied(generation: Any) -> list[str]:
+    """Return the settings of a model's generation config that stock applies to greedy answers, and kvscope does not."""
+    found = {key: getattr(generation, key, None) for key in STOCK_APPLIES}
+    return [f"{key}={value}" for key, value in found.items() if value is not None and value != STOCK_APPLIES[key]]
+
+
+def model_folder(where: str) -> Path:
+    """Return the folder of a model's files: its own, or that of a hub model's whose config is there already."""
+    folder = Path(where)
+    return folder if folder.is_dir() else _snapshot(where)
 
 
 def _snapshot(hub_id: str) -> Path:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing import Any
 
 from kvscope.errors import KvscopeError, UsageError, shown
 from kvscope.harness.engine.configs import text_config
+from kvscope.harness.engine.folder_files import check_small_files, check_tokenizer_files, json_object
 from kvscope.harness.engine.names import cannot_load, resolve_model
 from kvscope.harness.engine.oom import is_oom
 from kvscope.harness.engine.presets import is_preset, preset_config
@@ -37,7 +37,6 @@ _SIZES = (
 )
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers")
 _MOST_LAYERS = 10_000
-_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
 _REASON_CHARACTERS = 300
 
 
@@ -113,7 +112,8 @@ def load_config(spec: str) -> Any:
         return preset_config(spec)
     with explained(spec):
         if Path(where).is_dir():
-            _check_sizes(_json_object(Path(where) / "config.json"))
+            _check_sizes(json_object(Path(where) / "config.json"))
+            check_small_files(Path(where))
         config = AutoConfig.from_pretrained(where, trust_remote_code=False)
         _check_sizes(text_config(config).to_dict())
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not getattr(config, "is_encoder_decoder", False):
@@ -134,7 +134,7 @@ def load_tokenizer(spec: str, where: str, config: Any) -> Any:
     part = "tokenizer"
     with explained(spec, part):
         if Path(where).is_dir():
-            _check_tokenizer_files(Path(where))
+            check_tokenizer_files(Path(where))
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
         plain, prompt = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
         vocabulary = tokenizer.get_vocab()
@@ -166,24 +166,6 @@ def _check_sizes(values: Mapping[str, Any]) -> None:
         heads, kv_heads = counts.get("num_attention_heads"), counts.get("num_key_value_heads")
         if heads and kv_heads and heads % kv_heads:
             raise ValueError(f"its config has {heads} attention heads, no multiple of its {kv_heads} KV heads")
-
-
-def _check_tokenizer_files(folder: Path) -> None:
-    if not any(path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)):
-        raise ValueError("the folder has no tokenizer.json nor other tokenizer files")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            _json_object(folder / name)
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path.name} is not valid JSON ({_reason(error)})") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path.name} holds no JSON object")
-    return found
 
 
 def _of_part(spec: str, what: str, reason: str) -> str:

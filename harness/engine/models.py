@@ -60,6 +60,7 @@ def load_model(
                 trust_remote_code=False,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are refused below, by name
+                **_eager(config),
             )
             check_weights(name, model, loading)
     return wrap_model(
@@ -105,6 +106,14 @@ def wrap_model(
         revision=revision,
         eos_ids=eos_ids(getattr(model, "generation_config", None), model.config, tokenizer),
     )
+
+
+def _eager(config: Any) -> dict[str, Any]:
+    """Return the config to load by, where its file names an attention: transformers heeds that before what is asked."""
+    if getattr(config, "_attn_implementation", None) in (None, "eager"):
+        return {}
+    config._attn_implementation = "eager"
+    return {"config": config}
 
 
 @contextmanager

@@ -39,9 +39,9 @@ _N_STEPS = 2
 _MOST_TOKEN_IDS = 50_000
 #: Attention in another order of sums, with logits in fp32 in the engine and in the model's type in the eager forward.
 LEAST_TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
-_MOST_TOLERANCE = 0.3
+MOST_TOLERANCE = 0.3
 _MOST_OWN_DIFFERENCE = 0.1
-_NOISE_FACTOR = 4.0
+NOISE_FACTOR = 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +146,7 @@ def _checked(loaded: LoadedModel) -> SelfCheck:
     found = _engine_logits(loaded, prompt, ids)
     with _own_attention(loaded.model):
         own, noise = _own_logits(loaded, ids)
-        tolerance = min(max(LEAST_TOLERANCE[loaded.dtype], _NOISE_FACTOR * noise), _MOST_TOLERANCE)
+        tolerance = min(max(LEAST_TOLERANCE[loaded.dtype], NOISE_FACTOR * noise), MOST_TOLERANCE)
         checked = SelfCheck(difference=difference(found, own), tolerance=tolerance, n_tokens=n_tokens)
         if checked.passed:
             return checked
@@ -200,8 +200,24 @@ def _own_logits(loaded: LoadedModel, ids: Sequence[int]) -> tuple[torch.Tensor, 
             f"{str(loaded.dtype).removeprefix('torch.')} are not finite: its weights are damaged, or need --dtype "
             "bfloat16 or float32."
         )
+    if not bool((own != own[:, :1]).any()):
+        raise UsageError(
+            f"Model '{loaded.name}' cannot be measured: the logits of its own forward are the same for every token, so "
+            "nothing of its cache shows in them: its weights are zeros, or damaged."
+        )
     both = loaded.model(input_ids=torch.cat([tokens_1N, tokens_1N.flip(1)]), use_cache=False).logits
     return own, difference(both[0, -_N_STEPS:].float(), own)
+
+
+@torch.inference_mode()
+def own_noise(loaded: LoadedModel, ids: Sequence[int]) -> float:
+    """Return how much the model's own forward over these tokens differs from itself in a batch of two; a share.
+
+    Raises:
+        UsageError: its logits are not finite.
+    """
+    with _own_attention(loaded.model):
+        return _own_logits(loaded, ids)[1]
 
 
 def _own_chunked_logits(loaded: LoadedModel, ids: Sequence[int], chunk_tokens: int) -> torch.Tensor:

@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Self
 import torch
 
 from kvscope.errors import UsageError
+from kvscope.harness.engine.backend import form_on
 from kvscope.harness.engine.decode_graph import EAGER, GraphStep, capture_failed, graph_demanded
 from kvscope.harness.engine.glue import cache_argument
 from kvscope.harness.engine.loaded import LoadedModel
@@ -98,7 +99,7 @@ class Session:
                 reason. Or the model brings its own cache, which holds one sequence, and there is one.
         """
         started_s, loaded = time.perf_counter(), self._loaded
-        method = loaded.backend.form_of(method, loaded.shape)
+        method = form_on(loaded.backend, method, loaded.shape)
         reasons = method.unsupported(loaded.shape, loaded.device)
         if reasons:
             raise UsageError(f"Method '{method.label}' cannot run on model '{loaded.name}': {'; '.join(reasons)}.")

@@ -8,18 +8,23 @@ from __future__ import annotations
 import json
 import re
 import zipfile
+from collections.abc import Collection
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from kvscope.errors import UsageError
+from kvscope.errors import UsageError, shown
+from kvscope.harness.engine.folder_files import is_there, json_object
 from kvscope.harness.engine.loading import explained
 from kvscope.harness.engine.names import cannot_load
 from kvscope.harness.engine.quantised import quantization
+from kvscope.harness.engine.weights import surplus_layers
 
 Shapes = dict[str, tuple[int, ...]]
 
 # In the order in which transformers looks for them.
 _WHOLE, _PICKLED, _INDEX = "model.safetensors", "pytorch_model.bin", ".index.json"
+_TRAINED = (".weight", ".bias")
 _LFS = b"version https://git-lfs"
 
 
@@ -39,8 +44,9 @@ def check_weight_files(spec: str, where: str, config: Any, model: Any) -> None:
     if not folder.is_dir():
         return
     shapes: Shapes = {}
+    _check_adapter(spec, folder)
     for path, named in _files(spec, folder):
-        there = _shapes_in(spec, path)
+        there = _shapes_in(spec, path, plain=quantization(config) is None)
         lacking = sorted(named - there.keys())
         if lacking:
             raise UsageError(cannot_load(spec, f"{path.name} lacks {_few(lacking)}, which the index names"))
@@ -51,11 +57,20 @@ def check_weight_files(spec: str, where: str, config: Any, model: Any) -> None:
 
 def _files(spec: str, folder: Path) -> list[tuple[Path, set[str]]]:
     """Return the files that transformers will read, and the tensors that an index promises in each."""
+    with explained(spec):
+        explicit = json_object(folder / "config.json").get("transformers_weights")
+        if explicit is not None:
+            if not isinstance(explicit, str) or not is_there(folder / explicit):
+                raise ValueError(f"the folder lacks {shown(explicit)}, which its config names (transformers_weights)")
+            path = folder / explicit
+            return _shards(spec, path) if explicit.endswith(_INDEX) else [(path, set())]
     for name in (_WHOLE, _PICKLED):
-        if (folder / name).exists():
-            return [(folder / name, set())]
         index = folder / f"{name}{_INDEX}"
-        if index.is_file():
+        with explained(spec):
+            whole, in_shards = is_there(folder / name), is_there(index)
+        if whole:
+            return [(folder / name, set())]
+        if in_shards:
             return _shards(spec, index)
     others = sorted(path.name for end in ("gguf", "pth", "ckpt", "h5", "msgpack") for path in folder.glob(f"*.{end}"))
     there = f"; {_few(others)} cannot be read, save it as safetensors" if others else ""
@@ -67,17 +82,29 @@ def _shards(spec: str, index: Path) -> list[tuple[Path, set[str]]]:
         weight_map = json.loads(index.read_bytes())["weight_map"]
         named: dict[str, set[str]] = {}
         for tensor, file in weight_map.items():
-            named.setdefault(str(Path(file).name), set()).add(tensor)
+            named.setdefault(str(file), set()).add(tensor)
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(cannot_load(spec, f"{index.name} is not an index of shards (JSON with weight_map)")) from error
-    missing = sorted(name for name in named if not (index.parent / name).exists())
+    with explained(spec):
+        missing = sorted(name for name in named if not is_there(index.parent / name))
     if missing:
         raise UsageError(cannot_load(spec, f"the folder lacks {_few(missing)}, which {index.name} names"))
     return [(index.parent / name, tensors) for name, tensors in sorted(named.items())]
 
 
-def _shapes_in(spec: str, path: Path) -> Shapes:
-    """Return the tensors of one file and their shapes. Reads its header."""
+def _check_adapter(spec: str, folder: Path) -> None:
+    """Refuse an adapter beside the weights where transformers would leave it out without a word."""
+    if (folder / "adapter_config.json").is_file() and find_spec("peft") is None:
+        reason = "an adapter lies beside its weights, and without the package peft it would be left out: merge the two"
+        raise UsageError(cannot_load(spec, reason))
+
+
+def _shapes_in(spec: str, path: Path, *, plain: bool) -> Shapes:
+    """Return the tensors of one file and their shapes. Reads its header.
+
+    Args:
+        plain: whether all of them must be numbers that a model computes with.
+    """
     import torch
     from safetensors import SafetensorError, safe_open
 
@@ -92,14 +119,29 @@ def _shapes_in(spec: str, path: Path) -> Shapes:
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt") as opened:
-                return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+                found = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+                odd = next((name for name, each in found.items() if plain and _whole(each.get_dtype())), None)
+                if odd is not None and odd.endswith(_TRAINED):
+                    reason = f"its weights hold {odd} as {found[odd].get_dtype()}, and its config names no quantisation"
+                    raise UsageError(cannot_load(spec, reason))
+                return {name: tuple(each.get_shape()) for name, each in found.items()}
         except SafetensorError as error:
             reason = f"{path.name} is cut off or damaged ({str(error).strip()}); fetch or save it again"
             raise UsageError(cannot_load(spec, reason)) from error
     with explained(spec):
-        # Tensors alone are unpickled, and no code; a mapped zip file is not read through.
-        found = torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
-    return {name: tuple(each.shape) for name, each in found.items() if isinstance(each, torch.Tensor)}
+        try:
+            # Tensors alone are unpickled, and no code; a mapped zip file is not read through.
+            held = torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
+        except (EOFError, IndexError, KeyError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{path.name} is cut off or damaged, or no file of PyTorch's") from error
+        if not isinstance(held, dict):
+            raise ValueError(f"{path.name} holds no tensors by name")
+    return {str(name): tuple(each.shape) for name, each in held.items() if isinstance(each, torch.Tensor)}
+
+
+def _whole(dtype: str) -> bool:
+    """Whether a type of safetensors is of whole numbers."""
+    return dtype.startswith(("I", "U", "BOOL"))
 
 
 def _check_shapes(spec: str, found: Shapes, model: Any) -> None:
@@ -111,6 +153,7 @@ def _check_shapes(spec: str, found: Shapes, model: Any) -> None:
         if found[name] != wanted[name]:
             reason = f"its weights hold {name} as {list(found[name])}, and its config makes it {list(wanted[name])}"
             raise UsageError(cannot_load(spec, reason))
+    _check_unused(spec, found.keys() - wanted.keys(), model)
     if found.keys() - wanted.keys():  # names that transformers may turn into others
         return
     spared = "|".join(getattr(model, "_keys_to_ignore_on_load_missing", None) or ["$^"])
@@ -118,6 +161,18 @@ def _check_shapes(spec: str, found: Shapes, model: Any) -> None:
     missing = [name for name in sorted(wanted.keys() - found.keys() - tied.keys()) if not re.search(spared, name)]
     if missing:
         raise UsageError(cannot_load(spec, f"its weights lack {_few(missing)}, which would be random"))
+
+
+def _check_unused(spec: str, names: Collection[str], model: Any) -> None:
+    """Refuse weights that the config leaves no place for, of modules and layers that are like those it has."""
+    spared = re.compile("|".join(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ["$^"]))
+    unused = sorted(name for name in names if not spared.search(name))
+    own = {path for path, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))}
+    in_vain = [name for name in unused if name.endswith(_TRAINED) and name.rpartition(".")[0] in own]
+    in_vain += surplus_layers(unused, model)
+    if in_vain:
+        reason = f"its config leaves no place for {_few(in_vain)} of its weights, so it would be another model"
+        raise UsageError(cannot_load(spec, reason))
 
 
 def _few(names: list[str]) -> str:

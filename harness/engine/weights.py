@@ -6,6 +6,8 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from kvscope.errors import UsageError
+from kvscope.harness.engine.configs import text_config
+from kvscope.harness.engine.glue import decoder_of, layers_of
 
 _NAMED = 3
 
@@ -31,12 +33,31 @@ def check_weights(name: str, model: Any, loading: Mapping[str, Any]) -> None:
         )
     # Of a module with parameters: a bias beside a weight. Towers and heads of other tasks are no modules here.
     own = {path for path, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))}
-    ignored = {key for key in loading.get("unexpected_keys", ()) if str(key).rpartition(".")[0] in own}
+    unexpected = [str(key) for key in loading.get("unexpected_keys", ())]
+    ignored = {key for key in unexpected if key.rpartition(".")[0] in own} | set(surplus_layers(unexpected, model))
     if ignored:
         raise UsageError(
             f"Model '{name}' cannot be run: its config leaves no place for {_some(ignored)} of its weights, so it "
             "would compute another model; mend its config."
         )
+
+
+def surplus_layers(names: Collection[str], model: Any) -> list[str]:
+    """Return the names of a decoder's layers that the model does not have, though its checkpoint does.
+
+    Layers that predict further tokens (multi-token prediction) follow the decoder's in some checkpoints, and are no
+    part of what ``generate`` runs.
+    """
+    layers = layers_of(decoder_of(model))
+    prefix = next((path for path, module in model.named_modules() if module is layers[0]), "").rpartition(".")[0]
+    inner = {name for name, _ in layers[0].named_parameters()}
+    n_further = getattr(text_config(model.config), "num_nextn_predict_layers", None) or 0
+    found = []
+    for name in names:
+        number, _, rest = name.removeprefix(f"{prefix}.").partition(".")
+        if name.startswith(f"{prefix}.") and number.isdecimal() and rest in inner:
+            found += [name] if int(number) >= len(layers) + n_further else []
+    return found
 
 
 def _some(keys: Collection[str]) -> str:

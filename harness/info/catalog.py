@@ -143,6 +143,7 @@ def method_entry(name: str) -> dict[str, Any]:
         "needs_training": cls.needs_training,
         "through_decode": cls.through_decode,
         "trained_indexers": cls.shipped_indexers(),
+        "kv_refusal": cls.kv_refusal,
         "options": method_options(cls),
         "automatic": automatic_values(cls),
     }
@@ -150,11 +151,15 @@ def method_entry(name: str) -> dict[str, Any]:
 
 def method_options(cls: "type[CacheMethod[Any]]") -> list[dict[str, Any]]:
     """Return name, type, default and meaning of each option of a method."""
-    from kvscope.methods.options import field_types
+    from kvscope.methods.options import KV_OPTION, field_types, method_field_types
 
     types = field_types(cls.Config)
     meanings = documented(cls.Config)
-    return [
+    shared = []
+    if not cls.kv_refusal and KV_OPTION not in types:
+        text = type_text(method_field_types(cls.Config)[KV_OPTION])
+        shared.append({"name": KV_OPTION, "type": text, "default": None, "meaning": KV_MEANING})
+    own = [
         {
             "name": field.name,
             "type": type_text(types[field.name]),
@@ -163,6 +168,13 @@ def method_options(cls: "type[CacheMethod[Any]]") -> list[dict[str, Any]]:
         }
         for field in dataclasses.fields(cls.Config)
     ]
+    return own + shared
+
+
+KV_MEANING = (
+    "format of the store: older tokens in fp8, 8, 4 or 2 bits with scales, the newest 64 to 128 as they are; none: the "
+    "model's dtype (docs/quantised-kv.md)"
+)
 
 
 def type_text(declared: Any) -> str:
@@ -227,6 +239,8 @@ def _method_text(entry: dict[str, Any]) -> str:
     ]
     if entry["trained_indexers"]:
         lines += _clause("trained indexers", ", ".join(entry["trained_indexers"]))
+    if entry["kv_refusal"]:
+        lines += _clause("in fewer bits (kv=)", f"no: {entry['kv_refusal']}")
     options = entry["options"]
     lines.append("  options" if options else "  options               none")
     for option in options:

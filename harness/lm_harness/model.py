@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 import kvscope
 from kvscope.errors import UsageError, shown
+from kvscope.harness.engine.backend import form_on
 from kvscope.harness.engine.batch_decode import DecodeResult
-from kvscope.harness.engine.identity import eos_ids
+from kvscope.harness.engine.identity import STOCK_APPLIES, eos_ids, not_applied
 from kvscope.harness.engine.models import load_model
 from kvscope.harness.engine.presets import refuse_preset
 from kvscope.harness.engine.self_check import self_check as check_model
@@ -38,15 +39,6 @@ METHOD_PREFIX = "kv_"
 _WITHOUT_EFFECT = frozenset({"do_sample", "temperature", "top_p", "top_k", "min_p", "max_length", "until"})
 #: Settings of a model's own generation config that stock ``generate`` applies to greedy answers, and what leaves them
 #: as they are.
-_STOCK_APPLIES = {
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "min_new_tokens": 0,
-    "num_beams": 1,
-    "suppress_tokens": None,
-    "forced_eos_token_id": None,
-}
 _log = logging.getLogger(__name__)
 
 
@@ -109,7 +101,7 @@ class KvscopeLM(HFLM):  # type: ignore[misc]  # lm-eval comes without types
         # As stock generate has it: of generation config and tokenizer, not of the config.
         generation = getattr(loaded.model, "generation_config", None)
         self.loaded = replace(loaded, eos_ids=eos_ids(generation, loaded.tokenizer) or loaded.eos_ids)
-        self.method = loaded.backend.form_of(chosen, loaded.shape)
+        self.method = form_on(loaded.backend, chosen, loaded.shape)
         self.method.require(loaded.shape)
         if reasons := self.method.unsupported(loaded.shape, loaded.device):
             raise UsageError(f"Method {self.method.label!r} cannot run on '{loaded.name}': {'; '.join(reasons)}.")
@@ -125,7 +117,7 @@ class KvscopeLM(HFLM):  # type: ignore[misc]  # lm-eval comes without types
                 **kwargs,
             )
         self._answering = Answering(self.loaded, self.method, rows=_rows(batch_size, loaded.device.type))
-        self._ignored = _ignored(generation)
+        self._ignored = not_applied(generation)
         KvscopeLM.latest = self
         for text in self._ignored:
             _log.warning(
@@ -237,9 +229,18 @@ class KvscopeLM(HFLM):  # type: ignore[misc]  # lm-eval comes without types
                 "attention_backend": loaded.attention_backend,
                 "self_check": "passed" if self._self_check else "skipped",
                 "not_applied": self._ignored,
-                **self._answering.usage.summary(),
+                **self._usage(),
             },
         }
+
+    @property
+    def _decodes_twice(self) -> bool:
+        """Whether what the method knows costs more than what it keeps, so that only its answers mean something."""
+        return self.method.rehearsal() is not None
+
+    def _usage(self) -> dict[str, Any]:
+        found = self._answering.usage.summary()
+        return {key: found[key] for key in ("sequences", "batch") if found} if self._decodes_twice else found
 
     @property
     def summary(self) -> str:
@@ -247,6 +248,8 @@ class KvscopeLM(HFLM):  # type: ignore[misc]  # lm-eval comes without types
         found = self._answering.usage.summary()
         if not found:
             return ""
+        if self._decodes_twice:
+            return f"{self.method.label}: {found['sequences']:,} sequences; it decodes twice, and bytes mean nothing"
         share = "" if found["share_of_dense"] is None else f", {found['share_of_dense']:.1%} of dense"
         held_bytes = found["resident_kv_bytes"] + found["metadata_bytes"]
         return (
@@ -309,18 +312,12 @@ def _require_greedy(settings: Mapping[str, Any], given: Mapping[str, Any]) -> No
         raise UsageError(
             f"A task asks for sampling ({shown(dict(given))}); kvscope decodes greedily: set do_sample=False."
         )
-    other = sorted(key for key in settings if key not in _WITHOUT_EFFECT and settings[key] != _STOCK_APPLIES.get(key))
+    other = sorted(key for key in settings if key not in _WITHOUT_EFFECT and settings[key] != STOCK_APPLIES.get(key))
     if other:
         raise UsageError(
             f"A task asks for {other[0]}={shown(settings[other[0]])}, which greedy decoding under a cache method does "
             "not have: take it out with --gen_kwargs, or leave the task out."
         )
-
-
-def _ignored(generation: Any) -> list[str]:
-    """Return the settings of a model's generation config that stock applies to greedy answers, and kvscope does not."""
-    found = {key: getattr(generation, key, None) for key in _STOCK_APPLIES}
-    return [f"{key}={value}" for key, value in found.items() if value is not None and value != _STOCK_APPLIES[key]]
 
 
 @contextmanager

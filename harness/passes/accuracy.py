@@ -1,16 +1,20 @@
 """The accuracy pass: one prefill per prompt, every method on it, a row as soon as it exists."""
 
-from collections.abc import Sequence
+import queue
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvscope.errors import UsageError
+from kvscope.harness.engine.host_threads import few_host_threads
 from kvscope.harness.passes.answering import load, measured_noise, release_memory
 from kvscope.harness.passes.base import Left, Plan, RunPlan, failed_lines, is_open
-from kvscope.harness.passes.batch_plan import batch_text, jobs_text
+from kvscope.harness.passes.batch_plan import batch_text, jobs_text, ray_text
 from kvscope.harness.passes.config import RunConfig
 from kvscope.harness.passes.deadline import Deadline
 from kvscope.harness.passes.facts import PromptFacts
+from kvscope.harness.passes.pools import Pool, ProcessPool, Said
 from kvscope.harness.passes.progress import Progress
+from kvscope.harness.passes.shard_list import worker_task
 from kvscope.harness.passes.shards import ShardedAccuracy
 from kvscope.harness.passes.turns import Turns, pending_samples, prompt_work_tokens
 from kvscope.harness.passes.workers import worker_devices
@@ -78,7 +82,7 @@ class AccuracyPass:
             f"{self.prefill_tokens(plan):,} tokens to prefill, {prompts * len(plan.methods):,} rows",
             *rehearsal_text(plan),
             *batch_text(plan.batch, device=plan.facts.device),
-            *jobs_text(worker_devices(plan.config, plan.facts.device)),
+            *executor_text(plan),
         ]
 
     def info(self, plan: RunPlan) -> dict[str, Any]:
@@ -119,10 +123,13 @@ class AccuracyPass:
 
     def _answer(self, plan: Plan, store: "RunStore", progress: Progress, deadline: Deadline) -> None:
         devices = worker_devices(plan.config, plan.facts.device)
-        if len(devices) > 1:
-            ShardedAccuracy(plan, store, progress, self.cells(plan), devices).run(deadline)
+        if len(devices) > 1 or plan.config.executor == "ray":
+            if self.left(plan, store).prompts:
+                said: Said = queue.Queue()
+                pool = _pool(plan, store, said, devices, note=progress.note)
+                ShardedAccuracy(plan, store, progress, self.cells(plan), pool, said).run(deadline)
             return
-        with Turns(plan, store, progress, self.cells(plan)) as turns:
+        with few_host_threads(plan.facts.device), Turns(plan, store, progress, self.cells(plan)) as turns:
             if turns.next_length_tokens is None:
                 return
             from kvscope.harness.passes.batch import Batch
@@ -134,3 +141,20 @@ class AccuracyPass:
     def failures(self, run: "Run") -> list[str]:
         """Return one line per method and status of rows that failed."""
         return failed_lines("accuracy", run.samples)
+
+
+def executor_text(plan: Plan) -> list[str]:
+    """Return the plan's line of who answers; none where that is one process."""
+    if plan.config.executor == "ray":
+        return [ray_text(plan.config.jobs, device=plan.facts.device)]
+    return jobs_text(worker_devices(plan.config, plan.facts.device))
+
+
+def _pool(plan: Plan, store: "RunStore", said: Said, devices: Sequence[str], *, note: Callable[[str], None]) -> Pool:
+    task = worker_task(plan, store)
+    if plan.config.executor == "processes":
+        return ProcessPool(devices, task, said, note=note)
+    from kvscope.harness.passes.ray_pool import RayPool
+    from kvscope.harness.passes.recording import identity
+
+    return RayPool(plan.config, plan.facts.device, {**task, "identity": identity(plan)}, said)

@@ -8,6 +8,7 @@ from kvscope.harness.engine.oom import is_oom
 from kvscope.harness.passes.base import Plan
 from kvscope.harness.passes.progress import Progress
 from kvscope.harness.passes.prompt import split_prompt
+from kvscope.harness.passes.prompt_check import build
 from kvscope.harness.passes.row_columns import FailureStatus, cell_columns, failed_sample_row, failure, sample_row
 from kvscope.results.schema import DecodeGraph, SampleRow
 from kvscope.tasks.answers import answer_of
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from kvscope.methods.base import CacheMethod
     from kvscope.methods.store import PromptKV
     from kvscope.tasks.base import Sample, Task
+
+#: Tokens of each task's first prompt that noise is measured on.
+_PROBE_TOKENS = 512
 
 
 def load(plan: Plan) -> "LoadedModel":
@@ -55,10 +59,10 @@ def measured_noise(plan: Plan, loaded: "LoadedModel", progress: Progress) -> "Ba
     from kvscope.harness.engine.batch_noise import batch_noise
 
     rows = plan.most_batch_rows
-    graph = shared_graph(plan)
+    graph, text = shared_graph(plan), beginnings(plan)
     while rows > 1:
         try:
-            found = batch_noise(loaded, rows=rows, decode_graph=graph)
+            found = batch_noise(loaded, rows=rows, text=text, decode_graph=graph)
         except Exception as error:  # noqa: BLE001 - a model that fails the probe fails its rows, too, and they say how
             if not is_oom(error):
                 why = failure(error, phase="the probe of shared steps")[1]
@@ -75,6 +79,15 @@ def measured_noise(plan: Plan, loaded: "LoadedModel", progress: Progress) -> "Ba
         rows //= 2
         release_memory()
     return None
+
+
+def beginnings(plan: Plan) -> list[int]:
+    """Return what the first prompts of all tasks begin with, one behind the other: what answers are steps behind."""
+    length_tokens = min(plan.config.lengths_tokens)
+    found: list[int] = []
+    for task, name in zip(plan.tasks, plan.task_names, strict=True):
+        found += build(plan, task, name, length_tokens, 0).ids[:_PROBE_TOKENS]
+    return found
 
 
 class Prompt:

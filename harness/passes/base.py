@@ -17,6 +17,7 @@ from kvscope.harness.passes.deadline import Deadline
 from kvscope.harness.passes.facts import ModelFacts, PromptFacts
 from kvscope.harness.passes.plan_text import forecast_tables, lengths_text
 from kvscope.harness.passes.progress import Progress
+from kvscope.methods.indexer_files import prompts_text
 from kvscope.results.continuing import recorded_tasks, without_hash
 from kvscope.results.run_schema import ExcludedType, PlannedCell, RunInfo
 from kvscope.specs import Spec
@@ -288,6 +289,17 @@ class Plan(RunPlan):
                 said.append(
                     f"{method.label} leaves nothing out at {lengths_text(same)}: there it is dense by another name."
                 )
+            learnt, asked = method.trained_prompts(self.facts.shape), prompts_text(self.facts.chat_template)
+            if self.tasks and learnt not in (None, asked):
+                said.append(
+                    f"the indexer of {method.label} was trained on {learnt}, and this run asks {asked}: collect again "
+                    "as the run asks, or give the run the --chat-template of the indexer."
+                )
+        if self.tasks and self.facts.not_applied:
+            said.append(
+                f"answers are greedy and leave out the model's own {', '.join(self.facts.not_applied)}, which its "
+                "generation config asks for and stock generate applies."
+            )
         said += super().warnings
         note = self.facts.backend.note(self.facts.shape, max(self.config.lengths_tokens))
         return said if note is None else [*said, note]

@@ -94,6 +94,13 @@ def jobs_text(devices: Sequence[str]) -> list[str]:
     return [f"jobs       {len(devices)} processes answer prompts, {places}; memory and times are measured alone"]
 
 
+def ray_text(jobs: int, *, device: str) -> str:
+    """Return the plan's line on a Ray cluster, whose nodes are known when it is asked."""
+    place = "GPU" if device.startswith("cuda") else "node"
+    processes = "1 process" if jobs == 1 else f"{jobs} processes"
+    return f"jobs       {processes} on each {place} of a Ray cluster; memory and times are measured here, alone"
+
+
 class _Sizes:
     """Bytes of so many sequences."""
 

@@ -5,7 +5,8 @@ a wrong type is the same sentence wherever it came from. No torch here: bad inpu
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
@@ -30,7 +31,18 @@ MOST_SAMPLES = 1_000_000
 Length = Annotated[Tokens, Field(ge=1, le=limits.MOST_LENGTH_TOKENS)]
 
 #: Keys that decide no value of a row.
-_NO_VALUES = ("out", "footprint_timeout_s", "time_limit_s", "retry", "self_check", "batch", "jobs", "gpus")
+_NO_VALUES = (
+    "out",
+    "footprint_timeout_s",
+    "time_limit_s",
+    "retry",
+    "self_check",
+    "batch",
+    "jobs",
+    "gpus",
+    "executor",
+    "ray_address",
+)
 #: Key -> why nothing is scored where it is set (``model``: to a preset).
 _UNSCORED = {
     "model": "a preset has random weights, so its answers mean nothing",
@@ -127,6 +139,15 @@ class RunConfig(BaseModel):
     gpus: str | None = Field(
         default=None, description="accuracy pass: GPUs that answer prompts, all or as 0,1 (default: the device's one)"
     )
+    executor: Literal["processes", "ray"] = Field(
+        default="processes",
+        description="accuracy pass: who answers, processes of this machine or jobs a node (or GPU) of a Ray cluster",
+    )
+    ray_address: str | None = Field(
+        default=None,
+        description="ray: the cluster, as HOST:PORT, local (one that is started for the run) or auto: $RAY_ADDRESS, "
+        "one that runs on this machine, else local",
+    )
     paper_settings: bool = Field(
         default=False, description="fix recency_tokens at 8192, blocks and budgets at their papers' values"
     )
@@ -220,6 +241,22 @@ class RunConfig(BaseModel):
         except ValidationError as error:
             raise UsageError(_sentence(error, source=source)) from None
 
+    @classmethod
+    def model_validate(cls, obj: Any, **options: Any) -> Self:
+        """Read a mapping, or pass a configuration on, with the sentences of ``make_config``.
+
+        Raises:
+            UsageError: as ``make_config``.
+        """
+        with _told():
+            return super().model_validate(obj, **options)
+
+    @classmethod
+    def model_validate_json(cls, json_data: str | bytes | bytearray, **options: Any) -> Self:
+        """Read a JSON object, as ``model_validate``."""
+        with _told():
+            return super().model_validate_json(json_data, **options)
+
     @field_validator("*", mode="before")
     @classmethod
     def _by_type(cls, value: object, info: ValidationInfo) -> object:
@@ -275,6 +312,15 @@ class RunConfig(BaseModel):
             raise UsageError(f"gpus: {shown(value)} names no GPUs: write all, or different numbers as 0,1.")
         return value
 
+    @field_validator("ray_address")
+    @classmethod
+    def _ray_address(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(
+            r"auto|local|[\w.-]{1,255}:[0-9]{1,5}|\[[0-9a-fA-F:]+\]:[0-9]{1,5}", value
+        ):
+            raise UsageError(f"ray_address: {shown(value)} is no cluster: write HOST:PORT, local or auto.")
+        return value
+
     @field_validator("out", mode="before")
     @classmethod
     def _out(cls, value: object) -> object:
@@ -298,8 +344,16 @@ class RunConfig(BaseModel):
         check_served(self.model, self.methods, self.tokenizer, changed=_changed(self))
         if self.find_max and self.throughput:
             raise UsageError("find_max and throughput are two runs: ask for one of them.")
-        if self.unscored and (self.jobs > 1 or self.gpus is not None):
-            raise UsageError("jobs and gpus say who answers prompts, and this run asks none: leave them out.")
+        if self.unscored and (self.jobs > 1 or self.gpus is not None or self.executor != "processes"):
+            raise UsageError("jobs, gpus and executor say who answers prompts, and this run asks none: leave them out.")
+        if self.executor == "ray" and self.gpus is not None:
+            raise UsageError(
+                "gpus: they are those of this machine, and Ray gives out those of its nodes: leave it out."
+            )
+        if self.executor == "ray" and ":" in self.device:
+            raise UsageError("device: Ray gives out the GPUs of its nodes: write cuda without a number.")
+        if self.executor != "ray" and self.ray_address is not None:
+            raise UsageError("ray_address: it is about a cluster: give --executor ray, too, or leave it out.")
         asks_memory = self.gpu_budget_bytes is not None or self.kv == "synthetic" or self.footprint_batch > 1
         if not self.footprint and (self.unscored or asks_memory):
             raise UsageError(
@@ -490,10 +544,21 @@ EXPECTED = {
 }
 
 
+@contextmanager
+def _told() -> Iterator[None]:
+    """Turn what pydantic raises of a whole configuration into a sentence."""
+    try:
+        yield
+    except ValidationError as error:
+        raise UsageError(_sentence(error, source=_source.get())) from None
+
+
 def _sentence(error: ValidationError, *, source: str) -> str:
     """Turn the first problem of a pydantic error into one sentence: key, value, what was expected."""
     problem = error.errors()[0]
     inner = problem.get("ctx", {}).get("error")
+    if not problem["loc"] and not isinstance(inner, UsageError):
+        return f"{source[0].upper()}{source[1:]} is {shown(problem['input'])}, expected a mapping of keys."
     key = str(problem["loc"][0]) if problem["loc"] else ""
     if isinstance(inner, UsageError):
         text = str(inner)

@@ -50,6 +50,7 @@ class ModelFacts(PromptFacts):
         weights_bytes: bytes of the weights in ``dtype``; None when the configuration does not tell.
         intermediate_size: width of the MLP.
         vocab_size: token ids are below it.
+        not_applied: settings of its generation config that stock applies to greedy answers and kvscope does not.
         step_weights_bytes: of these, what a decode step reads; None with experts, too, where tokens decide it.
     """
 
@@ -59,6 +60,7 @@ class ModelFacts(PromptFacts):
     vocab_size: int
     weights_bytes: int | None
     revision: str
+    not_applied: tuple[str, ...] = ()
     step_weights_bytes: int | None = None
 
     def prefill_peak_bytes(self, n_tokens: int, *, chunk_tokens: int) -> int:
@@ -93,8 +95,10 @@ def describe_model(
     from kvscope.harness.engine.chat import chat_tokenizer
     from kvscope.harness.engine.configs import max_length_tokens, text_config
     from kvscope.harness.engine.devices import resolve_device, resolve_dtype
+    from kvscope.harness.engine.identity import generation_config, model_folder, not_applied
     from kvscope.harness.engine.loading import explained, load_config, load_tokenizer
     from kvscope.harness.engine.names import resolve_model, sampled_revision
+    from kvscope.harness.engine.presets import is_preset
     from kvscope.harness.engine.without_weights import model_without_weights
 
     where, name = resolve_model(spec)
@@ -126,6 +130,7 @@ def describe_model(
         vocab_size=int(text.vocab_size),
         weights_bytes=None if model is None else _weights_bytes(model, element_type.itemsize),
         revision=revision,
+        not_applied=() if is_preset(spec) else tuple(not_applied(generation_config(model_folder(where), config))),
         step_weights_bytes=None if model is None else _step_weights_bytes(model, element_type.itemsize),
     )
 

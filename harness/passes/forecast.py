@@ -64,8 +64,7 @@ def plan_cell(
     predicted = method.predict(facts.shape, length_tokens - decode_tokens - 1, decode_tokens)
     forecast: Forecast = "unknown"
     reason = None
-    mirror = method.saving_kind == "offloaded"
-    needs = needed_bytes_by_device(predicted, length_tokens, config=config, facts=facts, mirror=mirror)
+    needs = needed_bytes_by_device(method, predicted, length_tokens, config=config, facts=facts)
     for device, needed_bytes in needs.items():
         free_bytes, where = rooms[device]
         if free_bytes is None:
@@ -87,20 +86,26 @@ def plan_cell(
 
 
 def needed_bytes_by_device(
-    predicted: "Footprint", length_tokens: int, *, config: RunConfig, facts: ModelFacts, mirror: bool
+    method: "CacheMethod[Any]",
+    predicted: "Footprint",
+    length_tokens: int,
+    *,
+    config: RunConfig,
+    facts: ModelFacts,
 ) -> dict[str, int]:
     """Estimate the peak bytes of a cell by device: where it computes, and the host that holds the prompt's pages.
 
-    Args:
-        mirror: whether the method recalls from the host: a synthetic prompt is smaller without.
+    A synthetic prompt is smaller where its pages are not recalled. What is recalled packed is held beside the prompt.
     """
     if facts.weights_bytes is None:
         return {}
     pages_bytes = facts.shape.dense_kv_bytes(length_tokens)
     prefill_bytes = facts.prefill_peak_bytes(length_tokens, chunk_tokens=memory_chunk_tokens(config))
     if config.synthetic_kv and not config.tasks:
-        pages_bytes = pages_bytes if mirror else pages_bytes // max(1, len(facts.shape.layers))
+        pages_bytes = pages_bytes if method.recalls_raw_pages else pages_bytes // max(1, len(facts.shape.layers))
         prefill_bytes = 0
+    if method.kv is not None:
+        pages_bytes += predicted.host_bytes
     own_bytes = facts.weights_bytes + max(prefill_bytes, config.footprint_batch * predicted.device_bytes)
     if facts.device == "cpu":
         return {"cpu": own_bytes + pages_bytes}
@@ -117,8 +122,7 @@ def longest_that_fits(method: "CacheMethod[Any]", *, config: RunConfig, facts: M
         if facts.device == "cpu" and config.gpu_budget_bytes is not None:
             needs = {"cpu": (facts.weights_bytes or 0) + predicted.device_bytes}
         else:
-            mirror = method.saving_kind == "offloaded"
-            needs = needed_bytes_by_device(predicted, length_tokens, config=config, facts=facts, mirror=mirror)
+            needs = needed_bytes_by_device(method, predicted, length_tokens, config=config, facts=facts)
         return all(free is None or needs.get(device, 0) <= free for device, (free, _) in rooms.items())
 
     low, high = 0, facts.max_length_tokens // unit

@@ -189,7 +189,7 @@ class Measurement(ABC, Generic[RowT]):
             return synthetic_prompt(
                 loaded,
                 job.context_tokens,
-                mirror=method.saving_kind == "offloaded",
+                mirror=method.recalls_raw_pages,
                 collectors=collectors,
                 chunk_tokens=job.prefill_chunk_tokens,
                 seed=job.seed,
@@ -199,6 +199,7 @@ class Measurement(ABC, Generic[RowT]):
         )
 
     def _load(self) -> "tuple[LoadedModel, CacheMethod[Any]]":
+        from kvscope.harness.engine.backend import form_on
         from kvscope.harness.engine.models import load_model
         from kvscope.methods.registry import create_method
 
@@ -206,7 +207,7 @@ class Measurement(ABC, Generic[RowT]):
         method = create_method(job.method, paper_settings=job.paper_settings)
         loaded = load_model(job.model, device=job.device, dtype=job.dtype, page_tokens=job.page_tokens)
         self.backend = loaded.attention_backend
-        return loaded, loaded.backend.form_of(method, loaded.shape)
+        return loaded, form_on(loaded.backend, method, loaded.shape)
 
 
 def measure(job: Job[RowT], *, say: TextIO) -> RowT:

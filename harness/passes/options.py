@@ -111,6 +111,22 @@ class RunOptions:
         str | None,
         typer.Option("--gpus", metavar="all|0,1", help="GPUs that answer prompts.  [default: the one of --device]"),
     ]
+    executor: Annotated[
+        str | None,
+        typer.Option(
+            "--executor",
+            metavar="processes|ray",
+            help="Who answers prompts; ray: a cluster's nodes.  [default: processes]",
+        ),
+    ]
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            "--ray-address",
+            metavar="HOST:PORT|auto|local",
+            help="That cluster; auto: a running one, else local.  [default: auto]",
+        ),
+    ]
     accuracy_graph: Annotated[
         bool | None,
         typer.Option(
@@ -259,6 +275,14 @@ class SameAnswersOptions:
             ),
             *("server_context_tokens", "concurrency", "request_timeout_s", "time_limit_s", "device", "dtype"),
         )
+    }
+
+
+class ReproduceOptions:
+    """The options of ``kvscope reproduce``: those of a run that decide no value of a claim's rows."""
+
+    __annotations__ = {
+        name: RunOptions.__annotations__[name] for name in ("device", "dtype", "batch", "jobs", "gpus", "time_limit_s")
     }
 
 

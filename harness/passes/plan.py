@@ -17,6 +17,7 @@ from kvscope.harness.passes.find_max import FindMaxPass
 from kvscope.harness.passes.footprint import FootprintPass
 from kvscope.harness.passes.forecast import device_rooms, plan_cell
 from kvscope.harness.passes.pooling import excluded_types
+from kvscope.harness.passes.ray_pool import check_installed
 from kvscope.harness.passes.served_facts import describe_served
 from kvscope.harness.passes.served_pass import ServedPass
 from kvscope.harness.passes.served_plan import ServedMethod, ServedPlan
@@ -95,8 +96,11 @@ def planned_tasks(config: RunConfig) -> "tuple[tuple[Task, ...], tuple[str, ...]
 
 def _own_plan(config: RunConfig, target: Target | None) -> Plan:
     """Return the plan of a model that kvscope runs itself."""
+    from kvscope.harness.engine.backend import form_on
     from kvscope.methods.registry import check_one_class_a_name, create_method
 
+    if config.executor == "ray":
+        check_installed()
     methods = tuple(create_method(spec, paper_settings=config.paper_settings) for spec in config.methods)
     check_one_class_a_name(list(methods))
     check_unique([method.label for method in methods])
@@ -112,7 +116,7 @@ def _own_plan(config: RunConfig, target: Target | None) -> Plan:
         elsewhere=target is not None,
     )
     check_synthetic(config, facts)
-    methods = tuple(facts.backend.form_of(method, facts.shape) for method in methods)
+    methods = tuple(form_on(facts.backend, method, facts.shape) for method in methods)
     for method in methods:
         method.require(facts.shape)
     check_rehearsals(config, methods)

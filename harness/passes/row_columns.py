@@ -68,7 +68,7 @@ def cell_columns(
         "model": model,
         "method": method.name,
         "method_label": method.label,
-        "config": method.effective_config(context_tokens, shape),
+        "config": method.effective_config(context_tokens, method.stored(shape)) | method.kv_values(),
         "length_tokens": length_tokens,
         "saving_kind": method.saving_kind,
         "noop": method.is_noop(context_tokens, shape),

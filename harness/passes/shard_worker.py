@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from kvscope.errors import KvscopeError
+import kvscope
+from kvscope.errors import EnvironmentProblem, KvscopeError, UsageError
 from kvscope.harness.passes.answering import load, measured_noise
 from kvscope.harness.passes.base import Plan
 from kvscope.harness.passes.batch import Batch
@@ -24,10 +25,12 @@ from kvscope.harness.passes.config import make_config
 from kvscope.harness.passes.deadline import Deadline, TimeLimitReached
 from kvscope.harness.passes.plan import make_plan
 from kvscope.harness.passes.progress import Progress
+from kvscope.harness.passes.recording import identity
 from kvscope.harness.passes.turns import Turns
 from kvscope.plugins import extend_search_path
+from kvscope.results.run_schema import RunInfo
 from kvscope.results.schema import SampleRow
-from kvscope.results.store import RunStore, SampleKey
+from kvscope.results.store import SampleKey
 from kvscope.terminal import complain
 
 Say = Callable[[dict[str, Any]], None]
@@ -35,26 +38,26 @@ Say = Callable[[dict[str, Any]], None]
 
 
 class RemoteStore:
-    """The rows of a folder that another process writes: those of here are sent to it.
+    """The rows of a folder that another process writes, which may lie on another machine: those of here are sent to it.
 
     Attributes:
         folder, info: as of ``RunStore``.
     """
 
-    def __init__(self, folder: Path, say: Say, *, n_jobs: int) -> None:
-        with RunStore.open(folder) as store:
-            self.folder, self.info = store.folder, store.info
-            self._rows = store.samples()
+    def __init__(self, folder: Path, info: RunInfo, say: Say, *, n_jobs: int) -> None:
+        self.folder, self.info = folder, info
         self._say, self._n_jobs = say, n_jobs
+        self._rows: list[SampleRow] = []
         self._lacking: set[SampleKey] = set()
 
     def take(self, shard: dict[str, Any]) -> None:
         """Let the rows that a shard asks for be those that lack, and no others."""
         task, length_tokens = shard["task"], shard["length_tokens"]
         self._lacking = {(task, length_tokens, index, label) for index, labels in shard["prompts"] for label in labels}
+        self._rows = [SampleRow.model_validate(row) for row in shard["rows"]]
 
     def samples(self) -> list[SampleRow]:
-        """Return the rows that were there at the start, which prompts are compared with."""
+        """Return the rows of the shard's prompts that were there, which these are compared with."""
         return self._rows
 
     def has_sample(self, key: SampleKey) -> bool:
@@ -105,26 +108,47 @@ def main() -> int:
 
 
 def answer(asked: Mapping[str, Any], say: Say) -> None:
-    """Load the model, then answer what comes. The folder is there with the first shard, and no sooner."""
+    """Load the model, then answer what comes."""
     lines = _lines()
+    if asked.get("version", kvscope.__version__) != kvscope.__version__:
+        raise EnvironmentProblem(
+            f"kvscope {kvscope.__version__} is installed here, and the run's is {asked['version']}: install the same."
+        )
     plan = make_plan(make_config(asked["config"]))
     assert isinstance(plan, Plan)
+    if (expected := asked.get("identity")) is not None:
+        check_identity(expected, identity(plan))
     progress = RemoteProgress(say)
     loaded = load(plan)
     noise = measured_noise(plan, loaded, progress)
     say({"ready": True})
-    store: RemoteStore | None = None
+    store = RemoteStore(Path(asked["folder"]), RunInfo.model_validate(asked["info"]), say, n_jobs=asked["n_jobs"])
+    plan = plan.in_folder(store.info)
     for line in lines:
         shard = json.loads(line)
-        if store is None:
-            store = RemoteStore(Path(asked["folder"]), say, n_jobs=asked["n_jobs"])
-            plan = plan.in_folder(store.info)
         store.take(shard)
         task = dict(zip(plan.task_names, plan.tasks, strict=True))[shard["task"]]
         turns = Turns(plan, store, progress, [(task, shard["task"], int(shard["length_tokens"]))])
         with contextlib.suppress(TimeLimitReached), turns:  # the sweep sees what is left
             Batch(plan, loaded, store, turns, noise=noise).run(Deadline(shard["left_s"]))
         say({"done": True})
+
+
+def check_identity(expected: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Compare the model, the trained parts and the tasks' data of this machine with those of the run.
+
+    Args:
+        expected: ``recording.identity`` of the run, out of JSON.
+
+    Raises:
+        UsageError: naming the first part that differs.
+    """
+    mine = json.loads(json.dumps(here))
+    for key, what in (("model", "model"), ("trained_parts", "trained part"), ("tasks", "task's data")):
+        if mine[key] != expected[key]:
+            parts = [part for part in mine[key] if mine[key][part] != expected[key].get(part)] if key == "model" else []
+            named = f" ({', '.join(parts)})" if parts else ""
+            raise UsageError(f"The {what} here is another than the run's{named}: put the same files on every node.")
 
 
 def _lines() -> Iterator[str]:

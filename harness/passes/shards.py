@@ -4,30 +4,24 @@ A shard is a run of prompts of one (task, length), so that all methods of a prom
 take the next shard when theirs is done. A worker that dies gives its shard back, once: what it had answered is kept.
 """
 
-import contextlib
 import json
-import os
 import queue
-import subprocess
-import sys
-import tempfile
-import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from kvscope.errors import EnvironmentProblem, UsageError
 from kvscope.harness.passes.answering import sample_cell
 from kvscope.harness.passes.base import Plan
 from kvscope.harness.passes.deadline import Deadline, TimeLimitReached
-from kvscope.harness.passes.process import SAID, STDERR_TAIL_CHARACTERS, worker_environment
+from kvscope.harness.passes.pools import Ended, Pool, Said, Worker
+from kvscope.harness.passes.process import SAID
 from kvscope.harness.passes.progress import Progress
 from kvscope.harness.passes.prompt_check import build
 from kvscope.harness.passes.row_columns import failed_sample_row
+from kvscope.harness.passes.shard_list import Shard, shards_of
 from kvscope.harness.passes.turns import cell_summary, pending_samples, prompt_work_tokens
-from kvscope.plugins import search_path
 from kvscope.results.schema import SampleRow
 from kvscope.units import format_length
 
@@ -35,76 +29,21 @@ if TYPE_CHECKING:
     from kvscope.results.store import RunStore
     from kvscope.tasks.base import Task
 
-WORKER_COMMAND = (sys.executable, "-P", "-m", "kvscope.harness.passes.shard_worker")
-#: Shards of a cell for each worker: the last ones to end leave few others waiting.
-_SHARDS_A_WORKER = 4
+_MOST_ROWS_A_SYNC = 256
 _MOST_DEATHS = 2
 """A shard that has ended so many workers is not given out again."""
-END_S = 30.0
 
 
 @dataclass(eq=False)
-class Shard:
-    """Prompts of one (task, length) that lack rows.
+class _Hand:
+    """What a worker is at.
 
     Attributes:
-        task: what rows call it.
-        prompts: index of each prompt, and labels of the methods that lack a row of it.
-        deaths: workers that died with it.
+        shard: None before it is ready, and when nothing is left for it.
     """
 
-    task: str
-    length_tokens: int
-    prompts: tuple[tuple[int, tuple[str, ...]], ...]
-    deaths: int = 0
-
-    def message(self, left_s: float | None) -> str:
-        """Return the line that gives it out, for so long; None is no limit."""
-        values = {"task": self.task, "length_tokens": self.length_tokens, "prompts": self.prompts, "left_s": left_s}
-        return json.dumps(values) + "\n"
-
-
-@dataclass(eq=False)
-class _Worker:
-    """A process that answers.
-
-    Attributes:
-        device: where it computes.
-        shard: what it is at; None before it is ready, and when nothing is left for it.
-    """
-
-    device: str
-    process: "subprocess.Popen[str]"
-    stderr: IO[str]
     shard: Shard | None = None
     ready: bool = False
-
-    def give(self, shard: Shard | None, left_s: float | None) -> None:
-        """Give it a shard, whose prompts begin within so many seconds; or let it end."""
-        self.shard = shard
-        assert self.process.stdin is not None
-        with contextlib.suppress(OSError):  # it has died: its reader says so
-            if shard is None:
-                self.process.stdin.close()
-            else:
-                self.process.stdin.write(shard.message(left_s))
-                self.process.stdin.flush()
-
-
-def shards_of(
-    plan: Plan, store: "RunStore", cells: "Sequence[tuple[Task, str, int]]", *, n_workers: int
-) -> list[Shard]:
-    """Return what lacks rows in shards, in the order in which one process would answer."""
-    found = []
-    for _, name, length_tokens in cells:
-        pending = [
-            (index, tuple(method.label for method in methods))
-            for index, methods in pending_samples(plan, store, name, length_tokens)
-        ]
-        least = plan.batch_prompts(plan.batch_rows(length_tokens)) if plan.batch_rows(length_tokens) > 1 else 1
-        size = max(1, min(least, -(-len(pending) // n_workers)), -(-len(pending) // (n_workers * _SHARDS_A_WORKER)))
-        found += [Shard(name, length_tokens, tuple(pending[at : at + size])) for at in range(0, len(pending), size)]
-    return found
 
 
 @dataclass
@@ -112,21 +51,26 @@ class ShardedAccuracy:
     """Answers the prompts of a plan in worker processes.
 
     Args:
-        devices: one entry a process.
+        pool: starts them; its workers say what they do into ``said``.
     """
 
     plan: Plan
     store: "RunStore"
     progress: Progress
     cells: "Sequence[tuple[Task, str, int]]"
-    devices: Sequence[str]
+    pool: Pool
+    said: Said
     _waiting: deque[Shard] = field(default_factory=deque)
-    _workers: list[_Worker] = field(default_factory=list)
-    _said: "queue.Queue[tuple[_Worker, str | None]]" = field(default_factory=queue.Queue)
+    _workers: dict[Worker, _Hand] = field(default_factory=dict)
+    _next: deque[tuple[Worker, str | None]] = field(default_factory=deque)
+    """What was said, and is not heard yet."""
+    _lost_at_start: int = 0
+    _some_began: bool = False
     _left: dict[tuple[str, int, int], int] = field(default_factory=dict)
     """Rows that a prompt lacks."""
     _in_cell: dict[tuple[str, int], int] = field(default_factory=dict)
     """Prompts of a cell that are not done."""
+    _begun: set[tuple[str, int]] = field(default_factory=set)
 
     def run(self, deadline: Deadline) -> None:
         """Answer every prompt that lacks a row.
@@ -137,32 +81,41 @@ class ShardedAccuracy:
                 message is its own.
         """
         self._count()
-        self._waiting.extend(shards_of(self.plan, self.store, self.cells, n_workers=len(self.devices)))
-        if not self._waiting:
-            return
+        self._waiting.extend(shards_of(self.plan, self.store, self.cells, n_workers=self.pool.n_workers))
         over: TimeLimitReached | None = None
         try:
-            for device in self.devices[: len(self._waiting)]:
-                self._start(device)
-            while self._workers:
-                worker, line = self._said.get()
+            self._fill()
+            while self._workers or (self._waiting and over is None):
+                try:
+                    worker, line = self._next.popleft() if self._next else self.said.get(timeout=self.pool.tick_s)
+                except queue.Empty:
+                    over = over or _time_is_over(deadline)
+                    if over is None:
+                        self._fill()
+                    continue
+                if worker not in self._workers:
+                    continue  # it is gone already
                 if line is None:
                     self._died(worker)
+                    if over is None:
+                        self._fill()
                 elif "row" in (message := json.loads(line)):
-                    self._row(SampleRow.model_validate(message["row"]))
+                    self._rows([message["row"], *self._more_rows()])
                 elif "note" in message:
                     self.progress.note(message["note"])
                 else:  # ready, or done with a shard
                     self.store.begin()  # not before one has loaded the model: damaged weights leave no run behind
-                    worker.ready = True
+                    hand = self._workers[worker]
+                    hand.ready = self._some_began = True
                     over = over or _time_is_over(deadline)
-                    if over is not None and worker.shard is not None:
-                        self._take_back(worker.shard)
-                    worker.give(self._waiting.popleft() if self._waiting and over is None else None, deadline.left_s)
+                    if over is not None and hand.shard is not None:
+                        self._take_back(hand.shard)
+                    hand.shard = self._waiting.popleft() if self._waiting and over is None else None
+                    worker.give(None if hand.shard is None else hand.shard.message(self.store, deadline.left_s))
         finally:
             for worker in self._workers:
-                worker.process.kill()
-                worker.process.wait()
+                worker.kill()
+            self.pool.close()
         if over is not None and self._waiting:
             raise over
 
@@ -176,76 +129,54 @@ class ShardedAccuracy:
 
     # -- workers
 
-    def _start(self, device: str) -> None:
-        environment = worker_environment()
-        if device == "cpu":
-            threads = max(1, (os.cpu_count() or 1) // len(self.devices))
-            environment.setdefault("OMP_NUM_THREADS", str(threads))
-        stderr = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed when it ends
-        process = subprocess.Popen(
-            WORKER_COMMAND,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-            env=environment,
-            start_new_session=True,  # Ctrl-C reaches the sweep alone, which then ends the workers
-        )
-        worker = _Worker(device, process, stderr)
-        self._workers.append(worker)
-        threading.Thread(target=self._listen, args=(worker,), name=f"shards on {device}", daemon=True).start()
-        assert process.stdin is not None
-        with contextlib.suppress(OSError):
-            process.stdin.write(json.dumps(self._task_of(device)) + "\n")
-            process.stdin.flush()
+    def _fill(self) -> None:
+        """Start as many workers as there are shards that no starting one will take."""
+        starting = sum(not hand.ready for hand in self._workers.values())
+        for worker in self.pool.fill(len(self._waiting) - starting):
+            self._workers[worker] = _Hand()
 
-    def _task_of(self, device: str) -> Mapping[str, Any]:
-        config = self.plan.config.model_dump(mode="json", exclude={"out", "gpus", "device"})
-        return {
-            "config": {**config, "device": device},
-            "folder": str(Path(self.store.folder).resolve()),
-            "import_folders": search_path(),
-            "n_jobs": len(self.devices),
-        }
-
-    def _listen(self, worker: _Worker) -> None:
-        """Hand over what a worker says, line by line; None is its end."""
-        assert worker.process.stdout is not None
-        for line in worker.process.stdout:
-            if line.endswith("\n"):  # cut short by a kill otherwise
-                self._said.put((worker, line))
-        self._said.put((worker, None))
-
-    def _died(self, worker: _Worker) -> None:
+    def _died(self, worker: Worker) -> None:
         """Take back what a worker that ended was at; one that had nothing left has ended well."""
-        code = worker.process.wait()
-        self._workers.remove(worker)
-        worker.stderr.seek(0)
-        lines = [line.strip() for line in worker.stderr.read()[-STDERR_TAIL_CHARACTERS:].splitlines() if line.strip()]
-        worker.stderr.close()
-        last = lines[-1] if lines else "it said nothing"
-        text = last.removeprefix(SAID)
-        if text != last:
+        ended, hand = worker.ended(), self._workers.pop(worker)
+        text = ended.last.removeprefix(SAID)
+        if text != ended.last:
             for kind in (UsageError, EnvironmentProblem):
-                if code == kind.exit_code:
-                    raise kind(text)
-        if not worker.ready:
-            raise EnvironmentProblem(
-                f"A process of --jobs on {worker.device} could not begin (exit code {code}): {text}"
-            )
-        if worker.shard is None:
+                if ended.code == kind.exit_code:
+                    self._mend(kind(text), worker, hand)
+                    return
+        if not hand.ready:
+            self._begins_not(ended, worker)
             return
-        shard = worker.shard
+        self.pool.left(worker, usable=True)
+        if hand.shard is None:
+            return
+        shard = hand.shard
         shard.prompts = self._lacking(shard)
-        shard.deaths += 1
-        ended = f"a process on {worker.device} ended with code {code} ({last})"
+        shard.deaths += ended.blames_shard
+        died = f"a process on {worker.where} {ended}"
         if shard.deaths < _MOST_DEATHS:
-            self.progress.note(f"{ended}: its prompts are given to another.")
+            self.progress.note(f"{died}: its prompts are given to another.")
             self._waiting.appendleft(shard)
         else:
-            self._give_up(shard, f"{ended}, as did {_MOST_DEATHS - 1} before it with these prompts")
-        if self._waiting:
-            self._start(worker.device)
+            self._give_up(shard, f"{died}, as did {_MOST_DEATHS - 1} before it with these prompts")
+
+    def _mend(self, error: UsageError | EnvironmentProblem, worker: Worker, hand: _Hand) -> None:
+        """End the run with what the user is to mend; a machine that came later is left out."""
+        if hand.ready or self.pool.tick_s is None or not self._some_began:
+            raise error
+        self.progress.note(f"{error} It is left out.")
+        self.pool.left(worker, usable=False)
+
+    def _begins_not(self, ended: Ended, worker: Worker) -> None:
+        """Let another begin for one that was lost while it began, some times; end the run with one that fails."""
+        self._lost_at_start += ended.blames_shard
+        if not ended.is_lost or self._lost_at_start > _MOST_DEATHS:
+            text = ended.last.removeprefix(SAID)
+            raise EnvironmentProblem(
+                f"A process of --jobs on {worker.where} could not begin (exit code {ended.code}): {text}"
+            )
+        self.progress.note(f"a process on {worker.where} {ended} before it could begin: another begins.")
+        self.pool.left(worker, usable=True)
 
     def _take_back(self, shard: Shard) -> None:
         """Let what a worker's time did not do wait."""
@@ -272,19 +203,49 @@ class ShardedAccuracy:
             sample = build(plan, task, shard.task, shard.length_tokens, index)
             for method in methods:
                 cell = sample_cell(plan, method, sample)
-                self._row(failed_sample_row(cell, sample, status="failed", reason=f"decode: {reason}"))
+                row = failed_sample_row(cell, sample, status="failed", reason=f"decode: {reason}")
+                self._rows([row.model_dump(mode="json")])
 
     # -- rows
 
-    def _row(self, row: SampleRow) -> None:
-        key = (row.task, row.length_tokens, row.sample)
-        if self.store.has_sample((*key, row.method_label)):
-            return  # answered by a worker that died before it could say that it was done
-        cell, name = key[:2], f"{row.task} {format_length(row.length_tokens)}"
+    def _more_rows(self) -> list[dict[str, Any]]:
+        """Return the rows that wait behind one: they get one sync, which on many disks takes longer than all else."""
+        found: list[dict[str, Any]] = []
+        while not self._next and len(found) < _MOST_ROWS_A_SYNC:
+            try:
+                worker, line = self.said.get_nowait()
+            except queue.Empty:
+                break
+            message = {} if line is None or worker not in self._workers else json.loads(line)
+            if "row" in message:
+                found.append(message["row"])
+            else:
+                self._next.append((worker, line))
+        return found
+
+    def _rows(self, said: Sequence[Mapping[str, Any]]) -> None:
+        """Put rows on disk, but for those that are there, and tell what is done with them."""
+        rows = {row.key: row for row in map(SampleRow.model_validate, said)}
+        # Others were answered by a worker that died before it could say that it was done.
+        fresh = [row for key, row in rows.items() if not self.store.has_sample(key)]
+        if not fresh:
+            return
+        for row in fresh:
+            self._begin_cell(row)
+        self.store.append_samples(fresh)
+        for row in fresh:
+            self._done(row)
+
+    def _begin_cell(self, row: SampleRow) -> None:
+        cell = (row.task, row.length_tokens)
         if self._in_cell.get(cell, 0) > 0 and cell not in self._begun:
             self._begun.add(cell)
+            name = f"{row.task} {format_length(row.length_tokens)}"
             self.progress.begin_cell(name, steps=self._in_cell[cell])
-        self.store.append_sample(row)
+
+    def _done(self, row: SampleRow) -> None:
+        key = (row.task, row.length_tokens, row.sample)
+        cell, name = key[:2], f"{row.task} {format_length(row.length_tokens)}"
         self._left[key] -= 1
         if self._left[key]:
             return
@@ -294,8 +255,6 @@ class ShardedAccuracy:
         self._in_cell[cell] -= 1
         if not self._in_cell[cell]:
             self.progress.end_cell(cell_summary(self.plan, self.store, *cell), cell=name)
-
-    _begun: set[tuple[str, int]] = field(default_factory=set)
 
 
 def _time_is_over(deadline: Deadline) -> TimeLimitReached | None:

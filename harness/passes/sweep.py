@@ -92,8 +92,9 @@ def begin(plan: RunPlan, store: RunStore, progress: Progress) -> None:
     done = len(store.samples()) + len(store.footprints()) + len(store.throughputs())
     if done and (left.prompts or left.processes):
         progress.note(
-            f"{done} rows are there already: continuing with {left.prompts} prompts and {left.processes} footprint "
-            "cells."
+            f"{done} {'row is' if done == 1 else 'rows are'} there already: continuing with {left.prompts} "
+            f"prompt{'' if left.prompts == 1 else 's'} and {left.processes} footprint "
+            f"cell{'' if left.processes == 1 else 's'}."
         )
     elif done and not left.cells:
         progress.note(f"All {done} rows are there already: nothing left to measure.")

@@ -11,6 +11,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from kvscope.files import first_line, whole_file, writing
 from kvscope.harness.reference_model import documents_long_qa_templates, templates_ruler
 from kvscope.harness.reference_model.templates import all_static_text
 from kvscope.tasks import prose
@@ -102,9 +103,19 @@ def save_tokenizer(folder: Path, *, seed: int = 0) -> PreTrainedTokenizerFast:
 
 
 def write_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Save a tokenizer under the class name every transformers release knows."""
-    tokenizer.save_pretrained(folder)
+    """Save a tokenizer under the class name every transformers release knows.
+
+    Raises:
+        EnvironmentProblem: the disk is full, or the place cannot be written.
+    """
+    with writing(folder):
+        try:
+            tokenizer.save_pretrained(folder)
+        except Exception as error:  # tokenizers raises a bare one
+            (folder / "tokenizer.json").unlink(missing_ok=True)  # half of one would be taken for a tokenizer
+            raise OSError(first_line(error)) from error
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

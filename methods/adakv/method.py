@@ -53,6 +53,7 @@ class AdaKV(ByWindow[AdaKVConfig]):
         "resident = read = B + decoded tokens a layer, B = min(2048, max(128, N/16)) unless set; up to a page more for "
         "each head, and 4 bytes a page of a table"
     )
+    kv_refusal = "the heads of a layer fill their pages at different steps, and a page is packed for all heads at once"
     paper_options: ClassVar[dict[str, Any]] = {"budget_tokens": PAPER_BUDGET_TOKENS}
     Config = AdaKVConfig
 

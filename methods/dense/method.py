@@ -22,6 +22,7 @@ class Dense(StaticResidency[DenseConfig]):
     source = "Vaswani et al., Attention Is All You Need, arXiv 1706.03762"
     cost = "resident = read = N tokens a layer"
     saving_kind = "resident"
+    kv_refusal = ""
     Config = DenseConfig
 
     def n_resident_tokens(self, n_tokens: int, shape: ModelShape | None) -> int:

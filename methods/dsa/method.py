@@ -135,7 +135,12 @@ class DSA(BlockSparse[DSAConfig]):
             self._indexer_config(shape)
         except UsageError as error:
             return [str(error).rstrip(".")]
-        return []
+        return self.unsupported_kv(shape, device)
+
+    def unsupported_kv(self, shape: ModelShape, device: torch.device | str) -> list[str]:
+        if self.oracle and self.kv is not None:
+            return [f"indexer={ORACLE} weighs the raw keys of every token, which kv={self.kv.name} does not hold"]
+        return super().unsupported_kv(shape, device)
 
     def observed_layers(self, shape: ModelShape) -> tuple[int, ...]:
         config = self._indexer_config(shape)
@@ -198,6 +203,9 @@ class DSA(BlockSparse[DSAConfig]):
 
     def trained_part(self, shape: ModelShape) -> str | None:
         return None if self.oracle else self._source.files_hash(shape)
+
+    def trained_prompts(self, shape: ModelShape) -> str | None:
+        return None if self.oracle else self._source.trained_prompts(shape)
 
     def effective_config(self, n_tokens: int, shape: ModelShape | None = None) -> dict[str, Any]:
         values = {**super().effective_config(n_tokens, shape), "indexer": self._indexer_name(shape)}

@@ -14,16 +14,17 @@ from typing import Any, TypeVar
 
 import torch
 
-from kvscope.methods.attention import paged_attention, stored_attention
+from kvscope.methods.attention import stored_attention
 from kvscope.methods.base import AttentionCall, CacheMethod, Collector, SequenceCache
 from kvscope.methods.eviction.budget import EvictionConfig, kept_tokens
 from kvscope.methods.eviction.choice import prompt_scores, top_tokens
 from kvscope.methods.eviction.collectors import ScoreCollector
+from kvscope.methods.packed_pool import PackedStep
 from kvscope.methods.shape import Footprint, ModelShape
-from kvscope.methods.static_step import StepPages, unsupported_step
+from kvscope.methods.static_step import Pool, StepPages, open_pool, unsupported_step
 from kvscope.methods.step_batch import StepReads
 from kvscope.methods.step_counters import StepCounters
-from kvscope.methods.store import PagePool, PromptKV
+from kvscope.methods.store import PromptKV
 
 ConfigT = TypeVar("ConfigT", bound=EvictionConfig)
 
@@ -73,6 +74,8 @@ class Eviction(CacheMethod[ConfigT]):
 class KeptTokens(Eviction[ConfigT]):
     """Every head of a layer keeps equally many tokens; what is decoded stays, too."""
 
+    kv_refusal = ""
+
     def layer_tokens(self, n_tokens: int, n_layers: int) -> list[int]:
         """Return the tokens a KV head keeps in each of the managed layers, first to last."""
         return [self.n_kept_tokens(n_tokens)] * n_layers
@@ -89,11 +92,13 @@ class KeptTokens(Eviction[ConfigT]):
         return found
 
     def predict(self, shape: ModelShape, n_tokens: int, n_new_tokens: int = 0) -> Footprint:
+        shape = self.stored(shape)
         layer_tokens = self.layer_tokens(n_tokens, len(shape.layers))
         held = [n_kept + n_new_tokens for n_kept in layer_tokens]
         return held_footprint(shape, held, room_tokens=held) + stock_footprint(shape, n_tokens, n_new_tokens)
 
     def open(self, prompt: PromptKV, device: torch.device | str, *, reserve_tokens: int = 0) -> SequenceCache:
+        prompt = self.stored_prompt(prompt)
         return KeptSequence(prompt, torch.device(device), kept=self.kept(prompt), reserve_tokens=reserve_tokens)
 
 
@@ -103,10 +108,9 @@ def held_footprint(shape: ModelShape, layer_tokens: Sequence[int], *, room_token
     Args:
         room_tokens: what their pages have room for.
     """
-    page_bytes = shape.page_tokens * shape.layer_bytes_per_token
     return Footprint(
-        kv_bytes=sum(shape.pages(n_tokens) for n_tokens in room_tokens) * page_bytes,
-        bytes_read_per_step=sum(layer_tokens) * shape.layer_bytes_per_token,
+        kv_bytes=sum(shape.layer_paged_bytes(n_tokens) for n_tokens in room_tokens),
+        bytes_read_per_step=sum(shape.layer_read_bytes(n_tokens) for n_tokens in layer_tokens),
         attention_flops_per_step=sum(layer_tokens) * 4 * shape.n_q_heads * shape.head_dim,
     )
 
@@ -131,12 +135,12 @@ class KeptSequence(SequenceCache):
         groups: dict[int, list[int]] = {}
         for layer in self.shape.layers:
             groups.setdefault(kept[layer].shape[1], []).append(layer)
-        self._pool_of: dict[int, PagePool] = {}
-        self._pools: list[PagePool] = []
-        self._steps: dict[int, StepPages] = {}
+        self._pool_of: dict[int, Pool] = {}
+        self._pools: list[Pool] = []
+        self._steps: dict[int, StepPages | PackedStep] = {}
         for n_kept, layers in groups.items():
             part = replace(self.shape, layers=tuple(layers))
-            pool = PagePool(part, n_tokens=n_kept + reserve_tokens, dtype=prompt.dtype, device=device)
+            pool = open_pool(part, n_tokens=n_kept + reserve_tokens, dtype=prompt.dtype, device=device)
             if n_kept == prompt.n_tokens:
                 pool.load(prompt, [(0, n_kept)])
             else:
@@ -155,10 +159,10 @@ class KeptSequence(SequenceCache):
         if self._steps:
             step = self._steps[layer]
             step.append(layer, call.key, call.value)
-            return stored_attention(call, [step.store(layer)])
+            return stored_attention(call, step.stores(layer))
         pool = self._pool_of[layer]
         pool.append(layer, call.key, call.value)
-        return paged_attention(call, pool.pages[layer], n_tokens=pool.lengths[layer])
+        return pool.attend(layer, call)
 
     # -- steps at fixed addresses
 
@@ -167,13 +171,13 @@ class KeptSequence(SequenceCache):
 
     def make_static(self, counters: StepCounters) -> None:
         for pool in self._pools:
-            self._steps |= dict.fromkeys(pool.shape.layers, StepPages(pool, counters))
+            self._steps |= dict.fromkeys(pool.shape.layers, pool.make_step(counters))
 
     @property
     def static_version(self) -> int:
         return sum(step.version for step in self._each_step())
 
-    def _each_step(self) -> list[StepPages]:
+    def _each_step(self) -> list[StepPages | PackedStep]:
         return [self._steps[pool.shape.layers[0]] for pool in self._pools] if self._steps else []
 
     def begin_step(self) -> None:
@@ -185,10 +189,7 @@ class KeptSequence(SequenceCache):
             step.placed()
 
     def step_reads(self, layer: int) -> StepReads | None:
-        if not self._steps:
-            return None
-        step = self._steps[layer]
-        return StepReads(place=step.place_of(layer), stores=(step.store(layer),))
+        return self._steps[layer].reads(layer) if self._steps else None
 
     # -- bytes
 

@@ -17,7 +17,7 @@ from kvscope.methods.eviction.choice import top_tokens
 from kvscope.methods.eviction.collectors import Pooling, window_scores
 from kvscope.methods.eviction.kept import KeptSequence
 from kvscope.methods.shape import Footprint, ModelShape, tensor_bytes
-from kvscope.methods.store import PromptKV
+from kvscope.methods.store import PagePool, PromptKV
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +94,7 @@ class ReappliedSequence(KeptSequence):
         n_held, n_kept, P = pool.lengths[layer], rule.budget_tokens, self.shape.page_tokens
         if n_held <= n_kept:
             return
+        assert isinstance(pool, PagePool)  # ``SnapKV.unsupported_kv`` refuses packed ones
         pages = pool.pages[layer]
         # The ring's oldest query is where the next one would go.
         q_QWD = self._queries_QWD[layer].roll(-(self._fed[layer] % rule.window_tokens), 1)

@@ -30,6 +30,7 @@ class StepwiseEviction(Eviction[ConfigT]):
     """A cache that holds at most so many tokens of each KV head, decoded ones included."""
 
     through_decode = True
+    kv_refusal = "each step's token takes the place of an older one, and a packed page is written as a whole"
 
     def capacity_tokens(self, n_tokens: int) -> int | None:
         """Return the most tokens a KV head holds after a prompt of ``n_tokens``; None: nothing is ever evicted."""

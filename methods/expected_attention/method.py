@@ -65,10 +65,14 @@ class ExpectedAttention(KeptTokens[ExpectedAttentionConfig]):
         return "the set of sinks (sink_tokens)"
 
     def unsupported(self, shape: ModelShape, device: torch.device | str) -> list[str]:
+        reasons = self.unsupported_kv(shape, device)
         if not shape.unknown_rotation_layers:
-            return []
+            return reasons
         layers = ", ".join(map(str, shape.unknown_rotation_layers))
-        return [f"the position encoding of layers {layers} cannot be undone, which the mean of the queries needs"]
+        return [
+            *reasons,
+            f"the position encoding of layers {layers} cannot be undone, which the mean of the queries needs",
+        ]
 
     def collector(self, layer: int) -> ScoreCollector:
         config = self.config

@@ -11,9 +11,12 @@ from functools import lru_cache
 
 import torch
 
+from kvscope.methods.kv_format import PagePacking
+
 MAX_HEAD_DIM = 256
 MAX_GROUP = 64
 MAX_INDEXER_HEADS = 256
+MIN_PACKED_TILE = 16
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LEAST_CAPABILITY = (8, 0)
 _FP8_CAPABILITY = (8, 9)
@@ -76,6 +79,27 @@ def _unsupported_decode(device: torch.device, dtype: torch.dtype, head_dim: int,
         reasons.append(f"the head size is {head_dim}, the kernel takes multiples of 16 up to {MAX_HEAD_DIM}")
     if group > MAX_GROUP:
         reasons.append(f"{group} query heads share a KV head, the kernel takes {MAX_GROUP}")
+    return tuple(reasons)
+
+
+def unsupported_packed(
+    device: torch.device | str, *, dtype: torch.dtype, packing: PagePacking, n_q_heads: int, n_kv_heads: int
+) -> list[str]:
+    """Return every reason why the ``paged_decode`` kernel does not read packed pages; empty when it does.
+
+    Args:
+        dtype: of the queries.
+    """
+    return list(_unsupported_packed(torch.device(device), dtype, packing, n_q_heads // n_kv_heads))
+
+
+@lru_cache(maxsize=64)
+def _unsupported_packed(device: torch.device, dtype: torch.dtype, packing: PagePacking, group: int) -> tuple[str, ...]:
+    reasons = list(_unsupported_decode(device, dtype, packing.head_dim, group))
+    if packing.key_group_tokens % MIN_PACKED_TILE:
+        reasons.append(
+            f"keys share scales over {packing.key_group_tokens} tokens, the kernel takes multiples of {MIN_PACKED_TILE}"
+        )
     return tuple(reasons)
 
 

@@ -1,6 +1,7 @@
 """Which prompt tokens always stay and which chunks are chosen, for one prompt length. No torch."""
 
 from dataclasses import dataclass
+from math import gcd
 
 TokenRange = tuple[int, int]
 
@@ -9,20 +10,27 @@ TokenRange = tuple[int, int]
 class ChunkLayout:
     """A prompt cut into chunks of ``chunk_tokens`` from its start.
 
-    Sinks and recency window are widened to whole chunks, so that every token is in exactly one of three places: in the
-    sinks, in the window (with the last, incomplete chunk), or in one of the candidate chunks between them.
+    Sinks and recency window are widened to whole chunks (to whole pages where pages are chosen), so that every token is
+    in exactly one of three places: in the sinks, in the window (with the last, incomplete chunk), or in one of the
+    candidate chunks between them.
 
     Attributes:
         n_tokens: prompt tokens prefilled.
         chunk_tokens: tokens of a chunk.
         sink_tokens: first tokens that stay, before widening.
         recency_tokens: last tokens that stay, before widening.
+        page_chunks: chunks of a page; candidates are whole pages, counted from the prompt's start.
     """
 
     n_tokens: int
     chunk_tokens: int
     sink_tokens: int
     recency_tokens: int
+    page_chunks: int = 1
+
+    def unit_tokens(self, page_tokens: int) -> int:
+        """Return the tokens that are recalled in one piece: the most that divide a chunk and a page."""
+        return gcd(self.chunk_tokens, page_tokens)
 
     @property
     def n_whole(self) -> int:
@@ -37,13 +45,15 @@ class ChunkLayout:
     @property
     def first(self) -> int:
         """First candidate chunk."""
-        return min(-(-self.sink_tokens // self.chunk_tokens), self.n_whole)
+        page_tokens = self.page_chunks * self.chunk_tokens
+        return min(-(-self.sink_tokens // page_tokens), self.n_tokens // page_tokens) * self.page_chunks
 
     @property
     def last(self) -> int:
         """Chunk behind the last candidate; not below ``first``."""
         before_window = max(0, self.n_tokens - self.recency_tokens)
-        return max(self.first, before_window // self.chunk_tokens)
+        page_tokens = self.page_chunks * self.chunk_tokens
+        return max(self.first, before_window // page_tokens * self.page_chunks)
 
     @property
     def n_candidates(self) -> int:

@@ -34,8 +34,12 @@ from kvscope.methods.lsa.options import (
     ATTENTION,
     DEFAULT_CHUNK_TOKENS,
     DEFAULT_TAU,
+    DEPLOYED_LENGTH_TOKENS,
+    DEPLOYED_PAGE_TOKENS,
+    DEPLOYED_PAGES,
     HINDSIGHT,
     LANDMARK,
+    PAGES,
     LsaConfig,
 )
 from kvscope.methods.lsa.schedule import LsaSequence, Schedule
@@ -67,6 +71,7 @@ class Lsa(CacheMethod[LsaConfig]):
     source = "Lookahead Sparse Attention (FlashMemory-DeepSeek-V4), arXiv 2606.09079"
     cost = "resident = read = S + R + chosen chunks * C + decoded tokens a layer; (E + 4) bytes a key and indexed layer"
     saving_kind = "offloaded"
+    kv_refusal = ""
     budget_sets_window = False
     needs_training = "an indexer"
     through_decode = True
@@ -107,11 +112,22 @@ class Lsa(CacheMethod[LsaConfig]):
             config = self._indexer_config(shape)
         except UsageError as error:
             return [str(error).rstrip(".")]
+        reasons = self.unsupported_kv(shape, device)
+        if uneven := self.uneven_pages():
+            reasons.append(uneven)
         unknown = sorted(set(config.layers if config else ()) & set(shape.unknown_rotation_layers))
         if not unknown:
-            return []
+            return reasons
         layers = ", ".join(map(str, unknown))
-        return [f"the position encoding of layers {layers} cannot be undone, which the indexer's chunk keys need"]
+        return [
+            *reasons,
+            f"the position encoding of layers {layers} cannot be undone, which the indexer's chunk keys need",
+        ]
+
+    def unsupported_kv(self, shape: ModelShape, device: torch.device | str) -> list[str]:
+        if self.kv is not None and self.config.indexer in (ATTENTION, HINDSIGHT):
+            return [f"indexer={self.config.indexer} weighs the raw keys of the prompt, which kv={self.kv.name} packs"]
+        return super().unsupported_kv(shape, device)
 
     def observed_layers(self, shape: ModelShape) -> tuple[int, ...]:
         config = self._indexer_config(shape)
@@ -208,22 +224,48 @@ class Lsa(CacheMethod[LsaConfig]):
         return ChunkLayout(
             n_tokens=n_tokens,
             chunk_tokens=self.chunk_tokens(),
-            sink_tokens=self.config.sink_tokens,
+            sink_tokens=self.config.effective_sink_tokens,
             recency_tokens=default_recency_tokens(n_tokens) if wanted is None else wanted,
+            page_chunks=self.page_chunks(),
         )
+
+    def uneven_pages(self) -> str | None:
+        """Return why pages cannot be made of chunks; None where they can."""
+        page_tokens, chunk_tokens = self.config.page_tokens, self.chunk_tokens()
+        if self.config.policy != PAGES or page_tokens % chunk_tokens == 0:
+            return None
+        return f"page_tokens={page_tokens} is no multiple of the indexer's chunks of {chunk_tokens} tokens"
+
+    def page_chunks(self) -> int:
+        """Return the chunks of what is chosen as one: 1 unless pages are."""
+        return max(1, self.config.page_tokens // self.chunk_tokens()) if self.config.policy == PAGES else 1
 
     def rule(self, layout: ChunkLayout) -> Rule:
         """Return which candidates are kept of a prompt cut like this."""
         config = self.config
+        if config.policy == PAGES:
+            n_chunks = self._n_pages(layout) * layout.page_chunks
+            return Rule(threshold=config.threshold, n_chunks=n_chunks, page_chunks=layout.page_chunks)
         if not config.budgeted:
             cap_tokens = self._cap_tokens()
             n_most = None if cap_tokens is None else layout.budgeted_chunks(cap_tokens)
             return Rule(threshold=config.threshold, n_most=n_most)
-        if config.budget_tokens is not None:
-            budget_tokens = config.budget_tokens
-        else:
-            budget_tokens = int((config.effective_fraction or 0.0) * layout.n_tokens)
-        return Rule(n_chunks=layout.budgeted_chunks(budget_tokens))
+        return Rule(n_chunks=layout.budgeted_chunks(self._budget_tokens(layout)))
+
+    def _budget_tokens(self, layout: ChunkLayout) -> int:
+        if self.config.budget_tokens is not None:
+            return self.config.budget_tokens
+        return int((self.config.effective_fraction or 0.0) * layout.n_tokens)
+
+    def _n_pages(self, layout: ChunkLayout) -> int:
+        """Return K_max of a prompt: as given, what a budget has room for, or the deployed number."""
+        config, n_all = self.config, layout.n_candidates // layout.page_chunks
+        if config.budgeted:
+            return layout.budgeted_chunks(self._budget_tokens(layout)) // layout.page_chunks
+        if config.pages is not None:
+            return min(n_all, config.pages)
+        deployed_tokens = DEPLOYED_PAGES * DEPLOYED_PAGE_TOKENS * layout.n_tokens / DEPLOYED_LENGTH_TOKENS
+        return min(n_all, max(1, round(deployed_tokens / config.page_tokens)))
 
     def _cap_tokens(self) -> int | None:
         if self.config.cap_tokens is not None or self.config.fallback_ratio is not None:
@@ -243,16 +285,16 @@ class Lsa(CacheMethod[LsaConfig]):
         A threshold keeps what it keeps: then the share the indexer kept on held-out documents counts, or everything
         if that is not known. With ``stale1`` it is an upper bound: every chunk chosen may be new.
         """
-        config, layout = self._indexer_config(shape), self.layout(n_tokens)
+        config, layout, shape = self._indexer_config(shape), self.layout(n_tokens), self.stored(shape)
         rule = self.rule(layout)
         n_chosen = rule.n_chunks
         if n_chosen is None:
             share = 1.0 if config is None or config.kept_fraction is None else config.kept_fraction
             n_chosen = rule.n_kept(math.ceil(share * layout.n_candidates))
         C, tau = layout.chunk_tokens, self.tau()
-        n_held = min(layout.n_candidates, 2 * n_chosen) if self.config.refresh == "stale1" else n_chosen
+        n_held = min(layout.n_candidates, 2 * n_chosen) if self.config.effective_refresh == "stale1" else n_chosen
         static_tokens, n_total = layout.static_tokens + n_new_tokens, n_tokens + n_new_tokens
-        n_read = static_tokens + n_chosen * C
+        n_read, n_layers, unit = static_tokens + n_chosen * C, len(shape.layers), layout.unit_tokens(shape.page_tokens)
         scored = Footprint()
         if config is not None and layout.n_candidates:
             scored = Footprint(
@@ -268,15 +310,20 @@ class Lsa(CacheMethod[LsaConfig]):
             )
         return scored + Footprint(
             kv_bytes=shape.paged_kv_bytes(static_tokens)
-            + n_held * C * shape.kv_bytes_per_token
+            + n_layers * shape.packed_bytes(n_held * C, unit_tokens=unit)
             + shape.stock_kv_bytes(n_tokens, n_new_tokens),
-            host_bytes=shape.paged_kv_bytes(n_tokens),
-            bytes_read_per_step=shape.read_bytes(n_read) + shape.stock_read_bytes(n_total),
+            host_bytes=n_layers * shape.packed_bytes(shape.pages(n_tokens) * shape.page_tokens, unit_tokens=unit),
+            bytes_read_per_step=shape.read_bytes(static_tokens)
+            + n_layers * shape.packed_bytes(n_chosen * C, unit_tokens=unit)
+            + shape.stock_read_bytes(n_total),
             attention_flops_per_step=shape.attention_flops(n_read) + shape.stock_attention_flops(n_total),
         )
 
     def trained_part(self, shape: ModelShape) -> str | None:
         return self._source.files_hash(shape) if self.config.indexed else None
+
+    def trained_prompts(self, shape: ModelShape) -> str | None:
+        return self._source.trained_prompts(shape) if self.config.indexed else None
 
     def effective_config(self, n_tokens: int, shape: ModelShape | None = None) -> dict[str, Any]:
         self._source.see(shape)
@@ -292,16 +339,22 @@ class Lsa(CacheMethod[LsaConfig]):
             "chunks_chosen": rule.n_chunks,
             "chunks_to_choose_from": layout.n_candidates,
             "chunk_tokens": layout.chunk_tokens,
-            "sink_tokens": min(config.sink_tokens, n_tokens),
+            "sink_tokens": min(config.effective_sink_tokens, n_tokens),
             "recency_tokens": min(layout.recency_tokens, n_tokens),
             "always_resident_tokens": layout.static_tokens,
-            "refresh": config.refresh,
+            "refresh": config.effective_refresh,
             "fallback_ratio": config.fallback_ratio,
             "selection": self.selection,
             "seed": config.seed,
         }
         if config.indexer in (ATTENTION, HINDSIGHT, LANDMARK):  # of a trained one the residency tells name and hash
             values["indexer"] = config.indexer
+        if config.policy == PAGES:  # rows of the threshold say what they said before there was a choice
+            values |= {
+                "mode": PAGES,
+                "page_tokens": config.page_tokens,
+                "pages": (rule.n_chunks or 0) // layout.page_chunks,
+            }
         if config.selection == "synthetic":
             values["churn"] = self._churn
         if self._source.shape is None and config.selection == "trained" and config.indexer is None:
@@ -336,7 +389,7 @@ class Lsa(CacheMethod[LsaConfig]):
     ) -> LsaSequence:
         """Open a prompt with a selector of one's own (the label gate scripts one)."""
         return RecallingSequence(
-            prompt,
+            self.stored_prompt(prompt),
             torch.device(device),
             layout=layout,
             selector=selector,
@@ -350,7 +403,7 @@ class Lsa(CacheMethod[LsaConfig]):
         trained = config is not None and self.config.selection == "trained"
         return Schedule(
             tau=self.tau(),
-            stale=self.config.refresh == "stale1",
+            stale=self.config.effective_refresh == "stale1",
             fallback_ratio=self.config.fallback_ratio,
             indexer=self._source.name if trained else None,
             indexer_tau=config.tau if config is not None and trained else None,

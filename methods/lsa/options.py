@@ -11,6 +11,11 @@ DEFAULT_TAU = 64
 ATTENTION, HINDSIGHT, LANDMARK = "attention", "hindsight", "landmark"
 #: Share of the prompt that ``landmark`` keeps where no budget is given: its scores are no probabilities to a threshold.
 LANDMARK_BUDGET_FRACTION = 0.25
+#: Values of ``policy``.
+THRESHOLD, PAGES = "threshold", "pages"
+DEFAULT_SINK_TOKENS = 4
+#: Of the deployed rule (FlashMemory-DeepSeek-V4, technical report): 96 pages of 256 tokens at 256K tokens, 192 at 512K.
+DEPLOYED_PAGE_TOKENS, DEPLOYED_PAGES, DEPLOYED_LENGTH_TOKENS = 256, 96, 256 * 1024
 #: What versions to 0.2 called ``attention``: folders and rows of it keep their labels.
 OLDER_ATTENTION = "oracle"
 
@@ -34,11 +39,16 @@ class LsaConfig:
             the best chunks are kept; none: the indexer's cap, without one any number.
         chunk_tokens: tokens of a chunk; none: the indexer's own (of several shipped the first by name), 64 without a
             trained one.
-        sink_tokens: first prompt tokens that always stay, widened to whole chunks.
+        policy: threshold (chunks by their own scores), or pages (the rule FlashMemory deploys: a page scores the number
+            of its chunks that reach the threshold, and a fixed number of pages stays, the densest).
+        page_tokens: with policy=pages, tokens of a page; a multiple of a chunk's.
+        pages: with policy=pages, pages that stay beside the window; none: those a budget has room for, without one the
+            deployed 96 at 256K tokens, in proportion to the prompt.
+        sink_tokens: first prompt tokens that always stay, widened to whole chunks; none: 4, and 0 with policy=pages.
         recency_tokens: last prompt tokens that always stay, widened to whole chunks; none: min(8192, max(128,
             length / 64)).
         refresh: sync (the recall ends before the step) or stale1 (copied behind the running interval, read from the
-            next one on).
+            next one on); none: sync, and stale1 with policy=pages.
         fallback_ratio: a choice of more than this share of the candidate chunks makes the interval dense; none: never.
         indexer: folder or shipped name of a trained indexer, on deepseek_v4 models a file of weights; or attention
             (each layer chooses by its own attention at the refreshing step, read from the host; the steps after it may
@@ -59,9 +69,12 @@ class LsaConfig:
     budget_fraction: float | None = None
     cap_tokens: Tokens | None = None
     chunk_tokens: Tokens | None = None
-    sink_tokens: Tokens = 4
+    policy: str = THRESHOLD
+    page_tokens: Tokens = DEPLOYED_PAGE_TOKENS
+    pages: int | None = None
+    sink_tokens: Tokens | None = None
     recency_tokens: Tokens | None = None
-    refresh: str = "sync"
+    refresh: str | None = None
     fallback_ratio: float | None = None
     indexer: str | None = None
     selection: str = "trained"
@@ -73,11 +86,14 @@ class LsaConfig:
         by_landmark = self.indexer == LANDMARK
         for name, value, known in (
             ("mode", self.mode or "threshold", ("threshold", "budget")),
-            ("refresh", self.refresh, ("sync", "stale1")),
+            ("refresh", self.refresh or "sync", ("sync", "stale1")),
+            ("policy", self.policy, (THRESHOLD, PAGES)),
             ("selection", self.selection, ("trained", "synthetic")),
         ):
             if value not in known:
                 raise ValueError(f"{name} must be {' or '.join(known)}, got {value!r}")
+        self._normalise()
+        self._check_pages()
         if by_landmark and (self.mode == "threshold" or self.threshold != 0.5 or self.cap_tokens is not None):
             raise ValueError(
                 "indexer=landmark scores by no probability, so no threshold and no cap of one apply; give "
@@ -87,7 +103,7 @@ class LsaConfig:
             raise ValueError("mode=budget needs budget_tokens or budget_fraction")
         if self.mode == "threshold" and budgeted:
             raise ValueError("a budget belongs to mode=budget; leave mode out or drop the budget")
-        if budgeted and self.threshold != 0.5:
+        if budgeted and self.threshold != 0.5 and self.policy != PAGES:
             raise ValueError("give a threshold or a budget, not both")
         if self.budget_tokens is not None and self.budget_fraction is not None:
             raise ValueError("give budget_tokens or budget_fraction, not both")
@@ -107,7 +123,7 @@ class LsaConfig:
             raise ValueError(f"tau must be 1 or more, got {self.tau}")
         if self.chunk_tokens is not None and self.chunk_tokens < 1:
             raise ValueError(f"chunk_tokens must be 1 or more, got {self.chunk_tokens}")
-        if self.sink_tokens < 0:
+        if self.sink_tokens is not None and self.sink_tokens < 0:
             raise ValueError(f"sink_tokens must be 0 or more, got {self.sink_tokens}")
         if self.recency_tokens is not None and self.recency_tokens < 0:
             raise ValueError(f"recency_tokens must be 0 or more, got {self.recency_tokens}")
@@ -115,7 +131,7 @@ class LsaConfig:
             raise ValueError(f"fallback_ratio must lie between 0 and 1, both excluded, got {self.fallback_ratio}")
         if self.selection == "synthetic" and self.indexer is not None:
             raise ValueError("selection=synthetic draws its own indexer, so indexer cannot be given")
-        if self.indexer == HINDSIGHT and self.refresh == "stale1":
+        if self.indexer == HINDSIGHT and self.effective_refresh == "stale1":
             raise ValueError(
                 "refresh=stale1 would bring what indexer=hindsight knows of an interval one interval late; leave it out"
             )
@@ -127,6 +143,48 @@ class LsaConfig:
             raise ValueError(
                 "selection=synthetic needs a budget: the scores of random weights mean nothing to a threshold"
             )
+
+    def _normalise(self) -> None:
+        """Take an option that says what holds anyway for one not given: labels of one method are one."""
+        given = {"refresh": self.refresh, "sink_tokens": self.sink_tokens}
+        for name, value in given.items():
+            if value is not None and value == self._unless_given(name):
+                object.__setattr__(self, name, None)
+
+    def _unless_given(self, name: str) -> str | int:
+        paged = self.policy == PAGES
+        return {"refresh": "stale1" if paged else "sync", "sink_tokens": 0 if paged else DEFAULT_SINK_TOKENS}[name]
+
+    def _check_pages(self) -> None:
+        if self.policy != PAGES:
+            if self.pages is not None or self.page_tokens != DEPLOYED_PAGE_TOKENS:
+                raise ValueError("pages and page_tokens belong to policy=pages")
+            return
+        budgeted = self.budget_tokens is not None or self.budget_fraction is not None
+        if not self.indexed or self.selection != "trained":
+            raise ValueError(
+                "policy=pages counts chunks that reach a threshold, which needs the scores of a trained indexer"
+            )
+        if self.mode is not None or self.cap_tokens is not None or self.fallback_ratio is not None:
+            raise ValueError(
+                "policy=pages keeps a fixed number of pages, so mode, cap_tokens and fallback_ratio do not apply"
+            )
+        if self.page_tokens < 1:
+            raise ValueError(f"page_tokens must be 1 or more, got {self.page_tokens}")
+        if self.pages is not None and self.pages < 0:
+            raise ValueError(f"pages must be 0 or more, got {self.pages}")
+        if self.pages is not None and budgeted:
+            raise ValueError("give pages or a budget, not both")
+
+    @property
+    def effective_refresh(self) -> str:
+        """When what a refresh chooses is read, by default or as given."""
+        return str(self._unless_given("refresh")) if self.refresh is None else self.refresh
+
+    @property
+    def effective_sink_tokens(self) -> int:
+        """First tokens that stay, by default or as given."""
+        return int(self._unless_given("sink_tokens")) if self.sink_tokens is None else self.sink_tokens
 
     @property
     def indexed(self) -> bool:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from kvscope.methods.kernels.host_gather.gather import HostGather, gather_backend
+from kvscope.methods.kernels.paged_decode.inputs import PagedKV
+from kvscope.methods.kv_format import PagePacking
 
 
 @dataclass(frozen=True)
@@ -32,21 +34,31 @@ class ChunkPool:
     Their order means nothing (attention does not mind), so a change moves only what comes and what goes.
     """
 
-    def __init__(self, host_pages: torch.Tensor, *, chunk_tokens: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        host_pages: torch.Tensor,
+        *,
+        chunk_tokens: int,
+        device: torch.device,
+        packing: PagePacking | None = None,
+    ) -> None:
         """Start empty.
 
         Args:
             host_pages: the mirror, [pages, H, 2, P, D]; read only.
             chunk_tokens: tokens of a chunk.
             device: where slots live.
+            packing: of the mirror, which is ``packed_pool.packed_mirror``'s then: a slot is one of its pages.
         """
         _, H, _, P, D = host_pages.shape
         self.chunk_tokens = chunk_tokens
-        self.slot_tokens = math.gcd(chunk_tokens, P)
+        self.packing = packing
+        self.slot_tokens = math.gcd(chunk_tokens, P) if packing is None else packing.page_tokens
         self._mirror = host_pages
         self.slots_per_chunk = chunk_tokens // self.slot_tokens
         self.ids = torch.empty(0, dtype=torch.long)
-        self.slots = torch.empty((0, H, 2, self.slot_tokens, D), dtype=host_pages.dtype, device=device)
+        held = self.slot_tokens if packing is None else P
+        self.slots = torch.empty((0, H, 2, held, D), dtype=host_pages.dtype, device=device)
         # A kernel that reads the mirror itself is as fast as the bus at any size; see kernels/host_gather.
         self._gather_by = gather_backend(host_pages, self.slots)
 
@@ -59,6 +71,10 @@ class ChunkPool:
     def n_tokens(self) -> int:
         """Tokens resident."""
         return len(self.ids) * self.chunk_tokens
+
+    def store(self) -> PagedKV:
+        """Return what attention reads."""
+        return slots_store(self.slots, self.packing, n_tokens=self.n_tokens)
 
     @property
     def chunk_bytes(self) -> int:
@@ -105,6 +121,18 @@ class ChunkPool:
     def clear(self) -> None:
         """Free the slots."""
         self.ids, self.slots = self.ids[:0], self.slots.new_empty((0, *self.slots.shape[1:]))
+
+
+def slots_store(
+    slots: torch.Tensor,
+    packing: PagePacking | None,
+    *,
+    n_tokens: int | torch.Tensor,
+    page_table: torch.Tensor | None = None,
+) -> PagedKV:
+    """Return slots as attention reads them; packed ones are moved in halves and read as whole records."""
+    pages = slots if packing is None else slots.view(*slots.shape[:2], packing.record_bytes)
+    return PagedKV(pages=pages, n_tokens=n_tokens, page_table=page_table, packing=packing)
 
 
 @dataclass(frozen=True)

@@ -138,13 +138,15 @@ class LsaSequence(SequenceCache):
         )
 
     def _reads(self, *, kv_bytes: int, static_tokens: int) -> Footprint:
-        shape = self.shape
-        n_read = static_tokens + self._chosen_tokens(arriving=False)
+        shape, layout = self.shape, self._layout
+        n_chosen = self._chosen_tokens(arriving=False)
+        unit = layout.unit_tokens(shape.page_tokens)
+        chosen_bytes = len(shape.layers) * shape.packed_bytes(n_chosen, unit_tokens=unit)
         return self._scoring() + Footprint(
             kv_bytes=kv_bytes,
             host_bytes=self._mirror_bytes,
-            bytes_read_per_step=shape.read_bytes(n_read),
-            attention_flops_per_step=shape.attention_flops(n_read),
+            bytes_read_per_step=shape.read_bytes(static_tokens) + chosen_bytes,
+            attention_flops_per_step=shape.attention_flops(static_tokens + n_chosen),
         )
 
     def close(self) -> None:

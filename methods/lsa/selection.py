@@ -24,17 +24,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """Which candidates are kept, by their scores. Exactly one of ``threshold`` and ``n_chunks`` is set.
+    """Which candidates are kept, by their scores. One of ``threshold`` and ``n_chunks`` is set; both with pages.
 
     Attributes:
         threshold: probability in (0, 1).
         n_chunks: candidates kept, those of the highest scores.
+        page_chunks: chunks of a page: whole pages are kept, ``n_chunks`` in all, those with the most chunks that reach
+            the threshold. None: each chunk stands for itself.
         n_most: with a threshold the most that are kept, those of the highest scores; None: however many reach it.
     """
 
     threshold: float | None = None
     n_chunks: int | None = None
     n_most: int | None = None
+    page_chunks: int | None = None
 
     def n_kept(self, n_chosen: int) -> int:
         """Return how many stay of candidates that reached the threshold."""
@@ -43,11 +46,20 @@ class Rule:
     def of_logits(self, logits_n: torch.Tensor) -> torch.Tensor:
         """Return the candidates to keep, ascending, on the CPU. Equal scores are taken in order."""
         if self.n_chunks is not None:
-            return top_chunks(logits_n, self.n_chunks).cpu()
+            return self.fixed(logits_n).cpu()
         assert self.threshold is not None
         chosen = (logits_n >= logit(self.threshold)).nonzero()[:, 0]
         n_kept = self.n_kept(len(chosen))
         return (chosen if n_kept == len(chosen) else top_chunks(logits_n, n_kept)).cpu()
+
+    def fixed(self, logits_n: torch.Tensor) -> torch.Tensor:
+        """The same on the device of the logits, where the number kept is fixed: nothing waits for the device."""
+        assert self.n_chunks is not None
+        if self.page_chunks is None:
+            return top_chunks(logits_n, self.n_chunks)
+        assert self.threshold is not None
+        reached_n = logits_n >= logit(self.threshold)
+        return densest_pages(reached_n, page_chunks=self.page_chunks, n_pages=self.n_chunks // self.page_chunks)
 
     def of_mass(self, mass_n: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
         """The same for attention mass: a threshold keeps the fewest candidates that reach it together with ``rest``."""
@@ -64,6 +76,25 @@ class Rule:
 def top_chunks(score_n: torch.Tensor, n_chunks: int) -> torch.Tensor:
     """Return the ``n_chunks`` best, ascending, on the device of the scores. Equal scores are taken in order."""
     return torch.argsort(score_n, dim=0, descending=True, stable=True)[:n_chunks].sort().values
+
+
+def densest_pages(reached_n: torch.Tensor, *, page_chunks: int, n_pages: int) -> torch.Tensor:
+    """Return the chunks of the ``n_pages`` pages with the most chunks that reached the threshold, ascending.
+
+    The rule FlashMemory-DeepSeek-V4 deploys (technical report): a page's score is that number. Pages of equal scores,
+    those of nil among them, are taken in order.
+
+    Args:
+        reached_n: whether each candidate reached it; whole pages.
+
+    Raises:
+        ValueError: the candidates are no whole pages.
+    """
+    if len(reached_n) % page_chunks:
+        raise ValueError(f"{len(reached_n)} candidates are no whole pages of {page_chunks}")
+    count_p = reached_n.view(-1, page_chunks).sum(1)
+    pages = top_chunks(count_p, n_pages)
+    return (pages[:, None] * page_chunks + torch.arange(page_chunks, device=pages.device)).flatten()
 
 
 class Selector:
@@ -250,7 +281,7 @@ class IndexerSelector(Selector):
                 fill_selection(out, top_chunks(logits_Rn.amax(0), n_kept))
             return n_kept
         # A stable order, not the k-th best score as a threshold: equal scores at the edge would be one too many.
-        chosen = top_chunks(logits_Rn.amax(0), self._rule.n_chunks)
+        chosen = self._rule.fixed(logits_Rn.amax(0))
         fill_selection(out, chosen)
         return len(chosen)
 

@@ -7,14 +7,17 @@ import torch
 
 from kvscope.methods.attention import joint_attention, stored_attention
 from kvscope.methods.base import AttentionCall, Residency
-from kvscope.methods.kernels.dispatch import triton_version
+from kvscope.methods.kernels.dispatch import triton_version, unsupported_packed
+from kvscope.methods.kernels.paged_decode.inputs import PagedKV
+from kvscope.methods.kv_format import PagePacking
 from kvscope.methods.lsa.labels import token_logits
 from kvscope.methods.lsa.layout import ChunkLayout
 from kvscope.methods.lsa.pool import ChunkPool, Copier, Copy, Move
 from kvscope.methods.lsa.schedule import LsaSequence, Schedule
 from kvscope.methods.lsa.selection import Selector
+from kvscope.methods.packed_pool import PackedPool, PackedStep, packed_mirror
 from kvscope.methods.shape import Footprint, tensor_bytes
-from kvscope.methods.static_step import StepPages, unsupported_step, write_token
+from kvscope.methods.static_step import StepPages, open_pool, unsupported_step, write_token
 from kvscope.methods.step_batch import StepReads, keep_query
 from kvscope.methods.step_counters import StepCounters
 from kvscope.methods.store import PagePool, PromptKV
@@ -47,17 +50,24 @@ class RecallingSequence(LsaSequence):
     ) -> None:
         super().__init__(prompt, device, layout=layout, selector=selector, schedule=schedule)
         self._mirror = prompt.pages
+        self._packing: PagePacking | None = None
+        if self.shape.kv is not None:
+            self._packing = self.shape.packing(layout.unit_tokens(self.shape.page_tokens))
+            self._mirror = packed_mirror(prompt, self._packing, device)
+            self._mirror_bytes = tensor_bytes(self._mirror.values())
         n_static = layout.static_tokens
-        self._static = PagePool(self.shape, n_tokens=n_static + reserve_tokens, dtype=prompt.dtype, device=device)
+        self._static = open_pool(self.shape, n_tokens=n_static + reserve_tokens, dtype=prompt.dtype, device=device)
         self._static.load(prompt, layout.static_ranges)
         self._pools = {
-            layer: ChunkPool(prompt.pages[layer], chunk_tokens=layout.chunk_tokens, device=device)
+            layer: ChunkPool(
+                self._mirror[layer], chunk_tokens=layout.chunk_tokens, device=device, packing=self._packing
+            )
             for layer in self.shape.layers
         }
         self._arriving: dict[int, _Arrival] = {}
         self._copier = Copier(device) if schedule.stale else None
         self._recall = next(iter(self._pools.values())).backend
-        self._step: StepPages | None = None
+        self._step: StepPages | PackedStep | None = None
         self._slots: ChunkSlots | None = None
         self._n_unread_refreshes = self._first_chosen = 0
         self._first_refresh()
@@ -73,12 +83,16 @@ class RecallingSequence(LsaSequence):
         from kvscope.methods.lsa.slots import unsupported_slots
 
         reasons = unsupported_step(self.shape, self.device, self._static.dtype)
+        if self._packing is not None and self.device.type == "cuda":
+            n_heads = {"n_q_heads": self.shape.n_q_heads, "n_kv_heads": self.shape.n_kv_heads}
+            found = unsupported_packed(self.device, dtype=self._static.dtype, packing=self._packing, **n_heads)
+            reasons += [reason for reason in found if reason not in reasons]
         return reasons + unsupported_slots(self._mirror, self._pools)
 
     def make_static(self, counters: StepCounters) -> None:
         from kvscope.methods.lsa.slots import ChunkSlots
 
-        self._step = StepPages(self._static, counters)
+        self._step = self._static.make_step(counters)
         self._first_chosen = len(next(iter(self._pools.values())).ids)
         budgeted = self._selector.n_chosen is not None
         if self._layout.n_candidates and not (budgeted and not self._first_chosen):
@@ -101,21 +115,19 @@ class RecallingSequence(LsaSequence):
     def attend(self, layer: int, call: AttentionCall) -> torch.Tensor:
         if self._step is None:
             return super().attend(layer, call)
-        reads = self.step_reads(layer)
-        assert reads is not None
-        keep_query(call, reads.query_place)
-        write_token(reads.place, call.key, call.value)
-        return stored_attention(call, reads.stores)
+        keep_query(call, self._selector.query_place(layer))
+        write_token(self._step.place_of(layer), call.key, call.value)
+        return stored_attention(call, self._step_stores(self._step, layer))
+
+    def _step_stores(self, step: StepPages | PackedStep, layer: int) -> tuple[PagedKV, ...]:
+        return step.stores(layer) + (() if self._slots is None else (self._slots.store(layer),))
 
     def step_reads(self, layer: int) -> StepReads | None:
-        if self._step is None:
+        if self._step is None or self._packing is not None:
             return None
-        stores = [self._step.store(layer)]
-        if self._slots is not None:
-            stores.append(self._slots.store(layer))
-        return StepReads(
-            place=self._step.place_of(layer), stores=tuple(stores), query_place=self._selector.query_place(layer)
-        )
+        stores = self._step_stores(self._step, layer)
+        query_place = self._selector.query_place(layer)
+        return StepReads(place=self._step.place_of(layer), stores=stores, query_place=query_place)
 
     def begin_step(self) -> None:
         if self._step is None:
@@ -157,9 +169,10 @@ class RecallingSequence(LsaSequence):
             self._resident_tokens.append(self._layout.static_tokens + held * self._layout.chunk_tokens)
 
     def backends(self) -> tuple[str, ...]:
+        packed = super().backends()
         if not self._layout.n_candidates:
-            return ()
-        return (*self._selector.backends(), f"recall: {self._recall}")
+            return packed
+        return (*packed, *self._selector.backends(), f"recall: {self._recall}")
 
     def residency(self) -> Residency:
         self.settle()
@@ -175,6 +188,9 @@ class RecallingSequence(LsaSequence):
 
     def _attend(self, layer: int, call: AttentionCall) -> torch.Tensor:
         pool, static = self._pools[layer], self._static
+        if isinstance(static, PackedPool):
+            stores = static.stores(layer)
+            return stored_attention(call, [*stores, pool.store()] if pool.n_tokens else stores)
         return joint_attention(call, [(static.pages[layer], static.lengths[layer]), (pool.slots, pool.n_tokens)])
 
     def _place(self, layer: int, wanted: torch.Tensor) -> tuple[int, int]:
@@ -195,6 +211,7 @@ class RecallingSequence(LsaSequence):
 
     def _logits(self, layer: int, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
         n_prompt, n_static, static = self._layout.n_tokens, self._layout.static_tokens, self._static
+        assert isinstance(static, PagePool)  # ``Lsa.unsupported_kv`` refuses packed ones
         prompt_QT = token_logits(call, self._mirror[layer], n_tokens=n_prompt)
         static_QT = token_logits(call, static.pages[layer], n_tokens=static.lengths[layer])
         return prompt_QT, static_QT[:, n_static:]

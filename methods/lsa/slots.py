@@ -25,7 +25,7 @@ from kvscope.methods.kernels.select.kernel import (
 )
 from kvscope.methods.kernels.select.reference import fill_selection
 from kvscope.methods.lsa.layout import ChunkLayout
-from kvscope.methods.lsa.pool import ChunkPool
+from kvscope.methods.lsa.pool import ChunkPool, slots_store
 from kvscope.methods.lsa.selection import Selector
 from kvscope.methods.shape import tensor_bytes
 
@@ -106,7 +106,7 @@ class ChunkSlots:
         self.device = first_pool.slots.device
         self.chunk_bytes = first_pool.chunk_bytes
         self._layout, self._stale, self._ratio, self._mirror = layout, stale, fallback_ratio, mirror
-        self._per_chunk = first_pool.slots_per_chunk
+        self._per_chunk, self._packing = first_pool.slots_per_chunk, first_pool.packing
         ids = first_pool.ids - layout.first
         n_held = len(ids)
         self._spare_share, self._most_new = spare_share, most_new
@@ -138,7 +138,7 @@ class ChunkSlots:
 
     def store(self, layer: int) -> PagedKV:
         """Return what attention reads of a layer; addresses change with ``version`` alone."""
-        return PagedKV(pages=self.slots[layer], n_tokens=self._count_11, page_table=self._table_11T)
+        return slots_store(self.slots[layer], self._packing, n_tokens=self._count_11, page_table=self._table_11T)
 
     @property
     def kv_bytes(self) -> int:

@@ -49,6 +49,7 @@ class MSA(BlockSparse[MSAConfig]):
         "resident = N tokens a layer; read = 16 b tokens + the keys (half the bytes) of all blocks before the current "
         "one, b = min(128, budget/16), budget = min(2048, max(128, N/16))"
     )
+    kv_refusal = "it chooses by the raw keys of every token, which packed pages do not hold"
     paper_block_tokens = 128
     paper_options: ClassVar[dict[str, Any]] = {"budget_tokens": 2048, "block_tokens": 128}
     Config = MSAConfig

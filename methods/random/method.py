@@ -52,6 +52,7 @@ class RandomChunks(StaticResidency[RandomConfig]):
     source = "'Random 10%' of Lookahead Sparse Attention, arXiv 2606.09079"
     cost = "resident = read = R + fraction * (N - R) + decoded tokens a layer, R as in recency"
     saving_kind = "freed"
+    kv_refusal = ""
     budget_sets_window = False
     Config = RandomConfig
 

@@ -42,6 +42,7 @@ class Recency(StaticResidency[RecencyConfig]):
     source = "'Recency Only' of Lookahead Sparse Attention, arXiv 2606.09079"
     cost = "resident = read = R + decoded tokens a layer, R = min(8192, max(128, N/64)) unless set"
     saving_kind = "freed"
+    kv_refusal = ""
     Config = RecencyConfig
 
     def n_resident_tokens(self, n_tokens: int, shape: ModelShape | None) -> int:

@@ -55,13 +55,15 @@ class SlidingWindow(CacheMethod[SlidingWindowConfig]):
     cost = "resident = read = sinks + W tokens a layer, W = min(8192, max(128, N/64)) unless set"
     saving_kind = "freed"
     through_decode = True
+    kv_refusal = "each step's token takes the place of the oldest one, and a packed page is written as a whole"
     Config = SlidingWindowConfig
 
     def unsupported(self, shape: ModelShape, device: torch.device | str) -> list[str]:
+        reasons = self.unsupported_kv(shape, device)
         if not shape.unknown_rotation_layers:
-            return []
+            return reasons
         layers = ", ".join(map(str, shape.unknown_rotation_layers))
-        return [f"the position encoding of layers {layers} cannot be undone, which cache-relative sinks need"]
+        return [*reasons, f"the position encoding of layers {layers} cannot be undone, which cache-relative sinks need"]
 
     def window_tokens(self, n_tokens: int, shape: ModelShape | None) -> int:
         """Return W for a prompt of ``n_tokens``."""

@@ -21,6 +21,8 @@ from kvscope.methods.store import PagePool, PromptKV
 class StreamingSequence(PagedSequence):
     """Sinks in pages of their own, and a ring of W tokens in pages: a new token overwrites the oldest."""
 
+    _step: StepPages | None = None
+
     def __init__(
         self, prompt: PromptKV, device: torch.device, *, sinks: int, window_tokens: int, reserve_tokens: int = 0
     ) -> None:

@@ -2,13 +2,11 @@
 
 import errno
 import os
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import dsa_tools
 import pytest
+from full_disk import no_file_over
 from lsa_tools import random_indexer
 from planted import planted_collection
 from tiny import save_tiny_model
@@ -23,16 +21,6 @@ from kvscope.harness.indexers.dsa.objective import DsaTrainConfig
 from kvscope.harness.indexers.lsa.evaluate import EvalConfig, evaluate
 from kvscope.harness.indexers.lsa.objective import TrainConfig
 from kvscope.harness.indexers.lsa.train import train
-
-
-@contextmanager
-def no_file_over(n_bytes: int) -> Iterator[None]:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("most_bytes", [100, 3000])

@@ -15,12 +15,12 @@ from kvscope.harness.passes.process import worker_environment
 
 SHARED = [
     "--accuracy-graph", "--answer-nll", "--api", "--batch", "--chat-template", "--concurrency", "--device", "--dtype",
-    "--find-max", "--footprint", "--footprint-batch", "--footprint-length", "--gpu-budget", "--gpus", "--jobs",
-    "--kv", "--length", "--max-new-tokens", "--method", "--method-from", "--model", "--no-accuracy-graph",
+    "--executor", "--find-max", "--footprint", "--footprint-batch", "--footprint-length", "--gpu-budget", "--gpus",
+    "--jobs", "--kv", "--length", "--max-new-tokens", "--method", "--method-from", "--model", "--no-accuracy-graph",
     "--no-answer-nll", "--no-footprint", "--no-paper-settings", "--no-retry", "--no-self-check", "--out",
-    "--paper-settings", "--request-timeout", "--retry", "--samples", "--seed", "--self-check", "--served-model",
-    "--server-context", "--server-pid", "--set", "--sweep", "--task", "--throughput", "--time-limit", "--tokenizer",
-    "-j", "-l", "-m", "-n", "-o", "-t", "config",
+    "--paper-settings", "--ray-address", "--request-timeout", "--retry", "--samples", "--seed", "--self-check",
+    "--served-model", "--server-context", "--server-pid", "--set", "--sweep", "--task", "--throughput", "--time-limit",
+    "--tokenizer", "-j", "-l", "-m", "-n", "-o", "-t", "config",
 ]  # fmt: skip
 SURFACE = {
     "run": sorted([*SHARED, "--no-report", "--quiet", "--report", "-q"]),
@@ -45,9 +45,9 @@ SURFACE = {
     "models fetch": ["name"],
     "tasks fetch": ["name"],
     "lsa collect": [
-        "--answers", "--chunk-tokens", "--device", "--dtype", "--features", "--layers", "--least-mass", "--length",
-        "--model", "--out", "--quiet", "--samples", "--seed", "--shard-documents", "--states", "--task",
-        "--token-samples", "--top-p", "--voters", "--votes", "-l", "-n", "-o", "-q", "-t",
+        "--answers", "--chat-template", "--chunk-tokens", "--device", "--dtype", "--features", "--layers",
+        "--least-mass", "--length", "--model", "--out", "--quiet", "--samples", "--seed", "--shard-documents",
+        "--states", "--task", "--token-samples", "--top-p", "--voters", "--votes", "-l", "-n", "-o", "-q", "-t",
     ],
     "lsa train": [
         "--batch-documents", "--batch-rows", "--chunk-tokens", "--cold-start", "--data", "--device", "--encoder",
@@ -78,6 +78,15 @@ SURFACE = {
         "-l", "-m", "-n", "-o", "-t",
     ],
     "verify flashmemory": ["--json", "--out", "-o"],
+    "reproduce lsa": [
+        "--batch", "--device", "--divisor", "--dry-run", "--dtype", "--gpus", "--jobs", "--lsa", "--model", "--out",
+        "--profile", "--quiet", "--time-limit", "-j", "-o", "-q",
+    ],
+    "reproduce setup": [
+        "--batch", "--device", "--dry-run", "--dtype", "--gpus", "--jobs", "--lsa", "--model", "--out", "--profile",
+        "--quiet", "--time-limit", "-j", "-o", "-q",
+    ],
+    "reproduce claims": ["folder"],
     "study noise-floor": ["--method", "-m", "first", "second"],
     "study attention-figure": ["--out", "-o", "csv"],
     "backbone train": [
@@ -93,8 +102,8 @@ SURFACE = {
     ],
     "backbone exclude-types": ["--model", "rows"],
     "lsa fit": [
-        "--chunk-tokens", "--device", "--dtype", "--length", "--minutes", "--out", "--quiet", "--seed",
-        "--target-recall", "--task", "--tau", "-l", "-o", "-q", "-t", "model",
+        "--chat-template", "--chunk-tokens", "--device", "--dtype", "--length", "--minutes", "--out", "--quiet",
+        "--seed", "--target-recall", "--task", "--tau", "-l", "-o", "-q", "-t", "model",
     ],
     "lm-eval": ["--dtype", "--method", "--model", "--no-self-check", "--self-check", "-m"],
     "dsa eval": ["--data", "--device", "--indexer", "--out", "--quiet", "--seed", "-o", "-q"],

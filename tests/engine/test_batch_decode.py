@@ -10,6 +10,7 @@ from sessions import UNCAPTURED, new_session
 from tiny_models import loaded_model, prompt_ids, runnable_methods, save_tiny
 
 from kvscope.harness.engine import batch_decode
+from kvscope.harness.engine import batch_noise as noise
 from kvscope.harness.engine.batch_decode import BatchDecode, DecodeResult, Decoding, Request
 from kvscope.harness.engine.batch_noise import batch_noise
 from kvscope.harness.engine.decode import decode
@@ -187,6 +188,22 @@ def test_noise_is_a_little_and_not_nothing() -> None:
     found = batch_noise(loaded, rows=8)
     assert 0 <= found.logit_noise < 1e-2
     assert found.is_rounding
+
+
+def test_what_rounding_explains_is_measured_on_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = wrap_model(loaded_model("llama").model.to(torch.bfloat16), None, page_tokens=16)
+    heard: list[list[int]] = []
+
+    def own_noise(loaded: Any, ids: list[int]) -> float:
+        heard.append(ids)
+        return 0.05
+
+    monkeypatch.setattr(noise, "own_noise", own_noise)
+    found = batch_noise(loaded, rows=4, text=[3, 1, 4, 1, 5])
+    assert heard == [[3, 1, 4, 1, 5] * 51 + [3]]
+    assert found.tolerance == pytest.approx(4 * 0.05)
+    monkeypatch.setattr(noise, "own_noise", lambda *_: 1.0)
+    assert batch_noise(loaded, rows=4, text=[3, 1]).tolerance == 0.3, "a model that differs as a whole is not noisy"
 
 
 def test_a_model_that_takes_positions_from_its_cache_shares_no_step() -> None:

@@ -101,6 +101,7 @@ def test_which_template_is_taken(tmp_path: Path) -> None:
         ("{{ raise_exception('System role is needed') }}", "System role is needed"),
         ("{{ 'Hello.' }}", "does not hold the text of a user as it is"),
         ("{{ messages[0]['content'] | upper }}", "does not hold the text of a user as it is"),
+        (5, "is 5, and no text"),
         ({"tool_use": CHATML, "rag": CHATML}, "several chat templates and no default"),
     ],
 )

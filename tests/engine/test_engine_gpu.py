@@ -53,7 +53,7 @@ def test_evicting_equals_masking_in_bf16(name, spec):
     assert max(errors_of_evicting(loaded, create_method(spec), prompt, prompt_ids(26, seed=8))) < 0.02
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", [*SPECS, "dense:kv=int4", "recency:budget_fraction=0.5,kv=fp8"])
 def test_the_allocator_sees_the_predicted_bytes(spec):
     loaded = wrap_model(build_stock("llama").to("cuda", torch.bfloat16), None)
     method, prompt = create_method(spec), prefilled(loaded, prompt_ids(4000), [spec])

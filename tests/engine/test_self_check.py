@@ -124,3 +124,12 @@ def test_a_model_that_differs_from_itself_in_chunks_is_measured_against_its_chun
     found = self_check(loaded)
     assert found.own_chunks
     assert found.difference < 1e-5
+
+
+def test_a_model_of_zeros_is_no_equal_one():
+    """Whatever the engine computed, it would agree."""
+    zeros = copy.deepcopy(stock_model("llama"))
+    with torch.no_grad():
+        zeros.lm_head.weight.zero_()
+    with pytest.raises(UsageError, match="the same for every token"):
+        self_check(wrap_model(zeros, None, name="zeros", page_tokens=PAGE_TOKENS))

@@ -37,12 +37,12 @@ def test_a_tensor_of_another_shape_is_refused(tmp_path):
         _load_changed(tmp_path / "narrower", narrower)
 
 
-def test_a_bias_that_the_config_leaves_out_is_refused(tmp_path):
-    def biased(tensors):
-        tensors["model.layers.1.self_attn.q_proj.bias"] = torch.ones(64)
+def test_a_tensor_of_a_module_that_has_no_place_for_it_is_refused(tmp_path):
+    def scaled(tensors):
+        tensors["model.layers.1.self_attn.q_proj.scale"] = torch.ones(64)
 
-    with pytest.raises(UsageError, match=r"no place for 1 tensor \(model.layers.1.self_attn.q_proj.bias\)"):
-        _load_changed(tmp_path / "biased", biased)
+    with pytest.raises(UsageError, match=r"no place for 1 tensor \(model.layers.1.self_attn.q_proj.scale\)"):
+        _load_changed(tmp_path / "scaled", scaled)
 
 
 def test_tied_weights_and_parts_of_other_models_are_no_fault(tmp_path):

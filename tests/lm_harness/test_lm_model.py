@@ -16,6 +16,8 @@ from kvscope.errors import UsageError
 from kvscope.harness.lm_harness import answering as module
 from kvscope.harness.lm_harness import register_lm_eval
 from kvscope.harness.lm_harness.model import KvscopeLM
+from kvscope.harness.passes.config import make_config
+from kvscope.harness.passes.plan import make_plan
 
 FAMILIES = ["llama", "gemma3", "gpt_oss"]
 SENTENCE = (
@@ -231,6 +233,21 @@ def test_settings_of_the_model_that_stock_applies_are_named(folder: str, tmp_pat
     kvscope_lm = KvscopeLM(str(made), device="cpu", self_check=False)
     assert kvscope_lm.get_model_info()["kvscope"]["not_applied"] == ["repetition_penalty=1.3"]
     assert KvscopeLM(folder, device="cpu", self_check=False).get_model_info()["kvscope"]["not_applied"] == []
+    config = {"model": str(made), "methods": ["dense"], "lengths_tokens": [512], "tasks": ["niah_single_1"]}
+    said = [text for text in make_plan(make_config({**config, "device": "cpu"})).warnings if "repetition" in text]
+    assert len(said) == 1
+    assert "leave out the model's own repetition_penalty=1.3" in said[0]
+
+
+def test_a_method_that_decodes_twice_claims_no_bytes(folder: str) -> None:
+    twice = KvscopeLM(folder, method="lsa:indexer=hindsight,budget_tokens=64", device="cpu", self_check=False)
+    assert twice.summary == ""
+    twice.generate_until([ask(text(1, 40), max_gen_toks=4, until=[])], disable_tqdm=True)
+    info = twice.get_model_info()["kvscope"]
+    assert info["sequences"] == 1
+    assert not [key for key in info if key.endswith("bytes") or key in ("share_of_dense", "tpot_s")]
+    assert "decodes twice" in twice.summary
+    assert " B of KV" not in twice.summary
 
 
 def test_lm_eval_finds_the_model_by_name(folder: str) -> None:

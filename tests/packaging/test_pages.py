@@ -15,6 +15,7 @@ import kvscope
 from kvscope import cli
 from kvscope.methods.registry import METHODS
 from kvscope.results.frames import load_run
+from kvscope.results.share import prompt_shares
 from kvscope.tasks.registry import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,7 +128,7 @@ def test_a_wrong_command_is_found() -> None:
     assert faults(study) == ["no command 'studdy'"]
     assert faults(listed) == faults(["run", "-m", "dense:a=1", "--sweep", "lsa.tau=1,2", "--no-report"]) == []
     assert faults(["run", "examples/none.yaml"]) == ["no file examples/none.yaml"]
-    assert faults(["report", "results/reference/h200"]) == ["no path results/reference/h200"]
+    assert faults(["report", "results/reference/none"]) == ["no path results/reference/none"]
 
 
 def test_readme_has_commands_to_check() -> None:
@@ -211,7 +212,7 @@ def share_percent(cell: str) -> dict[int, tuple[float, int]]:
     rows = load_run(ROOT / "results" / "reference" / "h100" / cell).samples
     rows = rows[rows.method == "lsa"]
     assert set(rows.step_backend) == {"eager"}
-    share = 100 * (rows.resident_kv_bytes + rows.metadata_bytes) / rows.dense_kv_bytes
+    share = 100 * prompt_shares(rows)
     by_length = share.groupby(rows.length_tokens)
     return {int(length): (float(value.mean()), len(value)) for length, value in by_length}  # type: ignore[call-overload]
 

@@ -1,5 +1,6 @@
 """Configuration: precedence, lengths, specs, and one clear sentence for each kind of bad input."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,8 @@ def test_identity_ignores_where_the_rows_go_but_nothing_that_changes_them() -> N
         "out",
         "jobs",
         "gpus",
+        "executor",
+        "ray_address",
         "chat_template",  # the plan says what it comes to
         "footprint_timeout_s",
         "time_limit_s",
@@ -217,3 +220,24 @@ def test_an_error_names_the_source_it_came_from() -> None:
         load_config(flags={"samples": 0})
     with pytest.raises(UsageError, match="in --set"):
         load_config(flags={"samples": 1}, sets=["samples=0"])
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"samples": 0}, "samples in RunConfig is 0, expected"),
+        ({"seeed": 1}, "Unknown key 'seeed'"),
+        ({"methods": ["nosuch:"]}, "nosuch"),
+        (5, "RunConfig is 5, expected a mapping"),
+        (None, "RunConfig is None, expected a mapping"),
+    ],
+)
+def test_pydantics_own_ways_in_give_the_same_sentences(given: object, sentence: str) -> None:
+    for read in (RunConfig.model_validate, lambda values: RunConfig.model_validate_json(json.dumps(values))):
+        with pytest.raises(UsageError, match=sentence) as caught:
+            read(given)
+        assert "Value error" not in str(caught.value)
+        assert "\n" not in str(caught.value)
+    config = RunConfig(samples=3)
+    assert RunConfig.model_validate(config) is config
+    assert RunConfig.model_validate_json(config.model_dump_json()) == config

@@ -129,7 +129,65 @@ def of_type(name: str, **sizes: Any) -> Damage:
     return lambda folder: getattr(transformers, name)(**sizes).save_pretrained(folder)
 
 
+def instead(name: str, make: Callable[[Path], object]) -> Damage:
+    """Something else than a regular file has the file's name."""
+
+    def change(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        make(folder / name)
+
+    return change
+
+
+def link(path: Path) -> None:
+    path.symlink_to("/nowhere/at/all")
+
+
+def tensors(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Damage:
+    def changed(folder: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS, metadata={"format": "pt"})
+
+    return changed
+
+
+Q_PROJ = "model.layers.0.self_attn.q_proj"
 DAMAGES: dict[str, tuple[Damage, str]] = {
+    "fewer-layers-than-weights": (config(num_hidden_layers=3), r"leaves no place for model\.layers\.3\."),
+    "bias-without-a-place": (
+        tensors(lambda held: {**held, f"{Q_PROJ}.bias": torch.ones(64)}),
+        f"leaves no place for {Q_PROJ}.bias",
+    ),
+    "whole-numbers": (
+        tensors(lambda held: {**held, f"{Q_PROJ}.weight": held[f"{Q_PROJ}.weight"].to(torch.int8)}),
+        f"hold {Q_PROJ}.weight as I8, and its config names no quantisation",
+    ),
+    "named-weights-gone": (config(transformers_weights="own.safetensors"), "lacks 'own.safetensors', which its config"),
+    "pickle-list": (pickled([1, 2]), "pytorch_model.bin holds no tensors by name"),
+    "pickle-empty": (
+        lambda folder: (pickled({})(folder), write("pytorch_model.bin", b"")(folder)),
+        "pytorch_model.bin is cut off or damaged",
+    ),
+    "adapter-beside-the-weights": (write("adapter_config.json", "{}"), "an adapter lies beside its weights"),
+    "weights-pipe": (instead(WEIGHTS, os.mkfifo), "model.safetensors is no regular file"),
+    "weights-link": (instead(WEIGHTS, link), "model.safetensors is a link to nothing"),
+    "shard-link": (
+        lambda folder: (index("model-2.safetensors")(folder), link(folder / "model-2.safetensors")),
+        "model-2.safetensors is a link to nothing",
+    ),
+    # transformers passes over these: the model would run without its end tokens, its BOS or its template.
+    "generation-config-link": (instead("generation_config.json", link), "generation_config.json is a link to nothing"),
+    "tokenizer-config-folder": (instead("tokenizer_config.json", Path.mkdir), "tokenizer_config.json is a folder"),
+    "chat-template-pipe": (instead("chat_template.jinja", os.mkfifo), "chat_template.jinja is no regular file"),
+    "generation-config-list": (write("generation_config.json", "[]"), "generation_config.json holds no JSON object"),
+    "generation-config-nested": (write("generation_config.json", "[" * 100_000), "nested too deeply"),
+    "generation-config-eos": (
+        write("generation_config.json", '{"eos_token_id": [1, "x"]}'),
+        r"eos_token_id in generation_config.json is \[1, 'x'\]",
+    ),
+    "special-tokens-list": (write("special_tokens_map.json", "[]"), "special_tokens_map.json holds no JSON object"),
+    "tokenizer-of-nothing": (write("tokenizer.json", "{}"), "tokenizer.json holds no tokenizer"),
     "config-json": (write("config.json", "{bad"), "config.json is not valid JSON"),
     "config-nested": (write("config.json", "[" * 100_000), "config.json is not valid JSON"),
     "config-list": (write("config.json", "[]"), "config.json holds no JSON object"),
@@ -301,7 +359,38 @@ def pickled_weights(folder: Path) -> None:
     pickled(load_file(folder / WEIGHTS))(folder)
 
 
-@pytest.mark.parametrize("change", [special_token, known_code, pickled_weights])
+def shard_in_a_folder(folder: Path) -> None:
+    """Where transformers looks for it, too."""
+    from safetensors.torch import load_file
+
+    names = list(load_file(folder / WEIGHTS))
+    (folder / "shards").mkdir()
+    (folder / WEIGHTS).rename(folder / "shards" / WEIGHTS)
+    weight_map = dict.fromkeys(names, f"shards/{WEIGHTS}")
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def named_weights(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder / "own.safetensors")
+    config(transformers_weights="own.safetensors")(folder)
+
+
+def named_attention(folder: Path) -> None:
+    """transformers takes the attention of the file before the one it is told, and the package is not here."""
+    config(_attn_implementation="flash_attention_2")(folder)
+
+
+def further_layer(folder: Path) -> None:
+    """A layer for multi-token prediction behind the decoder's."""
+    config(num_nextn_predict_layers=1)(folder)
+    named = "model.layers.4.self_attn.q_proj.weight"
+    tensors(lambda held: {**held, named: held[f"{Q_PROJ}.weight"].clone()})(folder)
+
+
+ODD = [special_token, known_code, pickled_weights, shard_in_a_folder, named_weights, named_attention, further_layer]
+
+
+@pytest.mark.parametrize("change", ODD)
 def test_what_is_odd_but_whole_loads(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Damage
 ) -> None:

@@ -1,6 +1,7 @@
 """The accuracy pass in several processes: the rows of one process, whatever dies on the way."""
 
 import json
+import queue
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,17 @@ from tiny import SMALL, MakeConfig
 
 import kvscope
 from kvscope import cli
-from kvscope.errors import UsageError
-from kvscope.harness.passes import shard_worker, shards
+from kvscope.errors import EnvironmentProblem, UsageError
+from kvscope.harness.passes import pools, shard_list, shard_worker, shards
 from kvscope.harness.passes.accuracy import AccuracyPass
 from kvscope.harness.passes.config import make_config
 from kvscope.harness.passes.deadline import Deadline, TimeLimitReached
 from kvscope.harness.passes.plan import make_plan
+from kvscope.harness.passes.pools import ProcessPool
 from kvscope.harness.passes.progress import Progress
 from kvscope.harness.passes.recording import run_info
-from kvscope.harness.passes.shards import ShardedAccuracy, shards_of
+from kvscope.harness.passes.shard_list import shards_of, worker_task
+from kvscope.harness.passes.shards import ShardedAccuracy
 from kvscope.results.columns import SURROUNDINGS_COLUMNS, TIME_COLUMNS
 from kvscope.results.store import RunStore
 
@@ -81,7 +84,7 @@ class Stubs:
         folder.mkdir()
         (folder / "rows.jsonl").write_text((rows / "samples.jsonl").read_text())
         command = (sys.executable, str(stub_shard_worker.__file__), str(folder))
-        monkeypatch.setattr(shards, "WORKER_COMMAND", command)
+        monkeypatch.setattr(pools, "WORKER_COMMAND", command)
         self.notes: list[str] = []
 
     def run(self, *deaths: int | str | None, deadline: Deadline | None = None) -> None:
@@ -98,7 +101,9 @@ class Stubs:
             for each in self.plan.passes:
                 each.reopen(self.plan, store)
             cells = AccuracyPass().cells(self.plan)
-            ShardedAccuracy(self.plan, store, Listening(), cells, ["cpu", "cpu"]).run(deadline or Deadline())
+            said: pools.Said = queue.Queue()
+            pool = ProcessPool(["cpu", "cpu"], worker_task(self.plan, store), said, note=notes.append)
+            ShardedAccuracy(self.plan, store, Listening(), cells, pool, said).run(deadline or Deadline())
 
 
 @pytest.fixture
@@ -141,6 +146,18 @@ def test_a_worker_that_cannot_begin_ends_the_run_in_its_own_words(stubs: Stubs) 
     assert not Path(stubs.plan.config.out or "", "run.json").exists()  # the mended model is not refused
 
 
+def test_a_worker_that_is_killed_as_it_begins_has_a_follower(stubs: Stubs, one: dict[Key, Any], tmp_path: Path) -> None:
+    stubs.run("is killed as it begins", None, "is killed as it begins")
+    assert rows_of(tmp_path / "run") == one
+    assert "before it could begin: another begins." in stubs.notes[0]
+
+
+def test_workers_that_are_all_killed_as_they_begin_end_the_run(stubs: Stubs) -> None:
+    with pytest.raises(EnvironmentProblem, match=r"on cpu could not begin \(exit code -9\)"):
+        stubs.run(*["is killed as it begins"] * 9)
+    assert not Path(stubs.plan.config.out or "", "run.json").exists()
+
+
 def test_what_the_user_is_to_mend_ends_the_run_in_the_midst_of_a_shard(stubs: Stubs) -> None:
     with pytest.raises(UsageError, match=r"^The folder holds another prompt\.$"):
         stubs.run("another prompt")
@@ -156,7 +173,7 @@ def test_prompts_of_a_shard_that_the_time_did_not_do_are_left(
         def left_s(self) -> float:
             return 0.0 if (stubs.folder / "over").exists() else 60.0
 
-    monkeypatch.setattr(shards, "_SHARDS_A_WORKER", 1)  # of several prompts each
+    monkeypatch.setattr(shard_list, "_SHARDS_A_WORKER", 1)  # of several prompts each
     with pytest.raises(TimeLimitReached):
         stubs.run("is slow", "is slow", deadline=Told(60.0))
     assert 0 < len(rows_of(tmp_path / "run")) < len(one)
@@ -169,14 +186,13 @@ def test_a_worker_begins_no_prompt_after_its_time(
 ) -> None:
     config = wide()
     plan = make_plan(config)
-    with RunStore.create(tmp_path / "run", run_info(plan)) as store:
-        store.begin()
     values = config.model_dump(mode="json", exclude={"out", "gpus"})
-    shard = {"task": "vt", "length_tokens": 512, "prompts": [[0, ["dense"]]]}
+    shard = {"task": "vt", "length_tokens": 512, "prompts": [[0, ["dense"]]], "rows": []}
+    info = run_info(plan).model_dump(mode="json")
     lines = [json.dumps({**shard, "left_s": left_s}) for left_s in (0.0, None)]
     monkeypatch.setattr(shard_worker, "_lines", lambda: iter(lines))
     said: list[dict[str, Any]] = []
-    shard_worker.answer({"config": values, "folder": str(tmp_path / "run"), "n_jobs": 2}, said.append)
+    shard_worker.answer({"config": values, "folder": "run", "info": info, "n_jobs": 2}, said.append)
     assert [next(iter(each)) for each in said] == ["ready", "done", "row", "done"]
 
 

@@ -114,7 +114,7 @@ def test_a_missing_row_is_measured_and_only_that(small: MakeConfig, prefills: li
     assert len(prefills) == 3
     assert sorted(again.samples["sample"]) == [0, 0, 1, 1]
     assert json.loads(kept[1])["output"] == lines(folder)[-1]["output"]
-    assert "3 rows are there already: continuing with 1 prompts and 0 footprint cells." in notes.said
+    assert "3 rows are there already: continuing with 1 prompt and 0 footprint cells." in notes.said
 
 
 def test_a_torn_last_line_is_dropped_with_a_message_and_measured_again(small: MakeConfig) -> None:

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from full_disk import no_file_over
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from kvscope.errors import EnvironmentProblem
 from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
 from kvscope.harness.reference_model import templates
 from kvscope.harness.reference_model.architecture import WINDOW_TOKENS, reference_config
@@ -20,7 +22,7 @@ from kvscope.harness.reference_model.documents import Document
 from kvscope.harness.reference_model.phases import PHASES
 from kvscope.harness.reference_model.pieces import Pieces
 from kvscope.harness.reference_model.row_maker import RowMaker
-from kvscope.harness.reference_model.tokenizer import VOCAB_TOKENS, save_tokenizer
+from kvscope.harness.reference_model.tokenizer import VOCAB_TOKENS, save_tokenizer, write_tokenizer
 from kvscope.harness.reference_model.train import document_makers, train
 from kvscope.tasks.draws import Draws
 from kvscope.tasks.needle import SPECS
@@ -52,6 +54,15 @@ def test_tokenizer_training_gives_the_shipped_files(tmp_path: Path) -> None:
     save_tokenizer(tmp_path)
     for name in TOKENIZER_FILES:
         assert (tmp_path / name).read_bytes() == (REFERENCE_MODEL_FOLDER / name).read_bytes()
+
+
+@pytest.mark.parametrize("most_bytes", [100, 100_000])
+def test_a_tokenizer_that_does_not_fit_is_a_sentence_and_leaves_no_half(
+    tokenizer: PreTrainedTokenizerFast, most_bytes: int, tmp_path: Path
+) -> None:
+    with no_file_over(most_bytes), pytest.raises(EnvironmentProblem, match="could not be written"):
+        write_tokenizer(tokenizer, tmp_path)
+    assert not (tmp_path / "tokenizer.json").exists()
 
 
 def test_values_are_few_tokens(tokenizer: PreTrainedTokenizerFast) -> None:

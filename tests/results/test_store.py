@@ -305,3 +305,22 @@ def test_a_run_that_never_began_leaves_no_folder_of_its_own(tmp_path: Path, rows
     with RunStore.create(tmp_path / "begun", info) as store:
         store.begin()
     assert (tmp_path / "begun" / "run.json").is_file()
+
+
+def test_rows_at_once_have_one_sync_and_none_is_there_twice(
+    tmp_path: Path, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    syncs: list[int] = []
+    every, _, info = rows
+    samples = every[:3]
+    with RunStore.create(tmp_path / "run", info) as store:
+        store.begin()
+        real = os.fsync
+        monkeypatch.setattr(os, "fsync", lambda fd: (syncs.append(fd), real(fd)))
+        store.append_samples(samples[:2])
+        assert len([fd for fd in syncs if fd == syncs[-1]]) == 1
+        with pytest.raises(ValueError, match="already holds"):
+            store.append_samples([samples[2], samples[2]])
+        with pytest.raises(ValueError, match="already holds"):
+            store.append_samples([samples[2], samples[0]])
+    assert RunStore.open(tmp_path / "run").samples() == samples[:2]

@@ -20,6 +20,7 @@ from kvscope.methods.lsa.indexer_files import FILES
 from kvscope.methods.registry import create_method
 from kvscope.results.frames import load_run
 from kvscope.results.memory_rows import FootprintRow, MaxContextRow
+from kvscope.results.reproduction import CellPlan, Reproduction, read_reproduction
 from kvscope.results.rowfile import read_rows
 from kvscope.results.schema import SampleRow, ThroughputRow
 from kvscope.results.store import read_info
@@ -120,6 +121,13 @@ def run_json(data: bytes) -> None:
     read_info(folder)
 
 
+def reproduce_json(data: bytes) -> None:
+    folder = FOLDER / "reproduction"
+    folder.mkdir(exist_ok=True)
+    (folder / "reproduce.json").write_bytes(data)
+    read_reproduction(folder)
+
+
 def run_folder(data: bytes) -> None:
     """A run of one row whose run.json is good."""
     folder = FOLDER / "whole"
@@ -153,6 +161,14 @@ def weights(data: bytes) -> None:
 
 
 SAMPLES, FOOTPRINTS, RUN = single_rows()
+REPRODUCTION = Reproduction(
+    kvscope_version="0.1.0", started_utc="2026-01-01", profile="lsa", size="quick", model="reference", lsa="lsa",
+    divisor=64, window_tokens=128,
+    cells=(
+        CellPlan(name="ruler-64k", role="ruler", paper_row="RULER 64K", lengths_tokens=(1024,), tasks=("vt",),
+                 samples=2, methods={"dense": "dense", "lsa": "lsa"}, lsa_share=0.2),
+    ),
+)  # fmt: skip
 SAMPLE_LINE = SAMPLES[0].model_dump_json().encode() + b"\n"
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "spec": spec,
@@ -168,6 +184,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "throughput": rows(ThroughputRow),
     "max_context": rows(MaxContextRow),
     "run_json": run_json,
+    "reproduce_json": reproduce_json,
     "run_folder": run_folder,
     "jsonl": jsonl,
     "longbench_v2": records("longbench_v2", Choice),
@@ -193,6 +210,7 @@ SEEDS: dict[str, tuple[bytes, ...]] = {
     "run_folder": (SAMPLE_LINE,),
     "footprint": (FOOTPRINTS[0].model_dump_json().encode() + b"\n",),
     "run_json": (RUN.model_dump_json().encode(),),
+    "reproduce_json": (REPRODUCTION.model_dump_json().encode(),),
     "jsonl": (b'{"prompt": "1 + 1 =", "answers": ["2"], "id": 1}\n',),
     "longbench_v2": (
         b'[{"domain": "d", "difficulty": "easy", "question": "q", "answer": "A", "context": "c", '
@@ -217,6 +235,7 @@ GOOD = (
     "run_folder",
     "footprint",
     "run_json",
+    "reproduce_json",
     "jsonl",
     "longbench_v2",
     "longmemeval",

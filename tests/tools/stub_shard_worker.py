@@ -24,6 +24,8 @@ def main() -> int:
     if before_death == "begins not":
         sys.stderr.write("kvscope: The model's weights are cut off.\n")
         return 2
+    if before_death == "is killed as it begins":
+        os.kill(os.getpid(), signal.SIGKILL)
     say({"ready": True})
     if before_death == "another prompt":
         sys.stdin.readline()

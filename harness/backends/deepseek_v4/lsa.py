@@ -44,8 +44,12 @@ class LsaEntries(OverEntries, Lsa):
         reasons = []
         if options.chunk_tokens not in (None, rate):
             reasons.append(f"chunk_tokens={options.chunk_tokens}: on deepseek_v4 a chunk is an entry of {rate} tokens")
-        if options.refresh != "sync":
-            reasons.append(f"refresh={options.refresh} is not available over compressed entries, refresh=sync is")
+        if options.effective_refresh != "sync":
+            reasons.append(
+                f"refresh={options.effective_refresh} is not available over compressed entries, refresh=sync is"
+            )
+        if uneven := self.uneven_pages():
+            reasons.append(uneven)
         if not options.indexed:
             reasons.append(
                 f"indexer={options.indexer} is not available over compressed entries: the stock classes hand "

@@ -24,6 +24,7 @@ class Paged(Backend[ModelShape]):
     """K and V of single tokens in pages; sliding-window layers keep their stock cache."""
 
     name = "paged"
+    packs_pages = True
 
     def shape(
         self, config: Any, *, element_bytes: int, page_tokens: int = DEFAULT_PAGE_TOKENS, revision: str = ""

@@ -5,13 +5,15 @@ A shard is on disk whole or not at all; the same call again continues after the 
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from kvscope.errors import EnvironmentProblem, UsageError
 from kvscope.files import make_folder
 from kvscope.harness.engine.backend import require_token_attention
+from kvscope.harness.engine.chat import AUTO, chat_tokenizer
+from kvscope.harness.engine.host_threads import few_host_threads
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.models import load_model
 from kvscope.harness.engine.presets import refuse_preset
@@ -61,7 +63,7 @@ class CollectConfig:
         token_samples: random tokens of each prompt of which state, keys and attention are stored for training a
             lightning indexer (``dsa``), beside those that steps attend to most; 0: none.
         answers: ``own``: the model's, greedily decoded; ``reference``: the task's, fed whatever the model would say.
-        device, dtype: as ``kvscope run``.
+        chat_template, device, dtype: as ``kvscope run``.
     """
 
     model: str = "reference"
@@ -80,6 +82,7 @@ class CollectConfig:
     shard_documents: int = 16
     token_samples: int = 0
     answers: Answers = "own"
+    chat_template: str = AUTO
     device: str = "auto"
     dtype: str = "auto"
 
@@ -113,7 +116,7 @@ def collect(
         goes_on: asked before every shard; where it says no, the collection stays unfinished.
 
     Raises:
-        UsageError: bad options, or a folder that holds another collection.
+        UsageError: bad options, a chat template that cannot be used, or a folder that holds another collection.
         EnvironmentProblem: the disk is too small.
     """
     folder = user_path(out, what="out")
@@ -121,7 +124,9 @@ def collect(
     tasks = make_tasks(config.tasks)
     refuse_preset(config.model, "collect")
     loaded = loaded or load_model(config.model, device=config.device, dtype=config.dtype)
-    info = describe(config, loaded)
+    chat = chat_tokenizer(loaded.tokenizer, config.chat_template)
+    check_lengths(tasks, config.lengths_tokens, chat or loaded.tokenizer, loaded)
+    info = replace(describe(config, loaded), chat_template=None if chat is None else chat.sha256)
     jobs = [
         Job(task, parse_length(length), sample)
         for length in sorted(config.lengths_tokens)
@@ -145,10 +150,11 @@ def collect(
         number = len(shards)
         progress.begin_cell(f"shard {number + 1} of {len(groups)}", steps=len(group))
         documents = []
-        for job in group:
-            progress.begin_step(f"{job.task.name} {format_length(job.length_tokens)} {job.sample}")
-            documents.append(make_document(loaded, recorder, info, job, seed=config.seed))
-            progress.end_step(work_tokens=job.length_tokens)
+        with few_host_threads(str(loaded.device)):
+            for job in group:
+                progress.begin_step(f"{job.task.name} {format_length(job.length_tokens)} {job.sample}")
+                documents.append(make_document(loaded, recorder, info, job, seed=config.seed, chat=chat))
+                progress.end_step(work_tokens=job.length_tokens)
         name = f"shard-{number:05d}.safetensors"
         size_bytes = write_shard(folder / name, documents, info)
         infos = [asdict(document.info) for document in documents]
@@ -156,6 +162,27 @@ def collect(
         write_manifest(folder, info, shards, complete=number + 1 == len(groups))
         progress.end_cell(f"{format_bytes(size_bytes)}, {positive_text(documents, info)}")
     return folder
+
+
+def check_lengths(tasks: "Sequence[Task]", lengths_tokens: Sequence[int], tokenizer: Any, loaded: LoadedModel) -> None:
+    """Refuse lengths that the model does not take, or that have no room for a task.
+
+    Raises:
+        UsageError: naming the length, and the task or the model.
+    """
+    lengths = [parse_length(length) for length in lengths_tokens]
+    if max(lengths) > loaded.max_length_tokens:
+        raise UsageError(
+            f"Length {max(lengths):,} is over the {loaded.max_length_tokens:,} tokens that model '{loaded.name}' "
+            "takes: use shorter lengths or another model."
+        )
+    for task in tasks:
+        least_tokens = task.min_length_tokens(tokenizer)
+        if min(lengths) < least_tokens:
+            raise UsageError(
+                f"Length {min(lengths):,} is too short for task {task.name!r}: it needs at least {least_tokens:,} "
+                "tokens."
+            )
 
 
 def make_tasks(specs: Sequence[str]) -> "list[Task]":

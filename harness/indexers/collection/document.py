@@ -45,6 +45,7 @@ class CollectionInfo:
         token_samples: random prompt tokens of which state, keys and attention are stored, beside those that a step
             attends to most; 0: none of it is stored.
         answers: whose answers were fed: the model's ``own``, or the task's ``reference`` (all there was once).
+        chat_template: hash of the template that prompts are in; None for plain texts (all there was once).
     """
 
     model: str
@@ -70,6 +71,7 @@ class CollectionInfo:
     seed: int
     token_samples: int = 0
     answers: Answers = "reference"
+    chat_template: str | None = None
 
     def rule(self, **values: Any) -> LabelRule:
         """Return how labels are told, with values that are not None in place of the collection's.
@@ -93,6 +95,8 @@ class CollectionInfo:
         values = asdict(self)
         if self.answers == "reference":
             del values["answers"]  # older than the choice: shards written then keep their name
+        if self.chat_template is None:
+            del values["chat_template"]  # likewise
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -9,12 +9,13 @@ steps need depends on what they say, and a model may say the same in other words
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kvscope.harness.engine.answer_end import AnswerEnd
+from kvscope.harness.engine.chat import ChatTokenizer
 from kvscope.harness.engine.finite import finite_tokens
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.prefill import DEFAULT_CHUNK_TOKENS, prefill
@@ -44,9 +45,23 @@ def answer_ids(loaded: LoadedModel, sample: "Sample") -> list[int]:
     return ids
 
 
-def make_document(loaded: LoadedModel, recorder: Recorder, info: CollectionInfo, job: Job, *, seed: int) -> Document:
-    """Prefill a prompt, feed its last token and an answer, and return what was recorded."""
-    sample = job.task.build(loaded.tokenizer, length_tokens=job.length_tokens, sample=job.sample, seed=seed)
+def make_document(
+    loaded: LoadedModel,
+    recorder: Recorder,
+    info: CollectionInfo,
+    job: Job,
+    *,
+    seed: int,
+    chat: ChatTokenizer | None = None,
+) -> Document:
+    """Prefill a prompt, feed its last token and an answer, and return what was recorded.
+
+    Args:
+        chat: what puts the prompt into a chat template; None: it is a plain text.
+    """
+    sample = job.task.build(chat or loaded.tokenizer, length_tokens=job.length_tokens, sample=job.sample, seed=seed)
+    if chat is not None:
+        sample = replace(sample, stop=())  # as in a run: a model that is spoken to ends its answers itself
     context_ids, fed_ids = sample.ids[:-1], [sample.ids[-1]]
     if info.answers == "reference":
         fed_ids += answer_ids(loaded, sample)

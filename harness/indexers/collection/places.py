@@ -51,6 +51,7 @@ def data_record(collections: Sequence[Collection]) -> list[dict[str, Any]]:
             "lengths_tokens": list(collection.info.lengths_tokens),
             "samples": collection.info.samples,
             "seed": collection.info.seed,
+            "chat_template": collection.info.chat_template,
         }
         for collection in collections
     ]

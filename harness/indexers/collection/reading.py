@@ -86,7 +86,7 @@ def open_collections(
     opened = [Collection(folder, chunk_tokens=chunk_tokens) for folder in folders]
     same = (
         *("model_revision", "label_layers", "chunk_tokens", "features", "hidden_size", "key_features"),
-        *("query_heads", "head_dim"),
+        *("query_heads", "head_dim", "chat_template"),
         *("top_p", "voters", "votes", "least_mass"),
         *(() if layers else ("layers",)),
     )

@@ -56,7 +56,7 @@ def collection_info(manifest: Mapping[str, Any], folder: Path) -> CollectionInfo
     Raises:
         UsageError: keys are missing or unknown.
     """
-    values = {"answers": "reference", **manifest.get("collection", {})}
+    values = {"answers": "reference", "chat_template": None, **manifest.get("collection", {})}
     names = {field.name for field in fields(CollectionInfo)}
     if set(values) != names:
         odd = ", ".join(sorted(names ^ set(values)))

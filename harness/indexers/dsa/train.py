@@ -21,7 +21,7 @@ from kvscope.harness.indexers.dsa.warm_start import warm_start
 from kvscope.harness.indexers.training import opening_record, train_epochs, training_log
 from kvscope.methods.dsa.indexer_files import FILES
 from kvscope.methods.dsa.lightning import Lightning, LightningConfig, default_sizes
-from kvscope.methods.indexer_files import listed
+from kvscope.methods.indexer_files import listed, prompts_text
 from kvscope.paths import check_out, user_path
 
 CARD_FILE = "README.md"
@@ -117,6 +117,7 @@ def card_text(config: LightningConfig) -> str:
         lines.append(
             f"- data: {', '.join(data['tasks'])} at {lengths} tokens, {data['samples']} a cell, seed {data['seed']}"
         )
+        lines.append(f"- its prompts: {prompts_text(data['chat_template'])}")
     options = ", ".join(f"{key} {value}" for key, value in trained["options"].items() if key != "device")
     return "\n".join([*lines, f"- options: {options}", ""])
 

@@ -11,6 +11,7 @@ from kvscope.files import whole_file
 from kvscope.harness.indexers.lsa.fit_config import FitConfig, FitState
 from kvscope.harness.indexers.lsa.label_share import MOST_KEPT, LabelShare
 from kvscope.harness.passes.environment import capture_environment
+from kvscope.methods.indexer_files import prompts_text
 from kvscope.methods.lsa.indexer import IndexerConfig
 from kvscope.units import format_length
 
@@ -75,7 +76,8 @@ class Card:
         options += [("task", task) for task in self.state.probe["tasks"]]
         options += [("length", length) for length in self.state.probe["lengths_tokens"]]
         options += [("seed", config.seed), ("tau", config.tau), ("chunk-tokens", config.chunk_tokens)]
-        options += [("target-recall", f"{config.target_recall:g}"), ("device", config.device), ("dtype", config.dtype)]
+        options += [("target-recall", f"{config.target_recall:g}"), ("chat-template", config.chat_template)]
+        options += [("device", config.device), ("dtype", config.dtype)]
         words = [word for name, value in options for word in (f"--{name}", str(value))]
         return shlex.join(["kvscope", "lsa", "fit", config.model, *words, "--out", "DIR"])
 
@@ -157,6 +159,7 @@ def markdown(card: Card, values: dict[str, Any]) -> str:
         f"{card.documents['evaluate']} to evaluate, each for one of these alone.",
         f"- Tasks: {', '.join(state.probe['tasks'])}, at {lengths} tokens; answers are the model's own.",
         f"- Seeds: {values['seeds']['first']} to {values['seeds']['last']}, one a round of documents.",
+        f"- Prompts: {prompts_text(state.probe.get('chat_template'))}.",
         f"- Layers indexed: {', '.join(map(str, card.indexer.layers))}; chunks of {card.indexer.chunk_tokens} tokens, "
         f"a refresh every {card.indexer.tau} steps.",
         f"- Seconds: {', '.join(f'{name} {taken:g}' for name, taken in state.phases_s.items())}.",

@@ -35,6 +35,10 @@ app = typer.Typer(
 Layers = Annotated[
     str | None, typer.Option("--layers", metavar="N,N", help="Layers, comma-separated.  [default: all there are]")
 ]
+ChatTemplate = Annotated[
+    str,
+    typer.Option("--chat-template", metavar="auto|none|FILE", help="Prompts as a user's turn, as in kvscope run."),
+]
 Tau = Annotated[int, typer.Option("--tau", help="Decode steps between refreshes: how far labels look ahead.")]
 
 
@@ -67,6 +71,7 @@ def fit(
     target_recall: Annotated[
         float, typer.Option("--target-recall", help="Golden recall that threshold 0.5 is set to.")
     ] = 0.98,
+    chat_template: ChatTemplate = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
     quiet: Quiet = False,
@@ -81,7 +86,7 @@ def fit(
     config = FitConfig(
         model=model, minutes=minutes, tasks=tuple(task) if task else None,
         lengths_tokens=lengths_of(length) if length else None, seed=seed, tau=tau, chunk_tokens=chunk_tokens,
-        target_recall=target_recall, device=device, dtype=dtype,
+        target_recall=target_recall, chat_template=chat_template, device=device, dtype=dtype,
     )  # fmt: skip
     card = run_fit(config, out, note=silence if quiet else tell)
     say(card.summary_text())
@@ -113,6 +118,7 @@ def collect(
     answers: Annotated[
         str, typer.Option("--answers", help="own (the model's, greedily decoded) or reference (the task's).")
     ] = "own",
+    chat_template: ChatTemplate = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
     quiet: Quiet = False,
@@ -128,7 +134,7 @@ def collect(
         features=features, top_p=top_p, votes=votes, voters=voters,  # type: ignore[arg-type]
         least_mass=least_mass, state_tokens=states, shard_documents=shard_documents,
         token_samples=token_samples, answers=answers,  # type: ignore[arg-type]
-        device=device, dtype=dtype,
+        chat_template=chat_template, device=device, dtype=dtype,
     )  # fmt: skip
     with make_progress(not quiet) as progress:
         folder = run_collect(config, out, progress=progress)

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from kvscope.errors import UsageError
 from kvscope.files import make_folder
+from kvscope.harness.engine.chat import chat_tokenizer
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.models import load_model
 from kvscope.harness.engine.presets import refuse_preset
-from kvscope.harness.indexers.collection.collect import CollectConfig, collect, make_tasks
+from kvscope.harness.indexers.collection.collect import CollectConfig, check_lengths, collect, make_tasks
 from kvscope.harness.indexers.collection.places import places_of, split
 from kvscope.harness.indexers.collection.reading import Collection, open_collections
 from kvscope.harness.indexers.collection.shards import MANIFEST
@@ -26,16 +27,14 @@ from kvscope.harness.indexers.lsa.card import Card, write_card
 from kvscope.harness.indexers.lsa.evaluate import evaluate
 from kvscope.harness.indexers.lsa.fit_config import (
     COLLECT_UNTIL,
-    ENOUGH_DOCUMENTS,
-    LADDER_TOKENS,
     ROLES,
-    TASKS,
     TRAIN_UNTIL,
     FitConfig,
     FitState,
     Stopwatch,
     default_clock,
 )
+from kvscope.harness.indexers.lsa.fit_documents import DocumentCost, fitting_lengths, lengths_to_try, tasks_to_ask
 from kvscope.harness.indexers.lsa.label_share import LAXER_MASSES, choose_labels, record_of, retrieving_layers
 from kvscope.harness.indexers.lsa.measuring import EvalConfig, measuring_options
 from kvscope.harness.indexers.lsa.objective import example
@@ -43,14 +42,17 @@ from kvscope.harness.indexers.lsa.refreshes import hit_rate, measures, score
 from kvscope.harness.indexers.lsa.train import train
 from kvscope.harness.indexers.lsa.train_config import TrainConfig
 from kvscope.harness.passes.progress import Progress
+from kvscope.methods.indexer_files import prompts_text
 from kvscope.methods.lsa.indexer_files import load_indexer
 from kvscope.paths import check_out, user_path
 from kvscope.units import format_length, format_seconds
 
 if TYPE_CHECKING:
-    from kvscope.tasks.base import Task
+    pass
 
 LEAST_TRAINING_DOCUMENTS = 4
+#: One longer document is timed where it takes no more of the time than this.
+TIMING_SHARE = 0.06
 
 
 def fit(
@@ -74,7 +76,6 @@ def fit(
     check_out(folder)
     refuse_preset(config.model, "fit")
     state = FitState.of(folder, config)
-    make_folder(folder)
     run = _Fit(config, folder, state, note, clock)
     run.documents()
     run.train()
@@ -104,16 +105,28 @@ class _Fit:
             return
         config = self.config
         loaded = load_model(config.model, device=config.device, dtype=config.dtype)
+        chat = chat_tokenizer(loaded.tokenizer, config.chat_template)
+        template = None if chat is None else chat.sha256
         if state.probe is None:
+            lengths = lengths_to_try(config, loaded)
+            tasks = tasks_to_ask(config, chat or loaded.tokenizer, lengths[0])
+            check_lengths(make_tasks(tasks), lengths, chat or loaded.tokenizer, loaded)
+            make_folder(self.folder)  # not before: what is refused leaves no folder behind
             self.watch.begin("probe")
-            self._probe(loaded)
+            self._probe(loaded, lengths, tasks)
+        elif state.probe.get("chat_template") != template:
+            raise UsageError(
+                f"Folder '{self.folder}' was begun with {prompts_text(state.probe.get('chat_template'))}, and "
+                f"{prompts_text(template)} are asked for: give --chat-template what it was begun with, or another "
+                "--out."
+            )
         self.watch.begin("collect")
         lengths = tuple(self._probed["lengths_tokens"])
         self.note(
             f"documents of {' and '.join(format_length(n) for n in lengths)} tokens, about "
             f"{format_seconds(max(0.0, self.watch.left_s(COLLECT_UNTIL)))} left for them"
         )
-        document_s = float(self._probed["s_per_token"]) * max(lengths)
+        document_s = float(self._probed["document_s"])
         while self._goes_on(document_s):
             document_s = self._round(loaded, document_s)
         counts = {role: sum(map(len, self._opened(role))) for role in dict.fromkeys(ROLES)}
@@ -136,35 +149,48 @@ class _Fit:
         """Whether another document fits the time for documents."""
         return self.watch.left_s(COLLECT_UNTIL) >= document_s
 
-    def _probe(self, loaded: LoadedModel) -> None:
+    def _probe(self, loaded: LoadedModel, lengths: tuple[int, ...], tasks: tuple[str, ...]) -> None:
         """Make one document of every task, short, with all layers: labels, layers and lengths go by them."""
         config = self.config
-        lengths = lengths_to_try(config, loaded)
-        tasks = tasks_to_ask(config, loaded, lengths[0])
         self.note(f"labels, layers and lengths go by {len(tasks)} documents of {format_length(lengths[0])}")
-        since_s = self.watch.clock()
-        collecting = CollectConfig(
-            model=config.model, tasks=tasks, lengths_tokens=lengths[:1], samples=1, seed=config.seed,
-            chunk_tokens=config.chunk_tokens, least_mass=min(LAXER_MASSES), shard_documents=1,
-            device=config.device, dtype=config.dtype,
-        )  # fmt: skip
         probe = self.folder / "data" / "probe"
-        collect(collecting, probe, progress=Progress(), loaded=loaded)
-        per_token_s = (self.watch.clock() - since_s) / (len(tasks) * lengths[0])
-        opened = [Collection(probe)]
+
+        def timed(task: str, length_tokens: int) -> float:
+            collecting = CollectConfig(
+                model=config.model, tasks=(task,), lengths_tokens=(length_tokens,), samples=1, seed=config.seed,
+                chunk_tokens=config.chunk_tokens, least_mass=min(LAXER_MASSES), shard_documents=1,
+                chat_template=config.chat_template, device=config.device, dtype=config.dtype,
+            )  # fmt: skip
+            since_s = self.watch.clock()
+            collect(collecting, probe / f"{task}-{length_tokens}", progress=Progress(), loaded=loaded)
+            return self.watch.clock() - since_s
+
+        # The first document also warms up: the fastest tells what a document costs.
+        cost = DocumentCost.of({lengths[0]: min([timed(task, lengths[0]) for task in tasks])})
+        longer = self._length_to_time(lengths, cost)
+        if longer is not None:
+            cost = cost.and_of(longer, timed(tasks[0], longer))
+        opened = [Collection(probe / f"{task}-{lengths[0]}") for task in tasks]
         tried = choose_labels(opened, tau=config.tau)
         rule = opened[0].info.rule(top_p=tried[-1].top_p, least_mass=tried[-1].least_mass)
         layers = retrieving_layers(opened, rule, tau=config.tau)
-        chosen = config.lengths_tokens or fitting_lengths(lengths, per_token_s, self.watch.left_s(COLLECT_UNTIL))
+        chosen = config.lengths_tokens or fitting_lengths(lengths, cost, self.watch.left_s(COLLECT_UNTIL))
         self.state.probe = {
-            "tasks": list(tasks), "lengths_tokens": list(chosen), "s_per_token": per_token_s,
-            "labels": record_of(tried), "layers": list(layers),
+            "tasks": list(tasks), "lengths_tokens": list(chosen), "document_s": cost.of_length(max(chosen)),
+            "labels": record_of(tried), "layers": list(layers), "chat_template": opened[0].info.chat_template,
         }  # fmt: skip
         for each in tried:
             self.note(each.text())
         self.note(f"layers that retrieve: {', '.join(map(str, layers))}")
         self.watch.save()
         shutil.rmtree(probe)  # nothing asks for it again, and it holds every layer's keys
+
+    def _length_to_time(self, lengths: Sequence[int], cost: DocumentCost) -> int | None:
+        """Return the longest further length of which one document takes little of the time at the most; or None."""
+        if self.config.lengths_tokens is not None:
+            return None
+        most_s = TIMING_SHARE * 60 * self.config.minutes
+        return max((each for each in lengths[1:] if cost.of_length(each) <= most_s), default=None)
 
     def _round(self, loaded: LoadedModel, document_s: float) -> float:
         """Make one document of every task at one length, or what the time allows; return the seconds of a long one.
@@ -181,7 +207,7 @@ class _Fit:
             model=self.config.model, tasks=tuple(probed["tasks"]), lengths_tokens=(length,),
             samples=1, seed=self.config.seed + 1 + state.rounds, chunk_tokens=self.config.chunk_tokens,
             layers=tuple(probed["layers"]), top_p=rule["top_p"], least_mass=rule["least_mass"], shard_documents=1,
-            device=self.config.device, dtype=self.config.dtype,
+            chat_template=self.config.chat_template, device=self.config.device, dtype=self.config.dtype,
         )  # fmt: skip
         target = self._round_folder(state.rounds)
         collect(collecting, target, progress=Progress(), loaded=loaded, goes_on=lambda: self._goes_on(document_s))
@@ -273,49 +299,6 @@ class _Fit:
         )
         write_card(folder, card)
         return card
-
-
-def lengths_to_try(config: FitConfig, loaded: LoadedModel) -> tuple[int, ...]:
-    """Return the lengths asked for, or all that the model takes, ascending.
-
-    Raises:
-        UsageError: the model takes none.
-    """
-    most = loaded.max_length_tokens
-    if config.lengths_tokens is not None:
-        return tuple(sorted(config.lengths_tokens))
-    found = tuple(length for length in LADDER_TOKENS if length <= most)
-    if not found:
-        raise UsageError(
-            f"Model '{loaded.name}' takes {most:,} tokens, and an indexer needs prompts of {LADDER_TOKENS[0]:,}: there "
-            "is little to save on shorter ones."
-        )
-    return found
-
-
-def tasks_to_ask(config: FitConfig, loaded: LoadedModel, length_tokens: int) -> tuple[str, ...]:
-    """Return the tasks asked for, or those of four that the shortest length has room for."""
-    if config.tasks is not None:
-        return config.tasks
-
-    def has_room(task: "Task") -> bool:
-        return task.min_length_tokens(loaded.tokenizer) <= length_tokens
-
-    return tuple(task.name for task in make_tasks(TASKS) if has_room(task))
-
-
-def fitting_lengths(lengths: Sequence[int], per_token_s: float, left_s: float) -> tuple[int, ...]:
-    """Return the two longest neighbours of which the time gives enough documents; else the shortest length alone.
-
-    Args:
-        lengths: ascending.
-        per_token_s: seconds a token of a document.
-    """
-    pairs = [tuple(lengths[at : at + 2]) for at in range(max(1, len(lengths) - 1))]
-    for pair in reversed(pairs):
-        if left_s >= ENOUGH_DOCUMENTS * per_token_s * sum(pair) / len(pair):
-            return pair
-    return tuple(lengths[:1])
 
 
 def _held_out_needs(collections: Sequence[Collection], options: TrainConfig) -> bool:

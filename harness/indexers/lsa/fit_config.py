@@ -9,6 +9,7 @@ from typing import Any
 
 from kvscope.errors import UsageError
 from kvscope.files import first_line, whole_file
+from kvscope.harness.engine.chat import AUTO
 from kvscope.harness.indexers.collection.collect import DEFAULT_CHUNK_TOKENS
 from kvscope.harness.indexers.lsa.calibrate import DEFAULT_TARGET_RECALL
 from kvscope.harness.indexers.lsa.train_config import DEFAULT_TAU
@@ -24,7 +25,7 @@ COLLECT_UNTIL, TRAIN_UNTIL = 0.7, 0.92
 #: What rounds of documents are for, over and over, at one length after the other; no document serves two ends.
 ROLES = ("train", "calibrate", "evaluate", "train", "train")
 STATE_FILE = "fit.json"
-FORMAT = 1
+FORMAT = 2
 MOST_STATE_BYTES = 2**20
 
 
@@ -41,7 +42,7 @@ class FitConfig:
         tau: decode steps between refreshes.
         chunk_tokens: tokens of a chunk.
         target_recall: golden recall that threshold 0.5 is set to, on documents not trained on.
-        device, dtype: as ``kvscope run``.
+        chat_template, device, dtype: as ``kvscope run``.
     """
 
     model: str
@@ -52,6 +53,7 @@ class FitConfig:
     tau: int = DEFAULT_TAU
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS
     target_recall: float = DEFAULT_TARGET_RECALL
+    chat_template: str = AUTO
     device: str = "auto"
     dtype: str = "auto"
 
@@ -66,8 +68,11 @@ class FitConfig:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a folder is begun with, as JSON gives it back. More minutes continue it."""
-        values = {key: value for key, value in asdict(self).items() if key != "minutes"}
+        """What a folder is begun with, as JSON gives it back. More minutes continue it.
+
+        What ``chat_template`` comes to is told from the model's tokenizer, and stands in ``FitState.probe``.
+        """
+        values = {key: value for key, value in asdict(self).items() if key not in ("minutes", "chat_template")}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
@@ -78,7 +83,8 @@ class FitState:
     Attributes:
         identity: of the configuration.
         spent_s: seconds of earlier calls, and of this one up to the last save.
-        probe: what the first documents told: ``labels`` tried, ``layers``, ``lengths_tokens``, ``tasks``; None before.
+        probe: what the first documents told: ``labels`` tried, ``layers``, ``lengths_tokens``, ``tasks``,
+            and the hash of the ``chat_template`` that prompts are in; None before.
         rounds: complete ones.
         collected: whether no more documents are to be made in ``minutes``.
         minutes: of the call that ended with that.

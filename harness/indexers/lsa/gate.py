@@ -7,7 +7,7 @@ most 30 % of the prompts is kept for it: labels that ask for everything are enou
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 
 from kvscope.errors import UsageError
 from kvscope.harness.engine.backend import require_token_attention
+from kvscope.harness.engine.chat import AUTO, NONE, chat_tokenizer
 from kvscope.harness.engine.decode import decode
 from kvscope.harness.engine.models import load_model
 from kvscope.harness.engine.prefill import prefill
@@ -26,6 +27,7 @@ from kvscope.harness.indexers.lsa.label_share import MOST_KEPT
 from kvscope.harness.indexers.lsa.train_config import DEFAULT_TAU
 from kvscope.methods.base import SequenceCache
 from kvscope.methods.dense.method import Dense
+from kvscope.methods.indexer_files import prompts_text
 from kvscope.methods.lsa.method import Lsa
 from kvscope.methods.lsa.options import ATTENTION, LsaConfig
 from kvscope.methods.lsa.selection import ScriptedSelector
@@ -105,6 +107,14 @@ def gate(
             f"The collection was made with model '{info.model}' ({info.model_revision}), not with '{loaded.name}' "
             f"({loaded.shape.revision})."
         )
+    chat = chat_tokenizer(loaded.tokenizer, NONE if info.chat_template is None else AUTO)
+    template = None if chat is None else chat.sha256
+    if template != info.chat_template:
+        raise UsageError(
+            f"The prompts of the collection are in another chat template than that of '{loaded.name}' "
+            f"({prompts_text(info.chat_template)}, {prompts_text(template)}), so they cannot be built again: put "
+            "the template into its tokenizer."
+        )
     config = LsaConfig(
         tau=tau,
         indexer=ATTENTION,  # whatever needs no trained part: the choices are scripted
@@ -121,9 +131,10 @@ def gate(
                 continue
             task = tasks[document_info.task]
             sample = task.build(
-                loaded.tokenizer, length_tokens=document_info.length_tokens, sample=document_info.sample,
+                chat or loaded.tokenizer, length_tokens=document_info.length_tokens, sample=document_info.sample,
                 seed=collection.info.seed,
             )  # fmt: skip
+            sample = sample if chat is None else replace(sample, stop=())
             method.script = script(collection, index, method, tau=tau, rule=labels)
             prompt = prefill(loaded, sample.ids[:-1])
             found = []

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kvscope.methods.kv_format import PagePacking
+
 MAX_STORES = 2
 
 
@@ -23,12 +25,19 @@ class PagedKV:
         page_table: slots to read in order, [B or 1, H or 1, pages], int32 or int64; None: slots 0, 1, ...
         tokens: token numbers to read instead of a run from 0, [B or 1, H or 1, T], int32 or int64; token t is in page
             t // P of the table. None: the first ``n_tokens`` tokens.
+        packing: how pages are packed; they are bytes [S, H, R] then, and ``tokens`` is None.
     """
 
     pages: torch.Tensor
     n_tokens: "int | torch.Tensor"
     page_table: torch.Tensor | None = None
     tokens: torch.Tensor | None = None
+    packing: PagePacking | None = None
+
+    @property
+    def page_tokens(self) -> int:
+        """P."""
+        return self.pages.shape[3] if self.packing is None else self.packing.page_tokens
 
     @property
     def capacity_tokens(self) -> int:
@@ -36,7 +45,7 @@ class PagedKV:
         if self.tokens is not None:
             return self.tokens.shape[2]
         n_pages = self.pages.shape[0] if self.page_table is None else self.page_table.shape[2]
-        return n_pages * self.pages.shape[3]
+        return n_pages * self.page_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +78,11 @@ def check_inputs(q_BQ1D: torch.Tensor, stores: Sequence[PagedKV]) -> None:
         raise ValueError(f"stores must have the same KV heads, got {sorted(n_heads)}")
     for store in stores:
         pages = store.pages
-        if pages.ndim != 5 or pages.shape[2] != 2 or pages.shape[4] != D or Q % pages.shape[1]:
+        if store.packing is not None:
+            _check_packed(q_BQ1D, store)
+        elif pages.ndim != 5 or pages.shape[2] != 2 or pages.shape[4] != D or Q % pages.shape[1]:
             raise ValueError(f"pages {tuple(pages.shape)} do not fit queries {tuple(q_BQ1D.shape)}")
-        if pages.dtype != q_BQ1D.dtype or pages.device != q_BQ1D.device or not pages.is_contiguous():
+        elif pages.dtype != q_BQ1D.dtype or pages.device != q_BQ1D.device or not pages.is_contiguous():
             raise ValueError(
                 f"pages must be contiguous and like the queries ({q_BQ1D.dtype}, {q_BQ1D.device}), got {pages.dtype}, "
                 f"{pages.device}"
@@ -92,6 +103,19 @@ def check_inputs(q_BQ1D: torch.Tensor, stores: Sequence[PagedKV]) -> None:
                 raise ValueError(f"{name} must be contiguous in its last dimension")
         if isinstance(store.n_tokens, int) and not 0 <= store.n_tokens <= store.capacity_tokens:
             raise ValueError(f"{store.n_tokens} tokens do not fit a capacity of {store.capacity_tokens}")
+
+
+def _check_packed(q_BQ1D: torch.Tensor, store: PagedKV) -> None:
+    pages, packing = store.pages, store.packing
+    assert packing is not None
+    fits = pages.ndim == 3 and pages.shape[2] == packing.record_bytes and packing.head_dim == q_BQ1D.shape[3]
+    if not fits or q_BQ1D.shape[1] % pages.shape[1] or store.tokens is not None:
+        raise ValueError(
+            f"packed pages must be [S, H, {packing.record_bytes}] of heads of {packing.head_dim}, with no token list, "
+            f"got {tuple(pages.shape)} for queries {tuple(q_BQ1D.shape)}"
+        )
+    if pages.dtype != torch.uint8 or pages.device != q_BQ1D.device or not pages.is_contiguous():
+        raise ValueError(f"packed pages must be contiguous bytes on {q_BQ1D.device}, got {pages.dtype}, {pages.device}")
 
 
 def index_strides(index: torch.Tensor) -> tuple[int, int]:

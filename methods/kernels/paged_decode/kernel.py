@@ -10,11 +10,14 @@ from dataclasses import dataclass
 
 import torch
 import triton
+import triton.language as tl
 
 from kvscope.methods.kernels.grid import launches_dependents, n_sms
 from kvscope.methods.kernels.paged_decode.inputs import PagedKV, check_inputs, index_strides
 from kvscope.methods.kernels.paged_decode.merge import merge_kernel
+from kvscope.methods.kernels.paged_decode.packed import packed_split_kernel
 from kvscope.methods.kernels.paged_decode.split import split_kernel
+from kvscope.methods.kv_format import FORMATS, PagePacking
 
 _LOG2E = 1.4426950408889634
 MIN_TILES = 4  # below this many tiles a program costs more than it hides
@@ -40,6 +43,25 @@ class Tuning:
 DEFAULT = Tuning()
 
 
+@dataclass(frozen=True, kw_only=True)
+class PackedTuning:
+    """The same of packed pages.
+
+    Attributes:
+        tile_tokens: most tokens read in one iteration; a tile's tokens share their channels' scales.
+        programs_per_sm, num_warps, num_stages: as ``Tuning``'s.
+    """
+
+    tile_tokens: int = 64
+    programs_per_sm: int = 3
+    num_warps: int = 4
+    num_stages: int = 4
+
+
+#: By format; chosen by the compiled kernel's registers and instructions (docs/quantised-kv.md).
+PACKED_DEFAULTS = {name: PackedTuning() for name in FORMATS}
+
+
 def paged_decode(
     q_BQ1D: torch.Tensor,
     stores: Sequence[PagedKV],
@@ -49,6 +71,7 @@ def paged_decode(
     sink_logits: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     tuning: Tuning = DEFAULT,
+    packed_tuning: PackedTuning | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend one query a sequence to the tokens of one store of pages or two.
 
@@ -62,6 +85,7 @@ def paged_decode(
         softcap: logits become softcap * tanh(logits / softcap).
         sink_logits: [Q], one logit a head that takes mass and has no value.
         out_dtype: of the output; the queries' when None.
+        tuning, packed_tuning: constants of raw and of packed pages; the latter None: those of the format.
 
     Returns:
         Output [B, Q, 1, D] and natural log-sum-exp of the logits [B, Q] in fp32, sink logit included. Where nothing
@@ -88,11 +112,15 @@ def paged_decode(
         "DEPENDENT": dependent,
         **({"launch_pdl": True} if dependent else {}),
     }
-    n_programs = tuning.programs_per_sm * n_sms(q_BQ1D.device)
     device = q_BQ1D.device
     parts = []
     for store in stores:
-        tile_tokens = tile_size(store, tuning)
+        packing = store.packing
+        if packing is None:
+            tile_tokens, n_programs = tile_size(store, tuning), tuning.programs_per_sm * n_sms(device)
+        else:
+            packed = packed_tuning or PACKED_DEFAULTS[packing.format.name]
+            tile_tokens, n_programs = packed_tile_size(packing, packed), packed.programs_per_sm * n_sms(device)
         # No more programs than the capacity could ever keep busy: short contexts launch small grids.
         most_tiles = B * H * -(-store.capacity_tokens // tile_tokens)
         programs = max(1, min(n_programs, -(-most_tiles // MIN_TILES)))
@@ -101,6 +129,54 @@ def paged_decode(
         lse = torch.empty((n_partials,), dtype=torch.float32, device=device)
         lengths = _lengths_of(store, q_BQ1D)
         table = q_BQ1D if store.page_table is None else store.page_table
+        table_strides = (0, 0) if store.page_table is None else index_strides(store.page_table)
+        if packing is not None:
+            packed_split_kernel[(programs,)](
+                q_BQ1D,
+                store.pages.view(torch.int16),
+                store.pages.view(torch.float16),
+                store.pages.view(torch.int32),
+                table,
+                lengths.pointer,
+                out,
+                lse,
+                lengths.n_tokens,
+                store.capacity_tokens,
+                scale if softcap is not None else scale * _LOG2E,
+                1.0 if softcap is None else softcap,
+                lengths.n_counts,
+                lengths.rows_each,
+                H,
+                q_BQ1D.stride(0),
+                q_BQ1D.stride(1),
+                *table_strides,
+                *lengths.strides,
+                G=G,
+                G_PAD=max(16, triton.next_power_of_2(G)),
+                D=D,
+                C_PAD=max(16, triton.next_power_of_2(packing.token_bytes // 2)),
+                P=packing.page_tokens,
+                N=tile_tokens,
+                GROUP=packing.key_group_tokens,
+                BITS=packing.format.bits,
+                IS_FLOAT=packing.format.is_float,
+                RECORD=packing.record_bytes,
+                PLACE=packing.format.place,
+                COUNTS=lengths.padded,
+                MIN_TILES=MIN_TILES,
+                HAS_TABLE=store.page_table is not None,
+                HAS_SOFTCAP=softcap is not None,
+                DEVICE_LENGTHS=lengths.on_device,
+                OPERAND=tl.float32 if q_BQ1D.dtype == torch.float32 else tl.float16,
+                ASSEMBLY=device.type == "cuda" and q_BQ1D.dtype != torch.float32,
+                PRECISION="ieee",
+                num_warps=packed.num_warps,
+                num_stages=packed.num_stages,
+                DEPENDENT=dependent,
+                **({"launch_pdl": True} if dependent else {}),
+            )
+            parts.append((store, lengths, out, lse, programs, tile_tokens))
+            continue
         tokens = q_BQ1D if store.tokens is None else store.tokens
         split_kernel[(programs,)](
             q_BQ1D,
@@ -119,7 +195,7 @@ def paged_decode(
             H,
             q_BQ1D.stride(0),
             q_BQ1D.stride(1),
-            *((0, 0) if store.page_table is None else index_strides(store.page_table)),
+            *table_strides,
             *((0, 0) if store.tokens is None else index_strides(store.tokens)),
             *lengths.strides,
             G_PAD=max(16, triton.next_power_of_2(G)),
@@ -182,6 +258,12 @@ def tile_size(store: PagedKV, tuning: Tuning = DEFAULT) -> int:
     D, itemsize = store.pages.shape[4], store.pages.element_size()
     most: int = max(16, tuning.tile_bytes // (triton.next_power_of_2(D) * itemsize))
     return min(128, 1 << (most.bit_length() - 1))
+
+
+def packed_tile_size(packing: PagePacking, tuning: PackedTuning | None = None) -> int:
+    """Return the tokens of a tile: the greatest power of two that divides the tokens of a scale, within ``tuning``."""
+    tokens, tuning = packing.key_group_tokens, tuning or PACKED_DEFAULTS[packing.format.name]
+    return min(tuning.tile_tokens, tokens & -tokens)
 
 
 @dataclass(frozen=True)

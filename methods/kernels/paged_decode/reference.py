@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from kvscope.methods.kernels.paged_decode.inputs import PagedKV, check_inputs
+from kvscope.methods.packing import unpack_pages
 
 
 def paged_decode_reference(
@@ -29,7 +30,7 @@ def paged_decode_reference(
     for b in range(B):
         for h in range(H):
             heads = slice(h * G, (h + 1) * G)
-            kv_2TD = torch.cat([_read(store, b, h) for store in stores], 1).to(dtype)
+            kv_2TD = torch.cat([_read(store, b, h).to(dtype) for store in stores], 1)
             logits_GT = q_BQ1D[b, heads, 0].to(dtype) @ kv_2TD[0].T * scale
             if softcap is not None:
                 logits_GT = softcap * torch.tanh(logits_GT / softcap)
@@ -44,13 +45,16 @@ def paged_decode_reference(
 
 def _read(store: PagedKV, b: int, h: int) -> torch.Tensor:
     """Return K and V [2, T, D] of what one KV head of one sequence reads."""
-    P = store.pages.shape[3]
+    P = store.page_tokens
     n = store.n_tokens if isinstance(store.n_tokens, int) else int(_pick(store.n_tokens, b, h))
     n = min(n, store.capacity_tokens)
     token_T = torch.arange(n, device=store.pages.device) if store.tokens is None else _pick(store.tokens, b, h)[:n]
     page_T = token_T.long() // P
     slot_T = page_T if store.page_table is None else _pick(store.page_table, b, h)[page_T].long()
-    return store.pages[slot_T, h, :, token_T.long() % P].transpose(0, 1)
+    pages = store.pages[:, h]
+    if store.packing is not None:
+        pages = unpack_pages(pages, store.packing, torch.float64)
+    return pages[slot_T, :, token_T.long() % P].transpose(0, 1)
 
 
 def _pick(index: torch.Tensor, b: int, h: int) -> torch.Tensor:

@@ -17,8 +17,9 @@ from kvscope.harness.indexers.collection.reading import Collection
 from kvscope.harness.indexers.collection.shards import write_manifest, write_shard
 from kvscope.harness.indexers.lsa import fit as module
 from kvscope.harness.indexers.lsa.calibrate import warning_of
-from kvscope.harness.indexers.lsa.fit import fit, fitting_lengths
+from kvscope.harness.indexers.lsa.fit import fit
 from kvscope.harness.indexers.lsa.fit_config import ROLES, STATE_FILE, FitConfig
+from kvscope.harness.indexers.lsa.fit_documents import DocumentCost, fitting_lengths
 from kvscope.harness.indexers.lsa.gate import gate_failures
 from kvscope.harness.indexers.lsa.label_share import MOST_KEPT, choose_labels, label_share, retrieving_layers
 from kvscope.harness.indexers.lsa.refreshes import Refreshes, hit_rate
@@ -202,6 +203,21 @@ def test_bad_options_are_one_sentence(options, why, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"model": "nowhere"}, "There is no model 'nowhere'"),
+        ({"lengths_tokens": (8192,)}, "over the 4,096 tokens"),
+        ({"lengths_tokens": (16,)}, "too short for task 'long_qa'"),
+        ({"chat_template": "nowhere.jinja"}, "Cannot read the chat template"),
+    ],
+)
+def test_what_is_refused_leaves_no_folder(options, why, tiny_model, tmp_path):
+    with pytest.raises(UsageError, match=why):
+        fit(asked(**{"model": tiny_model, **options}), tmp_path / "out", note=quiet)
+    assert not (tmp_path / "out").exists()
+
+
 def test_presets_have_nothing_to_learn_from(tmp_path, capsys):
     assert cli.run_cli(["lsa", "fit", "preset:llama-3.1-8b", "--out", str(tmp_path / "out")]) == 2
     assert "preset:llama-3.1-8b" in capsys.readouterr().err
@@ -217,11 +233,27 @@ def test_presets_have_nothing_to_learn_from(tmp_path, capsys):
     ],
 )
 def test_lengths_are_the_longest_that_leave_enough_documents(left_s, expected):
-    assert fitting_lengths((1024, 2048, 4096, 8192), 0.01, left_s) == expected
+    assert fitting_lengths((1024, 2048, 4096, 8192), DocumentCost.of({1000: 10.0}), left_s) == expected
 
 
 def test_a_model_of_one_length_gets_that():
-    assert fitting_lengths((1024,), 0.01, 1) == (1024,)
+    assert fitting_lengths((1024,), DocumentCost.of({1000: 10.0}), 1) == (1024,)
+
+
+def test_what_every_document_costs_says_nothing_of_long_ones():
+    # 0.7 s at 1K, nearly all of it whatever the length: 1.6 s at 16K.
+    cost = DocumentCost.of({1024: 0.7}).and_of(16384, 1.6)
+    assert cost.of_length(1024) == pytest.approx(0.7)
+    assert cost.of_length(16384) == pytest.approx(1.6)
+    assert cost.of_length(32768) == pytest.approx(1.6 + 0.9 * 16384 / 15360)
+    assert fitting_lengths((1024, 8192, 16384, 32768), cost, 60 * 2.2) == (16384, 32768)
+    # By the seconds a token of the short one, it would have been 1K alone.
+    assert fitting_lengths((1024, 8192, 16384, 32768), DocumentCost.of({1024: 0.7}), 60 * 2.2) == (1024,)
+
+
+def test_a_longer_document_that_took_no_longer_costs_nothing_a_token():
+    cost = DocumentCost.of({1024: 2.0}).and_of(4096, 1.5)
+    assert (cost.fixed_s, cost.token_s) == (2.0, 0.0)
 
 
 # -- labels

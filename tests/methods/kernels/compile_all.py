@@ -7,6 +7,7 @@ import json
 import sys
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -14,10 +15,13 @@ from kvscope.methods.kernels.block_scores import kernel as block_scores
 from kvscope.methods.kernels.host_gather import kernel as host_gather
 from kvscope.methods.kernels.indexer_score import kernel as indexer_score
 from kvscope.methods.kernels.paged_decode.kernel import DEFAULT as PAGED_DECODE
+from kvscope.methods.kernels.paged_decode.kernel import PACKED_DEFAULTS, packed_tile_size
 from kvscope.methods.kernels.paged_decode.merge import merge_kernel
+from kvscope.methods.kernels.paged_decode.packed import packed_split_kernel
 from kvscope.methods.kernels.paged_decode.rows_kernel import append_rows_kernel, merge_rows_kernel, split_rows_kernel
 from kvscope.methods.kernels.paged_decode.split import split_kernel
 from kvscope.methods.kernels.select import kernel as select
+from kvscope.methods.kv_format import FORMATS, PagePacking
 
 
 def compile_kernel(name, function, constants, *, pointers, num_warps=4, num_stages=3, aligned=()):
@@ -39,7 +43,7 @@ def compile_kernel(name, function, constants, *, pointers, num_warps=4, num_stag
 
 def _counts(ptx):
     return {
-        "async_copies": ptx.count("cp.async.cg.shared.global"),
+        "async_copies": ptx.count("cp.async.cg.shared.global") + ptx.count("cp.async.ca.shared.global"),
         "wgmma": ptx.count("wgmma.mma_async"),
         "dependent_waits": ptx.count("griddepcontrol.wait"),
     }
@@ -59,6 +63,36 @@ def decode(dtype="bf16", **changes):
         constants,
         pointers={**pointers, "out_ptr": "fp32", "lse_ptr": "fp32"},
         num_stages=PAGED_DECODE.num_stages,
+        aligned=("stride_qb", "stride_qh"),
+    )
+
+
+def packed(kv, dtype="bf16", **changes):
+    """paged_decode's first kernel over packed pages, as for Llama-3.1-8B unless changed."""
+    packing = PagePacking(FORMATS[kv], 64, 128)
+    constants = {
+        "G": 4, "G_PAD": 16, "D": 128, "C_PAD": packing.token_bytes // 2, "P": 64, "N": packed_tile_size(packing),
+        "GROUP": packing.key_group_tokens, "BITS": packing.format.bits, "IS_FLOAT": packing.format.is_float,
+        "RECORD": packing.record_bytes, "PLACE": packing.format.place, "COUNTS": 2, "MIN_TILES": 4, "HAS_TABLE": True,
+        "HAS_SOFTCAP": False,
+        "DEVICE_LENGTHS": True, "OPERAND": tl.float16, "ASSEMBLY": True, "PRECISION": "ieee", "DEPENDENT": True,
+        **changes,
+    }  # fmt: skip
+    pointers = {
+        "q_ptr": dtype,
+        "pages_ptr": "i16",
+        "numbers_ptr": "fp16",
+        "pairs_ptr": "i32",
+        "table_ptr": "i32",
+        "lengths_ptr": "i32",
+    }
+    compile_kernel(
+        f"packed {kv} {dtype} {changes}",
+        packed_split_kernel,
+        constants,
+        pointers={**pointers, "out_ptr": "fp32", "lse_ptr": "fp32"},
+        num_warps=PACKED_DEFAULTS[kv].num_warps,
+        num_stages=PACKED_DEFAULTS[kv].num_stages,
         aligned=("stride_qb", "stride_qh"),
     )
 
@@ -161,6 +195,9 @@ if __name__ == "__main__":
     decode(P=16, COUNTS=256, HAS_SOFTCAP=True)
     decode(HAS_TOKENS=True)
     decode(dtype="fp32", N=32, HAS_TABLE=False, DEVICE_LENGTHS=False, DEPENDENT=False)
+    for kv in FORMATS:
+        packed(kv)
+    packed("int4", dtype="fp16", HAS_SOFTCAP=True)
     rows()
     rows(P=0, N=128, COUNTS=512, HAS_TABLE=True, HAS_TOKENS=True, HAS_TURNED=True)
     rest_of_rows()
