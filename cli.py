@@ -30,11 +30,13 @@ from kvscope.terminal import complain, folded, line_width, printable, say, tell
 
 if TYPE_CHECKING:
     from kvscope.harness.passes.config import RunConfig
+    from kvscope.reports.browser import PromptOf
     from kvscope.reports.look import Look
     from kvscope.results.frames import Run
 
 EXIT_DONE, EXIT_CELLS_FAILED, EXIT_USAGE, EXIT_ENVIRONMENT, EXIT_FAULT, EXIT_INTERRUPTED = 0, 1, 2, 3, 70, 130
 COLLECTOR_THRESHOLDS = (20_000, 20, 20)
+MOST_ROWS_WITH_TEXTS = 20_000
 
 app = typer.Typer(
     name="kvscope",
@@ -204,6 +206,10 @@ def report(
         typer.Option("--label", metavar="LABEL=NAME", help="What a method is called; repeatable."),
     ] = None,
     style: Annotated[str, typer.Option("--style", metavar="screen|paper", help="Sizes of type.")] = "screen",
+    prompts: Annotated[
+        bool | None,
+        typer.Option("--prompts/--no-prompts", help="Texts in the samples.  [default: of small runs, model at hand]"),
+    ] = None,
 ) -> int:
     """Write tables, figures and report.html of a run into DIR/report, and print the summary.
 
@@ -220,7 +226,7 @@ def report(
 
     look = make_look(formats=formats, width=width, titled=title, methods=methods, names=label or (), style=style)
     if (folders := run_folders(folder)) == [folder]:
-        print_report(folder, look)
+        print_report(folder, look, prompts=prompts)
         return EXIT_DONE
     from kvscope.reports.index import Cell, index_rows, write_index
 
@@ -231,7 +237,7 @@ def report(
         name = visible(run_folder.name)
         say(f"{name}\n{'=' * len(name)}")
         try:
-            rows += index_rows(print_report(run_folder, look))
+            rows += index_rows(print_report(run_folder, look, prompts=prompts))
         except KvscopeError as error:
             complain(str(error))
             faults.append(str(error))
@@ -240,24 +246,51 @@ def report(
     return code
 
 
-def print_report(folder: Path, look: "Look | None" = None) -> "Run":
+def print_report(folder: Path, look: "Look | None" = None, *, prompts: bool | None = None) -> "Run":
     """Make the report of a folder; print the summary tables and where everything is. Return what was reported."""
     from kvscope.reports.legible import legible
     from kvscope.results.frames import load_run
 
-    loaded = legible(load_run(folder))
+    unmarked = load_run(folder)
+    loaded = legible(unmarked)
     for message in loaded.messages:
         tell(message)
     from kvscope.reports.build import write_report
     from kvscope.reports.summary import summary_text
 
     say(summary_text(loaded, width=line_width()))
-    paths = write_report(loaded, look)
-    html = [path for path in paths if path.suffix == ".html"]
+    prompt_of, why_not = prompt_texts(unmarked, asked=prompts)
+    paths = write_report(loaded, look, prompt_of=prompt_of, why_no_texts=why_not, asked=prompts is True)
+    html = [path for path in paths if path.name == "report.html"]
     say(f"\n{len(paths)} files under {folder / 'report'}")
     for path in html:
         say(f"report   {path}")
     return loaded
+
+
+def prompt_texts(run: "Run", *, asked: bool | None) -> "tuple[PromptOf | None, str]":
+    """Return (what builds a prompt of a run again or None, why not).
+
+    Unless asked for, texts are left out of large runs and of models that would have to be fetched.
+
+    Raises:
+        UsageError: they are asked for and cannot be built.
+    """
+    more = "kvscope report --prompts builds them, kvscope samples --prompt prints one."
+    if asked is False or not len(run.samples):
+        return None, f"Texts of prompts are left out: {more}"
+    if asked is None and len(run.samples) > MOST_ROWS_WITH_TEXTS:
+        return None, f"Texts of prompts are left out of a run of more than {MOST_ROWS_WITH_TEXTS:,} rows: {more}"
+    from kvscope.harness.passes.rebuilt import RebuiltPrompts, tokenizer_is_here
+
+    if asked is None and not tokenizer_is_here(run):
+        return None, f"Texts of prompts are left out, for the model's tokenizer is not a folder of this machine: {more}"
+    try:
+        return RebuiltPrompts(run).of, ""
+    except KvscopeError as error:
+        if asked:
+            raise
+        return None, f"Texts of prompts are not shown: {error}"
 
 
 @app.command(short_help="Compare runs, and fail where a limit is crossed.")

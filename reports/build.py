@@ -1,9 +1,12 @@
 """Puts the report together: built aside, then moved into place, so that a reader never sees half of one."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
+from kvscope.reports.browser import PromptOf, Samples, browsed
 from kvscope.reports.cells import accuracy_cells
 from kvscope.reports.coverage import coverage
 from kvscope.reports.export import svg_text, write_figure, write_includes, write_table
@@ -14,7 +17,7 @@ from kvscope.reports.figures_difference import accuracy_minus_dense
 from kvscope.reports.figures_memory import memory_by_length, tpot_by_length
 from kvscope.reports.figures_pareto import accuracy_against_memory, accuracy_against_reads
 from kvscope.reports.figures_residency import resident_over_steps
-from kvscope.reports.html import page
+from kvscope.reports.html import SAMPLES_PAGE, page, samples_page
 from kvscope.reports.legible import legible
 from kvscope.reports.look import Look, fitted, look, wearing
 from kvscope.reports.place import put_in_place, report_place
@@ -32,11 +35,21 @@ def build_report(folder: str | Path) -> list[Path]:
     return write_report(load_run(folder))
 
 
-def write_report(run: Run, chosen: Look | None = None) -> list[Path]:
+def write_report(
+    run: Run,
+    chosen: Look | None = None,
+    *,
+    prompt_of: PromptOf | None = None,
+    why_no_texts: str = "",
+    asked: bool = False,
+) -> list[Path]:
     """Write the report of a loaded run into its folder; see `kvscope.reports.make_report`.
 
     Args:
         chosen: how it is published (``make_look``); None: as it is looked at on a screen.
+        prompt_of: gives the text of a prompt and where its evidence stands; None: the page shows no texts.
+        why_no_texts: what it says then.
+        asked: whether texts were asked for, so that more are built.
 
     Raises:
         UsageError: as there, or the look names methods that the run does not have.
@@ -46,7 +59,12 @@ def write_report(run: Run, chosen: Look | None = None) -> list[Path]:
     labels = [method.label for method in run.info.methods]
     worn = Look() if chosen is None else fitted(chosen, labels, where=str(run.folder))
     with report_place(target) as aside, wearing(worn):
-        names = [path.relative_to(aside).as_posix() for path in _write(run, aside)]
+        names = [
+            path.relative_to(aside).as_posix()
+            for path in _write(
+                run, aside, partial(browsed, prompt_of=prompt_of, why_no_texts=why_no_texts, asked=asked)
+            )
+        ]
         put_in_place(aside, target, names)
     return [target / name for name in names]
 
@@ -79,7 +97,7 @@ def all_figures(run: Run, cells: pd.DataFrame) -> list[ReportFigure | SkippedFig
     ]
 
 
-def _write(run: Run, folder: Path) -> list[Path]:
+def _write(run: Run, folder: Path, browse: Callable[[Run], Samples]) -> list[Path]:
     tables_folder, figures_folder = folder / "tables", folder / "figures"
     tables_folder.mkdir()
     figures_folder.mkdir()
@@ -91,9 +109,17 @@ def _write(run: Run, folder: Path) -> list[Path]:
     written = [path for table in tables for path in write_table(table, tables_folder)]
     drawn = [figure for figure in figures if isinstance(figure, ReportFigure)]
     written += [path for figure in drawn for path in write_figure(figure, figures_folder)]
-    svgs = {figure.name: svg_text(figure) for figure in drawn}
+    files = {path.name: path for path in written}
+    svgs = {
+        figure.name: file.read_text(encoding="utf-8") if (file := files.get(f"{figure.name}.svg")) else svg_text(figure)
+        for figure in drawn
+    }
     if "pdf" in look().formats:
         written.append(write_includes(drawn, figures_folder))
-    html = folder / "report.html"
-    html.write_text(page(run, tables, figures, svgs, coverage(run)), encoding="utf-8")
-    return [*written, html]
+    samples = browse(part)
+    pages = {"report.html": page(run, tables, figures, svgs, coverage(run), samples)}
+    for number in range(1, len(samples.pages)):
+        pages[SAMPLES_PAGE.format(number + 1)] = samples_page(run, samples, number)
+    for name, text in pages.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return [*written, *(folder / name for name in pages)]

@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from kvscope.reports.figure_parts import ReportFigure
+from kvscope.reports.hover import with_titles
 from kvscope.reports.latex import latex, tex
 from kvscope.reports.look import look
 from kvscope.reports.table_parts import Table
@@ -38,8 +39,11 @@ def write_table(table: Table, folder: Path) -> list[Path]:
 def write_figure(figure: ReportFigure, folder: Path) -> list[Path]:
     """Write `figure` in the formats of the look, with the rows behind it; returns the paths."""
     paths = [folder / f"{figure.name}.{ending}" for ending in look().formats]
-    with theme(figure.name):
-        for path in paths:
+    for path in paths:
+        if path.suffix == ".svg":
+            path.write_text(svg_text(figure), encoding="utf-8")
+            continue
+        with theme(figure.name):
             _save(figure, path, path.suffix.removeprefix("."))
     paths.append(folder / f"{figure.name}.csv")
     write_csv(figure.data, paths[-1])
@@ -70,11 +74,11 @@ def svg_text(figure: ReportFigure) -> str:
     written = io.StringIO()
     with theme(figure.name):
         _save(figure, written, "svg")
-    return written.getvalue()
+    return with_titles(written.getvalue())
 
 
 def _save(figure: ReportFigure, place: Path | io.StringIO, ending: str) -> None:
-    """Write a figure, without a date."""
+    """Write a figure, without a date; an SVG's points have their numbers as titles."""
     about: dict[str, dict[str, Any]] = {
         "png": {
             "dpi": PRINT_DPI if look().is_print else PNG_DPI,

@@ -5,7 +5,7 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -16,9 +16,10 @@ from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
 from kvscope.reports.canvas import text_width_in
 from kvscope.reports.coverage import coverage
+from kvscope.reports.hover import tip
 from kvscope.reports.look import look
 from kvscope.reports.theme import FAINT, TEXT, MethodStyle, shared_options
-from kvscope.reports.units import bytes_text, length_text
+from kvscope.reports.units import bytes_text, length_text, with_interval
 from kvscope.results.frames import Run
 from kvscope.results.plain_text import shortened
 from kvscope.results.run_schema import RunInfo
@@ -178,8 +179,15 @@ def names_key(styles: Mapping[str, MethodStyle], labels: Sequence[str], *, lines
     return list(found.values())
 
 
-def points(axes: Axes, x: list[float], y: list[float], style: MethodStyle) -> None:
-    """Draw a method's points in its own style."""
+def accuracy_tip(who: str, where: str, cell: Mapping[str, Any]) -> str:
+    """Return what a point of accuracy says: value, interval and n."""
+    name = look().names.get(who, who)
+    value = with_interval(cell["accuracy"], cell["ci_low"], cell["ci_high"])
+    return f"{name}, {where}: {value} %, n = {cell['n']}"
+
+
+def points(axes: Axes, x: list[float], y: list[float], style: MethodStyle, *, says: str | None = None) -> None:
+    """Draw a method's points in its own style; `says` is what they say under the pointer."""
     axes.plot(
         x,
         y,
@@ -190,4 +198,5 @@ def points(axes: Axes, x: list[float], y: list[float], style: MethodStyle) -> No
         markeredgecolor="white",
         markeredgewidth=0.7,
         zorder=3,
+        gid=None if says is None else tip(says),
     )

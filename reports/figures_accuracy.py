@@ -24,11 +24,13 @@ from kvscope.reports.figure_parts import (
     NESTED,
     ReportFigure,
     SkippedFigure,
+    accuracy_tip,
     apart,
     length_axis,
     names_key,
     subtitle_of,
 )
+from kvscope.reports.hover import tip
 from kvscope.reports.look import look
 from kvscope.reports.overlap import draw_lines, draw_markers
 from kvscope.reports.theme import MethodStyle, figure_names, method_styles, short_lines, theme
@@ -180,6 +182,7 @@ def accuracy_by_task(run: Run, cells: pd.DataFrame) -> ReportFigure | SkippedFig
                 (lengths.index(cell["length_tokens"]), rows.index(cell["task" if alone else "method_label"])): (
                     cell["accuracy"],
                     cell["n"],
+                    accuracy_tip(cell["method_label"], f"{cell['task']}, {length_text(cell['length_tokens'])}", cell),
                 )
                 for cell in records(data[data["task"].isin(group)])
             }
@@ -198,7 +201,7 @@ def _lines(axes: Axes, tables: Mapping[str, pd.DataFrame], styles: Mapping[str, 
         for label, rows in tables.items()
     }
     draw_lines(axes, paths, styles, width=width)
-    draw_markers(axes, paths, styles)
+    draw_markers(axes, paths, styles, tips={label: _tips(rows) for label, rows in tables.items()})
     for place, (label, rows) in enumerate(tables.items()):
         low, high = 100 * rows["ci_low"].to_numpy(float), 100 * rows["ci_high"].to_numpy(float)
         x = rows["length_tokens"].to_numpy(float)
@@ -207,20 +210,26 @@ def _lines(axes: Axes, tables: Mapping[str, pd.DataFrame], styles: Mapping[str, 
         axes.vlines(x, low, high, color=styles[label].color, linewidth=bar, alpha=0.55, zorder=1.9)
 
 
+def _tips(rows: pd.DataFrame) -> list[str]:
+    return [accuracy_tip(row["method_label"], length_text(row["length_tokens"]), row) for row in records(rows)]
+
+
 def _percent_axis(axes: Axes) -> None:
     axes.set_ylim(-4, 104)
     axes.yaxis.set_major_locator(FixedLocator([0, 25, 50, 75, 100]))
     axes.set_ylabel("accuracy (%)")
 
 
-def heat_panel(axes: Axes, filled: dict[tuple[int, int], tuple[float, int]], *, lengths: list[int], rows: int) -> None:
-    """A grid of lengths by rows; `filled` maps (column, row) to (accuracy, n), all other cells are hatched.
+def heat_panel(
+    axes: Axes, filled: dict[tuple[int, int], tuple[float, int, str]], *, lengths: list[int], rows: int
+) -> None:
+    """A grid of lengths by rows; `filled` maps (column, row) to (accuracy, n, its tip), all others are hatched.
 
     Cells that are too small for n have the accuracy alone.
     """
     colors = colormaps[HEAT]
     cell_in = axes.get_window_extent().width / axes.figure.dpi / len(lengths)
-    counts = [f"n={n}" for _, n in filled.values()]
+    counts = [f"n={n}" for _, n, _ in filled.values()]
     tall = axes.get_window_extent().height / axes.figure.dpi / rows >= 0.26
     counted = tall and text_width_in(counts, fontsize=6.5) * 0.85 <= cell_in
     axes.grid(visible=False)
@@ -233,9 +242,10 @@ def heat_panel(axes: Axes, filled: dict[tuple[int, int], tuple[float, int]], *, 
                     Rectangle((column, row), 1, 1, facecolor="white", edgecolor="#CCCCCC", hatch="////", lw=0)
                 )
                 continue
-            accuracy, n = filled[column, row]
+            accuracy, n, says = filled[column, row]
             color = colors(accuracy)
-            axes.add_artist(Rectangle((column, row), 1, 1, facecolor=color, edgecolor="white", linewidth=0.8))
+            cell = Rectangle((column, row), 1, 1, facecolor=color, edgecolor="white", linewidth=0.8, gid=tip(says))
+            axes.add_artist(cell)
             ink = "white" if 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] < 0.5 else "black"
             middle = column + 0.5
             written: dict[str, Any] = {"ha": "center", "va": "center", "color": ink}

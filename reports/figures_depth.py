@@ -15,10 +15,11 @@ from kvscope.reports.depth import (
     depth_scopes,
     depthless_note,
 )
-from kvscope.reports.figure_parts import ReportFigure, SkippedFigure, subtitle_of
+from kvscope.reports.figure_parts import ReportFigure, SkippedFigure, accuracy_tip, subtitle_of
 from kvscope.reports.figures_accuracy import heat_panel
 from kvscope.reports.look import look
 from kvscope.reports.theme import figure_names, short_lines, theme
+from kvscope.reports.units import length_text
 from kvscope.results.frames import Run, records
 
 _CELL_W_IN, _CELL_H_IN, _NARROW_H_IN = 0.54, 0.36, 0.2
@@ -91,6 +92,11 @@ def _heatmaps(
                 (lengths.index(cell["length_tokens"]), round(cell["depth_from"] * scope.bins)): (
                     cell["accuracy"],
                     cell["n"],
+                    accuracy_tip(
+                        f"{cell['method_label']}, {cell['task']}",
+                        f"{length_text(cell['length_tokens'])}, depth {cell['depth']}",
+                        cell,
+                    ),
                 )
                 for cell in records(cells[cells["depth"] != ALL_DEPTHS])
             }

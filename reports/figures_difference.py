@@ -9,6 +9,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from kvscope.reports.canvas import Margins, panels, text_width_in
 from kvscope.reports.cells import comparisons
 from kvscope.reports.figure_parts import ReportFigure, SkippedFigure, key_entry, subtitle_of
+from kvscope.reports.hover import tip
 from kvscope.reports.look import look
 from kvscope.reports.theme import FAINT, MethodStyle, figure_names, method_styles, short_lines, theme
 from kvscope.reports.units import length_text, points, with_interval
@@ -144,12 +145,21 @@ def _draw(axes: Axes, data: pd.DataFrame, texts: list[str], styles: dict[str, Me
     axes.axvspan(-margin, margin, color="#EEEEEE", zorder=0)
     for row, middle in zip(records(data), middles, strict=True):
         style, is_all = styles[row["method_label"]], row["scope"] == POOLED
-        ends = [100 * row["difference_low"], 100 * row["difference_high"]]
-        axes.plot(ends, [middle, middle], color=style.color, linewidth=2.2 if is_all else 1.1, zorder=2)
+        if row["difference_low"] is not None and row["difference_high"] is not None:  # of one context there is none
+            ends = [100 * row["difference_low"], 100 * row["difference_high"]]
+            axes.plot(ends, [middle, middle], color=style.color, linewidth=2.2 if is_all else 1.1, zorder=2)
         axes.plot(
             [100 * row["difference"]], [middle], color=style.color, marker="D" if is_all else "o",
             markersize=6 if is_all else 4.5, markeredgecolor="white", markeredgewidth=0.7, linestyle="None", zorder=3,
+            gid=tip(_says(row)),
         )  # fmt: skip
+
+
+def _says(row: dict[str, Any]) -> str:
+    name = look().names.get(row["method_label"], row["method_label"])
+    where = row["scope"] if row["length_tokens"] is None else length_text(row["length_tokens"])
+    value = with_interval(row["difference"], row["difference_low"], row["difference_high"], text=points)
+    return f"{name}, {where}: {value} points, n = {row['n_pairs']} pairs, {row['noninferiority']}"
 
 
 def _kept(ticks: list[float], places_in: list[float]) -> list[int]:

@@ -23,9 +23,10 @@ from kvscope.reports.figure_parts import (
     names_key,
     subtitle_of,
 )
+from kvscope.reports.look import look
 from kvscope.reports.overlap import draw_crosses, draw_lines, draw_markers
 from kvscope.reports.theme import MethodStyle, theme
-from kvscope.reports.units import number
+from kvscope.reports.units import bytes_text, length_text, milliseconds, number
 from kvscope.results.frames import Run, records
 
 ANSWERED = "measured while answering (ledger; no footprint cell)"
@@ -162,7 +163,15 @@ def tpot_by_length(run: Run) -> ReportFigure | SkippedFigure:
         }
         draw_lines(axes, paths, styles, width=1.4)
         hollow = [(label, i) for label, path in paths.items() for i, (x, _) in enumerate(path) if (label, x) in doubted]
-        draw_markers(axes, paths, styles, hollow=hollow)
+        tips = {
+            label: [
+                f"{look().names.get(label, label)}, {length_text(row['length_tokens'])}: "
+                f"{milliseconds(row['tpot_s'], row['tpot_p10_s'], row['tpot_p90_s'])} ms, {row['tpot_steps']} steps"
+                for row in records(timed[timed["method_label"] == label])
+            ]
+            for label in paths
+        }
+        draw_markers(axes, paths, styles, hollow=hollow, tips=tips)
         for row in records(timed):
             if row["tpot_p10_s"] is not None and row["tpot_p90_s"] is not None:
                 low, high = 1000 * row["tpot_p10_s"], 1000 * row["tpot_p90_s"]
@@ -196,7 +205,15 @@ def _memory_lines(axes: Axes, rows: Mapping[str, pd.DataFrame], styles: Mapping[
     draw_lines(axes, {label: path for label, path in measured.items() if len(path) > 1}, styles, width=1.3)
     both = {label: [*measured[label], *answered[label]] for label in rows}
     hollow = [(label, len(measured[label]) + i) for label in rows for i in range(len(answered[label]))]
-    draw_markers(axes, both, styles, hollow=hollow)
+    kinds = {label: ["measured"] * len(measured[label]) + [ANSWERED] * len(answered[label]) for label in rows}
+    tips = {
+        label: [
+            f"{look().names.get(label, label)}, {length_text(int(x))}: {bytes_text(y)}, {kind}"
+            for (x, y), kind in zip(both[label], kinds[label], strict=True)
+        ]
+        for label in rows
+    }
+    draw_markers(axes, both, styles, hollow=hollow, tips=tips)
     draw_crosses(axes, crosses, styles)
     ends = {label: [*predicted[label], *both[label]] for label in rows}
     return [Label(styles[label].text, *max(path), styles[label].color) for label, path in ends.items() if path]

@@ -14,6 +14,7 @@ from kvscope.reports.families import Family, families, family_styles
 from kvscope.reports.figure_parts import (
     ReportFigure,
     SkippedFigure,
+    accuracy_tip,
     byte_axis,
     key_entry,
     names_key,
@@ -22,7 +23,7 @@ from kvscope.reports.figure_parts import (
 )
 from kvscope.reports.look import look
 from kvscope.reports.theme import MethodStyle, theme
-from kvscope.reports.units import length_text
+from kvscope.reports.units import bytes_text, length_text
 from kvscope.results.frames import Run, records
 
 MOST_IN_COLUMN = 3
@@ -184,6 +185,7 @@ def _pareto_panel(
         if row["ci_low"] is not None:
             bars.append([(x, 100 * row["ci_low"]), (x, 100 * row["ci_high"])])
             axes.plot(*zip(*bars[-1], strict=True), color=style.color, linewidth=1, alpha=0.35)
-        points(axes, [x], [y], style)
+        where = f"{length_text(row['length_tokens'])}, {bytes_text(x)}"
+        points(axes, [x], [y], style, says=accuracy_tip(row["method_label"], where, row))
         labels.append(Label(style.text, x, y, style.color))
     free_labels(axes, labels, lines=[steps, *bars, *(path for path in paths if path)])

@@ -111,7 +111,7 @@ def _whole_pt(text: pd.DataFrame, place: int, points: float) -> float:
 def _least_pt(text: pd.DataFrame, place: int, points: float) -> float:
     """Width of the longest word; names break behind `:`, `,`, `=`, `/` and `_`, which stay with what stands before."""
     words = [len(word) for cell in _cells(text, place) for word in _BREAK.sub(r"\1 ", cell).split()]
-    return min(max(words, default=1) * points * _CHARACTER, TEXT_WIDTH_PT / 3)
+    return min((max(words, default=1) + 0.8) * points * _CHARACTER, TEXT_WIDTH_PT / 3)
 
 
 def _float(

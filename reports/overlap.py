@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
+from kvscope.reports.hover import tip
 from kvscope.reports.theme import MethodStyle
 
 Path = Sequence[tuple[float, float]]
@@ -25,7 +26,12 @@ _DASH = 4.0
 
 
 def draw_markers(
-    axes: Axes, paths: Mapping[str, Path], styles: Mapping[str, MethodStyle], *, hollow: Sequence[tuple[str, int]] = ()
+    axes: Axes,
+    paths: Mapping[str, Path],
+    styles: Mapping[str, MethodStyle],
+    *,
+    hollow: Sequence[tuple[str, int]] = (),
+    tips: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """Draw every method's points; of points on top of each other the earlier method's is the larger and lies below.
 
@@ -33,6 +39,7 @@ def draw_markers(
 
     Args:
         hollow: (label, place in its path) of points that are drawn as outlines.
+        tips: what each point says where the pointer is on it.
     """
     spots = [(label, i, *point) for label, path in paths.items() for i, point in enumerate(path)]
     above = _points_above(axes, [(x, y) for _, _, x, y in spots])
@@ -51,6 +58,7 @@ def draw_markers(
             markeredgewidth=1.2 if empty else 0.7,
             clip_on=False,
             zorder=3 - 0.01 * rings,
+            gid=None if tips is None else tip(tips[label][i]),
         )
 
 

@@ -26,7 +26,8 @@ _BUILDING = ".building-"
 _MOST_MANIFEST_BYTES = 1 << 20
 # Whatever a list of files says, nothing of another shape is ever removed.
 _OWN_FILE = re.compile(
-    r"report\.html|(tables|figures)/[a-z0-9_]{1,80}\.(csv|md|tex|parquet|png|svg|pdf)|figures/figures\.tex"
+    r"(report|samples_\d{1,4})\.html|figures/figures\.tex|"
+    r"(tables|figures)/[a-z0-9_]{1,80}\.(csv|md|tex|parquet|png|svg|pdf)"
 )
 # What reports wrote before they kept a list.
 _TABLES_BEFORE = (

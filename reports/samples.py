@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from kvscope.errors import UsageError, did_you_mean
 from kvscope.reports.units import length_text, number
@@ -21,6 +21,7 @@ _AROUND_CHARS = 160
 _MARKS = (">>>", "<<<")
 
 Evidence = Sequence[tuple[int, int]]
+Segment = Literal["text", "evidence", "gap"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,23 +143,32 @@ def _quoted(text: str) -> str:
 
 def marked(text: str, evidence: Evidence) -> str:
     """Return a prompt's start, end and evidence (between `>>>` and `<<<`) with what stands around; gaps are counted."""
+    parts = []
+    for kind, part in segments(text, evidence):
+        if isinstance(part, int):
+            parts.append(f"\n[{part:,} characters]\n")
+        else:
+            parts.append(f"{_MARKS[0]}{part}{_MARKS[1]}" if kind == "evidence" else part)
+    return "".join(parts)
+
+
+def segments(text: str, evidence: Evidence) -> list[tuple[Segment, str | int]]:
+    """Return a prompt's start, end and evidence with what stands around, in order: texts, or a gap's characters."""
     keep = [(0, _AROUND_CHARS), (len(text) - _AROUND_CHARS, len(text))]
     keep += [(start - _AROUND_CHARS, end + _AROUND_CHARS) for start, end in evidence]
-    marks = {end: _MARKS[1] for _, end in evidence}
-    for start, _ in evidence:
-        marks[start] = marks.get(start, "") + _MARKS[0]  # behind the end of one that touches it
-    parts, at = [], 0
+    cuts = sorted({place for span in evidence for place in span})
+    parts: list[tuple[Segment, str | int]] = []
+    at = 0
     for first, last in sorted((max(0, start), min(len(text), end)) for start, end in keep):
         if first > at:
-            parts.append(f"\n[{first - at:,} characters]\n")
+            parts.append(("gap", first - at))
             at = first
-        for place in sorted(place for place in marks if at <= place <= last):
-            parts += [text[at:place], marks.pop(place)]
-            at = place
-        if last > at:
-            parts.append(text[at:last])
-            at = last
-    return "".join(parts)
+        for place in [*(cut for cut in cuts if at < cut < last), last]:
+            if place > at:
+                inside = any(start <= at and place <= end for start, end in evidence)
+                parts.append(("evidence" if inside else "text", text[at:place]))
+                at = place
+    return parts
 
 
 def samples_values(

@@ -18,10 +18,9 @@ from kvscope.results.frames import Run
 
 def all_tables(run: Run, cells: pd.DataFrame) -> list[Table]:
     """The report's tables, in the order they are read; `cells` comes from `accuracy_cells(run)`."""
-    stays = stays_table(run, cells)
     return [
-        main_table(run, stays),
-        stays,
+        main_table(run, cells),
+        stays_table(run, cells),
         accuracy_table(run, cells),
         *type_tables(run),
         depth_table(run),

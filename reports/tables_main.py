@@ -7,22 +7,22 @@ import pandas as pd
 
 from kvscope.reports.look import look
 from kvscope.reports.table_parts import Notes, Table, excluded_notes
+from kvscope.reports.tables_memory import stays_data
 from kvscope.reports.units import byte_unit, length_text, milliseconds, number, percent, points, with_interval
+from kvscope.results.comparisons import baseline_label
 from kvscope.results.frames import Run, records
 
 MOST_ROWS = 10
 
 
-def main_table(run: Run, stays: Table) -> Table:
-    """At most ten methods at one length, out of the table of what stays.
+def main_table(run: Run, cells: pd.DataFrame) -> Table:
+    """At most ten methods at one length: the longest at which dense was measured, for the others stand against it.
 
     Where there are more, dense and the most accurate of the others stand in it, and a note names the rest.
-
-    Args:
-        stays: of ``stays_table``.
     """
-    baseline = next((method.label for method in run.info.methods if method.name == "dense"), None)
-    rows = records(stays.data)
+    baseline = baseline_label(run.info)
+    found = stays_data(run, cells, _length(run, baseline))
+    rows = records(found)
     chosen = look().methods
     shown = [row for row in rows if not chosen or row["method_label"] in chosen]
     if len(shown) > MOST_ROWS:
@@ -32,7 +32,7 @@ def main_table(run: Run, stays: Table) -> Table:
         shown = [row for row in shown if row["method_label"] in kept]
     else:
         left = []
-    data = stays.data[stays.data["method_label"].isin([row["method_label"] for row in shown])]
+    data = found[found["method_label"].isin([row["method_label"] for row in shown])]
     unit = byte_unit(data["held_bytes"].tolist())
     notes = Notes()
     text = pd.DataFrame([_text(row, unit.name, unit.size_bytes, notes) for row in shown])
@@ -49,6 +49,16 @@ def main_table(run: Run, stays: Table) -> Table:
     return Table("main", "In short", caption, data[columns].reset_index(drop=True), text, lines)
 
 
+def _length(run: Run, baseline: str | None) -> int | None:
+    """Return the longest length at which dense was timed, or else scored; of a run without dense, any method."""
+    for frame in (run.footprint, run.samples):
+        ok = frame[frame["status"] == "ok"]
+        for rows in (ok[ok["method_label"] == baseline], ok):
+            if len(rows):
+                return int(rows["length_tokens"].max())
+    return None
+
+
 def _rank(row: dict[str, Any], baseline: str | None) -> tuple[bool, float, float]:
     """Dense first, then the more accurate, then the smaller."""
     accuracy = 0.0 if row["accuracy"] is None else row["accuracy"]
@@ -63,7 +73,9 @@ def _text(row: dict[str, Any], unit: str, unit_bytes: int, notes: Notes) -> dict
         f"device, {unit} (of dense)": notes.mark(why)
         if row["held_bytes"] is None
         else f"{number(row['held_bytes'] / unit_bytes)}{share}",
-        "reads, % of dense's": notes.mark("not measured here")
+        "reads, % of dense's": notes.mark(
+            "dense has no such cell here" if row["bytes_read_per_step"] is not None else why
+        )
         if row["read_of_dense"] is None
         else percent(row["read_of_dense"]),
         "TPOT, ms": notes.mark(why)

@@ -142,14 +142,11 @@ def stays_table(run: Run, cells: pd.DataFrame) -> Table:
     All measured columns belong to the longest length at which any method was measured, so that no row joins the bytes
     of one setting with the accuracy of another.
     """
-    pooled = cells[cells["task"] == cells["task"].iloc[0]] if len(cells) else cells
     timed = run.footprint[run.footprint["status"] == "ok"]
     scored = run.samples[run.samples["status"] == "ok"]
     rows = timed if len(timed) else scored
     length = int(rows["length_tokens"].max()) if len(rows) else None
-    data = pd.DataFrame(
-        [_stays_cell(run, method.label, length, pooled) for method in run.info.methods], columns=STAYS_COLUMNS
-    ).astype({"length_tokens": "Int64", "kv_nvml_bytes": "Int64", "host_kv_bytes": "Int64", "n": "Int64"})
+    data = stays_data(run, cells, length)
     unit = byte_unit(data["held_bytes"].tolist())
     notes = Notes()
     nvml = bool(data["kv_nvml_bytes"].notna().any())
@@ -166,6 +163,14 @@ def stays_table(run: Run, cells: pd.DataFrame) -> Table:
         caption += f" NVML was not measured: {', '.join(dict.fromkeys(timed['nvml_reason'].dropna()))}."
     lines = (*notes.lines(), *excluded_notes(run.info))
     return Table("stays_and_saves", "What stays, what it saves", caption, data, text, lines)
+
+
+def stays_data(run: Run, cells: pd.DataFrame, length: int | None) -> pd.DataFrame:
+    """One row a method with the bytes, times and accuracy of one length."""
+    pooled = cells[cells["task"] == cells["task"].iloc[0]] if len(cells) else cells
+    return pd.DataFrame(
+        [_stays_cell(run, method.label, length, pooled) for method in run.info.methods], columns=STAYS_COLUMNS
+    ).astype({"length_tokens": "Int64", "kv_nvml_bytes": "Int64", "host_kv_bytes": "Int64", "n": "Int64"})
 
 
 def _stays_cell(run: Run, label: str, length: int | None, pooled: pd.DataFrame) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Prompts of a finished run, built again from what its rows and its run.json say: for reading, not for measuring."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvscope.errors import UsageError
@@ -10,6 +11,14 @@ from kvscope.results.frames import Run
 
 if TYPE_CHECKING:
     from kvscope.tasks.base import Task
+
+
+def tokenizer_is_here(run: Run) -> bool:
+    """Whether a run's tokenizer is in a folder of this machine, so that nothing has to be fetched for its prompts."""
+    from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
+
+    spec = str(run.info.config.get("tokenizer") or run.info.config.get("model", run.info.model))
+    return spec == "reference" or Path(spec) == REFERENCE_MODEL_FOLDER or (Path(spec) / "tokenizer.json").is_file()
 
 
 class RebuiltPrompts:

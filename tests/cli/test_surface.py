@@ -30,7 +30,10 @@ SURFACE = {
         "--server-context", "--task", "--time-limit", "--tokenizer", "-l", "-n", "-o", "-q", "-t", "a", "b",
     ],
     "plan": sorted([*SHARED, "--host-memory", "--json", "--target"]),
-    "report": ["--format", "--label", "--methods", "--no-title", "--style", "--title", "--width", "folder"],
+    "report": [
+        "--format", "--label", "--methods", "--no-prompts", "--no-title", "--prompts", "--style", "--title", "--width",
+        "folder",
+    ],
     "compare": ["--fail-if", "--json", "--pair", "folders"],
     "samples": [
         "--differs-from", "--failed", "--json", "--length", "--limit", "--method", "--model", "--prompt", "--task",
