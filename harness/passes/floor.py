@@ -6,9 +6,9 @@ import statistics
 import time
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 if TYPE_CHECKING:
+    import torch
+
     from kvscope.harness.engine.loaded import LoadedModel
 
 _COPIES = 10
@@ -17,6 +17,8 @@ _DEVICE_BYTES, _BUS_BYTES, _CPU_BYTES = 2**30, 2**28, 2**26
 
 def copy_bytes_per_s(device: torch.device) -> float:
     """Return the bandwidth of a copy in the device's memory, bytes read and written."""
+    import torch
+
     n_bytes = _DEVICE_BYTES if device.type == "cuda" else _CPU_BYTES
     source = torch.zeros(n_bytes // 4, device=device)
     target = torch.empty_like(source)
@@ -27,6 +29,8 @@ def bus_bytes_per_s(device: torch.device) -> float | None:
     """Return the bandwidth of a copy from pinned host memory; None where there is no bus between host and device."""
     if device.type != "cuda":
         return None
+    import torch
+
     source = torch.zeros(_BUS_BYTES, dtype=torch.uint8).pin_memory()
     return _BUS_BYTES / _copy_s(torch.empty_like(source, device=device), source, device)
 
@@ -44,6 +48,8 @@ def _copy_s(target: torch.Tensor, source: torch.Tensor, device: torch.device) ->
 
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
+        import torch
+
         torch.cuda.synchronize(device)
 
 
