@@ -14,6 +14,7 @@ from kvscope.harness.studies.reproduce import profiles, running
 from kvscope.harness.studies.reproduce.budgets import equal_methods
 from kvscope.harness.studies.reproduce.planning import make_reproduction, plan_text
 from kvscope.harness.studies.reproduce.profiles import RULER_TASKS, Asked, lsa_cells, pilot_cells
+from kvscope.methods.kv_format import FORMATS
 from kvscope.methods.lsa import printed
 from kvscope.methods.recency.method import Recency
 from kvscope.methods.registry import create_method
@@ -195,7 +196,23 @@ def test_setup_leaves_out_what_cannot_be_changed_and_says_so(tiny_model: str) ->
     left_out = {cell.name: cell.left_out or "" for cell in planned.plan.cells}
     assert "scores by no probability" in left_out["threshold"]
     assert left_out["length-4k"] == ""
+    packed = {name: label for name, label in options.methods.items() if name.startswith("kv=")}
+    assert packed == {f"kv={kv}": f"{LANDMARK},kv={kv}" for kv in FORMATS}, "the store as it is is lsa as asked for"
     assert "options" in plan_text(planned, width=80)
+
+
+@pytest.mark.parametrize(("lsa", "values", "why"), [
+    (f"{LANDMARK},kv=int4", ["none", "fp8", "int8", "kivi2"], ""),
+    ("lsa:indexer=attention", [], "weighs the raw keys"),
+])  # fmt: skip
+def test_setup_changes_the_store_of_any_lsa(tiny_model: str, lsa: str, values: list[str], why: str) -> None:
+    planned = make_reproduction(
+        "setup", size="quick", model=tiny_model, lsa=lsa, divisor=None, overrides={"device": "cpu"}
+    )
+    methods = planned.plan.cell("options").methods
+    assert [name for name in methods if name.startswith("kv=")] == [f"kv={value}" for value in values]
+    left_out = {cell.name: cell.left_out for cell in planned.plan.cells}
+    assert why in (left_out.get("kv") or "")
 
 
 @pytest.mark.parametrize(("more", "sentence"), [

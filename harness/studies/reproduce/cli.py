@@ -70,7 +70,7 @@ def reproduce_app(show: Callable[[Path], None]) -> typer.Typer:
         dry_run: DryRun = False,
         quiet: Quiet = False,
     ) -> int:
-        """Change chunk size, threshold, tau, length, task and policy one at a time, and draw each."""
+        """Change chunk size, threshold, tau, policy, kv, length and task one at a time, and draw each."""
         return measure(
             "setup", out, show, size=profile, model=model, lsa=lsa, divisor=None, overrides=overrides, dry_run=dry_run,
             quiet=quiet,
