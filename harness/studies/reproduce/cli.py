@@ -104,7 +104,8 @@ def measure(
     from kvscope.harness.studies.reproduce.planning import make_reproduction, plan_text
     from kvscope.harness.studies.reproduce.running import reproduce
 
-    time_limit_s = make_config({key: overrides.pop(key) for key in ("time_limit_s",) if key in overrides}).time_limit_s
+    time_limit_s = make_config(overrides, source="the options").time_limit_s
+    overrides.pop("time_limit_s", None)
     planned = make_reproduction(profile, size=size, model=model, lsa=lsa, divisor=divisor, overrides=overrides)
     if dry_run:
         say(plan_text(planned, width=line_width()))

@@ -109,7 +109,7 @@ def _acts(label: str, length_tokens: int, facts: ModelFacts) -> dict[str, Any]:
     """What a method does at a length, whatever its options were called."""
     method: Any = facts.backend.form_of(create_method(label), facts.shape)
     settings: dict[str, Any] = method.effective_config(length_tokens, method.stored(facts.shape))
-    return settings | method.kv_values()
+    return {**settings, **method.kv_values()}
 
 
 def _value(factor: str, options: dict[str, str]) -> str:
