@@ -189,6 +189,8 @@ def test_a_budget_in_bytes_counts_packed_bytes():
     packed = method.predict(shape, 4000)
     page_bytes = len(shape.layers) * method.stored(shape).packed_bytes(16)
     assert budget - page_bytes < packed.kv_bytes <= budget
+    assert method.is_noop(200, shape)
+    assert not raw.is_noop(200, shape), "raw pages of 200 tokens take more than the budget"
     assert packed.attention_flops_per_step > 1.5 * raw.predict(shape, 4000).attention_flops_per_step
     with pytest.raises(UsageError, match="keeps unpacked in every layer"):
         create_method("recency:budget_bytes=1000,kv=int4").predict(shape, 4000)
