@@ -47,8 +47,10 @@ class ChatTokenizer:
 
     is_fast = True
 
-    def __init__(self, tokenizer: Any, template: str) -> None:
+    def __init__(self, tokenizer: Any, template: str, *, origin: str | None = None) -> None:
+        """Take a template; ``origin`` is where it is from, where that is not the tokenizer's own."""
         self.plain = tokenizer
+        self._origin = origin or f"of {tokenizer.name_or_path}"
         self.name_or_path: str = tokenizer.name_or_path
         self._template = template
         self._timeless = _FIXED_DATE + template if "strftime_now" in template else template
@@ -133,14 +135,14 @@ class ChatTokenizer:
             )
         except Exception as error:  # a template is a program, and may raise anything
             raise UsageError(
-                f"The chat template of {self.name_or_path} cannot be used ({first_line(error)}): use --chat-template "
+                f"The chat template {self._origin} cannot be used ({first_line(error)}): use --chat-template "
                 "none, or a file with another."
             ) from error
         return whole
 
     def _other_text(self, text: str, whole: str) -> UsageError:
         return UsageError(
-            f"The chat template of {self.name_or_path} does not hold the text of a user as it is, but makes "
+            f"The chat template {self._origin} does not hold the text of a user as it is, but makes "
             f"{shown(whole)} of {shown(text)}: use --chat-template none, or a file with another."
         )
 
@@ -175,7 +177,7 @@ def chat_tokenizer(tokenizer: Any, choice: str) -> ChatTokenizer | None:
         if tokenizer is None:
             raise UsageError("A preset has no tokenizer, so no chat template: leave out --chat-template.")
         template = _read(user_path(choice, what="chat_template"))
-    return ChatTokenizer(tokenizer, template)
+    return ChatTokenizer(tokenizer, template, origin=None if choice == AUTO else f"in {choice}")
 
 
 def _read(path: Path) -> str:

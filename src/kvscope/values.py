@@ -139,6 +139,7 @@ def _choice(base: Any, given: object) -> object:
 def expected_text(problem: Mapping[str, Any]) -> str:
     """Return what pydantic expected, in words that follow ``expected``."""
     text = str(problem["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
+    text = text.rpartition(" should have ")[2]  # "String should have at least 1 character"
     return text.replace("greater than or equal to", "at least").replace("greater than", "more than").replace(
         "less than or equal to", "at most"
     )  # fmt: skip

@@ -112,6 +112,12 @@ def test_a_template_that_cannot_be_used_is_one_sentence(template: Any, said: str
     assert "\n" not in str(raised.value)
 
 
+def test_a_file_that_is_no_template_is_named(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no template")
+    with pytest.raises(UsageError, match=r"^The chat template in .*notes\.txt does not hold the text of a user"):
+        chat_tokenizer(with_template("qwen", CHATML), str(tmp_path / "notes.txt"))
+
+
 def test_a_template_that_changes_some_texts_is_refused_at_those() -> None:
     changing = CHATML.replace("m['content']", "m['content'].replace('&', 'and')")
     chat = ChatTokenizer(with_template("qwen", None), changing)
