@@ -134,7 +134,8 @@ def setup_table(loaded: Loaded) -> Table:
         "lost and won. The share is the ledger's bytes over dense's for the same prompt (KV, metadata and index keys), "
         "mean over prompts."
     )
-    return Table("setup", "Dependence on the setup", caption, data, text)
+    notes = () if len(data) else ("Nothing was measured yet.",)
+    return Table("setup", "Dependence on the setup", caption, data, text, notes)
 
 
 def _record(point: Point) -> dict[str, object]:

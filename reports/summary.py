@@ -61,8 +61,9 @@ def summary_text(run: Run, *, width: int | None = None) -> str:
 def text_of(table: Table, *, width: int | None = None) -> str:
     """A table as plain text, with its caption and notes."""
     columns = list(table.text.columns)
-    lines = grid(table.text.values.tolist(), columns, aligned=["left"] * len(columns), width=width)
-    return "\n".join([lines, table.caption, *table.notes])
+    # A table of which nothing was measured has no columns.
+    lines = [grid(table.text.values.tolist(), columns, aligned=["left"] * len(columns), width=width)] if columns else []
+    return "\n".join([*lines, table.caption, *table.notes])
 
 
 def _accuracy(run: Run, cells: pd.DataFrame, width: int | None) -> str:

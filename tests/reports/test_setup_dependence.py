@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from synthetic_rows import make_rows
 
-from kvscope.reports.reproduction import reproduction_text
+from kvscope.reports.reproduction import reproduction_text, write_reproduction
 from kvscope.reports.setup_dependence import sentences, setup_figures, setup_points, setup_table
 from kvscope.results.frames import make_run
 from kvscope.results.reproduction import CellPlan, Loaded, Reproduction
@@ -92,3 +92,12 @@ def test_the_table_names_what_was_left_out(tmp_path: Path) -> None:
     text = reproduction_text(made, width=100)
     assert "chunk-tokens was left out: there is no indexer of 256." in " ".join(text.split())
     assert "decide none" not in text, "no claim of the paper is decided here"
+
+
+def test_before_anything_was_measured_the_tables_say_so(tmp_path: Path) -> None:
+    made = loaded(tmp_path)
+    unmeasured = Loaded(made.plan, {}, tmp_path)
+    text = reproduction_text(unmeasured, width=80)
+    assert "Nothing was measured yet." in text
+    assert "options has not run yet." in text
+    assert (tmp_path / "report" / "report.html") in write_reproduction(unmeasured)
