@@ -1,5 +1,6 @@
 """Sequences that decode together: what each gives alone, in bytes, choices, reads, texts and ends."""
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 import transformers
 from sessions import UNCAPTURED, new_session
-from tiny_models import loaded_model, prompt_ids, runnable_methods, save_tiny
+from tiny_models import loaded_model, prompt_ids, runnable_methods, save_tiny, stock_model
 
 from kvscope.harness.engine import batch_decode
 from kvscope.harness.engine import batch_noise as noise
@@ -191,7 +192,7 @@ def test_noise_is_a_little_and_not_nothing() -> None:
 
 
 def test_what_rounding_explains_is_measured_on_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded = wrap_model(loaded_model("llama").model.to(torch.bfloat16), None, page_tokens=16)
+    loaded = wrap_model(copy.deepcopy(stock_model("llama")).to(torch.bfloat16), None, page_tokens=16)
     heard: list[list[int]] = []
 
     def own_noise(loaded: Any, ids: list[int]) -> float:
