@@ -139,7 +139,10 @@ def lm_eval(
     context: typer.Context,
     *,
     model: Annotated[str, typer.Option("--model", help="As of kvscope run.")] = "reference",
-    method: Annotated[str, typer.Option("--method", "-m", metavar="SPEC", help="Method, as of kvscope run.")] = "dense",
+    method: Annotated[
+        list[str] | None,
+        typer.Option("--method", "-m", metavar="SPEC", help="Method, as of kvscope run.  [default: dense]"),
+    ] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="As of kvscope run.")] = None,
     self_check: Annotated[
         bool, typer.Option("--self-check/--no-self-check", help="Compare the model with its own forward first.")
@@ -151,7 +154,10 @@ def lm_eval(
     """
     from kvscope.harness.lm_harness.command import run_lm_eval
 
-    run_lm_eval(model, method, context.args, more={"dtype": dtype, "self_check": self_check})
+    # A run takes many methods, and typer would take the last of them.
+    if method is not None and len(method) > 1:
+        raise UsageError(f"lm-eval runs one method a call, and {len(method)} are given: leave one -m.")
+    run_lm_eval(model, method[0] if method else "dense", context.args, more={"dtype": dtype, "self_check": self_check})
 
 
 @app.command("same-answers", short_help="Compare two servers' greedy answers.")
@@ -255,9 +261,10 @@ def print_report(folder: Path, look: "Look | None" = None, *, prompts: bool | No
     loaded = legible(unmarked)
     for message in loaded.messages:
         tell(message)
-    from kvscope.reports.build import write_report
+    from kvscope.reports.build import worn_by, write_report
     from kvscope.reports.summary import summary_text
 
+    worn_by(loaded, look)
     say(summary_text(loaded, width=line_width()))
     prompt_of, why_not = prompt_texts(unmarked, asked=prompts)
     paths = write_report(loaded, look, prompt_of=prompt_of, why_no_texts=why_not, asked=prompts is True)
@@ -501,10 +508,17 @@ def attention_figure(
 
 
 def check_command(arguments: Sequence[str], command: Any) -> None:
-    """Refuse an unknown command with the nearest known one, and a NUL, which typer looks up in the file system."""
-    for argument in arguments:
+    """Refuse an unknown command with the nearest known one, and what typer makes something else of.
+
+    A NUL it looks up in the file system, and an empty path is the folder where the command runs.
+    """
+    for before, argument in zip(("", *arguments), arguments, strict=False):
         if "\0" in argument:
             raise UsageError(f"No argument holds a NUL character; {argument!r} does.")
+        option, equals, value = argument.partition("=")
+        if arguments[0] != "lm-eval" and (not argument or (option.startswith("--") and equals and not value)):
+            option = option or (before if before.startswith("-") else "An argument")
+            raise UsageError(f"{option} is '', and nothing is called so: give a value, or leave it out.")
     if not arguments[0].startswith("-") and arguments[0] not in command.commands:
         raise UsageError(f"There is no command {arguments[0]!r}.{did_you_mean(arguments[0], command.commands)}")
 

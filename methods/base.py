@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
+from kvscope.errors import UsageError
 from kvscope.methods.call import AttentionCall, Rotation
 from kvscope.methods.kv_format import KvFormat
 from kvscope.methods.options import canonical_label, effective_values
@@ -287,8 +288,18 @@ class CacheMethod(ABC, Generic[ConfigT]):
         self.label = label or canonical_label(self.name, self.config)
 
     def use_kv(self, kv: KvFormat) -> None:
-        """Store in this format; asked once, before anything is opened."""
+        """Store in this format; asked once, before anything is opened.
+
+        Raises:
+            UsageError: nothing of this method, or of one with these options, can be stored so.
+        """
+        if refusal := self.kv_refusal or self.kv_refusal_of_options():
+            raise UsageError(f"Method '{self.name}' cannot store kv={kv.name}: {refusal}; leave kv out.")
         self.kv = kv
+
+    def kv_refusal_of_options(self) -> str:
+        """Return why the store cannot be packed with the options as they are, as a clause; empty where it can."""
+        return ""
 
     def stored(self, shape: ShapeT) -> ShapeT:
         """Return the shape with the format this method's store has: bytes are counted by it."""

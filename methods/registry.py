@@ -102,8 +102,6 @@ def create_method(given: str | Mapping[str, Any] | Spec, *, paper_settings: bool
     cls = method_class(spec.name)
     options: dict[str, Any] = dict(spec.options)
     config, kv = build_config(cls.name, cls.Config, options)
-    if kv is not None and cls.kv_refusal:
-        raise UsageError(f"Method '{cls.name}' cannot store kv={kv.name}: {cls.kv_refusal}; leave kv out.")
     label = canonical_label(cls.name, config, kv)
     if paper_settings:
         open_options = optional_fields(cls.Config)

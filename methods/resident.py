@@ -30,7 +30,8 @@ class StaticResidency(CacheMethod[ConfigT]):
         """Return the prompt tokens that stay, ascending and disjoint; their count is ``n_resident_tokens``."""
 
     def is_noop(self, n_tokens: int, shape: ModelShape | None = None) -> bool:
-        return self.n_resident_tokens(n_tokens, shape) >= n_tokens
+        stored = None if shape is None else self.stored(shape)
+        return self.n_resident_tokens(n_tokens, stored) >= n_tokens
 
     def predict(self, shape: ModelShape, n_tokens: int, n_new_tokens: int = 0) -> Footprint:
         shape = self.stored(shape)

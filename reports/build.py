@@ -56,8 +56,7 @@ def write_report(
     """
     run = legible(run)
     target = run.folder / REPORT_FOLDER
-    labels = [method.label for method in run.info.methods]
-    worn = Look() if chosen is None else fitted(chosen, labels, where=str(run.folder))
+    worn = worn_by(run, chosen)
     with report_place(target) as aside, wearing(worn):
         names = [
             path.relative_to(aside).as_posix()
@@ -67,6 +66,16 @@ def write_report(
         ]
         put_in_place(aside, target, names)
     return [target / name for name in names]
+
+
+def worn_by(run: Run, chosen: Look | None) -> Look:
+    """Return the look of a run's report; see `kvscope.reports.look.fitted`.
+
+    Raises:
+        UsageError: it names methods that the run does not have.
+    """
+    labels = [method.label for method in run.info.methods]
+    return Look() if chosen is None else fitted(chosen, labels, where=str(run.folder))
 
 
 def all_figures(run: Run, cells: pd.DataFrame) -> list[ReportFigure | SkippedFigure]:

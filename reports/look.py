@@ -131,6 +131,8 @@ def fitted(chosen: Look, labels: Sequence[str], *, where: str) -> Look:
         if found is None:
             near = did_you_mean(text.rpartition("=")[0], labels)
             raise UsageError(f"--label: {where} has no method that {shown(text)} names.{near}")
+        if found in names:
+            raise UsageError(f"--label names {shown(found)} twice: keep one.")
         names[found] = " ".join(text.removeprefix(f"{found}=").split())
         if not names[found]:
             raise UsageError(f"--label: {shown(text)} gives no name.")

@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 
+from kvscope.methods.kv_format import FORMATS
 from kvscope.reports.canvas import Margins, panels
 from kvscope.reports.claim_rows import CellRows
 from kvscope.reports.figure_parts import ReportFigure, device_of
@@ -22,13 +23,17 @@ WORDS = {
     "threshold": "Threshold",
     "tau": "Tau (decode steps between refreshes)",
     "policy": "Policy, refresh",
-    "kv_bits": "Bits of a kept element",
+    "kv": "Format of the store (kv)",
     "length": "Length (tokens)",
     "task": "Task",
 }
 """Setting -> what its axis says, in the order of the figures."""
-NAMED = ("policy", "task")
+NAMED = ("policy", "task", "kv")
 """Settings whose values have no order, so that no line joins them."""
+LONGEST_UPRIGHT = 6
+"""Characters of a value's name that is not turned; names that are take the place of the axis' own."""
+RAW = "none"
+"""Value of ``kv`` where nothing is packed: rows leave it out."""
 _COLUMNS = [
     "setting", "value", "as_asked", "method_label", "length_tokens", "n", "share", "share_low", "share_high",
     "accuracy", "dense_accuracy", "difference", "difference_low", "difference_high", "lost", "won",
@@ -79,6 +84,8 @@ def _points(loaded: Loaded) -> list[Point]:
 
 
 def _order(point: Point) -> tuple[float, str]:
+    if point.setting == "kv":
+        return float([RAW, *FORMATS].index(point.value)), ""  # most bits first
     try:
         return float(point.value), ""
     except ValueError:
@@ -101,7 +108,7 @@ def _base_value(rows: CellRows, setting: str) -> str:
     config: dict[str, Any] = next(iter(rows.rows("lsa")["config"]), {})
     if setting == "policy":
         return f"{'pages' if config.get('mode') == 'pages' else 'threshold'}, {config.get('refresh')}"
-    return str(config.get(setting, "as asked"))
+    return str(config.get(setting, RAW if setting == "kv" else "as asked"))
 
 
 def _point(rows: CellRows, name: str, setting: str, value: str, *, as_asked: bool) -> Point | None:
@@ -177,7 +184,7 @@ def _figure(loaded: Loaded, setting: str, mine: Sequence[Point]) -> ReportFigure
     n_text = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
     run = next(iter(loaded.runs.values()))
     lengths = ", ".join(length_text(each) for each in sorted({point.length_tokens for point in mine}))
-    long_names = setting in NAMED
+    long_names = setting in NAMED and max(map(len, (point.value for point in mine))) > LONGEST_UPRIGHT
     with theme(name):
         figure, (left, right) = panels(
             2, columns=2, width_in=3.4, height_in=2.5, margins=Margins(bottom=1.15 if long_names else 0.6), title=title,
@@ -208,7 +215,7 @@ def _panel(axes: Axes, mine: Sequence[Point], values: Sequence[Interval], label:
             [place], [100 * value.mean], marker="o", color=color, markersize=5.5, zorder=4, mec=edge, mew=edge_points
         )
     names = [length_text(int(point.value)) if point.setting == "length" else point.value for point in mine]
-    turned = max(map(len, names)) > 6
+    turned = max(map(len, names)) > LONGEST_UPRIGHT
     axes.set_xticks(places, names, rotation=30 if turned else 0, ha="right" if turned else "center")
     axes.set_xlim(-0.4, len(mine) - 0.6)
     axes.set_ylabel(label)

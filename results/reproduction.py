@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, JsonValue, ValidationError, model_validator
 
 from kvscope.errors import UsageError
+from kvscope.paths import no_folder
 from kvscope.results import limits
 from kvscope.results.frames import Run, load_run, make_run
 from kvscope.results.merge import Piece, merge_pieces
@@ -20,9 +21,8 @@ from kvscope.results.reading import parse_json, read_regular
 from kvscope.results.rowfile import check_version, first_problem
 from kvscope.results.run_schema import RunInfo
 from kvscope.results.schema import Count, Length, Name, Positive, Record, Seed, Text
-from kvscope.results.store import RUN_FILE, RunStore
+from kvscope.results.store import REPRODUCE_FILE, RUN_FILE, RunStore
 
-REPRODUCE_FILE = "reproduce.json"
 PIECES_FOLDER = "pieces"
 PILOT = "pilot"
 _MOST_BYTES = 4 << 20
@@ -177,6 +177,8 @@ def load_reproduction(folder: str | Path) -> Loaded:
         UsageError: the folder holds none, or a cell's rows cannot be read.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise UsageError(f"{folder} {no_folder(folder)}. Give the folder that `kvscope reproduce --out` wrote.")
     plan = read_reproduction(folder)
     if plan is None:
         raise UsageError(f"{folder} holds no {REPRODUCE_FILE}: it is no folder of kvscope reproduce.")

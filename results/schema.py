@@ -157,7 +157,8 @@ class CellRow(Record):
     """What the method claims: everything stays `resident`, the rest is `freed`, or `offloaded` to host memory; of a
     served model it is `unknown`."""
     noop: bool
-    """True when at this length everything stays resident and is read, so that the method is dense by another name."""
+    """True when at this length everything stays resident and is read, so that the method is dense by another name
+    (of the same `kv`, where `config` has one)."""
     prefill: Literal["dense", "synthetic"] = "dense"
     """How the prompt was prefilled. `dense`: every method starts from the same dense prefill. `synthetic`: pages of
     random numbers without a prefill (footprint rows only; then `ttft_s` holds no prefill)."""

@@ -19,6 +19,7 @@ from typing import Any, Self
 from pydantic import ValidationError
 
 from kvscope.errors import EnvironmentProblem, UsageError
+from kvscope.paths import no_folder
 from kvscope.results.continuing import continued
 from kvscope.results.limits import MOST_RUN_FILE_BYTES
 from kvscope.results.memory_rows import FootprintRow, MaxContextRow
@@ -42,6 +43,8 @@ ROW_KINDS: dict[str, type[SampleRow | FootprintRow | MaxContextRow | ThroughputR
 }
 ROW_FILES = tuple(ROW_KINDS)
 LOCK_FILE = ".lock"
+REPRODUCE_FILE = "reproduce.json"
+"""What `kvscope reproduce` writes into a folder of its own."""
 
 SampleKey = tuple[str, int, int, str]
 
@@ -211,7 +214,7 @@ def read_info(folder: str | Path) -> RunInfo:
     path = folder / RUN_FILE
     text = read_regular(path, most_bytes=MOST_RUN_FILE_BYTES) if folder.is_dir() else None
     if text is None:
-        there = "holds no run (there is no run.json in it)" if folder.is_dir() else "does not exist"
+        there = "holds no run (there is no run.json in it)" if folder.is_dir() else no_folder(folder)
         raise UsageError(f"{folder} {there}. Give the folder that `kvscope run --out` wrote.")
     try:
         data = parse_json(text)
@@ -291,6 +294,8 @@ def _lock(folder: Path) -> int:
 
 
 def _refuse_orphan_rows(folder: Path) -> None:
+    if (folder / REPRODUCE_FILE).exists():
+        raise UsageError(f"{folder} holds a reproduction, and its report: give --out another folder.")
     for name in ROW_FILES:
         if (folder / name).exists():
             raise UsageError(

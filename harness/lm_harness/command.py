@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from kvscope.errors import UsageError
+from kvscope.errors import EnvironmentProblem, UsageError
 from kvscope.files import first_line
 from kvscope.harness.engine.names import resolve_model
 from kvscope.harness.lm_harness.register import NAME, register_lm_eval
@@ -32,6 +32,7 @@ def run_lm_eval(model: str, method: str, rest: Sequence[str], *, more: dict[str,
 
     Raises:
         UsageError: bad input, in lm-eval's words where it is lm-eval that refuses it.
+        EnvironmentProblem: the data of a task are out of reach.
         SystemExit: lm-eval's argument parser ends so.
     """
     for argument in rest:
@@ -60,6 +61,10 @@ def run_lm_eval(model: str, method: str, rest: Sequence[str], *, more: dict[str,
             raise
         except ValueError as error:  # what lm-eval raises over its own arguments and unknown tasks
             raise UsageError(f"lm-eval: {first_line(error)}") from error
+        except ConnectionError as error:  # what data sets raise that are neither here nor within reach
+            raise EnvironmentProblem(
+                f"lm-eval: {first_line(error)}. Bring the task's data here first, or choose a task whose data are here."
+            ) from error
     _tell_summary(KvscopeLM.latest)
 
 

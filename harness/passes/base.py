@@ -286,8 +286,9 @@ class Plan(RunPlan):
                 continue
             same = [n for n in self.lengths_tokens if method.is_noop(n, self.facts.shape)]
             if same:
+                dense = "dense" if method.kv is None else f"dense:kv={method.kv.name}"
                 said.append(
-                    f"{method.label} leaves nothing out at {lengths_text(same)}: there it is dense by another name."
+                    f"{method.label} leaves nothing out at {lengths_text(same)}: there it is {dense} by another name."
                 )
             learnt, asked = method.trained_prompts(self.facts.shape), prompts_text(self.facts.chat_template)
             if self.tasks and learnt not in (None, asked):

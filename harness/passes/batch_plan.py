@@ -161,13 +161,17 @@ class _Sizes:
             return None, None
         n_new = min(self._n_new_tokens, length_tokens - 1)
         n_prompt = length_tokens - n_new
-        found = sorted((m.predict(facts.shape, n_prompt, n_new) for m in self._methods), key=lambda f: -f.device_bytes)
+        predicted = [(method, method.predict(facts.shape, n_prompt, n_new)) for method in self._methods]
+        found = sorted((each for _, each in predicted), key=lambda f: -f.device_bytes)
         whole, rest = divmod(rows, max(1, len(found)))
         # Pairs enter method by method, so that each method has its turn; the largest may stay longest.
         own_bytes = whole * sum(each.device_bytes for each in found) + sum(each.device_bytes for each in found[:rest])
         prefill_bytes = facts.prefill_peak_bytes(n_prompt, chunk_tokens=accuracy_chunk_tokens(config, facts))
         metadata_bytes = max((each.metadata_bytes for each in found), default=0)
-        pages_bytes = prompts_of(rows, len(found)) * (facts.shape.dense_kv_bytes(n_prompt) + metadata_bytes)
+        # What is recalled packed is held beside the prompt's own pages.
+        packed_bytes = sum(each.host_bytes for method, each in predicted if method.kv is not None)
+        prompt_bytes = facts.shape.dense_kv_bytes(n_prompt) + metadata_bytes + packed_bytes
+        pages_bytes = prompts_of(rows, len(found)) * prompt_bytes
         device_bytes = facts.weights_bytes + prefill_bytes + own_bytes
         if self._is_cpu:
             return None, device_bytes + pages_bytes

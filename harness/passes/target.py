@@ -15,6 +15,8 @@ from kvscope.units import BYTES, whole_number
 #: Most seconds a layer that a captured step of one sequence took beyond its floor: ``sliding_window``, which turns its
 #: keys anew in every step. Others took 0.07 to 0.15 ms.
 LAYER_S = 0.19e-3
+#: No card has less memory: `24` is 24 bytes, and GiB are meant.
+LEAST_BYTES = 64 << 20
 LAYER_SOURCE = "results/reference/h100/footprint-llama-3.1-8b-synthetic"
 
 
@@ -108,7 +110,7 @@ def parse_target(text: str, *, host_memory: str | None = None) -> Target:
 
     known = TARGETS.get(text.lower())
     size_bytes = whole_number(text, BYTES) if known is None else None
-    if known is None and (size_bytes is None or size_bytes <= 0):
+    if known is None and (size_bytes is None or size_bytes < LEAST_BYTES):
         raise UsageError(f"--target: {shown(text)} is no machine: write {', '.join(TARGETS)} or a size as 24GiB.")
     target = known or Target(name=text, memory_bytes=size_bytes or 0, memory_source="as asked for")
     if host_memory is None:

@@ -1,7 +1,8 @@
 """What ``kvscope plan --target`` says of another machine: longest contexts, batches that fit, times of a step.
 
 Bytes are the methods' formulas, as everywhere in a plan. A time is a range: at least the step's bytes over the
-bandwidth of a copy, at most that and what captured steps took beyond it where they were measured.
+bandwidth of a copy, at most that and what captured steps took beyond it where they were measured. Of packed pages there
+is no upper end: unpacking bounds their steps.
 """
 
 from collections.abc import Callable, Sequence
@@ -109,6 +110,11 @@ class TargetPlan:
                 f"{LAYER_S * 1e3:.2f} ms a layer, the most that a captured step took beyond it ({LAYER_SOURCE}). Steps "
                 "that cannot be captured as a CUDA graph take longer."
             )
+            if any(cell.most_step_s is None for cell in timed):
+                said.append(
+                    "Packed pages (kv) are unpacked as they are read, at less than that bandwidth: no step over them "
+                    "is faster, and steps are slower."
+                )
         elif timed:
             said.append("Times are no predictions: no step can be faster by the data sheet, and steps are slower.")
         elif self.cells and self.target.copy_bytes_per_s is not None:
@@ -175,7 +181,10 @@ def _cell(
         pages_bytes = facts.shape.dense_kv_bytes(length_tokens)
 
         def fits(n: int) -> bool:
-            needs = {facts.device: fixed_bytes + n * each.device_bytes, "cpu": (n if is_mirrored else 1) * pages_bytes}
+            host_bytes = pages_bytes * (n if method.recalls_raw_pages else 1)
+            if method.kv is not None:  # what is recalled packed is held beside the prompt
+                host_bytes += n * each.host_bytes
+            needs = {facts.device: fixed_bytes + n * each.device_bytes, "cpu": host_bytes}
             return all(room is None or needs[where] <= room for where, (room, _) in rooms.items())
 
         batch = most(fits, limit=config.max_batch if config.throughput else 2**20)
@@ -192,7 +201,7 @@ def _cell(
                 recalls_behind=False,
             )
             times[f"least_{name}"] = least_s
-            if target.is_measured:
+            if target.is_measured and method.kv is None:
                 times[f"most_{name}"] = least_s + LAYER_S * facts.shape.n_layers
     if is_mirrored and target.bus_bytes_per_s is not None and batch:
         times["refresh_s"] = each.kv_bytes / target.bus_bytes_per_s

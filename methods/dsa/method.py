@@ -137,10 +137,10 @@ class DSA(BlockSparse[DSAConfig]):
             return [str(error).rstrip(".")]
         return self.unsupported_kv(shape, device)
 
-    def unsupported_kv(self, shape: ModelShape, device: torch.device | str) -> list[str]:
-        if self.oracle and self.kv is not None:
-            return [f"indexer={ORACLE} weighs the raw keys of every token, which kv={self.kv.name} does not hold"]
-        return super().unsupported_kv(shape, device)
+    def kv_refusal_of_options(self) -> str:
+        if not self.oracle:
+            return ""
+        return f"indexer={ORACLE} weighs the raw keys of every token, which packed pages do not hold"
 
     def observed_layers(self, shape: ModelShape) -> tuple[int, ...]:
         config = self._indexer_config(shape)

@@ -94,7 +94,7 @@ class ReappliedSequence(KeptSequence):
         n_held, n_kept, P = pool.lengths[layer], rule.budget_tokens, self.shape.page_tokens
         if n_held <= n_kept:
             return
-        assert isinstance(pool, PagePool)  # ``SnapKV.unsupported_kv`` refuses packed ones
+        assert isinstance(pool, PagePool)  # ``SnapKV`` refuses packed ones
         pages = pool.pages[layer]
         # The ring's oldest query is where the next one would go.
         q_QWD = self._queries_QWD[layer].roll(-(self._fed[layer] % rule.window_tokens), 1)

@@ -124,10 +124,10 @@ class Lsa(CacheMethod[LsaConfig]):
             f"the position encoding of layers {layers} cannot be undone, which the indexer's chunk keys need",
         ]
 
-    def unsupported_kv(self, shape: ModelShape, device: torch.device | str) -> list[str]:
-        if self.kv is not None and self.config.indexer in (ATTENTION, HINDSIGHT):
-            return [f"indexer={self.config.indexer} weighs the raw keys of the prompt, which kv={self.kv.name} packs"]
-        return super().unsupported_kv(shape, device)
+    def kv_refusal_of_options(self) -> str:
+        if self.config.indexed or self.config.indexer == LANDMARK:
+            return ""
+        return f"indexer={self.config.indexer} weighs the raw keys of the prompt, which packed pages do not hold"
 
     def observed_layers(self, shape: ModelShape) -> tuple[int, ...]:
         config = self._indexer_config(shape)

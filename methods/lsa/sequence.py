@@ -211,7 +211,7 @@ class RecallingSequence(LsaSequence):
 
     def _logits(self, layer: int, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
         n_prompt, n_static, static = self._layout.n_tokens, self._layout.static_tokens, self._static
-        assert isinstance(static, PagePool)  # ``Lsa.unsupported_kv`` refuses packed ones
+        assert isinstance(static, PagePool)  # ``Lsa`` refuses packed ones
         prompt_QT = token_logits(call, self._mirror[layer], n_tokens=n_prompt)
         static_QT = token_logits(call, static.pages[layer], n_tokens=static.lengths[layer])
         return prompt_QT, static_QT[:, n_static:]

@@ -71,10 +71,10 @@ class SnapKV(ByWindow[SnapKVConfig], KeptTokens[SnapKVConfig]):
         found = held_footprint(shape, [held] * n_layers, room_tokens=[most] * n_layers)
         return found + rule.queries(shape) + stock_footprint(shape, n_tokens, n_new_tokens)
 
-    def unsupported_kv(self, shape: ModelShape, device: torch.device | str) -> list[str]:
-        if self.kv is not None and self.config.interval_steps is not None:
-            return [f"interval_steps chooses anew by raw keys, and what is packed (kv={self.kv.name}) is not repacked"]
-        return super().unsupported_kv(shape, device)
+    def kv_refusal_of_options(self) -> str:
+        if self.config.interval_steps is None:
+            return ""
+        return "interval_steps chooses anew by raw keys, and what is packed is not packed again"
 
     def effective_config(self, n_tokens: int, shape: ModelShape | None = None) -> dict[str, Any]:
         return {**super().effective_config(n_tokens, shape), "interval_steps": self.config.interval_steps}

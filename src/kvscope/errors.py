@@ -37,10 +37,13 @@ class DeviceBudgetExceeded(KvscopeError, MemoryError):  # noqa: N818 - it says w
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` for the nearest known name, else a sentence listing all of them."""
     names = sorted(known)
-    near = difflib.get_close_matches(word[:SHOWN_CHARACTERS], names, n=1, cutoff=0.6)
-    if near:
-        return f" Did you mean '{near[0]}'?"
-    return f" Known: {', '.join(names)}."
+    return nearest(word, names) or f" Known: {', '.join(names)}."
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return `` Did you mean 'x'?`` for the nearest known name; empty where none is near."""
+    near = difflib.get_close_matches(word[:SHOWN_CHARACTERS], sorted(known), n=1, cutoff=0.6)
+    return f" Did you mean '{near[0]}'?" if near else ""
 
 
 class _ShortRepr(reprlib.Repr):

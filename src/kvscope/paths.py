@@ -42,6 +42,11 @@ def user_path(given: object, *, what: str = "path") -> Path:
         raise UsageError(f"{what} is {shown(text)}: no such user has a home here.") from None
 
 
+def no_folder(path: Path) -> str:
+    """Return what is to be said of a path where no folder is, in words that follow it."""
+    return "is a file, not a folder" if os.path.lexists(path) else "does not exist"
+
+
 def cache_folder() -> Path:
     """Return where kvscope keeps what it can make again: below ``XDG_CACHE_HOME``, else ``~/.cache``."""
     given = os.environ.get("XDG_CACHE_HOME", "")

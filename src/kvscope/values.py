@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from kvscope.errors import UsageError, did_you_mean, shown
+from kvscope.errors import UsageError, nearest, shown
 from kvscope.units import PLAIN, Unit, finite_number, whole_number
 
 NONE_WORDS = frozenset({"none", "auto", "null", "~"})
@@ -64,7 +64,10 @@ def read_value(declared: Any, given: object) -> Any:
         # What is left are bounds, choices and types that are not ours.
         return _adapter(inner).validate_python(value)
     except ValidationError as error:
-        raise BadValue(expected_text(error.errors()[0])) from None
+        expected = expected_text(error.errors()[0])
+        if optional and typing.get_origin(base) is Literal:  # all choices are listed, and this is one
+            expected = f"{expected.replace(' or ', ', ')} or none"
+        raise BadValue(expected) from None
 
 
 def _read_item(declared: Any, item: object) -> Any:
@@ -91,7 +94,7 @@ def read_options(owner: str, declared: Mapping[str, Any], options: Mapping[str, 
             if not declared:
                 raise UsageError(f"{owner} has no options, so {shown(key)} cannot be set.")
             listing = ", ".join(declared)
-            hint = did_you_mean(key, declared)
+            hint = nearest(key, declared)
             raise UsageError(f"{owner} has no option {shown(key)}.{hint} Its options are: {listing}.")
         try:
             values[key] = read_value(declared[key], raw)

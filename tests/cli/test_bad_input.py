@@ -48,6 +48,21 @@ def test_unknown_option(refuse: Refuse) -> None:
     assert "No such option: --sampels" in refuse("run", "--sampels", "3")
 
 
+@pytest.mark.parametrize(("arguments", "what"), [
+    (("report", ""), "An argument"),
+    (("reproduce", "claims", ""), "An argument"),
+    (("reproduce", "lsa", "--out", ""), "--out"),
+    (("reproduce", "setup", "--out="), "--out"),
+    (("study", "attention-figure", "a.csv", "-o", ""), "-o"),
+])  # fmt: skip
+def test_an_empty_path_is_not_the_folder_one_stands_in(
+    refuse: Refuse, arguments: tuple[str, ...], what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert refuse(*arguments) == f"{what} is '', and nothing is called so: give a value, or leave it out."
+    assert not list(tmp_path.iterdir())
+
+
 def test_unknown_method(refuse: Refuse, tiny: list[str]) -> None:
     assert refuse(*tiny, "-m", "recensy") == "There is no method 'recensy'. Did you mean 'recency'?"
 

@@ -88,6 +88,18 @@ def test_sequences_that_come_and_go_give_what_each_gives_alone(family: str) -> N
         assert result.least_logit_gap == pytest.approx(expected.least_logit_gap, abs=1e-3)
 
 
+def test_formats_of_the_store_mix_in_a_session() -> None:
+    loaded = loaded_model("llama")
+    specs = [
+        "dense", "dense:kv=int8", "dense:kv=kivi2", "recency:budget_fraction=0.5,kv=int4", "snapkv:budget_tokens=60,kv=fp8",
+        "quest:budget_tokens=32,kv=int8", "lsa:budget_fraction=0.5,chunk_tokens=16,selection=synthetic,kv=int4",
+    ]  # fmt: skip
+    requests = requests_of(loaded, specs, [150, 90])
+    with BatchDecode(loaded) as batch:
+        found = together(batch, requests, rows=5)
+    assert [plain(result) for result in found] == [plain(alone(loaded, request)) for request in requests]
+
+
 def test_steps_of_fixed_addresses_share_a_session_too(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = loaded_model("llama")
     requests = requests_of(loaded, ["dense", "recency:recency_tokens=40", "random:fraction=0.5"], [150, 90])

@@ -48,6 +48,7 @@ def test_results_say_what_ran(
         (["--model", "{folder}", "--tasks", "kvscope_niah_single_1", "--model_args", "a=b"], "is for kvscope to give"),
         (["--model", "no-such-model", "--tasks", "kvscope_niah_single_1"], "There is no model 'no-such-model'"),
         (["--model", "{folder}", "-m", "quset", "--tasks", "kvscope_niah_single_1"], "Did you mean 'quest'"),
+        (["-m", "dense", "-m", "recency", "--tasks", "kvscope_niah_single_1"], "one method a call, and 2 are given"),
     ],
 )
 def test_bad_input_is_one_sentence(
@@ -56,3 +57,14 @@ def test_bad_input_is_one_sentence(
     assert cli.run_cli(["lm-eval", *(each.format(folder=folder) for each in arguments)]) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert said in error[-1]
+
+
+def test_data_out_of_reach_is_a_fault_of_the_machine(
+    folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable() -> None:
+        raise ConnectionError("Couldn't reach 'allenai/ai2_arc' on the Hub")
+
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", unreachable)
+    assert cli.run_cli(["lm-eval", "--model", folder, "--tasks", "arc_easy"]) == 3
+    assert capsys.readouterr().err.startswith("kvscope: lm-eval: Couldn't reach 'allenai/ai2_arc' on the Hub. Bring")

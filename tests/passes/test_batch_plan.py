@@ -100,3 +100,13 @@ def test_as_many_prompts_are_begun_as_consecutive_pairs_are_of(rows: int, method
 
 def test_without_tasks_nothing_is_planned(small: MakeConfig) -> None:
     assert make_plan(small(model="preset:tiny", tasks=[], footprint=True)).batch == ()
+
+
+def test_a_packed_mirror_is_held_beside_the_prompt(small: MakeConfig) -> None:
+    methods = ["dense", "lsa:indexer=landmark", "lsa:indexer=landmark,kv=int4"]
+    plan = make_plan(small(methods=methods, lengths_tokens=[4096], batch=6))
+    [cell] = planned(plan, device="cuda:0")
+    found = [method.predict(plan.facts.shape, 4092, 4) for method in plan.methods]
+    assert found[2].host_bytes > 0
+    prompt_bytes = plan.facts.shape.dense_kv_bytes(4092) + max(each.metadata_bytes for each in found)
+    assert cell.host_bytes == prompts_of(6, 3) * (prompt_bytes + found[2].host_bytes)

@@ -116,6 +116,23 @@ def test_a_data_sheet_gives_lower_bounds_and_a_size_none() -> None:
     assert LAYER_S > 0
 
 
+def test_packed_pages_have_no_upper_end_and_a_mirror_beside_the_prompt() -> None:
+    plan = planned("h200", "preset:llama-3.1-8b", methods=["dense", "dense:kv=int4"], lengths_tokens=["128k"])
+    raw, packed = plan.cells
+    assert raw.most_step_s is not None
+    assert (packed.most_step_s, packed.most_batch_step_s) == (None, None)
+    assert packed.least_step_s is not None and packed.least_step_s < (raw.least_step_s or 0)  # noqa: PT018
+    assert "Packed pages (kv) are unpacked as they are read" in "\n".join(plan.text())
+    values = {"model": "preset:llama-3.1-8b", "tasks": [], "lengths_tokens": ["128k"], "page_tokens": 64}
+    label = "lsa:selection=synthetic,budget_tokens=16384,kv=int4"
+    for host, batch in (("24GiB", 1), ("20GiB", 0), ("64GiB", 10)):
+        made = make_plan(make_config({**values, "methods": [label]}), parse_target("h200", host_memory=host))
+        cell = only(made.elsewhere)  # type: ignore[attr-defined]
+        assert cell.largest_batch == batch, host
+        (longest_tokens,) = made.elsewhere.longest_tokens.values()  # type: ignore[attr-defined]
+        assert (longest_tokens >= 128 * 1024) == bool(batch)
+
+
 def test_experts_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     import dataclasses
 
@@ -147,6 +164,7 @@ def test_the_accuracy_pass_is_planned_for_that_machine_too(tiny_model: str) -> N
     ("options", "sentence"),
     [
         (["--target", "h300"], "--target: 'h300' is no machine: write h100, h200, a100-40 or a size as 24GiB."),
+        (["--target", "24"], "--target: '24' is no machine"),
         (["--target", "0"], "--target: '0' is no machine"),
         (["--target", "h100", "--host-memory", "much"], "--host-memory: 'much' is no size"),
         (["--host-memory", "8GiB"], "give that, too"),

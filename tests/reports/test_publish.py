@@ -131,6 +131,7 @@ def test_labels_with_commas_and_equals_signs_are_found() -> None:
         (["--label", "randon=R"], "Did you mean 'random'?"),
         (["--label", "random= "], "gives no name"),
         (["--label", "random=dense"], "two methods would be called 'dense'"),
+        (["--label", "random=a", "--label", "random=b"], "--label names 'random' twice: keep one."),
         (["--methods", "dense,randon"], "has no method 'randon'. Did you mean 'random'?"),
         (["--methods", ","], "has no method ''"),
     ],
@@ -140,7 +141,9 @@ def test_bad_options_are_one_sentence_and_write_nothing(
 ) -> None:
     folder = stored(tmp_path, demo_rows(), samples=8, footprints=0)
     assert cli.run_cli(["report", str(folder), *options]) == UsageError.exit_code
-    assert sentence in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert sentence in said.err
+    assert said.out == "", "no table goes before a refusal"
     assert not list(folder.glob("report/*/*"))
 
 

@@ -11,7 +11,10 @@ from kvscope.reports.setup_dependence import sentences, setup_figures, setup_poi
 from kvscope.results.frames import make_run
 from kvscope.results.reproduction import CellPlan, Loaded, Reproduction
 
-METHODS = {"dense": "dense", "lsa": "quest", "tau=1": "recency", "tau=64": "random", "threshold=0.9": "moba"}
+METHODS = {
+    "dense": "dense", "lsa": "quest", "tau=1": "recency", "tau=64": "random", "threshold=0.9": "moba",
+    "kv=kivi2": "dsa", "kv=fp8": "msa",
+}  # fmt: skip
 LOST = {"quest": 1, "recency": 0, "random": 30, "moba": 3}
 SHARE = {"quest": 0.2, "recency": 0.21, "random": 0.1, "moba": 0.05}
 
@@ -27,7 +30,7 @@ def loaded(folder: Path) -> Loaded:
     cells = [
         cell("options", 2048, METHODS),
         cell("length-1k", 1024, {"dense": "dense", "lsa": "quest"}, n=20),
-        cell("kv-bits", 2048, {}, left_out="lsa has no option kv_bits"),
+        cell("chunk-tokens", 2048, {}, left_out="there is no indexer of 256"),
     ]
     runs = {}
     for each in cells[:2]:
@@ -57,6 +60,7 @@ def test_each_setting_has_its_values_and_the_method_as_asked_for(tmp_path: Path)
     assert found == [
         ("threshold", "0.5", True, 80), ("threshold", "0.9", False, 80),
         ("tau", "1", False, 80), ("tau", "4", True, 80), ("tau", "64", False, 80),
+        ("kv", "none", True, 80), ("kv", "fp8", False, 80), ("kv", "kivi2", False, 80),
         ("length", "1024", False, 40), ("length", "2048", True, 80),
         ("task", "niah_single_1", False, 40), ("task", "vt", False, 40),
     ]  # fmt: skip
@@ -69,7 +73,7 @@ def test_each_setting_has_its_values_and_the_method_as_asked_for(tmp_path: Path)
 
 def test_a_figure_a_setting_with_three_sentences(tmp_path: Path) -> None:
     figures = {figure.name: figure for figure in setup_figures(loaded(tmp_path))}
-    assert list(figures) == ["setup_threshold", "setup_tau", "setup_length", "setup_task"]
+    assert list(figures) == ["setup_threshold", "setup_tau", "setup_kv", "setup_length", "setup_task"]
     tau = figures["setup_tau"]
     assert tau.caption == (
         "Tau (decode steps between refreshes): 3 values at 2K tokens, n = 80 prompts a point. Bytes over dense's go "
@@ -86,5 +90,5 @@ def test_the_table_names_what_was_left_out(tmp_path: Path) -> None:
     table = setup_table(made)
     assert list(table.text["value"][:2]) == ["0.5 *", "0.9"]
     text = reproduction_text(made, width=100)
-    assert "kv-bits was left out: lsa has no option kv_bits." in " ".join(text.split())
+    assert "chunk-tokens was left out: there is no indexer of 256." in " ".join(text.split())
     assert "decide none" not in text, "no claim of the paper is decided here"

@@ -14,6 +14,7 @@ from kvscope.harness.studies.reproduce import profiles, running
 from kvscope.harness.studies.reproduce.budgets import equal_methods
 from kvscope.harness.studies.reproduce.planning import make_reproduction, plan_text
 from kvscope.harness.studies.reproduce.profiles import RULER_TASKS, Asked, lsa_cells, pilot_cells
+from kvscope.methods.kv_format import FORMATS
 from kvscope.methods.lsa import printed
 from kvscope.methods.recency.method import Recency
 from kvscope.methods.registry import create_method
@@ -195,15 +196,34 @@ def test_setup_leaves_out_what_cannot_be_changed_and_says_so(tiny_model: str) ->
     left_out = {cell.name: cell.left_out or "" for cell in planned.plan.cells}
     assert "scores by no probability" in left_out["threshold"]
     assert left_out["length-4k"] == ""
+    packed = {name: label for name, label in options.methods.items() if name.startswith("kv=")}
+    assert packed == {f"kv={kv}": f"{LANDMARK},kv={kv}" for kv in FORMATS}, "the store as it is is lsa as asked for"
     assert "options" in plan_text(planned, width=80)
 
 
+@pytest.mark.parametrize(("lsa", "values", "why"), [
+    (f"{LANDMARK},kv=int4", ["none", "fp8", "int8", "kivi2"], ""),
+    ("lsa:indexer=attention", [], "weighs the raw keys"),
+])  # fmt: skip
+def test_setup_changes_the_store_of_any_lsa(tiny_model: str, lsa: str, values: list[str], why: str) -> None:
+    planned = make_reproduction(
+        "setup", size="quick", model=tiny_model, lsa=lsa, divisor=None, overrides={"device": "cpu"}
+    )
+    methods = planned.plan.cell("options").methods
+    assert [name for name in methods if name.startswith("kv=")] == [f"kv={value}" for value in values]
+    left_out = {cell.name: cell.left_out for cell in planned.plan.cells}
+    assert why in (left_out.get("kv") or "")
+
+
 @pytest.mark.parametrize(("more", "sentence"), [
-    (["--profile", "fast"], "There is no profile 'fast': quick or full."),
+    (["--profile", "fast"], "There is no profile 'fast'. Known: full, quick."),
     (["--lsa", "dense"], "expected lsa with options"),
     (["--lsa", "lsa:recency_tokens=3"], "its window (recency_tokens) left out"),
     (["--model", "preset:llama-3.1-8b"], "random weights"),
     (["--divisor", "1"], "give a larger --divisor"),
+    (["--divisor", "99999"], "--divisor 99,999 leaves nothing of the paper's 47,104 tokens: give a smaller one."),
+    (["--jobs", "0"], "jobs in the options is 0, expected at least 1."),
+    (["--out", ""], "--out is ''"),
     (["--time-limit", "soon"], "time_limit_s"),
 ])  # fmt: skip
 def test_bad_input_is_one_sentence(
@@ -215,9 +235,24 @@ def test_bad_input_is_one_sentence(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_run_and_a_reproduction_have_folders_of_their_own(
+    few: None, tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    assert cli.run_cli(words(tiny_model, tmp_path)) == 2
+    assert "holds a run of its own" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+    (tmp_path / "run.json").rename(tmp_path / "reproduce.json")
+    run = ["run", "--model", tiny_model, "-m", "dense", "-t", "niah_single_1", "-l", "512", "-n", "1", "-q"]
+    assert cli.run_cli([*run, "--out", str(tmp_path)]) == 2
+    assert "holds a reproduction" in capsys.readouterr().err
+    assert not (tmp_path / "run.json").exists()
+
+
 def test_a_damaged_plan_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run_cli(["reproduce", "claims", str(tmp_path)]) == 2
-    assert "holds no reproduce.json" in capsys.readouterr().err
+    for place, said in ((tmp_path, "holds no"), (tmp_path / "none", "does not exist"), (__file__, "is a file")):
+        assert cli.run_cli(["reproduce", "claims", str(place)]) == 2
+        assert said in capsys.readouterr().err
     for text, sentence in (("{", "is not JSON"), (json.dumps({"profile": "lsa"}), "is not valid")):
         (tmp_path / "reproduce.json").write_text(text)
         assert cli.run_cli(["reproduce", "claims", str(tmp_path)]) == 2

@@ -70,7 +70,7 @@ def reproduce_app(show: Callable[[Path], None]) -> typer.Typer:
         dry_run: DryRun = False,
         quiet: Quiet = False,
     ) -> int:
-        """Change chunk size, threshold, tau, length, task and policy one at a time, and draw each."""
+        """Change chunk size, threshold, tau, policy, kv, length and task one at a time, and draw each."""
         return measure(
             "setup", out, show, size=profile, model=model, lsa=lsa, divisor=None, overrides=overrides, dry_run=dry_run,
             quiet=quiet,
@@ -104,7 +104,8 @@ def measure(
     from kvscope.harness.studies.reproduce.planning import make_reproduction, plan_text
     from kvscope.harness.studies.reproduce.running import reproduce
 
-    time_limit_s = make_config({key: overrides.pop(key) for key in ("time_limit_s",) if key in overrides}).time_limit_s
+    time_limit_s = make_config(overrides, source="the options").time_limit_s
+    overrides.pop("time_limit_s", None)
     planned = make_reproduction(profile, size=size, model=model, lsa=lsa, divisor=divisor, overrides=overrides)
     if dry_run:
         say(plan_text(planned, width=line_width()))

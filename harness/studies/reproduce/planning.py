@@ -15,6 +15,7 @@ from kvscope.harness.studies.reproduce.profiles import (
 )
 from kvscope.harness.studies.reproduce.running import check_cells, started
 from kvscope.harness.studies.reproduce.setup import setup_cells
+from kvscope.methods.lsa import printed
 from kvscope.results.reproduction import CellPlan, Reproduction
 from kvscope.specs import parse_spec
 from kvscope.terminal import folded, grid
@@ -57,7 +58,7 @@ def make_reproduction(
             refuse.
     """
     if size not in SIZES:
-        raise UsageError(f"There is no profile {shown(size)}: quick or full.{did_you_mean(size, SIZES)}")
+        raise UsageError(f"There is no profile {shown(size)}.{did_you_mean(size, SIZES)}")
     spec = parse_spec(lsa, kind="method")
     if spec.name != "lsa" or "recency_tokens" in dict(spec.options):
         raise UsageError(f"--lsa is {shown(lsa)}, expected lsa with options, its window (recency_tokens) left out.")
@@ -73,6 +74,12 @@ def make_reproduction(
         model=model, lsa=lsa, divisor=DIVISORS[size_key] if divisor is None else divisor,  # type: ignore[index]
     )  # fmt: skip
     if profile == "lsa":
+        shortest_tokens = min(row.tokens for row in printed.TABLE_1)
+        if asked.divisor > shortest_tokens:
+            raise UsageError(
+                f"--divisor {asked.divisor:,} leaves nothing of the paper's {shortest_tokens:,} tokens: give a smaller "
+                "one."
+            )
         cells = lsa_cells(asked, most_tokens=facts.max_length_tokens, has_gpu=has_gpu)
         pilots, equal = pilot_cells(cells), EQUAL_BYTES[asked.size]
     else:

@@ -20,7 +20,6 @@ from kvscope.harness.studies.reproduce.budgets import equal_methods
 from kvscope.paths import check_out, user_path
 from kvscope.results.packed import is_packed
 from kvscope.results.reproduction import (
-    REPRODUCE_FILE,
     CellPlan,
     Reproduction,
     pack_cell,
@@ -28,7 +27,7 @@ from kvscope.results.reproduction import (
     read_reproduction,
 )
 from kvscope.results.share import prompt_shares
-from kvscope.results.store import RUN_FILE, RunStore
+from kvscope.results.store import REPRODUCE_FILE, RUN_FILE, RunStore
 from kvscope.units import format_length
 
 LEAST_PIECE_S = 20.0
@@ -72,6 +71,8 @@ def reproduce(
     """
     folder = user_path(folder, what="--out")
     check_out(folder)
+    if (folder / RUN_FILE).exists():
+        raise UsageError(f"{folder} holds a run of its own, and its report: give --out another folder.")
     before = read_reproduction(folder)
     if before is not None and not before.same_plan(plan):
         raise UsageError(

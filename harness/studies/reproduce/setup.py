@@ -9,8 +9,9 @@ from typing import Any
 from kvscope.errors import UsageError
 from kvscope.harness.passes.facts import ModelFacts
 from kvscope.harness.studies.reproduce.profiles import Asked, Size
+from kvscope.methods.kv_format import FORMATS
 from kvscope.methods.lsa.options import LsaConfig
-from kvscope.methods.options import field_types
+from kvscope.methods.options import KV_OPTION, method_field_types
 from kvscope.methods.registry import create_method
 from kvscope.results.reproduction import CellPlan
 from kvscope.specs import Spec, parse_spec
@@ -21,7 +22,7 @@ FACTORS: dict[str, tuple[dict[str, str], ...]] = {
     "threshold": tuple({"threshold": value} for value in ("0.1", "0.3", "0.5", "0.7", "0.9")),
     "tau": tuple({"tau": value} for value in ("1", "4", "16", "64")),
     "policy": ({"refresh": "stale1"}, {"policy": "pages"}, {"policy": "pages", "refresh": "sync"}),
-    "kv_bits": tuple({"kv_bits": value} for value in ("4", "8")),
+    KV_OPTION: tuple({KV_OPTION: value} for value in ("none", *FORMATS)),
 }
 """Setting -> options of each of its values; what equals the method as asked for is no value of its own."""
 TASKS: dict[Size, tuple[str, ...]] = {
@@ -46,7 +47,7 @@ def setup_cells(asked: Asked, *, facts: ModelFacts) -> tuple[CellPlan, ...]:
     left_out: dict[str, str] = {}
     length = OPTIONS_TOKENS[asked.size]
     for factor, values in FACTORS.items():
-        if unknown := set().union(*values) - set(field_types(LsaConfig)):
+        if unknown := set().union(*values) - set(method_field_types(LsaConfig)):
             left_out[factor] = f"lsa has no option {sorted(unknown)[0]}"
             continue
         for options in values:
@@ -107,8 +108,8 @@ def _label(base: Spec, options: dict[str, str], facts: ModelFacts) -> tuple[str,
 def _acts(label: str, length_tokens: int, facts: ModelFacts) -> dict[str, Any]:
     """What a method does at a length, whatever its options were called."""
     method: Any = facts.backend.form_of(create_method(label), facts.shape)
-    settings: dict[str, Any] = method.effective_config(length_tokens, facts.shape)
-    return settings
+    settings: dict[str, Any] = method.effective_config(length_tokens, method.stored(facts.shape))
+    return {**settings, **method.kv_values()}
 
 
 def _value(factor: str, options: dict[str, str]) -> str:
