@@ -91,7 +91,8 @@ def test_sequences_that_come_and_go_give_what_each_gives_alone(family: str) -> N
 def test_formats_of_the_store_mix_in_a_session() -> None:
     loaded = loaded_model("llama")
     specs = [
-        "dense", "dense:kv=int8", "dense:kv=kivi2", "recency:budget_fraction=0.5,kv=int4", "snapkv:budget_tokens=60,kv=fp8",
+        "dense", "dense:kv=int8", "dense:kv=kivi2", "recency:budget_fraction=0.5,kv=int4",
+        "snapkv:budget_tokens=60,kv=fp8",
         "quest:budget_tokens=32,kv=int8", "lsa:budget_fraction=0.5,chunk_tokens=16,selection=synthetic,kv=int4",
     ]  # fmt: skip
     requests = requests_of(loaded, specs, [150, 90])
