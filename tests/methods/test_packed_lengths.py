@@ -1,4 +1,4 @@
-"""Packed pages at lengths around a page and the residual: bytes as predicted, and a full budget is dense of that format."""
+"""Packed pages at lengths around a page and the residual: bytes as predicted, a full budget is dense of that format."""
 
 import pytest
 import torch
