@@ -17,6 +17,7 @@ from kvscope.reports.units import (
     points,
     with_interval,
 )
+from kvscope.results.comparisons import baseline_label
 from kvscope.results.frames import Run, records
 from kvscope.results.memory_rows import NVML_COLUMNS
 
@@ -185,6 +186,7 @@ def _stays_cell(run: Run, label: str, length: int | None, pooled: pd.DataFrame) 
         "n": 0,
     }
     reasons: list[str] = []
+    baseline = baseline_label(run.info)
     rows = run.footprint[(run.footprint["method_label"] == label) & (run.footprint["length_tokens"] == length)]
     found = records(rows)
     answers = pooled_answers(run)
@@ -194,7 +196,7 @@ def _stays_cell(run: Run, label: str, length: int | None, pooled: pd.DataFrame) 
         cell |= {
             "held_bytes": held,
             "held_of_dense": _share(held, found[0]["dense_kv_bytes"]),
-            "read_of_dense": _share(found[0]["bytes_read_per_step"], _dense_reads(run.footprint, length)),
+            "read_of_dense": _share(found[0]["bytes_read_per_step"], _dense_reads(run.footprint, length, baseline)),
             "bytes_from": "footprint",
         }
         cell |= {key: found[0][key] for key in FOOTPRINT_COLUMNS}
@@ -212,7 +214,7 @@ def _stays_cell(run: Run, label: str, length: int | None, pooled: pd.DataFrame) 
             cell |= {"held_bytes": held, "held_of_dense": _share(held, float(ok["dense_kv_bytes"].mean()))}
             cell |= {"bytes_from": "samples", "host_kv_bytes": round(float(ok["host_kv_bytes"].mean()))}
             cell |= {key: float(ok[key].mean()) for key in READ_COLUMNS}
-            cell |= {"read_of_dense": _share(cell["bytes_read_per_step"], _dense_reads(answers, length))}
+            cell |= {"read_of_dense": _share(cell["bytes_read_per_step"], _dense_reads(answers, length, baseline))}
     for scores in records(pooled[(pooled["method_label"] == label) & (pooled["length_tokens"] == length)]):
         cell |= {key: scores[key] for key in ("accuracy", "ci_low", "ci_high", "n", *DIFFERENCE_COLUMNS)}
         cell["difference_note"] = scores["note"]
@@ -221,9 +223,9 @@ def _stays_cell(run: Run, label: str, length: int | None, pooled: pd.DataFrame) 
     return {**cell, "not_measured": "; ".join(reasons)}
 
 
-def _dense_reads(rows: pd.DataFrame, length: int | None) -> float | None:
+def _dense_reads(rows: pd.DataFrame, length: int | None, label: str | None) -> float | None:
     """Mean bytes a step of dense reads at a length; None where dense was not measured there."""
-    dense = rows[(rows["method"] == "dense") & (rows["status"] == "ok") & (rows["length_tokens"] == length)]
+    dense = rows[(rows["method_label"] == label) & (rows["status"] == "ok") & (rows["length_tokens"] == length)]
     return float(dense["bytes_read_per_step"].mean()) if len(dense) else None
 
 

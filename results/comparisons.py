@@ -61,8 +61,12 @@ class Comparison:
 
 
 def baseline_label(info: RunInfo) -> str | None:
-    """The run's baseline: the first method named `dense`, or None when there is none."""
-    return next((method.label for method in info.methods if method.name == "dense"), None)
+    """The run's baseline: `dense` over the model's own dtype, or None when there is none.
+
+    `dense:kv=int8` is no baseline: it is compared with one.
+    """
+    found = (method for method in info.methods if method.name == "dense" and not method.options.get("kv"))
+    return next((method.label for method in found), None)
 
 
 def pooled(samples: pd.DataFrame, info: RunInfo) -> pd.DataFrame:

@@ -278,7 +278,7 @@ class Plan(RunPlan):
     def warnings(self) -> list[str]:
         """What the user may not expect, one sentence each."""
         said = []
-        if all(method.name != "dense" for method in self.methods):
+        if all(method.label != "dense" for method in self.methods):
             what = "accuracy has" if self.tasks else "bytes and times have"
             said.append(f"dense is not among the methods: {what} nothing to be compared with. Add -m dense.")
         for method in self.methods:

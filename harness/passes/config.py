@@ -511,6 +511,7 @@ def sweep_methods(methods: Sequence[object], sweeps: Sequence[str]) -> tuple[Spe
         UsageError: a malformed item, or a method that is not among ``methods``.
     """
     found = [parse_spec(each, kind="method") for each in methods]
+    seen = set()
     for item in sweeps:
         match = SWEEP_PATTERN.fullmatch(item.strip())
         values = [unquoted(text.strip()) for text in split_items(match[3])] if match else []
@@ -520,6 +521,9 @@ def sweep_methods(methods: Sequence[object], sweeps: Sequence[str]) -> tuple[Spe
                 "lsa.threshold=0.3,0.5."
             )
         swept, option = match[1].strip(), match[2]
+        if (swept, option) in seen:
+            raise UsageError(f"--sweep {swept}.{option} is given twice: write all values in one, as in value,value.")
+        seen.add((swept, option))
         names = list(dict.fromkeys(spec.name for spec in found))
         if swept not in names:
             raise UsageError(

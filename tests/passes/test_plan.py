@@ -154,6 +154,7 @@ def test_what_will_surprise_is_said_before(small: MakeConfig) -> None:
     missing, noop = plan.warnings
     assert "dense is not among the methods" in missing
     assert noop == "recency:recency_tokens=600 leaves nothing out at 512 tokens: there it is dense by another name."
+    assert "dense is not among" in make_plan(small(methods=["dense:kv=int8"], lengths_tokens=[512])).warnings[0]
     packed = make_plan(small(methods=["dense", "recency:recency_tokens=600,kv=int8"], lengths_tokens=[512]))
     assert [line.partition(": ")[2] for line in packed.warnings] == ["there it is dense:kv=int8 by another name."]
 

@@ -76,3 +76,8 @@ def test_a_bad_option_is_refused_when_the_method_is_made(sweep: str, message: st
     with pytest.raises(UsageError, match="lsa") as caught:
         labels(config)
     assert message in str(caught.value)
+
+
+def test_one_option_is_swept_once() -> None:
+    with pytest.raises(UsageError, match=r"dense\.kv is given twice: write all values in one"):
+        load_config(flags={"methods": ["dense"]}, sweeps=["dense.kv=int8", "dense.kv=int4"])

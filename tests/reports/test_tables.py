@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from synthetic_rows import KINDS, K, Rows, demo_rows, footprint_row, single_rows, wide_rows
+from synthetic_rows import KINDS, K, Rows, demo_rows, footprint_row, make_rows, single_rows, wide_rows
 
 from kvscope.reports.cells import accuracy_cells
 from kvscope.reports.export import latex, markdown, write_table
@@ -172,3 +172,25 @@ def test_times_of_eager_and_captured_steps_are_told_apart() -> None:
     assert f"but eager for {label}:" in notes[0]
     run = make_run(samples, mixed, info=info, folder=".")
     assert f"but eager for {label}:" in summary_text(run)
+
+
+@pytest.mark.parametrize("labels", [["dense:kv=int8", "dense", "recency"], ["dense", "recency", "dense:kv=int8"]])
+def test_dense_of_fewer_bits_is_no_baseline(labels: list[str]) -> None:
+    """Wherever it stands among the methods: nothing is compared with it, no reads are a share of its."""
+    made = {"tasks": ("niah_single_1",), "lengths": (4096,), "samples": 8, "footprint_lengths": (4096,)}
+    tables = tables_of(make_rows(labels, **made))  # type: ignore[arg-type]
+    plain = tables_of(make_rows(["dense", "recency"], **made))  # type: ignore[arg-type]
+    found = {name: tables[name].data.set_index("method_label") for name in ("statistics", "stays_and_saves")}
+    assert set(found["statistics"]["baseline_label"]) == {"dense"}
+    assert set(found["statistics"].index) == {"dense:kv=int8", "recency"}
+    shares = found["stays_and_saves"]["read_of_dense"]
+    assert shares["dense"] == 1
+    assert shares["recency"] == plain["stays_and_saves"].data.set_index("method_label")["read_of_dense"]["recency"]
+    assert shares["dense:kv=int8"] < 1
+
+
+def test_without_dense_of_all_bits_nothing_is_compared() -> None:
+    made = {"tasks": ("niah_single_1",), "lengths": (4096,), "samples": 8, "footprint_lengths": (4096,)}
+    tables = tables_of(make_rows(["dense:kv=int8", "recency"], **made))  # type: ignore[arg-type]
+    assert not len(tables["statistics"].data)
+    assert tables["stays_and_saves"].data["read_of_dense"].isna().all()
