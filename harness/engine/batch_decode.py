@@ -223,14 +223,15 @@ class BatchDecode:
         decode_graph: DecodeGraph = "off",
         counts_spare: bool = True,
         spare_share: float = SPARE_SHARE,
+        keeps_static: bool = False,
     ) -> None:
         """Begin with no sequence.
 
         Args:
-            spare_share: as ``Session``.
+            spare_share, keeps_static: as ``Session``.
         """
         self.decode_graph, self.counts_spare = decode_graph, counts_spare
-        self._spare_share = spare_share
+        self._options: dict[str, Any] = {"spare_share": spare_share, "keeps_static": keeps_static}
         self._loaded = loaded
         self._session: Session | None = None
         self._rows: list[Decoding] = []
@@ -274,7 +275,7 @@ class BatchDecode:
             UsageError: as ``Request.check`` and ``Session.add``.
         """
         request.check(self._loaded)
-        session = self._session or Session(self._loaded, decode_graph=self.decode_graph, spare_share=self._spare_share)
+        session = self._session or Session(self._loaded, decode_graph=self.decode_graph, **self._options)
         try:
             member = session.add(request.method, request.prompt, reserve_tokens=request.reserve_tokens)
         except BaseException:

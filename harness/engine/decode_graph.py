@@ -38,6 +38,10 @@ _HOST_ROPES = {"dynamic", "longrope"}
 _EXPERTS: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 
 
+class NoStaticStepError(Exception):
+    """A sequence whose steps cannot run at fixed addresses came to a session that keeps to them."""
+
+
 def static_reasons(loaded: LoadedModel, cache: SequenceCache) -> list[str]:
     """Return every reason why a step of this sequence cannot run at fixed addresses."""
     if cache.model_cache is not None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +27,7 @@ from kvscope.harness.engine.glue import (
     decoder_of,
     layers_of,
 )
+from kvscope.harness.engine.oom import is_oom
 from kvscope.methods.base import AttentionCall
 from kvscope.methods.shape import ModelShape
 
@@ -247,9 +248,17 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
 def _turns_back(rotation: RopeRotation, later: torch.Tensor, first: torch.Tensor) -> bool:
     try:
         return _same(rotation.back(later, _PROBE_POSITION), first)
-    except (RuntimeError, KeyError):
+    except Exception as error:
+        if is_oom(error):
+            raise
         # The tables have another width than the heads, or there are none for this type of layer.
         return False
+
+
+def _takes_tables(apply: Callable[..., Any]) -> bool:
+    """Whether a function turns what comes first by a cosine and a sine behind it, in this order (not GPT-J's)."""
+    names = list(inspect.signature(apply).parameters)
+    return "cos" in names[1:] and names[names.index("cos") + 1 :][:1] == ["sin"]
 
 
 def _rotations_of(
@@ -258,7 +267,7 @@ def _rotations_of(
     """Return the model's own rotation on whole heads, and on their first part where the module splits them."""
     rotary = getattr(decoder_of(model), "rotary_emb", None)
     apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
-    if rotary is None or apply is None:
+    if rotary is None or apply is None or not _takes_tables(apply):
         return []
     layer_type = None
     if "layer_type" in inspect.signature(rotary.forward).parameters:

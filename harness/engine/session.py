@@ -22,7 +22,7 @@ import torch
 
 from kvscope.errors import UsageError
 from kvscope.harness.engine.backend import form_on
-from kvscope.harness.engine.decode_graph import EAGER, GraphStep, capture_failed, graph_demanded
+from kvscope.harness.engine.decode_graph import EAGER, GraphStep, NoStaticStepError, capture_failed, graph_demanded
 from kvscope.harness.engine.glue import cache_argument
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.member import Member, Rows, session_cache
@@ -45,19 +45,26 @@ class Session:
     graph_step: ClassVar[type[GraphStep]] = GraphStep
 
     def __init__(
-        self, loaded: LoadedModel, *, decode_graph: DecodeGraph = "off", spare_share: float = SPARE_SHARE
+        self,
+        loaded: LoadedModel,
+        *,
+        decode_graph: DecodeGraph = "off",
+        spare_share: float = SPARE_SHARE,
+        keeps_static: bool = False,
     ) -> None:
         """Begin with no sequence.
 
         Args:
             decode_graph: ``auto`` captures the step in a CUDA graph where that can be done, ``on`` demands it.
+            keeps_static: under ``auto``, a sequence that cannot have fixed addresses is turned away
+                (``NoStaticStepError``); without, the steps of all are eager from then on.
             spare_share: as ``StepCounters``: more where many sequences share a captured step, and each would capture
                 it anew for all.
         """
         self._rows = Rows()
         self.members = self._rows.members
         self.step_backend = EAGER
-        self._loaded, self._asked = loaded, decode_graph
+        self._loaded, self._asked, self._keeps_static = loaded, decode_graph, keeps_static
         self._is_static = decode_graph != "off"
         self._cache = session_cache(loaded, self._rows)
         self._counters = StepCounters(loaded.device, spare_share=spare_share)
@@ -97,6 +104,7 @@ class Session:
         Raises:
             UsageError: the method cannot run on this model and device, or not as a graph; the message gives every
                 reason. Or the model brings its own cache, which holds one sequence, and there is one.
+            NoStaticStepError: the session keeps to fixed addresses, and the sequence cannot have them.
         """
         started_s, loaded = time.perf_counter(), self._loaded
         method = form_on(loaded.backend, method, loaded.shape)
@@ -257,6 +265,8 @@ class Session:
             member.make_static(self._loaded.dtype, self._counters)
         elif self._asked == "on":
             raise graph_demanded(reasons, member.method.label)
+        elif self._keeps_static:
+            raise NoStaticStepError("; ".join(reasons))
         else:
             self._go_eager(reasons)
 

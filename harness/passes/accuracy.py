@@ -119,7 +119,8 @@ class AccuracyPass:
     def run(self, plan: Plan, store: "RunStore", progress: Progress, deadline: Deadline) -> None:
         """Answer every prompt that lacks a row, shortest length first, until the deadline."""
         self._answer(plan, store, progress, deadline)
-        release_memory()  # the model is gone: the processes of the next pass find the device free
+        if plan.config.footprint or plan.facts.device != "cpu":
+            release_memory()  # the model is gone: the processes of the next pass find the device free
 
     def _answer(self, plan: Plan, store: "RunStore", progress: Progress, deadline: Deadline) -> None:
         devices = worker_devices(plan.config, plan.facts.device)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvscope.harness.engine.batch_decode import BatchDecode, Decoding
 from kvscope.harness.engine.finite import NotFinite
+from kvscope.harness.engine.lanes import Lanes
 from kvscope.harness.engine.oom import is_oom
 from kvscope.harness.passes.answering import Prompt, release_memory, shared_graph
 from kvscope.harness.passes.deadline import Deadline
@@ -68,7 +69,7 @@ class Batch:
         self._logit_noise = None if noise is None else noise.logit_noise
         self._shared_graph = shared_graph(plan)
         # Bytes are those of single sequences, whose steps are captured where that was asked for.
-        self._decode = BatchDecode(loaded, counts_spare=plan.config.accuracy_graph, spare_share=_SPARE_SHARE)
+        self._decode = Lanes(loaded, counts_spare=plan.config.accuracy_graph, spare_share=_SPARE_SHARE)
         self._waiting: deque[Entry] = deque()
         self._under_way: list[Entry] = []
         self._open: dict[Prompt, int] = {}
@@ -164,7 +165,7 @@ class Batch:
             return
         if not self._under_way:
             is_single = self._rows_at(entry.key[1]) == 1
-            self._decode.decode_graph = prompt.graph()[0] if is_single else self._shared_graph
+            self._decode.set_graph(prompt.graph()[0] if is_single else self._shared_graph)
         try:
             entry.row = self._decode.add(prompt.request(entry.method))
         except Exception as error:  # noqa: BLE001 - becomes this method's row; the others go on

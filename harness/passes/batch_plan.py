@@ -67,7 +67,9 @@ def plan_batch(
     if not tasks:
         return ()
     longest_answer = max(task.max_new_tokens for task in tasks)
-    sizes = _Sizes(config, facts, methods, n_new_tokens=longest_answer, target=target)
+    # No more than there are at a length: noise of steps that no answers share is not worth measuring.
+    n_answers = max(1, config.samples * len(tasks) * len(methods))
+    sizes = _Sizes(config, facts, methods, n_new_tokens=longest_answer, most_rows=n_answers, target=target)
     return tuple(sizes.cell(length_tokens) for length_tokens in config.lengths_tokens)
 
 
@@ -111,9 +113,11 @@ class _Sizes:
         methods: "Sequence[CacheMethod[Any]]",
         *,
         n_new_tokens: int,
+        most_rows: int,
         target: Target | None,
     ) -> None:
         self._config, self._facts, self._n_new_tokens = config, facts, n_new_tokens
+        self._most_rows = most_rows
         self._methods = [method for method in methods if not method.unsupported(facts.shape, facts.device)]
         self._is_cpu = facts.device == "cpu"
         # Each process has its part of what there is.
@@ -131,7 +135,7 @@ class _Sizes:
         asked = self._config.batch
         if self._facts.backend.holds_one_sequence:
             asked = 1
-        rows = asked or (MOST_ROWS_CPU if self._is_cpu else MOST_ROWS_CUDA)
+        rows = asked or min(self._most_rows, MOST_ROWS_CPU if self._is_cpu else MOST_ROWS_CUDA)
         while asked is None and rows > 1 and not self._fits(rows, length_tokens):
             rows -= 1
         device_bytes, host_bytes = self._bytes(rows, length_tokens)

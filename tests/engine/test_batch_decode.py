@@ -1,5 +1,6 @@
 """Sequences that decode together: what each gives alone, in bytes, choices, reads, texts and ends."""
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 import transformers
 from sessions import UNCAPTURED, new_session
-from tiny_models import loaded_model, prompt_ids, runnable_methods, save_tiny
+from tiny_models import loaded_model, prompt_ids, runnable_methods, save_tiny, stock_model
 
 from kvscope.harness.engine import batch_decode
 from kvscope.harness.engine import batch_noise as noise
@@ -91,8 +92,8 @@ def test_formats_of_the_store_mix_in_a_session() -> None:
     loaded = loaded_model("llama")
     specs = [
         "dense", "dense:kv=int8", "dense:kv=kivi2", "recency:budget_fraction=0.5,kv=int4",
-        "snapkv:budget_tokens=60,kv=fp8", "quest:budget_tokens=32,kv=int8",
-        "lsa:budget_fraction=0.5,chunk_tokens=16,selection=synthetic,kv=int4",
+        "snapkv:budget_tokens=60,kv=fp8",
+        "quest:budget_tokens=32,kv=int8", "lsa:budget_fraction=0.5,chunk_tokens=16,selection=synthetic,kv=int4",
     ]  # fmt: skip
     requests = requests_of(loaded, specs, [150, 90])
     with BatchDecode(loaded) as batch:
@@ -204,7 +205,7 @@ def test_noise_is_a_little_and_not_nothing() -> None:
 
 
 def test_what_rounding_explains_is_measured_on_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded = wrap_model(loaded_model("llama").model.to(torch.bfloat16), None, page_tokens=16)
+    loaded = wrap_model(copy.deepcopy(stock_model("llama")).to(torch.bfloat16), None, page_tokens=16)
     heard: list[list[int]] = []
 
     def own_noise(loaded: Any, ids: list[int]) -> float:

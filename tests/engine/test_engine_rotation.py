@@ -52,6 +52,32 @@ def test_the_reference_model_s_managed_layers_have_no_positions():
         assert not [why for why in create_method(spec).unsupported(loaded.shape, "cpu") if "position" in why]
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda tensor, sin, cos: tensor * cos + sin,  # GPT-J's order, one tensor, another layout
+        lambda q, k, cos, position_ids, sin: (q, k),
+        lambda q, k, angles: (q, k),
+        lambda q, k, cos, sin, *, must: (q, k),  # wants more than is given
+        lambda q, k, cos, sin: q[:, :, :, 9],  # gives another shape
+    ],
+)
+def test_a_rotation_of_another_kind_is_unknown_and_dense_runs(other, monkeypatch):
+    model = build_stock("llama")
+    module = sys.modules[type(model.model.layers[0].self_attn).__module__]
+    own = module.apply_rotary_pos_emb
+    namespace = type("Module", (), {"apply_rotary_pos_emb": staticmethod(other)})
+    monkeypatch.setitem(sys.modules, "another.model", namespace)
+    for layer in model.model.layers:
+        kind = type(layer.self_attn)
+        layer.self_attn.__class__ = type("Attention", (kind,), {"__module__": "another.model"})
+    assert module.apply_rotary_pos_emb is own
+    loaded = wrap_model(model, None)
+    assert {type(each) for each in loaded.rotations.values()} == {UnknownRotation}
+    assert not create_method("dense").unsupported(loaded.shape, "cpu")
+    assert "position" in create_method("sliding_window:window=20").unsupported(loaded.shape, "cpu")[0]
+
+
 def test_an_embedding_row_of_zeros_hides_no_rotation():
     model = build_stock("llama")
     with torch.no_grad():

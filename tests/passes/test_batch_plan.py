@@ -27,7 +27,7 @@ def test_a_number_that_was_asked_for_is_taken(small: MakeConfig) -> None:
 
 
 def test_auto_is_a_modest_number_on_a_cpu_and_the_plan_says_what_it_takes(small: MakeConfig) -> None:
-    plan = make_plan(small(lengths_tokens=[512, 1024]))
+    plan = make_plan(small(lengths_tokens=[512, 1024], samples=20))
     assert [cell.rows for cell in plan.batch] == [batch_plan.MOST_ROWS_CPU] * 2
     [line] = [line for line in plan.text().splitlines() if line.startswith("batch")]
     assert "16 at 512 (" in line
@@ -35,8 +35,14 @@ def test_auto_is_a_modest_number_on_a_cpu_and_the_plan_says_what_it_takes(small:
     assert not any(line.startswith("batch") for line in make_plan(small(batch=1)).text().splitlines())
 
 
+def test_auto_is_no_more_than_there_is_to_answer(small: MakeConfig) -> None:
+    plan = make_plan(small(methods=["dense", "recency"], tasks=["niah_single_1", "vt"], samples=3))
+    assert [cell.rows for cell in plan.batch] == [2 * 2 * 3]
+    assert make_plan(small(methods=["dense"], samples=1)).most_batch_rows == 1
+
+
 def test_auto_is_less_where_the_machine_has_less(small: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = make_plan(small(methods=["dense"], lengths_tokens=[512, 768], max_new_tokens=64))
+    plan = make_plan(small(methods=["dense"], lengths_tokens=[512, 768], max_new_tokens=64, samples=20))
     whole = {cell.length_tokens: cell for cell in plan.batch}
     room_bytes = int((whole[512].host_bytes or 0) / batch_plan.HOST_SHARE)
     monkeypatch.setattr(batch_plan, "total_host_bytes", lambda: room_bytes)
@@ -52,7 +58,7 @@ def test_auto_is_less_where_the_machine_has_less(small: MakeConfig, monkeypatch:
 
 
 def test_on_a_gpu_device_and_host_both_set_bounds(small: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = make_plan(small(methods=["dense"], lengths_tokens=[4096]))
+    plan = make_plan(small(methods=["dense"], lengths_tokens=[4096], samples=200))
     rooms = {"device": 80 * 1024**3, "host": 512 * 1024**3}
     monkeypatch.setattr(batch_plan, "total_device_bytes", lambda device: rooms["device"])
     monkeypatch.setattr(batch_plan, "total_host_bytes", lambda: rooms["host"])
@@ -78,7 +84,7 @@ def test_a_cache_that_holds_one_sequence_gets_steps_of_its_own(
 
 
 def test_unknown_weights_leave_the_number_as_it_is(small: MakeConfig) -> None:
-    plan = make_plan(small())
+    plan = make_plan(small(samples=20))
     [cell] = planned(plan, weights_bytes=None)
     assert (cell.rows, cell.host_bytes) == (16, None)
     assert "16 at 512 (unknown bytes)" in batch_text([cell], device="cpu")[0]

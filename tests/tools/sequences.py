@@ -58,7 +58,7 @@ def errors_of_evicting(loaded, method, prompt, tokens):
     """
 
     class Beside:
-        label = method.label
+        label, kv = method.label, None
         unsupported, observed_layers = method.unsupported, method.observed_layers
 
         def open(self, *args, **options):

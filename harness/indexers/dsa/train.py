@@ -117,7 +117,8 @@ def card_text(config: LightningConfig) -> str:
         lines.append(
             f"- data: {', '.join(data['tasks'])} at {lengths} tokens, {data['samples']} a cell, seed {data['seed']}"
         )
-        lines.append(f"- its prompts: {prompts_text(data['chat_template'])}")
+        if "chat_template" in data:  # older collections were of plain texts, and did not say so
+            lines.append(f"- its prompts: {prompts_text(data['chat_template'])}")
     options = ", ".join(f"{key} {value}" for key, value in trained["options"].items() if key != "device")
     return "\n".join([*lines, f"- options: {options}", ""])
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvscope.files import whole_file
+from kvscope.harness.engine.devices import resolve_device
 from kvscope.harness.indexers.lsa.fit_config import FitConfig, FitState
 from kvscope.harness.indexers.lsa.label_share import MOST_KEPT, LabelShare
 from kvscope.harness.passes.environment import capture_environment
@@ -117,7 +118,7 @@ class Card:
             "model": self.indexer.model,
             "model_revision": self.indexer.model_revision,
             "command": self.command,
-            "environment": capture_environment(),
+            "environment": capture_environment(device=str(resolve_device(self.config.device))),
             "probe": state.probe,
             "labels": state.labels,
             "layers": list(self.indexer.layers),
@@ -163,6 +164,7 @@ def markdown(card: Card, values: dict[str, Any]) -> str:
         f"- Layers indexed: {', '.join(map(str, card.indexer.layers))}; chunks of {card.indexer.chunk_tokens} tokens, "
         f"a refresh every {card.indexer.tau} steps.",
         f"- Seconds: {', '.join(f'{name} {taken:g}' for name, taken in state.phases_s.items())}.",
+        f"- Machine: {environment['gpu'] or environment['cpu'] or 'a CPU'}, {environment['cpu_cores']} cores.",
         f"- Versions: kvscope {environment['kvscope']} (commit {environment['commit']}), {packages}.",
         "",
         "    kvscope run -m dense -m lsa:indexer=DIR --model MODEL --length LENGTH --task TASK --out runs/fitted",
