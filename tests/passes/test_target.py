@@ -149,7 +149,8 @@ def test_experts_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_accuracy_pass_is_planned_for_that_machine_too(tiny_model: str) -> None:
-    values = {"model": tiny_model, "methods": ["dense"], "tasks": ["niah_single_1"], "lengths_tokens": [512]}
+    values: dict[str, Any] = {"model": tiny_model, "methods": ["dense"], "tasks": ["niah_single_1"], "samples": 200}
+    values |= {"lengths_tokens": [512]}
     plan: Any = make_plan(make_config(values), parse_target("h100", host_memory="128GiB"))
     assert (plan.facts.device, plan.facts.dtype) == ("cuda:0", "bfloat16")
     assert plan.batch_rows(512) == 144
