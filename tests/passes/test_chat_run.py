@@ -89,7 +89,9 @@ def test_a_folder_from_before_there_were_templates_says_how_to_go_on(
     assert len(frame(config).samples) == 4
 
 
-@pytest.mark.parametrize(("value", "said"), [("", "chat_template"), ("gone.jinja", "Cannot read the chat template")])
+@pytest.mark.parametrize(
+    ("value", "said"), [("", "--chat-template is ''"), ("gone.jinja", "Cannot read the chat template")]
+)
 def test_a_bad_choice_is_refused_before_anything_is_measured(
     value: str, said: str, instruct: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
