@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 GPU_HOST_THREADS = 4
-"""Host tensors of such a process are small, and a pool as wide as the machine costs more than it gives: one process kept
-3.5 to 4.2 of 16 cores busy, and several such processes take the cores from each other."""
+"""Host tensors of such a process are small, and a pool as wide as the machine costs more than it gives: one process
+kept 3.5 to 4.2 of 16 cores busy, and several such processes take the cores from each other."""
 
 
 def threads_a_process(n_processes: int, *, device: str) -> int:
