@@ -185,6 +185,9 @@ class GraphStep:
             # Other threads (the memory sampler) may call CUDA meanwhile.
             with torch.cuda.graph(graph, pool=memory.pool, stream=side, capture_error_mode="thread_local"):
                 self._logits_nV = self._forward()
+        except Exception:
+            _free_generator(device)
+            raise
         finally:
             torch.cuda.set_stream(current)  # a capture that fails leaves its own stream behind
         memory.keep(graph)
@@ -200,6 +203,16 @@ class GraphStep:
     def release(self) -> None:
         """Let go of the captured step."""
         self._graph = self._logits_nV = None
+
+
+def _free_generator(device: torch.device) -> None:
+    """Give the device's default generator a state that no capture holds, with the same seed and offset.
+
+    A capture takes the generator's state; one that fails never gives it back, and every later random number of the
+    process then raises "Offset increment outside graph capture" (torch 2.11).
+    """
+    generator = torch.cuda.default_generators[device.index or 0]
+    generator.graphsafe_set_state(generator.clone_state())
 
 
 class _GraphMemory:
