@@ -1,7 +1,7 @@
 """Rows a second of the accuracy pass on 1, 2, ... GPUs of one host, and whether its rows stay the same.
 
 Starts and compilations are not what more GPUs change: the rate is that between two marks of the written rows. The whole
-time stands beside it. On the most GPUs a worker is killed on the way, once.
+time stands beside it. A further run on the most GPUs has fewer samples, and a worker of it is killed on the way.
 
     python benchmarks/multi_gpu.py --gpus 1 --gpus 2 --jobs 3 --out multi_gpu.json
     python benchmarks/multi_gpu.py --case gemma-16k --model FOLDER --gpus 1 --gpus 2 --out multi_gpu.json
@@ -179,6 +179,7 @@ def main() -> None:
     parser.add_argument("--gpus", action="append", type=int, required=True, help="how many, ascending; repeatable")
     parser.add_argument("--jobs", type=int, default=3, help="processes a GPU")
     parser.add_argument("--samples", type=int, help="prompts a task and length, other than a case's own")
+    parser.add_argument("--no-kill", action="store_true", help="kill no worker in a further run")
     parser.add_argument("--out", type=Path, required=True, help="JSON; other cases in it stay")
     options = parser.parse_args()
     found = json.loads(options.out.read_text()) if options.out.exists() else {"cases": {}}
@@ -189,17 +190,31 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             for n_gpus in options.gpus:
                 out = Path(folder, str(n_gpus))
-                last = n_gpus == options.gpus[-1] and len(options.gpus) > 1
-                run = measure(case, model=options.model, n_gpus=n_gpus, jobs=options.jobs, out=out, kill=last)
+                run = measure(case, model=options.model, n_gpus=n_gpus, jobs=options.jobs, out=out, kill=False)
                 rows[n_gpus] = rows_of(out)
                 first = runs[0] if runs else run
                 run["efficiency"] = round(run["rows_per_s"] / first["rows_per_s"] / n_gpus * first["gpus"], 3)
                 run["against_fewest"] = compared(rows[options.gpus[0]], rows[n_gpus])
                 runs.append(run)
                 print(name, json.dumps(run), flush=True)
-        found["environment"] = capture_environment(device="cuda:0")
-        found["cases"][name] = {"model": Path(options.model).name, "case": case, "runs": runs}
-        options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+                note(options, found, name, case, runs)
+            if len(options.gpus) > 1 and not options.no_kill:
+                few = {**case, "samples": -(-case["samples"] // 4)}
+                out, n_gpus = Path(folder, "killed"), options.gpus[-1]
+                run = measure(few, model=options.model, n_gpus=n_gpus, jobs=options.jobs, out=out, kill=True)
+                whole = {key: row for key, row in rows[options.gpus[0]].items() if row["sample"] < few["samples"]}
+                runs.append({**run, "against_fewest": compared(whole, rows_of(out))})
+                print(name, json.dumps(runs[-1]), flush=True)
+                note(options, found, name, case, runs)
+
+
+def note(
+    options: argparse.Namespace, found: dict[str, Any], name: str, case: dict[str, Any], runs: list[dict[str, Any]]
+) -> None:
+    """Write what was measured so far."""
+    found["environment"] = capture_environment(device="cuda:0")
+    found["cases"][name] = {"model": Path(options.model).name, "case": case, "runs": runs}
+    options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
