@@ -8,7 +8,7 @@ from kvscope.units import format_length
 
 
 def prefill_and_decode_s(sides: dict[str, Any], length_tokens: int) -> tuple[float, float]:
-    """Return seconds that kvscope and kvpress took for one prompt of a length under four methods in one repetition.
+    """Return seconds that kvscope and kvpress took for one prompt of a length under all methods in one repetition.
 
     A mean over the prompts: what remains of the wall time when imports, model load, rows and report are left out.
     """
@@ -50,7 +50,7 @@ def markdown(result: dict[str, Any]) -> list[str]:
     if most_batch == 1:
         lines += [
             "",
-            "Without start-up and report (prefills and decodes only), one prompt under the four methods:",
+            "Without start-up and report (prefills and decodes only), one prompt under all methods:",
             "",
             "| repetition | length | kvscope, s | kvpress, s | ratio |",
             "|---:|---|---:|---:|---:|",
@@ -98,7 +98,7 @@ def markdown(result: dict[str, Any]) -> list[str]:
         "- dense and recency keep the same tokens on both sides. sliding_window moves its sinks (cache-relative",
         "  positions), StreamingLLMPress does not; random draws chunks behind a recency window, RandomPress tokens.",
         f"- {result['samples']} prompts of {result['task']} a length; seed {result['seed']}; model {result['model']} "
-        f"({kvpress['model_class']}), float32 on both sides; the architecture {listed}",
+        f"({kvpress['model_class']}), {result['dtype']} on both sides; the architecture {listed}",
         *machine_lines(result["environment"]),
         f"- kvpress {packages['kvpress']}, Python {kvpress['python']}, torch {packages['torch']}, transformers "
         f"{packages['transformers']}, {kvpress['torch_threads']} torch threads",

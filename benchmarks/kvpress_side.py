@@ -33,10 +33,12 @@ class IdsPipeline(kvpress.KVPressTextGenerationPipeline):  # type: ignore[misc]
         }
 
 
-def make_press(name: str, compression_ratio: float, seed: int) -> Any:
+def make_press(name: str, compression_ratio: float | None, seed: int) -> Any:
     """Return the press comparable to kvscope's method ``name``; None, kvpress's word for dense, leaves all in."""
-    if name == "dense":
+    if compression_ratio is None:
         return None
+    if name == "knorm":
+        return kvpress.KnormPress(compression_ratio=compression_ratio)
     if name == "sliding_window":
         return kvpress.StreamingLLMPress(compression_ratio=compression_ratio, n_sink=4)
     if name == "recency":
@@ -50,8 +52,8 @@ def answer_all(job: dict[str, Any]) -> dict[str, Any]:
     pipe = transformers.pipeline(
         "kv-press-text-generation",
         model=job["model"],
-        dtype=torch.float32,
-        device="cpu",
+        dtype=getattr(torch, job["dtype"]),
+        device=job["device"],
         pipeline_class=IdsPipeline,
     )
     load_s = time.perf_counter() - started_s
@@ -65,19 +67,19 @@ def answer_all(job: dict[str, Any]) -> dict[str, Any]:
     pipe.model.register_forward_pre_hook(count)  # the prefill calls the decoder below; each call here gives a token
     rows = []
     for prompt in job["prompts"]:
-        for name in job["methods"]:
+        for method in job["methods"]:
             cache = DynamicCache()
             calls["forward"] = 0
             began_s = time.perf_counter()
             answer = pipe(
                 {"context_ids": prompt["context_ids"], "question_ids": prompt["question_ids"]},
-                press=make_press(name, job["compression_ratio"], job["seed"]),
+                press=make_press(method["name"], method["compression_ratio"], job["seed"]),
                 max_new_tokens=job["max_new_tokens"],
                 cache=cache,
             )["answer"]
             rows.append(
                 {
-                    "method": name,
+                    "method": method["label"],
                     "length_tokens": prompt["length_tokens"],
                     "sample": prompt["sample"],
                     "output": answer,

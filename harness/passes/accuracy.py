@@ -9,6 +9,7 @@ from kvscope.harness.engine.host_threads import few_host_threads
 from kvscope.harness.passes.answering import load, measured_noise, release_memory
 from kvscope.harness.passes.base import Left, Plan, RunPlan, failed_lines, is_open
 from kvscope.harness.passes.batch_plan import batch_text, jobs_text, ray_text
+from kvscope.harness.passes.builders import PromptBuilders, builder_processes
 from kvscope.harness.passes.config import RunConfig
 from kvscope.harness.passes.deadline import Deadline
 from kvscope.harness.passes.facts import PromptFacts
@@ -130,9 +131,11 @@ class AccuracyPass:
                 pool = _pool(plan, store, said, devices, note=progress.note)
                 ShardedAccuracy(plan, store, progress, self.cells(plan), pool, said).run(deadline)
             return
-        with few_host_threads(plan.facts.device), Turns(plan, store, progress, self.cells(plan)) as turns:
-            if turns.next_length_tokens is None:
-                return
+        if not self.left(plan, store).prompts:
+            return
+        processes = builder_processes(1, device=plan.facts.device)
+        with few_host_threads(plan.facts.device), PromptBuilders(plan, processes=processes) as builders:
+            turns = Turns(plan, store, progress, self.cells(plan), builders)
             from kvscope.harness.passes.batch import Batch
 
             loaded = load(plan)  # only when something is to do

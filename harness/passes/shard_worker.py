@@ -21,6 +21,7 @@ from kvscope.errors import EnvironmentProblem, KvscopeError, UsageError
 from kvscope.harness.passes.answering import load, measured_noise
 from kvscope.harness.passes.base import Plan
 from kvscope.harness.passes.batch import Batch
+from kvscope.harness.passes.builders import PromptBuilders, builder_processes
 from kvscope.harness.passes.config import make_config
 from kvscope.harness.passes.deadline import Deadline, TimeLimitReached
 from kvscope.harness.passes.plan import make_plan
@@ -119,6 +120,7 @@ def answer(asked: Mapping[str, Any], say: Say) -> None:
     if (expected := asked.get("identity")) is not None:
         check_identity(expected, identity(plan))
     progress = RemoteProgress(say)
+    builders = PromptBuilders(plan, processes=builder_processes(asked["n_jobs"], device=plan.facts.device))
     loaded = load(plan)
     noise = measured_noise(plan, loaded, progress)
     say({"ready": True})
@@ -128,8 +130,8 @@ def answer(asked: Mapping[str, Any], say: Say) -> None:
         shard = json.loads(line)
         store.take(shard)
         task = dict(zip(plan.task_names, plan.tasks, strict=True))[shard["task"]]
-        turns = Turns(plan, store, progress, [(task, shard["task"], int(shard["length_tokens"]))])
-        with contextlib.suppress(TimeLimitReached), turns:  # the sweep sees what is left
+        turns = Turns(plan, store, progress, [(task, shard["task"], int(shard["length_tokens"]))], builders)
+        with contextlib.suppress(TimeLimitReached):  # the sweep sees what is left
             Batch(plan, loaded, store, turns, noise=noise).run(Deadline(shard["left_s"]))
         say({"done": True})
 

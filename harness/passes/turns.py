@@ -1,19 +1,14 @@
-"""The prompts of the accuracy pass that lack rows, in order, and what the user is told of them.
+"""The prompts of the accuracy pass that lack rows, in order, and what the user is told of them."""
 
-Prompts are built a little ahead, in a thread: tokenising 16K tokens takes as long as prefilling them on a GPU.
-"""
-
-import copy
 from collections import deque
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from kvscope.harness.passes.answering import Prompt
 from kvscope.harness.passes.base import Plan, RunPlan, SampleStore
+from kvscope.harness.passes.builders import PromptBuilders
 from kvscope.harness.passes.progress import Progress
-from kvscope.harness.passes.prompt_check import PromptCheck, build
+from kvscope.harness.passes.prompt_check import PromptCheck
 from kvscope.units import format_length
 
 if TYPE_CHECKING:
@@ -21,8 +16,6 @@ if TYPE_CHECKING:
     from kvscope.methods.base import CacheMethod
     from kvscope.tasks.base import Sample, Task
 
-#: Prompts that are built before their turn.
-_AHEAD = 2
 DECODE_WORK_TOKENS = 256
 
 Pending = list[tuple[int, list[Any]]]
@@ -32,7 +25,6 @@ class Turns:
     """The prompts that lack rows, in order, and what the user is told of them.
 
     A cell of the progress is one (task, length). It ends with its last row: the next ones may have begun by then.
-    Use as a context manager: the thread that builds prompts goes at the end.
     """
 
     def __init__(
@@ -41,6 +33,7 @@ class Turns:
         store: SampleStore,
         progress: Progress,
         cells: "Sequence[tuple[Task, str, int]]",
+        builders: PromptBuilders,
     ) -> None:
         self._plan, self._store, self._progress = plan, store, progress
         self._check = PromptCheck(store)
@@ -54,19 +47,10 @@ class Turns:
             if pending:
                 self._in_cell[name, length_tokens] = len(pending)
         self._begun: set[tuple[str, int]] = set()
-        # A tokenizer of its own: others use the plan's meanwhile.
-        self._tokenizer = copy.deepcopy(plan.facts.tokenizer)
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prompts")
-        self._ahead: deque[Future[Sample]] = deque()
+        self._builders = builders
+        self._ahead: deque[Callable[[], Sample]] = deque()
         """The first of those left, being built or ready."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._build_ahead()
 
     @property
     def next_length_tokens(self) -> int | None:
@@ -79,14 +63,13 @@ class Turns:
         Raises:
             UsageError: it is another than that of the rows that are there.
         """
-        self._build_ahead()
         task, name, length_tokens, index, methods = self._left.popleft()
         ahead = self._ahead.popleft()
         if (name, length_tokens) not in self._begun:
             self._begun.add((name, length_tokens))
             self._progress.begin_cell(_cell_name(name, length_tokens), steps=self._in_cell[name, length_tokens])
         self._progress.begin_step(f"{index + 1} of {self._plan.config.samples}", parts=len(methods) + 1)
-        sample = ahead.result()
+        sample = ahead()
         self._build_ahead()
         self._check.compare(sample)
         prompt = Prompt(self._plan, loaded, task, sample, self._progress)
@@ -94,11 +77,9 @@ class Turns:
         return prompt, methods
 
     def _build_ahead(self) -> None:
-        for at in range(len(self._ahead), min(_AHEAD, len(self._left))):
-            task, name, length_tokens, index, _ = self._left[at]
-            self._ahead.append(
-                self._pool.submit(build, self._plan, task, name, length_tokens, index, tokenizer=self._tokenizer)
-            )
+        for at in range(len(self._ahead), min(self._builders.ahead, len(self._left))):
+            _, name, length_tokens, index, _ = self._left[at]
+            self._ahead.append(self._builders.begin(name, length_tokens, index))
 
     def part(self, name: str) -> None:
         """Tell what is being done."""
