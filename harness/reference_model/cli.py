@@ -2,7 +2,7 @@
 imported inside them.
 """
 
-from json import dumps
+from json import dumps, loads
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -70,11 +70,17 @@ def train(
     """
     from kvscope.harness.reference_model.phases import phases_of, seconds_of
     from kvscope.harness.reference_model.train import train as run_train
+    from kvscope.harness.reference_model.trainer import STATE_FILE
 
-    chosen = phases_of(phases, steps)
+    history: list[dict[str, Any]] = []
+    if resume is not None:
+        if not (resume / STATE_FILE).is_file():
+            raise UsageError(f"--resume {resume} is no checkpoint of a training: it has no {STATE_FILE}.")
+        history = loads((resume / STATE_FILE).read_text(encoding="utf-8"))["phases"]
+    chosen = phases_of(phases, steps, history)
     run_train(
         out=out, phases=chosen, resume=resume, seconds=seconds_of(seconds, chosen), seed=seed, workers=workers,
-        max_seconds=max_seconds, replicas=replicas,
+        max_seconds=max_seconds, replicas=replicas, validation=True,
     )  # fmt: skip
 
 

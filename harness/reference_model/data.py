@@ -30,19 +30,22 @@ class Batch:
 
 
 class PhaseData(Dataset[Batch]):
-    """All batches of one phase: step by step, and within a step one for each of this process's ``replicas``.
+    """The batches of one phase from ``first_step`` on: one a step for each of this process's ``replicas``.
 
     A step's batches have one shape and different rows; how the replicas are spread over processes changes neither.
     """
 
-    def __init__(self, maker: RowMaker, phase: Phase, *, seed: int, replicas: Sequence[int] = (0,)) -> None:
+    def __init__(
+        self, maker: RowMaker, phase: Phase, *, seed: int, replicas: Sequence[int] = (0,), first_step: int = 0
+    ) -> None:
         self.maker, self.phase, self.seed, self.replicas = maker, phase, seed, tuple(replicas)
+        self.first_step = first_step
 
     def __len__(self) -> int:
-        return self.phase.steps * len(self.replicas)
+        return (self.phase.steps - self.first_step) * len(self.replicas)
 
     def __getitem__(self, index: int) -> Batch:
-        step, replica = index // len(self.replicas), self.replicas[index % len(self.replicas)]
+        step, replica = self.first_step + index // len(self.replicas), self.replicas[index % len(self.replicas)]
         phase = self.phase
         shape = phase.shape_of(Draws("shape", self.seed, phase.name, step))
         ids = np.empty((shape.rows, shape.tokens), dtype=np.int64)

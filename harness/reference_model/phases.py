@@ -1,6 +1,8 @@
 """The phases that the reference model was trained in, and the choice of some of them."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from kvscope.errors import UsageError, did_you_mean
 from kvscope.harness.reference_model.curriculum import Phase, Shape
@@ -34,6 +36,25 @@ _TO_512K = (
     Shape(tokens=262_144, rows=1, questions=160, share=0.08),
     Shape(tokens=524_288, rows=1, questions=200, share=0.02),
 )
+# Many forms of every task, half of the rows; the families before them stay, or they are unlearnt.
+_FORMS = (("vt_forms", 0.2), ("needle_forms", 0.16), ("cwe_forms", 0.08), ("fwe_forms", 0.06),
+          ("long_qa_2", 0.2), ("vt", 0.06), ("cwe", 0.02), ("fwe", 0.02))  # fmt: skip
+_FORMS_LONG = (("vt_forms", 0.15), ("needle_forms", 0.13), ("cwe_forms", 0.05), ("fwe_forms", 0.04),
+               ("long_qa_2", 0.27), ("vt", 0.08), ("cwe", 0.02), ("fwe", 0.02))  # fmt: skip
+# Each shape under 128K costs 15 to 20 s of compilation: four.
+_FORMS_TO_32K = (
+    Shape(tokens=1024, rows=48, questions=12, share=0.25),
+    Shape(tokens=4096, rows=14, questions=32, share=0.4),
+    Shape(tokens=16_384, rows=4, questions=64, share=0.2),
+    Shape(tokens=32_768, rows=2, questions=80, share=0.15),
+)
+_FORMS_TO_512K = (
+    Shape(tokens=4096, rows=14, questions=32, share=0.34),
+    Shape(tokens=32_768, rows=2, questions=80, share=0.36),
+    Shape(tokens=131_072, rows=1, questions=120, share=0.22),
+    Shape(tokens=262_144, rows=1, questions=160, share=0.065),
+    Shape(tokens=524_288, rows=1, questions=200, share=0.015),
+)
 PHASES = (
     Phase(name="p0-128", shapes=_one(128, 256, 4), steps=878, lr=(1.5e-3, 1.5e-3), copy_share=0.3, recall_share=0.4),
     Phase(name="p1-512", shapes=_one(512, 80, 10), steps=1135, lr=(1.5e-3, 1.5e-3), copy_share=0.05,
@@ -46,11 +67,18 @@ PHASES = (
     Phase(name="p4-128k", shapes=_TO_128K, steps=2890, lr=(1e-3, 1e-4), documents=_COMPOSED, more_uuids=0.25),
     Phase(name="p5-512k", shapes=_TO_512K, steps=561, lr=(5e-4, 1e-5), documents=_COMPOSED, more_uuids=0.25,
           warmup_steps=60),
+    Phase(name="p6-forms", shapes=_FORMS_TO_32K, steps=6000, lr=(8e-4, 1e-4), documents=_FORMS, more_uuids=0.2,
+          warmup_steps=100),
+    Phase(name="p7-forms-long", shapes=_FORMS_TO_512K, steps=700, lr=(2e-4, 1e-5), documents=_FORMS_LONG,
+          more_uuids=0.2, warmup_steps=40),
 )  # fmt: skip
 
 
-def phases_of(names: str | None, steps: str | None) -> tuple[Phase, ...]:
+def phases_of(names: str | None, steps: str | None, history: Sequence[Mapping[str, Any]] = ()) -> tuple[Phase, ...]:
     """Return the phases of comma-separated names (all without), with comma-separated steps of their own.
+
+    Args:
+        history: of the checkpoint to start from; the phase it was stopped in keeps its planned steps.
 
     Raises:
         UsageError: there is no such phase, or not one number of steps for each.
@@ -62,11 +90,26 @@ def phases_of(names: str | None, steps: str | None) -> tuple[Phase, ...]:
             raise UsageError(f"--phases: there is no phase {name!r}.{did_you_mean(name, known)}")
     phases = tuple(known[name] for name in chosen)
     if steps is None:
-        return phases
+        planned = steps_before(history, phases[0].name)[1]
+        return (replace(phases[0], steps=planned), *phases[1:]) if planned else phases
     counts = _one_each("--steps", steps, phases)
     if not all(count.is_integer() and count > 0 for count in counts):
         raise UsageError(f"--steps {steps!r}: steps are whole numbers from 1 on.")
     return tuple(replace(phase, steps=int(count)) for phase, count in zip(phases, counts, strict=True))
+
+
+def steps_before(history: Sequence[Mapping[str, Any]], name: str) -> tuple[int, int]:
+    """Return how many steps of a phase a checkpoint has behind it, and how many were planned; (0, 0) for none.
+
+    Only the phase that a run was stopped in is gone on with; one that came to its end starts anew.
+
+    Args:
+        history: ``phases`` of the checkpoint's training_state.json.
+    """
+    last = history[-1] if history else {}
+    if last.get("name") != name or last["steps_done"] >= last["steps"]:
+        return 0, 0
+    return last["steps_done"], last["steps"]
 
 
 def seconds_of(seconds: str | None, phases: tuple[Phase, ...]) -> tuple[float, ...] | None:

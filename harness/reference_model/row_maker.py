@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from kvscope.harness.reference_model.curriculum import Phase, Row, Shape
 from kvscope.harness.reference_model.documents import DocumentMaker
+from kvscope.harness.reference_model.forms.rows import FAMILIES, FormRows
 from kvscope.harness.reference_model.needle_rows import NeedleRows
 from kvscope.harness.reference_model.pieces import Ids, Pieces
 from kvscope.harness.reference_model.tokenizer import BOS_ID, EOS_ID
@@ -19,6 +20,7 @@ class RowMaker:
         bank = Draws("filler-bank")
         self._fillers = [pieces.filler_line(bank) for _ in range(4000)]
         self.needle_rows = NeedleRows(pieces, self._fillers)
+        self.form_rows = FormRows(pieces, self._fillers)
 
     def make(self, phase: Phase, shape: Shape, draws: Draws) -> Row:
         """Return one row."""
@@ -30,6 +32,8 @@ class RowMaker:
         share -= phase.copy_share + phase.recall_share
         for name, part in phase.documents:
             if share < part:
+                if name in FAMILIES:
+                    return self.form_rows.make(name, shape, draws) or self._needles(phase, shape, draws)
                 return self._document(name, phase, shape, draws)
             share -= part
         return self._needles(phase, shape, draws)

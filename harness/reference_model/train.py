@@ -18,6 +18,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from kvscope.errors import UsageError
 from kvscope.files import make_folder
 from kvscope.harness.reference_model.architecture import build_model, reference_config
 from kvscope.harness.reference_model.curriculum import Phase
@@ -25,11 +26,13 @@ from kvscope.harness.reference_model.data import PhaseData, batches
 from kvscope.harness.reference_model.documents import DocumentMaker
 from kvscope.harness.reference_model.documents_long_qa import LongQADocuments
 from kvscope.harness.reference_model.documents_ruler import coded_words, common_words, variable_chains
-from kvscope.harness.reference_model.phases import PHASES
+from kvscope.harness.reference_model.forms.rows import FAMILIES as FORM_FAMILIES
+from kvscope.harness.reference_model.forms.validation import validate
+from kvscope.harness.reference_model.phases import PHASES, steps_before
 from kvscope.harness.reference_model.pieces import Pieces
 from kvscope.harness.reference_model.replicas import Replicas
 from kvscope.harness.reference_model.row_maker import RowMaker
-from kvscope.harness.reference_model.tokenizer import save_tokenizer
+from kvscope.harness.reference_model.tokenizer import EOS_ID, save_tokenizer
 from kvscope.harness.reference_model.trainer import STATE_FILE, Trainer
 
 
@@ -67,15 +70,18 @@ def train(
     replicas: int = 1,
     config: PreTrainedConfig | None = None,
     after_phase: Callable[[PreTrainedModel, PreTrainedTokenizerFast, Phase], dict[str, Any]] | None = None,
+    validation: bool = False,
 ) -> Trainer:
     """Train the phases in order and write a checkpoint into ``out`` after each.
 
     Args:
         config: of another shape than the reference's (tests, trials).
-        resume: a checkpoint folder to start from (weights; the optimizer starts afresh with a warm-up).
-        seconds: time budget of each phase, instead of its steps.
+        resume: a checkpoint folder to start from (weights; the optimizer starts afresh with a warm-up). A first phase
+            that the checkpoint was stopped in goes on behind its last step, with that step's learning rate and batches.
+        seconds: time budget of each phase, instead of its steps; of what is left, where a phase goes on.
         max_seconds: stop at this age of the run, with a checkpoint.
         replicas: batches a step, their gradients averaged; dealt out over the processes of ``torchrun``.
+        validation: after each phase that has form families, log the accuracy of every family and length.
         after_phase: called with model and tokenizer; what it returns is logged.
     """
     began = time.perf_counter()
@@ -105,7 +111,12 @@ def train(
         processes=team.world,
         parameters=sum(p.numel() for p in model.parameters()),
     )
+    first_step = steps_before(trainer.history, phases[0].name)[0]
     for i, phase in enumerate(phases):
+        if i:
+            first_step = 0
+        if first_step:
+            trainer.log(phase=phase.name, goes_on_behind_step=first_step)
         total_share = sum(shape.share for shape in phase.shapes)
         per_step = 0.0
         for shape in phase.shapes:
@@ -117,15 +128,21 @@ def train(
         if seconds is not None:
             # A process holds so many replicas a step.
             steps = int(seconds[i] / (1.15 * per_step * len(team.mine)))
-            phase = replace(phase, steps=team.agreed(max(1, steps)))
+            phase = replace(phase, steps=first_step + team.agreed(max(1, steps)))
             trainer.log(phase=phase.name, s_per_step=round(per_step, 4), steps=phase.steps)
-        source = iter(batches(PhaseData(maker, phase, seed=seed, replicas=team.mine), workers=workers))
+        if phase.steps <= first_step:
+            raise UsageError(f"{resume} has {first_step} steps of {phase.name} behind it: --steps must be more.")
+        data = PhaseData(maker, phase, seed=seed, replicas=team.mine, first_step=first_step)
+        source = iter(batches(data, workers=workers))
         deadline = None if max_seconds is None else began + max_seconds
         try:
-            trainer.run_phase(phase, source, deadline=deadline)
+            trainer.run_phase(phase, source, deadline=deadline, first_step=first_step)
         finally:  # a failed phase leaves what it has learnt
             del source
             trainer.save(tokenizer, seed=seed, versions=versions(), seconds=round(time.perf_counter() - began, 1))
+        team.wait()
+        if validation and team.leads and any(name in FORM_FAMILIES for name, _ in phase.documents):
+            validate(model, maker, end_id=EOS_ID, workers=workers, note=partial(trainer.log, validation=phase.name))
         team.wait()
         if after_phase is not None:
             trainer.log(phase=phase.name, **after_phase(model, tokenizer, phase))

@@ -184,19 +184,19 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def run_phase(self, phase: Phase, source: Iterator[Batch], *, deadline: float | None) -> int:
-        """Train one phase; returns the steps done (fewer than planned only past the deadline).
+    def run_phase(self, phase: Phase, source: Iterator[Batch], *, deadline: float | None, first_step: int = 0) -> int:
+        """Train one phase; returns its steps done (fewer than planned only past the deadline).
 
         Args:
-            source: the batches of this process's replicas, step by step.
+            source: the batches of this process's replicas, step by step from ``first_step`` on.
             deadline: on the clock of ``time.perf_counter``; looked at every few steps where processes must agree.
         """
-        start, done, tokens = time.perf_counter(), 0, 0
+        start, done, tokens = time.perf_counter(), first_step, 0
         recent: dict[int, list[torch.Tensor]] = {}
         by_family = FamilyAccuracy(self.device)
         fields: dict[str, Any] = {}
         try:
-            for i in range(phase.steps):
+            for i in range(first_step, phase.steps):
                 lr = phase.lr[0] + (phase.lr[1] - phase.lr[0]) * i / max(1, phase.steps - 1)
                 warm_lr = lr * min(1.0, (self.step - self.start_step + 1) / phase.warmup_steps)
                 for group in self.optimizer.param_groups:
@@ -237,6 +237,7 @@ class Trainer:
                 {
                     **asdict(phase),
                     "replicas": self.replicas.total,
+                    "first_step": first_step,
                     "steps_done": done,
                     "loss": fields.get("loss"),
                     "token_accuracy": fields.get("token_accuracy"),

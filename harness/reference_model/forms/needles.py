@@ -1,0 +1,197 @@
+"""Needles in many forms: alone, inside sentences, one key of many, several values, several keys, pairs as JSON."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from kvscope.harness.reference_model.forms.noise import fresh_word
+from kvscope.harness.reference_model.forms.problem import Asked, Problem, Tools
+from kvscope.harness.reference_model.templates import NEEDLES, QUESTIONS_MANY, QUESTIONS_ONE, TYPES
+from kvscope.harness.reference_model.wording_composed import expand
+from kvscope.tasks.draws import Draws
+from kvscope.tasks.words import words
+
+_MOST_KEYS = 200
+_MORE_TYPES = ("key", "password", "phone number", "address", "price", "score", "seat", "locker", "hint", "answer")
+# Beside those of the first phases: statements with words before, between and behind.
+_SAID = (
+    "<People|Some|They|Travellers> <said|say|know|found|wrote> that the {type} <of|for|belonging to> {key} <is|was> {value}<, and left it at that|, as far as one knows|>.",
+    "<Do not forget|Keep in mind|Please note|Listen>: <the {type} <of|for> |>{key} <is|has|-> {value}.",
+    "<A|The> {type} <known|listed|filed|kept> under {key}<, namely|:| -> | is> {value}<, was found|>.",
+    "<By the way,|Also,|Here,|Incidentally,> {key} <has|uses|got|was given> <the {type}|> {value}<.|!|>",
+    "{key} -> {value}",
+    "{key} | {value}",
+    "({key}, {value})",
+    '"{key}": "{value}",',
+    "<{key}> {value}".replace("<", "[").replace(">", "]"),
+    "{type} {key} {value}",
+    "<If|Should> <anyone|someone|you> <ask|asks|wonder> <for|about> {key}, <say|answer|tell them|write> {value}.",
+    "{value} <belongs to|goes with|stands for|is kept for|was noted for> {key}.",
+    "<Secret|Hidden|Special|Private> {type} <for|of> {key}<:| is| was> {value}.",
+)  # fmt: skip
+_HEADS = (
+    "<Somewhere|Scattered|Tucked away> in <this|the> <text|passage|page> <there is|is> <a|one> {type}<, or more than one|>. <You will need|Look for> it <later|at the end>.",
+    "<The|This> <text|passage|document|log> <holds|names|mentions> <some|a few|one or more> {type}s. <Read it all|Read on|Read closely>, <then answer|then reply|a question follows>.",
+    "<Find|Look up|Search for> <what is asked|the right {type}> in the <text|passage|lines> <below|that follows>.",
+    "<I|We> <hid|put|left> <a {type}|some {type}s> <among|between|in> <these|the following> <lines|sentences>. <Which|What> it is, <I|we> <ask|will ask> <afterwards|at the end>.",
+    "Task: <lookup|retrieval|search|reading>.",
+    "<Reference|Context|Text|Document>:",
+)  # fmt: skip
+_ONE = (
+    ("<What|Which> {type} <did|does> the <text|passage|document> <give|name|have> for {key}?", "<The {type} of|For|As for> {key}<, it is| is|:>"),
+    ("<What|Which {type}> <belongs to|goes with|is kept for|was noted for> {key}?", "<It is|That is|>"),
+    ("<Give|State|Return|Recall|Find> the {type} <of|for|under> {key}.", "<{key}:|The {type}:|>"),
+    ("{key}?", "<{key} ->|{key}:|>"),
+    ("<Complete|Fill in>: the {type} for {key} is ...", "the {type} for {key} is"),
+)  # fmt: skip
+_MANY = (
+    ("<What|Which> {type}s <did|does> the <text|passage|document> <give|name|have> for {key}?", "<The {type}s of|For|As for> {key}<, they are| are|:>"),
+    ("<Give|State|Return|Recall|Find> <all|every one of the|the {n}> {type}s <of|for|under> {key}.", "<{key}:|The {n} {type}s:|>"),
+    ("<How|With what> <is|was> {key} <listed|marked|recorded>? <Name|Give> all {n}.", "<All {n}:|>"),
+)  # fmt: skip
+_KEYED = (
+    ("<Give|State|Return|Recall|Find> the {type}s <of|for|under> {key}.", "<The {type}s are|Here they are:|>"),
+    ("<What|Which> {type}s <belong to|go with> {key}?", "<They are|These:|>"),
+)
+
+
+def _key_of_words(draws: Draws) -> str:
+    lists = words("train")
+    return f"{draws.pick(lists.adjectives)}-{draws.pick(lists.nouns)}"
+
+
+_KEYS: tuple[tuple[Callable[[Draws], str], float], ...] = (
+    (_key_of_words, 0.44),
+    (lambda draws: draws.uuid(), 0.18),
+    (lambda draws: f"{draws.pick(words('train').adjectives)} {draws.pick(words('train').nouns)}", 0.06),
+    (lambda draws: draws.pick(words("train").nouns), 0.06),
+    (lambda draws: fresh_word(draws).capitalize(), 0.1),
+    (lambda draws: draws.digits(draws.between(4, 8)), 0.05),
+    (lambda draws: f"{fresh_word(draws)}-{fresh_word(draws)}", 0.07),
+    (lambda draws: fresh_word(draws).upper() + "-" + draws.digits(2), 0.04),
+)
+_VALUES: tuple[tuple[Callable[[Draws], str], float], ...] = (
+    (lambda draws: draws.digits(7), 0.4),
+    (lambda draws: draws.digits(draws.between(2, 9)), 0.1),
+    (lambda draws: draws.uuid(), 0.26),
+    (lambda draws: draws.pick(words("train").nouns), 0.1),
+    (_key_of_words, 0.08),
+    (lambda draws: fresh_word(draws), 0.06),
+)
+
+
+def _drawn(draws: Draws, choices: tuple[tuple[Callable[[Draws], str], float], ...]) -> Callable[[Draws], str]:
+    at = draws.unit()
+    for make, share in choices:
+        at -= share
+        if at < 0:
+            return make
+    return choices[0][0]
+
+
+@dataclass
+class NeedleWording:
+    """One row's wording of needles (see ``Wording``)."""
+
+    draws: Draws
+    head: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        draws = self.draws
+        self.type = draws.pick((*TYPES, *_MORE_TYPES))
+        self.adjectives = (draws.pick(words("train").adjectives), draws.pick(words("train").adjectives))
+        self.head = self._worded(draws.pick(_HEADS))
+        self.one_form = draws.unit() < 0.75
+        self.form = self._form()
+        self.key, self.value = _drawn(draws, _KEYS), _drawn(draws, _VALUES)
+        style = draws.unit()
+        self.values = draws.between(2, 5) if style < 0.35 else 1
+        if style < 0.14:
+            self.values = 4
+        self.queries = draws.between(2, 4) if style > 0.8 else 1
+        self.keyed = self.queries > 1 and draws.unit() < 0.5
+        # Needles alone, or in noise.
+        self.only_needles = draws.unit() < 0.25
+        self.one_question = draws.unit() < 0.7
+        self.pair = self._question()
+
+    def _worded(self, pattern: str) -> str:
+        """Fill what is the same in the whole row; the other slots stay."""
+        text = expand(pattern, self.draws).replace("{type}", self.type)
+        return text.replace("{a}", self.adjectives[0]).replace("{b}", self.adjectives[1])
+
+    def _form(self) -> str:
+        old = self.draws.unit() < 0.4
+        return self._worded(self.draws.pick(NEEDLES if old else _SAID)).rstrip("\n")
+
+    def _question(self) -> tuple[str, str]:
+        draws = self.draws
+        many = self.values * self.queries > 1
+        if draws.unit() < 0.35 and not self.queries > 1:
+            pair = draws.pick(QUESTIONS_MANY if many else QUESTIONS_ONE)
+            pair = (pair[0].replace("{listed}", "{key}"), pair[1].replace("{listed}", "{key}").strip())
+        else:
+            pair = draws.pick(_KEYED if self.queries > 1 else _MANY if many else _ONE)
+        return self._worded(pair[0]), self._worded(pair[1])
+
+    def problem(self, draws: Draws, tools: Tools, *, room_tokens: int, n_questions: int, small: bool) -> Problem:
+        """Return needles in noise (see ``Wording``)."""
+        taken: set[str] = set()
+        most = max(self.queries, round(min(_MOST_KEYS, 2 * n_questions) ** draws.unit()))
+        if small:
+            most = min(most, self.queries + draws.below(3))
+        if self.only_needles:
+            most = room_tokens
+        groups: list[tuple[str, list[str]]] = []
+        said: list[list[str]] = []
+        # Where needles are the haystack, a few questions of many keys; else a question of every key.
+        room = room_tokens * (0.9 if self.only_needles else 0.55)
+        room -= n_questions * 30 if self.only_needles else 0
+        while len(groups) < most:
+            key = _fresh(draws, self.key, taken)
+            values = [_fresh(draws, self.value, taken) for _ in range(self.values)]
+            lines = [(self.form if self.one_form else self._form()).format(key=key, value=value) for value in values]
+            room -= sum(tools.size("said", text) + 1 for text in lines) * (1 if self.only_needles else 2)
+            if room < 0 and len(groups) >= self.queries:
+                break
+            groups.append((key, values))
+            said.append(lines)
+        asked = self._asked(draws, groups, n_questions)
+        if self.only_needles:
+            body = self._alone(draws, tools, said)
+        else:
+            # Values of one key come in the order of the text: it is a learnable target.
+            body = tools.haystack(draws, said, room_tokens - tools.asked_tokens(asked))
+        return Problem(body, asked)
+
+    def _alone(self, draws: Draws, tools: Tools, said: list[list[str]]) -> str:
+        """Return all needles in random order, the values of one key in theirs."""
+        placed = sorted((at, text) for lines in said for at, text in zip(
+            sorted(draws.unit() for _ in lines), lines, strict=True))  # fmt: skip
+        left, right = tools.layout.wrap
+        joint = tools.layout.joints[0]
+        return joint.join(left + text + right for _, text in placed)
+
+    def _asked(self, draws: Draws, groups: list[tuple[str, list[str]]], n_questions: int) -> list[Asked]:
+        asked = []
+        order = list(groups)
+        draws.shuffle(order)
+        order = order[: n_questions * self.queries]
+        for at in range(0, len(order) - self.queries + 1, self.queries):
+            picked = order[at : at + self.queries]
+            keys = [key for key, _ in picked]
+            items = tuple(f"{key}: {value}" if self.keyed else value for key, values in picked for value in values)
+            question, begin = self.pair if self.one_question else self._question()
+            listed = keys[0] if len(keys) == 1 else ", ".join(keys[:-1]) + draws.pick((" and ", ", and ")) + keys[-1]
+            fill = {"key": listed, "n": str(len(items))}
+            asked.append(Asked(question.format_map(fill), begin.format_map(fill), items))
+        return asked
+
+
+def _fresh(draws: Draws, make: Callable[[Draws], str], taken: set[str]) -> str:
+    for _ in range(100):
+        if (made := make(draws)) not in taken:
+            break
+    else:
+        made = _key_of_words(draws)  # a kind with few members (short numbers) is used up
+    taken.add(made)
+    return made
