@@ -26,8 +26,8 @@ from kvscope.harness.reference_model.data import PhaseData, batches
 from kvscope.harness.reference_model.documents import DocumentMaker
 from kvscope.harness.reference_model.documents_long_qa import LongQADocuments
 from kvscope.harness.reference_model.documents_ruler import coded_words, common_words, variable_chains
-from kvscope.harness.reference_model.forms.rows import FAMILIES as FORM_FAMILIES
-from kvscope.harness.reference_model.forms.validation import validate
+from kvscope.harness.reference_model.form_rows import FAMILIES as FORM_FAMILIES
+from kvscope.harness.reference_model.form_validation import validate
 from kvscope.harness.reference_model.phases import PHASES, steps_before
 from kvscope.harness.reference_model.pieces import Pieces
 from kvscope.harness.reference_model.replicas import Replicas
