@@ -1,8 +1,9 @@
 """Which runs of 13 words stand in lm-eval's own prompts: hashes of them, and how they are made anew.
 
 Their texts are not kept here. ``python tests/reference_model/stock_ngrams.py`` writes the file anew from the installed
-lm_eval (``VERSION``): every string of its RULER tasks, and the prompts and descriptions of its tasks of long contexts and reading. Names,
-numbers and UUIDs count as one word, ``#``; a run that holds fewer than six other words says nothing and is left out.
+lm_eval (``VERSION``): every string of its RULER tasks, and the prompts and descriptions of its tasks of long contexts
+and reading. Names, numbers and UUIDs count as one word, ``#``; a run that holds fewer than six other words says nothing
+and is left out.
 """
 
 import ast
