@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from kvscope.harness.reference_model.curriculum import Phase, Row, Shape
 from kvscope.harness.reference_model.documents import DocumentMaker
-from kvscope.harness.reference_model.forms.rows import FAMILIES, FormRows
+from kvscope.harness.reference_model.form_rows import FAMILIES, FormRows
 from kvscope.harness.reference_model.needle_rows import NeedleRows
 from kvscope.harness.reference_model.pieces import Ids, Pieces
 from kvscope.harness.reference_model.tokenizer import BOS_ID, EOS_ID

@@ -8,7 +8,7 @@ the learning rate depends on the step alone, and the number is written to the lo
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,8 +26,8 @@ from kvscope.harness.reference_model.data import PhaseData, batches
 from kvscope.harness.reference_model.documents import DocumentMaker
 from kvscope.harness.reference_model.documents_long_qa import LongQADocuments
 from kvscope.harness.reference_model.documents_ruler import coded_words, common_words, variable_chains
-from kvscope.harness.reference_model.forms.rows import FAMILIES as FORM_FAMILIES
-from kvscope.harness.reference_model.forms.validation import validate
+from kvscope.harness.reference_model.form_rows import FAMILIES as FORM_FAMILIES
+from kvscope.harness.reference_model.form_validation import SHAPES, validate
 from kvscope.harness.reference_model.phases import PHASES, steps_before
 from kvscope.harness.reference_model.pieces import Pieces
 from kvscope.harness.reference_model.replicas import Replicas
@@ -71,6 +71,7 @@ def train(
     config: PreTrainedConfig | None = None,
     after_phase: Callable[[PreTrainedModel, PreTrainedTokenizerFast, Phase], dict[str, Any]] | None = None,
     validation: bool = False,
+    validation_shapes: Sequence[tuple[int, int, int]] = SHAPES,
 ) -> Trainer:
     """Train the phases in order and write a checkpoint into ``out`` after each.
 
@@ -82,6 +83,7 @@ def train(
         max_seconds: stop at this age of the run, with a checkpoint.
         replicas: batches a step, their gradients averaged; dealt out over the processes of ``torchrun``.
         validation: after each phase that has form families, log the accuracy of every family and length.
+        validation_shapes: its row lengths (see ``form_validation.validate``).
         after_phase: called with model and tokenizer; what it returns is logged.
     """
     began = time.perf_counter()
@@ -142,7 +144,14 @@ def train(
             trainer.save(tokenizer, seed=seed, versions=versions(), seconds=round(time.perf_counter() - began, 1))
         team.wait()
         if validation and team.leads and any(name in FORM_FAMILIES for name, _ in phase.documents):
-            validate(model, maker, end_id=EOS_ID, workers=workers, note=partial(trainer.log, validation=phase.name))
+            validate(
+                model,
+                maker,
+                end_id=EOS_ID,
+                workers=workers,
+                shapes=validation_shapes,
+                note=partial(trainer.log, validation=phase.name),
+            )
         team.wait()
         if after_phase is not None:
             trainer.log(phase=phase.name, **after_phase(model, tokenizer, phase))

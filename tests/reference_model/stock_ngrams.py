@@ -1,8 +1,9 @@
 """Which runs of 13 words stand in lm-eval's own prompts: hashes of them, and how they are made anew.
 
 Their texts are not kept here. ``python tests/reference_model/stock_ngrams.py`` writes the file anew from the installed
-lm_eval (``VERSION``): every string of its RULER tasks, and the prompts and descriptions of its tasks of long contexts and reading. Names,
-numbers and UUIDs count as one word, ``#``; a run that holds fewer than six other words says nothing and is left out.
+lm_eval (``VERSION``): every string of its RULER tasks, and the prompts and descriptions of its tasks of long contexts
+and reading. Names, numbers and UUIDs count as one word, ``#``; a run that holds fewer than six other words says nothing
+and is left out.
 """
 
 import ast
@@ -10,6 +11,8 @@ import hashlib
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 N_WORDS = 13
@@ -37,6 +40,7 @@ def grams(text: str) -> Iterator[str]:
             yield hashlib.sha256(" ".join(run).encode()).hexdigest()[:12]
 
 
+@cache
 def stock_grams() -> frozenset[str]:
     """Return the hashes that are kept."""
     lines = FILE.read_text(encoding="ascii").splitlines()
@@ -67,11 +71,11 @@ def _texts(folder: Path) -> Iterator[str]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         said = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
         yield from (text * 3 for text in said)  # noise is said over and over
-        yield from (a + " " + b for a, b in zip(said, said[1:], strict=False))
+        yield from (a + " " + b for a, b in pairwise(said))
     for path in sorted(path for name in FOLDERS for path in (folder / name).rglob("*.y*ml")):
         if "{" not in (text := path.read_text(encoding="utf-8")) and "description" not in text:
             continue
-        made = yaml.load(text, Loader=Loader)  # noqa: S506  a SafeLoader that reads !function as nothing
+        made = yaml.load(text, Loader=Loader)
         if isinstance(made, dict):
             for key in ("doc_to_text", "description", "gen_prefix", "fewshot_config", "doc_to_target"):
                 yield from _strings(made.get(key))

@@ -3,55 +3,22 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from kvscope.harness.reference_model.forms.noise import fresh_word
-from kvscope.harness.reference_model.forms.problem import Asked, Problem, Tools
+from kvscope.harness.reference_model.form_noise import fresh_word
+from kvscope.harness.reference_model.form_problem import Asked, Problem, Tools
 from kvscope.harness.reference_model.templates import NEEDLES, QUESTIONS_MANY, QUESTIONS_ONE, TYPES
 from kvscope.harness.reference_model.wording_composed import expand
+from kvscope.harness.reference_model.wording_forms import (
+    NEEDLE_HEADS,
+    NEEDLE_KEYED,
+    NEEDLE_MANY,
+    NEEDLE_ONE,
+    NEEDLE_SAID,
+    NEEDLE_TYPES,
+)
 from kvscope.tasks.draws import Draws
 from kvscope.tasks.words import words
 
 _MOST_KEYS = 200
-_MORE_TYPES = ("key", "password", "phone number", "address", "price", "score", "seat", "locker", "hint", "answer")
-# Beside those of the first phases: statements with words before, between and behind.
-_SAID = (
-    "<People|Some|They|Travellers> <said|say|know|found|wrote> that the {type} <of|for|belonging to> {key} <is|was> {value}<, and left it at that|, as far as one knows|>.",
-    "<Do not forget|Keep in mind|Please note|Listen>: <the {type} <of|for> |>{key} <is|has|-> {value}.",
-    "<A|The> {type} <known|listed|filed|kept> under {key}<, namely|:| -> | is> {value}<, was found|>.",
-    "<By the way,|Also,|Here,|Incidentally,> {key} <has|uses|got|was given> <the {type}|> {value}<.|!|>",
-    "{key} -> {value}",
-    "{key} | {value}",
-    "({key}, {value})",
-    '"{key}": "{value}",',
-    "<{key}> {value}".replace("<", "[").replace(">", "]"),
-    "{type} {key} {value}",
-    "<If|Should> <anyone|someone|you> <ask|asks|wonder> <for|about> {key}, <say|answer|tell them|write> {value}.",
-    "{value} <belongs to|goes with|stands for|is kept for|was noted for> {key}.",
-    "<Secret|Hidden|Special|Private> {type} <for|of> {key}<:| is| was> {value}.",
-)  # fmt: skip
-_HEADS = (
-    "<Somewhere|Scattered|Tucked away> in <this|the> <text|passage|page> <there is|is> <a|one> {type}<, or more than one|>. <You will need|Look for> it <later|at the end>.",
-    "<The|This> <text|passage|document|log> <holds|names|mentions> <some|a few|one or more> {type}s. <Read it all|Read on|Read closely>, <then answer|then reply|a question follows>.",
-    "<Find|Look up|Search for> <what is asked|the right {type}> in the <text|passage|lines> <below|that follows>.",
-    "<I|We> <hid|put|left> <a {type}|some {type}s> <among|between|in> <these|the following> <lines|sentences>. <Which|What> it is, <I|we> <ask|will ask> <afterwards|at the end>.",
-    "Task: <lookup|retrieval|search|reading>.",
-    "<Reference|Context|Text|Document>:",
-)  # fmt: skip
-_ONE = (
-    ("<What|Which> {type} <did|does> the <text|passage|document> <give|name|have> for {key}?", "<The {type} of|For|As for> {key}<, it is| is|:>"),
-    ("<What|Which {type}> <belongs to|goes with|is kept for|was noted for> {key}?", "<It is|That is|>"),
-    ("<Give|State|Return|Recall|Find> the {type} <of|for|under> {key}.", "<{key}:|The {type}:|>"),
-    ("{key}?", "<{key} ->|{key}:|>"),
-    ("<Complete|Fill in>: the {type} for {key} is ...", "the {type} for {key} is"),
-)  # fmt: skip
-_MANY = (
-    ("<What|Which> {type}s <did|does> the <text|passage|document> <give|name|have> for {key}?", "<The {type}s of|For|As for> {key}<, they are| are|:>"),
-    ("<Give|State|Return|Recall|Find> <all|every one of the|the {n}> {type}s <of|for|under> {key}.", "<{key}:|The {n} {type}s:|>"),
-    ("<How|With what> <is|was> {key} <listed|marked|recorded>? <Name|Give> all {n}.", "<All {n}:|>"),
-)  # fmt: skip
-_KEYED = (
-    ("<Give|State|Return|Recall|Find> the {type}s <of|for|under> {key}.", "<The {type}s are|Here they are:|>"),
-    ("<What|Which> {type}s <belong to|go with> {key}?", "<They are|These:|>"),
-)
 
 
 def _key_of_words(draws: Draws) -> str:
@@ -97,9 +64,9 @@ class NeedleWording:
 
     def __post_init__(self) -> None:
         draws = self.draws
-        self.type = draws.pick((*TYPES, *_MORE_TYPES))
+        self.type = draws.pick((*TYPES, *NEEDLE_TYPES))
         self.adjectives = (draws.pick(words("train").adjectives), draws.pick(words("train").adjectives))
-        self.head = self._worded(draws.pick(_HEADS))
+        self.head = self._worded(draws.pick(NEEDLE_HEADS))
         self.one_form = draws.unit() < 0.75
         self.form = self._form()
         self.key, self.value = _drawn(draws, _KEYS), _drawn(draws, _VALUES)
@@ -121,7 +88,7 @@ class NeedleWording:
 
     def _form(self) -> str:
         old = self.draws.unit() < 0.4
-        return self._worded(self.draws.pick(NEEDLES if old else _SAID)).rstrip("\n")
+        return self._worded(self.draws.pick(NEEDLES if old else NEEDLE_SAID)).rstrip("\n")
 
     def _question(self) -> tuple[str, str]:
         draws = self.draws
@@ -130,7 +97,7 @@ class NeedleWording:
             pair = draws.pick(QUESTIONS_MANY if many else QUESTIONS_ONE)
             pair = (pair[0].replace("{listed}", "{key}"), pair[1].replace("{listed}", "{key}").strip())
         else:
-            pair = draws.pick(_KEYED if self.queries > 1 else _MANY if many else _ONE)
+            pair = draws.pick(NEEDLE_KEYED if self.queries > 1 else NEEDLE_MANY if many else NEEDLE_ONE)
         return self._worded(pair[0]), self._worded(pair[1])
 
     def problem(self, draws: Draws, tools: Tools, *, room_tokens: int, n_questions: int, small: bool) -> Problem:

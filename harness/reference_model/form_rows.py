@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from kvscope.harness.reference_model.curriculum import Row, Shape
-from kvscope.harness.reference_model.forms.answers import AnswerForm, draw_form
-from kvscope.harness.reference_model.forms.chains import ChainWording
-from kvscope.harness.reference_model.forms.counts import CodedWording, CommonWording
-from kvscope.harness.reference_model.forms.needles import NeedleWording
-from kvscope.harness.reference_model.forms.noise import Noise
-from kvscope.harness.reference_model.forms.problem import Asked, Problem, Sizes, Tools, Wording
+from kvscope.harness.reference_model.form_answers import AnswerForm, draw_form
+from kvscope.harness.reference_model.form_chains import ChainWording
+from kvscope.harness.reference_model.form_counts import CodedWording, CommonWording
+from kvscope.harness.reference_model.form_needles import NeedleWording
+from kvscope.harness.reference_model.form_noise import Noise
+from kvscope.harness.reference_model.form_problem import Asked, Problem, Sizes, Tools, Wording
 from kvscope.harness.reference_model.pieces import Ids, Pieces
 from kvscope.harness.reference_model.tokenizer import BOS_ID, EOS_ID
 from kvscope.tasks.draws import Draws

@@ -4,44 +4,23 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from kvscope.harness.reference_model.forms.noise import fresh_word
-from kvscope.harness.reference_model.forms.problem import Asked, Problem, Tools
+from kvscope.harness.reference_model.form_noise import fresh_word
+from kvscope.harness.reference_model.form_problem import Asked, Problem, Tools
 from kvscope.harness.reference_model.templates_ruler import coded_word
 from kvscope.harness.reference_model.wording_composed import expand
+from kvscope.harness.reference_model.wording_forms import (
+    CODED_ASKED,
+    CODED_HEADS,
+    COMMON_ASKED,
+    COMMON_HEADS,
+    COMPARED,
+)
 from kvscope.tasks.draws import Draws
 from kvscope.tasks.words import words
 
 # Lists of more different words than this take pairs, too.
 _WORDS = 1500
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-_COMMON_HEADS = (
-    "<Words|The words|Many words> <stand|are written|come> <below|in this list|here>, <some|a few of them|several> <again and again|more than the others|many times>.",
-    "<Go|Read> through <the|this> list and <notice|note|mark> which words <are repeated|recur|come back> <most|the most>.",
-    "<In the list|In what follows>, <a few|some> words are <frequent|common> and <the rest|the others|most> are <rare|seldom seen>.",
-    "List:",
-    "Task: <word count|tally|counting words>.",
-)  # fmt: skip
-_COMMON = (
-    ("<Which|What> {n} <words|entries> <occur|are repeated|come|show up> <most|the most|more than the rest>?", "<The {n} words are|These {n}:|Most repeated:|>"),
-    ("<Name|Give|State|Find> the {n} <words|entries> <with the most repeats|that recur most|of highest frequency|you met most>.", "<Here are the {n}:|They are|The {n}:|>"),
-    ("<Count|Tally> the <list|words>: <which|what> {n} <lead|win|are ahead>?", "<In the lead|Ahead>:"),
-)  # fmt: skip
-_CODED_HEADS = (
-    "<Below is|Here is|What follows is> a <stream|run|series> of <made-up|invented|meaningless> words. <Some|A few> <recur|come back> <far more|more> than <others|the rest>.",
-    "<Tally|Count|Keep score of> the <strings|invented words|letter groups> <in this text|below>.",
-    "<Read|Scan> the <strings|letter groups> and <remember|note> <how many times|how frequently> each <one |>comes up.",
-    "Stream:",
-    "Task: <frequency count|tally of strings>.",
-)  # fmt: skip
-_CODED = (
-    ("<Leave out|Skip|Never mind> the {gap} signs<.|, please.> <Which|What> {n} <strings|words|letter groups> <recur|come up|occur> <most|the most>?", "<The leading {n}:|The {n} are|>"),
-    ("<Name|Give|State> the {n} <strings|words|letter groups> <seen most|with the highest tally|of highest frequency>, <most frequent first|from the top|in falling order>.", "<From the top|In falling order|Top {n}>:"),
-    ("<Which|What> {n} <strings|words> <lead|are ahead> (<not counting|without> {gap})?", "<In the lead|Ahead>:"),
-)  # fmt: skip
-_COMPARE = (
-    ("<Which|What> <comes up|stands there|occurs> more <often|frequently>, {x} or {y}?", "<More often|It is|>"),
-    ("{x} or {y}: <which|what> <recurs|comes> more?", ""),
-)
 # (before an entry's word, between entries, entries a line; 0 for a single line)
 _LISTS = (
     ("{i}. ", " ", 0), ("{i}. ", " ", 0), ("{i}. ", " ", 10), ("{i}. ", "", 1), ("{i}) ", " ", 0), ("{i}: ", ", ", 0),
@@ -80,8 +59,8 @@ class CommonWording:
 
     def __post_init__(self) -> None:
         draws = self.draws
-        self.head = expand(draws.pick(_COMMON_HEADS), draws)
-        question, begin = draws.pick(_COMMON)
+        self.head = expand(draws.pick(COMMON_HEADS), draws)
+        question, begin = draws.pick(COMMON_ASKED)
         self.pair = expand(question, draws), expand(begin, draws)
         self.form = draws.pick(_LISTS)
         self.n_common = 10 if draws.unit() < 0.5 else draws.between(2, 10)
@@ -127,7 +106,7 @@ class CommonWording:
         fill = {"n": _number(draws, n_common)}
         asked = [Asked(self.pair[0].format_map(fill), self.pair[1].format_map(fill), spoken)]
         pairs = [(draws.pick(common), draws.pick(rest[: max(1, n_rest // seldom)])) for _ in range(compared)]
-        return Problem(text, asked + _compared(draws, list(dict.fromkeys(pairs)), draws.pick(_COMPARE)))
+        return Problem(text, asked + _compared(draws, list(dict.fromkeys(pairs)), draws.pick(COMPARED)))
 
 
 @dataclass
@@ -139,8 +118,8 @@ class CodedWording:
 
     def __post_init__(self) -> None:
         draws = self.draws
-        self.head = expand(draws.pick(_CODED_HEADS), draws)
-        question, begin = draws.pick(_CODED)
+        self.head = expand(draws.pick(CODED_HEADS), draws)
+        question, begin = draws.pick(CODED_ASKED)
         self.pair = expand(question, draws), expand(begin, draws)
         self.letters = 6 if draws.unit() < 0.6 else draws.between(3, 8)
         self.alpha = 2.0 if draws.unit() < 0.5 else 1.4 + draws.unit()
@@ -185,4 +164,4 @@ class CodedWording:
             one, two = draws.pick(known), draws.pick(known)
             if tally[one] > 1.5 * tally[two]:
                 pairs.append((one, two))
-        return Problem(text, asked + _compared(draws, list(dict.fromkeys(pairs)), draws.pick(_COMPARE)))
+        return Problem(text, asked + _compared(draws, list(dict.fromkeys(pairs)), draws.pick(COMPARED)))

@@ -4,90 +4,24 @@ import string
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from kvscope.harness.reference_model.forms.noise import fresh_word
-from kvscope.harness.reference_model.forms.problem import Asked, Problem, Tools
-from kvscope.harness.reference_model.templates_ruler import CHAIN_FORMS, MORE_TAGS, TAGGED_FORMS, TAGS
+from kvscope.harness.reference_model.form_noise import fresh_word
+from kvscope.harness.reference_model.form_problem import Asked, Problem, Tools
+from kvscope.harness.reference_model.templates_ruler import MORE_TAGS, TAGS
 from kvscope.harness.reference_model.wording_composed import expand
+from kvscope.harness.reference_model.wording_forms import (
+    CHAIN_COPY,
+    CHAIN_HEADS,
+    CHAIN_SYNTAX,
+    CHAIN_TAGS,
+    CHAIN_VALUE,
+    CHAIN_WHOLE,
+    CHAIN_WHOLE_BEGIN,
+)
 from kvscope.tasks.draws import Draws
 from kvscope.tasks.words import words
 
 _MOST_HOPS = 6
 _MOST_CHAINS = 160
-# (gives a value, copies a name): {x} new, {y} old, {v} value, {tag} a word before names. Never evaluation's own line.
-_SYNTAX = (
-    *((give.rstrip(), copy.rstrip()) for give, copy in (*CHAIN_FORMS, *TAGGED_FORMS)),
-    ("let {x} be {v}", "let {x} be {y}"),
-    ("let {x} be {v}.", "let {x} be equal to {y}."),
-    ("{x} := {v}", "{x} := {y}"),
-    ("{x}={v}", "{x}={y}"),
-    ("{x} = {v};", "{x} = {y};"),
-    ("{x} <- {v}", "{x} <- {y}"),
-    ("{x} == {v}", "{x} == {y}"),
-    ("{v} -> {x}", "{y} -> {x}"),
-    ("{x}: {v}", "{x}: {y}"),
-    ("set {x} to {v}", "set {x} to {y}"),
-    ("{tag} {x} = {v} ", "{tag} {x} = {tag} {y} "),
-    ("{tag} {x} = {v} ", "{tag} {x} = {y} "),
-    ("{tag} {x} <- {v}", "{tag} {x} <- {tag} {y}"),
-    ("{tag} {x}: {v}", "{tag} {x}: {tag} {y}"),
-    ("{tag} {x} takes {v}", "{tag} {x} takes {tag} {y}"),
-    ("ASSIGN {v} TO {x}", "ASSIGN {y} TO {x}"),
-    ("MOV {x}, {v}", "MOV {x}, {y}"),
-    ("const {x} = {v};", "const {x} = {y};"),
-    ("int {x} = {v}", "int {x} = {y}"),
-    ("{x} is set to {v}.", "{x} is set to {y}."),
-    ("The value of {x} is {v}.", "The value of {x} is that of {y}."),
-    ("{x} equals {v},", "{x} equals {y},"),
-    ("{x} got {v} first.", "{x} took over from {y}."),
-    ("Give {x} the number {v}.", "Give {x} whatever {y} has."),
-)
-_MORE_TAGS = (
-    "var",
-    "Var",
-    "VARS",
-    "VAL",
-    "val",
-    "PARAM",
-    "FIELD",
-    "VBL",
-    "V",
-    "$",
-    "symbol",
-    "register",
-    "NODE",
-    "PTR",
-)
-_HEADS = (
-    "<Follow|Trace|Watch|Keep track of> <how|where> <values|numbers> <go|pass|are handed on|move> from <name to name|one name to the next> in <the text|this text|what follows|the passage> <below|that comes next|>.",
-    "<Somewhere|Scattered|Spread out> in the <text|lines|passage> below, <names|variables|letters> are <set|given values|bound>. <Remember|Note|Keep in mind> <which|who> <copies whom|gets what|has which value>.",
-    "<The|This> <text|passage|note|page> <contains|holds|has> <assignments|chains of copies|definitions> between <other|unrelated> <lines|sentences>. <Read|Study> it <closely|with care|to the end>.",
-    "<Read|Study> <the|this> <text|passage|listing> and <tell|work out|answer> <which names|who> <end up with|share|have> <a|the asked|some> value.",
-    "<Variables|Names> are <assigned|defined|set> in <this|the> <text|document>; <a question|questions> <about them|> <comes|follow> <at the end|afterwards|later>.",
-    "Task: <chain|variable|name> <tracing|following|lookup>.",
-)  # fmt: skip
-_WHOLE = (
-    "<Which|What> <names|variables|{tag}s|symbols> <hold|have|carry|end up with|got|are worth|stand for> {v}<, directly or not| in the end|, straight or by copying|>?",
-    "<List|Name|Give|State|Write> <all|every one of the|the|each of the> {n} <names|variables|symbols> <whose value is|equal to|bound to|set to|that lead to|tied to> {v}.",
-    "<Who|What> <has|shares|holds|carries> <the value|the number|> {v}<, counting copies of copies|, copies included|>?",
-    "<Find|Collect|Gather> <everything|all names|all> <that got|that holds|bound to|which equals> {v}<, step by step|, link by link|>.",
-    "<Starting from|Beginning with|From> {v}, which <names|variables> <come one after the other|does the value reach|are reached|get it>?",
-)  # fmt: skip
-_WHOLE_BEGIN = (
-    "<The|In order, the|Altogether the> <names|variables|{tag}s> <are|would be>",
-    "<Those|The ones|The {n}> <with|holding|worth|bound to> {v} are:",
-    "<{n}|Exactly {n}|In total {n}> <names|variables> <hold|have|carry|reach> {v}:",
-    "<Tracing|Following|Walking> <the copies|the links|the text|it> <from {v}|back|down|through>, <we get|one finds|these come up|I find>:",
-    "{v} <is held by|belongs to|goes to|reached>",
-    "",
-)
-_COPY = (
-    ("<Whose value|What|Which name> did {x} <take|copy|take over>?", "{x} took it from"),
-    ("<Where|From whom> <did|does> {x} get its value<| from>?", "From"),
-)
-_VALUE = (
-    ("<What|Which value|Which number> was {x} <set to|given|assigned>?", "{x} was <set to|given>"),
-    ("<Give|State|Tell me> the value of {x}.", "The value of {x} is"),
-)
 
 
 def _capitals(low: int, high: int) -> Callable[[Draws], str]:
@@ -127,9 +61,9 @@ class ChainWording:
 
     def __post_init__(self) -> None:
         draws = self.draws
-        self.tag = draws.pick((*TAGS, *MORE_TAGS, *_MORE_TAGS))
-        self.head = expand(draws.pick(_HEADS), draws)
-        self.syntax = draws.pick(_SYNTAX) if draws.unit() < 0.85 else None
+        self.tag = draws.pick((*TAGS, *MORE_TAGS, *CHAIN_TAGS))
+        self.head = expand(draws.pick(CHAIN_HEADS), draws)
+        self.syntax = draws.pick(CHAIN_SYNTAX) if draws.unit() < 0.85 else None
         self.name, self.small_name = _names(draws), _names(draws)
         if draws.unit() < 0.6:
             self.small_name = self.name
@@ -141,13 +75,13 @@ class ChainWording:
 
     def _pair(self) -> tuple[str, str]:
         draws = self.draws
-        begin = expand(draws.pick(_WHOLE_BEGIN), draws)
-        return expand(draws.pick(_WHOLE), draws), begin
+        begin = expand(draws.pick(CHAIN_WHOLE_BEGIN), draws)
+        return expand(draws.pick(CHAIN_WHOLE), draws), begin
 
     def problem(self, draws: Draws, tools: Tools, *, room_tokens: int, n_questions: int, small: bool) -> Problem:
         """Return chains in noise (see ``Wording``)."""
         name = self.small_name if small else self.name
-        taken: set[str] = {*TAGS, *MORE_TAGS, *_MORE_TAGS}
+        taken: set[str] = {*TAGS, *MORE_TAGS, *CHAIN_TAGS}
         # One chain alone, or as many as questions and room allow, each order of magnitude as often.
         most = (
             1 if draws.unit() < 0.3 else round(min(_MOST_CHAINS, max(2, room_tokens / 60)) ** draws.unit() ** 0.7) + 1
@@ -175,7 +109,7 @@ class ChainWording:
     def _statements(self, draws: Draws, names: list[str], value: str) -> list[str]:
         said = []
         for i, new in enumerate(names):
-            give, copy = self.syntax or draws.pick(_SYNTAX)
+            give, copy = self.syntax or draws.pick(CHAIN_SYNTAX)
             said.append((copy if i else give).format(tag=self.tag, x=new, y=names[i - 1], v=value))
         return said
 
@@ -195,7 +129,7 @@ class ChainWording:
             if names[at] not in steps:
                 steps.add(names[at])
                 question, begin = (
-                    expand(part, draws).format(x=names[at]) for part in draws.pick(_COPY if copy else _VALUE)
+                    expand(part, draws).format(x=names[at]) for part in draws.pick(CHAIN_COPY if copy else CHAIN_VALUE)
                 )
                 asked.append(Asked(question, begin, (names[at - 1] if copy else value,)))
         draws.shuffle(asked)

@@ -6,44 +6,17 @@ from typing import NamedTuple
 from kvscope.harness.reference_model.documents_long_qa import made_up_word
 from kvscope.harness.reference_model.templates import FILLERS
 from kvscope.harness.reference_model.wording_composed import expand
+from kvscope.harness.reference_model.wording_forms import (
+    PROSE,
+    RECORDS,
+    SHORT_SENTENCES,
+)
 from kvscope.tasks.draws import Draws
 from kvscope.tasks.long_qa.lexicon import category_of
 from kvscope.tasks.words import words
 
 Count = Callable[[str], int]
 _BANK_SENTENCES = 1500
-# Short sentences, for haystacks that say the same few over and over.
-_SHORT = (
-    "<The|A|This|That|My|Our|Your|Her|His> {noun} <is|was|looks|seems|stays|feels|grew|turned> <so |very |quite |too |>{adj}.",
-    "<The|Some|These|Those|Most|All> {noun}s <are|were|look|seem> {adj}.",
-    "<The|A> {adj} {noun} <stands|lies|waits|sits|sleeps|hangs> <here|there|outside|still|again|by the {noun2}>.",
-    "<Off|On|Up|Down|Out|Home|In> <we|they|you|I> <went|ran|come|walk|march|run>.",
-    "<Round|Over|Up|Down|Left|Out> and <round|over|down|up|right|in> <it|she|he|we> <goes|went|turns|turned>.",
-    "<Nothing|Something|Little|Much|No one> <else |>is <new|left|lost|here|missing>.",
-    "<Look|Listen|Wait|Rest|Sing|Read|Count> <once more|a while|again|and see|with me>.",
-    "<I|We|They|You> <like|want|need|see|have|keep|carry> <the|a|one> {noun}.",
-)
-# Longer ones, for haystacks like essays.
-_PROSE = (
-    "<Most|Many|Some|Few|A few> <people|of us|readers|writers|towns> <think|believe|assume|say|hope> <that |>{a} {noun} <would|could|might|should|can> <make|become|turn into|replace|need> {a2} {noun2}.",
-    "<When|If|Because|Since|Although|While> <you|we|they|people|I> <look at|work on|write about|wait for|talk to> {a} {noun}, <it|everything|the rest|the {noun2}> <starts to seem|looks|becomes|turns out> {adj}.",
-    "<What|The thing that|All that> <matters|counts|surprised me|worried them|helps> <most |>is <not |>the {adj} {noun} <but|and not only|as much as> the {noun2}.",
-    "<I|We|You|They> <used to|did not|never|often|always|hardly> <know|see|mind|understand|like> <how|why|that|when> {adj} {a} {noun} <was|could be|must have been>.",
-    "<In|During|After|Before|Around|Long before> <those|these|such|the old|the early> <days|years|weeks|times>, {a} {noun} <was|seemed|meant|cost> <no more than|less than|more than|nearly|about> {a2} {noun2}.",
-    "<So|But|And|Then|Still|Yet|Perhaps|Of course>, <the|this|every|each> {noun} <has|had|needs|wanted|gets> <its|a|some|no> {noun2} <now and then|in the end|at least|for a reason|anyway>.",
-    "<It|That> <is|was|may be|would be> <hard|easy|tempting|foolish|wise|natural> to <say|ask|decide|explain|guess> <whether|why|how|if> {a} {noun} is {adj}.",
-    "<One|Another|The first|The last|The best> <reason|problem|idea|question|lesson> is that {noun}s, <unlike|like|as well as> {noun2}s, <do|do not|rarely|usually> <stay|get|become|seem> {adj}.",
-    "<Who|How|What|Why> <would|could|should|did> <want|make|explain|build|sell|trust> {a} {noun} <with|without|from|near|instead of> {a2} {adj} {noun2}?",
-    "{Word} <said|wrote|claimed|told me|found> that the {noun} <of|from|in|near> {Word2} was {adj}, <and|but|though> <nobody|everyone|the {noun2}> <agreed|knew|cared|left>.",
-    "<There|Here> <are|were> {small} {noun}s <and|or|but only|for every> {small2} {noun2}s<, more or less|, all of them {adj}|, as far as I know|>.",
-    "<Once|Twice|Every day|At night|In spring|On Mondays> <she|he|the {noun2}|an old man|the child> <put|left|forgot|carried|painted|dropped> {a} {adj} {noun} <on|under|behind|beside|near> the {noun2}.",
-)  # fmt: skip
-_RECORDS = (
-    "{h}:{m} {noun} {adj}",
-    "<INFO|WARN|DEBUG|NOTE> {noun} <is|was|stays|went> {adj}",
-    "{h}:{m} <INFO|OK|SKIP> <opened|closed|moved|checked|read> {noun}",
-    "<item|row|step|page> {small}, {noun}, {adj}, {noun2}",
-)
 
 
 def _sentence(draws: Draws, patterns: Sequence[str]) -> str:
@@ -62,7 +35,7 @@ def _sentence(draws: Draws, patterns: Sequence[str]) -> str:
     else:
         text = text.replace("{a} {adj}", "a {adj}").replace("{a2} {adj}", "a {adj}")
     text = text.format_map(fill)
-    return text[0].upper() + text[1:] if patterns is not _RECORDS else text
+    return text[0].upper() + text[1:] if patterns is not RECORDS else text
 
 
 def _article(noun: str) -> str:
@@ -129,7 +102,7 @@ class Noise:
     def __init__(self, count: Count) -> None:
         self.count = count
         draws = Draws("forms-noise")
-        kinds: dict[str, Sequence[str]] = {"prose": _PROSE, "short": _SHORT, "records": _RECORDS, "old": FILLERS}
+        kinds: dict[str, Sequence[str]] = {"prose": PROSE, "short": SHORT_SENTENCES, "records": RECORDS, "old": FILLERS}
         self._banks = {
             kind: [
                 self._counted(_sentence(draws, patterns)) for _ in range(_BANK_SENTENCES if kind == "prose" else 400)
@@ -148,7 +121,9 @@ class Noise:
         )
         in_order = False
         if kind == "repeat":
-            said = [_sentence(draws, _SHORT if draws.unit() < 0.85 else _PROSE) for _ in range(draws.between(2, 7))]
+            said = [
+                _sentence(draws, SHORT_SENTENCES if draws.unit() < 0.85 else PROSE) for _ in range(draws.between(2, 7))
+            ]
             texts = [" ".join(said)] if draws.unit() < 0.65 else said
             units: Sequence[tuple[str, int]] = [self._counted(text) for text in texts]
             in_order = True

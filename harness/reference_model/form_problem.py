@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from kvscope.harness.reference_model.forms.noise import Count, Layout, Noise
+from kvscope.harness.reference_model.form_noise import Count, Layout, Noise
 from kvscope.tasks.draws import Draws
 
 # Texts of a kind that are counted before their ratio is trusted.
