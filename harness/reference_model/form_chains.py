@@ -137,7 +137,10 @@ class ChainWording:
 
 
 def _fresh(taken: set[str], make: Callable[[], str]) -> str:
-    while (made := make()) in taken:
-        pass
+    for _ in range(100):
+        if (made := make()) not in taken:
+            break
+    while made in taken:  # a kind with few members (numbers of two digits) is used up: longer ones
+        made += make()
     taken.add(made)
     return made

@@ -76,8 +76,10 @@ class CommonWording:
 
     def _different(self, draws: Draws, n: int, paired: float) -> list[str]:
         found: dict[str, None] = {}
+        tries = 0
         while len(found) < n:
-            found[self._word(draws, paired)] = None
+            tries += 1
+            found[self._word(draws, paired if tries < 20 * n else 1.0)] = None
         return list(found)
 
     def problem(self, draws: Draws, tools: Tools, *, room_tokens: int, n_questions: int, small: bool) -> Problem:

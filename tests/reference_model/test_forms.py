@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from kvscope.errors import UsageError
 from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
+from kvscope.harness.reference_model import form_chains, form_counts
 from kvscope.harness.reference_model.architecture import reference_config
 from kvscope.harness.reference_model.curriculum import Phase, Shape
 from kvscope.harness.reference_model.data import PhaseData
@@ -249,3 +250,14 @@ def test_a_stopped_phase_goes_on_with_its_next_batches(tmp_path: Path, maker: Ro
     assert [line["lr"] for line in said if "lr" in line] == [0.003, 0.002, 0.001]
     told = {line["family"] for line in said if line.get("validation") == "forms"}
     assert told == set(VALIDATED)
+
+
+def test_a_kind_that_is_used_up_ends_no_loop():
+    """160 chains have more values than there are numbers of two digits."""
+    draws, taken = Draws("used-up"), set()
+    found = [form_chains._fresh(taken, lambda: draws.digits(1)) for _ in range(300)]
+    assert len(set(found)) == 300
+    wording = form_counts.CommonWording(draws)
+    wording.made_up = False
+    n = 2 * (len(words("train").nouns) + len(words("train").adjectives))
+    assert len(wording._different(draws, n, 0.0)) == n
