@@ -42,9 +42,12 @@ def build(options: argparse.Namespace) -> None:
     """Write the files that are missing, several cells at a time, and the manifest that names them all."""
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
-    # The longest first: the last to end is then a short one.
-    wanted = [(task, length) for length in sorted(options.length, reverse=True) for task in options.task]
+    wanted = [(task, length) for length in sorted(options.length) for task in options.task]
     left = [cell for cell in wanted if not (out / file_name(*cell)).exists()]
+    cells = [describe(path) for path in sorted(out.glob("*.jsonl.xz"))]
+    write_manifest(out, options.tokenizer, cells)
+    if not left:
+        return
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["LOCAL_RANK"] = "1"  # rank 0 would try to download punkt, which essays alone need
     # Before the fork, for all cells: it sorts seven million pairs of words on import. It draws nothing.
@@ -55,12 +58,12 @@ def build(options: argparse.Namespace) -> None:
     with get_context("fork").Pool(options.jobs, maxtasksperchild=1) as pool:
         for note in pool.imap_unordered(_cell, asked):
             print(json.dumps(note), flush=True)
-    write_manifest(out, options.tokenizer)
+            cells.append(note)
+            write_manifest(out, options.tokenizer, cells)  # each time: a folder can be used while it grows
 
 
-def write_manifest(folder: Path, tokenizer: Path) -> None:
+def write_manifest(folder: Path, tokenizer: Path, cells: Sequence[Mapping[str, Any]]) -> None:
     """Write what the files of a folder are: their cells, hashes and token lengths, and what made them."""
-    cells = [describe(path) for path in sorted(folder.glob("*.jsonl.xz"))]
     values = {
         "lm_eval": version("lm_eval"),
         "random_seed": RANDOM_SEED,
@@ -106,7 +109,7 @@ def _cell(asked: tuple[str, int, int, str, Path]) -> dict[str, Any]:
     path = out / file_name(task, nominal_tokens)
     raw = "".join(f"{line}\n" for line in lines).encode()
     unfinished = path.with_suffix(".part")
-    unfinished.write_bytes(lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME))
+    unfinished.write_bytes(lzma.compress(raw))
     unfinished.rename(path)
     return describe(path)
 
