@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 import pytest
 from tiny import save_tiny_model
+from transformers import AutoTokenizer
 
 import kvscope
 
@@ -55,8 +56,8 @@ def test_the_first_prompts_are_those_of_a_longer_draw(monkeypatch: pytest.Monkey
     assert all(len(line["answers"]) == 5 and line["meta"]["prompt_tokens"] <= 1024 for line in few["ruler_vt"])
 
 
-def write_prompts(folder: Path, cells: Sequence[tuple[str, int]], *, n: int = 2, prompt_tokens: int = 3) -> None:
-    """Prompts as ``prompts`` writes them, of words that the tiny model knows."""
+def write_prompts(folder: Path, cells: Sequence[tuple[str, int]], *, prompt_tokens: int) -> None:
+    """Two prompts a cell, as ``prompts`` writes them."""
     import stock_ruler_prompts as module
 
     folder.mkdir()
@@ -68,9 +69,7 @@ def write_prompts(folder: Path, cells: Sequence[tuple[str, int]], *, n: int = 2,
             "max_new_tokens": 4,
             "prompt_tokens": prompt_tokens,
         }
-        lines = [
-            {"id": at, "prompt": ["the fox", "one dog"][at], "answers": ["fox", "zzz"], "meta": meta} for at in range(n)
-        ]
+        lines = [{"id": at, "prompt": "the fox", "answers": ["fox", "zzz"], "meta": meta} for at in range(2)]
         raw = "".join(json.dumps(line) + "\n" for line in lines).encode()
         (folder / module.file_name(task, nominal_tokens)).write_bytes(lzma.compress(raw))
     found = [module.describe(path) for path in sorted(folder.glob("*.xz"))]
@@ -83,7 +82,8 @@ def test_answers_get_the_stock_score(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     model, prompts = tmp_path / "tiny", tmp_path / "prompts"
     save_tiny_model(model)
-    write_prompts(prompts, [("niah_single_1", 1024), ("ruler_vt", 2048)])
+    n_tokens = len(AutoTokenizer.from_pretrained(model)("the fox")["input_ids"])
+    write_prompts(prompts, [("niah_single_1", 1024), ("ruler_vt", 2048)], prompt_tokens=n_tokens)
     options = argparse.Namespace(
         prompts=prompts, out=tmp_path / "run", model=str(model), method=["dense", "recency"], samples=None,
         task=[], length=[], device="cpu", dtype=None, batch=None, jobs=None,
@@ -100,7 +100,7 @@ def test_answers_get_the_stock_score(tmp_path: Path, monkeypatch: pytest.MonkeyP
         for method in ("dense", "recency")
     ]
     first = found["cells"][0]
-    assert (first["score_percent"], first["prompt_tokens"]) == (50.0, {"min": 3, "mean": 3.0, "max": 3})
+    assert (first["score_percent"], first["prompt_tokens"]) == (50.0, dict.fromkeys(("min", "mean", "max"), n_tokens))
     assert [each["sample"] for each in first["failed"]] == [0]
     assert first["ends"]["eos"] + first["ends"]["length"] == 2
     assert json.loads(json.dumps(found)) == found
