@@ -6,10 +6,11 @@ import json
 import lzma
 import stat
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import BufferedIOBase
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from kvscope.errors import UsageError, did_you_mean, shown, shown_path
 from kvscope.files import first_line
@@ -20,8 +21,8 @@ SEPARATOR = "\n\n"
 """Stands between ``context`` and ``question``."""
 KEYS = ("id", "prompt", "context", "question", "answers", "metric", "meta")
 _BOM = b"\xef\xbb\xbf"
-COMPRESSED: Mapping[str, Callable[[Path], IO[bytes]]] = {".gz": gzip.open, ".xz": lzma.open}
-"""Endings of files that are unpacked on reading."""
+COMPRESSED = (".gz", ".xz")
+"""Endings of files that are unpacked as they are read."""
 
 
 class _Fault(Exception):  # noqa: N818 - it says what is wrong
@@ -79,13 +80,15 @@ def _raw_lines(path: Path) -> Iterator[bytes]:
         raise UsageError(f"There is no file {shown_path(path)}: write jsonl:FILE, with a JSON object a line in it.")
     if not stat.S_ISREG(path.stat().st_mode):
         raise UsageError(f"{shown_path(path)} is not a regular file: write jsonl:FILE with one.")
-    with COMPRESSED.get(path.suffix, _plain)(path) as file:
+    with _opened(path) as file:
         while raw := file.readline(MOST_LINE_BYTES + 1):
             yield raw
 
 
-def _plain(path: Path) -> IO[bytes]:
-    return path.open("rb")
+def _opened(path: Path) -> BufferedIOBase:
+    if path.suffix == ".gz":
+        return gzip.open(path)
+    return lzma.open(path) if path.suffix == ".xz" else path.open("rb")
 
 
 def _object(raw: bytes, *, first: bool) -> dict[str, Any]:
