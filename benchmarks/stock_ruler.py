@@ -21,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from stock_ruler_prompts import LENGTHS, NUMPY_SEED, RANDOM_SEED, TASKS, build, chosen, read_manifest
+from stock_ruler_prompts import LENGTHS, NUMPY_SEED, RANDOM_SEED, TASKS, build, chosen, cut, read_manifest
 from stock_ruler_score import answers, label_of, read_result, score, table
 
 import kvscope
@@ -36,6 +36,11 @@ def prompts(options: argparse.Namespace) -> None:
     options.task = options.task or list(TASKS)
     options.length = options.length or list(LENGTHS)
     build(options)
+
+
+def cut_prompts(options: argparse.Namespace) -> None:
+    """Write the first prompts of every file of a folder to another one: less to carry."""
+    cut(options.prompts, options.out, samples=options.samples)
 
 
 def answer(options: argparse.Namespace) -> None:
@@ -61,7 +66,8 @@ def answer(options: argparse.Namespace) -> None:
         "chat_template": "none",
         "footprint": False,
     }
-    config |= {key: getattr(options, key) for key in ("device", "dtype", "batch", "jobs") if getattr(options, key)}
+    more = ("device", "dtype", "batch", "jobs", "time_limit_s")
+    config |= {key: getattr(options, key) for key in more if getattr(options, key)}
     run = kvscope.run(config, out=options.out)
     left = sorted(set(run.samples["status"]) - {"ok"})
     if left:
@@ -156,12 +162,18 @@ def main() -> None:
     made.add_argument("--tokenizer", type=Path, default=REFERENCE, help="folder of the model they are sized for")
     made.add_argument("--jobs", type=int, default=2)
 
+    made = step("cut", cut_prompts, of_cells=False)
+    made.add_argument("--prompts", type=Path, required=True)
+    made.add_argument("--out", type=Path, required=True)
+    made.add_argument("--samples", type=int, required=True)
+
     made = step("answer", answer)
     made.add_argument("--prompts", type=Path, required=True)
     made.add_argument("--out", type=Path, required=True)
     made.add_argument("--model", default="reference", help="as of kvscope run")
     made.add_argument("-m", "--method", action="append", help=f"repeatable; {', '.join(METHODS)}")
     made.add_argument("--samples", type=int, help="prompts a cell; as many as all cells have")
+    made.add_argument("--time-limit", dest="time_limit_s", type=float, metavar="S", help="as of kvscope run")
     for name, kind in (("device", str), ("dtype", str), ("batch", int), ("jobs", int)):
         made.add_argument(f"--{name}", type=kind, help="as of kvscope run")
 

@@ -62,6 +62,23 @@ def build(options: argparse.Namespace) -> None:
             write_manifest(out, options.tokenizer, cells)  # each time: a folder can be used while it grows
 
 
+def cut(folder: Path, out: Path, *, samples: int) -> None:
+    """Write the first prompts of every file of a folder to another one: less to carry.
+
+    Raises:
+        SystemExit: a file has fewer.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    manifest = read_manifest(folder)
+    for cell in manifest["cells"]:
+        lines = lzma.decompress((folder / cell["file"]).read_bytes()).splitlines(keepends=True)
+        if len(lines) < samples:
+            raise SystemExit(f"{cell['file']} has {len(lines)} prompts, and {samples} are asked for.")
+        (out / cell["file"]).write_bytes(lzma.compress(b"".join(lines[:samples])))
+    manifest["cells"] = [describe(out / cell["file"]) for cell in manifest["cells"]]
+    (out / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
 def write_manifest(folder: Path, tokenizer: Path, cells: Sequence[Mapping[str, Any]]) -> None:
     """Write what the files of a folder are: their cells, hashes and token lengths, and what made them."""
     values = {

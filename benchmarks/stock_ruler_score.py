@@ -14,6 +14,7 @@ from stock_ruler_prompts import MANIFEST, TASKS, file_name, read_lines, read_man
 import kvscope
 from kvscope.results.frames import records
 from kvscope.results.statistics import mean_interval
+from kvscope.tasks.base import text_sha256
 from kvscope.units import format_length
 
 TABLE_CHARACTERS = 100
@@ -80,6 +81,10 @@ def answers(run: "kvscope.Run", prompts: Path) -> Iterator[Answer]:
             raise SystemExit(
                 f"{where} has {row['prompt_tokens']:,} tokens, and lm-eval counted {line['meta']['prompt_tokens']:,}: "
                 "the prompts were sized for another tokenizer. Build them with --tokenizer of this model."
+            )
+        if row["prompt_sha256"] != text_sha256(line["prompt"]):
+            raise SystemExit(
+                f"{where} is another prompt than that of {prompts}: score by the folder that was answered."
             )
         yield Answer(
             task=cell[0],

@@ -87,6 +87,7 @@ def test_answers_get_the_stock_score(tmp_path: Path, monkeypatch: pytest.MonkeyP
     options = argparse.Namespace(
         prompts=prompts, out=tmp_path / "run", model=str(model), method=["dense", "recency"], samples=None,
         task=[], length=[], device="cpu", dtype=None, batch=None, jobs=None,
+        time_limit_s=None,
     )  # fmt: skip
     stock_ruler.answer(options)
     run = kvscope.load_run(tmp_path / "run")
@@ -113,13 +114,31 @@ def test_the_scorer_is_lm_evals() -> None:
     assert [stock_score(line, text) for text in ("a FOX\x01", "fox dog", "")] == [0.5, 1.0, 0.0]
 
 
-def test_prompts_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
+def test_the_first_prompts_are_cut_out(tmp_path: Path) -> None:
+    import stock_ruler_prompts as module
+
+    write_prompts(tmp_path / "two", [("ruler_vt", 2048)], prompt_tokens=3)
+    module.cut(tmp_path / "two", tmp_path / "one", samples=1)
+    name = module.file_name("ruler_vt", 2048)
+    assert module.read_lines(tmp_path / "one" / name) == module.read_lines(tmp_path / "two" / name)[:1]
+    two, one = (module.read_manifest(tmp_path / each) for each in ("two", "one"))
+    assert (one["cells"][0]["n"], two["cells"][0]["n"]) == (1, 2)
+    assert {**one, "cells": []} == {**two, "cells": []}
+    with pytest.raises(SystemExit, match="has 2 prompts, and 3 are asked for"):
+        module.cut(tmp_path / "two", tmp_path / "three", samples=3)
+
+
+def test_other_prompts_are_refused(tmp_path: Path) -> None:
     from stock_ruler_score import answers
 
     write_prompts(tmp_path / "prompts", [("ruler_vt", 2048)], prompt_tokens=9)
-    row = {"task": "jsonl:ruler_vt-2048", "sample": 0, "method_label": "dense", "status": "ok", "prompt_tokens": 3}
+    row = {"task": "jsonl:ruler_vt-2048", "sample": 0, "method_label": "dense", "status": "ok", "prompt_tokens": 3,
+           "prompt_sha256": "0"}  # fmt: skip
     run: Any = SimpleNamespace(samples=pd.DataFrame([row]))
     with pytest.raises(SystemExit, match="dense has 3 tokens, and lm-eval counted 9"):
+        list(answers(run, tmp_path / "prompts"))
+    run.samples["prompt_tokens"] = 9
+    with pytest.raises(SystemExit, match="prompt 0, dense is another prompt"):
         list(answers(run, tmp_path / "prompts"))
     run.samples["status"], run.samples["reason"] = "oom", "memory ended"
     with pytest.raises(SystemExit, match="is oom: memory ended"):
