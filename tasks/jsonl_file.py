@@ -1,14 +1,19 @@
 """The file of a ``jsonl`` task: a prompt a line, checked whole before anything is measured."""
 
+import gzip
 import hashlib
 import json
+import lzma
 import stat
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
 from kvscope.errors import UsageError, did_you_mean, shown, shown_path
+from kvscope.files import first_line
 from kvscope.tasks.answers import METRICS
 
 MOST_LINE_BYTES = 32 * 1024**2
@@ -16,6 +21,8 @@ SEPARATOR = "\n\n"
 """Stands between ``context`` and ``question``."""
 KEYS = ("id", "prompt", "context", "question", "answers", "metric", "meta")
 _BOM = b"\xef\xbb\xbf"
+COMPRESSED = (".gz", ".xz")
+"""Endings of files that are unpacked as they are read."""
 
 
 class _Fault(Exception):  # noqa: N818 - it says what is wrong
@@ -40,7 +47,7 @@ class Line:
 
 
 def read_jsonl(path: Path) -> tuple[tuple[Line, ...], str]:
-    """Return (the lines of a file, the SHA-256 of its bytes).
+    """Return (the lines of a file, the SHA-256 of its bytes, unpacked where the file is compressed).
 
     Raises:
         UsageError: no such regular file, or the first line that is wrong, by number.
@@ -57,6 +64,10 @@ def read_jsonl(path: Path) -> tuple[tuple[Line, ...], str]:
                 _check_id(values, ids, number)
             except _Fault as fault:
                 raise UsageError(f"Line {number} of {shown_path(path)} {fault}.") from None
+    except (gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError) as error:
+        raise UsageError(
+            f"The file {shown_path(path)} is no whole {path.suffix} file ({first_line(error)}): bring it here again."
+        ) from error
     except OSError as error:
         raise UsageError(f"The file {shown_path(path)} cannot be read: {error.strerror}.") from error
     if not lines:
@@ -69,9 +80,15 @@ def _raw_lines(path: Path) -> Iterator[bytes]:
         raise UsageError(f"There is no file {shown_path(path)}: write jsonl:FILE, with a JSON object a line in it.")
     if not stat.S_ISREG(path.stat().st_mode):
         raise UsageError(f"{shown_path(path)} is not a regular file: write jsonl:FILE with one.")
-    with path.open("rb") as file:
+    with _opened(path) as file:
         while raw := file.readline(MOST_LINE_BYTES + 1):
             yield raw
+
+
+def _opened(path: Path) -> BufferedIOBase:
+    if path.suffix == ".gz":
+        return gzip.open(path)
+    return lzma.open(path) if path.suffix == ".xz" else path.open("rb")
 
 
 def _object(raw: bytes, *, first: bool) -> dict[str, Any]:

@@ -1,7 +1,10 @@
 """jsonl: prompts of a file, as they are; the first fault by its line."""
 
+import gzip
 import json
+import lzma
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +24,12 @@ class Letters:
 
     name_or_path = "letters"
 
-    def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        return {"input_ids": [0] * add_special_tokens + [ord(letter) for letter in text]}
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, texts: list[str], *, add_special_tokens: bool = True) -> dict[str, list[list[int]]]:
+        self.calls += 1
+        return {"input_ids": [[0] * add_special_tokens + [ord(letter) for letter in text] for text in texts]}
 
     def decode(self, token_ids: Any, **kwargs: Any) -> str:
         return "".join(chr(each) for each in token_ids[1:])
@@ -64,6 +71,36 @@ def test_a_length_holds_the_longest_prompt_or_is_refused(tmp_path: Path) -> None
     assert len(task.build(Letters(), length_tokens=110, sample=1, seed=0).ids) == 100
     with pytest.raises(UsageError, match=r"Line 2 of jsonl:q has 100 tokens"):
         task.build(Letters(), length_tokens=109, sample=1, seed=0)
+
+
+def test_prompts_are_encoded_once(tmp_path: Path) -> None:
+    task, letters = make(write(tmp_path / "q.jsonl", *([GOOD] * 70))), Letters()
+    task.min_length_tokens(letters)
+    made = [task.build(letters, length_tokens=90, sample=index, seed=0).ids for index in (0, 69)]
+    assert letters.calls == 2
+    assert made[0] == made[1] == (0, *map(ord, GOOD["prompt"]))
+
+
+def test_what_ends_an_answer_is_chosen(tmp_path: Path) -> None:
+    path = write(tmp_path / "q.jsonl", GOOD, {**GOOD, "answers": "a\nb"})
+    for stop, expected in (("line", [("\n",), ()]), ("none", [(), ()])):
+        task = make(path, stop=stop)
+        assert [task.build(Letters(), length_tokens=90, sample=at, seed=0).stop for at in (0, 1)] == expected
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, lzma.compress])
+def test_a_compressed_file_is_the_file(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+    plain = write(tmp_path / "my.questions.jsonl", GOOD, ASKED)
+    packed = tmp_path / f"my.questions.jsonl{'.gz' if pack is gzip.compress else '.xz'}"
+    packed.write_bytes(pack(plain.read_bytes()))
+    tasks = [make(path) for path in (plain, packed)]
+    assert len({task.data_sha256 for task in tasks}) == len({task.name for task in tasks}) == 1
+    built = [task.build(Letters(), length_tokens=200, sample=1, seed=0) for task in tasks]
+    assert built[0] == built[1]
+    for damaged in (packed.read_bytes()[:-9], packed.read_bytes()[:40] + b"x" * 40, b"no such thing", b"\x1f\x8b"):
+        packed.write_bytes(damaged)
+        with pytest.raises(UsageError, match=rf"is no whole \{packed.suffix} file \(.+\): bring it here again"):
+            make(packed)
 
 
 def test_memory_prompts_have_exactly_the_length(tmp_path: Path) -> None:

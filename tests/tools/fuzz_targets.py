@@ -4,6 +4,8 @@ A target may raise a ``KvscopeError`` alone, of one sentence under 2 KB. Anythin
 """
 
 import atexit
+import gzip
+import lzma
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -141,6 +143,10 @@ def jsonl(data: bytes) -> None:
     read_jsonl(written("prompts.jsonl", data))
 
 
+def packed(data: bytes) -> None:
+    read_jsonl(written("prompts.jsonl.xz" if data.startswith(b"\xfd7zXZ") else "prompts.jsonl.gz", data))
+
+
 def records(name: str, kind: Any) -> Callable[[bytes], None]:
     def read(data: bytes) -> None:
         ending = ".parquet" if data.startswith(b"PAR1") else ".json"
@@ -170,6 +176,7 @@ REPRODUCTION = Reproduction(
     ),
 )  # fmt: skip
 SAMPLE_LINE = SAMPLES[0].model_dump_json().encode() + b"\n"
+JSONL_LINE = b'{"prompt": "1 + 1 =", "answers": ["2"], "id": 1}\n'
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "spec": spec,
     "method": method,
@@ -187,6 +194,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "reproduce_json": reproduce_json,
     "run_folder": run_folder,
     "jsonl": jsonl,
+    "packed_jsonl": packed,
     "longbench_v2": records("longbench_v2", Choice),
     "longmemeval": records("longmemeval_s", Chats),
     "mrcr": records("mrcr", Conversation),
@@ -211,7 +219,8 @@ SEEDS: dict[str, tuple[bytes, ...]] = {
     "footprint": (FOOTPRINTS[0].model_dump_json().encode() + b"\n",),
     "run_json": (RUN.model_dump_json().encode(),),
     "reproduce_json": (REPRODUCTION.model_dump_json().encode(),),
-    "jsonl": (b'{"prompt": "1 + 1 =", "answers": ["2"], "id": 1}\n',),
+    "jsonl": (JSONL_LINE,),
+    "packed_jsonl": (gzip.compress(JSONL_LINE), lzma.compress(JSONL_LINE)),
     "longbench_v2": (
         b'[{"domain": "d", "difficulty": "easy", "question": "q", "answer": "A", "context": "c", '
         b'"choice_A": "1", "choice_B": "2", "choice_C": "3", "choice_D": "4"}]',
