@@ -12,6 +12,10 @@ from kvscope.harness.reference_model.row_maker import RowMaker
 from kvscope.tasks.draws import Draws
 
 
+# A batch that takes longer will never come: the run ends with an error, and what it learnt is kept.
+_LONGEST_WAIT_S = 120
+
+
 @dataclass(frozen=True)
 class Batch:
     """Rows of one step.
@@ -70,4 +74,5 @@ def batches(data: PhaseData, *, workers: int) -> "DataLoader[Batch]":
         prefetch_factor=6 if workers else None,
         multiprocessing_context="fork" if workers else None,
         pin_memory=torch.cuda.is_available(),
+        timeout=_LONGEST_WAIT_S if workers else 0,
     )
