@@ -99,6 +99,7 @@ def check(options: argparse.Namespace) -> None:
         SystemExit: a prompt, a generation or a score differs.
     """
     import lm_eval
+    import nltk  # noqa: F401 - its import draws from the generator, so it comes before the seed, as for `prompts`
     from lm_eval.tasks import TaskManager
 
     from kvscope.harness.lm_harness import register_lm_eval

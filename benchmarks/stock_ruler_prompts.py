@@ -1,6 +1,6 @@
 """Prompts of lm-eval's own RULER tasks, built by lm-eval's own code: a file a (task, length), one JSON object a line.
 
-A file is one that ``--task jsonl:FILE`` reads. Its prompts are those of ``lm_eval --tasks TASK --metadata
+A file is one that ``--task jsonl:FILE`` reads. Its prompts are lm-eval's at ``--tasks TASK --metadata
 '{"max_seq_lengths": [LENGTH]}'``, the first so many. RULER draws them from the process's global generators, so a cell
 depends on everything that was drawn before it: each gets a process of its own, seeded as ``simple_evaluate`` does. It
 draws 500 of a cell one after another, whatever the limit; those behind the last one wanted are not drawn here.
@@ -50,7 +50,8 @@ def build(options: argparse.Namespace) -> None:
         return
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["LOCAL_RANK"] = "1"  # rank 0 would try to download punkt, which essays alone need
-    # Before the fork, for all cells: it sorts seven million pairs of words on import. It draws nothing.
+    # Before the fork, for all cells: it sorts seven million pairs of words on import. The import of nltk in it draws
+    # once from the global generator: a process that imports nltk after the seed gets other prompts from the same seed.
     import lm_eval.tasks.ruler.prepare_niah  # noqa: F401
     import transformers.models.auto.tokenization_auto  # noqa: F401
 

@@ -63,13 +63,13 @@ def stock_score(line: Mapping[str, Any], text: str) -> float:
 
 
 def answers(run: "kvscope.Run", prompts: Path) -> Iterator[Answer]:
-    """Yield every answer of a run with its stock score.
+    """Yield every answer of a run with its stock score, in the order of the prompts.
 
     Raises:
         SystemExit: a row was not answered, or its prompt is not that of the file.
     """
     lines: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for row in records(run.samples):
+    for row in sorted(records(run.samples), key=lambda row: int(row["sample"])):  # rows come as answers end
         cell = cell_of(row["task"])
         where = f"{cell[0]} at {cell[1]}, prompt {row['sample']}, {row['method_label']}"
         if row["status"] != "ok":

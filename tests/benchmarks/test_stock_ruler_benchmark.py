@@ -5,6 +5,7 @@ import json
 import lzma
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -93,6 +94,8 @@ def test_answers_get_the_stock_score(tmp_path: Path, monkeypatch: pytest.MonkeyP
     run = kvscope.load_run(tmp_path / "run")
     assert sorted(set(run.samples["task"])) == ["jsonl:niah_single_1-1024", "jsonl:ruler_vt-2048"]
     assert set(run.samples["stop_reason"]) <= {"eos", "length"}
+    turned = replace(run, samples=run.samples.sort_values("sample", ascending=False))  # rows come as answers end
+    assert [each.prompt["id"] for each in module.answers(turned, prompts)] == [0] * 4 + [1] * 4
     monkeypatch.setattr(module, "stock_score", lambda line, text: float(line["id"]))
     found = module.score(run, prompts, label="tiny", command=["x"], failed=5)
     assert [(cell["task"], cell["nominal_tokens"], cell["method"], cell["n"]) for cell in found["cells"]] == [
