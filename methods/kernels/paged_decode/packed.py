@@ -22,7 +22,7 @@ LOG2_WEIGHT = tl.constexpr(14.0)  # the greatest weight is 2^14: weights of 2^-2
 
 
 @triton.constexpr_function
-def _whole_asm(bits, field, place):
+def whole_asm(bits, field, place):
     """Return assembly for whole numbers, two words at once: $0 = (1 + field of $1, in fractions) * $2 + $3."""
     mask = ((1 << bits) - 1) << place
     mask |= mask << 16
@@ -133,7 +133,7 @@ def packed_split_kernel(
         q = ()
         top_q = tl.full([G_PAD], 0.0, tl.float32)
         for f in tl.static_range(W):
-            part = tl.load(q_at + _channel(c, f, D, BITS)[None, :], mask=wanted, other=0.0)
+            part = tl.load(q_at + channel_of(c, f, D, BITS)[None, :], mask=wanted, other=0.0)
             q = q + (part,)
             top_q = tl.maximum(top_q, tl.max(tl.abs(part.to(tl.float32)), 1))
         # A power of two: it costs no precision.
@@ -152,7 +152,7 @@ def packed_split_kernel(
         partial = (row + program) * G + g
         tl.store(lse_ptr + partial, top + tl.log2(safe_sum) - LOG2_WEIGHT, mask=g < G)
         for f in tl.static_range(W):
-            out_at = out_ptr + partial[:, None] * D + _channel(c, f, D, BITS)[None, :]
+            out_at = out_ptr + partial[:, None] * D + channel_of(c, f, D, BITS)[None, :]
             tl.store(out_at, acc[f] / safe_sum[:, None], mask=wanted)
 
 
@@ -205,7 +205,7 @@ def _attend_packed(
     # A slot is known a tile ahead: no load waits for one of its own iteration. Triton pipelines no loop that hands a
     # value on unchanged, so it is the page's distance that is carried.
     page_words = n_kv_heads * (RECORD // 2)
-    page = _slot_of(tile_begin, n, table, P, N, HAS_TABLE) * page_words
+    page = slot_of(tile_begin, n, table, P, N, HAS_TABLE) * page_words
     for tile in range(tile_begin, tile_end):
         offset = tl.multiple_of(tile * N % P, N)
         at = head + page + (offset + t)[:, None] * C + c[None, :]
@@ -219,7 +219,7 @@ def _attend_packed(
         k_numbers = numbers + page + FIRST_K + offset // GROUP * (KINDS * D)
         v_numbers = numbers + page + FIRST_V + offset + t
         v_pairs = pairs + page // 2 + FIRST_V // 2 + offset + t
-        page = _slot_of(tile + 1, n, table, P, N, HAS_TABLE) * page_words
+        page = slot_of(tile + 1, n, table, P, N, HAS_TABLE) * page_words
 
         logits = tl.zeros([G_PAD, N], tl.float32)
         for f in tl.static_range(W):
@@ -261,7 +261,7 @@ def _attend_packed(
 
 
 @triton.jit
-def _channel(c, FIELD: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr):
+def channel_of(c, FIELD: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr):
     """Return the channels of a part: bits i of byte j hold channel i * D / F + j, and a word is two bytes."""
     F: tl.constexpr = 8 // BITS
     return FIELD % F * (D // F) + FIELD // F + 2 * c
@@ -288,7 +288,7 @@ def _values(
                 _float_asm(FIELD), "=r,r,r", [words, scales], dtype=tl.float16, is_pure=True, pack=2
             )
         return tl.inline_asm_elementwise(
-            _whole_asm(BITS, FIELD, PLACE), "=r,r,r,r", [words, scales, bases], dtype=tl.float16, is_pure=True, pack=2
+            whole_asm(BITS, FIELD, PLACE), "=r,r,r,r", [words, scales, bases], dtype=tl.float16, is_pure=True, pack=2
         )
     if IS_FLOAT:
         # The bits of e4m3 at those of fp16 give the number over 2^8, small ones included.
@@ -303,7 +303,7 @@ def _values(
 
 
 @triton.jit
-def _slot_of(tile, n, table, P: tl.constexpr, N: tl.constexpr, HAS_TABLE: tl.constexpr):
+def slot_of(tile, n, table, P: tl.constexpr, N: tl.constexpr, HAS_TABLE: tl.constexpr):
     """Return the page of a tile; past the last tile, the first page."""
     page = tile * N // P
     is_there = tile * N < n
