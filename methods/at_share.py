@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     from kvscope.methods.store import PromptKV
 
-BUDGETS = ("budget_tokens", "budget_fraction")
-"""Options that a share can set, the first that a method has."""
 DECODED_TOKENS = 32
 """Bytes are those behind so many decoded tokens, of the method and of dense: at opening, pages have no room for one."""
 _REFUSED_BYTES = -1
@@ -33,16 +31,23 @@ class AtShare(CacheMethod[Any]):
     """A method at a share of dense's bytes. It runs as the method itself does, with the budget of each prompt."""
 
     def __init__(
-        self, method: CacheMethod[Any], share: Share, *, label: str, dense: CacheMethod[Any] | None = None
+        self,
+        method: CacheMethod[Any],
+        share: Share,
+        *,
+        sets: str,
+        label: str,
+        dense: CacheMethod[Any] | None = None,
     ) -> None:
-        """Check that the method has a budget to set, of the kind that is asked for.
+        """Check that the budget is of the kind that is asked for.
 
         Args:
-            method: without a budget.
+            method: with a placeholder for the budget.
+            sets: the option that holds it.
             dense: what the share is of, as it runs on the model's cache; None: as on pages of K and V.
 
         Raises:
-            UsageError: it has none, or its budget is given, too.
+            UsageError: it is of another kind, or something else decides it.
         """
         from kvscope.methods.dense.method import Dense  # it loads torch
 
@@ -52,7 +57,8 @@ class AtShare(CacheMethod[Any]):
         self.share = share
         self.base, self.dense = method, dense or Dense()
         self.base.label = label
-        self._option = _budget_option(method, share)
+        self.sets = sets
+        _check(method, share)
         self._found: dict[tuple[int, ModelShape], CacheMethod[Any]] = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -67,7 +73,7 @@ class AtShare(CacheMethod[Any]):
 
     def over(self, base: CacheMethod[Any], *, dense: CacheMethod[Any]) -> CacheMethod[Any]:
         """Return the same over the forms that the method and dense have on a model's cache."""
-        return self if base is self.base else AtShare(base, self.share, label=self.label, dense=dense)
+        return self if base is self.base else AtShare(base, self.share, sets=self.sets, label=self.label, dense=dense)
 
     def at(self, n_tokens: int, shape: ModelShape) -> CacheMethod[Any]:
         """Return the method with its budget for a prompt of ``n_tokens``.
@@ -103,9 +109,9 @@ class AtShare(CacheMethod[Any]):
     def _with(self, n_budget: int, n_tokens: int) -> CacheMethod[Any]:
         """Return the method with a budget; what is no option (a trained indexer) is shared."""
         # A fraction is cut to whole tokens by those who read it.
-        value = n_budget if self._option == "budget_tokens" else min(1.0, (n_budget + 0.5) / n_tokens)
+        value = n_budget if self.sets == "budget_tokens" else min(1.0, (n_budget + 0.5) / n_tokens)
         method = copy(self.base)
-        method.config = replace(self.base.config, **{self._option: value})
+        method.config = replace(self.base.config, **{self.sets: value})
         return method
 
     # -- as the method itself
@@ -125,7 +131,7 @@ class AtShare(CacheMethod[Any]):
 
     def describe(self) -> dict[str, Any]:
         found = self.base.describe()
-        return found | {"options": found["options"] | {self.share.option: self.share.of}}
+        return found | {"options": found["options"] | {self.sets: None, self.share.option: self.share.of}}
 
     def require(self, shape: ModelShape) -> None:
         self.base.require(shape)
@@ -146,16 +152,13 @@ class AtShare(CacheMethod[Any]):
         return self.base.trained_prompts(shape)
 
 
-def _budget_option(method: CacheMethod[Any], share: Share) -> str:
-    """Return the option of a method that a share sets.
+def _check(method: CacheMethod[Any], share: Share) -> None:
+    """Refuse a share that does not decide what the method holds, or reads.
 
     Raises:
-        UsageError: it has none of the kind, or something else decides it.
+        UsageError: saying what to ask for.
     """
     owner, asked = f"Method '{method.name}'", share_text(share)
-    found = [name for name in BUDGETS if hasattr(method.config, name)]
-    if not found:
-        raise UsageError(f"{owner}: {asked} sets a budget, and it has none; leave it out.")
     holds_all = method.saving_kind == "resident"
     if holds_all and not share.reads:
         raise UsageError(
@@ -166,9 +169,6 @@ def _budget_option(method: CacheMethod[Any], share: Share) -> str:
         raise UsageError(
             f"{owner} reads what it holds: ask for {SHARE_OPTION}, a share of dense's bytes, instead of {asked}."
         )
-    given = [name for name in (*BUDGETS, "budget_bytes") if getattr(method.config, name, None) is not None]
-    if given:
-        raise UsageError(f"{owner}: {asked} sets the budget, and {given[0]} does, too; give one of them.")
     if getattr(method.config, "block_tokens", 1) is None:
         raise UsageError(
             f"{owner}: blocks are made of the prompt before a budget is known, and their automatic size depends on "
@@ -176,8 +176,3 @@ def _budget_option(method: CacheMethod[Any], share: Share) -> str:
         )
     if method.rehearsal() is not None:
         raise UsageError(f"{owner}: {asked} sets a budget, and a method that decodes twice has none; leave it out.")
-    try:
-        replace(method.config, **{found[0]: 2**20 if found[0] == "budget_tokens" else 1.0})
-    except ValueError as error:
-        raise UsageError(f"{owner}: {asked} sets {found[0]}: {error}") from error
-    return found[0]

@@ -37,6 +37,10 @@ class Share:
         return READ_SHARE_OPTION if self.reads else SHARE_OPTION
 
 
+BUDGETS: dict[str, Any] = {"budget_tokens": 2**20, "budget_fraction": 1.0}
+"""Options that a share can set, the first that a method has, and what stands there until a prompt is known."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """What was asked of a method.
@@ -45,11 +49,13 @@ class Options:
         config: its own options.
         kv: format of the store; None: the model's dtype.
         share: its budget; None: as its own options have it.
+        share_sets: the option that the share sets, which holds a placeholder; empty: none.
     """
 
     config: Any
     kv: KvFormat | None = None
     share: Share | None = None
+    share_sets: str = ""
 
 
 def field_types(config_type: type[Any]) -> dict[str, Any]:
@@ -59,8 +65,11 @@ def field_types(config_type: type[Any]) -> dict[str, Any]:
 
 
 def method_field_types(config_type: type[Any]) -> dict[str, Any]:
-    """Return the same of a method, with the options that every method has."""
-    return {**SHARED_OPTIONS, **field_types(config_type)}
+    """Return the same of a method, and behind it the options of every method; shares where it has a budget."""
+    own = field_types(config_type)
+    budgeted = any(name in own for name in BUDGETS)
+    shared = {name: declared for name, declared in SHARED_OPTIONS.items() if budgeted or name == KV_OPTION}
+    return own | {name: declared for name, declared in shared.items() if name not in own}
 
 
 def _names(config_type: type[Any]) -> set[str]:
@@ -83,10 +92,29 @@ def build_config(method: str, config_type: type[Any], options: Mapping[str, obje
     shared = {name: values.pop(name, None) for name in SHARED_OPTIONS if name not in _names(config_type)}
     kv = shared.get(KV_OPTION)
     share = _share(owner, shared.get(SHARE_OPTION), shared.get(READ_SHARE_OPTION))
+    sets = _set_by(owner, share, config_type, values)
+    given = values | ({sets: BUDGETS[sets]} if sets else {})
     try:
-        return Options(config=config_type(**values), kv=None if kv is None else FORMATS[kv], share=share)
+        config = config_type(**given)
     except ValueError as error:
-        raise UsageError(f"{owner}: {error}") from error
+        told = f"{share_text(share)} sets {sets}: " if share is not None else ""
+        raise UsageError(f"{owner}: {told}{error}") from error
+    return Options(config=config, kv=None if kv is None else FORMATS[kv], share=share, share_sets=sets)
+
+
+def _set_by(owner: str, share: Share | None, config_type: type[Any], values: Mapping[str, object]) -> str:
+    """Return the option that a share sets; empty without one.
+
+    Raises:
+        UsageError: a budget is given, too.
+    """
+    if share is None:
+        return ""
+    names = _names(config_type)
+    given = [name for name in (*BUDGETS, "budget_bytes") if values.get(name) is not None]
+    if given:
+        raise UsageError(f"{owner}: {share_text(share)} sets the budget, and {given[0]} does, too; give one of them.")
+    return next(name for name in BUDGETS if name in names)
 
 
 def _share(owner: str, held: float | None, read: float | None) -> Share | None:
@@ -110,16 +138,21 @@ def effective_values(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def canonical_label(name: str, config: Any, kv: KvFormat | None = None, share: Share | None = None) -> str:
+def canonical_label(name: str, config: Any, asked: Options | None = None) -> str:
     """Return ``name`` or ``name:key=value,...`` with the options that differ from their defaults, in declared order;
-    the share of dense's bytes comes behind them, and the format of the store last."""
+    the share of dense's bytes comes behind them, and the format of the store last.
+
+    Args:
+        asked: options beside those of ``config``.
+    """
+    asked = asked or Options(config=config)
     changed = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if value != field.default:
+        if value != field.default and field.name != asked.share_sets:
             changed.append(f"{field.name}={value_text(value)}")
-    if share is not None:
-        changed.append(share_text(share))
-    if kv is not None:
-        changed.append(f"{KV_OPTION}={kv.name}")
+    if asked.share is not None:
+        changed.append(share_text(asked.share))
+    if asked.kv is not None:
+        changed.append(f"{KV_OPTION}={asked.kv.name}")
     return f"{name}:{','.join(changed)}" if changed else name

@@ -103,7 +103,7 @@ def create_method(given: str | Mapping[str, Any] | Spec, *, paper_settings: bool
     options: dict[str, Any] = dict(spec.options)
     asked = build_config(cls.name, cls.Config, options)
     config, share = asked.config, asked.share
-    label = canonical_label(cls.name, config, asked.kv, share)
+    label = canonical_label(cls.name, config, asked)
     if paper_settings:
         open_options = optional_fields(cls.Config)
         budgeted = share is not None or any(
@@ -122,7 +122,7 @@ def create_method(given: str | Mapping[str, Any] | Spec, *, paper_settings: bool
         return method
     from kvscope.methods.at_share import AtShare
 
-    return AtShare(method, share, label=label)
+    return AtShare(method, share, sets=asked.share_sets, label=label)
 
 
 def check_one_class_a_name(methods: list[CacheMethod[Any]]) -> None:

@@ -174,8 +174,7 @@ def method_options(cls: "type[CacheMethod[Any]]") -> list[dict[str, Any]]:
 
 def shared_options(cls: "type[CacheMethod[Any]]") -> list[str]:
     """Return the options of every method that this one takes."""
-    from kvscope.methods.at_share import BUDGETS
-    from kvscope.methods.options import KV_OPTION, READ_SHARE_OPTION, SHARE_OPTION
+    from kvscope.methods.options import BUDGETS, KV_OPTION, READ_SHARE_OPTION, SHARE_OPTION
 
     budgeted = any(field.name in BUDGETS for field in dataclasses.fields(cls.Config))
     share = READ_SHARE_OPTION if cls.saving_kind == "resident" else SHARE_OPTION

@@ -17,7 +17,7 @@ SHAPE = ModelShape(
 )  # fmt: skip
 N_TOKENS = 4000
 HELD = ("recency", "random:chunk_tokens=16", "sliding_window", "snapkv", "pyramidkv", "adakv", "expected_attention", "knorm", "tova", "h2o",
-        "snapkv:kv=int4", "lsa:selection=synthetic,chunk_tokens=16", "lsa:indexer=landmark,chunk_tokens=16")  # fmt: skip
+        "lsa:selection=synthetic,chunk_tokens=16", "recency:kv=fp8")  # fmt: skip
 READ = ("quest", "moba:block_tokens=32", "dsa:selection=synthetic")
 
 
@@ -34,7 +34,7 @@ def dense_at(n_tokens: int, shape: ModelShape = SHAPE) -> tuple[int, int]:
     return found.device_bytes, found.bytes_read_per_step
 
 
-@pytest.mark.parametrize("share", [0.1, 0.25, 0.6])
+@pytest.mark.parametrize("share", [0.12, 0.3])
 @pytest.mark.parametrize("spec", HELD)
 def test_bytes_held_are_the_nearest_to_the_share(spec: str, share: float) -> None:
     method, (held, _) = asked(spec, "share", share), dense_at(N_TOKENS)
@@ -46,7 +46,7 @@ def test_bytes_held_are_the_nearest_to_the_share(spec: str, share: float) -> Non
     assert not method.is_noop(N_TOKENS, SHAPE)
 
 
-@pytest.mark.parametrize("share", [0.3, 0.6])
+@pytest.mark.parametrize("share", [0.6, 0.8])
 @pytest.mark.parametrize("spec", READ)
 def test_bytes_read_are_the_nearest_to_the_share(spec: str, share: float) -> None:
     method, (_, read) = asked(spec, "read_share", share), dense_at(N_TOKENS)
@@ -82,21 +82,22 @@ def test_labels_settings_and_classes() -> None:
     assert method.describe()["options"]["share"] == 0.25
     assert (method.name, method.saving_kind, method.kv_values()) == ("snapkv", "freed", {"kv": "int4"})
     check_one_class_a_name([method, create_method("snapkv")])
-    assert create_method("snapkv:share=0.25", paper_settings=True).config.budget_tokens is None
+    papers = create_method("snapkv:share=0.25", paper_settings=True)
+    assert papers.effective_config(N_TOKENS, SHAPE) == asked("snapkv", "share", 0.25).effective_config(N_TOKENS, SHAPE)
 
 
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ("dense:share=0.1", "it has none"),
+        ("dense:share=0.1", "Its options are: kv"),
         ("quest:share=0.1", "ask for read_share"),
         ("snapkv:read_share=0.1", "ask for share"),
         ("snapkv:share=0", "above 0 and at most 1"),
         ("snapkv:share=1.5", "above 0 and at most 1"),
         ("snapkv:share=0.1,budget_tokens=64", "give one of them"),
         ("random:share=0.1,budget_bytes=1MiB", "give one of them"),
-        ("recency:share=0.1,recency_tokens=64", "give one of them"),
-        ("lsa:share=0.1,mode=threshold", "mode=budget"),
+        ("recency:share=0.1,recency_tokens=64", "a budget sets recency_tokens"),
+        ("lsa:share=0.1,mode=threshold", "share=0.1 sets budget_tokens: a budget belongs to mode=budget"),
         ("lsa:share=0.1,indexer=hindsight", "decodes twice"),
         ("moba:read_share=0.1", "give block_tokens"),
         ("lsa:share=0.1,read_share=0.1", "not both"),
@@ -120,4 +121,4 @@ def test_what_is_opened_is_what_was_predicted(spec: str) -> None:
     with Single(loaded, method, prompt, reserve_tokens=DECODED_TOKENS) as session:
         for token in range(DECODED_TOKENS):
             session.step(token)
-        assert_predicted(session.cache.footprint(), method, method.predict(loaded.shape, 310, DECODED_TOKENS))
+        assert_predicted(session.sequence.footprint(), method, method.predict(loaded.shape, 310, DECODED_TOKENS))

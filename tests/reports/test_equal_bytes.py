@@ -45,7 +45,11 @@ def run(rows: Rows) -> Run:
 
 
 def test_a_label_without_its_share() -> None:
-    assert without_share("snapkv:window_tokens=16,share=0.25,kv=int4") == ("snapkv:window_tokens=16,kv=int4", "held", 0.25)
+    assert without_share("snapkv:window_tokens=16,share=0.25,kv=int4") == (
+        "snapkv:window_tokens=16,kv=int4",
+        "held",
+        0.25,
+    )
     assert without_share("quest:read_share=0.05") == ("quest", "read", 0.05)
     assert without_share("dense") == ("dense", None, None)
 

@@ -185,7 +185,11 @@ def packed_tokens_kernel(
         tl.store(lse_ptr + partial, top + tl.log2(safe_sum) - LOG2_WEIGHT, mask=g < G)
         for f in tl.static_range(W):
             out_at = out_ptr + partial[None, :] * D + channel_of(c, f, D, BITS)[:, None]
-            tl.store(out_at, (acc[f] * (unit * _step(BITS, f, PLACE, IS_FLOAT)) + base[f % F][None, :]) / safe_sum[None, :], mask=wanted)
+            tl.store(
+                out_at,
+                (acc[f] * (unit * _step(BITS, f, PLACE, IS_FLOAT)) + base[f % F][None, :]) / safe_sum[None, :],
+                mask=wanted,
+            )
 
 
 @triton.jit
