@@ -1,4 +1,4 @@
-"""All methods at equal bytes on one model: accuracy, bytes held and read, and time; and what knowing the question is worth.
+"""All methods at equal bytes on one model: accuracy, bytes held and read, time; and what knowing the question gives.
 
     python benchmarks/equal_bytes.py plan                                    # prompts, rows, cells: runs nothing
     python benchmarks/equal_bytes.py run --work runs/equal --jobs 12 --time-limit 540    # again until it says done
@@ -6,12 +6,12 @@
 
 ``equal_bytes.yaml`` has methods, tasks, lengths, samples and the seed. There are three steps, in two run folders:
 
-- ``accuracy``, folder ``known``: all methods on one prefill a prompt. The method begins at the prompt's last token, so the
-  question is in what a method chooses by.
+- ``accuracy``, folder ``known``: all methods on one prefill a prompt. The method begins at the prompt's last token, so
+  the question is in what a method chooses by.
 - ``question``, folder ``unknown``: the same prompts with ``--method-from question`` for the methods that choose at the
   prompt's end, and what they stand against.
-- ``times``, folder ``known``: the footprint pass, a process a cell. Times of the accuracy pass are those of shared steps,
-  and are quoted nowhere. It measures what has no share, and one share of each method.
+- ``times``, folder ``known``: the footprint pass, a process a cell. Times of the accuracy pass are those of shared
+  steps, and are quoted nowhere. It measures what has no share, and one share of each method.
 
 Every step resumes. The report of ``known`` has table and figure (``equal_bytes``).
 """
@@ -83,14 +83,15 @@ def plan_lines(values: dict[str, Any]) -> Iterator[str]:
         config = checked(step_values(step, values))
         lengths = ", ".join(f"{n:,}" for n in config.lengths_tokens)
         if step == "times":
-            yield f"{step}: {len(config.methods)} methods x {lengths} tokens = {len(config.methods) * len(config.lengths_tokens)} cells, a process each"
+            n_cells = len(config.methods) * len(config.lengths_tokens)
+            yield f"{step}: {len(config.methods)} methods x {lengths} tokens = {n_cells} cells, a process each"
             continue
         n_prompts = len(config.tasks) * config.samples
         total = n_prompts * len(config.lengths_tokens)
         tokens = n_prompts * sum(config.lengths_tokens)
         yield (
-            f"{step}: {n_prompts} prompts at each of {lengths} tokens, {len(config.methods)} methods: {total:,} prefills "
-            f"of {tokens:,} tokens, {total * len(config.methods):,} answers"
+            f"{step}: {n_prompts} prompts at each of {lengths} tokens, {len(config.methods)} methods: {total:,} "
+            f"prefills of {tokens:,} tokens, {total * len(config.methods):,} answers"
         )
 
 
@@ -128,7 +129,7 @@ def is_done(step: str, values: dict[str, Any], work: Path) -> bool:
 
 
 def question_rows(known: Run, unknown: Run) -> list[dict[str, Any]]:
-    """Accuracy with the question unknown and known when the choice is made, by method and length, on the same prompts."""
+    """Accuracy with the question unknown and known to the choice, by method and length, on the same prompts."""
     joined = join(unknown, known)
     found = []
     for (label, _), table in zip(joined.pairs, joined.tables, strict=True):

@@ -1,7 +1,8 @@
 """A method whose budget is given as a share of dense's bytes, of those it holds or of those it reads.
 
 The budget is looked for prompt by prompt, by the method's own ``predict``: that of the bytes nearest to the share, and
-of equal bytes the most tokens, so that no page is half empty when decoding begins. What it came to is in the row, and so are its bytes.
+of equal bytes the most tokens, so that no page is half empty when decoding begins. What it came to is in the row, and
+so are its bytes.
 """
 
 from __future__ import annotations

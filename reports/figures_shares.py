@@ -11,7 +11,6 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from kvscope.reports.canvas import Label, Margins, free_labels, panels
 from kvscope.reports.cells import pool_notes
 from kvscope.reports.figure_parts import ReportFigure, SkippedFigure, accuracy_tip, key_entry, points, subtitle_of
-from kvscope.reports.look import look
 from kvscope.reports.shares import asks_for_shares, share_cells, without_share
 from kvscope.reports.theme import FAINT, MethodStyle, method_styles, theme
 from kvscope.reports.units import length_text, percent
@@ -50,8 +49,8 @@ def equal_bytes_figures(run: Run, cells: pd.DataFrame) -> list[ReportFigure | Sk
     ]
     key.append(key_entry("Pareto front", line="-"))
     caption = (
-        "Accuracy (pooled over tasks) against bytes, as a share of dense's for the same prompts, metadata included; bars "
-        "are 95 % intervals. Nothing that has fewer bytes is more accurate than what is on the Pareto front, and "
+        "Accuracy (pooled over tasks) against bytes, as a share of dense's for the same prompts, metadata included; "
+        "bars are 95 % intervals. Nothing that has fewer bytes is more accurate than what is on the Pareto front, and "
         "names stand there. Above, bytes on the device; below, bytes one decode step reads. A line joins the shares "
         "that one method was asked for. Methods that hold everything were asked for a share of the reads."
     )

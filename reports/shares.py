@@ -16,8 +16,19 @@ ASKED_OF = {SHARE_OPTION: "held", READ_SHARE_OPTION: "read"}
 _CELL = ["method_label", "length_tokens"]
 _SCORES = ["n", "accuracy", "ci_low", "ci_high", "difference_to_dense", "difference_low", "difference_high"]
 _TIMES = ["tpot_s", "tpot_p10_s", "tpot_p90_s", "step_backend", "time_doubts"]
-SHARE_COLUMNS = ["length_tokens", "method_label", "setting", "asked_of", "asked_share", "held_of_dense", "read_of_dense",
-                 *_SCORES, "difference_note", *_TIMES, "reason"]  # fmt: skip
+SHARE_COLUMNS = [
+    "length_tokens",
+    "method_label",
+    "setting",
+    "asked_of",
+    "asked_share",
+    "held_of_dense",
+    "read_of_dense",
+    *_SCORES,
+    "difference_note",
+    *_TIMES,
+    "reason",
+]
 
 
 def without_share(label: str) -> tuple[str, str | None, float | None]:

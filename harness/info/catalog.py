@@ -182,8 +182,8 @@ def shared_options(cls: "type[CacheMethod[Any]]") -> list[str]:
 
 
 SHARED_MEANINGS = {
-    "kv": "format of the store: older tokens in fp8, 8, 4 or 2 bits with scales, the newest 64 to 128 as they are; none: "
-    "the model's dtype (docs/quantised-kv.md)",
+    "kv": "format of the store: older tokens in fp8, 8, 4 or 2 bits with scales, the newest 64 to 128 as they are; "
+    "none: the model's dtype (docs/quantised-kv.md)",
     "share": "budget as a share of dense's bytes on the device, metadata included: the nearest that pages allow",
     "read_share": "budget as a share of the bytes that a step of dense reads, metadata included: the nearest there is",
 }

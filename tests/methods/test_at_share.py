@@ -16,8 +16,10 @@ SHAPE = ModelShape(
     page_tokens=16, sliding_layers=(1,), sliding_window=64,
 )  # fmt: skip
 N_TOKENS = 4000
-HELD = ("recency", "random:chunk_tokens=16", "sliding_window", "snapkv", "pyramidkv", "adakv", "expected_attention", "knorm", "tova", "h2o",
-        "lsa:selection=synthetic,chunk_tokens=16", "recency:kv=fp8")  # fmt: skip
+HELD = (
+    "recency", "random:chunk_tokens=16", "sliding_window", "snapkv", "pyramidkv", "adakv", "expected_attention", "knorm",
+    "tova", "h2o", "snapkv:kv=int4", "lsa:selection=synthetic,chunk_tokens=16", "recency:kv=fp8",
+)  # fmt: skip
 READ = ("quest", "moba:block_tokens=32", "dsa:selection=synthetic")
 
 

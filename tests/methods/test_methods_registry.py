@@ -71,7 +71,7 @@ def test_values_have_types_and_units(spec, option, value):
         ("recency:recency_token=5", "no option 'recency_token'. Did you mean 'recency_tokens'?"),
         (
             "recency:recency_token=5",
-            "Its options are: recency_tokens, budget_bytes, budget_fraction, kv, share, read_share.",
+            "recency_tokens, budget_bytes, budget_fraction, kv, share, read_share.",
         ),
         ("dense:window=5", "Its options are: kv."),
         ("recency:recency_tokens", "'recency_tokens' in method 'recency:recency_tokens' is not key=value"),

@@ -14,16 +14,12 @@ from kvscope.reports.tables import all_tables
 from kvscope.results.frames import Run, make_run
 
 SHARES = (0.05, 0.135, 0.25)
-ASKED = {
-    kind.label: kind
-    for kind in (
-        *(Kind("snapkv", "-", "-", "-", "freed", share, finds=0.4 + 2 * share, options=(("share", share),)) for share in SHARES),
-        *(
-            Kind("quest", "-", "-", "-", "resident", 1, 1 / 8, share, 0.9, (("read_share", share),))
-            for share in SHARES
-        ),
-    )
-}  # fmt: skip
+_HELD = [
+    Kind("snapkv", "-", "-", "-", "freed", share, finds=0.4 + 2 * share, options=(("share", share),))
+    for share in SHARES
+]
+_READ = [Kind("quest", "-", "-", "-", "resident", 1, 1 / 8, share, 0.9, (("read_share", share),)) for share in SHARES]
+ASKED = {kind.label: kind for kind in (*_HELD, *_READ)}
 
 
 @pytest.fixture(scope="module")
