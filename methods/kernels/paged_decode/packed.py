@@ -27,9 +27,6 @@ LOG2_WEIGHT = tl.constexpr(14.0)  # the greatest weight is 2^14: weights of 2^-2
 @triton.constexpr_function
 def _whole_asm(bits, field, place):
     """Return assembly for whole numbers, two words at once: $0 = (1 + field of $1, in fractions) * $2 + $3."""
-    if bits == 8:  # the byte below that of a one in fp16
-        made = f"prmt.b32 t, $1, m, {(0x4240, 0x4341)[field]:#x};"
-        return f"{{ .reg .b32 t, m; mov.b32 m, 0x3c3c3c3c; {made} fma.rn.f16x2 $0, t, $2, $3; }}"
     mask = ((1 << bits) - 1) << place
     mask |= mask << 16
     by = bits * field - place
@@ -348,9 +345,7 @@ def _floats(words, OPERAND: tl.constexpr, ASSEMBLY: tl.constexpr, CONVERTS: tl.c
 
 
 @triton.jit
-def _scaled_floats(
-    words, low, high, OPERAND: tl.constexpr, ASSEMBLY: tl.constexpr, CONVERTS: tl.constexpr
-):
+def _scaled_floats(words, low, high, OPERAND: tl.constexpr, ASSEMBLY: tl.constexpr, CONVERTS: tl.constexpr):
     """Return the same times the scales of the low and of the high byte."""
     if ASSEMBLY:
         shape: tl.constexpr = words.shape

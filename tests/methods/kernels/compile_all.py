@@ -75,7 +75,8 @@ def packed(kv, dtype="bf16", **changes):
         "GROUP": packing.key_group_tokens, "BITS": packing.format.bits, "IS_FLOAT": packing.format.is_float,
         "RECORD": packing.record_bytes, "PLACE": packing.format.place, "COUNTS": 2, "MIN_TILES": 4, "HAS_TABLE": True,
         "HAS_SOFTCAP": False,
-        "DEVICE_LENGTHS": True, "OPERAND": tl.float16, "ASSEMBLY": True, "PRECISION": "ieee", "DEPENDENT": True,
+        "DEVICE_LENGTHS": True, "OPERAND": tl.float16, "ASSEMBLY": True, "CONVERTS": True, "PRECISION": "ieee",
+        "DEPENDENT": True,
         **changes,
     }  # fmt: skip
     pointers = {
