@@ -2,10 +2,11 @@
 
     python benchmarks/packed_variants.py --out FILE [--limit-s 100] [--only int4] [--processes 12]
 
-One layer's decode attention at 1 x 128K of Llama-3.1-8B's shape. Variants are tokens of a tile, warps, stages and programs a
-multiprocessor (``PackedTuning``). Compiling takes most of the time, so processes of their own compile first, and each of
-them holds what it compiled against the reference in fp64: what is wrong is not timed, and the exit status is 1. Then one
-process times all of them by CUDA graphs in which three sets of inputs take turns, the most promising first, until the limit.
+One layer's decode attention at 1 x 128K of Llama-3.1-8B's shape. Variants are tokens of a tile, warps, stages and
+programs a multiprocessor (``PackedTuning``). Compiling takes most of the time, so processes of their own compile first,
+and each of them holds what it compiled against the reference in fp64: what is wrong is not timed, and the exit status
+is 1. Then one process times all of them by CUDA graphs in which three sets of inputs take turns, the most promising
+first, until the limit.
 """
 
 import argparse
@@ -39,8 +40,8 @@ LENGTH_TOKENS = 131072
 SCALE = HEAD_DIM**-0.5
 #: Tokens of a tile, warps, stages: what is compiled. The first ones are timed first.
 COMPILED = (
-    (64, 4, 4), (64, 2, 3), (32, 1, 3), (64, 4, 3), (64, 2, 4), (64, 1, 3), (32, 2, 3), (32, 1, 4), (32, 2, 4), (64, 4, 5),
-    (64, 1, 2), (64, 2, 5), (64, 8, 4), (32, 1, 6),
+    (64, 4, 4), (64, 2, 3), (32, 1, 3), (64, 4, 3), (64, 2, 4), (64, 1, 3), (32, 2, 3), (32, 1, 4), (32, 2, 4),
+    (64, 4, 5), (64, 1, 2), (64, 2, 5), (64, 8, 4), (32, 1, 6),
 )  # fmt: skip
 #: Programs a multiprocessor, by warps: more find no room, or no work.
 PROGRAMS = {1: (6, 8, 10, 12, 16), 2: (3, 4, 5, 6, 8), 4: (2, 3, 4, 5), 8: (1, 2, 3)}
@@ -251,8 +252,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for kv, each in found["best"].items():
             print(
                 f"{kv}: {1e6 * each['time_s']:.1f} us, {each['speed_over_bf16']:.2f} x bf16 (target "
-                f"{each['target_over_bf16']}), {100 * each['of_copy']:.0f} % of the copy: {each['tile_tokens']} tokens, "
-                f"{each['num_warps']} warps, {each['num_stages']} stages, {each['programs_per_sm']} programs"
+                f"{each['target_over_bf16']}), {100 * each['of_copy']:.0f} % of the copy: {each['tile_tokens']} "
+                f"tokens, {each['num_warps']} warps, {each['num_stages']} stages, {each['programs_per_sm']} programs"
             )
     result["took_s"] = round(time.monotonic() - started_s, 1)
     if given.out is not None:

@@ -120,9 +120,12 @@ def _set_by(owner: str, share: Share | None, config_type: type[Any], values: Map
 def _share(owner: str, held: float | None, read: float | None) -> Share | None:
     if held is not None and read is not None:
         raise UsageError(f"{owner}: give {SHARE_OPTION} or {READ_SHARE_OPTION}, not both.")
-    if held is None and read is None:
+    if read is not None:
+        share = Share(of=read, reads=True)
+    elif held is not None:
+        share = Share(of=held)
+    else:
         return None
-    share = Share(of=read, reads=True) if held is None else Share(of=held)
     if not 0 < share.of <= 1:
         raise UsageError(f"{owner}: {share.option} must be above 0 and at most 1, got {share.of}.")
     return share

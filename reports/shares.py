@@ -61,10 +61,14 @@ def share_cells(run: Run, cells: pd.DataFrame) -> pd.DataFrame:
     answers = pooled_answers(run)
     held = prompt_shares(answers).rename("held_of_dense")
     reads = answers["bytes_read_per_step"].astype("float64").rename("read")
-    shares = pd.concat([answers[_CELL], held, reads], axis=1).groupby(_CELL)[["held_of_dense", "read"]].mean()
+    means = pd.concat([answers[_CELL], held, reads], axis=1).groupby(_CELL).mean().reset_index()
+    shares = {(row["method_label"], row["length_tokens"]): row for row in records(means)}
     dense_label = baseline_label(run.info)
-    times = with_doubts(run.footprint)
-    times = times[times["status"] == "ok"].set_index(_CELL)
+    timed = {
+        (row["method_label"], row["length_tokens"]): {key: row[key] for key in _TIMES}
+        for row in records(with_doubts(run.footprint))
+        if row["status"] == "ok"
+    }
     found = []
     for score in records(pooled_cells(run, cells)):
         label, length = score["method_label"], score["length_tokens"]
@@ -72,13 +76,11 @@ def share_cells(run: Run, cells: pd.DataFrame) -> pd.DataFrame:
         row: dict[str, Any] = {"length_tokens": length, "method_label": label, "setting": setting, "asked_of": of}
         row |= {"asked_share": share, "difference_note": score["note"], **{key: score[key] for key in _SCORES}}
         row["reason"] = score["reason"] or (NOT_SEEN if run.info.served else "")
-        if (label, length) in shares.index:
-            mine = shares.loc[(label, length)]
+        mine, dense = shares.get((label, length)), shares.get((dense_label, length))
+        if mine is not None:
             row["held_of_dense"] = mine["held_of_dense"]
-            if (dense_label, length) in shares.index:
-                row["read_of_dense"] = mine["read"] / shares.loc[(dense_label, length)]["read"]
-        if (label, length) in times.index:
-            row |= times.loc[(label, length), _TIMES].to_dict()
+            row["read_of_dense"] = None if dense is None else mine["read"] / dense["read"]
+        row |= timed.get((label, length), {})
         found.append(row)
     frame = pd.DataFrame(found, columns=SHARE_COLUMNS)
     # By length, by what was asked for, then the more accurate: within a group bytes are alike.

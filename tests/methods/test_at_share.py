@@ -17,8 +17,8 @@ SHAPE = ModelShape(
 )  # fmt: skip
 N_TOKENS = 4000
 HELD = (
-    "recency", "random:chunk_tokens=16", "sliding_window", "snapkv", "pyramidkv", "adakv", "expected_attention", "knorm",
-    "tova", "h2o", "snapkv:kv=int4", "lsa:selection=synthetic,chunk_tokens=16", "recency:kv=fp8",
+    "recency", "random:chunk_tokens=16", "sliding_window", "snapkv", "pyramidkv", "adakv", "expected_attention",
+    "knorm", "tova", "h2o", "snapkv:kv=int4", "lsa:selection=synthetic,chunk_tokens=16", "recency:kv=fp8",
 )  # fmt: skip
 READ = ("quest", "moba:block_tokens=32", "dsa:selection=synthetic")
 

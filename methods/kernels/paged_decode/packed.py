@@ -6,8 +6,9 @@ Elements are read as words of 16 bits, whose W fields are W parts of a token's c
 no element changes its place. Operands are fp16 (fp32 for fp32 queries): it holds every code, and a dequantised element
 to 11 bits. Queries and weights are scaled by powers of two to stay within its range.
 
-A scale of ``fp8`` goes to the smaller side where that is a token's, which is its weight's: with u the greatest scale so far,
-``sum_t w_t s_t e_t = u sum_t p_t e_t`` and ``p_t = w_t s_t / u``. Whole numbers have a base, too, and one multiply-add for both.
+Scales of ``fp8`` values go to the smaller side, which is the weights: with u the greatest scale so far,
+``sum_t w_t s_t e_t = u sum_t p_t e_t`` and ``p_t = w_t s_t / u``. Whole numbers have a base, too, and one multiply-add
+for both.
 
 Shapes: G query heads a KV head, D head size, F elements a byte, W = 2 F elements a word, C = D / W words of a token,
 P tokens a page, N tokens a tile. ``kv_format.PagePacking`` has the layout of a page.
@@ -205,8 +206,8 @@ def _attend_packed(
     """Attend one group of queries, in W parts [G_PAD, C_PAD], to tiles of one row; every tile lies in one page.
 
     ``head``, ``numbers`` and ``pairs`` point to the KV head in the first page; ``scale`` is of each query, [G_PAD].
-    Returns the sum of the weights and the greatest logit [G_PAD], u (1 for whole numbers), and the weighted values over u
-    [G_PAD, C_PAD] by part.
+    Returns the sum of the weights and the greatest logit [G_PAD], u (1 for whole numbers), and the weighted values over
+    u [G_PAD, C_PAD] by part.
     """
     W: tl.constexpr = 16 // BITS
     F: tl.constexpr = 8 // BITS
@@ -237,8 +238,8 @@ def _attend_packed(
             k_words = tl.load(at, mask=inside, other=0)
             v_words = tl.load(at + P * C, mask=inside, other=0)
         k_numbers = numbers + page + FIRST_K + offset // GROUP * (KINDS * D)
-        # Numbers of two tokens at once: two bytes a lane are fewer than an asynchronous copy takes, and a multiply-add of
-        # two elements takes both.
+        # Numbers of two tokens at once: two bytes a lane are fewer than an asynchronous copy takes, and a multiply-add
+        # of two elements takes both.
         v_pairs = pairs + page // 2 + FIRST_V // 2 + offset // 2 + tl.arange(0, N // 2)
         page = _slot_of(tile + 1, n, table, P, N, HAS_TABLE) * page_words
 
