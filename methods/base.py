@@ -287,6 +287,11 @@ class CacheMethod(ABC, Generic[ConfigT]):
         self.config: ConfigT = self.Config() if config is None else config
         self.label = label or canonical_label(self.name, self.config)
 
+    @property
+    def kind(self) -> type[Any]:
+        """The class that makes it what it is."""
+        return type(self)
+
     def use_kv(self, kv: KvFormat) -> None:
         """Store in this format; asked once, before anything is opened.
 

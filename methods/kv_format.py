@@ -69,7 +69,7 @@ class PagePacking:
     """How one KV head's part of a page lies in memory: a record of bytes.
 
     In order: elements of K [P, D/F], elements of V [P, D/F], then in fp16 K's scales (and bases)
-    [groups, numbers, D] and V's [F, P, numbers]. Bits i of byte j hold channel ``i * D/F + j``. K's numbers are in the
+    [groups, numbers, D] and V's [F, numbers, P]. Bits i of byte j hold channel ``i * D/F + j``. K's numbers are in the
     order of ``channel_order``: that of the fields of words of two bytes, in which a kernel reads.
 
     Attributes:

@@ -36,7 +36,7 @@ def pack_pages(pages: torch.Tensor, packing: PagePacking) -> torch.Tensor:
     record[:, size:at] = _fold(v_codes).flatten(1)
     order_D = torch.tensor(packing.channel_order, device=pages.device)
     k_meta = torch.stack([each.view(n, groups, D) for each in k_numbers], 2)[..., order_D]  # [n, groups, numbers, D]
-    v_meta = torch.stack([each.view(n, P, fields).transpose(1, 2) for each in v_numbers], 3)  # [n, F, P, numbers]
+    v_meta = torch.stack([each.view(n, P, fields).transpose(1, 2) for each in v_numbers], 2)  # [n, F, numbers, P]
     meta = torch.cat([k_meta.flatten(1), v_meta.flatten(1)], 1).contiguous().view(torch.uint8)
     record[:, at : at + meta.shape[1]] = meta
     return record.view(*lead, packing.record_bytes)
@@ -156,7 +156,8 @@ def _raw_numbers(flat: torch.Tensor, packing: PagePacking) -> tuple[torch.Tensor
     at = packing.element_bytes  # two blocks of elements, two bytes a number
     k = halves[:, at : at + packing.key_numbers].view(n, packing.key_groups, numbers, packing.head_dim)
     at += packing.key_numbers
-    v = halves[:, at : at + packing.value_numbers].view(n, packing.format.fields, packing.page_tokens, numbers)
+    v = halves[:, at : at + packing.value_numbers].view(n, packing.format.fields, numbers, packing.page_tokens)
+    v = v.transpose(2, 3)
     place_D = torch.tensor(packing.channel_order, device=flat.device).argsort()
     return k[..., place_D], v
 

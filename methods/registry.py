@@ -101,21 +101,28 @@ def create_method(given: str | Mapping[str, Any] | Spec, *, paper_settings: bool
     spec = parse_spec(given, kind="method")
     cls = method_class(spec.name)
     options: dict[str, Any] = dict(spec.options)
-    config, kv = build_config(cls.name, cls.Config, options)
-    label = canonical_label(cls.name, config, kv)
+    asked = build_config(cls.name, cls.Config, options)
+    config, share = asked.config, asked.share
+    label = canonical_label(cls.name, config, asked)
     if paper_settings:
         open_options = optional_fields(cls.Config)
-        budgeted = any(getattr(config, key, None) is not None for key in ("budget_bytes", "budget_fraction"))
+        budgeted = share is not None or any(
+            getattr(config, key, None) is not None for key in ("budget_bytes", "budget_fraction")
+        )
         for key, value in (dict.fromkeys(_PAPER_OPTIONS, PAPER_RECENCY_TOKENS) | dict(cls.paper_options)).items():
             # Where a byte budget already sizes the window, the paper's 8192 tokens have nothing left to fix.
             if key in open_options and getattr(config, key) is None and not (budgeted and cls.budget_sets_window):
                 options[key] = value
-        config, _ = build_config(cls.name, cls.Config, options)
+        config = build_config(cls.name, cls.Config, options).config
     # The label is what the user asked for; `effective_config` says what the paper's settings made of it.
     method = cls(config, label=label)
-    if kv is not None:
-        method.use_kv(kv)
-    return method
+    if asked.kv is not None:
+        method.use_kv(asked.kv)
+    if share is None:
+        return method
+    from kvscope.methods.at_share import AtShare
+
+    return AtShare(method, share, sets=asked.share_sets, label=label)
 
 
 def check_one_class_a_name(methods: list[CacheMethod[Any]]) -> None:
@@ -126,7 +133,7 @@ def check_one_class_a_name(methods: list[CacheMethod[Any]]) -> None:
     """
     classes: dict[str, type[Any]] = {}
     for method in methods:
-        first = classes.setdefault(method.name, type(method))
-        if first is not type(method):
-            both = " and ".join(f"{cls.__module__}:{cls.__qualname__}" for cls in (first, type(method)))
+        first = classes.setdefault(method.name, method.kind)
+        if first is not method.kind:
+            both = " and ".join(f"{cls.__module__}:{cls.__qualname__}" for cls in (first, method.kind))
             raise UsageError(f"{both} both have the name {method.name!r}: rows could not be told apart, so keep one.")

@@ -17,6 +17,7 @@ from kvscope.reports.figures_difference import accuracy_minus_dense
 from kvscope.reports.figures_memory import memory_by_length, tpot_by_length
 from kvscope.reports.figures_pareto import accuracy_against_memory, accuracy_against_reads
 from kvscope.reports.figures_residency import resident_over_steps
+from kvscope.reports.figures_shares import equal_bytes_figures
 from kvscope.reports.html import SAMPLES_PAGE, page, samples_page
 from kvscope.reports.legible import legible
 from kvscope.reports.look import Look, fitted, look, wearing
@@ -95,6 +96,7 @@ def all_figures(run: Run, cells: pd.DataFrame) -> list[ReportFigure | SkippedFig
     return [
         accuracy_against_memory(run, cells),
         accuracy_against_reads(run, cells),
+        *equal_bytes_figures(run, cells),
         accuracy_by_length(run, cells),
         accuracy_minus_dense(run),
         accuracy_by_task(run, cells),

@@ -12,6 +12,7 @@ from kvscope.reports.tables_accuracy import accuracy_table, statistics_table
 from kvscope.reports.tables_limits import limit_tables
 from kvscope.reports.tables_main import main_table
 from kvscope.reports.tables_memory import footprint_table, stays_table
+from kvscope.reports.tables_shares import share_tables
 from kvscope.reports.tables_types import type_tables
 from kvscope.results.frames import Run
 
@@ -20,6 +21,7 @@ def all_tables(run: Run, cells: pd.DataFrame) -> list[Table]:
     """The report's tables, in the order they are read; `cells` comes from `accuracy_cells(run)`."""
     return [
         main_table(run, cells),
+        *share_tables(run, cells),
         stays_table(run, cells),
         accuracy_table(run, cells),
         *type_tables(run),

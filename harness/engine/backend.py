@@ -25,6 +25,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from kvscope.errors import UsageError
+from kvscope.methods.at_share import AtShare
 from kvscope.methods.base import CacheMethod, Collector
 from kvscope.methods.shape import DEFAULT_PAGE_TOKENS, ModelShape
 
@@ -227,6 +228,9 @@ class NoForm(CacheMethod[Any]):
 
 def form_on(backend: Backend[Any], method: CacheMethod[Any], shape: Any) -> CacheMethod[Any]:
     """Return a method as it runs on a backend's cache; a ``NoForm`` where it wants packed pages and there are none."""
+    if isinstance(method, AtShare):
+        base = form_on(backend, method.base, shape)
+        return base if isinstance(base, NoForm) else method.over(base, dense=form_on(backend, method.dense, shape))
     form = backend.form_of(method, shape)
     if method.kv is None or backend.packs_pages or isinstance(form, NoForm):
         return form

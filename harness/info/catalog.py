@@ -151,14 +151,15 @@ def method_entry(name: str) -> dict[str, Any]:
 
 def method_options(cls: "type[CacheMethod[Any]]") -> list[dict[str, Any]]:
     """Return name, type, default and meaning of each option of a method."""
-    from kvscope.methods.options import KV_OPTION, field_types, method_field_types
+    from kvscope.methods.options import SHARED_OPTIONS, field_types
 
     types = field_types(cls.Config)
     meanings = documented(cls.Config)
-    shared = []
-    if not cls.kv_refusal and KV_OPTION not in types:
-        text = type_text(method_field_types(cls.Config)[KV_OPTION])
-        shared.append({"name": KV_OPTION, "type": text, "default": None, "meaning": KV_MEANING})
+    shared = [
+        {"name": name, "type": type_text(SHARED_OPTIONS[name]), "default": None, "meaning": SHARED_MEANINGS[name]}
+        for name in shared_options(cls)
+        if name not in types
+    ]
     own = [
         {
             "name": field.name,
@@ -171,10 +172,22 @@ def method_options(cls: "type[CacheMethod[Any]]") -> list[dict[str, Any]]:
     return own + shared
 
 
-KV_MEANING = (
-    "format of the store: older tokens in fp8, 8, 4 or 2 bits with scales, the newest 64 to 128 as they are; none: the "
-    "model's dtype (docs/quantised-kv.md)"
-)
+def shared_options(cls: "type[CacheMethod[Any]]") -> list[str]:
+    """Return the options of every method that this one takes."""
+    from kvscope.methods.options import BUDGETS, KV_OPTION, READ_SHARE_OPTION, SHARE_OPTION
+
+    budgeted = any(field.name in BUDGETS for field in dataclasses.fields(cls.Config))
+    share = READ_SHARE_OPTION if cls.saving_kind == "resident" else SHARE_OPTION
+    return [*([share] if budgeted else []), *([] if cls.kv_refusal else [KV_OPTION])]
+
+
+SHARED_MEANINGS = {
+    "kv": "format of the store: older tokens in fp8, 8, 4 or 2 bits with scales, the newest 64 to 128 as they are; "
+    "none: the model's dtype (docs/quantised-kv.md)",
+    "share": "budget as a share of dense's bytes on the device, metadata included: the nearest that pages allow",
+    "read_share": "budget as a share of the bytes that a step of dense reads, metadata included: the nearest there is",
+}
+"""Option of every method -> what it means."""
 
 
 def type_text(declared: Any) -> str:

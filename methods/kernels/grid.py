@@ -20,3 +20,9 @@ def launches_dependents(device: torch.device) -> bool:
     """Whether a kernel may be launched before the one it follows has ended, and wait inside (programmatic dependent
     launch: CUDA, compute capability 9.0 on)."""
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@lru_cache(maxsize=16)
+def converts_fp8(device: torch.device) -> bool:
+    """Whether an instruction turns e4m3 into fp16 (CUDA, compute capability 8.9 on)."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)

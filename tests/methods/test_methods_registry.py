@@ -69,7 +69,10 @@ def test_values_have_types_and_units(spec, option, value):
         ("recensy", "no method 'recensy'. Did you mean 'recency'?"),
         ("xyz", "no method 'xyz'. Known: adakv, dense, "),
         ("recency:recency_token=5", "no option 'recency_token'. Did you mean 'recency_tokens'?"),
-        ("recency:recency_token=5", "Its options are: recency_tokens, budget_bytes, budget_fraction, kv."),
+        (
+            "recency:recency_token=5",
+            "recency_tokens, budget_bytes, budget_fraction, kv, share, read_share.",
+        ),
         ("dense:window=5", "Its options are: kv."),
         ("recency:recency_tokens", "'recency_tokens' in method 'recency:recency_tokens' is not key=value"),
         ("recency:", "'recency:' is not a method: write name or name:key=value,key=value."),

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvscope.methods.kernels.grid import launches_dependents, n_sms
+from kvscope.methods.kernels.grid import converts_fp8, launches_dependents, n_sms
 from kvscope.methods.kernels.paged_decode.inputs import PagedKV, check_inputs, index_strides
 from kvscope.methods.kernels.paged_decode.merge import merge_kernel
 from kvscope.methods.kernels.paged_decode.packed import packed_split_kernel
@@ -170,6 +170,7 @@ def paged_decode(
                 DEVICE_LENGTHS=lengths.on_device,
                 OPERAND=tl.float32 if q_BQ1D.dtype == torch.float32 else tl.float16,
                 ASSEMBLY=device.type == "cuda" and q_BQ1D.dtype != torch.float32,
+                CONVERTS=converts_fp8(device),
                 PRECISION="ieee",
                 num_warps=packed.num_warps,
                 num_stages=packed.num_stages,

@@ -6,6 +6,10 @@ Elements are read as words of 16 bits, whose W fields are W parts of a token's c
 no element changes its place. Operands are fp16 (fp32 for fp32 queries): it holds every code, and a dequantised element
 to 11 bits. Queries and weights are scaled by powers of two to stay within its range.
 
+Scales of ``fp8`` values go to the smaller side, which is the weights: with u the greatest scale so far,
+``sum_t w_t s_t e_t = u sum_t p_t e_t`` and ``p_t = w_t s_t / u``. Whole numbers have a base, too, and one multiply-add
+for both.
+
 Shapes: G query heads a KV head, D head size, F elements a byte, W = 2 F elements a word, C = D / W words of a token,
 P tokens a page, N tokens a tile. ``kv_format.PagePacking`` has the layout of a page.
 """
@@ -36,16 +40,27 @@ def _whole_asm(bits, field, place):
 
 
 @triton.constexpr_function
-def _float_asm(field):
-    """Return assembly for e4m3: $0 = (byte of $1) * $2, two words at once; the bits of e4m3 at those of fp16 are the
-    number over 2^8."""
-    high = "mov.b32 t, $1;" if field else "shl.b32 t, $1, 8;"
-    return (
-        "{ .reg .b32 t, u, m; "
-        f"{high} shr.b32 u, t, 1; and.b32 u, u, 0x3f803f80; "
-        "lop3.b32 t, t, 0x80008000, u, 0xea; mov.b32 m, 0x5c005c00; "  # (t & signs) | u; m is 256
-        "mul.f16x2 u, $2, m; mul.f16x2 $0, t, u; }"
-    )
+def _float_asm(converts, scaled):
+    """Return assembly for e4m3, two words at once: $0 and $1 are the bytes of $2, times $3 and $4 if ``scaled``."""
+    parts = ["{ .reg .b32 t, u, m; .reg .b16 l, h; mov.b32 m, 0x5c005c00;"]  # m is 256
+    if converts:
+        parts.append(
+            "prmt.b32 t, $2, 0, 0x3120; mov.b32 {l, h}, t; cvt.rn.f16x2.e4m3x2 $0, l; cvt.rn.f16x2.e4m3x2 $1, h;"
+        )
+    else:  # the bits of e4m3 at those of fp16 are the number over 2^8
+        for field, high in ((0, "shl.b32 t, $2, 8;"), (1, "mov.b32 t, $2;")):
+            parts.append(
+                f"{high} shr.b32 u, t, 1; and.b32 u, u, 0x3f803f80; lop3.b32 t, t, 0x80008000, u, 0xea; "
+                f"mul.f16x2 ${field}, t, m;"
+            )
+    if scaled:
+        parts.append("mul.f16x2 $0, $0, $3; mul.f16x2 $1, $1, $4;")
+    return " ".join([*parts, "}"])
+
+
+@triton.constexpr_function
+def _operands(outputs, inputs):
+    return ",".join(["=&r"] * outputs + ["r"] * inputs)
 
 
 # What changes with steps, batches and pools that grow: a compilation for each divisibility would buy nothing.
@@ -94,6 +109,7 @@ def packed_split_kernel(
     DEVICE_LENGTHS: tl.constexpr,
     OPERAND: tl.constexpr,
     ASSEMBLY: tl.constexpr,
+    CONVERTS: tl.constexpr,
     PRECISION: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -101,6 +117,7 @@ def packed_split_kernel(
 
     ``pages_ptr``, ``numbers_ptr`` and ``pairs_ptr`` are the same pages, as words, as fp16 and as pairs of fp16.
     ``GROUP``: tokens that share a channel's scale, a multiple of N. ``RECORD``: bytes of one KV head's part of a page.
+    ``CONVERTS``: the device turns e4m3 into fp16 by an instruction (compute capability 8.9 on).
     """
     W: tl.constexpr = 16 // BITS
     C: tl.constexpr = D // W
@@ -141,19 +158,19 @@ def packed_split_kernel(
         scaled = ()
         for f in tl.static_range(W):
             scaled = scaled + ((q[f].to(tl.float32) / factor[:, None]).to(OPERAND),)
-        weight_sum, top, acc = _attend_packed(
+        weight_sum, top, unit, acc = _attend_packed(
             scaled, factor * scale, pages_ptr + h * (RECORD // 2), numbers_ptr + h * (RECORD // 2),
             pairs_ptr + h * (RECORD // 4),
             table_ptr + b * stride_tb + h * stride_th, n, tile_begin, tile_end, n_kv_heads, softcap,
             G_PAD, D, C_PAD, P, N, GROUP, BITS, IS_FLOAT, RECORD, PLACE, HAS_TABLE, HAS_SOFTCAP, OPERAND, ASSEMBLY,
-            PRECISION,
+            CONVERTS, PRECISION,
         )  # fmt: skip
         safe_sum = tl.where(weight_sum > 0, weight_sum, 1.0)
         partial = (row + program) * G + g
         tl.store(lse_ptr + partial, top + tl.log2(safe_sum) - LOG2_WEIGHT, mask=g < G)
         for f in tl.static_range(W):
             out_at = out_ptr + partial[:, None] * D + _channel(c, f, D, BITS)[None, :]
-            tl.store(out_at, acc[f] / safe_sum[:, None], mask=wanted)
+            tl.store(out_at, acc[f] * (unit / safe_sum)[:, None], mask=wanted)
 
 
 @triton.jit
@@ -183,11 +200,14 @@ def _attend_packed(
     HAS_SOFTCAP: tl.constexpr,
     OPERAND: tl.constexpr,
     ASSEMBLY: tl.constexpr,
+    CONVERTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Attend one group of queries, in W parts [G_PAD, C_PAD], to tiles of one row; every tile lies in one page.
 
     ``head``, ``numbers`` and ``pairs`` point to the KV head in the first page; ``scale`` is of each query, [G_PAD].
+    Returns the sum of the weights and the greatest logit [G_PAD], u (1 for whole numbers), and the weighted values over
+    u [G_PAD, C_PAD] by part.
     """
     W: tl.constexpr = 16 // BITS
     F: tl.constexpr = 8 // BITS
@@ -199,6 +219,7 @@ def _attend_packed(
     t = tl.arange(0, N)
     top = tl.full([G_PAD], float("-inf"), tl.float32)
     weight_sum = tl.zeros([G_PAD], tl.float32)
+    unit = tl.full([], 1e-30 if IS_FLOAT else 1.0, tl.float32)
     acc = ()
     for _ in tl.static_range(W):
         acc = acc + (tl.zeros([G_PAD, C_PAD], tl.float32),)
@@ -217,18 +238,24 @@ def _attend_packed(
             k_words = tl.load(at, mask=inside, other=0)
             v_words = tl.load(at + P * C, mask=inside, other=0)
         k_numbers = numbers + page + FIRST_K + offset // GROUP * (KINDS * D)
-        v_numbers = numbers + page + FIRST_V + offset + t
-        v_pairs = pairs + page // 2 + FIRST_V // 2 + offset + t
+        # Numbers of two tokens at once: two bytes a lane are fewer than an asynchronous copy takes, and a multiply-add
+        # of two elements takes both.
+        v_pairs = pairs + page // 2 + FIRST_V // 2 + offset // 2 + tl.arange(0, N // 2)
         page = _slot_of(tile + 1, n, table, P, N, HAS_TABLE) * page_words
 
         logits = tl.zeros([G_PAD, N], tl.float32)
-        for f in tl.static_range(W):
-            s = tl.load(k_numbers + f * C + c, mask=c < C, other=0.0)
-            z = s
-            if not IS_FLOAT:
+        if IS_FLOAT:
+            low = tl.load(k_numbers + c, mask=c < C, other=0.0)
+            high = tl.load(k_numbers + C + c, mask=c < C, other=0.0)
+            k = _scaled_floats(k_words, low[None, :], high[None, :], OPERAND, ASSEMBLY, CONVERTS)
+            for f in tl.static_range(W):
+                logits = tl.dot(q[f], tl.trans(k[f]), logits, input_precision=PRECISION)
+        else:
+            for f in tl.static_range(W):
+                s = tl.load(k_numbers + f * C + c, mask=c < C, other=0.0)
                 z = tl.load(k_numbers + D + f * C + c, mask=c < C, other=0.0)
-            k = _values(k_words, s[None, :], z[None, :], f, BITS, IS_FLOAT, PLACE, OPERAND, ASSEMBLY)
-            logits = tl.dot(q[f], tl.trans(k), logits, input_precision=PRECISION)
+                k_f = _wholes(k_words, s[None, :], z[None, :], f, BITS, PLACE, OPERAND, ASSEMBLY)
+                logits = tl.dot(q[f], tl.trans(k_f), logits, input_precision=PRECISION)
         logits *= scale[:, None]
         if HAS_SOFTCAP:
             # softcap * tanh(x), by an exponential that saturates to +-1 where it overflows.
@@ -238,26 +265,32 @@ def _attend_packed(
         fade = tl.exp2(top - new_top)
         weights = tl.exp2(logits - (new_top - LOG2_WEIGHT)[:, None])
         weight_sum = weight_sum * fade + tl.sum(weights, 1)
-        operand = weights.to(OPERAND)
-        scales = ()
-        bases = ()
-        for group in tl.static_range(F):
-            if IS_FLOAT:
-                scales = scales + (tl.load(v_numbers + group * P),)
-                bases = scales
-            else:
-                # Two bytes a lane are fewer than an asynchronous copy takes: a scale and its base come together.
-                pair = tl.load(v_pairs + group * P)
-                scales = scales + ((pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True),)
-                bases = bases + ((pair >> 16).to(tl.int16).to(tl.float16, bitcast=True),)
-        added = ()
-        for f in tl.static_range(W):
-            s, z = scales[f % F][:, None], bases[f % F][:, None]
-            v = _values(v_words, s, z, f, BITS, IS_FLOAT, PLACE, OPERAND, ASSEMBLY)
-            added = added + (tl.dot(operand, v, acc[f] * fade[:, None], input_precision=PRECISION),)
+        if IS_FLOAT:
+            s = _of_pairs(tl.load(v_pairs), N).to(tl.float32)
+            new_unit = tl.maximum(unit, tl.max(s, 0))
+            per_unit = 1.0 / new_unit
+            operand = (weights * (s * per_unit)[None, :]).to(OPERAND)
+            fade *= unit * per_unit
+            unit = new_unit
+            v = _floats(v_words, OPERAND, ASSEMBLY, CONVERTS)
+            added = ()
+            for f in tl.static_range(W):
+                added = added + (tl.dot(operand, v[f], acc[f] * fade[:, None], input_precision=PRECISION),)
+        else:
+            operand = weights.to(OPERAND)
+            scales = ()
+            bases = ()
+            for group in tl.static_range(F):
+                scales = scales + (_of_pairs(tl.load(v_pairs + 2 * group * (P // 2)), N),)
+                bases = bases + (_of_pairs(tl.load(v_pairs + (2 * group + 1) * (P // 2)), N),)
+            added = ()
+            for f in tl.static_range(W):
+                s, z = scales[f % F][:, None], bases[f % F][:, None]
+                v_f = _wholes(v_words, s, z, f, BITS, PLACE, OPERAND, ASSEMBLY)
+                added = added + (tl.dot(operand, v_f, acc[f] * fade[:, None], input_precision=PRECISION),)
         acc = added
         top = new_top
-    return weight_sum, top, acc
+    return weight_sum, top, unit, acc
 
 
 @triton.jit
@@ -268,38 +301,62 @@ def _channel(c, FIELD: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def _values(
-    words, scales, bases, FIELD: tl.constexpr, BITS: tl.constexpr, IS_FLOAT: tl.constexpr, PLACE: tl.constexpr,
-    OPERAND: tl.constexpr, ASSEMBLY: tl.constexpr,
+def _wholes(
+    words, scales, bases, FIELD: tl.constexpr, BITS: tl.constexpr, PLACE: tl.constexpr, OPERAND: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
-    """Return a field of words as dequantised numbers of ``OPERAND``.
+    """Return a field of words as dequantised whole numbers of ``OPERAND``.
 
-    The assembly does what stands below it, for two words at once; Triton's interpreter has none.
+    Assembly here and below does what stands below it, for two words at once; Triton's interpreter has none.
     """
     if ASSEMBLY:
         shape: tl.constexpr = words.shape
-        words, scales, bases = (
-            tl.broadcast_to(words, shape),
-            tl.broadcast_to(scales, shape),
-            tl.broadcast_to(bases, shape),
-        )
-        if IS_FLOAT:
-            return tl.inline_asm_elementwise(
-                _float_asm(FIELD), "=r,r,r", [words, scales], dtype=tl.float16, is_pure=True, pack=2
-            )
+        scales, bases = tl.broadcast_to(scales, shape), tl.broadcast_to(bases, shape)
         return tl.inline_asm_elementwise(
             _whole_asm(BITS, FIELD, PLACE), "=r,r,r,r", [words, scales, bases], dtype=tl.float16, is_pure=True, pack=2
         )
-    if IS_FLOAT:
-        # The bits of e4m3 at those of fp16 give the number over 2^8, small ones included.
-        high = words if FIELD == 1 else words << 8
-        bits = (high & -0x8000) | ((high >> 1) & 0x3F80)
-        numbers = bits.to(tl.float16, bitcast=True).to(OPERAND) * 256.0
-        return (numbers * scales.to(OPERAND)).to(OPERAND)
     field = (words >> (BITS * FIELD)) & ((1 << BITS) - 1)
     # 1 in fp16, the code in its fraction. Products are exact in fp32 and rounded once, as fused ones are.
     factor = ((field << PLACE) | 0x3C00).to(tl.float16, bitcast=True).to(tl.float32)
     return (factor * scales.to(tl.float32) + bases.to(tl.float32)).to(OPERAND)
+
+
+@triton.jit
+def _of_pairs(pairs, N: tl.constexpr):
+    """Return N numbers of fp16 from [N / 2] pairs."""
+    first = (pairs & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+    second = (pairs >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+    return tl.reshape(tl.join(first, second), (N,))
+
+
+@triton.jit
+def _floats(words, OPERAND: tl.constexpr, ASSEMBLY: tl.constexpr, CONVERTS: tl.constexpr):
+    """Return both bytes of words, e4m3, as numbers of ``OPERAND``."""
+    if ASSEMBLY:
+        return tl.inline_asm_elementwise(
+            _float_asm(CONVERTS, False), _operands(2, 1), [words], dtype=(tl.float16,) * 2, is_pure=True, pack=2
+        )
+    found = ()
+    for f in tl.static_range(2):
+        # The bits of e4m3 at those of fp16 give the number over 2^8, small ones included.
+        high = words if f == 1 else words << 8
+        bits = (high & -0x8000) | ((high >> 1) & 0x3F80)
+        found = found + ((bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0).to(OPERAND),)
+    return found
+
+
+@triton.jit
+def _scaled_floats(words, low, high, OPERAND: tl.constexpr, ASSEMBLY: tl.constexpr, CONVERTS: tl.constexpr):
+    """Return the same times the scales of the low and of the high byte."""
+    if ASSEMBLY:
+        shape: tl.constexpr = words.shape
+        low, high = tl.broadcast_to(low, shape), tl.broadcast_to(high, shape)
+        return tl.inline_asm_elementwise(
+            _float_asm(CONVERTS, True), _operands(2, 3), [words, low, high], dtype=(tl.float16,) * 2, is_pure=True,
+            pack=2,
+        )  # fmt: skip
+    found = _floats(words, OPERAND, False, False)
+    return (found[0] * low.to(OPERAND)).to(OPERAND), (found[1] * high.to(OPERAND)).to(OPERAND)
 
 
 @triton.jit

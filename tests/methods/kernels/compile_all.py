@@ -75,7 +75,8 @@ def packed(kv, dtype="bf16", **changes):
         "GROUP": packing.key_group_tokens, "BITS": packing.format.bits, "IS_FLOAT": packing.format.is_float,
         "RECORD": packing.record_bytes, "PLACE": packing.format.place, "COUNTS": 2, "MIN_TILES": 4, "HAS_TABLE": True,
         "HAS_SOFTCAP": False,
-        "DEVICE_LENGTHS": True, "OPERAND": tl.float16, "ASSEMBLY": True, "PRECISION": "ieee", "DEPENDENT": True,
+        "DEVICE_LENGTHS": True, "OPERAND": tl.float16, "ASSEMBLY": True, "CONVERTS": True, "PRECISION": "ieee",
+        "DEPENDENT": True,
         **changes,
     }  # fmt: skip
     pointers = {
@@ -198,6 +199,7 @@ if __name__ == "__main__":
     for kv in FORMATS:
         packed(kv)
     packed("int4", dtype="fp16", HAS_SOFTCAP=True)
+    packed("fp8", CONVERTS=False)  # as before compute capability 8.9
     rows()
     rows(P=0, N=128, COUNTS=512, HAS_TABLE=True, HAS_TOKENS=True, HAS_TURNED=True)
     rest_of_rows()
