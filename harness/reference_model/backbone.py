@@ -48,9 +48,9 @@ class Backbone:
         """Return what the first layer is given, and the keywords that every layer is given."""
         raise NotImplementedError
 
-    def leaving(self, base: Any, x: torch.Tensor) -> torch.Tensor:
+    def leaving(self, base: Any, x: torch.Tensor, ids_BT: torch.Tensor) -> torch.Tensor:
         """Return [B, T, M] before the final norm, from what the last layer gives."""
-        del base
+        del base, ids_BT
         return x
 
     def by_muon(self, name: str, parameter: torch.nn.Parameter) -> bool:

@@ -141,7 +141,7 @@ class Trainer:
                 )  # fmt: skip
             else:
                 x = layer(x, **given)
-        return self.backbone.leaving(base, x)
+        return self.backbone.leaving(base, x, ids_BT)
 
     def check_against_stock(self, batch: Batch) -> float:
         """Compare training's forward with the stock model's on a row's beginning; returns the relative difference.

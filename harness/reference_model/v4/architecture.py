@@ -87,15 +87,15 @@ class DeepseekV4(Backbone):
             layer.parts = parts
 
     def entering(self, base: Any, ids_BT: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
-        x_BTM = base.embed_tokens(ids_BT)
+        x_NM = base.embed_tokens(ids_BT.flatten())
         positions = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
-        rope = {kind: base.rotary_emb(x_BTM, positions, layer_type=kind) for kind in ("main", "compress")}
-        streams_BTSM = x_BTM[:, :, None].expand(-1, -1, base.config.hc_mult, -1).contiguous()
-        return streams_BTSM, {"rope": rope, "topk": base.config.index_topk}
+        rope = {kind: base.rotary_emb(x_NM, positions, layer_type=kind) for kind in ("main", "compress")}
+        streams_NSM = x_NM[:, None].repeat(1, base.config.hc_mult, 1)
+        return streams_NSM, {"rows": len(ids_BT), "rope": rope, "topk": base.config.index_topk}
 
-    def leaving(self, base: Any, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = base.hc_head(x)
-        return out
+    def leaving(self, base: Any, x: torch.Tensor, ids_BT: torch.Tensor) -> torch.Tensor:
+        x_BTM: torch.Tensor = base.hc_head(x.unflatten(0, ids_BT.shape))
+        return x_BTM
 
     def by_muon(self, name: str, parameter: torch.nn.Parameter) -> bool:
         # Position biases and the weights that mix streams or route tokens are matrices in shape alone.

@@ -109,7 +109,7 @@ def index_losses(backbone: Backbone, model: PreTrainedModel, *, topk: int) -> Lo
             for layer in base.layers:
                 module = layer.self_attn
                 with torch.no_grad():
-                    hidden_BTM, _, _ = layer.entering_attention(streams)
+                    hidden_BTM = layer.entering_attention(streams)[0].unflatten(0, batch.ids_BT.shape)
                     streams = layer(streams, **given)
                 if hasattr(module.compressor, "indexer"):
                     loss, held_BC = layer_loss(module, hidden_BTM, at_BC, given["rope"], topk)

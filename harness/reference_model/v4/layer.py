@@ -1,7 +1,8 @@
 """A stock DeepSeek-V4 model whose layers compute as stock ones do, for whole unpadded rows that start at position 0.
 
 What works token by token (mixing of the residual streams, experts) is apart from attention, so that it can be compiled
-once for all layers and lengths: a stock layer has some 300 small operations in the mixing alone.
+once for all layers and lengths: a stock layer has some 300 small operations in the mixing alone. Streams stay flat over
+rows and tokens, and no part is given a view: a view of another tensor would be another graph.
 
 Shapes: B rows, T tokens, N = B x T, S residual streams, M hidden size, Q query heads, D head size, n entries, r tokens
 an entry, E experts, P rotating pairs, J indexer heads.
@@ -131,24 +132,22 @@ class TrainingLayer(DeepseekV4DecoderLayer):  # type: ignore[misc]  # transforme
 
     parts = TokenParts()
 
-    def entering_attention(self, streams_BTSM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return what attention is given [B, T, M], and the weights of its way back."""
-        x_NM, back_NS, mix_NSS = self.parts.into(self.attn_hc, self.input_layernorm, streams_BTSM.flatten(0, 1))
-        return x_NM.unflatten(0, streams_BTSM.shape[:2]), back_NS, mix_NSS
+    def entering_attention(self, streams_NSM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return what attention is given [N, M], and the weights of its way back."""
+        return self.parts.into(self.attn_hc, self.input_layernorm, streams_NSM)
 
-    def forward(self, hidden_states: torch.Tensor, *, rope: Rope, topk: int | None) -> torch.Tensor:
-        """Return the streams [B, T, S, M] behind the layer.
+    def forward(self, hidden_states: torch.Tensor, *, rows: int, rope: Rope, topk: int) -> torch.Tensor:
+        """Return the streams [N, S, M] behind the layer, from those before it.
 
         Args:
-            topk: entries that a query of a compressed-sparse layer attends to, by its indexer; none: all it may see.
+            rows: B.
+            topk: entries that a query of a compressed-sparse layer attends to, by its indexer.
         """
-        shape = hidden_states.shape
-        x_BTM, back_NS, mix_NSS = self.entering_attention(hidden_states)
-        out_BTM = attend(self.self_attn, x_BTM, rope=rope, topk=topk)
-        streams_NSM = self.parts.out_of(out_BTM.flatten(0, 1), back_NS, mix_NSS, hidden_states.flatten(0, 1))
+        x_NM, back_NS, mix_NSS = self.entering_attention(hidden_states)
+        out_NM = attend(self.self_attn, x_NM.unflatten(0, (rows, -1)), rope=rope, topk=topk)
+        streams_NSM = self.parts.out_of(out_NM, back_NS, mix_NSS, hidden_states)
         x_NM, back_NS, mix_NSS = self.parts.into(self.ffn_hc, self.post_attention_layernorm, streams_NSM)
-        out_NM = self.parts.feed_forward(self.mlp, x_NM)
-        return self.parts.out_of(out_NM, back_NS, mix_NSS, streams_NSM).view(shape)
+        return self.parts.out_of(self.parts.feed_forward(self.mlp, x_NM), back_NS, mix_NSS, streams_NSM)
 
 
 def queries_and_window(
@@ -161,8 +160,8 @@ def queries_and_window(
     return apply_rotary_pos_emb(q_BQTD, *rope), apply_rotary_pos_emb(kv_B1TD, *rope), low_BTR
 
 
-def attend(module: Any, x_BTM: torch.Tensor, *, rope: Rope, topk: int | None) -> torch.Tensor:
-    """Return attention's output [B, T, M] with a stock attention module's parameters."""
+def attend(module: Any, x_BTM: torch.Tensor, *, rope: Rope, topk: int) -> torch.Tensor:
+    """Return attention's output [N, M] with a stock attention module's parameters."""
     cos, sin = rope[module.rope_layer_type]
     q_BQTD, kv_B1TD, low_BTR = queries_and_window(module, x_BTM, (cos, sin))
     kv_B1TD = kv_B1TD.to(q_BQTD.dtype)  # transformers 5.17's norms return fp32 under autocast
@@ -173,16 +172,16 @@ def attend(module: Any, x_BTM: torch.Tensor, *, rope: Rope, topk: int | None) ->
     maker = module.compressor
     if maker is not None:
         e_BnD = entries_of(maker, x_BTM, (cos, sin)).to(q_BQTD.dtype)
-        if topk is not None and hasattr(maker, "indexer") and topk < e_BnD.shape[1]:
+        if hasattr(maker, "indexer") and topk < e_BnD.shape[1]:
             chosen_BTk = chosen_entries(maker.indexer, x_BTM, low_BTR, (cos, sin), topk)
             out_BQTD = attention.joined_with_chosen(q_BQTD, e_BnD, chosen_BTk, out_BQTD, lse_BQT, **given)
         else:
             rate = maker.compress_rate
             out_BQTD = attention.joined_with_entries(q_BQTD, e_BnD, out_BQTD, lse_BQT, rate=rate, **given)
-    out_BTQD = apply_rotary_pos_emb(out_BQTD, cos, -sin).transpose(1, 2)
-    groups = module.o_a_proj.n_groups
-    out: torch.Tensor = module.o_b_proj(module.o_a_proj(out_BTQD.flatten(2).unflatten(-1, (groups, -1))).flatten(2))
-    return out
+    out_NQD = apply_rotary_pos_emb(out_BQTD, cos, -sin).transpose(1, 2).flatten(0, 1)
+    grouped_NGR = module.o_a_proj(out_NQD.flatten(1).unflatten(1, (module.o_a_proj.n_groups, -1)))
+    out_NM: torch.Tensor = module.o_b_proj(grouped_NGR.flatten(1))
+    return out_NM
 
 
 class TrainingV4(DeepseekV4ForCausalLM):  # type: ignore[misc]  # transformers is untyped
