@@ -54,7 +54,9 @@ def train(
     phases: Annotated[
         str | None,
         typer.Option(
-            "--phases", metavar="NAME,NAME", help="Phases, comma-separated; left: what --resume has not ended.  [default: all]"
+            "--phases",
+            metavar="NAME,NAME",
+            help="Phases, comma-separated; left: what --resume has not ended.  [default: all]",
         ),
     ] = None,
     steps: Annotated[
