@@ -84,3 +84,17 @@ def unpadded_attention(
 
 
 AttentionInterface.register(NAME, unpadded_attention)
+
+
+def use_for_batches(model: Any, *, padded: bool) -> bool:
+    """Switch a stock model to the attention that its batches are answered with.
+
+    Returns:
+        Whether prompts of unlike length may share a batch. DeepSeek-V4 would make entries of their padding.
+    """
+    if model.config.model_type == "deepseek_v4":
+        model.set_attn_implementation("eager")
+        return False
+    # Padding needs the stock masks.
+    model.set_attn_implementation("sdpa" if padded else NAME)
+    return True

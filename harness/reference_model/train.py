@@ -58,7 +58,8 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UsageError(f"--resume: '{folder}' has no {STATE_FILE}; name a folder that training has written.") from None
+        message = f"--resume: '{folder}' has no {STATE_FILE}; name a folder that training has written."
+        raise UsageError(message) from None
     return state
 
 

@@ -14,6 +14,7 @@ from kvscope import cli
 from kvscope.errors import UsageError
 from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
 from kvscope.harness.reference_model import train
+from kvscope.harness.reference_model import trainer as trainers
 from kvscope.harness.reference_model.architecture import Afmoe
 from kvscope.harness.reference_model.curriculum import Phase, Shape
 from kvscope.harness.reference_model.phases import phases_left
@@ -26,9 +27,7 @@ RECALL = {"tokens": 64, "rows": 16, "questions": 4, "words": 40}
 
 
 def trainer_of(model: Any, out: Path, *, topk: int = 4) -> Trainer:
-    return Trainer(
-        model, device=torch.device("cpu"), out=out, compile_layers=False, backbone=DeepseekV4(topk=topk)
-    )
+    return Trainer(model, device=torch.device("cpu"), out=out, compile_layers=False, backbone=DeepseekV4(topk=topk))
 
 
 def phase_of(steps: int, **changes: Any) -> Phase:
@@ -97,13 +96,15 @@ def test_queries_taken_are_the_scored_ones_and_others() -> None:
     assert taken.at_BC.unique().numel() > RECALL["tokens"] // 2
 
 
-def test_a_phase_ends_as_soon_as_it_is_learnt(tmp_path: Path) -> None:
+def test_a_phase_ends_as_soon_as_it_is_learnt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainers, "ENOUGH_STEPS", 10)
     trainer = trainer_of(DeepseekV4().build(small_config(), seed=0), tmp_path)
     batch = next(recall_batches(**{**RECALL, "rows": 2}, seed=1))
-    done = trainer.run_phase(phase_of(200, enough=0.02), iter([batch] * 200), deadline=None)
-    assert done == 40, "one batch again and again is known by the first look"
+    done = trainer.run_phase(phase_of(200, enough=0.02, lr=(1e-2, 1e-2)), iter([batch] * 200), deadline=None)
+    assert done % trainers.AGREE_STEPS == 0
+    assert 10 < done < 100, "one batch again and again is soon known"
     assert trainer.history[-1]["ended_by"] == "accuracy"
-    assert trainer.run_phase(phase_of(48, enough=None), iter([batch] * 48), deadline=None) == 48
+    assert trainer.run_phase(phase_of(16, enough=None), iter([batch] * 16), deadline=None) == 16
     assert trainer.history[-1]["ended_by"] == "steps"
 
 

@@ -1,7 +1,7 @@
 """The small DeepSeek-V4's shape, and what training makes of it.
 
-After a trial with stock classes: 8 layers, four residual streams, four experts, AdamW at 2e-3. The first two layers give
-a token its neighbours and put them into entries before the next one looks for a match.
+After a trial with stock classes: 8 layers, four residual streams, four experts, AdamW at 2e-3. The first two layers
+give a token its neighbours and put them into entries before the next one looks for a match.
 """
 
 from typing import Any

@@ -118,9 +118,7 @@ def chosen_entries(
     parts = []
     for start in range(0, hidden_BTM.shape[1], attention.CHOSEN_QUERIES):
         at = slice(start, start + attention.CHOSEN_QUERIES)
-        scores = index_scores(
-            indexer, hidden_BTM[:, at], low_BTR[:, at], keys_BnD, (rope[0][:, at], rope[1][:, at])
-        )
+        scores = index_scores(indexer, hidden_BTM[:, at], low_BTR[:, at], keys_BnD, (rope[0][:, at], rope[1][:, at]))
         scores = scores.masked_fill(entry_n >= seen_T[at, None], float("-inf"))
         best = scores.topk(min(topk, len(entry_n)), sorted=False)
         parts.append(best.indices.masked_fill(best.values == float("-inf"), -1))
@@ -166,9 +164,7 @@ def attend(module: Any, x_BTM: torch.Tensor, *, rope: Rope, topk: int) -> torch.
     q_BQTD, kv_B1TD, low_BTR = queries_and_window(module, x_BTM, (cos, sin))
     kv_B1TD = kv_B1TD.to(q_BQTD.dtype)  # transformers 5.17's norms return fp32 under autocast
     given = {"scale": module.scaling}
-    out_BQTD, lse_BQT = attention.window_attention(
-        q_BQTD, kv_B1TD, module.sinks, window=module.sliding_window, **given
-    )
+    out_BQTD, lse_BQT = attention.window_attention(q_BQTD, kv_B1TD, module.sinks, window=module.sliding_window, **given)
     maker = module.compressor
     if maker is not None:
         e_BnD = entries_of(maker, x_BTM, (cos, sin)).to(q_BQTD.dtype)
