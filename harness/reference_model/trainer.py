@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from kvscope.files import TextFile, whole_file, writing
 from kvscope.harness.reference_model.architecture import Afmoe
-from kvscope.harness.reference_model.backbone import Backbone
+from kvscope.harness.reference_model.backbone import Backbone, Losses
 from kvscope.harness.reference_model.curriculum import ENOUGH_STEPS, Phase
 from kvscope.harness.reference_model.data import Batch
 from kvscope.harness.reference_model.muon import Muon
@@ -85,7 +85,7 @@ class Trainer:
         self.backbone = backbone or Afmoe()
         self._parameters = list(model.parameters())
         self.step = self.start_step = 0
-        self._losses = self._answers
+        self._losses: Losses = self._answers
         self._begin_objective("answers")
         if compile_layers:
             self.backbone.compile(model)

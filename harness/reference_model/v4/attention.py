@@ -88,7 +88,7 @@ class _Joined(torch.autograd.Function):
         return joined
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q_BFnD, e_B1nD, before_BFnD, lse_BFn, joined, total_BFn = ctx.saved_tensors
         grad = grad.to(joined.dtype)
         grad_q, grad_e = _flash_backward(grad, q_BFnD, e_B1nD, joined, total_BFn, ctx.extra, ctx.scale)

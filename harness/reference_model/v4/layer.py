@@ -65,8 +65,12 @@ class TokenParts:
 
 def compiled_parts(**options: Any) -> TokenParts:
     """Return the parts compiled for any number of tokens."""
-    parts = (into_block, out_of_block, feed_forward)
-    return TokenParts(*(torch.compile(part, dynamic=True, **options) for part in parts))
+    whole = {"dynamic": True, **options}
+    return TokenParts(
+        into=torch.compile(into_block, **whole),
+        out_of=torch.compile(out_of_block, **whole),
+        feed_forward=torch.compile(feed_forward, **whole),
+    )
 
 
 def entries_of(maker: Any, hidden_BTM: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -142,7 +146,7 @@ class TrainingLayer(DeepseekV4DecoderLayer):  # type: ignore[misc]  # transforme
             topk: entries that a query of a compressed-sparse layer attends to, by its indexer.
         """
         x_NM, back_NS, mix_NSS = self.entering_attention(hidden_states)
-        out_NM = attend(self.self_attn, x_NM.unflatten(0, (rows, -1)), rope=rope, topk=topk)
+        out_NM = attend(self.self_attn, x_NM.view(rows, -1, x_NM.shape[1]), rope=rope, topk=topk)
         streams_NSM = self.parts.out_of(out_NM, back_NS, mix_NSS, hidden_states)
         x_NM, back_NS, mix_NSS = self.parts.into(self.ffn_hc, self.post_attention_layernorm, streams_NSM)
         return self.parts.out_of(self.parts.feed_forward(self.mlp, x_NM), back_NS, mix_NSS, streams_NSM)
