@@ -141,6 +141,8 @@ def train(
         trainer.history, trainer.step, trainer.start_step = state["phases"], state["step"], state["step"]
     trainer.log(
         versions=versions(),
+        architecture=backbone.name,
+        optimizer=backbone.optimizer,
         seed=seed,
         replicas=team.total,
         processes=team.world,

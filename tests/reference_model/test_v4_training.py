@@ -26,8 +26,10 @@ from kvscope.harness.reference_model.v4.phases import V4_PHASES
 RECALL = {"tokens": 64, "rows": 8, "questions": 4, "words": 40}
 
 
-def trainer_of(model: Any, out: Path, *, topk: int = 4) -> Trainer:
-    return Trainer(model, device=torch.device("cpu"), out=out, compile_layers=False, backbone=DeepseekV4(topk=topk))
+def trainer_of(model: Any, out: Path, *, optimizer: str = "adamw") -> Trainer:
+    backbone = DeepseekV4(topk=4)
+    backbone.optimizer = optimizer
+    return Trainer(model, device=torch.device("cpu"), out=out, compile_layers=False, backbone=backbone)
 
 
 def phase_of(steps: int, **changes: Any) -> Phase:
@@ -36,13 +38,15 @@ def phase_of(steps: int, **changes: Any) -> Phase:
                     **changes})  # fmt: skip
 
 
-def test_some_steps_of_recall_lower_the_loss(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    trainer = trainer_of(DeepseekV4().build(small_config(), seed=0), tmp_path)
+@pytest.mark.parametrize(("optimizer", "lr"), [("adamw", 1e-2), ("muon", 5e-3)])
+def test_some_steps_of_recall_lower_the_loss(tmp_path: Path, optimizer: str, lr: float) -> None:
+    trainer = trainer_of(DeepseekV4().build(small_config(), seed=0), tmp_path, optimizer=optimizer)
     source = recall_batches(**RECALL, seed=1)
     first, _ = trainer.gradients(next(source))
     trainer.model.zero_grad(set_to_none=True)
-    trainer.run_phase(phase_of(12, lr=(1e-2, 1e-2)), source, deadline=None)
+    trainer.run_phase(phase_of(12, lr=(lr, lr)), source, deadline=None)
+    muon = sum(parameter.numel() for group in trainer.muon.groups for parameter in group)
+    assert (muon > 100_000) is (optimizer == "muon")
     last, _ = trainer.gradients(next(source))
     # From a guess among 512 tokens towards one among the 40 that are values.
     assert first > 6

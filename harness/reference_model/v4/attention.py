@@ -125,8 +125,10 @@ def _joined_with_chosen(
     q_BQCD: torch.Tensor, e_BnD: torch.Tensor, chosen_BCk: torch.Tensor, before_BQCD: torch.Tensor,
     lse_BQC: torch.Tensor, scale: float,
 ) -> torch.Tensor:  # fmt: skip
-    row = torch.arange(len(e_BnD), device=e_BnD.device)[:, None, None]
-    picked_BCkD = e_BnD[row, chosen_BCk.clamp_min(0)]
+    first_B11 = torch.arange(len(e_BnD), device=e_BnD.device)[:, None, None] * e_BnD.shape[1]
+    at = (chosen_BCk.clamp_min(0) + first_B11).flatten()
+    # In fp32, for its gradient adds up what thousands of queries give to one entry.
+    picked_BCkD = e_BnD.flatten(0, 1).float().index_select(0, at).to(e_BnD.dtype).view(*chosen_BCk.shape, -1)
     scores_BQCk = torch.einsum("bqcd,bckd->bqck", q_BQCD, picked_BCkD).float() * scale
     scores_BQCk = scores_BQCk.masked_fill(chosen_BCk.unsqueeze(1) < 0, float("-inf"))
     # What was attended to before takes part as one more entry: its denominator for a score, its output for a value.
