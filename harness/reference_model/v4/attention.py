@@ -90,7 +90,7 @@ class _Joined(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q_BFnD, e_B1nD, before_BFnD, lse_BFn, joined, total_BFn = ctx.saved_tensors
-        grad = grad.to(joined.dtype)
+        grad = grad.to(joined.dtype).contiguous()
         grad_q, grad_e = _flash_backward(grad, q_BFnD, e_B1nD, joined, total_BFn, ctx.extra, ctx.scale)
         share_BFn1 = (lse_BFn - total_BFn).exp()[..., None]
         grad_lse = share_BFn1 * (grad.float() * (before_BFnD.float() - joined.float())).sum(-1, keepdim=True)
