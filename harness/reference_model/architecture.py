@@ -5,11 +5,14 @@ quarter of the steps that plain attention needs.
 """
 
 import math
+from typing import Any
 
 import torch
 from transformers import AfmoeConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from kvscope.harness.reference_model import attention
+from kvscope.harness.reference_model.backbone import Backbone
+from kvscope.harness.reference_model.phases import PHASES
 from kvscope.harness.reference_model.tokenizer import BOS_ID, EOS_ID, PAD_ID, VOCAB_TOKENS
 
 INIT_STD = 0.02
@@ -54,3 +57,27 @@ def build_model(config: PreTrainedConfig, *, seed: int) -> PreTrainedModel:
             if weight.dim() >= 2:
                 weight.normal_(0, scale if name.endswith(("o_proj.weight", "down_proj.weight")) else INIT_STD)
     return model
+
+
+class Afmoe(Backbone):
+    """The reference model's architecture: each layer is compiled, one graph for each batch shape."""
+
+    name = "afmoe"
+    phases = PHASES
+    stock_attention = "sdpa"
+
+    def config(self) -> PreTrainedConfig:
+        return reference_config()
+
+    def build(self, config: PreTrainedConfig, *, seed: int) -> PreTrainedModel:
+        return build_model(config, seed=seed)
+
+    def compile(self, model: PreTrainedModel) -> None:
+        torch._dynamo.config.cache_size_limit = 128
+        for layer in model.model.layers:
+            layer.compile(dynamic=False)
+
+    def entering(self, base: Any, ids_BT: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+        x_BTM: torch.Tensor = base.embed_tokens(ids_BT)
+        rotary = base.rotary_emb(x_BTM, torch.arange(ids_BT.shape[1], device=ids_BT.device)[None])
+        return x_BTM, {"attention_mask": None, "position_embeddings": rotary}

@@ -13,13 +13,18 @@ from transformers import AttentionInterface
 NAME = "kvscope_unpadded"
 
 
-def sliding_attention(
+def sliding_scores(
     q_BQTD: torch.Tensor, k_BHTD: torch.Tensor, v_BHTD: torch.Tensor, *, window: int, scale: float
-) -> torch.Tensor:
-    """Causal attention to the last ``window`` tokens, the query's own included."""
-    n_tokens = q_BQTD.shape[2]
-    if missing := -n_tokens % window:  # behind the end, where no query that counts can see it
-        q_BQTD, k_BHTD, v_BHTD = (F.pad(x, (0, 0, 0, missing)) for x in (q_BQTD, k_BHTD, v_BHTD))
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return masked scores of each query for its window in blocks, [B, Q, n, W, 2W] in fp32, and the values they
+    weigh, [B, Q, n, 2W, D].
+
+    The last block is filled up behind the row's end, where no query that counts can see it.
+    """
+    if missing := -q_BQTD.shape[2] % window:
+        same = v_BHTD is k_BHTD
+        q_BQTD, k_BHTD = (F.pad(x, (0, 0, 0, missing)) for x in (q_BQTD, k_BHTD))
+        v_BHTD = k_BHTD if same else F.pad(v_BHTD, (0, 0, 0, missing))
     B, Q, T, D = q_BQTD.shape
     n = T // window
     groups = Q // k_BHTD.shape[1]
@@ -35,9 +40,17 @@ def sliding_attention(
     block = torch.arange(n, device=q_BQTD.device)[:, None, None]
     # Query i of a block sees keys i + 1 ... i + W of (block before, own block), itself the last.
     seen = (key > query) & (key <= query + window) & ((block > 0) | (key >= window))
-    scores = (q_BQTD.reshape(B, Q, n, window, D) @ pairs(k_BHTD).mT).float() * scale
-    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
-    return (weights.to(v_BHTD.dtype) @ pairs(v_BHTD)).view(B, Q, T, D)[:, :, :n_tokens]
+    keys = pairs(k_BHTD)
+    scores = (q_BQTD.reshape(B, Q, n, window, D) @ keys.mT).float() * scale
+    return scores.masked_fill(~seen, float("-inf")), keys if v_BHTD is k_BHTD else pairs(v_BHTD)
+
+
+def sliding_attention(
+    q_BQTD: torch.Tensor, k_BHTD: torch.Tensor, v_BHTD: torch.Tensor, *, window: int, scale: float
+) -> torch.Tensor:
+    """Causal attention to the last ``window`` tokens, the query's own included."""
+    scores, values = sliding_scores(q_BQTD, k_BHTD, v_BHTD, window=window, scale=scale)
+    return (scores.softmax(-1).to(v_BHTD.dtype) @ values).flatten(2, 3)[:, :, : q_BQTD.shape[2]]
 
 
 def unpadded_attention(
@@ -71,3 +84,17 @@ def unpadded_attention(
 
 
 AttentionInterface.register(NAME, unpadded_attention)
+
+
+def use_for_batches(model: Any, *, padded: bool) -> bool:
+    """Switch a stock model to the attention that its batches are answered with.
+
+    Returns:
+        Whether prompts of unlike length may share a batch. DeepSeek-V4 would make entries of their padding.
+    """
+    if model.config.model_type == "deepseek_v4":
+        model.set_attn_implementation("eager")
+        return False
+    # Padding needs the stock masks.
+    model.set_attn_implementation("sdpa" if padded else NAME)
+    return True

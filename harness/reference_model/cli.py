@@ -44,8 +44,20 @@ def train(
     resume: Annotated[
         Path | None, typer.Option("--resume", metavar="DIR", help="Checkpoint folder to start from.")
     ] = None,
+    architecture: Annotated[
+        str, typer.Option("--architecture", metavar="NAME", help="afmoe (the reference model) or deepseek_v4.")
+    ] = "afmoe",
+    optimizer: Annotated[
+        str | None,
+        typer.Option("--optimizer", metavar="NAME", help="muon or adamw.  [default: the architecture's]"),
+    ] = None,
     phases: Annotated[
-        str | None, typer.Option("--phases", metavar="NAME,NAME", help="Phases, comma-separated.  [default: all]")
+        str | None,
+        typer.Option(
+            "--phases",
+            metavar="NAME,NAME",
+            help="Phases, comma-separated; left: what --resume has not ended.  [default: all]",
+        ),
     ] = None,
     steps: Annotated[
         str | None,
@@ -68,10 +80,12 @@ def train(
 
     On several GPUs: torchrun --nproc-per-node=2 --no-python kvscope backbone train ...
     """
-    from kvscope.harness.reference_model.phases import phases_of, seconds_of
+    from kvscope.harness.reference_model.phases import phases_left, phases_of, seconds_of
+    from kvscope.harness.reference_model.train import backbone_of, read_state
     from kvscope.harness.reference_model.train import train as run_train
     from kvscope.harness.reference_model.trainer import STATE_FILE
 
+<<<<<<< HEAD
     history: list[dict[str, Any]] = []
     if resume is not None:
         if not (resume / STATE_FILE).is_file():
@@ -81,6 +95,22 @@ def train(
     run_train(
         out=out, phases=chosen, resume=resume, seconds=seconds_of(seconds, chosen), seed=seed, workers=workers,
         max_seconds=max_seconds, replicas=replicas, validation=True,
+=======
+    backbone = backbone_of(architecture)
+    if optimizer is not None:
+        if optimizer not in ("muon", "adamw"):
+            raise UsageError(f"--optimizer {optimizer!r}: muon or adamw.")
+        backbone.optimizer = optimizer
+    if phases == "left":
+        if resume is None or steps is not None:
+            raise UsageError("--phases left goes on with the run of --resume DIR, with the steps that are left.")
+        chosen = phases_left(backbone.phases, read_state(resume)["phases"])
+    else:
+        chosen = phases_of(phases, steps, backbone.phases)
+    run_train(
+        out=out, phases=chosen, resume=resume, seconds=seconds_of(seconds, chosen), seed=seed, workers=workers,
+        max_seconds=max_seconds, replicas=replicas, backbone=backbone,
+>>>>>>> k15
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from kvscope.harness.reference_model import attention
 from kvscope.harness.reference_model.evaluate import prompts
 from kvscope.results.statistics import mean_interval
 from kvscope.tasks.answers import answer_of
@@ -28,7 +29,7 @@ LEAST_ORACLE = 0.95
 @torch.inference_mode()
 def answers(model: Any, tokenizer: Any, texts: Sequence[str], *, max_new_tokens: int, batch: int = 64) -> list[str]:
     """Answer prompts of unlike length greedily with the stock ``generate``: padded on the left, under stock masks."""
-    model.set_attn_implementation("sdpa")
+    batch = batch if attention.use_for_batches(model, padded=True) else 1
     found: list[str] = []
     for at in range(0, len(texts), batch):
         inputs = tokenizer(list(texts[at : at + batch]), padding=True, padding_side="left", return_tensors="pt")

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from kvscope.harness.reference_model.pieces import Ids
 from kvscope.tasks.draws import Draws
 
+ENOUGH_STEPS = 40
+"""Steps that a phase's share of right tokens is taken over, where that may end it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
@@ -42,6 +45,8 @@ class Phase:
         more_uuids: share of needle rows that hold UUIDs under UUIDs, beside the fifth that does anyway.
         documents: share of rows by document family (a key of ``RowMaker.documents``); needle rows give way.
         warmup_steps: steps over which the learning rate rises, where the phase is a run's first.
+        objective: what is trained, as the architecture names it; ``answers`` is cross entropy over answer tokens.
+        enough: end early once this share of the last ``ENOUGH_STEPS`` steps' scored tokens is right; none: never.
     """
 
     name: str
@@ -55,6 +60,8 @@ class Phase:
     more_uuids: float = 0.0
     documents: tuple[tuple[str, float], ...] = ()
     warmup_steps: int = 200
+    objective: str = "answers"
+    enough: float | None = None
 
     def shape_of(self, draws: Draws) -> Shape:
         """Draw a step's shape."""

@@ -67,8 +67,8 @@ def evaluate(
     ``closed_book`` keeps the prompt's question and drops the haystack: accuracy must fall to chance. ``max_seconds``:
     no cell is begun past this age; the rows done are returned. ``note`` is given each row as soon as it is there.
     """
-    # Prompts of one cell have one length. Closed book they do not, and padding needs the stock masks.
-    model.set_attn_implementation("sdpa" if closed_book else attention.NAME)
+    # Prompts of one cell have one length. Closed book they do not.
+    may_pad = attention.use_for_batches(model, padded=closed_book)
     cells = [(task, length) for task in tasks for length in lengths_tokens]
     jobs = [(task, length, i, seed) for task, length in cells for i in range(samples)]
     made = prompts(tokenizer, jobs, workers=workers, closed_book=closed_book)
@@ -79,7 +79,7 @@ def evaluate(
         if max_seconds is not None and start - began > max_seconds:
             break
         task, scores, types = create_task(task_name), list[float](), list[str]()
-        size = max(1, min(samples, batch_tokens // length))
+        size = max(1, min(samples, batch_tokens // length)) if may_pad or not closed_book else 1
         while len(scores) < samples:
             built = [next(made) for _ in range(min(size, samples - len(scores)))]
             batch = [sample for sample, _ in built]

@@ -18,22 +18,59 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+<<<<<<< HEAD
 from kvscope.errors import UsageError
+=======
+from kvscope.errors import UsageError, did_you_mean
+>>>>>>> k15
 from kvscope.files import make_folder
-from kvscope.harness.reference_model.architecture import build_model, reference_config
+from kvscope.harness.reference_model.architecture import Afmoe
+from kvscope.harness.reference_model.backbone import Backbone
 from kvscope.harness.reference_model.curriculum import Phase
 from kvscope.harness.reference_model.data import PhaseData, batches
 from kvscope.harness.reference_model.documents import DocumentMaker
 from kvscope.harness.reference_model.documents_long_qa import LongQADocuments
 from kvscope.harness.reference_model.documents_ruler import coded_words, common_words, variable_chains
+<<<<<<< HEAD
 from kvscope.harness.reference_model.form_rows import FAMILIES as FORM_FAMILIES
 from kvscope.harness.reference_model.form_validation import SHAPES, validate
 from kvscope.harness.reference_model.phases import PHASES, steps_before
+=======
+>>>>>>> k15
 from kvscope.harness.reference_model.pieces import Pieces
 from kvscope.harness.reference_model.replicas import Replicas
 from kvscope.harness.reference_model.row_maker import RowMaker
 from kvscope.harness.reference_model.tokenizer import EOS_ID, save_tokenizer
 from kvscope.harness.reference_model.trainer import STATE_FILE, Trainer
+from kvscope.harness.reference_model.v4.architecture import DeepseekV4
+
+BACKBONES: dict[str, type[Backbone]] = {each.name: each for each in (Afmoe, DeepseekV4)}
+"""Architectures that can be trained, by name."""
+
+
+def backbone_of(name: str) -> Backbone:
+    """Return an architecture by its name.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    if name not in BACKBONES:
+        raise UsageError(f"--architecture: there is no {name!r}.{did_you_mean(name, BACKBONES)}")
+    return BACKBONES[name]()
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Return the training state of a checkpoint.
+
+    Raises:
+        UsageError: the folder has none.
+    """
+    try:
+        state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        message = f"--resume: '{folder}' has no {STATE_FILE}; name a folder that training has written."
+        raise UsageError(message) from None
+    return state
 
 
 def document_makers() -> dict[str, DocumentMaker]:
@@ -61,7 +98,7 @@ def versions() -> dict[str, str]:
 def train(
     *,
     out: Path,
-    phases: tuple[Phase, ...] = PHASES,
+    phases: tuple[Phase, ...] | None = None,
     resume: Path | None = None,
     seconds: tuple[float, ...] | None = None,
     seed: int = 0,
@@ -69,6 +106,7 @@ def train(
     max_seconds: float | None = None,
     replicas: int = 1,
     config: PreTrainedConfig | None = None,
+    backbone: Backbone | None = None,
     after_phase: Callable[[PreTrainedModel, PreTrainedTokenizerFast, Phase], dict[str, Any]] | None = None,
     validation: bool = False,
     validation_shapes: Sequence[tuple[int, int, int]] = SHAPES,
@@ -76,10 +114,18 @@ def train(
     """Train the phases in order and write a checkpoint into ``out`` after each.
 
     Args:
+<<<<<<< HEAD
         config: of another shape than the reference's (tests, trials).
         resume: a checkpoint folder to start from (weights; the optimizer starts afresh with a warm-up). A first phase
             that the checkpoint was stopped in goes on behind its last step, with that step's learning rate and batches.
         seconds: time budget of each phase, instead of its steps; of what is left, where a phase goes on.
+=======
+        phases: none: all of the architecture's.
+        backbone: none: the reference model's.
+        config: of another shape than the architecture's own (tests, trials).
+        resume: a checkpoint folder to start from (weights; the optimizer starts afresh with a warm-up).
+        seconds: time budget of each phase, instead of its steps.
+>>>>>>> k15
         max_seconds: stop at this age of the run, with a checkpoint.
         replicas: batches a step, their gradients averaged; dealt out over the processes of ``torchrun``.
         validation: after each phase that has form families, log the accuracy of every family and length.
@@ -91,10 +137,17 @@ def train(
     team = Replicas(replicas)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
-    model = build_model(config or reference_config(), seed=seed)
+    backbone = backbone or Afmoe()
+    state = read_state(resume) if resume is not None else None
+    model = backbone.build(config or backbone.config(), seed=seed)
     if resume is not None:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(resume)
         loaded = AutoModelForCausalLM.from_pretrained(resume, dtype=torch.float32, trust_remote_code=False)
+        if loaded.config.model_type != model.config.model_type:
+            raise UsageError(
+                f"--resume: '{resume}' is a {loaded.config.model_type} model, not {model.config.model_type}; "
+                "name its architecture with --architecture."
+            )
         model.load_state_dict(loaded.state_dict())
     else:
         if team.leads and not (out / "tokenizer.json").exists():
@@ -102,23 +155,31 @@ def train(
         team.wait()
         tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
     maker = RowMaker(Pieces(tokenizer), document_makers())
-    trainer = Trainer(model, device=device, out=out, compile_layers=device.type == "cuda", replicas=team)
-    if resume is not None:
-        state = json.loads((resume / STATE_FILE).read_text(encoding="utf-8"))
+    trainer = Trainer(
+        model, device=device, out=out, compile_layers=device.type == "cuda", replicas=team, backbone=backbone
+    )
+    if state is not None:
         trainer.history, trainer.step, trainer.start_step = state["phases"], state["step"], state["step"]
     trainer.log(
         versions=versions(),
+        architecture=backbone.name,
+        optimizer=backbone.optimizer,
         seed=seed,
         replicas=team.total,
         processes=team.world,
         parameters=sum(p.numel() for p in model.parameters()),
     )
+<<<<<<< HEAD
     first_step = steps_before(trainer.history, phases[0].name)[0]
     for i, phase in enumerate(phases):
         if i:
             first_step = 0
         if first_step:
             trainer.log(phase=phase.name, goes_on_behind_step=first_step)
+=======
+    for i, phase in enumerate(phases or backbone.phases):
+        trainer.begin(phase)
+>>>>>>> k15
         total_share = sum(shape.share for shape in phase.shapes)
         per_step = 0.0
         for shape in phase.shapes:

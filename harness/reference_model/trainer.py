@@ -3,6 +3,7 @@
 import copy
 import json
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
@@ -15,7 +16,9 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from kvscope.files import TextFile, whole_file, writing
-from kvscope.harness.reference_model.curriculum import Phase
+from kvscope.harness.reference_model.architecture import Afmoe
+from kvscope.harness.reference_model.backbone import Backbone, Losses
+from kvscope.harness.reference_model.curriculum import ENOUGH_STEPS, Phase
 from kvscope.harness.reference_model.data import Batch
 from kvscope.harness.reference_model.muon import Muon
 from kvscope.harness.reference_model.replicas import Replicas
@@ -75,13 +78,38 @@ class Trainer:
         out: Path,
         compile_layers: bool,
         replicas: Replicas | None = None,
+        backbone: Backbone | None = None,
     ) -> None:
         self.model, self.device, self.out = model.to(device).train(), device, out
         self.replicas = replicas or Replicas(1)
+        self.backbone = backbone or Afmoe()
         self._parameters = list(model.parameters())
-        matrices = [p for name, p in model.named_parameters() if p.dim() >= 2 and "layers." in name]
+        self.step = self.start_step = 0
+        self._losses: Losses = self._answers
+        self._begin_objective("answers")
+        if compile_layers:
+            self.backbone.compile(model)
+        self.history: list[dict[str, Any]] = []
+        self._log_file = TextFile(out / "train_log.jsonl", append=True) if self.replicas.leads else None
+
+    def begin(self, phase: Phase) -> None:
+        """Bring the model into a phase's mode; another objective than the last starts with fresh optimizers."""
+        self.backbone.begin(self.model, phase)
+        self._losses = self.backbone.losses(self.model, phase, self._answers)
+        if phase.objective != self._objective:
+            self._begin_objective(phase.objective)
+
+    def _begin_objective(self, objective: str) -> None:
+        self._objective, self.start_step = objective, self.step
+        trained = []
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self.backbone.trains(name, objective))
+            if parameter.requires_grad:
+                trained.append((name, parameter))
+        muon = self.backbone.optimizer == "muon"
+        matrices = [p for name, p in trained if muon and self.backbone.by_muon(name, p)]
         hidden = {id(p) for p in matrices}
-        rest = [p for p in model.parameters() if id(p) not in hidden]
+        rest = [p for _, p in trained if id(p) not in hidden]
         self.muon = Muon(matrices, weight_decay=WEIGHT_DECAY)
         self.optimizer = torch.optim.AdamW(
             [
@@ -90,15 +118,8 @@ class Trainer:
             ],
             lr=0.0,
             betas=(0.9, 0.95),
-            fused=device.type == "cuda",
+            fused=self.device.type == "cuda",
         )
-        if compile_layers:
-            torch._dynamo.config.cache_size_limit = 128
-            for layer in model.model.layers:
-                layer.compile(dynamic=False)
-        self.step = self.start_step = 0
-        self.history: list[dict[str, Any]] = []
-        self._log_file = TextFile(out / "train_log.jsonl", append=True) if self.replicas.leads else None
 
     def log(self, **fields: Any) -> None:
         """Write one line to the log file and to standard output (the first process only)."""
@@ -111,17 +132,16 @@ class Trainer:
     def _last_hidden(self, ids_BT: torch.Tensor) -> torch.Tensor:
         """[B, T, M] behind the last layer, before the final norm; every row starts at position 0."""
         base = self.model.model
-        x_BTM: torch.Tensor = base.embed_tokens(ids_BT)
-        rotary = base.rotary_emb(x_BTM, torch.arange(ids_BT.shape[1], device=self.device)[None])
+        x, given = self.backbone.entering(base, ids_BT)
         for layer in base.layers:
             if ids_BT.shape[1] > KEEP_TOKENS:
-                x_BTM = checkpoint(
-                    layer, x_BTM, attention_mask=None, position_embeddings=rotary, use_reentrant=False,
+                x = checkpoint(
+                    layer, x, **given, use_reentrant=False,
                     context_fn=partial(create_selective_checkpoint_contexts, _KEPT_OPERATIONS),
                 )  # fmt: skip
             else:
-                x_BTM = layer(x_BTM, attention_mask=None, position_embeddings=rotary)
-        return x_BTM
+                x = layer(x, **given)
+        return self.backbone.leaving(base, x, ids_BT)
 
     def check_against_stock(self, batch: Batch) -> float:
         """Compare training's forward with the stock model's on a row's beginning; returns the relative difference.
@@ -148,7 +168,7 @@ class Trainer:
             raise RuntimeError(f"training's forward differs from the stock model's by {difference:.3f} (relative norm)")
         return difference
 
-    def _loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def _answers(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean cross entropy over the scored tokens, and which of them are predicted right [N]."""
         ids_BT = batch.ids_BT.to(self.device, non_blocking=True)
         at_N = batch.at_N.to(self.device, non_blocking=True)
@@ -160,10 +180,10 @@ class Trainer:
         return loss, logits_NV.detach().argmax(-1) == targets_N
 
     def gradients(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add the gradients of one batch; returns its loss, and which of its scored tokens are predicted right [N]."""
+        """Add the gradients of one batch; returns its loss, and how right each of its scored tokens is [N]."""
         # Around the backward pass, too: checkpointed layers run again there.
         with torch.compiler.set_stance("force_eager" if batch.ids_BT.shape[1] >= EAGER_TOKENS else "default"):
-            loss, right_N = self._loss(batch)
+            loss, right_N = self._losses(batch)
             loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach(), right_N
 
@@ -191,7 +211,14 @@ class Trainer:
             source: the batches of this process's replicas, step by step from ``first_step`` on.
             deadline: on the clock of ``time.perf_counter``; looked at every few steps where processes must agree.
         """
+<<<<<<< HEAD
         start, done, tokens = time.perf_counter(), first_step, 0
+=======
+        self.begin(phase)
+        start, done, tokens = time.perf_counter(), 0, 0
+        ended, measure = "steps", self.backbone.measure(phase.objective)
+        last_right: deque[torch.Tensor] = deque(maxlen=ENOUGH_STEPS * len(self.replicas.mine))
+>>>>>>> k15
         recent: dict[int, list[torch.Tensor]] = {}
         by_family = FamilyAccuracy(self.device)
         fields: dict[str, Any] = {}
@@ -207,6 +234,7 @@ class Trainer:
                     tokens += batch.ids_BT.numel()
                     recent.setdefault(batch.ids_BT.shape[1], []).append(torch.stack((loss, right_N.float().mean())))
                     by_family.add(batch, right_N)
+                    last_right.append(right_N.float().mean())
                 late = deadline is not None and time.perf_counter() > deadline
                 raised = self.replicas.average([p.grad for p in self._parameters if p.grad is not None], late)
                 norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -222,8 +250,8 @@ class Trainer:
                     fields = {
                         "phase": phase.name, "phase_step": done, "step": self.step, "lr": round(lr, 7),
                         "loss": {length: round(mean[0], 4) for length, mean in means.items()},
-                        "token_accuracy": {length: round(mean[1], 4) for length, mean in means.items()},
-                        "token_accuracy_by_family": by_family.read(),
+                        measure: {length: round(mean[1], 4) for length, mean in means.items()},
+                        f"{measure}_by_family": by_family.read(),
                         "grad_norm": round(norm.item(), 3), "phase_s": round(took, 1),
                         "tokens_per_s": round(tokens * self.replicas.world / took),
                     }  # fmt: skip
@@ -231,7 +259,14 @@ class Trainer:
                 if raised is not None:  # reading it waits for the device, so only now and then
                     late = done % AGREE_STEPS == 0 and raised.item() > 0
                 if late:
+                    ended = "deadline"
                     break
+                if self._enough(phase, last_right, done):
+                    ended = "accuracy"
+                    break
+        except BaseException:
+            ended = "error"
+            raise
         finally:
             self.history.append(
                 {
@@ -239,12 +274,20 @@ class Trainer:
                     "replicas": self.replicas.total,
                     "first_step": first_step,
                     "steps_done": done,
+                    "ended_by": ended,
                     "loss": fields.get("loss"),
-                    "token_accuracy": fields.get("token_accuracy"),
+                    measure: fields.get(measure),
                     "seconds": round(time.perf_counter() - start, 1),
                 }
             )
         return done
+
+    def _enough(self, phase: Phase, last_right: deque[torch.Tensor], done: int) -> bool:
+        """Whether the last steps' share of right tokens ends a phase; looked at every few steps, for it waits."""
+        if phase.enough is None or done % AGREE_STEPS or len(last_right) < (last_right.maxlen or 0):
+            return False
+        percent = int(100_000 * torch.stack(tuple(last_right)).mean().item())
+        return self.replicas.agreed(percent) >= 100_000 * phase.enough
 
     def _stock_copy(self, dtype: torch.dtype, implementation: str) -> PreTrainedModel:
         # from_config writes the implementation into the configuration it is given: training's own must not change.
@@ -252,15 +295,14 @@ class Trainer:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=implementation
         )
-        weights = {name: value.detach().to(dtype) for name, value in self.model.state_dict().items()}
-        model.load_state_dict(weights)
+        model.load_state_dict(self.model.state_dict())
         return model
 
     def save(self, tokenizer: PreTrainedTokenizerFast, **state: Any) -> None:
         """Write a released-form checkpoint (bf16 shards, tokenizer) with the training state beside it."""
         if not self.replicas.leads:
             return
-        shell = self._stock_copy(torch.bfloat16, "sdpa")
+        shell = self._stock_copy(torch.bfloat16, self.backbone.stock_attention)
         with writing(self.out):
             shell.save_pretrained(self.out, max_shard_size=SHARD_BYTES)
             write_tokenizer(tokenizer, self.out)

@@ -90,8 +90,8 @@ SURFACE = {
     "study noise-floor": ["--method", "-m", "first", "second"],
     "study attention-figure": ["--out", "-o", "csv"],
     "backbone train": [
-        "--max-seconds", "--out", "--phases", "--replicas", "--resume", "--seconds", "--seed", "--steps", "--workers",
-        "-o",
+        "--architecture", "--max-seconds", "--optimizer", "--out", "--phases", "--replicas", "--resume", "--seconds",
+        "--seed", "--steps", "--workers", "-o",
     ],
     "backbone evaluate": [
         "--batch-tokens", "--closed-book", "--length", "--max-seconds", "--out", "--samples", "--seed", "--task",

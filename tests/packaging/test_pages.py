@@ -20,7 +20,7 @@ from kvscope.tasks.registry import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-CARDS = [ROOT / "benchmarks" / "README.md", ROOT / "harness" / "reference_model" / "weights" / "README.md",
+CARDS = [ROOT / "benchmarks" / "README.md", *sorted(ROOT.glob("harness/reference_model/*/README.md")),
          *sorted(ROOT.glob("methods/**/README.md"))]  # fmt: skip
 #: Its methods and tasks are the reader's own.
 OWN_NAMES = ROOT / "docs" / "add-a-method.md"

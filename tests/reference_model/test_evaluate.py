@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
+from small_v4 import small_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvscope
 from kvscope import cli
 from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
-from kvscope.harness.reference_model import evaluate
+from kvscope.harness.reference_model import controls, evaluate
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,25 @@ def test_closed_book_pads_questions_of_unlike_length_and_finds_nothing(reference
     )
     assert row["closed_book"] is True
     assert row["accuracy_percent"] == 0.0
+
+
+def test_entries_are_never_made_of_padding(reference, monkeypatch):
+    """DeepSeek-V4 answers closed-book questions, which differ in length, one by one, with its stock attention."""
+    model = AutoModelForCausalLM.from_config(small_config(vocab_size=8192)).eval()
+    batches, generate = [], type(model).generate
+
+    def watched(self, **given):
+        batches.append((len(given["input_ids"]), bool(given["attention_mask"].all()), self.config._attn_implementation))
+        return generate(self, **{**given, "max_new_tokens": 2})
+
+    monkeypatch.setattr(type(model), "generate", watched)
+    tokenizer, cell = reference[1], {"tasks": ("niah_multikey_2",), "lengths_tokens": [256], "samples": 3, "seed": 5}
+    evaluate.evaluate(model, tokenizer, **cell, closed_book=True)
+    assert batches == [(1, True, "eager")] * 3
+    evaluate.evaluate(model, tokenizer, **cell)
+    assert batches[3:] == [(3, True, "eager")]
+    controls.answers(model, tokenizer, ["One.", "Two and three."], max_new_tokens=2)
+    assert batches[4:] == [(1, True, "eager")] * 2
 
 
 def test_the_command_writes_its_rows(tmp_path, capsys):

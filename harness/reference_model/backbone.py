@@ -1,0 +1,83 @@
+"""What an architecture is to the trainer: its shape, its training forward, and what each phase trains.
+
+Shapes: B rows, T tokens, M hidden size, N scored positions.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from kvscope.errors import UsageError
+from kvscope.harness.reference_model.curriculum import Phase
+from kvscope.harness.reference_model.data import Batch
+
+Losses = Callable[[Batch], tuple[torch.Tensor, torch.Tensor]]
+"""A batch -> its loss, and how right each of its scored tokens is [N], between 0 and 1."""
+
+
+class Backbone:
+    """An architecture that can be trained here.
+
+    Attributes:
+        name: as ``kvscope backbone train --architecture`` names it.
+        phases: in their order.
+        stock_attention: attention implementation of the stock classes in a saved checkpoint.
+        optimizer: ``muon`` or ``adamw``, for the matrices of the layers; everything else has AdamW.
+    """
+
+    name: str
+    phases: tuple[Phase, ...]
+    stock_attention: str
+    optimizer = "muon"
+
+    def config(self) -> PreTrainedConfig:
+        """Return the configuration of the model that is trained by default."""
+        raise NotImplementedError
+
+    def build(self, config: PreTrainedConfig, *, seed: int) -> PreTrainedModel:
+        """Return a freshly initialised fp32 model with training's attention."""
+        raise NotImplementedError
+
+    def compile(self, model: PreTrainedModel) -> None:
+        """Compile what a step consists of, in place."""
+        raise NotImplementedError
+
+    def entering(self, base: Any, ids_BT: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Return what the first layer is given, and the keywords that every layer is given."""
+        raise NotImplementedError
+
+    def leaving(self, base: Any, x: torch.Tensor, ids_BT: torch.Tensor) -> torch.Tensor:
+        """Return [B, T, M] before the final norm, from what the last layer gives."""
+        del base, ids_BT
+        return x
+
+    def by_muon(self, name: str, parameter: torch.nn.Parameter) -> bool:
+        """Say whether Muon may update a parameter: the matrices of the layers."""
+        return parameter.dim() >= 2 and "layers." in name
+
+    def trains(self, name: str, objective: str) -> bool:
+        """Say whether a parameter is trained under an objective."""
+        del name, objective
+        return True
+
+    def begin(self, model: PreTrainedModel, phase: Phase) -> None:
+        """Bring a model into a phase's mode.
+
+        Raises:
+            UsageError: the phase's objective is none of this architecture's.
+        """
+        del model
+        if phase.objective != "answers":
+            raise UsageError(f"Phase {phase.name!r} trains for {phase.objective!r}, which {self.name} has no part for.")
+
+    def measure(self, objective: str) -> str:
+        """Name what an objective's losses say of each scored token, as the log has it."""
+        del objective
+        return "token_accuracy"
+
+    def losses(self, model: PreTrainedModel, phase: Phase, answers: Losses) -> Losses:
+        """Return a phase's losses; ``answers`` is cross entropy over the scored tokens."""
+        del model, phase
+        return answers
