@@ -35,7 +35,7 @@ if not torch.cuda.is_available():
     # Before anything imports Triton, which reads it then: without a GPU, kernels run in Triton's interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from interpreter import language_patched_once_a_launch
+from interpreter import quick_interpreter
 from tiny import one_thread, small, tiny_model
 
 from kvscope.harness.passes import process, quiet
@@ -98,12 +98,12 @@ def no_wait_for_the_disk() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def quick_interpreter() -> Iterator[None]:
-    """Where kernels are interpreted, and there is Triton, what the interpreter repeats is done once a launch."""
+def quickly_interpreted() -> Iterator[None]:
+    """Where kernels are interpreted, and there is Triton, its interpreter repeats no work."""
     if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
         yield
         return
-    with language_patched_once_a_launch():
+    with quick_interpreter():
         yield
 
 
