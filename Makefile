@@ -13,7 +13,7 @@ VERSION_TESTS := tests/cli tests/reports tests/results tests/served tests/tasks/
   $(addprefix tests/methods/test_methods_,matrix.py pinned.py registry.py sparse_stock.py store.py) \
   $(addprefix tests/methods/,lsa/test_lsa_shipped.py kernels/test_kernel_dispatch.py kernels/test_kernels_compile.py) \
   tests/benchmarks/test_model_types_benchmark.py
-TEST_TOOLS := pytest pytest-timeout pytest-xdist hypothesis
+TEST_TOOLS := pytest pytest-timeout pytest-xdist hypothesis statsmodels
 
 .PHONY: demo test lint types pytest test-versions test-lowest test-newest test-pins fuzz chaos clean
 
