@@ -13,7 +13,14 @@ VERSION_TESTS := tests/cli tests/reports tests/results tests/served tests/tasks/
   $(addprefix tests/methods/test_methods_,matrix.py pinned.py registry.py sparse_stock.py store.py) \
   $(addprefix tests/methods/,lsa/test_lsa_shipped.py kernels/test_kernel_dispatch.py kernels/test_kernels_compile.py) \
   tests/benchmarks/test_model_types_benchmark.py
-TEST_TOOLS := pytest pytest-timeout pytest-xdist hypothesis
+TEST_TOOLS := pytest pytest-timeout pytest-xdist hypothesis statsmodels
+
+# Packages are compiled on all cores: pip does it on one. Some hold templates that are no Python, which pip passes over, too.
+INSTALL = $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable
+COMPILE = $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+
+# Set in many containers: each process that a test starts would compile every module of kvscope again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test lint types pytest test-versions test-lowest test-newest test-pins fuzz chaos clean
 
@@ -21,11 +28,13 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(INSTALL) .
+	$(COMPILE)
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(INSTALL) ".[dev]"
+	$(COMPILE)
 	touch $@ $(VENV)/.installed
 
 demo: $(VENV)/.installed
@@ -35,7 +44,10 @@ demo: $(VENV)/.installed
 	  --length 1k --length 2k --length 4k --length 8k --samples 5 \
 	  --footprint-length 2k --footprint-length 8k --out $(DEMO)
 
-test: lint types pytest
+# Lint and types take one core each.
+test: $(VENV)/.installed-dev
+	$(MAKE) --no-print-directory --jobs --output-sync lint types
+	$(MAKE) --no-print-directory pytest
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

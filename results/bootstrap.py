@@ -16,7 +16,8 @@ from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import norm, t
+
+from kvscope.results.distributions import normal_cdf, student_quantile
 
 Array = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.uint16]
@@ -74,7 +75,7 @@ def cluster_totals(values: Array, clusters: Sequence[str] | None) -> tuple[Array
 def expanded_level(confidence: float, n_clusters: int) -> float:
     """Return the lower percentile, as a fraction, whose interval covers `confidence` with so few clusters."""
     n = n_clusters
-    return float(norm.cdf(math.sqrt(n / (n - 1)) * t.ppf((1 - confidence) / 2, n - 1)))
+    return normal_cdf(math.sqrt(n / (n - 1)) * student_quantile((1 - confidence) / 2, n - 1))
 
 
 @lru_cache(maxsize=_MOST_KEPT)

@@ -7,7 +7,8 @@ either sign with equal chance (Fisher 1935, randomisation by sign). With one pai
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import binom, binomtest
+
+from kvscope.results.distributions import coin_chances, coin_p_value
 
 Array = npt.NDArray[np.float64]
 
@@ -18,7 +19,7 @@ NIL = 1e-9
 def sign_test(balances: Array) -> float:
     """Two-sided p of as many clusters above and below nil as there are, however large their balances."""
     lost, won = int((balances < -NIL).sum()), int((balances > NIL).sum())
-    return float(binomtest(lost, lost + won, 0.5).pvalue) if lost + won else 1.0
+    return coin_p_value(lost, won)
 
 
 def mcnemar_test(balances: Array) -> float:
@@ -40,7 +41,7 @@ def mcnemar_test(balances: Array) -> float:
     chance = np.ones(1)
     for size, count in zip(sizes, counts, strict=True):
         spread = np.zeros(size * count + 1)
-        spread[::size] = binom.pmf(np.arange(count + 1), count, 0.5)
+        spread[::size] = coin_chances(int(count))
         chance = convolve(chance, spread)
     least = 0.5 ** (int(counts.sum()) - 1)
     return float(np.clip(2 * chance[seen:].sum(), least, 1.0))

@@ -8,9 +8,9 @@ as n / effect pairs that stand alone.
 import math
 
 import numpy as np
-from scipy.stats import norm
 
 from kvscope.results.bootstrap import Array
+from kvscope.results.distributions import normal_cdf, normal_quantile
 
 POWER, ALPHA = 0.8, 0.05
 
@@ -22,7 +22,7 @@ def pairs_for_noninferiority(
 
     At a margin of 1 point: about 1,236 / 3,090 / 6,180 pairs at 2 / 5 / 10 % discordance.
     """
-    z = float(norm.ppf(1 - alpha) + norm.ppf(power))
+    z = normal_quantile(1 - alpha) + normal_quantile(power)
     return math.ceil(design_effect * z * z * discordance / margin**2)
 
 
@@ -30,7 +30,7 @@ def pairs_for_equivalence(
     *, discordance: float, margin: float, power: float = POWER, alpha: float = ALPHA, design_effect: float = 1.0
 ) -> int:
     """Pairs that two one-sided tests (TOST) need when the true difference is nil."""
-    z = float(norm.ppf(1 - alpha) + norm.ppf(1 - (1 - power) / 2))
+    z = normal_quantile(1 - alpha) + normal_quantile(1 - (1 - power) / 2)
     return math.ceil(design_effect * z * z * discordance / margin**2)
 
 
@@ -44,7 +44,7 @@ def pairs_for_difference(*, discordance: float, difference: float, power: float 
     """
     if not 0 < abs(difference) <= discordance:
         raise ValueError(f"no paired difference of {difference} is there to show at a discordance of {discordance}")
-    z = float(norm.ppf(1 - alpha / 2) + norm.ppf(power))
+    z = normal_quantile(1 - alpha / 2) + normal_quantile(power)
     return math.ceil(z * z * (discordance - difference**2) / difference**2)
 
 
@@ -53,7 +53,7 @@ def noninferiority_power(
 ) -> float:
     """Chance that a one-sided non-inferiority test of `n_pairs` holds when the true difference is nil."""
     spread = math.sqrt(design_effect * discordance / n_pairs)
-    return float(norm.cdf(margin / spread - norm.ppf(1 - alpha))) if spread else 1.0
+    return normal_cdf(margin / spread - normal_quantile(1 - alpha)) if spread else 1.0
 
 
 def design_effect(values: Array, sums: Array, sizes: Array | None) -> float:

@@ -48,7 +48,9 @@ Lengths = Annotated[tuple[Length, ...], Field(max_length=limits.MOST_LENGTHS)]
 class Record(BaseModel):
     """What every record of a run folder is: closed, frozen, and without NaN or infinity."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, defer_build=True
+    )
 
     def demand(self, columns: tuple[str, ...], why: str) -> None:
         """Raise ValueError where one of some columns is null."""

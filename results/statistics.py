@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy.stats import norm
-from statsmodels.stats.proportion import proportion_confint
 
 from kvscope.results.bootstrap import Array, bootstrap_ends, cluster_totals
+from kvscope.results.distributions import normal_cdf, normal_sf, wilson_ends
 from kvscope.results.exact_tests import NIL, mcnemar_test, sign_test
 from kvscope.results.power import design_effect, noninferiority_power, pairs_for_equivalence, pairs_for_noninferiority
 from kvscope.results.tango import tango_interval, tango_z
@@ -188,8 +187,7 @@ def mean_interval(
     sums, sizes = cluster_totals(values, clusters)
     if _is_binary(values) and (sizes is None or _nearly_alike(sums, sizes)):
         right = int(sums.sum()) if sizes is None else float((sums / sizes).sum())
-        low, high = proportion_confint(right, len(sums), alpha=1 - confidence, method="wilson")
-        return interval_of(mean, (max(0.0, float(low)), min(1.0, float(high))), n=len(values), kind="wilson")
+        return interval_of(mean, wilson_ends(right, len(sums), confidence), n=len(values), kind="wilson")
     return _resampled(values, sums, sizes, confidence)
 
 
@@ -284,7 +282,7 @@ def _noninferiority(pairs: _Pairs, *, margin: float, effect: float) -> Noninferi
     p_value: float | None = None
     if pairs.scored:
         lost, won = pairs.score_counts
-        p_value = float(norm.sf(tango_z(lost=lost, won=won, n_pairs=len(pairs.sums), difference=-margin)))
+        p_value = normal_sf(tango_z(lost=lost, won=won, n_pairs=len(pairs.sums), difference=-margin))
         holds, fails = p_value < 0.05, p_value > 0.95
     else:
         low, high = _ends_90(pairs)
@@ -304,8 +302,8 @@ def _equivalence(pairs: _Pairs, *, margin: float, effect: float) -> Equivalence:
         below, above = (
             tango_z(lost=lost, won=won, n_pairs=len(pairs.sums), difference=value) for value in (-margin, margin)
         )
-        p_value = float(max(norm.sf(below), norm.cdf(above)))
-        holds, fails = p_value < 0.05, bool(norm.cdf(below) < 0.05 or norm.sf(above) < 0.05)
+        p_value = max(normal_sf(below), normal_cdf(above))
+        holds, fails = p_value < 0.05, normal_cdf(below) < 0.05 or normal_sf(above) < 0.05
     else:
         low, high = _ends_90(pairs)
         holds, fails = -margin < low and high < margin, high < -margin or low > margin

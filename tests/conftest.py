@@ -28,14 +28,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
-
-if not torch.cuda.is_available():
-    # Before anything imports Triton, which reads it then: without a GPU, kernels run in Triton's interpreter.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
-from interpreter import language_patched_once_a_launch
+from interpreter import quick_interpreter
 from tiny import one_thread, small, tiny_model
 
 from kvscope.harness.passes import process, quiet
@@ -51,7 +45,6 @@ _begun: set[Path] = set()
 
 def pytest_collection_finish() -> None:
     """Turn the garbage collector on for what comes from now on; modules and tests that are there stay to the end."""
-    gc.collect()
     gc.freeze()
     gc.enable()
 
@@ -98,30 +91,43 @@ def no_wait_for_the_disk() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def quick_interpreter() -> Iterator[None]:
-    """Where kernels are interpreted, and there is Triton, what the interpreter repeats is done once a launch."""
+def quickly_interpreted() -> Iterator[None]:
+    """Where kernels are interpreted, and there is Triton, its interpreter repeats no work."""
     if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
         yield
         return
-    with language_patched_once_a_launch():
+    with quick_interpreter():
         yield
 
 
 @pytest.fixture(autouse=True)
 def same_draws() -> None:
     """Draws without a generator are the same whichever tests ran before in this process."""
+    import torch
+
     torch.manual_seed(0)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep the order of files below: pytest-xdist would deal those of many tests first, wherever the slow ones are.
+    """Keep the order of files below, and let kernels run where tests do.
 
-    It is pytest-xdist's ``--no-loadscope-reorder``, said here so that every call of pytest has it.
+    pytest-xdist would deal the files of many tests first, wherever the slow ones are. What is set is its
+    ``--no-loadscope-reorder``, said here so that every call of pytest has it.
     """
     config.option.loadscopereorder = False
+    # The process that deals tests out runs none: the others wait for it, so it imports no torch (5 seconds).
+    deals = bool(getattr(config.option, "numprocesses", None)) and not hasattr(config, "workerinput")
+    if not deals:
+        import torch
+
+        if not torch.cuda.is_available():
+            # Before anything imports Triton, which reads it then: without a GPU, kernels run in Triton's interpreter.
+            os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    import torch
+
     # Slow files first, then those of many tests: no process is left with a long file while the others have ended.
     n_tests = Counter(item.path for item in items)
     slow = {item.path for item in items if "slow" in item.keywords}

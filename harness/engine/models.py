@@ -21,7 +21,12 @@ from kvscope.methods.shape import DEFAULT_PAGE_TOKENS
 
 
 def load_model(
-    spec: str, *, device: str = "auto", dtype: str = "auto", page_tokens: int = DEFAULT_PAGE_TOKENS
+    spec: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    page_tokens: int = DEFAULT_PAGE_TOKENS,
+    described: bool = False,
 ) -> LoadedModel:
     """Load a model by name, local folder or Hugging Face id.
 
@@ -30,6 +35,7 @@ def load_model(
         device: ``auto`` (a GPU when there is one), ``cpu``, ``cuda`` or ``cuda:<index>``.
         dtype: ``auto`` (fp32 on CPU, bf16 on a GPU), ``float32``, ``bfloat16`` or ``float16``.
         page_tokens: tokens of one KV page.
+        described: this process has just described the model, so that it need not be built without weights again.
 
     Raises:
         UsageError: no such model, or an architecture or setting that cannot be run.
@@ -50,7 +56,8 @@ def load_model(
         model, tokenizer = build_preset(spec, device=target, dtype=target_dtype), None
     else:
         tokenizer = load_tokenizer(spec, where, config)
-        model_without_weights(spec, where, config, shape, device_type=target.type)
+        if not described:
+            model_without_weights(spec, where, config, shape, device_type=target.type)
         with explained(spec), _no_progress_bars():
             # Some models refuse sdpa when built (gpt-oss), none refuses eager; the switch comes after.
             model, loading = AutoModelForCausalLM.from_pretrained(

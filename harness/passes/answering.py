@@ -36,7 +36,9 @@ def load(plan: Plan) -> "LoadedModel":
     from kvscope.harness.engine.self_check import self_check
 
     config, facts = plan.config, plan.facts
-    loaded = load_model(config.model, device=facts.device, dtype=facts.dtype, page_tokens=config.page_tokens)
+    loaded = load_model(
+        config.model, device=facts.device, dtype=facts.dtype, page_tokens=config.page_tokens, described=True
+    )
     if config.self_check:
         self_check(loaded)
         if loaded.device.type == "cuda":  # what it left on a host is little, and a collection takes a quarter second

@@ -34,7 +34,7 @@ class Job(BaseModel, Generic[RowT]):
         sweep_pid: how NVML lists the sweep that waits for the row, which is no other process that disturbs the times.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     #: Import string of the class that measures such a job, for :func:`kvscope.harness.passes.measurement.measure`.
     measured_by: ClassVar[str]

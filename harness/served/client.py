@@ -1,16 +1,19 @@
 """Requests to an OpenAI-compatible server: JSON in, JSON out, tried again where that may help."""
 
+from __future__ import annotations
+
 import re
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
-
-import requests
 
 from kvscope.errors import EnvironmentProblem, KvscopeError, shown
 from kvscope.files import first_line
 from kvscope.harness.served.address import KEY_VARIABLE
+
+if TYPE_CHECKING:
+    import requests
 
 CONNECT_TIMEOUT_S = 10.0
 FIRST_PAUSE_S, MOST_PAUSE_S = 0.5, 30.0
@@ -69,6 +72,8 @@ class Client:
         tries: int = 6,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
+        import requests  # a fifth of a second, for runs that ask no server
+
         self.url = url
         self._key = key
         self._timeout_s, self._tries, self._sleep = timeout_s, tries, sleep
@@ -101,6 +106,8 @@ class Client:
         return self._send("POST", path, body, tries)
 
     def _send(self, method: str, path: str, body: Mapping[str, Any] | None, tries: int | None) -> tuple[Any, int]:
+        import requests
+
         most = self._tries if tries is None else tries
         problem: KvscopeError | None = None
         for count in range(1, most + 1):
@@ -153,6 +160,8 @@ class Client:
 
     def _said(self, reply: requests.Response) -> str:
         """Return what an error says, on one line."""
+        import requests
+
         text = reply.text
         try:
             found = reply.json()

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections import defaultdict
+from functools import cache
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -61,9 +62,15 @@ _COMMON = {
 }
 
 
-def samples(tokenizer: PreTrainedTokenizerFast, kind: str, count: int, *, length: int = 4096) -> list[Sample]:
+@cache
+def built(tokenizer: PreTrainedTokenizerFast, kind: str, length: int, index: int) -> Sample:
+    """One prompt; all tests of a kind look at the same ones."""
     task = create_task(TASK_OF[kind]) if kind in TASK_OF else create_task("long_qa", types=kind)
-    return [task.build(tokenizer, length_tokens=length, sample=i, seed=11) for i in range(count)]
+    return task.build(tokenizer, length_tokens=length, sample=index, seed=11)
+
+
+def samples(tokenizer: PreTrainedTokenizerFast, kind: str, count: int, *, length: int = 4096) -> list[Sample]:
+    return [built(tokenizer, kind, length, index) for index in range(count)]
 
 
 @pytest.mark.parametrize("kind", list(PLANNERS))

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
 from kvscope.harness.passes.config import RunConfig, make_config
@@ -25,6 +24,7 @@ SMALL = {
 
 def save_tiny_model(folder: Path) -> None:
     """Write a 2-layer Llama with 256 bytes of KV a token and 4,096 tokens of context."""
+    import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(str(REFERENCE_MODEL_FOLDER))
@@ -67,6 +67,8 @@ def small(tiny_model: str, tmp_path: Path) -> MakeConfig:
 @pytest.fixture
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small work is fastest on one thread, in this process and in workers; tests share the machine."""
+    import torch
+
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     before = torch.get_num_threads()
     torch.set_num_threads(1)
