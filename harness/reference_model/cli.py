@@ -2,7 +2,7 @@
 imported inside them.
 """
 
-from json import dumps, loads
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -83,34 +83,22 @@ def train(
     from kvscope.harness.reference_model.phases import phases_left, phases_of, seconds_of
     from kvscope.harness.reference_model.train import backbone_of, read_state
     from kvscope.harness.reference_model.train import train as run_train
-    from kvscope.harness.reference_model.trainer import STATE_FILE
 
-<<<<<<< HEAD
-    history: list[dict[str, Any]] = []
-    if resume is not None:
-        if not (resume / STATE_FILE).is_file():
-            raise UsageError(f"--resume {resume} is no checkpoint of a training: it has no {STATE_FILE}.")
-        history = loads((resume / STATE_FILE).read_text(encoding="utf-8"))["phases"]
-    chosen = phases_of(phases, steps, history)
-    run_train(
-        out=out, phases=chosen, resume=resume, seconds=seconds_of(seconds, chosen), seed=seed, workers=workers,
-        max_seconds=max_seconds, replicas=replicas, validation=True,
-=======
     backbone = backbone_of(architecture)
     if optimizer is not None:
         if optimizer not in ("muon", "adamw"):
             raise UsageError(f"--optimizer {optimizer!r}: muon or adamw.")
         backbone.optimizer = optimizer
+    history = [] if resume is None else read_state(resume)["phases"]
     if phases == "left":
         if resume is None or steps is not None:
             raise UsageError("--phases left goes on with the run of --resume DIR, with the steps that are left.")
-        chosen = phases_left(backbone.phases, read_state(resume)["phases"])
+        chosen = phases_left(backbone.phases, history)
     else:
-        chosen = phases_of(phases, steps, backbone.phases)
+        chosen = phases_of(phases, steps, backbone.phases, history)
     run_train(
         out=out, phases=chosen, resume=resume, seconds=seconds_of(seconds, chosen), seed=seed, workers=workers,
-        max_seconds=max_seconds, replicas=replicas, backbone=backbone,
->>>>>>> k15
+        max_seconds=max_seconds, replicas=replicas, backbone=backbone, validation=True,
     )  # fmt: skip
 
 

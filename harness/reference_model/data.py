@@ -11,7 +11,6 @@ from kvscope.harness.reference_model.curriculum import Phase
 from kvscope.harness.reference_model.row_maker import RowMaker
 from kvscope.tasks.draws import Draws
 
-
 # A batch that takes longer will never come: the run ends with an error, and what it learnt is kept.
 _LONGEST_WAIT_S = 120
 

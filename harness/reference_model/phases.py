@@ -74,19 +74,17 @@ PHASES = (
 )  # fmt: skip
 
 
-<<<<<<< HEAD
-def phases_of(names: str | None, steps: str | None, history: Sequence[Mapping[str, Any]] = ()) -> tuple[Phase, ...]:
-    """Return the phases of comma-separated names (all without), with comma-separated steps of their own.
-
-    Args:
-        history: of the checkpoint to start from; the phase it was stopped in keeps its planned steps.
-=======
-def phases_of(names: str | None, steps: str | None, phases: Sequence[Phase] = PHASES) -> tuple[Phase, ...]:
+def phases_of(
+    names: str | None,
+    steps: str | None,
+    phases: Sequence[Phase] = PHASES,
+    history: Sequence[Mapping[str, Any]] = (),
+) -> tuple[Phase, ...]:
     """Return the phases of comma-separated names (all without), with comma-separated steps of their own.
 
     Args:
         phases: to choose from.
->>>>>>> k15
+        history: of the checkpoint to start from; the phase it was stopped in keeps its planned steps.
 
     Raises:
         UsageError: there is no such phase, or not one number of steps for each.
@@ -98,23 +96,16 @@ def phases_of(names: str | None, steps: str | None, phases: Sequence[Phase] = PH
             raise UsageError(f"--phases: there is no phase {name!r}.{did_you_mean(name, known)}")
     found = tuple(known[name] for name in chosen)
     if steps is None:
-<<<<<<< HEAD
-        planned = steps_before(history, phases[0].name)[1]
-        return (replace(phases[0], steps=planned), *phases[1:]) if planned else phases
-    counts = _one_each("--steps", steps, phases)
-=======
-        return found
+        planned = steps_before(history, found[0].name)[1]
+        return (replace(found[0], steps=planned), *found[1:]) if planned else found
     counts = _one_each("--steps", steps, found)
->>>>>>> k15
     if not all(count.is_integer() and count > 0 for count in counts):
         raise UsageError(f"--steps {steps!r}: steps are whole numbers from 1 on.")
     return tuple(replace(phase, steps=int(count)) for phase, count in zip(found, counts, strict=True))
 
 
 def phases_left(phases: Sequence[Phase], history: Sequence[Mapping[str, Any]]) -> tuple[Phase, ...]:
-    """Return the phases that a run has not ended, in their order; of one broken off, the steps that are left.
-
-    The learning rate of a phase broken off goes on from where it was.
+    """Return the phases that a run has not ended, in their order; one broken off keeps its planned steps.
 
     Args:
         history: ``phases`` of the run's training state.
@@ -122,15 +113,15 @@ def phases_left(phases: Sequence[Phase], history: Sequence[Mapping[str, Any]]) -
     left = []
     for phase in phases:
         parts = [part for part in history if part["name"] == phase.name]
-        if any(part.get("ended_by", "steps") in ("steps", "accuracy") for part in parts):
-            continue
-        done = sum(int(part["steps_done"]) for part in parts)
-        if done >= phase.steps:
-            continue
-        start, end = phase.lr
-        lr = (start + (end - start) * done / max(1, phase.steps - 1), end)
-        left.append(replace(phase, steps=phase.steps - done, lr=lr))
+        if not parts:
+            left.append(phase)
+        elif not _has_ended(parts[-1]):
+            left.append(replace(phase, steps=int(parts[-1]["steps"])))
     return tuple(left)
+
+
+def _has_ended(part: Mapping[str, Any]) -> bool:
+    return part.get("ended_by") == "accuracy" or part["steps_done"] >= part["steps"]
 
 
 def steps_before(history: Sequence[Mapping[str, Any]], name: str) -> tuple[int, int]:
@@ -142,7 +133,7 @@ def steps_before(history: Sequence[Mapping[str, Any]], name: str) -> tuple[int, 
         history: ``phases`` of the checkpoint's training_state.json.
     """
     last = history[-1] if history else {}
-    if last.get("name") != name or last["steps_done"] >= last["steps"]:
+    if last.get("name") != name or _has_ended(last):
         return 0, 0
     return last["steps_done"], last["steps"]
 

@@ -18,11 +18,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-<<<<<<< HEAD
-from kvscope.errors import UsageError
-=======
 from kvscope.errors import UsageError, did_you_mean
->>>>>>> k15
 from kvscope.files import make_folder
 from kvscope.harness.reference_model.architecture import Afmoe
 from kvscope.harness.reference_model.backbone import Backbone
@@ -31,12 +27,9 @@ from kvscope.harness.reference_model.data import PhaseData, batches
 from kvscope.harness.reference_model.documents import DocumentMaker
 from kvscope.harness.reference_model.documents_long_qa import LongQADocuments
 from kvscope.harness.reference_model.documents_ruler import coded_words, common_words, variable_chains
-<<<<<<< HEAD
 from kvscope.harness.reference_model.form_rows import FAMILIES as FORM_FAMILIES
 from kvscope.harness.reference_model.form_validation import SHAPES, validate
-from kvscope.harness.reference_model.phases import PHASES, steps_before
-=======
->>>>>>> k15
+from kvscope.harness.reference_model.phases import steps_before
 from kvscope.harness.reference_model.pieces import Pieces
 from kvscope.harness.reference_model.replicas import Replicas
 from kvscope.harness.reference_model.row_maker import RowMaker
@@ -114,18 +107,12 @@ def train(
     """Train the phases in order and write a checkpoint into ``out`` after each.
 
     Args:
-<<<<<<< HEAD
-        config: of another shape than the reference's (tests, trials).
-        resume: a checkpoint folder to start from (weights; the optimizer starts afresh with a warm-up). A first phase
-            that the checkpoint was stopped in goes on behind its last step, with that step's learning rate and batches.
-        seconds: time budget of each phase, instead of its steps; of what is left, where a phase goes on.
-=======
         phases: none: all of the architecture's.
         backbone: none: the reference model's.
         config: of another shape than the architecture's own (tests, trials).
-        resume: a checkpoint folder to start from (weights; the optimizer starts afresh with a warm-up).
-        seconds: time budget of each phase, instead of its steps.
->>>>>>> k15
+        resume: a checkpoint folder to start from (weights; the optimizer starts afresh with a warm-up). A first phase
+            that the checkpoint was stopped in goes on behind its last step, with that step's learning rate and batches.
+        seconds: time budget of each phase, instead of its steps; of what is left, where a phase goes on.
         max_seconds: stop at this age of the run, with a checkpoint.
         replicas: batches a step, their gradients averaged; dealt out over the processes of ``torchrun``.
         validation: after each phase that has form families, log the accuracy of every family and length.
@@ -169,17 +156,14 @@ def train(
         processes=team.world,
         parameters=sum(p.numel() for p in model.parameters()),
     )
-<<<<<<< HEAD
+    phases = phases or backbone.phases
     first_step = steps_before(trainer.history, phases[0].name)[0]
     for i, phase in enumerate(phases):
+        trainer.begin(phase)
         if i:
             first_step = 0
         if first_step:
             trainer.log(phase=phase.name, goes_on_behind_step=first_step)
-=======
-    for i, phase in enumerate(phases or backbone.phases):
-        trainer.begin(phase)
->>>>>>> k15
         total_share = sum(shape.share for shape in phase.shapes)
         per_step = 0.0
         for shape in phase.shapes:

@@ -211,14 +211,10 @@ class Trainer:
             source: the batches of this process's replicas, step by step from ``first_step`` on.
             deadline: on the clock of ``time.perf_counter``; looked at every few steps where processes must agree.
         """
-<<<<<<< HEAD
-        start, done, tokens = time.perf_counter(), first_step, 0
-=======
         self.begin(phase)
-        start, done, tokens = time.perf_counter(), 0, 0
+        start, done, tokens = time.perf_counter(), first_step, 0
         ended, measure = "steps", self.backbone.measure(phase.objective)
         last_right: deque[torch.Tensor] = deque(maxlen=ENOUGH_STEPS * len(self.replicas.mine))
->>>>>>> k15
         recent: dict[int, list[torch.Tensor]] = {}
         by_family = FamilyAccuracy(self.device)
         fields: dict[str, Any] = {}

@@ -17,8 +17,11 @@ def test_phases_are_chosen_by_name_with_steps_of_their_own():
 def test_a_phase_that_was_stopped_keeps_its_planned_steps():
     stopped = [{"name": "p0-128", "steps": 9, "steps_done": 9}, {"name": "p6-forms", "steps": 700, "steps_done": 41}]
     assert steps_before(stopped, "p6-forms") == (41, 700)
-    assert [phase.steps for phase in phases_of("p6-forms,p7-forms-long", None, stopped)] == [700, PHASES[-1].steps]
-    assert phases_of("p6-forms", "500", stopped)[0].steps == 500
+    assert [phase.steps for phase in phases_of("p6-forms,p7-forms-long", None, history=stopped)] == [
+        700,
+        PHASES[-1].steps,
+    ]
+    assert phases_of("p6-forms", "500", history=stopped)[0].steps == 500
     for history, name in ((stopped, "p0-128"), (stopped[:1], "p0-128"), ((), "p0-128")):
         assert steps_before(history, name) == (0, 0), "one that came to its end, or was not the last, starts anew"
 
@@ -32,7 +35,7 @@ def test_a_phase_that_was_stopped_keeps_its_planned_steps():
         (["--phases", "p0-128", "--steps", "0"], "steps are whole numbers from 1 on"),
         (["--phases", "p0-128", "--seconds", "1,2"], "is 2 numbers for 1 phases"),
         (["--replicas", "0"], "--replicas"),
-        (["--resume", "nowhere"], "is no checkpoint of a training: it has no training_state.json"),
+        (["--resume", "nowhere"], "has no training_state.json; name a folder that training has written"),
     ],
 )
 def test_a_training_that_cannot_be_is_refused_in_one_sentence(tmp_path, capsys, options, message):
