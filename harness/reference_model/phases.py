@@ -39,8 +39,9 @@ _TO_512K = (
 # Many forms of every task, half of the rows; the families before them stay, or they are unlearnt.
 _FORMS = (("vt_forms", 0.2), ("needle_forms", 0.16), ("cwe_forms", 0.08), ("fwe_forms", 0.06),
           ("long_qa_2", 0.2), ("vt", 0.06), ("cwe", 0.02), ("fwe", 0.02))  # fmt: skip
-_FORMS_LONG = (("vt_forms", 0.15), ("needle_forms", 0.13), ("cwe_forms", 0.05), ("fwe_forms", 0.04),
-               ("long_qa_2", 0.27), ("vt", 0.08), ("cwe", 0.02), ("fwe", 0.02))  # fmt: skip
+# Stories lose a little behind p6 (docs/log.md): more of them than there.
+_FORMS_LONG = (("vt_forms", 0.12), ("needle_forms", 0.12), ("cwe_forms", 0.04), ("fwe_forms", 0.04),
+               ("long_qa_2", 0.34), ("vt", 0.08), ("cwe", 0.02), ("fwe", 0.02))  # fmt: skip
 # Each shape under 128K costs 15 to 20 s of compilation: four.
 _FORMS_TO_32K = (
     Shape(tokens=1024, rows=48, questions=12, share=0.25),
