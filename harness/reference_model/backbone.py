@@ -57,6 +57,11 @@ class Backbone:
         """Say whether Muon may update a parameter: the matrices of the layers."""
         return parameter.dim() >= 2 and "layers." in name
 
+    def saved_in_fp32(self, name: str) -> bool:
+        """Say whether a parameter stays in fp32 in a saved checkpoint, which is bf16 otherwise."""
+        del name
+        return False
+
     def trains(self, name: str, objective: str) -> bool:
         """Say whether a parameter is trained under an objective."""
         del name, objective

@@ -290,6 +290,9 @@ class Trainer:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=implementation
         )
+        for name, parameter in model.named_parameters():
+            if self.backbone.saved_in_fp32(name):
+                parameter.data = parameter.data.float()
         model.load_state_dict(self.model.state_dict())
         return model
 

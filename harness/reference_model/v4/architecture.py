@@ -106,6 +106,10 @@ class DeepseekV4(Backbone):
         small = ("position_bias", "_hc.fn", "mlp.gate.weight")
         return super().by_muon(name, parameter) and not name.endswith(small)
 
+    def saved_in_fp32(self, name: str) -> bool:
+        # As the stock classes load them. transformers 5.17 makes them in bf16 all the same, and rounds what is saved.
+        return not TrainingV4.in_fp32.isdisjoint(name.split("."))
+
     def trains(self, name: str, objective: str) -> bool:
         return objective == "sparse" or (".indexer." in name) == (objective == "indexer")
 
