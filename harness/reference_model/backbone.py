@@ -24,12 +24,14 @@ class Backbone:
         name: as ``kvscope backbone train --architecture`` names it.
         phases: in their order.
         stock_attention: attention implementation of the stock classes in a saved checkpoint.
+        check_tolerance: relative norm by which training's forward may miss the stock model's, under autocast.
         optimizer: ``muon`` or ``adamw``, for the matrices of the layers; everything else has AdamW.
     """
 
     name: str
     phases: tuple[Phase, ...]
     stock_attention: str
+    check_tolerance = 0.1
     optimizer = "muon"
 
     def config(self) -> PreTrainedConfig:

@@ -70,6 +70,8 @@ class DeepseekV4(Backbone):
     name = "deepseek_v4"
     phases = V4_PHASES
     stock_attention = "eager"
+    # A rounding sends a token to another expert now and then, and that changes more than a rounding.
+    check_tolerance = 0.2
     optimizer = "adamw"
 
     def __init__(self, *, topk: int = INDEX_TOPK) -> None:
