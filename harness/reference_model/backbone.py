@@ -24,12 +24,14 @@ class Backbone:
         name: as ``kvscope backbone train --architecture`` names it.
         phases: in their order.
         stock_attention: attention implementation of the stock classes in a saved checkpoint.
+        check_tolerance: relative norm by which training's forward may miss the stock model's, under autocast.
         optimizer: ``muon`` or ``adamw``, for the matrices of the layers; everything else has AdamW.
     """
 
     name: str
     phases: tuple[Phase, ...]
     stock_attention: str
+    check_tolerance = 0.1
     optimizer = "muon"
 
     def config(self) -> PreTrainedConfig:
@@ -56,6 +58,11 @@ class Backbone:
     def by_muon(self, name: str, parameter: torch.nn.Parameter) -> bool:
         """Say whether Muon may update a parameter: the matrices of the layers."""
         return parameter.dim() >= 2 and "layers." in name
+
+    def saved_in_fp32(self, name: str) -> bool:
+        """Say whether a parameter stays in fp32 in a saved checkpoint, which is bf16 otherwise."""
+        del name
+        return False
 
     def trains(self, name: str, objective: str) -> bool:
         """Say whether a parameter is trained under an objective."""

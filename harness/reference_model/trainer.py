@@ -29,7 +29,6 @@ LOG_STEPS = 100
 AGREE_STEPS = 8
 # Each shape's forward is held against the stock model's, on so many tokens, before its first step.
 CHECK_TOKENS = 1024
-CHECK_TOLERANCE = 0.1
 # Rows longer than this compute their activations twice instead of keeping them (64K rows peak at 14 GiB). Attention,
 # nearly all of such a row's time, is kept all the same: its output is small.
 KEEP_TOKENS = 65_536
@@ -164,7 +163,7 @@ class Trainer:
                 ours_BTM = self.model.model.norm(ours_BTM).float()
                 stock_BTM = stock.model(ids_BT[:1, :CHECK_TOKENS]).last_hidden_state.float()
         difference: float = ((ours_BTM - stock_BTM).norm() / stock_BTM.norm()).item()
-        if not difference < CHECK_TOLERANCE:
+        if not difference < self.backbone.check_tolerance:
             raise RuntimeError(f"training's forward differs from the stock model's by {difference:.3f} (relative norm)")
         return difference
 
@@ -291,6 +290,9 @@ class Trainer:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=implementation
         )
+        for name, parameter in model.named_parameters():
+            if self.backbone.saved_in_fp32(name):
+                parameter.data = parameter.data.float()
         model.load_state_dict(self.model.state_dict())
         return model
 

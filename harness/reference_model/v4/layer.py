@@ -185,7 +185,13 @@ def attend(module: Any, x_BTM: torch.Tensor, *, rope: Rope, topk: int) -> torch.
 
 
 class TrainingV4(DeepseekV4ForCausalLM):  # type: ignore[misc]  # transformers is untyped
-    """A stock model with training's layers: parameters have the stock names."""
+    """A stock model with training's layers: parameters have the stock names.
+
+    Attributes:
+        in_fp32: names of modules and parameters that the stock classes keep in fp32, whatever the model's type.
+    """
+
+    in_fp32 = frozenset(DeepseekV4ForCausalLM._keep_in_fp32_modules_strict)
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
