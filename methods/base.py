@@ -367,6 +367,11 @@ class CacheMethod(ABC, Generic[ConfigT]):
         del layer
         return []
 
+    def at(self, n_tokens: int, shape: ModelShape) -> CacheMethod[Any]:
+        """Return the method with its budget for a prompt of ``n_tokens``: itself, but where a share sets that."""
+        del n_tokens, shape
+        return self
+
     @abstractmethod
     def predict(self, shape: ModelShape, n_tokens: int, n_new_tokens: int = 0) -> Footprint:
         """Return the footprint after a prompt of ``n_tokens`` and ``n_new_tokens`` decode steps."""

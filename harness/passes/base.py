@@ -312,7 +312,8 @@ class Plan(RunPlan):
             lines += ["", *forecast_tables([method.label for method in self.methods], self.cells, width=width), ""]
             for n_tokens in self.lengths_tokens:
                 running = [each for each in self.methods if self.unsupported(each.label, n_tokens) is None]
-                lines += self.facts.backend.tables(self.facts.shape, running, n_tokens)
+                budgeted = [method.at(n_tokens, self.facts.shape) for method in running]
+                lines += self.facts.backend.tables(self.facts.shape, budgeted, n_tokens)
         if self.elsewhere is not None:
             lines += [*self.elsewhere.text(width=width), ""]
         for each in self.passes:

@@ -76,12 +76,16 @@ def test_weights_are_those_a_token_is_multiplied_with(changes):
 
 def test_a_plan_prints_both_tables_and_an_unknown_packing_none(shape, capsys):
     words = ["plan", "--model", "preset:deepseek-v4-flash", "-l", "500k", "-m", "dense", "-m", "quest", "-m", "random"]
+    words += ["-m", "recency:share=0.25", "-m", "snapkv:share=0.25"]
     assert cli.run_cli([*words, "--device", "cpu"]) == 0
     text = capsys.readouterr().out
     first, second = text.index("Bytes on the released engine after 512,000 tokens"), text.index("FLOPs of a decode")
     dense, drawn = text[first:second].splitlines()[4:6]
     assert dense.split() == ["dense", "1.462", "0.330", "0.044", "0.000", "1.836", "100.0%"]
     assert drawn.startswith("random")
+    (shared,) = [line for line in text[first:second].splitlines() if line.startswith("recency:share=0.25")]
+    assert 24 < float(shared.split()[-1].rstrip("%")) < 27
+    assert "snapkv:share=0.25" not in text[first:second]  # it has no form over entries
     assert text[second:].splitlines()[3].split() == [
         "dense", "26.54", "44.38", "1.41", "10.49", "0.72", "0.00", "83.54", "100.0%"
     ]  # fmt: skip
