@@ -119,13 +119,14 @@ def answer(asked: Mapping[str, Any], say: Say) -> None:
     assert isinstance(plan, Plan)
     if (expected := asked.get("identity")) is not None:
         check_identity(expected, identity(plan))
+    info = RunInfo.model_validate(asked["info"])
+    plan = plan.in_folder(info)  # before it is handed to those who build: they call tasks what the folder does
     progress = RemoteProgress(say)
     builders = PromptBuilders(plan, processes=builder_processes(asked["n_jobs"], device=plan.facts.device))
     loaded = load(plan)
     noise = measured_noise(plan, loaded, progress)
     say({"ready": True})
-    store = RemoteStore(Path(asked["folder"]), RunInfo.model_validate(asked["info"]), say, n_jobs=asked["n_jobs"])
-    plan = plan.in_folder(store.info)
+    store = RemoteStore(Path(asked["folder"]), info, say, n_jobs=asked["n_jobs"])
     for line in lines:
         shard = json.loads(line)
         store.take(shard)

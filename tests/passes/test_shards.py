@@ -196,6 +196,21 @@ def test_a_worker_begins_no_prompt_after_its_time(
     assert [next(iter(each)) for each in said] == ["ready", "done", "row", "done"]
 
 
+def test_a_worker_calls_tasks_what_the_folder_does(
+    small: MakeConfig, one_thread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = "long_qa:types=single_fact"
+    asked = {"lengths_tokens": [1024], "samples": 1, "self_check": False}
+    begun = run_info(make_plan(small(tasks=["long_qa", facts], **asked)))
+    values = small(tasks=[facts], **asked).model_dump(mode="json", exclude={"out", "gpus"})
+    shard = {"task": facts, "length_tokens": 1024, "prompts": [[0, ["dense"]]], "rows": [], "left_s": None}
+    monkeypatch.setattr(shard_worker, "_lines", lambda: iter([json.dumps(shard)]))
+    said: list[dict[str, Any]] = []
+    info = begun.model_dump(mode="json")
+    shard_worker.answer({"config": values, "folder": "run", "info": info, "n_jobs": 2}, said.append)
+    assert [each["row"]["task"] for each in said if "row" in each] == [facts]
+
+
 def test_a_time_limit_gives_nothing_more_out(stubs: Stubs, one: dict[Key, Any], tmp_path: Path) -> None:
     with pytest.raises(TimeLimitReached):
         stubs.run(deadline=Deadline(0.0))
