@@ -18,6 +18,7 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from kvscope.errors import KvscopeError
 from kvscope.harness.engine.host_threads import threads_a_process
 from kvscope.harness.passes.forked import CAN_FORK
 from kvscope.harness.passes.prompt_check import build
@@ -92,7 +93,11 @@ class PromptBuilders:
 def _result(asked: Future[Sample], build_here: Callable[[], Sample]) -> Sample:
     try:
         return asked.result()
-    except BrokenExecutor:  # a process was killed, and the others with it
+    except KvscopeError:
+        raise
+    except Exception:
+        # A process was killed, and the others with it. Or what a task of one's own made, or raised, cannot be sent from
+        # there: here it is the prompt or the error that one process would have had.
         return build_here()
 
 

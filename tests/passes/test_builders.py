@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -56,6 +57,41 @@ def test_a_killed_process_costs_no_prompt(plan):
         found = [builders.begin(*asked)() for asked in ASKED]
         found += [builders.begin(*asked)() for asked in ASKED]
     assert [sample.sample for sample in found] == [0, 3, 1, 0, 3, 1]
+
+
+class NotSent(str):
+    """A text that no other process can send."""
+
+    def __reduce__(self):
+        raise TypeError("cannot be sent")
+
+
+class OwnTask:
+    """A task of one's own, whose samples or whose error stay where they were made."""
+
+    def __init__(self, sample, error=None):
+        self.sample, self.error = sample, error
+
+    def build(self, tokenizer, **asked):
+        if self.error is not None:
+            raise self.error
+        return replace(self.sample, targets=(NotSent("kept"),))
+
+
+@forks
+def test_what_cannot_be_sent_is_made_here(plan):
+    made = build(plan, plan.tasks[0], *ASKED[0])
+    error = ValueError("of its own")
+    error.held = lambda: None
+    for task in (OwnTask(made), OwnTask(made, error)):
+        own = replace(plan, tasks=(task,), task_names=("own",))
+        with PromptBuilders(own, processes=1) as builders:
+            wait = builders.begin("own", 512, 0)
+            if task.error is None:
+                assert wait().targets == ("kept",)
+            else:
+                with pytest.raises(ValueError, match="of its own"):
+                    wait()
 
 
 FORKS_AND_WAITS = """
