@@ -32,16 +32,27 @@ SHARE_COLUMNS = [
 
 
 def without_share(label: str) -> tuple[str, str | None, float | None]:
-    """Return (a label without its share, what that is of, the share); None without one."""
+    """Return (a label without its share, what that is of, the share); None without one.
+
+    A method's own option of that name is left where it holds no share.
+    """
     name, _, tail = label.partition(":")
     kept, of, share = [], None, None
     for item in filter(None, tail.split(",")):
         key, _, value = item.partition("=")
-        if key in ASKED_OF:
-            of, share = ASKED_OF[key], float(value)
+        if key in ASKED_OF and (found := _share(value)) is not None:
+            of, share = ASKED_OF[key], found
         else:
             kept.append(item)
     return f"{name}:{','.join(kept)}" if kept else name, of, share
+
+
+def _share(text: str) -> float | None:
+    try:
+        share = float(text)
+    except ValueError:
+        return None
+    return share if 0 < share <= 1 else None
 
 
 def asks_for_shares(run: Run) -> bool:

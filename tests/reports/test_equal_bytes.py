@@ -48,6 +48,8 @@ def test_a_label_without_its_share() -> None:
     )
     assert without_share("quest:read_share=0.05") == ("quest", "read", 0.05)
     assert without_share("dense") == ("dense", None, None)
+    for own in ("mine:share=heads", "mine:share=4,sinks=2", "mine:share=nan"):  # options of a method of one's own
+        assert without_share(own) == (own, None, None)
 
 
 def test_shares_are_those_of_the_rows(run: Run) -> None:
