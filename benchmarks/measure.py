@@ -4,12 +4,14 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from kvscope.errors import KvscopeError
 from kvscope.harness.passes.environment import capture_environment
+from kvscope.terminal import complain
 
 RESULTS = Path(__file__).resolve().parent / "results"
 CALM_LOAD = 0.5
@@ -18,6 +20,15 @@ CALM_LOAD = 0.5
 def say(text: str) -> None:
     """Print one line of progress at once."""
     print(text, flush=True)
+
+
+def ended(main: Callable[[], int | None]) -> int:
+    """Run a script and return its exit code; what cannot be done is told in a sentence, as ``kvscope`` does."""
+    try:
+        return main() or 0
+    except KvscopeError as error:
+        complain(str(error))
+        return error.exit_code
 
 
 def load_1min() -> float:

@@ -95,9 +95,8 @@ def _result(asked: Future[Sample], build_here: Callable[[], Sample]) -> Sample:
         return asked.result()
     except KvscopeError:
         raise
-    except Exception:
-        # A process was killed, and the others with it. Or what a task of one's own made, or raised, cannot be sent from
-        # there: here it is the prompt or the error that one process would have had.
+    except Exception:  # noqa: BLE001 - here it is the prompt, or the error, that one process would have had
+        # A process was killed, and the others with it. Or what a task of one's own made, or raised, cannot be sent.
         return build_here()
 
 

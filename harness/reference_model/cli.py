@@ -80,11 +80,14 @@ def train(
 
     On several GPUs: torchrun --nproc-per-node=2 --no-python kvscope backbone train ...
     """
-    from kvscope.harness.reference_model.phases import phases_left, phases_of, seconds_of
+    from kvscope.harness.reference_model.phases import check_age, phases_left, phases_of, seconds_of
     from kvscope.harness.reference_model.train import backbone_of, read_state
     from kvscope.harness.reference_model.train import train as run_train
 
     backbone = backbone_of(architecture)
+    check_age(max_seconds)
+    if steps is not None and seconds is not None:
+        raise UsageError("--steps and --seconds both say how long a phase lasts: give one of them.")
     if optimizer is not None:
         if optimizer not in ("muon", "adamw"):
             raise UsageError(f"--optimizer {optimizer!r}: muon or adamw.")
@@ -92,7 +95,7 @@ def train(
     history = [] if resume is None else read_state(resume)["phases"]
     if phases == "left":
         if resume is None or steps is not None:
-            raise UsageError("--phases left goes on with the run of --resume DIR, with the steps that are left.")
+            raise UsageError("--phases left goes on with the run of --resume DIR: give that folder, and no --steps.")
         chosen = phases_left(backbone.phases, history)
     else:
         chosen = phases_of(phases, steps, backbone.phases, history)
@@ -132,7 +135,9 @@ def evaluate(
     check_out_file(out)
     from kvscope.harness.reference_model.evaluate import NIAH, load_checkpoint
     from kvscope.harness.reference_model.evaluate import evaluate as run_evaluate
+    from kvscope.harness.reference_model.phases import check_age
 
+    check_age(max_seconds)
     rows = run_evaluate(
         *load_checkpoint(folder), tasks=task or NIAH, lengths_tokens=lengths_tokens, samples=samples, seed=seed,
         workers=workers, closed_book=closed_book, batch_tokens=batch_tokens, max_seconds=max_seconds, note=print_row,

@@ -1,5 +1,6 @@
 """The phases that the reference model was trained in, and the choice of some of them."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -110,6 +111,9 @@ def phases_left(phases: Sequence[Phase], history: Sequence[Mapping[str, Any]]) -
 
     Args:
         history: ``phases`` of the run's training state.
+
+    Raises:
+        UsageError: it has ended them all.
     """
     left = []
     for phase in phases:
@@ -118,6 +122,8 @@ def phases_left(phases: Sequence[Phase], history: Sequence[Mapping[str, Any]]) -
             left.append(phase)
         elif not _has_ended(parts[-1]):
             left.append(replace(phase, steps=int(parts[-1]["steps"])))
+    if not left:
+        raise UsageError("--phases left: the run of --resume has ended every phase; name those to train once more.")
     return tuple(left)
 
 
@@ -143,9 +149,24 @@ def seconds_of(seconds: str | None, phases: tuple[Phase, ...]) -> tuple[float, .
     """Return the time budgets of comma-separated seconds; None for none.
 
     Raises:
-        UsageError: not one for each phase.
+        UsageError: not one for each phase, or not a time above 0.
     """
-    return None if seconds is None else _one_each("--seconds", seconds, phases)
+    if seconds is None:
+        return None
+    budgets_s = _one_each("--seconds", seconds, phases)
+    if not all(math.isfinite(each) and each > 0 for each in budgets_s):
+        raise UsageError(f"--seconds {seconds!r}: give each phase a number of seconds above 0.")
+    return budgets_s
+
+
+def check_age(max_seconds: float | None) -> None:
+    """Refuse an age that nothing reaches or that is over before the first step.
+
+    Raises:
+        UsageError: it is negative or no finite number.
+    """
+    if max_seconds is not None and not (math.isfinite(max_seconds) and max_seconds >= 0):
+        raise UsageError(f"--max-seconds {max_seconds}: give seconds from 0 on, or leave it out for no limit.")
 
 
 def _one_each(option: str, text: str, phases: tuple[Phase, ...]) -> tuple[float, ...]:

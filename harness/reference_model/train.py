@@ -56,13 +56,17 @@ def read_state(folder: Path) -> dict[str, Any]:
     """Return the training state of a checkpoint.
 
     Raises:
-        UsageError: the folder has none.
+        UsageError: the folder has none, or one that is not whole.
     """
     try:
         state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         message = f"--resume: '{folder}' has no {STATE_FILE}; name a folder that training has written."
         raise UsageError(message) from None
+    except ValueError:
+        state = {}
+    if not isinstance(state, dict) or not isinstance(state.get("phases"), list):
+        raise UsageError(f"--resume: {STATE_FILE} of '{folder}' is not whole; name a folder that training has written.")
     return state
 
 

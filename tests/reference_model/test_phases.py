@@ -34,6 +34,14 @@ def test_a_phase_that_was_stopped_keeps_its_planned_steps():
         (["--phases", "p0-128", "--steps", "many"], "is not a list of numbers"),
         (["--phases", "p0-128", "--steps", "0"], "steps are whole numbers from 1 on"),
         (["--phases", "p0-128", "--seconds", "1,2"], "is 2 numbers for 1 phases"),
+        (["--phases", "p0-128", "--seconds", "nan"], "a number of seconds above 0"),
+        (["--phases", "p0-128", "--seconds", "inf"], "a number of seconds above 0"),
+        (["--phases", "p0-128", "--seconds", "0"], "a number of seconds above 0"),
+        (["--phases", "p0-128", "--seconds", "9", "--steps", "9"], "give one of them"),
+        (["--max-seconds", "nan"], "give seconds from 0 on"),
+        (["--max-seconds", "-1"], "give seconds from 0 on"),
+        (["--resume", __file__], "has no training_state.json"),
+        (["--phases", "left"], "give that folder"),
         (["--replicas", "0"], "--replicas"),
         (["--resume", "nowhere"], "has no training_state.json; name a folder that training has written"),
     ],
@@ -44,3 +52,10 @@ def test_a_training_that_cannot_be_is_refused_in_one_sentence(tmp_path, capsys, 
     assert message in said
     assert said.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"phases": 3}'])
+def test_a_training_state_that_is_not_whole_is_refused(tmp_path, capsys, text):
+    (tmp_path / "training_state.json").write_text(text)
+    assert cli.run_cli(["backbone", "train", "--out", str(tmp_path / "out"), "--resume", str(tmp_path)]) == 2
+    assert "is not whole" in capsys.readouterr().err
