@@ -10,7 +10,7 @@ Steps, in order; without a name all but `gate`. Each resumes, and is skipped whe
 - `gate` answers the prompts of the tests fixed in `indexers_gate.py`, and judges them.
 
 DIR/lsa and DIR/dsa are what belongs into `methods/lsa/indexers` and `methods/dsa/indexers`; DIR/recall and DIR/gate
-have tables; DIR/STEP.json says what a step did and took. Shards (about 20 GB) go to --data, by default DIR/data.
+have tables; DIR/STEP.json says what a step did and took. Shards (about 21 GB) go to --data, by default DIR/data.
 --minutes is the time of this call, shared out to its steps: a collection or training that reaches its end is used as
 far as it got, and the step's file says so. The gate goes on by the same command. --tiny is everything on a CPU in
 small: whether it runs, not how good it is. The first recipe, from random weights, is `indexers_h100.sh`.
@@ -32,17 +32,17 @@ import indexers_gate as gate
 from kvscope.errors import UsageError
 from kvscope.files import whole_file
 from kvscope.harness.engine.devices import resolve_device
-from kvscope.harness.passes.environment import capture_environment
 from kvscope.harness.indexers.collection.reading import Collection
 from kvscope.harness.indexers.lsa.lineage import origin
 from kvscope.harness.indexers.lsa.measuring import EvalConfig
+from kvscope.harness.passes.environment import capture_environment
 from kvscope.methods.lsa.indexer_files import indexer_folder, load_indexer, read_indexer_config, save_indexer
 
 STEP_MINUTES = {"collect": 4.0, "train": 2.5, "calibrate": 1.5, "gate": 12.0}
 """What a step is thought to take on an H200: --minutes is shared out by it."""
 CAP_TOKENS, CAP_FRACTION = 12_288, 0.08
-"""Most tokens that lsa keeps: the number holds to 150K tokens, the fraction beyond. With the indexer's keys (0.8 %) that
-is at most 8.8 % of dense's bytes on a long prompt."""
+"""Most tokens that lsa keeps: the number holds to 150K tokens, the fraction beyond. With the indexer's keys (0.8 %)
+that is at most 8.8 % of dense's bytes on a long prompt."""
 LABELS: dict[str, Any] = {"voters": "layer", "top_p": 0.9, "label_layers": documents.RETRIEVAL_LAYERS}
 TRAINING_MASS, GOLDEN_MASS = 0.1, 0.2
 """Least mass of a label that trains, and of a golden chunk (docs/lsa-study.md)."""
@@ -80,7 +80,13 @@ class Work:
 
     def store(self, step: str, found: dict[str, Any], *, seconds: float) -> None:
         """Write what a step did; it is done then."""
-        record = {"step": step, "model": self.model, "tiny": self.tiny, "environment": capture_environment(device=self.device), **found}
+        record = {
+            "step": step,
+            "model": self.model,
+            "tiny": self.tiny,
+            "environment": capture_environment(device=self.device),
+            **found,
+        }
         write_json(self.out / f"{step}.json", {**record, "step_seconds": round(seconds, 1)})
 
 
@@ -152,9 +158,7 @@ def _train_lsa(work: Work, deadline_s: float) -> dict[str, Any]:
         lr=3e-4, epochs=1 if work.tiny else 4, held_out=0.4 if work.tiny else 0.05, keep="recall", patience=99,
         device=work.device,
     )  # fmt: skip
-    return run(
-        folders, work.out / "trained", config, note=_named("lsa", work), clock=time.time, deadline_s=deadline_s
-    )
+    return run(folders, work.out / "trained", config, note=_named("lsa", work), clock=time.time, deadline_s=deadline_s)
 
 
 def _train_dsa(work: Work, deadline_s: float) -> dict[str, Any]:

@@ -183,7 +183,11 @@ def gate(
         if left_s < 1:
             return {"unfinished": f"no time for {cell.name}"}
         began_s = time.time()
-        asked = [*command(cell, folder, model=model, lsa=lsa, device=device, jobs=jobs), "--time-limit", f"{left_s:.0f}"]
+        asked = [
+            *command(cell, folder, model=model, lsa=lsa, device=device, jobs=jobs),
+            "--time-limit",
+            f"{left_s:.0f}",
+        ]
         code = subprocess.run(asked, check=False).returncode
         seconds[cell.name] = round(time.time() - began_s, 1)
         note(f"{cell.name}: {cell.prompts} prompts, {seconds[cell.name]:.0f} s, exit {code}")
@@ -285,4 +289,3 @@ def sentence(test: Mapping[str, Any]) -> str:
         f"n {test['n']}, {test['lost']} lost, {test['won']} won, {test['bytes_percent']:.2f} % of the bytes{limit}: "
         f"{answer}"
     )
-
