@@ -18,6 +18,7 @@ small: whether it runs, not how good it is. The first recipe, from random weight
 
 import argparse
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -36,6 +37,8 @@ from kvscope.harness.indexers.collection.reading import Collection
 from kvscope.harness.indexers.lsa.lineage import origin
 from kvscope.harness.indexers.lsa.measuring import EvalConfig
 from kvscope.harness.passes.environment import capture_environment
+from kvscope.methods.dsa.indexer_files import FILES as DSA_FILES
+from kvscope.methods.indexer_files import CONFIG_FILE, WEIGHTS_FILE
 from kvscope.methods.lsa.indexer_files import indexer_folder, load_indexer, read_indexer_config, save_indexer
 
 STEP_MINUTES = {"collect": 4.0, "train": 2.5, "calibrate": 1.5, "gate": 12.0}
@@ -148,8 +151,11 @@ def _train_lsa(work: Work, deadline_s: float) -> dict[str, Any]:
     from kvscope.harness.indexers.lsa.train import train as run
     from kvscope.harness.indexers.lsa.train_config import TrainConfig
 
+    target = work.out / "trained" / "lsa"
+    if (target / CONFIG_FILE).is_file():
+        return dict(read_indexer_config(target).trained["held_out"])
     folders = documents.made(work.data, documents.LSA, documents.DSA)
-    start = adopted(work.start, folders[0], work.out / "start")
+    start = adopted(work.start, folders[0], work.out / "trained" / "start")
     was = read_indexer_config(start)
     config = TrainConfig(
         tau=TAU, layers=documents.RETRIEVAL_LAYERS, **LABELS, least_mass=TRAINING_MASS, start=str(start),
@@ -158,19 +164,19 @@ def _train_lsa(work: Work, deadline_s: float) -> dict[str, Any]:
         lr=3e-4, epochs=1 if work.tiny else 4, held_out=0.4 if work.tiny else 0.05, keep="recall", patience=99,
         device=work.device,
     )  # fmt: skip
-    return run(folders, work.out / "trained", config, note=_named("lsa", work), clock=time.time, deadline_s=deadline_s)
+    return run(folders, target, config, note=_named("lsa", work), clock=time.time, deadline_s=deadline_s)
 
 
 def _train_dsa(work: Work, deadline_s: float) -> dict[str, Any]:
     from kvscope.harness.indexers.dsa.objective import DsaTrainConfig
     from kvscope.harness.indexers.dsa.train import train as run
 
+    target = work.out / "trained" / "dsa"
+    if (target / CONFIG_FILE).is_file():
+        return dict(DSA_FILES.read_config(target).trained["held_out"])
     config = DsaTrainConfig(epochs=1 if work.tiny else 10, held_out=0.4 if work.tiny else 0.1, device=work.device)
     folders = documents.made(work.data, documents.DSA)
-    return run(
-        folders, work.out / "dsa" / "reference", config, note=_named("dsa", work), clock=time.time,
-        deadline_s=deadline_s,
-    )  # fmt: skip
+    return run(folders, target, config, note=_named("dsa", work), clock=time.time, deadline_s=deadline_s)
 
 
 def _named(name: str, work: Work) -> Callable[[str], None]:
@@ -202,7 +208,7 @@ def _calibrate_lsa(work: Work, chunk_tokens: int) -> dict[str, Any]:
     )  # fmt: skip
     note = _named(name, work)
     set_to = run(
-        documents.made(work.data, documents.CALIBRATION), str(work.out / "trained"), target, config,
+        documents.made(work.data, documents.CALIBRATION), str(work.out / "trained" / "lsa"), target, config,
         device=work.device, note=note,
     )  # fmt: skip
     rows = evaluate(
@@ -227,21 +233,26 @@ def recall_text(rows: Sequence[dict[str, Any]]) -> str:
 
 def _eval_dsa(work: Work, _: None) -> list[dict[str, Any]]:
     from kvscope.harness.indexers.dsa.evaluate import evaluate
+    from kvscope.harness.indexers.dsa.train import CARD_FILE
 
+    target = work.out / "dsa" / "reference"
+    target.mkdir(parents=True, exist_ok=True)
+    for name in (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE):  # checkpoints and log stay where it was trained
+        shutil.copyfile(work.out / "trained" / "dsa" / name, target / name)
     rows = evaluate(
-        documents.made(work.data, documents.DSA_EVALUATION), str(work.out / "dsa" / "reference"),
-        work.out / "recall" / "dsa", device=work.device, note=_named("dsa", work),
+        documents.made(work.data, documents.DSA_EVALUATION), str(target), work.out / "recall" / "dsa",
+        device=work.device, note=_named("dsa", work),
     )  # fmt: skip
     return [row for row in rows if (row["task"], row["layer"]) == ("all", "all")]
 
 
 def in_processes(work: Work, calls: Sequence[tuple[Callable[..., Any], Any]]) -> list[Any]:
-    """Return what functions of a module return, each called in a process of its own; one after another when tiny.
+    """Return what functions of a module return, each called in a process of its own; without jobs one after another.
 
     Raises:
         UsageError: and whatever else one raises.
     """
-    if work.tiny:
+    if work.jobs == 1:
         return [call(work, argument) for call, argument in calls]
     with (
         documents.shared_device([work.device] * len(calls), note=work.note),
@@ -285,7 +296,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--minutes", type=float, help="of this call; default: what its steps are thought to take")
-    parser.add_argument("--jobs", type=int, default=14, help="processes on the GPU")
+    parser.add_argument("--jobs", type=int, help="processes on the device; default: 14, 1 when tiny")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--start", default="reference", help="lsa indexer to begin with")
     parser.add_argument("--lsa", help="method to judge, as lsa for a shipped indexer; default: that of --out")
@@ -298,7 +309,7 @@ def main() -> None:
     device = "cpu" if options.tiny else str(resolve_device(options.device))
     work = Work(
         model=options.model, out=options.out, data=options.data or options.out / "data", device=device,
-        jobs=1 if options.tiny else options.jobs, start=options.start, lsa=options.lsa, tiny=options.tiny,
+        jobs=options.jobs or (1 if options.tiny else 14), start=options.start, lsa=options.lsa, tiny=options.tiny,
     )  # fmt: skip
     asked = [step for step in STEPS if step in (options.steps or ("collect", "train", "calibrate"))]
     left = [step for step in asked if not work.is_done(step)]
@@ -308,6 +319,8 @@ def main() -> None:
     for step, deadline_s in deadlines_s(left, minutes, now_s=time.time()).items():
         began_s = time.time()
         work.note(f"== {step}, {deadline_s - began_s:.0f} s for it")
+        for later in list(STEPS)[list(STEPS).index(step) :]:  # what was made of it is made anew, too
+            (work.out / f"{later}.json").unlink(missing_ok=True)
         try:
             found = STEPS[step](work, deadline_s)
         except UsageError as error:

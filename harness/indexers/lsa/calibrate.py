@@ -101,7 +101,7 @@ def calibrate(
         raise UsageError(f"--out '{out}' is the indexer itself; give another folder, it is not overwritten.")
     indexer = load_indexer(folder).to(resolve_device(device))
     indexer.config = in_chunks(indexer.config, config.chunk_tokens, folder=str(folder))
-    caps = {"cap_tokens": config.cap_tokens, "cap_fraction": config.cap_fraction}
+    caps: dict[str, Any] = {"cap_tokens": config.cap_tokens, "cap_fraction": config.cap_fraction}
     indexer.config = replace(indexer.config, **{name: value for name, value in caps.items() if value is not None})
     collections = matching_collections(folders, indexer.config, folder=str(folder))
     note_unfinished(collections, note)
