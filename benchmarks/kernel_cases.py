@@ -31,10 +31,14 @@ Row = dict[str, Any]
 Call = Callable[[], Any]
 
 
-def median_s(calls: Sequence[Call]) -> float:
+def median_s(calls: Sequence[Call], *, graph_s: float = _GRAPH_S, warmup_ms: int = 20, rep_ms: int = 100) -> float:
     """Return the median seconds of one call on the GPU, the calls taking turns in one CUDA graph.
 
     A graph leaves launches out, as decoding does; it is long enough for what surrounds it not to count.
+
+    Args:
+        graph_s: seconds of the graph, about.
+        warmup_ms, rep_ms: how long it is replayed before and while it is timed.
     """
     for call in calls:
         call()
@@ -46,13 +50,13 @@ def median_s(calls: Sequence[Call]) -> float:
     end.record()
     torch.cuda.synchronize()
     one_s = start.elapsed_time(end) / 1e3 / len(calls)
-    n_rounds = max(1, min(256, math.ceil(_GRAPH_S / one_s / len(calls))))
+    n_rounds = max(1, min(256, math.ceil(graph_s / one_s / len(calls))))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(n_rounds):
             for call in calls:
                 call()
-    found_ms = triton.testing.do_bench(graph.replay, warmup=20, rep=100, return_mode="median")
+    found_ms = triton.testing.do_bench(graph.replay, warmup=warmup_ms, rep=rep_ms, return_mode="median")
     return float(found_ms) / 1e3 / n_rounds / len(calls)
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton.testing
+from kernel_cases import median_s
 from triton.runtime.errors import OutOfResources
 
 from kvscope.harness.passes.environment import capture_environment
@@ -108,26 +108,9 @@ def check(kv: str, device: torch.device, only: Sequence[PackedTuning]) -> Iterat
         yield row
 
 
-def graph_s(calls: Sequence[Any], *, rep_ms: int) -> float:
-    """Return the median seconds of one call, the calls taking turns in one CUDA graph."""
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for call in calls:
-        call()
-    end.record()
-    torch.cuda.synchronize()
-    one_s = start.elapsed_time(end) / 1e3 / len(calls)
-    n_rounds = max(1, min(64, math.ceil(_GRAPH_S / one_s / len(calls))))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(n_rounds):
-            for call in calls:
-                call()
-    found_ms = triton.testing.do_bench(graph.replay, warmup=5, rep=rep_ms, return_mode="median")
-    return float(found_ms) / 1e3 / n_rounds / len(calls)
+def time_s(calls: Sequence[Any], *, rep_ms: int) -> float:
+    """Return the median seconds of one call; short, for there are many variants."""
+    return median_s(calls, graph_s=_GRAPH_S, warmup_ms=5, rep_ms=rep_ms)
 
 
 def copy_bytes_per_s(device: torch.device) -> float:
@@ -135,7 +118,7 @@ def copy_bytes_per_s(device: torch.device) -> float:
     found = []
     for n in (2**28, 2**30):
         pairs = [tuple(torch.empty(n // 4, device=device) for _ in range(2)) for _ in range(2)]
-        found.append(2 * n / graph_s([lambda s=s, d=d: d.copy_(s) for s, d in pairs], rep_ms=50))
+        found.append(2 * n / time_s([lambda s=s, d=d: d.copy_(s) for s, d in pairs], rep_ms=50))
     return max(found)
 
 
@@ -150,7 +133,7 @@ def timed(
     """Time bf16 and every variant, formats in turn and the first variants first; then the best of each once more."""
     n_raw_bytes = LENGTH_TOKENS * N_KV_HEADS * 2 * HEAD_DIM * 2
     raw = [inputs_of(None, LENGTH_TOKENS, device) for _ in range(_N_SETS)]
-    base = {"copy_bytes_per_s": copy_bytes_per_s(device), "bf16_s": graph_s(calls_of(raw, None), rep_ms=100)}
+    base = {"copy_bytes_per_s": copy_bytes_per_s(device), "bf16_s": time_s(calls_of(raw, None), rep_ms=100)}
     base["bf16_of_copy"] = n_raw_bytes / base["bf16_s"] / base["copy_bytes_per_s"]
     packed = {kv: [inputs_of(FORMATS[kv], LENGTH_TOKENS, device) for _ in range(_N_SETS)] for kv in kvs}
     rows: list[dict[str, Any]] = []
@@ -161,8 +144,8 @@ def timed(
             n_left += 1
             continue
         with contextlib.suppress(OutOfResources):
-            time_s = graph_s(calls_of(packed[kv], tuning), rep_ms=20)
-            rows.append({"kv": kv, **dataclasses.asdict(tuning), "time_s": time_s})
+            took_s = time_s(calls_of(packed[kv], tuning), rep_ms=20)
+            rows.append({"kv": kv, **dataclasses.asdict(tuning), "time_s": took_s})
     best = {}
     for kv in kvs:
         mine = [row for row in rows if row["kv"] == kv]
@@ -170,8 +153,8 @@ def timed(
             continue
         first = min(mine, key=lambda row: row["time_s"])
         tuning = PackedTuning(**{field.name: first[field.name] for field in dataclasses.fields(PackedTuning)})
-        again_s = graph_s(calls_of(packed[kv], tuning), rep_ms=100)
-        raw_s = graph_s(calls_of(raw, None), rep_ms=100)
+        again_s = time_s(calls_of(packed[kv], tuning), rep_ms=100)
+        raw_s = time_s(calls_of(raw, None), rep_ms=100)
         record = PagePacking(FORMATS[kv], PAGE_TOKENS, HEAD_DIM).record_bytes
         n_bytes = LENGTH_TOKENS // PAGE_TOKENS * N_KV_HEADS * record
         best[kv] = {

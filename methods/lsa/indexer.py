@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from kvscope.methods.fp8_keys import SCALE_BYTES
+from kvscope.methods.lsa.layout import cap_error, cap_of
 
 Features = Literal["stats", "tokens"]
 EncoderKind = Literal["mean", "stats", "pooled"]
@@ -54,8 +55,8 @@ class IndexerConfig:
         segment_tokens: tokens that share a key, a part of ``chunk_tokens``; None: the whole chunk, as in the paper.
         neighbours: segments on either side that one lends its score to, over the borders of chunks as well; 0 in the
             paper, whose chunks are entries that the model itself compressed from overlapping windows.
-        cap_tokens: most prompt tokens that a threshold is to keep, sinks and window included; None: whatever reaches
-            it.
+        cap_tokens, cap_fraction: most prompt tokens that a threshold is to keep, sinks and window included: a number,
+            or a fraction of the prompt where that is more; neither: whatever reaches it.
         kept_fraction: share of the candidate chunks it kept on held-out documents at threshold 0.5; None if unknown.
         trained: how it was trained, for the record.
     """
@@ -76,6 +77,7 @@ class IndexerConfig:
     segment_tokens: int | None = None
     neighbours: int = 0
     cap_tokens: int | None = None
+    cap_fraction: float | None = None
     kept_fraction: float | None = None
     trained: Mapping[str, Any] = field(default_factory=dict)
 
@@ -93,8 +95,12 @@ class IndexerConfig:
             raise ValueError(f"segment_tokens must divide {self.chunk_tokens}, got {self.segment_tokens}")
         if self.neighbours < 0:
             raise ValueError(f"neighbours must be 0 or more, got {self.neighbours}")
-        if self.cap_tokens is not None and self.cap_tokens < 1:
-            raise ValueError(f"cap_tokens must be 1 or more, got {self.cap_tokens}")
+        if error := cap_error(self.cap_tokens, self.cap_fraction):
+            raise ValueError(error)
+
+    def cap(self, n_tokens: int) -> int | None:
+        """Return the most tokens of a prompt of ``n_tokens`` that a threshold keeps; None: any number."""
+        return cap_of(n_tokens, cap_tokens=self.cap_tokens, cap_fraction=self.cap_fraction)
 
     @property
     def segments_per_chunk(self) -> int:

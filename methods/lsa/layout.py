@@ -6,6 +6,30 @@ from math import gcd
 TokenRange = tuple[int, int]
 
 
+def cap_of(n_tokens: int, *, cap_tokens: int | None, cap_fraction: float | None) -> int | None:
+    """Return the most tokens of a prompt that a threshold keeps: the larger of a number and a fraction of the prompt.
+
+    A number alone runs out on long prompts, of whose length the window is a share; a fraction alone is short where
+    bytes are not (docs/lsa-study.md).
+
+    Returns:
+        Tokens, sinks and window included; None where neither bounds.
+    """
+    bounds = [] if cap_tokens is None else [cap_tokens]
+    if cap_fraction is not None:
+        bounds.append(int(cap_fraction * n_tokens))
+    return max(bounds, default=None)
+
+
+def cap_error(cap_tokens: int | None, cap_fraction: float | None) -> str | None:
+    """Return what is wrong with the values of a cap; None where nothing is."""
+    if cap_tokens is not None and cap_tokens < 1:
+        return f"cap_tokens must be 1 or more, got {cap_tokens}"
+    if cap_fraction is not None and not 0 < cap_fraction <= 1:
+        return f"cap_fraction must be above 0 and at most 1, got {cap_fraction}"
+    return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class ChunkLayout:
     """A prompt cut into chunks of ``chunk_tokens`` from its start.

@@ -29,7 +29,7 @@ from kvscope.methods.lsa.landmark import (
     landmark_refresh_bytes,
     landmark_refresh_flops,
 )
-from kvscope.methods.lsa.layout import ChunkLayout
+from kvscope.methods.lsa.layout import ChunkLayout, cap_of
 from kvscope.methods.lsa.options import (
     ATTENTION,
     DEFAULT_CHUNK_TOKENS,
@@ -247,7 +247,7 @@ class Lsa(CacheMethod[LsaConfig]):
             n_chunks = self._n_pages(layout) * layout.page_chunks
             return Rule(threshold=config.threshold, n_chunks=n_chunks, page_chunks=layout.page_chunks)
         if not config.budgeted:
-            cap_tokens = self._cap_tokens()
+            cap_tokens = self._cap_tokens(layout.n_tokens)
             n_most = None if cap_tokens is None else layout.budgeted_chunks(cap_tokens)
             return Rule(threshold=config.threshold, n_most=n_most)
         return Rule(n_chunks=layout.budgeted_chunks(self._budget_tokens(layout)))
@@ -267,11 +267,13 @@ class Lsa(CacheMethod[LsaConfig]):
         deployed_tokens = DEPLOYED_PAGES * DEPLOYED_PAGE_TOKENS * layout.n_tokens / DEPLOYED_LENGTH_TOKENS
         return min(n_all, max(1, round(deployed_tokens / config.page_tokens)))
 
-    def _cap_tokens(self) -> int | None:
-        if self.config.cap_tokens is not None or self.config.fallback_ratio is not None:
-            return self.config.cap_tokens
+    def _cap_tokens(self, n_tokens: int) -> int | None:
+        """Return the most tokens of a prompt of ``n_tokens`` that a threshold keeps; None: any number."""
+        config = self.config
+        if config.capped or config.fallback_ratio is not None:
+            return cap_of(n_tokens, cap_tokens=config.cap_tokens, cap_fraction=config.cap_fraction)
         trained = self._trained()
-        return None if trained is None else trained.cap_tokens
+        return None if trained is None else trained.cap(n_tokens)
 
     def is_noop(self, n_tokens: int, shape: ModelShape | None = None) -> bool:
         self._source.see(shape)
@@ -335,7 +337,7 @@ class Lsa(CacheMethod[LsaConfig]):
             "threshold": rule.threshold,
             "budget_tokens": config.budget_tokens,
             "budget_fraction": config.effective_fraction,
-            "cap_tokens": None if rule.n_most is None else self._cap_tokens(),
+            "cap_tokens": None if rule.n_most is None else self._cap_tokens(n_tokens),
             "chunks_chosen": rule.n_chunks,
             "chunks_to_choose_from": layout.n_candidates,
             "chunk_tokens": layout.chunk_tokens,

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from kvscope.methods.budget import check_budget
+from kvscope.methods.lsa.layout import cap_error
 from kvscope.units import Tokens
 
 DEFAULT_CHUNK_TOKENS = 64
@@ -36,7 +37,9 @@ class LsaConfig:
             are more).
         budget_fraction: the same as a fraction of the prompt's tokens.
         cap_tokens: in threshold mode, the most prompt tokens that stay, sinks and window included: of a larger choice
-            the best chunks are kept; none: the indexer's cap, without one any number.
+            the best chunks are kept; none: without cap_fraction the indexer's cap, without one any number.
+        cap_fraction: the same as a fraction of the prompt's tokens; with cap_tokens the larger of the two. Either
+            takes the place of the indexer's cap.
         chunk_tokens: tokens of a chunk; none: the indexer's own (of several shipped the first by name), 64 without a
             trained one.
         policy: threshold (chunks by their own scores), or pages (the rule FlashMemory deploys: a page scores the number
@@ -68,6 +71,7 @@ class LsaConfig:
     budget_tokens: Tokens | None = None
     budget_fraction: float | None = None
     cap_tokens: Tokens | None = None
+    cap_fraction: float | None = None
     chunk_tokens: Tokens | None = None
     policy: str = THRESHOLD
     page_tokens: Tokens = DEPLOYED_PAGE_TOKENS
@@ -94,7 +98,7 @@ class LsaConfig:
                 raise ValueError(f"{name} must be {' or '.join(known)}, got {value!r}")
         self._normalise()
         self._check_pages()
-        if by_landmark and (self.mode == "threshold" or self.threshold != 0.5 or self.cap_tokens is not None):
+        if by_landmark and (self.mode == "threshold" or self.threshold != 0.5 or self.capped):
             raise ValueError(
                 "indexer=landmark scores by no probability, so no threshold and no cap of one apply; give "
                 "budget_tokens or budget_fraction"
@@ -110,13 +114,14 @@ class LsaConfig:
         if self.budget_tokens is not None and self.budget_tokens < 0:
             raise ValueError(f"budget_tokens must be 0 or more, got {self.budget_tokens}")
         check_budget(None, self.budget_fraction)
-        if self.cap_tokens is not None:
-            if self.cap_tokens < 1:
-                raise ValueError(f"cap_tokens must be 1 or more, got {self.cap_tokens}")
+        if self.capped:
+            if error := cap_error(self.cap_tokens, self.cap_fraction):
+                raise ValueError(error)
+            given = "cap_fraction" if self.cap_tokens is None else "cap_tokens"
             if budgeted:
-                raise ValueError("cap_tokens bounds what a threshold keeps; a budget is its own bound")
+                raise ValueError(f"{given} bounds what a threshold keeps; a budget is its own bound")
             if self.fallback_ratio is not None:
-                raise ValueError("give cap_tokens or fallback_ratio: what one cuts, the other makes whole")
+                raise ValueError(f"give {given} or fallback_ratio: what one cuts, the other makes whole")
         if not 0 < self.threshold < 1:
             raise ValueError(f"threshold must lie between 0 and 1, both excluded, got {self.threshold}")
         if self.tau is not None and self.tau < 1:
@@ -165,9 +170,9 @@ class LsaConfig:
             raise ValueError(
                 "policy=pages counts chunks that reach a threshold, which needs the scores of a trained indexer"
             )
-        if self.mode is not None or self.cap_tokens is not None or self.fallback_ratio is not None:
+        if self.mode is not None or self.capped or self.fallback_ratio is not None:
             raise ValueError(
-                "policy=pages keeps a fixed number of pages, so mode, cap_tokens and fallback_ratio do not apply"
+                "policy=pages keeps a fixed number of pages, so mode, a cap and fallback_ratio do not apply"
             )
         if self.page_tokens < 1:
             raise ValueError(f"page_tokens must be 1 or more, got {self.page_tokens}")
@@ -185,6 +190,11 @@ class LsaConfig:
     def effective_sink_tokens(self) -> int:
         """First tokens that stay, by default or as given."""
         return int(self._unless_given("sink_tokens")) if self.sink_tokens is None else self.sink_tokens
+
+    @property
+    def capped(self) -> bool:
+        """Whether a cap is given, which takes the place of the indexer's."""
+        return self.cap_tokens is not None or self.cap_fraction is not None
 
     @property
     def indexed(self) -> bool:

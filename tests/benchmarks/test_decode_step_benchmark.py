@@ -1,22 +1,15 @@
 """The benchmark of the decode step runs end to end in its small size; what it says of targets is arithmetic."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
-
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+from benchmark_scripts import load_script
 
 
 @pytest.fixture
 def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    spec = importlib.util.spec_from_file_location("decode_step", FOLDER / "decode_step.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(monkeypatch, "decode_step")
 
 
 def test_every_part_runs_in_the_small_size(script, tmp_path, monkeypatch, capsys):

@@ -1,29 +1,16 @@
 """The recipe at equal bytes: what each step asks for; and what packed decode's two scripts make of their inputs."""
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from benchmark_scripts import load_script
 
 from kvscope.methods.kernels.paged_decode.kernel import PACKED_DEFAULTS
 from kvscope.methods.kv_format import FORMATS
 
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-def load(monkeypatch: pytest.MonkeyPatch, name: str) -> ModuleType:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 def test_every_step_is_a_run_that_would_be_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
-    benchmark = load(monkeypatch, "equal_bytes")
+    benchmark = load_script(monkeypatch, "equal_bytes")
     values = benchmark.read_config({"samples": 54, "device": None})
     configs = {step: benchmark.checked(benchmark.step_values(step, values)) for step in benchmark.STEPS}
     labels = {step: [spec.label for spec in config.methods] for step, config in configs.items()}
@@ -43,7 +30,7 @@ def test_every_step_is_a_run_that_would_be_accepted(monkeypatch: pytest.MonkeyPa
 
 
 def test_nothing_is_done_before_it_has_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    benchmark = load(monkeypatch, "equal_bytes")
+    benchmark = load_script(monkeypatch, "equal_bytes")
     values = benchmark.read_config({})
     assert not any(benchmark.is_done(step, values, tmp_path) for step in benchmark.STEPS)
     assert benchmark.run_all(["accuracy"], values, tmp_path, limit_s=1.0) == 1
@@ -52,7 +39,7 @@ def test_nothing_is_done_before_it_has_run(monkeypatch: pytest.MonkeyPatch, tmp_
 
 @pytest.mark.parametrize("kv", FORMATS)
 def test_variants_begin_with_the_defaults_and_differ(monkeypatch: pytest.MonkeyPatch, kv: str) -> None:
-    benchmark = load(monkeypatch, "packed_variants")
+    benchmark = load_script(monkeypatch, "packed_variants")
     found, default = benchmark.tunings(kv), PACKED_DEFAULTS[kv]
     assert (found[0].num_warps, found[0].num_stages) == (default.num_warps, default.num_stages)
     packing = benchmark.PagePacking(FORMATS[kv], benchmark.PAGE_TOKENS, benchmark.HEAD_DIM)
@@ -67,7 +54,7 @@ def test_variants_begin_with_the_defaults_and_differ(monkeypatch: pytest.MonkeyP
 
 
 def test_the_loop_over_tiles_is_the_innermost_long_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    benchmark = load(monkeypatch, "packed_instructions")
+    benchmark = load_script(monkeypatch, "packed_instructions")
     body = "\n".join(f"        /*{i:04x}*/  FMUL R1, R1, R{i} ;" for i in range(200))
     text = f""".L_x_1:
         /*0000*/  MOV R1, R2 ;

@@ -1,23 +1,14 @@
 """The comparison of kept tokens with kvpress: what is counted, and what is written of it."""
 
-import importlib.util
-from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+from benchmark_scripts import load_script
 
 
 @pytest.fixture
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    spec = importlib.util.spec_from_file_location("eviction", FOLDER / "eviction_against_kvpress.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(monkeypatch, "eviction_against_kvpress")
 
 
 def test_agreement_is_one_for_equal_sets_alone(benchmark: ModuleType) -> None:

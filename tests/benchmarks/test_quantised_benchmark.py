@@ -1,27 +1,14 @@
 """The comparison with transformers' QuantizedCache: what is counted; and how the kernels' ratios are judged."""
 
-import importlib.util
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
-
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-def load(monkeypatch: pytest.MonkeyPatch, name: str) -> ModuleType:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from benchmark_scripts import load_script
 
 
 def test_bytes_of_a_cache_are_those_of_its_storages_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    benchmark = load(monkeypatch, "quantised_against_transformers")
+    benchmark = load_script(monkeypatch, "quantised_against_transformers")
     packed = torch.zeros(100, dtype=torch.uint8)
     layer = SimpleNamespace(keys=torch.zeros(3, 5), packed=(packed, {"scale": torch.zeros(7, dtype=torch.half)}))
     layer.view = packed[:10]
@@ -29,7 +16,7 @@ def test_bytes_of_a_cache_are_those_of_its_storages_each_once(monkeypatch: pytes
 
 
 def test_divergence_is_kl_in_nats(monkeypatch: pytest.MonkeyPatch) -> None:
-    benchmark = load(monkeypatch, "quantised_against_transformers")
+    benchmark = load_script(monkeypatch, "quantised_against_transformers")
     p, q = torch.tensor([[0.5, 0.5], [0.9, 0.1]]), torch.tensor([[0.25, 0.75], [0.9, 0.1]])
     expected = float((p * (p / q).log()).sum(1).mean())
     assert benchmark.divergence(p.log() + 3, q.log()) == pytest.approx(expected)
@@ -37,7 +24,7 @@ def test_divergence_is_kl_in_nats(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_formats_are_held_against_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = load(monkeypatch, "kernels")
+    kernels = load_script(monkeypatch, "kernels")
     shared = {"op": "packed_decode", "time_s": 1e-4, "gb_per_s": 1.0}
     rows = [
         {**shared, "case": "fp8, 1 x 128K", "speed_over_bf16": 1.8, "target_over_bf16": 1.7},

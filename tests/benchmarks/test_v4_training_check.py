@@ -1,25 +1,18 @@
 """The check before the small DeepSeek-V4 is trained runs end to end in its small size, and finds a wrong kernel."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from benchmark_scripts import load_script
 
 from kvscope.harness.reference_model.v4 import attention
-
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture
 def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    spec = importlib.util.spec_from_file_location("v4_training_check", FOLDER / "v4_training_check.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(monkeypatch, "v4_training_check")
 
 
 def test_every_part_runs_in_the_small_size(script, tmp_path, monkeypatch, capsys):

@@ -57,9 +57,9 @@ SURFACE = {
         "--target-recall", "--tau", "--top-p", "--voters", "--votes", "--warm-start", "--weight-decay", "-o", "-q",
     ],
     "lsa calibrate": [
-        "--cap-tokens", "--chunk-tokens", "--data", "--device", "--dtype", "--indexer", "--label-layers",
-        "--least-mass", "--out", "--quiet", "--recency-tokens", "--sink-tokens", "--target-kept", "--target-recall",
-        "--tau", "--threshold", "--top-p", "--voters", "--votes", "-o", "-q",
+        "--cap-fraction", "--cap-tokens", "--chunk-tokens", "--data", "--device", "--dtype", "--indexer",
+        "--label-layers", "--least-mass", "--out", "--quiet", "--recency-tokens", "--sink-tokens", "--target-kept",
+        "--target-recall", "--tau", "--threshold", "--top-p", "--voters", "--votes", "-o", "-q",
     ],
     "lsa eval": [
         "--chunk-tokens", "--data", "--device", "--dtype", "--gate", "--indexer", "--label-layers", "--least-mass",

@@ -4,6 +4,8 @@ DSA-style: DeepSeek-V3.2 first trains its indexer this way, against the attentio
 frozen, and then trains the model along with the chosen tokens; the second half is left out.
 """
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,13 +30,20 @@ CARD_FILE = "README.md"
 
 
 def train(
-    folders: Sequence[str | Path], out: str | Path, config: DsaTrainConfig, *, note: Callable[[str], None]
+    folders: Sequence[str | Path],
+    out: str | Path,
+    config: DsaTrainConfig,
+    *,
+    note: Callable[[str], None],
+    clock: Callable[[], float] = time.perf_counter,
+    deadline_s: float = math.inf,
 ) -> dict[str, Any]:
     """Train an indexer and write it to a folder, with one checkpoint an epoch and the log beside it.
 
     Args:
         folders: of ``lsa collect --token-samples``; all made for one model.
         note: takes one line an epoch.
+        clock, deadline_s: see ``train_epochs``.
 
     Returns:
         The held-out measures of the epoch that was kept.
@@ -80,6 +89,8 @@ def train(
             folder=folder,
             say=say,
             note=note,
+            clock=clock,
+            deadline_s=deadline_s,
         )
         say(kept=best)
     indexer.eval()

@@ -302,6 +302,12 @@ def calibrate(
         int | None,
         typer.Option("--cap-tokens", help="Most tokens of a prompt that stay, stored along.  [default: the indexer's]"),
     ] = None,
+    cap_fraction: Annotated[
+        float | None,
+        typer.Option(
+            "--cap-fraction", help="The cap as a fraction, where that is more, stored along.  [default: the indexer's]"
+        ),
+    ] = None,
     weight_dtype: Annotated[
         str, typer.Option("--dtype", help="Of the stored weights: float32 or bfloat16 (biases stay float32).")
     ] = "float32",
@@ -323,7 +329,7 @@ def calibrate(
 
     config = CalibrateConfig(
         chunk_tokens=chunk_tokens, threshold=threshold, target_recall=target_recall, target_kept=target_kept,
-        cap_tokens=cap_tokens, dtype=weight_dtype,  # type: ignore[arg-type]
+        cap_tokens=cap_tokens, cap_fraction=cap_fraction, dtype=weight_dtype,  # type: ignore[arg-type]
         measure=EvalConfig(tau=tau, **labels),
     )  # fmt: skip
     found = run_calibrate([str(folder) for folder in data], indexer, out, config, device=device,

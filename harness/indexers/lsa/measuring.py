@@ -123,7 +123,8 @@ def ranks(score: torch.Tensor) -> torch.Tensor:
 
 def within_cap(score: torch.Tensor, found: Example, config: IndexerConfig, options: TrainConfig) -> torch.Tensor:
     """Return which candidates an indexer's cap leaves to a threshold, bool [rows, n]."""
-    if config.cap_tokens is None:
-        return torch.ones_like(score, dtype=torch.bool)
     layout = options.layout(found.document, config.chunk_tokens)
-    return ranks(score) < layout.budgeted_chunks(config.cap_tokens)
+    cap_tokens = config.cap(layout.n_tokens)
+    if cap_tokens is None:
+        return torch.ones_like(score, dtype=torch.bool)
+    return ranks(score) < layout.budgeted_chunks(cap_tokens)

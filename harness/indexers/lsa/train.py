@@ -135,7 +135,8 @@ def starting_point(wanted: IndexerConfig, config: TrainConfig) -> Indexer:
         return Indexer.untrained(wanted, seed=config.seed)
     folder = indexer_folder(config.start)
     found = load_indexer(folder)
-    free = {"tau", "kept_fraction", "trained", "chunk_tokens", "segment_tokens", "lookback_tokens"}
+    free = {"tau", "kept_fraction", "trained", "chunk_tokens", "segment_tokens", "lookback_tokens", "cap_tokens",
+            "cap_fraction"}  # fmt: skip
     if wanted.model_revision is not None:
         free.add("model")  # a name or the folder of the same weights
     for field in fields(IndexerConfig):

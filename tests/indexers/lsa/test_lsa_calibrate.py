@@ -26,7 +26,7 @@ from kvscope.methods.lsa.indexer_files import FILES, load_indexer, read_indexer_
 
 pytestmark = pytest.mark.usefixtures("no_figure")
 MEASURE = EvalConfig(recency_tokens=128)
-N_DOCUMENTS, N_REFRESHES = 20, 120
+N_DOCUMENTS, N_REFRESHES, N_TOKENS = 20, 120, 640
 
 
 @pytest.fixture(scope="module")
@@ -141,12 +141,21 @@ def test_equal_scores_are_kept_together_or_not_at_all():
         cut_for_kept(scored, 0.2)
 
 
-@pytest.mark.parametrize("target", [{"target_recall": 0.2}, {"target_kept": 0.36}, {"threshold": 0.4}])
-def test_a_cap_is_stored_and_every_measure_is_under_it(data, begun, tmp_path, target):
+@pytest.mark.parametrize(
+    ("cap", "target"),
+    [
+        ({"cap_tokens": 256}, {"target_recall": 0.2}),
+        ({"cap_tokens": 256, "cap_fraction": 0.1}, {"target_kept": 0.36}),
+        ({"cap_tokens": 100, "cap_fraction": 256 / N_TOKENS}, {"threshold": 0.4}),
+    ],
+)
+def test_a_cap_is_stored_and_every_measure_is_under_it(data, begun, tmp_path, cap, target):
     """Of 256 tokens sinks (16) and window (128) leave seven chunks of 16."""
-    found = run(data, begun, tmp_path / "out", cap_tokens=256, **target)
+    found = run(data, begun, tmp_path / "out", **cap, **target)
     config = read_indexer_config(tmp_path / "out")
-    assert config.cap_tokens == config.trained["calibration"]["cap_tokens"] == 256
+    stored = config.trained["calibration"]
+    assert config.cap(N_TOKENS) == 256
+    assert [stored[name] for name in ("cap_tokens", "cap_fraction")] == [config.cap_tokens, config.cap_fraction]
     row = evaluated(tmp_path / "out", data, tmp_path)
     assert (found["after"]["recall"], found["after"]["kept"]) == (row["recall"], row["kept_bytes_fraction"])
     logits = logits_of(tmp_path / "out", data)

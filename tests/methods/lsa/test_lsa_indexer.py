@@ -280,6 +280,9 @@ def test_no_indexer_names_the_way_to_one():
         ("cap_tokens=0", "cap_tokens must be 1 or more, got 0"),
         ("cap_tokens=9,budget_tokens=5", "a budget is its own bound"),
         ("cap_tokens=9,fallback_ratio=0.5", "give cap_tokens or fallback_ratio"),
+        ("cap_fraction=1.5", "cap_fraction must be above 0 and at most 1, got 1.5"),
+        ("cap_fraction=0.1,budget_tokens=5", "cap_fraction bounds what a threshold keeps"),
+        ("cap_fraction=0.1,fallback_ratio=0.5", "give cap_fraction or fallback_ratio"),
         ("refresh=late", "refresh must be sync or stale1, got 'late'"),
         ("selection=lucky", "selection must be trained or synthetic"),
         ("selection=synthetic", "selection=synthetic needs a budget"),
@@ -355,6 +358,27 @@ def test_a_cap_keeps_the_best_of_what_a_threshold_asks_for(tmp_path, decode_grap
     assert resident(capped, cap_tokens=402)[2] == more, "a cap beyond the prompt takes the indexer's cap away"
     assert resident(capped, fallback_ratio=0.9)[2] >= more, "what makes an interval whole is not cut"
     assert method.predict(loaded.shape, 402).kv_bytes > resident(capped)[0].predict(loaded.shape, 402).kv_bytes
+
+
+@pytest.mark.parametrize(
+    ("caps", "most_tokens"),
+    [({"cap_tokens": 160, "cap_fraction": 0.25}, 160), ({"cap_tokens": 60, "cap_fraction": 0.25}, 100)],
+)
+def test_a_cap_grows_with_the_prompt_from_where_its_fraction_is_more(tmp_path, caps, most_tokens):
+    """A quarter of 402 tokens is 100: more than 60, less than 160."""
+    loaded = loaded_model("smollm3")
+    folders = {name: tmp_path / name for name in ("plain", "capped")}
+    random_indexer(folders["plain"], loaded.shape, chunk_tokens=4)
+    random_indexer(folders["capped"], loaded.shape, chunk_tokens=4, **caps)
+    by_option = create_method({"name": "lsa", "indexer": str(folders["plain"]), **caps})
+    by_indexer = create_method({"name": "lsa", "indexer": str(folders["capped"])})
+    for method in (by_option, by_indexer):
+        layout = method.layout(402)
+        assert method.rule(layout).n_most == layout.budgeted_chunks(most_tokens)
+        assert method.effective_config(402, loaded.shape)["cap_tokens"] == most_tokens
+        assert method.effective_config(4000, loaded.shape)["cap_tokens"] == 1000
+    alone = create_method({"name": "lsa", "indexer": str(folders["capped"]), "cap_tokens": 60})
+    assert alone.effective_config(4000, loaded.shape)["cap_tokens"] == 60, "an option takes the whole cap's place"
 
 
 def _shift_to_the_median(selector):
