@@ -118,7 +118,7 @@ class JsonlTask(Task):
 
 def _stem(path: Path) -> str:
     """Return a file's name without its endings: one, and that of compression."""
-    return Path(path.stem if path.suffix in COMPRESSED else path.name).stem
+    return Path(path.stem if path.suffix.lower() in COMPRESSED else path.name).stem
 
 
 def _ids(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:

@@ -22,7 +22,9 @@ SEPARATOR = "\n\n"
 KEYS = ("id", "prompt", "context", "question", "answers", "metric", "meta")
 _BOM = b"\xef\xbb\xbf"
 COMPRESSED = (".gz", ".xz")
-"""Endings of files that are unpacked as they are read."""
+"""Endings of files that are unpacked as they are read, in any case."""
+_PACKED = (b"\x1f\x8b", b"\xfd7zXZ", b"BZh", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")
+"""How files of gzip, xz, bzip2, zstandard and zip begin; no JSON does."""
 
 
 class _Fault(Exception):  # noqa: N818 - it says what is wrong
@@ -86,14 +88,17 @@ def _raw_lines(path: Path) -> Iterator[bytes]:
 
 
 def _opened(path: Path) -> BufferedIOBase:
-    if path.suffix == ".gz":
+    ending = path.suffix.lower()
+    if ending == ".gz":
         return gzip.open(path)
-    return lzma.open(path) if path.suffix == ".xz" else path.open("rb")
+    return lzma.open(path) if ending == ".xz" else path.open("rb")
 
 
 def _object(raw: bytes, *, first: bool) -> dict[str, Any]:
     if len(raw) > MOST_LINE_BYTES:
         raise _Fault(f"is longer than {MOST_LINE_BYTES // 1024**2} MiB")
+    if first and raw.startswith(_PACKED):
+        raise _Fault("begins as a packed file does: unpack it, or let its name end in .gz or .xz if it is one")
     if first and raw.startswith(_BOM):
         raise _Fault("begins with a byte order mark: save the file as UTF-8 without one")
     try:

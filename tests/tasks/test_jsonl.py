@@ -1,5 +1,6 @@
 """jsonl: prompts of a file, as they are; the first fault by its line."""
 
+import bz2
 import gzip
 import json
 import lzma
@@ -101,6 +102,18 @@ def test_a_compressed_file_is_the_file(tmp_path: Path, pack: Callable[[bytes], b
         packed.write_bytes(damaged)
         with pytest.raises(UsageError, match=rf"is no whole \{packed.suffix} file \(.+\): bring it here again"):
             make(packed)
+
+
+def test_a_packed_file_of_another_name_is_told_so(tmp_path: Path) -> None:
+    plain = write(tmp_path / "mine.jsonl", GOOD, ASKED).read_bytes()
+    for pack in (gzip.compress, lzma.compress, bz2.compress):
+        path = write(tmp_path / f"{pack.__module__}.jsonl", GOOD)
+        path.write_bytes(pack(plain))
+        with pytest.raises(UsageError, match=r"begins as a packed file does: unpack it"):
+            make(path)
+    path = tmp_path / "MINE.JSONL.GZ"
+    path.write_bytes(gzip.compress(plain))
+    assert make(path).name == "jsonl:MINE"
 
 
 def test_memory_prompts_have_exactly_the_length(tmp_path: Path) -> None:
