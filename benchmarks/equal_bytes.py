@@ -18,6 +18,7 @@ Every step resumes. The report of ``known`` has table and figure (``equal_bytes`
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -27,8 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from measure import rounded, say
+from measure import ended, rounded, say
 
+from kvscope.errors import UsageError
 from kvscope.harness.passes.config import RunConfig, make_config
 from kvscope.reports.cells import accuracy_cells
 from kvscope.reports.shares import share_cells, without_share
@@ -192,6 +194,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--length", action="append", help="instead of the recipe's; repeatable")
     parser.add_argument("--task", action="append", help="instead of the recipe's; repeatable")
     given = parser.parse_args(arguments)
+    if not given.time_limit > 0 or math.isinf(given.time_limit):
+        raise UsageError(f"--time-limit {given.time_limit}: give seconds above 0.")
     values = read_config(
         {
             "model": given.model,
@@ -236,4 +240,4 @@ def run_all(steps: Sequence[str], values: dict[str, Any], work: Path, *, limit_s
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))

@@ -11,13 +11,16 @@ and whether the loss is within what is allowed: 0.5 points to 128K, 2 beyond. It
 
 import argparse
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from measure import ended
 
 import kvscope
+from kvscope.errors import UsageError
 from kvscope.results.comparisons import compare_tables
 from kvscope.results.joining import join
 from kvscope.units import format_length
@@ -36,10 +39,12 @@ def compare(old: "kvscope.Run", new: "kvscope.Run", *, method: str = "dense") ->
     """Return every cell of two runs of one method as plain values, and what is in no cell.
 
     Raises:
-        UsageError: a run lacks the method.
+        UsageError: a run lacks the method, or no prompt is in both.
     """
     joined = join(old, new, (method, method))
     (table,) = joined.tables
+    if not len(table):
+        raise UsageError(f"No prompt was answered by {method} in both runs: run the same tasks, lengths and seed.")
     groups = [(key, part) for key, part in table.groupby(["length_tokens", "task"], sort=True)]
     cells = [_cell(task, [length], part) for (length, task), part in groups]
     near = table["length_tokens"] <= NEAR_TOKENS
@@ -118,4 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ended(main))

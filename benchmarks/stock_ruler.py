@@ -21,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from measure import ended
 from stock_ruler_prompts import LENGTHS, NUMPY_SEED, RANDOM_SEED, TASKS, build, chosen, cut, read_manifest
 from stock_ruler_score import answers, label_of, read_result, score, table
 
@@ -62,12 +63,12 @@ def answer(options: argparse.Namespace) -> None:
         "tasks": tasks,
         # A bound for all cells; each prompt has the length it has.
         "lengths_tokens": [max(cell["prompt_tokens"]["max"] + cell["max_new_tokens"] for cell in cells)],
-        "samples": options.samples or min(cell["n"] for cell in cells),
+        "samples": min(cell["n"] for cell in cells) if options.samples is None else options.samples,
         "chat_template": "none",
         "footprint": False,
     }
     more = ("device", "dtype", "batch", "jobs", "time_limit_s")
-    config |= {key: getattr(options, key) for key in more if getattr(options, key)}
+    config |= {key: getattr(options, key) for key in more if getattr(options, key) is not None}
     run = kvscope.run(config, out=options.out)
     left = sorted(set(run.samples["status"]) - {"ok"})
     if left:
@@ -201,4 +202,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ended(main))

@@ -12,6 +12,7 @@ from typing import Any
 from stock_ruler_prompts import MANIFEST, TASKS, file_name, read_lines, read_manifest
 
 import kvscope
+from kvscope.errors import UsageError
 from kvscope.results.frames import records
 from kvscope.results.statistics import mean_interval
 from kvscope.tasks.base import text_sha256
@@ -221,6 +222,13 @@ def _text(cell: Mapping[str, Any] | None, *, with_interval: bool) -> str:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """Return a file that ``score`` wrote."""
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    """Return a file that ``score`` wrote.
+
+    Raises:
+        UsageError: it is none.
+    """
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read: give a file that `score` wrote.") from error
     return found

@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+from benchmark_scripts import load_script
 from synthetic_rows import Rows, make_rows
 
 import kvscope
+from kvscope.errors import UsageError
 from kvscope.results.store import RunStore
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -46,3 +48,13 @@ def test_every_cell_has_its_own_limit(tmp_path: Path, monkeypatch: pytest.Monkey
     assert table[3].endswith("| 1 / 0 | -0.5 | **below** |")
     assert max(map(len, table)) <= 100
     assert own_cells.compare(new, new)["cells"][1]["within"]
+
+
+def test_runs_without_a_common_prompt_are_no_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own_cells = load_script(monkeypatch, "own_cells")
+    runs = [
+        stored(tmp_path / task, make_rows(["dense"], tasks=(task,), lengths=(4096,), samples=2, footprint_lengths=()))
+        for task in ("vt", "cwe")
+    ]
+    with pytest.raises(UsageError, match="No prompt was answered by dense in both runs"):
+        own_cells.compare(*runs)
