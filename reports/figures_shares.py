@@ -21,6 +21,7 @@ SIDES = {"held_of_dense": ("held", "KV cache on the device, % of dense's"),
 """Column -> its word, and the name of its axis."""
 TICKS = (1, 2, 5, 10, 20, 50, 100, 200)
 MOST_LENGTHS = 4
+_WITHOUT_DENSE = "dense was not measured beside the methods, and reads are shown as a share of its"
 _FULL, _LEFT_OUT = "equal_bytes", "no method with a share of dense's bytes was scored yet"
 
 
@@ -32,9 +33,10 @@ def equal_bytes_figures(run: Run, cells: pd.DataFrame) -> list[ReportFigure | Sk
     if not asks_for_shares(run):
         return []
     title = "Accuracy at equal bytes"
-    data = share_cells(run, cells).dropna(subset=["accuracy", "held_of_dense", "read_of_dense"]).reset_index(drop=True)
+    scored = share_cells(run, cells).dropna(subset=["accuracy", "held_of_dense"])
+    data = scored.dropna(subset=["read_of_dense"]).reset_index(drop=True)
     if not len(data):
-        return [SkippedFigure(_FULL, title, _LEFT_OUT)]
+        return [SkippedFigure(_FULL, title, _WITHOUT_DENSE if len(scored) else _LEFT_OUT)]
     for column, (word, _) in SIDES.items():
         data[f"pareto_{word}"] = False
         for _, rows in data.groupby("length_tokens"):

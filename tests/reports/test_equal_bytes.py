@@ -98,3 +98,11 @@ def test_nothing_of_it_without_shares_and_a_reason_without_scores(rows: Rows) ->
     assert isinstance(skipped, SkippedFigure)
     table = {each.name: each for each in all_tables(empty, accuracy_cells(empty))}["equal_bytes"]
     assert (table.text["accuracy, %"].str.startswith("n/m")).all()
+
+
+def test_a_figure_without_dense_says_that_dense_lacks(rows: Rows) -> None:
+    alone = [row for row in rows[0] if row.method_label != "dense"]
+    run = make_run(alone, [], info=rows[2], folder=".")
+    (skipped,) = equal_bytes_figures(run, accuracy_cells(run))
+    assert isinstance(skipped, SkippedFigure)
+    assert "dense was not measured" in skipped.reason
