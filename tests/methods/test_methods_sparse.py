@@ -279,7 +279,7 @@ def test_layers_of_quest_count_from_the_models_input():
         ("dsa:selection=random", "selection must be trained or synthetic, got 'random'"),
         ("dsa:selection=synthetic,indexer=oracle", "draws its own indexer, so indexer cannot be given"),
         ("dsa:selection=synthetic,seed=x", "seed"),
-        ("dsa:block_tokens=4", "Its options are: budget_tokens, indexer, selection, seed, kv."),
+        ("dsa:block_tokens=4", "Its options are: budget_tokens, indexer, selection, seed, kv, share, read_share."),
     ],
 )
 def test_bad_options_get_one_clear_sentence(spec, text):
