@@ -3,6 +3,7 @@
 Shapes: B rows, T tokens, M hidden size, N scored positions.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ Losses = Callable[[Batch], tuple[torch.Tensor, torch.Tensor]]
 """A batch -> its loss, and how right each of its scored tokens is [N], between 0 and 1."""
 
 
-class Backbone:
+class Backbone(ABC):
     """An architecture that can be trained here.
 
     Attributes:
@@ -34,21 +35,21 @@ class Backbone:
     check_tolerance = 0.1
     optimizer = "muon"
 
+    @abstractmethod
     def config(self) -> PreTrainedConfig:
         """Return the configuration of the model that is trained by default."""
-        raise NotImplementedError
 
+    @abstractmethod
     def build(self, config: PreTrainedConfig, *, seed: int) -> PreTrainedModel:
         """Return a freshly initialised fp32 model with training's attention."""
-        raise NotImplementedError
 
+    @abstractmethod
     def compile(self, model: PreTrainedModel) -> None:
         """Compile what a step consists of, in place."""
-        raise NotImplementedError
 
+    @abstractmethod
     def entering(self, base: Any, ids_BT: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
         """Return what the first layer is given, and the keywords that every layer is given."""
-        raise NotImplementedError
 
     def leaving(self, base: Any, x: torch.Tensor, ids_BT: torch.Tensor) -> torch.Tensor:
         """Return [B, T, M] before the final norm, from what the last layer gives."""
