@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -123,15 +124,30 @@ def card_text(config: LightningConfig) -> str:
         f"- held-out: {measures_text(held_out)}, over {held_out['held_out_rows']} decode steps",
         f"- documents: {trained['documents']}, the held-out ones besides",
     ]
-    for data in trained["data"]:
-        lengths = ", ".join(f"{length:,}" for length in data["lengths_tokens"])
-        lines.append(
-            f"- data: {', '.join(data['tasks'])} at {lengths} tokens, {data['samples']} a cell, seed {data['seed']}"
-        )
-        if "chat_template" in data:  # older collections were of plain texts, and did not say so
-            lines.append(f"- its prompts: {prompts_text(data['chat_template'])}")
+    lines += [line for group in _alike(trained["data"]) for line in _data_lines(group)]
     options = ", ".join(f"{key} {value}" for key, value in trained["options"].items() if key != "device")
     return "\n".join([*lines, f"- options: {options}", ""])
+
+
+def _alike(collections: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Return collections in groups of neighbours that differ in their seed alone."""
+
+    def kind(data: dict[str, Any]) -> tuple[str, ...]:
+        return tuple(str(data.get(key, "")) for key in ("tasks", "lengths_tokens", "samples", "chat_template"))
+
+    return [list(group) for _, group in groupby(collections, key=kind)]
+
+
+def _data_lines(group: Sequence[dict[str, Any]]) -> list[str]:
+    data, seeds = group[0], listed([each["seed"] for each in group])
+    lengths = ", ".join(f"{length:,}" for length in data["lengths_tokens"])
+    lines = [
+        f"- data: {', '.join(data['tasks'])} at {lengths} tokens, {data['samples']} a cell, "
+        f"seed{'s' if len(group) > 1 else ''} {seeds}"
+    ]
+    if "chat_template" in data:  # older collections were of plain texts, and did not say so
+        lines.append(f"- prompts of these: {prompts_text(data['chat_template'])}")
+    return lines
 
 
 def measures_text(fields: dict[str, Any]) -> str:
