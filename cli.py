@@ -95,7 +95,7 @@ def run(
 
     measured = run_sweep(config, progress=not quiet)
     if report:
-        print_report(measured.folder)
+        print_report(measured.folder, run=measured)
     else:
         say(f"rows     {measured.folder}")
     failed = failures(measured)
@@ -253,12 +253,18 @@ def report(
     return code
 
 
-def print_report(folder: Path, look: "Look | None" = None, *, prompts: bool | None = None) -> "Run":
-    """Make the report of a folder; print the summary tables and where everything is. Return what was reported."""
+def print_report(
+    folder: Path, look: "Look | None" = None, *, prompts: bool | None = None, run: "Run | None" = None
+) -> "Run":
+    """Make the report of a folder; print the summary tables and where everything is. Return what was reported.
+
+    Args:
+        run: what the folder holds, where it was just read.
+    """
     with importing():
         from kvscope.reports.legible import legible
         from kvscope.results.frames import load_run
-    unmarked = load_run(folder)
+    unmarked = load_run(folder) if run is None else run
     loaded = legible(unmarked)
     for message in loaded.messages:
         tell(message)
