@@ -26,6 +26,7 @@ from kvscope.harness.reference_model.cli import app as backbone_app
 from kvscope.harness.studies.cli import app as study_app
 from kvscope.harness.studies.flashmemory.cli import app as verify_app
 from kvscope.harness.studies.reproduce.cli import reproduce_app
+from kvscope.plugins import importing
 from kvscope.terminal import complain, folded, line_width, printable, say, tell
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def run(
 
     measured = run_sweep(config, progress=not quiet)
     if report:
-        print_report(measured.folder)
+        print_report(measured.folder, run=measured)
     else:
         say(f"rows     {measured.folder}")
     failed = failures(measured)
@@ -252,18 +253,24 @@ def report(
     return code
 
 
-def print_report(folder: Path, look: "Look | None" = None, *, prompts: bool | None = None) -> "Run":
-    """Make the report of a folder; print the summary tables and where everything is. Return what was reported."""
-    from kvscope.reports.legible import legible
-    from kvscope.results.frames import load_run
+def print_report(
+    folder: Path, look: "Look | None" = None, *, prompts: bool | None = None, run: "Run | None" = None
+) -> "Run":
+    """Make the report of a folder; print the summary tables and where everything is. Return what was reported.
 
-    unmarked = load_run(folder)
+    Args:
+        run: what the folder holds, where it was just read.
+    """
+    with importing():
+        from kvscope.reports.legible import legible
+        from kvscope.results.frames import load_run
+    unmarked = load_run(folder) if run is None else run
     loaded = legible(unmarked)
     for message in loaded.messages:
         tell(message)
-    from kvscope.reports.build import worn_by, write_report
-    from kvscope.reports.summary import summary_text
-
+    with importing():
+        from kvscope.reports.build import worn_by, write_report
+        from kvscope.reports.summary import summary_text
     worn_by(loaded, look)
     say(summary_text(loaded, width=line_width()))
     prompt_of, why_not = prompt_texts(unmarked, asked=prompts)

@@ -53,6 +53,20 @@ def attention_with_lse(
     return out, lse[..., : q_BHSD.shape[2]].float()
 
 
+def masked_attention(
+    q_BHSD: torch.Tensor, k_BHTD: torch.Tensor, v_BHTD: torch.Tensor, mask_BHST: torch.Tensor, *, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return attention output [B, H, S, D] and log-sum-exp [B, H, S] under a mask, on a CPU.
+
+    Args:
+        mask_BHST: what is added to the logits, in the dtype of the queries; B and H may be 1. Each query sees a key.
+    """
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q_BHSD, k_BHTD, v_BHTD, 0.0, False, attn_mask=mask_BHST, scale=scale
+    )
+    return out, lse
+
+
 def flash_window_runs_on(q_BHSD: torch.Tensor) -> bool:
     """Return whether ``windowed_attention`` takes this device, dtype and head size."""
     half = q_BHSD.dtype in (torch.bfloat16, torch.float16)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from kvscope.methods.attention import paged_attention
 from kvscope.methods.call import AttentionCall
@@ -217,14 +218,9 @@ def range_pages(
     if len(ranges) == 1 and last is not None and ranges[0][0] % P == 0 and ranges[0][0] + last * P <= ranges[0][1]:
         begin = ranges[0][0] // P  # whole pages of the prompt, as they lie there
         return host[begin + first : begin + last]
-    pages = [torch.arange(start, end) for start, end in ranges]
-    token = torch.cat(pages) if pages else torch.arange(0)
-    token = token[first * P : None if last is None else last * P]
-    packed = host.new_zeros(page_shape(shape, shape.pages(len(token))))
-    # Advanced indices on both sides of slices come first: [n, H, 2, D] either way, so the two sides line up.
-    to = torch.arange(len(token))
-    packed[to // P, :, :, to % P] = host[token // P, :, :, token % P]
-    return packed
+    tokens = [torch.arange(start, end) for start, end in ranges]
+    token_N = torch.cat(tokens) if tokens else torch.arange(0)
+    return head_pages(host, token_N.expand(shape.n_kv_heads, -1), shape, first=first, last=last)
 
 
 def head_pages(
@@ -233,7 +229,14 @@ def head_pages(
     """The same of tokens that differ from KV head to KV head, [H, N], equally many of each."""
     P, H = shape.page_tokens, shape.n_kv_heads
     token_HN = token_HN[:, first * P : None if last is None else last * P]
-    packed = host.new_zeros(page_shape(shape, shape.pages(token_HN.shape[1])))
-    head_H1, to = torch.arange(H)[:, None], torch.arange(token_HN.shape[1])
-    packed[to // P, head_H1, :, to % P] = host[token_HN // P, head_H1, :, token_HN % P]
+    packed = host.new_empty(page_shape(shape, n_pages := shape.pages(token_HN.shape[1])))
+    # A token's K and V are a row each: rows are copied whole, which indexing several dimensions at once does not do.
+    rest = n_pages * P - token_HN.shape[1]
+    token_HSP = F.pad(token_HN, (0, rest)).view(H, n_pages, P)
+    page_SHP, offset_SHP = (x.transpose(0, 1) for x in (token_HSP // P, token_HSP % P))
+    row_SHP = (page_SHP * H + torch.arange(H)[:, None]) * 2 * P + offset_SHP
+    row_SH2P = torch.stack((row_SHP, row_SHP + P), 2)
+    torch.index_select(host.reshape(-1, host.shape[-1]), 0, row_SH2P.flatten(), out=packed.view(-1, host.shape[-1]))
+    if rest:
+        packed[-1, :, :, P - rest :] = 0
     return packed

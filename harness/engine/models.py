@@ -35,7 +35,8 @@ def load_model(
         device: ``auto`` (a GPU when there is one), ``cpu``, ``cuda`` or ``cuda:<index>``.
         dtype: ``auto`` (fp32 on CPU, bf16 on a GPU), ``float32``, ``bfloat16`` or ``float16``.
         page_tokens: tokens of one KV page.
-        described: this process has just described the model, so that it need not be built without weights again.
+        described: this process, or the one it works for, has just described the model, so that it need not be built
+            without weights again.
 
     Raises:
         UsageError: no such model, or an architecture or setting that cannot be run.

@@ -11,11 +11,19 @@ one causal call, and the two are joined by their log-sum-exp.
 import torch
 import torch.nn.functional as F
 
-from kvscope.methods.flash import attention_with_lse, flash_runs_on, flash_window_runs_on, windowed_attention
+from kvscope.methods.flash import (
+    attention_with_lse,
+    flash_runs_on,
+    flash_window_runs_on,
+    masked_attention,
+    windowed_attention,
+)
 
 _EXPLICIT_ELEMENTS = 2**26
 _QUERY_BLOCK = 512
 _WINDOW_QUERY_BLOCK = 256
+# A fused kernel keeps no logits, so small blocks cost nothing: of b + window keys, b are met in vain.
+_FUSED_QUERY_BLOCK = 64
 
 
 def chunk_attention(
@@ -45,9 +53,12 @@ def chunk_attention(
         past = min(T - S, window - 1)
         k, v = k_BHTD[:, :, T - S - past :], v_BHTD[:, :, T - S - past :]
         return windowed_attention(q_BQSD, k, v, scale=scale, window=window)
-    if window is not None:
+    is_fused = softcap is None and q_BQSD.device.type == "cpu"
+    if window is not None and not is_fused:
         return _windowed(q_BQSD, k_BHTD, v_BHTD, scale=scale, window=window, softcap=softcap, sink_logits=sink_logits)
-    if softcap is not None or not flash_runs_on(q_BQSD):
+    if window is not None:
+        out, lse = _fused_windowed(q_BQSD, k_BHTD, v_BHTD, scale=scale, window=window)
+    elif softcap is not None or not flash_runs_on(q_BQSD):
         out, lse = _explicit(q_BQSD, k_BHTD, v_BHTD, scale=scale, softcap=softcap)
     elif S == 1:
         out, lse = _folded(q_BQSD, k_BHTD, v_BHTD, scale=scale)
@@ -95,28 +106,15 @@ def _windowed(
     whole). Missing keys before the first and behind the last are zeros that no query that counts can see.
     """
     B, Q, S, D = q_BQSD.shape
-    H, T = k_BHTD.shape[1:3]
-    b = min(window, _WINDOW_QUERY_BLOCK, S)
-    n_blocks = -(-S // b)
-    behind = n_blocks * b - S
-    past = min(T - S, window)
-    q = F.pad(q_BQSD, (0, 0, 0, behind)).float().view(B, H, Q // H, n_blocks, b, D)
-    q = q.transpose(2, 3).reshape(B, H, n_blocks, -1, D) * scale
-    k, v = (
-        F.pad(x[:, :, T - S - past :], (0, 0, window - past, behind)).float().unfold(2, b + window, b)
-        for x in (k_BHTD, v_BHTD)
-    )  # [B, H, n, D, b + window]
-    of_query = torch.arange(b, device=q.device)[:, None]
-    of_key = torch.arange(b + window, device=q.device)[None]
-    hidden = (of_key <= of_query) | (of_key > of_query + window)
-    # Before the first key there is nothing: position counts from the start of the first block's keys.
-    start = torch.arange(0, n_blocks * b, b, device=q.device)[:, None, None]
-    hidden_NbK = hidden | (of_key + start < window - past)
+    H = k_BHTD.shape[1]
+    q, k, v, hidden_NbK = _window_blocks(q_BQSD, k_BHTD, v_BHTD, window=window, block=_WINDOW_QUERY_BLOCK)
+    n_blocks, b, K = hidden_NbK.shape
+    q = q * scale
     outs = []
-    step = max(1, _EXPLICIT_ELEMENTS // (B * Q * b * (b + window)))
+    step = max(1, _EXPLICIT_ELEMENTS // (B * Q * b * K))
     for first in range(0, n_blocks, step):
         part = slice(first, min(n_blocks, first + step))
-        logits = torch.matmul(q[:, :, part], k[:, :, part]).view(B, H, -1, Q // H, b, b + window)
+        logits = torch.matmul(q[:, :, part], k[:, :, part].mT).view(B, H, -1, Q // H, b, K)
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         logits.masked_fill_(hidden_NbK[part, None], -torch.inf)
@@ -125,9 +123,63 @@ def _windowed(
         else:
             sink = sink_logits.float().view(H, 1, -1, 1, 1).expand(*logits.shape[:-1], 1)
             weight = torch.softmax(torch.cat((logits, sink), -1), -1)[..., :-1]
-        outs.append(torch.matmul(weight.flatten(3, 4), v[:, :, part].mT).view(B, H, -1, Q // H, b, D))
+        outs.append(torch.matmul(weight.flatten(3, 4), v[:, :, part]).view(B, H, -1, Q // H, b, D))
     out = torch.cat(outs, 2).transpose(2, 3).reshape(B, Q, -1, D)[:, :, :S]
     return out.to(q_BQSD.dtype)
+
+
+def _fused_windowed(
+    q_BQSD: torch.Tensor, k_BHTD: torch.Tensor, v_BHTD: torch.Tensor, *, scale: float, window: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same on a CPU, whose fused kernel takes a mask: a block of queries is a head of it."""
+    B, Q, S, D = q_BQSD.shape
+    G = Q // k_BHTD.shape[1]
+    q, k, v, hidden_NbK = _window_blocks(q_BQSD, k_BHTD, v_BHTD, window=window, block=_FUSED_QUERY_BLOCK)
+    n_blocks, b, K = hidden_NbK.shape
+    # Only the first blocks reach keys before the first, and have masks of their own.
+    n_edge = min(n_blocks, -(-max(0, window - (k_BHTD.shape[2] - S)) // b))
+    step = max(1, _EXPLICIT_ELEMENTS // (G * b * K))
+    parts = [slice(first, min(n_edge, first + step)) for first in range(0, n_edge, step)]
+    if n_edge < n_blocks:
+        parts.append(slice(n_edge, n_blocks))
+    outs, lses = [], []
+    for part in parts:
+        hidden = hidden_NbK[part if part.start < n_edge else slice(n_edge, n_edge + 1)].repeat(1, G, 1)
+        mask = q.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+        q_part, k_part, v_part = (x[:, :, part].flatten(0, 1) for x in (q, k, v))
+        out, lse = masked_attention(q_part, k_part, v_part, mask[None], scale=scale)
+        outs.append(out)
+        lses.append(lse)
+    out = torch.cat(outs, 1).view(B, -1, n_blocks, G, b, D).transpose(2, 3).reshape(B, Q, -1, D)[:, :, :S]
+    lse = torch.cat(lses, 1).view(B, -1, n_blocks, G, b).transpose(2, 3).reshape(B, Q, -1)[:, :, :S]
+    return out.to(q_BQSD.dtype), lse
+
+
+def _window_blocks(
+    q_BQSD: torch.Tensor, k_BHTD: torch.Tensor, v_BHTD: torch.Tensor, *, window: int, block: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return blocks of queries, the keys and values each meets, and which of them a query does not see.
+
+    n blocks of b queries, ``block`` at most, meet K = b + window keys each: q [B, H, n, G*b, D], k and v [B, H, n, K,
+    D], all fp32, and [n, b, K].
+    """
+    B, Q, S, D = q_BQSD.shape
+    H, T = k_BHTD.shape[1:3]
+    b = min(window, block, S)
+    n_blocks = -(-S // b)
+    behind = n_blocks * b - S
+    past = min(T - S, window)
+    q = F.pad(q_BQSD, (0, 0, 0, behind)).float().view(B, H, Q // H, n_blocks, b, D)
+    k, v = (
+        F.pad(x[:, :, T - S - past :], (0, 0, window - past, behind)).float().unfold(2, b + window, b).mT
+        for x in (k_BHTD, v_BHTD)
+    )
+    of_query = torch.arange(b, device=q.device)[:, None]
+    of_key = torch.arange(b + window, device=q.device)[None]
+    hidden = (of_key <= of_query) | (of_key > of_query + window)
+    # Before the first key there is nothing: position counts from the start of the first block's keys.
+    start = torch.arange(0, n_blocks * b, b, device=q.device)[:, None, None]
+    return q.transpose(2, 3).reshape(B, H, n_blocks, -1, D), k, v, hidden | (of_key + start < window - past)
 
 
 def _explicit(

@@ -1,19 +1,11 @@
 """The libraries that every measurement needs, imported at once."""
 
-import gc
+from kvscope.plugins import importing
 
 
 def import_libraries() -> None:
-    """Import torch, transformers and what of kvscope needs them, with garbage collection off.
-
-    Modules are no garbage, and a collector that looks through them again and again costs a fifth of the imports.
-    """
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
+    """Import torch, transformers and what of kvscope needs them."""
+    with importing():
         import kvscope.harness.engine.decode
         import kvscope.harness.engine.models
         import kvscope.harness.engine.prefill  # noqa: F401
-    finally:
-        if collecting:
-            gc.enable()

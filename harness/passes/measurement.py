@@ -205,7 +205,8 @@ class Measurement(ABC, Generic[RowT]):
 
         job = self.job
         method = create_method(job.method, paper_settings=job.paper_settings)
-        loaded = load_model(job.model, device=job.device, dtype=job.dtype, page_tokens=job.page_tokens)
+        # The sweep that sent the job has described the model.
+        loaded = load_model(job.model, device=job.device, dtype=job.dtype, page_tokens=job.page_tokens, described=True)
         self.backend = loaded.attention_backend
         return loaded, form_on(loaded.backend, method, loaded.shape)
 

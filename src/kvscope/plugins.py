@@ -4,9 +4,11 @@ An installed package names them under the groups ``kvscope.methods`` and ``kvsco
 imported before its name is used.
 """
 
+import gc
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -42,6 +44,26 @@ class Place:
 
     def __str__(self) -> str:
         return f"{self.target} of {self.origin}" if self.origin else self.target
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Hold the collector still while large packages are imported: modules are no garbage.
+
+    Looking through them again and again takes a fifth of the imports, and a tenth of a second when it goes on. So all
+    that is there by then counts as old: only a full collection looks at it.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        if not gc.get_freeze_count():  # else unfreezing would undo what someone asked for
+            gc.freeze()
+            gc.unfreeze()
+        gc.enable()
 
 
 @cache
@@ -95,7 +117,8 @@ def load(place: Place) -> object:
     if place.origin is None and not _exists(module_name.partition(".")[0]):
         raise broken(place, f"no module {module_name.partition('.')[0]!r} is installed or on PYTHONPATH")
     try:
-        module = import_module(module_name)
+        with importing():
+            module = import_module(module_name)
     except (Exception, SystemExit) as error:
         raise broken(place, f"importing {module_name} raised {type(error).__name__}: {_one_line(error)}") from error
     try:

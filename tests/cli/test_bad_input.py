@@ -136,7 +136,7 @@ def test_a_folder_that_holds_another_configuration(
     refuse: Refuse, tiny: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "print_report", lambda folder: None)
+        patch.setattr(cli, "print_report", lambda folder, run: None)
         assert cli.run_cli(tiny) == 0
     capsys.readouterr()
     text = refuse(*tiny, "--seed", "5")
@@ -163,7 +163,7 @@ def test_a_corrupt_result_file(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "print_report", lambda folder: None)
+        patch.setattr(cli, "print_report", lambda folder, run: None)
         assert cli.run_cli(tiny) == 0
     capsys.readouterr()
     rows = tmp_path / "run" / "samples.jsonl"
@@ -178,7 +178,7 @@ def test_a_corrupt_result_file(
 
 def test_a_torn_last_line_is_told_once(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a process of its own: a test's log handlers would swallow a second message."""
-    monkeypatch.setattr(cli, "print_report", lambda folder: None)
+    monkeypatch.setattr(cli, "print_report", lambda folder, run: None)
     assert cli.run_cli(tiny) == 0
     rows = tmp_path / "run" / "samples.jsonl"
     good = rows.read_text()

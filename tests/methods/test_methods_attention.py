@@ -135,7 +135,7 @@ SINKS = torch.tensor([1.0, -2.0, 0.5, 4.0])
 @pytest.mark.parametrize(
     "options", [{}, {"softcap": 3.0}, {"sink_logits": SINKS}, {"softcap": 3.0, "sink_logits": SINKS}]
 )
-@pytest.mark.parametrize("window", [None, 1, 20, 1000])
+@pytest.mark.parametrize("window", [None, 1, 20, 150, 1000])
 @pytest.mark.parametrize(("S", "T"), [(1, 1), (1, 40), (33, 33), (33, 100), (700, 900)])
 def test_chunk_attention_equals_the_oracle(S, T, window, options):
     generator = torch.Generator().manual_seed(S + T)
@@ -145,6 +145,25 @@ def test_chunk_attention_equals_the_oracle(S, T, window, options):
     keep = (j <= i) & (j > i - (window or T))
     out = chunk_attention(q, k, v, scale=0.25, window=window, **options)
     torch.testing.assert_close(out.double(), oracle(q, k, v, scale=0.25, keep_ST=keep, **options), atol=4e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("most_elements", [1, 40_000, 2**26])
+@pytest.mark.parametrize(("S", "T", "window"), [(300, 300, 150), (300, 400, 150), (100, 700, 150), (64, 64, 20)])
+def test_both_ways_through_a_window_are_exact_in_any_number_of_parts(monkeypatch, S, T, window, most_elements):
+    """A CPU takes the fused one where it can; a GPU in fp32 and soft caps take the other. Two sequences at once."""
+    monkeypatch.setattr(prefill_attention, "_EXPLICIT_ELEMENTS", most_elements)
+    draws = torch.Generator().manual_seed(T)
+    q = torch.randn(2, 4, S, 16, generator=draws)
+    k, v = (torch.randn(2, 2, T, 16, generator=draws) for _ in range(2))
+    i, j = torch.arange(T - S, T)[:, None], torch.arange(T)[None]
+    expected = oracle(q, k, v, scale=0.25, keep_ST=(j <= i) & (j > i - window))
+    fused, lse = prefill_attention._fused_windowed(q, k, v, scale=0.25, window=window)
+    explicit = prefill_attention._windowed(q, k, v, scale=0.25, window=window, softcap=None, sink_logits=None)
+    logits = q.double() @ k.double().repeat_interleave(2, 1).transpose(2, 3) * 0.25
+    hidden = ~((j <= i) & (j > i - window))
+    for out in (fused, explicit):
+        torch.testing.assert_close(out.double(), expected, atol=4e-6, rtol=1e-5)
+    torch.testing.assert_close(lse.double(), logits.masked_fill(hidden, -torch.inf).logsumexp(-1), atol=4e-6, rtol=1e-5)
 
 
 def masked_window(q_BQSD, k_BHTD, v_BHTD, *, scale, window):

@@ -1,5 +1,6 @@
 """Methods and tasks from outside the tree: the page's own code, installed and run; and what is refused."""
 
+import gc
 import json
 import os
 import re
@@ -277,3 +278,45 @@ def test_two_classes_of_one_name_are_not_in_one_run(site: Path) -> None:
     with pytest.raises(UsageError, match="plugged:Good and twin:Good both have the name 'good'"):
         check_one_class_a_name(methods)
     check_one_class_a_name(methods[:1] * 2)
+
+
+COLLECTED_LATE = """
+import gc, weakref
+from kvscope.plugins import importing
+
+class Made:
+    pass
+
+with importing():
+    assert not gc.isenabled()
+    made = Made()
+    made.itself = made
+assert gc.isenabled() and gc.get_freeze_count() == 0
+assert any(each is made for each in gc.get_objects(generation=2))
+gone = weakref.ref(made)
+del made
+gc.collect()
+assert gone() is None
+gc.freeze()
+frozen = gc.get_freeze_count()
+with importing():
+    pass
+assert gc.get_freeze_count() >= frozen > 0
+gc.disable()
+with importing():
+    pass
+assert not gc.isenabled()
+"""
+
+
+def test_what_imports_make_is_old_and_still_garbage_when_it_is_done_with() -> None:
+    """In a process of its own: the tests' own has frozen what was there."""
+    ran = subprocess.run([sys.executable, "-c", COLLECTED_LATE], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_a_failed_import_lets_the_collector_go_on() -> None:
+    assert gc.isenabled()
+    with pytest.raises(ImportError), plugins.importing():
+        raise ImportError
+    assert gc.isenabled()
