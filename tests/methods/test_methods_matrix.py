@@ -12,7 +12,7 @@ import pytest
 import torch
 from masked import masking
 from sequences import assert_predicted, errors_of_evicting, prefilled
-from sessions import Single, new_session
+from sessions import Single, side_by_side
 from tiny_models import build_stock, loaded_model, prompt_ids
 
 import kvscope.methods
@@ -64,8 +64,8 @@ TOKENS = prompt_ids(12, seed=8)
 def case(request):
     loaded = loaded_model(request.param)
     prompt = prefilled(loaded, prompt_ids(N_TOKENS), SPECS, chunk_tokens=128, seed=4)
-    dense, _ = run_both(loaded, [create_method("dense")] * 2, prompt, TOKENS)
-    return loaded, prompt, dense
+    dense, _ = side_by_side(loaded, [create_method("dense")] * 2, prompt, TOKENS)
+    return loaded, prompt, dense.logits_TV
 
 
 @pytest.fixture(scope="module")
@@ -86,21 +86,12 @@ def run_steps(loaded, method, prompt, tokens, **options):
         return torch.stack([session.step(token) for token in tokens])
 
 
-def run_both(loaded, methods, prompt, tokens):
-    """Two sequences that share no more than the model's forward: each attends by itself, to what it holds."""
-    with new_session(loaded) as session:
-        for method in methods:
-            session.add(method, prompt, reserve_tokens=len(tokens))
-        logits_TnV = torch.stack([session.step([token, token]) for token in tokens])
-        assert not session.attends_together
-    return logits_TnV.unbind(1)
-
-
 @pytest.mark.parametrize("spec", SPECS)
 def test_evicting_equals_masking_and_differs_from_dense(case, spec):
     loaded, prompt, dense = case
     method = create_method(spec)
-    evicted, masked = run_both(loaded, [method, masking(method)], prompt, TOKENS)
+    sides = side_by_side(loaded, [method, masking(method)], prompt, TOKENS)
+    evicted, masked = (side.logits_TV for side in sides)
     torch.testing.assert_close(evicted, masked, atol=5e-6, rtol=0)
     if method.name == "dense":
         assert torch.equal(evicted, dense)
