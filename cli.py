@@ -11,6 +11,7 @@ import tempfile
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -544,9 +545,15 @@ def report_fault(error: Exception) -> None:
     complain(f"an error of kvscope's own ({what}): please report it with its traceback, which is in {file.name}.")
 
 
+@cache
+def all_commands() -> Any:
+    """Every command with its options, which typer takes 20 ms to read out of functions, and would at every call."""
+    return typer.main.get_command(app)
+
+
 def run_cli(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; every error is one sentence on stderr."""
-    command = typer.main.get_command(app)
+    command = all_commands()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments:
         arguments = ["--help"]

@@ -204,6 +204,25 @@ class CommonWordsTask(_CountingTask):
         )
 
 
+class _CodedWords:
+    """fwe's words by rank, drawn as far as a text has them: of 2,000, one of 32K words has some 140."""
+
+    def __init__(self, draws: Draws) -> None:
+        self._draws = draws
+        self._made = {DOTS: None}  # the first stands for the dots
+
+    def first(self, count: int) -> list[str]:
+        """Return the words of the first ranks; there are no more than ``CODED_VOCABULARY``."""
+        while len(self._made) < min(count, CODED_VOCABULARY):
+            self._made["".join(self._draws.pick(string.ascii_lowercase) for _ in range(CODED_LETTERS))] = None
+        return list(self._made)[:count]
+
+    def answers(self) -> list[str]:
+        """Return the words that are asked for."""
+        found = self.first(max(ANSWER_RANKS))
+        return [found[rank - 1] for rank in ANSWER_RANKS]
+
+
 class FrequentWordsTask(_CountingTask):
     """RULER's fwe."""
 
@@ -214,31 +233,25 @@ class FrequentWordsTask(_CountingTask):
 
     def min_length_tokens(self, tokenizer: Tokenizer) -> int:
         """Return the length that the shortest text with four clearly different counts needs."""
-        drawn = [self._vocabulary(Draws("min", self.name, *parts)) for parts in _PROBES]
+        drawn = [_CodedWords(Draws("min", self.name, *parts)) for parts in _PROBES]
         return self._needed(tokenizer, (self._body(Draws("min"), each, FWE_LEAST) for each in drawn))
 
-    def _vocabulary(self, draws: Draws) -> list[str]:
-        """Return words by rank; the first stands for the dots."""
-        made = {DOTS: None}
-        while len(made) < CODED_VOCABULARY:
-            made["".join(draws.pick(string.ascii_lowercase) for _ in range(CODED_LETTERS))] = None
-        return list(made)
-
-    def _body(self, draws: Draws, vocabulary: Sequence[str], size: int) -> Body:
+    def _body(self, draws: Draws, vocabulary: "_CodedWords", size: int) -> Body:
         """Return a text for which about ``size`` words are drawn: rank k stands ``size / (zeta(2) k^2)`` times."""
         flat: list[str] = []
-        for rank, word in enumerate(vocabulary, start=1):
+        words = vocabulary.first(math.isqrt(int(size / _ZETA_2)) + 1)
+        for rank, word in enumerate(words, start=1):
             count = int(size / (_ZETA_2 * rank * rank))
             if not count:
                 break
             flat += [word] * count
         draws.shuffle(flat)
         lines = [flat[i : i + WORDS_A_LINE] for i in range(0, len(flat), WORDS_A_LINE)]
-        return Body(lines, frozenset(vocabulary[rank - 1] for rank in ANSWER_RANKS))
+        return Body(lines, frozenset(vocabulary.answers()))
 
     def build(self, tokenizer: Tokenizer, *, length_tokens: int, sample: int, seed: int) -> Sample:
         """Build one sample (see Task.build)."""
-        vocabulary = self._vocabulary(Draws("fwe-words", self.name, seed, length_tokens, sample))
+        vocabulary = _CodedWords(Draws("fwe-words", self.name, seed, length_tokens, sample))
         return self._sample(
             tokenizer,
             length_tokens=length_tokens,
@@ -247,5 +260,5 @@ class FrequentWordsTask(_CountingTask):
             body=lambda size: self._body(Draws("fwe-order", self.name, seed, length_tokens, sample), vocabulary, size),
             least=FWE_LEAST,
             trim_words=(DOTS,) * 100,
-            targets=[vocabulary[rank - 1] for rank in ANSWER_RANKS],
+            targets=vocabulary.answers(),
         )

@@ -8,6 +8,7 @@ import stand_ins
 
 from kvscope import cli
 from kvscope.methods import registry
+from kvscope.reports import build
 from kvscope.results.columns import SURROUNDINGS_COLUMNS, TIME_COLUMNS
 
 
@@ -17,6 +18,12 @@ def arguments(tiny_model: str, tmp_path: Path) -> list[str]:
         "--model", tiny_model, "-m", "dense", "-m", "recency:recency_tokens=128", "--task", "niah_single_1",
         "-l", "512", "-l", "1k", "-n", "2", "--max-new-tokens", "2", "--device", "cpu", "--out", str(tmp_path / "run"),
     ]  # fmt: skip
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that ask whether there is a report: its figures take longer than all the rest of a run."""
+    monkeypatch.setattr(build, "all_figures", lambda run, cells: [])
 
 
 def test_plan_runs_nothing(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,6 +71,7 @@ def test_run_prints_tables_and_paths_and_the_same_command_resumes(
     assert str(report) in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_failed_cells_end_with_one_and_a_line_each(
     arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,6 +87,7 @@ def measured(folder: Path) -> list[dict[str, object]]:
     return [{key: value for key, value in row.items() if key not in unlike} for row in rows]
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_no_report_leaves_rows_alone_and_the_report_can_follow(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

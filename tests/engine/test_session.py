@@ -207,10 +207,10 @@ def test_sequences_of_any_prompt_and_method_step_together(family: str, graph: An
     loaded = loaded_model(family)
     kinds = MIXED if graph == UNCAPTURED else [*MIXED, ("quest:budget_tokens=48,dense_layers=0", 100)]
     prompts = [prefilled(loaded, prompt_ids(n, seed=n), [spec]) for spec, n in kinds]
-    tokens = [prompt_ids(30, seed=100 + index) for index in range(len(kinds))]
+    tokens = [prompt_ids(26, seed=100 + index) for index in range(len(kinds))]
     with new_session(loaded, graph) as session:
         for (spec, _), prompt in zip(kinds, prompts, strict=True):
-            session.add(create_method(spec), prompt, reserve_tokens=30)
+            session.add(create_method(spec), prompt, reserve_tokens=26)
         together = torch.stack([session.step(list(step)).clone() for step in zip(*tokens, strict=True)], 1)
     for index, (spec, _) in enumerate(kinds):
         alone, _ = run_alone(loaded, spec, prompts[index], tokens[index], graph)

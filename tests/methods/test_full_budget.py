@@ -14,8 +14,8 @@ from tiny_models import loaded_model, prompt_ids
 
 from kvscope.methods.registry import create_method, method_names
 
-N_STEPS = 7
-LENGTHS_TOKENS = [26, 63, 100, 127, 129, 1000]
+N_STEPS = 5
+LENGTHS_TOKENS = [29, 63, 100, 127, 129, 1000]
 #: ``{room}`` is the prompt and what is decoded behind it.
 SPECS = [
     "dense",

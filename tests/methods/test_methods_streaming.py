@@ -13,7 +13,7 @@ from kvscope.methods.registry import create_method
 from kvscope.methods.shape import ModelShape
 from kvscope.methods.store import PromptKV
 
-N_PROMPT, N_STEPS = 90, 45
+N_PROMPT, N_STEPS = 90, 36
 
 
 def rotary_of(name):

@@ -41,7 +41,7 @@ REFUSED = {
     "adakv": "fill their pages at different steps",
     "msa": "raw keys of every token",
 }
-N_TOKENS, N_STEPS = 310, 34  # pages of 16 fill twice
+N_TOKENS, N_STEPS = 310, 28  # pages of 16 fill twice
 #: Largest error of the logits over their norm that a format may make here. dsa and the block-sparse methods choose
 #: otherwise where a score is near another's, so theirs may be larger.
 NEAR = {"fp8": 0.02, "int8": 0.005, "int4": 0.05, "kivi2": 0.15}

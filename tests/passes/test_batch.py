@@ -96,7 +96,7 @@ def every_method(model: str, *, samples: int) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("samples", [50])
 def test_every_method_answers_together_as_alone(model: str, tmp_path: Path, samples: int) -> None:
-    values = {**every_method(model, samples=samples), "max_new_tokens": 3}
+    values = {**every_method(model, samples=samples), "max_new_tokens": 2}
     alone = rows(values, batch=1, out=tmp_path / "alone")
     together = rows(values, batch=12, out=tmp_path / "together")
     assert set(alone["status"]) == {"ok"}, alone["reason"].dropna().unique()

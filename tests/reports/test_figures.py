@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.axis import Tick
 from matplotlib.text import Text
@@ -18,11 +19,13 @@ from kvscope.reports.canvas import spread
 from kvscope.reports.cells import accuracy_cells
 from kvscope.reports.families import families, family_note, family_styles
 from kvscope.reports.figure_parts import ReportFigure, SkippedFigure
+from kvscope.reports.figures_pareto import accuracy_against_memory, accuracy_against_reads
 from kvscope.reports.theme import COLORS, DENSE_COLOR, figure_names, method_styles, short_lines
-from kvscope.results.frames import make_run
+from kvscope.results.frames import Run, make_run
 from kvscope.results.run_schema import MethodInfo
 from kvscope.results.schema import ResidencyRecord, SampleRow
 
+Drawing = Callable[[Run, pd.DataFrame], list[ReportFigure | SkippedFigure]]
 NAMES = [
     "accuracy_against_memory",
     "accuracy_against_reads",
@@ -109,9 +112,16 @@ def dense_depths() -> Rows:
     )
 
 
-def drawn(rows: Rows, *, samples: int | None = None, footprints: int | None = None) -> dict[str, ReportFigure]:
+def drawn(
+    rows: Rows, *, samples: int | None = None, footprints: int | None = None, figures: Drawing = all_figures
+) -> dict[str, ReportFigure]:
     run = make_run(rows[0][:samples], rows[1][:footprints], info=rows[2], folder=".")
-    return {figure.name: figure for figure in all_figures(run, accuracy_cells(run)) if isinstance(figure, ReportFigure)}
+    return {figure.name: figure for figure in figures(run, accuracy_cells(run)) if isinstance(figure, ReportFigure)}
+
+
+def against(run: Run, cells: pd.DataFrame) -> list[ReportFigure | SkippedFigure]:
+    """The figures that a sweep is drawn for."""
+    return [accuracy_against_memory(run, cells), accuracy_against_reads(run, cells)]
 
 
 @dataclass(frozen=True)
@@ -139,7 +149,7 @@ def pictures() -> Pictures:
         "long": drawn(long_labels()),
         "depths": drawn(dense_depths()),
         "swept": drawn(swept()),
-        "sweep": drawn(sweep_rows()),
+        "sweep": drawn(sweep_rows(), figures=against),
     }
     return {
         which: {name: Picture(figure, placed_texts(figure)) for name, figure in figures.items()}
@@ -160,6 +170,14 @@ def placed_texts(figure: ReportFigure) -> list[tuple[str, Bbox]]:
     return [(text.get_text(), text.get_window_extent()) for text in texts if text.get_text().strip()]
 
 
+def covered_pairs(texts: list[tuple[str, Bbox]], *, x_px: float, y_px: float) -> list[tuple[str, str]]:
+    """Pairs of texts that lie over each other by more than so many pixels both ways."""
+    x0, y0, x1, y1 = np.array([box.extents for _, box in texts]).T
+    wide = np.minimum.outer(x1, x1) - np.maximum.outer(x0, x0) > x_px
+    high = np.minimum.outer(y1, y1) - np.maximum.outer(y0, y0) > y_px
+    return [(texts[a][0], texts[b][0]) for a, b in np.argwhere(np.triu(wide & high, 1))]
+
+
 def _labels(tick: Tick) -> tuple[Text, Text]:
     return tick.label1, tick.label2
 
@@ -177,12 +195,7 @@ def test_no_text_covers_another_or_leaves_the_picture(pictures: Pictures, which:
     page = picture.figure.figure.bbox
     outside = [text for text, box in found if box.x0 < 0 or box.y0 < 0 or box.x1 > page.x1 or box.y1 > page.y1]
     assert outside == []
-    covered = [
-        (a, b)
-        for (a, one), (b, two) in itertools.combinations(found, 2)
-        if min(one.x1, two.x1) - max(one.x0, two.x0) > 1 and min(one.y1, two.y1) - max(one.y0, two.y0) > 2
-    ]
-    assert covered == []
+    assert covered_pairs(found, x_px=1, y_px=2) == []
 
 
 @pytest.mark.parametrize("name", ["accuracy_against_memory", "accuracy_against_reads"])
@@ -198,12 +211,8 @@ def test_a_sweep_of_many_settings_stays_readable(pictures: Pictures, name: str) 
         for budget in ("256", "512", "1K", "2K", "4K"):
             assert inside.count(budget) == 4, (axes.get_title(loc="left"), budget)
     assert texts.count("dense") == 3
-    boxes = [box for _, box in picture.texts]
-    covered = sum(
-        min(a.x1, b.x1) - max(a.x0, b.x0) > 3 and min(a.y1, b.y1) - max(a.y0, b.y0) > 4
-        for a, b in itertools.combinations(boxes, 2)
-    )
-    assert covered <= 3, "texts that lie over each other, of more than seventy"
+    covered = covered_pairs(picture.texts, x_px=3, y_px=4)
+    assert len(covered) <= 3, "texts that lie over each other, of more than seventy"
 
 
 def test_families_are_settings_of_one_method_that_differ_in_one_option() -> None:
@@ -352,10 +361,7 @@ def test_ticks_of_lengths_that_are_close_leave_each_other_room() -> None:
     lengths = (504_704, 512_256, 519_872, 524_288)
     rows = make_rows(["dense"], tasks=("niah_single_1",), lengths=lengths, samples=2, footprint_lengths=lengths)
     for figure in drawn(rows).values():
-        boxes = placed_texts(figure)
-        for (text, box), (other, there) in itertools.combinations(boxes, 2):
-            apart = min(min(box.x1, there.x1) - max(box.x0, there.x0), min(box.y1, there.y1) - max(box.y0, there.y0))
-            assert apart < 2, (figure.name, text, other)
+        assert covered_pairs(placed_texts(figure), x_px=2, y_px=2) == [], figure.name
 
 
 def test_pareto_front_by_brute_force(pictures: Pictures) -> None:

@@ -1,5 +1,10 @@
 """Sessions as tests want them: of one sequence; and with the step of a CUDA graph run as it is, on any device."""
 
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
 from kvscope.harness.engine.decode_graph import EAGER, GRAPH, GraphStep, static_reasons
 from kvscope.harness.engine.session import Session
 
@@ -117,3 +122,28 @@ class Single:
     def step(self, token):
         """Feed a token; return the logits [vocabulary]."""
         return self.session.step([token])[0]
+
+
+@dataclass(frozen=True)
+class Side:
+    """What one of several sequences gave: logits of every step, the record of its residency and its last footprint."""
+
+    logits_TV: torch.Tensor
+    record: Any
+    footprint: Any
+
+
+def side_by_side(loaded, methods, prompt, tokens):
+    """Feed the same tokens to a prompt under each method, in one session: a forward for all costs little more than one.
+
+    They share no more than that forward: each attends by itself, to what it holds.
+    """
+    with new_session(loaded) as session:
+        members = [session.add(method, prompt, reserve_tokens=len(tokens)) for method in methods]
+        logits_TnV = torch.stack([session.step([token] * len(methods)) for token in tokens])
+        assert not session.attends_together
+        caches = [member.cache for member in members]
+        return [
+            Side(logits_TV, cache.residency(), cache.footprint())
+            for logits_TV, cache in zip(logits_TnV.unbind(1), caches, strict=True)
+        ]

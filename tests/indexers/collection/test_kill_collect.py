@@ -13,14 +13,14 @@ from kvscope.harness.indexers.collection.collect import CollectConfig, collect
 from kvscope.harness.indexers.collection.reading import Collection
 from kvscope.harness.passes.progress import Progress
 
-KILLS = 12
+KILLS = 9
 STEPS_A_SHARD = 2 * 2 + 4  # begin and end of two documents; before and after its shard and the manifest appear
 
 
 @pytest.fixture
 def config(tiny_model: str) -> CollectConfig:
     return CollectConfig(
-        model=tiny_model, tasks=("vt",), lengths_tokens=(640, 704), samples=8, seed=77, chunk_tokens=16,
+        model=tiny_model, tasks=("vt",), lengths_tokens=(640, 704), samples=6, seed=77, chunk_tokens=16,
         shard_documents=2, device="cpu",
     )  # fmt: skip
 

@@ -198,7 +198,7 @@ if __name__ == "__main__":
     decode(dtype="fp32", N=32, HAS_TABLE=False, DEVICE_LENGTHS=False, DEPENDENT=False)
     for kv in FORMATS:
         packed(kv)
-    packed("int4", dtype="fp16", HAS_SOFTCAP=True)
+    packed("int8", dtype="fp16", HAS_SOFTCAP=True)
     packed("fp8", CONVERTS=False)  # as before compute capability 8.9
     rows()
     rows(P=0, N=128, COUNTS=512, HAS_TABLE=True, HAS_TOKENS=True, HAS_TURNED=True)
