@@ -41,13 +41,14 @@ def by_mask(
     q: torch.Tensor, kv: torch.Tensor, e: torch.Tensor, sinks: torch.Tensor, *, rate: int, scale: float
 ) -> torch.Tensor:
     """One softmax over a masked matrix of window, entries and sinks."""
-    at = torch.arange(q.shape[2], device=q.device)
+    at = torch.arange(q.shape[1], device=q.device)
     near = (at[:, None] >= at) & (at[:, None] - at < WINDOW)
     far = torch.arange(e.shape[1], device=q.device) < (at[:, None] + 1) // rate
-    keys = torch.cat((kv[:, 0], e), 1)
-    scores = (torch.einsum("bqtd,bkd->bqtk", q, keys) * scale).masked_fill(~torch.cat((near, far), 1), float("-inf"))
-    last = sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-    return torch.einsum("bqtk,bkd->bqtd", torch.cat((scores, last), -1).softmax(-1)[..., :-1], keys)
+    keys = torch.cat((kv, e), 1)
+    seen = torch.cat((near, far), 1)[:, None]
+    scores = (torch.einsum("btqd,bkd->btqk", q, keys) * scale).masked_fill(~seen, float("-inf"))
+    last = sinks[:, None].expand(*scores.shape[:3], 1)
+    return torch.einsum("btqk,bkd->btqd", torch.cat((scores, last), -1).softmax(-1)[..., :-1], keys)
 
 
 def kernel_row(*, tokens: int, rate: int, rows: int, device: torch.device) -> Row:
@@ -55,7 +56,7 @@ def kernel_row(*, tokens: int, rate: int, rows: int, device: torch.device) -> Ro
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(tokens)
     n = tokens // rate
-    shapes = ((rows, HEADS, tokens, HEAD_DIM), (rows, 1, tokens, HEAD_DIM), (rows, n, HEAD_DIM), (HEADS,))
+    shapes = ((rows, tokens, HEADS, HEAD_DIM), (rows, tokens, HEAD_DIM), (rows, n, HEAD_DIM), (HEADS,))
     given = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
     push = torch.randn(shapes[0], device=device).to(dtype)
     scale = HEAD_DIM**-0.5

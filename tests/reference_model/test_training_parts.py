@@ -17,6 +17,7 @@ from kvscope.harness.reference_model import trainer as trainers
 from kvscope.harness.reference_model.architecture import GLOBAL_LAYERS, build_model, reference_config
 from kvscope.harness.reference_model.curriculum import Phase, Shape
 from kvscope.harness.reference_model.data import Batch
+from kvscope.harness.reference_model.family_accuracy import FamilyAccuracy
 from kvscope.harness.reference_model.muon import MOMENTUM, Muon, orthogonalised
 from kvscope.harness.reference_model.tokenizer import VOCAB_TOKENS
 
@@ -216,7 +217,7 @@ def test_long_rows_are_not_compiled_not_even_where_their_layers_run_again(tmp_pa
 
 
 def test_accuracy_is_counted_by_family() -> None:
-    counts = trainers.FamilyAccuracy(torch.device("cpu"))
+    counts = FamilyAccuracy(torch.device("cpu"))
     batch = Batch(random_ids(3, 10), torch.tensor([1, 4, 12, 25, 26]), torch.zeros(5), ("vt", "needles", "vt"))
     counts.add(batch, torch.tensor([True, False, True, True, True]))
     assert counts.read() == {"needles": 1.0, "vt": 0.75}
