@@ -48,6 +48,12 @@ STATE_FILE = "training_state.json"
 SHARD_BYTES = "15MB"
 
 
+def synchronise(device: torch.device) -> None:
+    """Wait until a device has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
 class Trainer:
     """Holds model, optimizer and log of one training run."""
 
@@ -74,6 +80,11 @@ class Trainer:
             self.backbone.compile(model)
         self.history: list[dict[str, Any]] = []
         self._log_file = TextFile(out / "train_log.jsonl", append=True) if self.replicas.leads else None
+
+    @property
+    def captured(self) -> bool:
+        """Whether steps are launched as CUDA graphs, once there was one that can be."""
+        return self._capture and self._captured is not None
 
     def begin(self, phase: Phase) -> None:
         """Bring the model into a phase's mode; another objective than the last starts with fresh optimizers."""
@@ -185,9 +196,22 @@ class Trainer:
             loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach(), right_N
 
+    def update(self, lr: float) -> torch.Tensor:
+        """Clip the gradients, take a step with them and zero them; returns their norm before."""
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.muon.step(lr * MUON_LR)
+        self._zero_gradients()
+        self.step += 1
+        return norm
+
     def _zero_gradients(self) -> None:
-        # A captured step adds to the tensors it was captured with.
-        self.model.zero_grad(set_to_none=self._captured is None)
+        if self._captured is None:
+            self.model.zero_grad(set_to_none=True)
+        else:  # a captured step adds to the tensors it was captured with
+            torch._foreach_zero_([p.grad for p in self._parameters if p.grad is not None])
 
     def seconds_per_step(self, batch: Batch) -> float:
         """Time forward and backward without an update (compilation happens here, too)."""
@@ -195,16 +219,12 @@ class Trainer:
         warm_ups, tries = (1, 1) if long else (3, 12)
         for i in range(warm_ups + tries):
             if i == warm_ups:
-                self._sync()
+                synchronise(self.device)
                 start = time.perf_counter()
             self.gradients(batch)
             self._zero_gradients()
-        self._sync()
+        synchronise(self.device)
         return (time.perf_counter() - start) / tries
-
-    def _sync(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
     def run_phase(self, phase: Phase, source: Iterator[Batch], *, deadline: float | None, first_step: int = 0) -> int:
         """Train one phase; returns its steps done (fewer than planned only past the deadline).
@@ -224,8 +244,6 @@ class Trainer:
             for i in range(first_step, phase.steps):
                 lr = phase.lr[0] + (phase.lr[1] - phase.lr[0]) * i / max(1, phase.steps - 1)
                 warm_lr = lr * min(1.0, (self.step - self.start_step + 1) / phase.warmup_steps)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = warm_lr
                 for _ in self.replicas.mine:
                     batch = next(source)
                     loss, right_N = self.gradients(batch)
@@ -235,11 +253,7 @@ class Trainer:
                     last_right.append(right_N.float().mean())
                 late = deadline is not None and time.perf_counter() > deadline
                 raised = self.replicas.average([p.grad for p in self._parameters if p.grad is not None], late)
-                norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-                self.optimizer.step()
-                self.muon.step(warm_lr * MUON_LR)
-                self._zero_gradients()
-                self.step += 1
+                norm = self.update(warm_lr)
                 done += 1
                 if done % max(1, min(LOG_STEPS, phase.steps // 12)) == 0 or done == phase.steps:
                     means = {length: torch.stack(part).mean(0).tolist() for length, part in sorted(recent.items())}

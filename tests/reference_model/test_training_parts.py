@@ -261,13 +261,13 @@ def test_saving_and_checking_leave_training_s_attention_alone(
 ) -> None:
     """Building the copy to be saved once switched the trainer's own local layers to full attention."""
     with torch.no_grad():
-        before = trainer._last_hidden(some_batch().ids_BT)
+        before = trainer._behind_layers(some_batch().ids_BT)
     trainer.save(tokenizer, seed=0)
     trainer.check_against_stock(some_batch())
     assert trainer.model.config._attn_implementation == attention.NAME
     assert {layer.self_attn.config._attn_implementation for layer in trainer.model.model.layers} == {attention.NAME}
     with torch.no_grad():
-        assert torch.equal(trainer._last_hidden(some_batch().ids_BT), before)
+        assert torch.equal(trainer._behind_layers(some_batch().ids_BT), before)
     saved = AutoModelForCausalLM.from_pretrained(trainer.out)
     assert saved.config._attn_implementation == "sdpa"
     for name, value in trainer.model.state_dict().items():
