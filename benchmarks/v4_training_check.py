@@ -4,6 +4,10 @@ Attention through the card's flash kernel is held against one masked softmax in 
 batch shape of the phases is timed, forward and backward, and its peak of memory read. Exit 1 where a part fails.
 
     python benchmarks/v4_training_check.py --out check.json [--small] [--seconds 150]
+
+``--profile`` says instead where the time of one shape's step goes, in a minute with its compilation:
+
+    python benchmarks/v4_training_check.py --out profile.json --profile 64
 """
 
 import argparse
@@ -19,6 +23,7 @@ from typing import Any
 import torch
 from measure import say
 from transformers import PreTrainedTokenizerFast
+from v4_step_profile import lines, step_profile
 
 from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
 from kvscope.harness.reference_model.curriculum import Phase, Shape
@@ -34,6 +39,9 @@ from kvscope.harness.reference_model.v4.phases import V4_PHASES
 # bf16 has 8 bits: what its rounding of inputs, weights and output explains, in relative norm.
 TOLERANCE = {torch.bfloat16: 0.02, torch.float32: 1e-4}
 HEADS, HEAD_DIM, WINDOW = 8, 64, 32
+# Tokens, tokens an entry, rows.
+KERNELS = ((64, 4, 64), (64, 32, 64), (1000, 4, 2), (4096, 4, 1), (4096, 32, 1))
+KERNELS_SMALL = ((64, 4, 2), (100, 32, 2))
 Row = dict[str, Any]
 
 
@@ -41,13 +49,14 @@ def by_mask(
     q: torch.Tensor, kv: torch.Tensor, e: torch.Tensor, sinks: torch.Tensor, *, rate: int, scale: float
 ) -> torch.Tensor:
     """One softmax over a masked matrix of window, entries and sinks."""
-    at = torch.arange(q.shape[2], device=q.device)
+    at = torch.arange(q.shape[1], device=q.device)
     near = (at[:, None] >= at) & (at[:, None] - at < WINDOW)
     far = torch.arange(e.shape[1], device=q.device) < (at[:, None] + 1) // rate
-    keys = torch.cat((kv[:, 0], e), 1)
-    scores = (torch.einsum("bqtd,bkd->bqtk", q, keys) * scale).masked_fill(~torch.cat((near, far), 1), float("-inf"))
-    last = sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-    return torch.einsum("bqtk,bkd->bqtd", torch.cat((scores, last), -1).softmax(-1)[..., :-1], keys)
+    keys = torch.cat((kv, e), 1)
+    seen = torch.cat((near, far), 1)[:, None]
+    scores = (torch.einsum("btqd,bkd->btqk", q, keys) * scale).masked_fill(~seen, float("-inf"))
+    last = sinks[:, None].expand(*scores.shape[:3], 1)
+    return torch.einsum("btqk,bkd->btqd", torch.cat((scores, last), -1).softmax(-1)[..., :-1], keys)
 
 
 def kernel_row(*, tokens: int, rate: int, rows: int, device: torch.device) -> Row:
@@ -55,7 +64,7 @@ def kernel_row(*, tokens: int, rate: int, rows: int, device: torch.device) -> Ro
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(tokens)
     n = tokens // rate
-    shapes = ((rows, HEADS, tokens, HEAD_DIM), (rows, 1, tokens, HEAD_DIM), (rows, n, HEAD_DIM), (HEADS,))
+    shapes = ((rows, tokens, HEADS, HEAD_DIM), (rows, tokens, HEAD_DIM), (rows, n, HEAD_DIM), (HEADS,))
     given = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
     push = torch.randn(shapes[0], device=device).to(dtype)
     scale = HEAD_DIM**-0.5
@@ -106,13 +115,27 @@ def step_row(trainer: Trainer, maker: RowMaker, phase: Phase, shape: Shape) -> R
     }  # fmt: skip
 
 
+def profile_row(trainer: Trainer, maker: RowMaker, phase: Phase, shape: Shape) -> Row:
+    """Profile a shape's step; the same table on standard output."""
+    trainer.begin(phase)
+    row = step_profile(trainer, PhaseData(maker, replace(phase, shapes=(shape,), steps=1), seed=-1)[0])
+    for line in lines(row):
+        say(line)
+    return row
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--small", action="store_true", help="a tiny model and short rows, to try this script")
+    parser.add_argument("--profile", type=int, metavar="TOKENS", help="profile the step of the phases' rows this long")
     parser.add_argument("--eager", action="store_true", help="compile nothing")
     parser.add_argument("--seconds", type=float, default=150.0, help="begin no further part after these")
     args = parser.parse_args()
+    answering = {shape.tokens: (phase, shape) for phase, shape in shapes_of(V4_PHASES) if phase.objective == "answers"}
+    profiled = answering.get(args.profile)
+    if args.profile is not None and profiled is None:
+        parser.error(f"--profile {args.profile}: no phase has such rows; choose of {', '.join(map(str, answering))}.")
     began = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
@@ -126,12 +149,10 @@ def main() -> int:
                 rows.append(measure())
             except Exception as error:  # noqa: BLE001  the other parts still say something
                 rows.append({**what, "ok": False, "error": repr(error)[:500], "where": traceback.format_exc()[-1500:]})
-        say(json.dumps(rows[-1]))
+        say(json.dumps({name: value for name, value in rows[-1].items() if name != "top"}))
         args.out.write_text(json.dumps({"versions": versions(), "small": args.small, "rows": rows}, indent=1) + "\n")
 
-    for tokens, rate, n_rows in ((64, 4, 2), (100, 32, 2)) if args.small else (
-        (64, 4, 64), (64, 32, 64), (1000, 4, 2), (4096, 4, 1), (4096, 32, 1),
-    ):  # fmt: skip
+    for tokens, rate, n_rows in () if args.profile else KERNELS_SMALL if args.small else KERNELS:
         part(
             {"part": "kernel", "tokens": tokens, "rate": rate},
             lambda tokens=tokens, rate=rate, n_rows=n_rows: kernel_row(
@@ -146,7 +167,11 @@ def main() -> int:
             backbone.build(config, seed=0), device=device, out=Path(folder), backbone=backbone,
             compile_layers=device.type == "cuda" and not args.eager,
         )  # fmt: skip
-        for phase, shape in shapes_of(V4_PHASES):
+        if profiled is not None:
+            phase, shape = profiled
+            tried = replace(shape, rows=2) if args.small else shape
+            part({"part": "profile", "tokens": shape.tokens}, lambda: profile_row(trainer, maker, phase, tried))
+        for phase, shape in () if args.profile else shapes_of(V4_PHASES):
             if args.small and shape.tokens > 64 and phase.objective == "answers":
                 continue
             tried = replace(shape, tokens=min(shape.tokens, 64), rows=2) if args.small else shape

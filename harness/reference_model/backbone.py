@@ -27,6 +27,7 @@ class Backbone(ABC):
         stock_attention: attention implementation of the stock classes in a saved checkpoint.
         check_tolerance: relative norm by which training's forward may miss the stock model's, under autocast.
         optimizer: ``muon`` or ``adamw``, for the matrices of the layers; everything else has AdamW.
+        captured: whether steps for answers are launched as CUDA graphs; nothing in them may wait for the device then.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Backbone(ABC):
     stock_attention: str
     check_tolerance = 0.1
     optimizer = "muon"
+    captured = False
 
     @abstractmethod
     def config(self) -> PreTrainedConfig:
@@ -55,6 +57,11 @@ class Backbone(ABC):
         """Return [B, T, M] before the final norm, from what the last layer gives."""
         del base, ids_BT
         return x
+
+    def leaving_at(self, base: Any, x: torch.Tensor, at_N: torch.Tensor) -> torch.Tensor:
+        """Return [N, M] before the final norm at some flat positions (row * T + column) alone."""
+        del base
+        return x.flatten(0, 1)[at_N]
 
     def by_muon(self, name: str, parameter: torch.nn.Parameter) -> bool:
         """Say whether Muon may update a parameter: the matrices of the layers."""

@@ -18,8 +18,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from kvscope.files import TextFile, whole_file, writing
 from kvscope.harness.reference_model.architecture import Afmoe
 from kvscope.harness.reference_model.backbone import Backbone, Losses
+from kvscope.harness.reference_model.captured import CapturedSteps
 from kvscope.harness.reference_model.curriculum import ENOUGH_STEPS, Phase
 from kvscope.harness.reference_model.data import Batch
+from kvscope.harness.reference_model.family_accuracy import FamilyAccuracy
 from kvscope.harness.reference_model.muon import Muon
 from kvscope.harness.reference_model.replicas import Replicas
 from kvscope.harness.reference_model.tokenizer import write_tokenizer
@@ -46,24 +48,10 @@ STATE_FILE = "training_state.json"
 SHARD_BYTES = "15MB"
 
 
-class FamilyAccuracy:
-    """Share of scored tokens predicted right, by row family: summed on the device, which only reading waits for."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.names: dict[str, int] = {}
-        self.sums_F2 = torch.zeros(64, 2, device=device)
-
-    def add(self, batch: Batch, right_N: torch.Tensor) -> None:
-        """Count one batch: ``right_N`` says which of its scored tokens were right."""
-        ids = torch.tensor([self.names.setdefault(name, len(self.names)) for name in batch.families])
-        family_N = ids[batch.at_N // batch.ids_BT.shape[1]].to(self.sums_F2.device, non_blocking=True)
-        self.sums_F2.index_add_(0, family_N, torch.stack((right_N.float(), torch.ones_like(right_N).float()), 1))
-
-    def read(self) -> dict[str, float]:
-        """Return the shares since the last reading."""
-        sums = self.sums_F2.tolist()
-        self.sums_F2.zero_()
-        return {name: round(sums[at][0] / sums[at][1], 4) for name, at in sorted(self.names.items()) if sums[at][1]}
+def synchronise(device: torch.device) -> None:
+    """Wait until a device has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 class Trainer:
@@ -83,6 +71,8 @@ class Trainer:
         self.replicas = replicas or Replicas(1)
         self.backbone = backbone or Afmoe()
         self._parameters = list(model.parameters())
+        self._capture = self.backbone.captured and compile_layers and self.device.type == "cuda"
+        self._captured: CapturedSteps | None = None
         self.step = self.start_step = 0
         self._losses: Losses = self._answers
         self._begin_objective("answers")
@@ -90,6 +80,11 @@ class Trainer:
             self.backbone.compile(model)
         self.history: list[dict[str, Any]] = []
         self._log_file = TextFile(out / "train_log.jsonl", append=True) if self.replicas.leads else None
+
+    @property
+    def captured(self) -> bool:
+        """Whether steps are launched as CUDA graphs, once there was one that can be."""
+        return self._capture and self._captured is not None
 
     def begin(self, phase: Phase) -> None:
         """Bring the model into a phase's mode; another objective than the last starts with fresh optimizers."""
@@ -100,6 +95,8 @@ class Trainer:
 
     def _begin_objective(self, objective: str) -> None:
         self._objective, self.start_step = objective, self.step
+        self._captured = None
+        self.model.zero_grad(set_to_none=True)
         trained = []
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self.backbone.trains(name, objective))
@@ -128,8 +125,8 @@ class Trainer:
         self._log_file.write(line + "\n")
         say(line)
 
-    def _last_hidden(self, ids_BT: torch.Tensor) -> torch.Tensor:
-        """[B, T, M] behind the last layer, before the final norm; every row starts at position 0."""
+    def _behind_layers(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        """What the last layer gives, in the architecture's own shape; every row starts at position 0."""
         base = self.model.model
         x, given = self.backbone.entering(base, ids_BT)
         for layer in base.layers:
@@ -140,7 +137,7 @@ class Trainer:
                 )  # fmt: skip
             else:
                 x = layer(x, **given)
-        return self.backbone.leaving(base, x, ids_BT)
+        return x
 
     def check_against_stock(self, batch: Batch) -> float:
         """Compare training's forward with the stock model's on a row's beginning; returns the relative difference.
@@ -158,7 +155,8 @@ class Trainer:
             torch.compiler.set_stance("force_eager" if ids_BT.shape[1] >= EAGER_TOKENS else "default"),
         ):
             # With gradients, as in training: without, another graph would be compiled and checked.
-            ours_BTM = self._last_hidden(ids_BT)[:1, :CHECK_TOKENS].detach()
+            ours_BTM = self.backbone.leaving(self.model.model, self._behind_layers(ids_BT), ids_BT)
+            ours_BTM = ours_BTM[:1, :CHECK_TOKENS].detach()
             with torch.no_grad():
                 ours_BTM = self.model.model.norm(ours_BTM).float()
                 stock_BTM = stock.model(ids_BT[:1, :CHECK_TOKENS]).last_hidden_state.float()
@@ -169,22 +167,51 @@ class Trainer:
 
     def _answers(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean cross entropy over the scored tokens, and which of them are predicted right [N]."""
-        ids_BT = batch.ids_BT.to(self.device, non_blocking=True)
-        at_N = batch.at_N.to(self.device, non_blocking=True)
-        targets_N = batch.targets_N.to(self.device, non_blocking=True)
+        places = (batch.ids_BT, batch.at_N, batch.targets_N)
+        return self._answer_loss(*(each.to(self.device, non_blocking=True) for each in places))
+
+    def _answer_loss(
+        self, ids_BT: torch.Tensor, at_N: torch.Tensor, targets_N: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        base = self.model.model
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            x_NM = self.model.model.norm(self._last_hidden(ids_BT).flatten(0, 1)[at_N])
+            x_NM = base.norm(self.backbone.leaving_at(base, self._behind_layers(ids_BT), at_N))
             logits_NV = self.model.lm_head(x_NM).float()
         loss = F.cross_entropy(logits_NV, targets_N)
         return loss, logits_NV.detach().argmax(-1) == targets_N
 
     def gradients(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Add the gradients of one batch; returns its loss, and how right each of its scored tokens is [N]."""
+        tokens = batch.ids_BT.shape[1]
+        if self._capture and self._objective == "answers" and tokens <= KEEP_TOKENS:
+            try:
+                self._captured = self._captured or CapturedSteps(self._answer_loss, self._parameters)
+                return self._captured.gradients(batch)
+            except RuntimeError as error:  # slower, and right all the same
+                self.log(not_captured=repr(error)[:300], tokens=tokens)
+                self._capture = False
         # Around the backward pass, too: checkpointed layers run again there.
-        with torch.compiler.set_stance("force_eager" if batch.ids_BT.shape[1] >= EAGER_TOKENS else "default"):
+        with torch.compiler.set_stance("force_eager" if tokens >= EAGER_TOKENS else "default"):
             loss, right_N = self._losses(batch)
             loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach(), right_N
+
+    def update(self, lr: float) -> torch.Tensor:
+        """Clip the gradients, take a step with them and zero them; returns their norm before."""
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.muon.step(lr * MUON_LR)
+        self._zero_gradients()
+        self.step += 1
+        return norm
+
+    def _zero_gradients(self) -> None:
+        if self._captured is None:
+            self.model.zero_grad(set_to_none=True)
+        else:  # a captured step adds to the tensors it was captured with
+            torch._foreach_zero_([p.grad for p in self._parameters if p.grad is not None])
 
     def seconds_per_step(self, batch: Batch) -> float:
         """Time forward and backward without an update (compilation happens here, too)."""
@@ -192,16 +219,12 @@ class Trainer:
         warm_ups, tries = (1, 1) if long else (3, 12)
         for i in range(warm_ups + tries):
             if i == warm_ups:
-                self._sync()
+                synchronise(self.device)
                 start = time.perf_counter()
             self.gradients(batch)
-            self.model.zero_grad(set_to_none=True)
-        self._sync()
+            self._zero_gradients()
+        synchronise(self.device)
         return (time.perf_counter() - start) / tries
-
-    def _sync(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
     def run_phase(self, phase: Phase, source: Iterator[Batch], *, deadline: float | None, first_step: int = 0) -> int:
         """Train one phase; returns its steps done (fewer than planned only past the deadline).
@@ -221,8 +244,6 @@ class Trainer:
             for i in range(first_step, phase.steps):
                 lr = phase.lr[0] + (phase.lr[1] - phase.lr[0]) * i / max(1, phase.steps - 1)
                 warm_lr = lr * min(1.0, (self.step - self.start_step + 1) / phase.warmup_steps)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = warm_lr
                 for _ in self.replicas.mine:
                     batch = next(source)
                     loss, right_N = self.gradients(batch)
@@ -232,11 +253,7 @@ class Trainer:
                     last_right.append(right_N.float().mean())
                 late = deadline is not None and time.perf_counter() > deadline
                 raised = self.replicas.average([p.grad for p in self._parameters if p.grad is not None], late)
-                norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-                self.optimizer.step()
-                self.muon.step(warm_lr * MUON_LR)
-                self.model.zero_grad(set_to_none=True)
-                self.step += 1
+                norm = self.update(warm_lr)
                 done += 1
                 if done % max(1, min(LOG_STEPS, phase.steps // 12)) == 0 or done == phase.steps:
                     means = {length: torch.stack(part).mean(0).tolist() for length, part in sorted(recent.items())}

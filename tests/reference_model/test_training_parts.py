@@ -17,6 +17,7 @@ from kvscope.harness.reference_model import trainer as trainers
 from kvscope.harness.reference_model.architecture import GLOBAL_LAYERS, build_model, reference_config
 from kvscope.harness.reference_model.curriculum import Phase, Shape
 from kvscope.harness.reference_model.data import Batch
+from kvscope.harness.reference_model.family_accuracy import FamilyAccuracy
 from kvscope.harness.reference_model.muon import MOMENTUM, Muon, orthogonalised
 from kvscope.harness.reference_model.tokenizer import VOCAB_TOKENS
 
@@ -216,7 +217,7 @@ def test_long_rows_are_not_compiled_not_even_where_their_layers_run_again(tmp_pa
 
 
 def test_accuracy_is_counted_by_family() -> None:
-    counts = trainers.FamilyAccuracy(torch.device("cpu"))
+    counts = FamilyAccuracy(torch.device("cpu"))
     batch = Batch(random_ids(3, 10), torch.tensor([1, 4, 12, 25, 26]), torch.zeros(5), ("vt", "needles", "vt"))
     counts.add(batch, torch.tensor([True, False, True, True, True]))
     assert counts.read() == {"needles": 1.0, "vt": 0.75}
@@ -260,13 +261,13 @@ def test_saving_and_checking_leave_training_s_attention_alone(
 ) -> None:
     """Building the copy to be saved once switched the trainer's own local layers to full attention."""
     with torch.no_grad():
-        before = trainer._last_hidden(some_batch().ids_BT)
+        before = trainer._behind_layers(some_batch().ids_BT)
     trainer.save(tokenizer, seed=0)
     trainer.check_against_stock(some_batch())
     assert trainer.model.config._attn_implementation == attention.NAME
     assert {layer.self_attn.config._attn_implementation for layer in trainer.model.model.layers} == {attention.NAME}
     with torch.no_grad():
-        assert torch.equal(trainer._last_hidden(some_batch().ids_BT), before)
+        assert torch.equal(trainer._behind_layers(some_batch().ids_BT), before)
     saved = AutoModelForCausalLM.from_pretrained(trainer.out)
     assert saved.config._attn_implementation == "sdpa"
     for name, value in trainer.model.state_dict().items():

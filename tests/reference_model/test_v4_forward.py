@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 from kvscope.harness.reference_model.v4 import attention
 from kvscope.harness.reference_model.v4.architecture import LAYER_TYPES, DeepseekV4, v4_config
 from kvscope.harness.reference_model.v4.index_loss import entry_mass
-from kvscope.harness.reference_model.v4.layer import TokenParts, entries_of, feed_forward
+from kvscope.harness.reference_model.v4.layer import compiled_parts, entries_of
+from kvscope.harness.reference_model.v4.parts import feed_forward
 
 ALL = 1024
 
@@ -26,13 +27,17 @@ def random_ids(n_tokens: int, rows: int = 2) -> torch.Tensor:
     return torch.randint(3, 512, (rows, n_tokens), generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.parametrize("few", [0, attention.FEW_ENTRIES])
 @pytest.mark.parametrize(
     ("n_tokens", "topk", "dtype"),
     [(3, ALL, torch.float32), (7, ALL, torch.float32), (32, ALL, torch.float32), (131, ALL, torch.float32),
      (70, ALL, torch.float64), (131, 8, torch.float32), (70, 8, torch.float64)],
 )  # fmt: skip
-def test_logits_and_gradients_equal_the_stock_model_s(n_tokens: int, topk: int, dtype: torch.dtype) -> None:
+def test_logits_and_gradients_equal_the_stock_model_s(
+    n_tokens: int, topk: int, dtype: torch.dtype, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows without an entry, whole groups of tokens or not, several blocks of the window; top-k below all entries."""
+    monkeypatch.setattr(attention, "FEW_ENTRIES", few)
     model = loud_model(index_topk=topk).to(dtype)
     stock, ids_BT = stock_of(model), random_ids(n_tokens)
     found, wanted = logits(model, ids_BT), stock(ids_BT, use_cache=False).logits
@@ -78,25 +83,27 @@ def test_every_expert_weighed_is_the_stock_block() -> None:
         torch.testing.assert_close(feed_forward(layer.mlp, x_NM), layer.mlp(x_NM[None])[0], atol=1e-5, rtol=1e-5)
 
 
-def joint_gradients(dtype: torch.dtype, *, rate: int, n_tokens: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Output and gradients of the folded form, each beside those of one softmax over a masked matrix."""
+def joint_gradients(
+    join: Any, dtype: torch.dtype, *, rate: int, n_tokens: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Output and gradients of window and entries joined, each beside those of one softmax over a masked matrix."""
     torch.manual_seed(0)
     B, Q, D, window, scale = 2, 3, 8, 4, 0.4
     n = n_tokens // rate
     q, kv, e, sinks = (
         torch.randn(shape, dtype=dtype, requires_grad=True)
-        for shape in ((B, Q, n_tokens, D), (B, 1, n_tokens, D), (B, n, D), (Q,))
+        for shape in ((B, n_tokens, Q, D), (B, n_tokens, D), (B, n, D), (Q,))
     )
     out, lse = attention.window_attention(q, kv, sinks, window=window, scale=scale)
-    found = attention.joined_with_entries(q, e, out, lse, rate=rate, scale=scale)
+    found = join(q, e, out, lse, rate=rate, scale=scale)
     at = torch.arange(n_tokens)
     near = (at[:, None] >= at) & (at[:, None] - at < window)
     far = torch.arange(n) < (at[:, None] + 1) // rate
-    keys = torch.cat((kv[:, 0], e), 1)
-    scores = torch.einsum("bqtd,bkd->bqtk", q, keys) * scale
-    scores = scores.masked_fill(~torch.cat((near, far), 1), float("-inf"))
-    weights = torch.cat((scores, sinks.view(1, -1, 1, 1).expand(B, -1, n_tokens, 1)), -1).softmax(-1)
-    wanted = torch.einsum("bqtk,bkd->bqtd", weights[..., :-1], keys)
+    keys = torch.cat((kv, e), 1)
+    scores = torch.einsum("btqd,bkd->btqk", q, keys) * scale
+    scores = scores.masked_fill(~torch.cat((near, far), 1)[:, None], float("-inf"))
+    weights = torch.cat((scores, sinks[:, None].expand(B, n_tokens, -1, 1)), -1).softmax(-1)
+    wanted = torch.einsum("btqk,bkd->btqd", weights[..., :-1], keys)
     push = torch.randn_like(found)
     leaves = (q, kv, e, sinks)
     ours, theirs = (torch.autograd.grad(x, leaves, push, allow_unused=True) for x in (found, wanted))
@@ -104,15 +111,17 @@ def joint_gradients(dtype: torch.dtype, *, rate: int, n_tokens: int) -> list[tup
     return [(found, wanted), *pairs]
 
 
+@pytest.mark.parametrize("join", [attention.joined_with_entries, attention.joined_with_few])
 @pytest.mark.parametrize("n_tokens", [2, 5, 12, 13, 40])
 @pytest.mark.parametrize("rate", [1, 4, 8])
-def test_folded_heads_are_one_softmax_over_window_and_entries(rate: int, n_tokens: int) -> None:
-    for found, wanted in joint_gradients(torch.float64, rate=rate, n_tokens=n_tokens):
+def test_window_and_entries_are_one_softmax(join: Any, rate: int, n_tokens: int) -> None:
+    for found, wanted in joint_gradients(join, torch.float64, rate=rate, n_tokens=n_tokens):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)  # scores of the window are taken in fp32
 
 
-def test_memory_grows_with_the_row_alone() -> None:
-    """No tensor of a training step has an element for each query and each entry."""
+def test_memory_grows_with_the_row_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tensor of a training step has an element for each query and each entry, where entries are many."""
+    monkeypatch.setattr(attention, "FEW_ENTRIES", 0)
     largest = {}
     for n_tokens in (256, 512):
         sizes: list[int] = []
@@ -131,7 +140,7 @@ def test_memory_grows_with_the_row_alone() -> None:
 @pytest.mark.slow
 def test_parts_are_compiled_once_for_all_layers_and_lengths() -> None:
     """A graph for each layer or length would take minutes of a GPU's time."""
-    model = loud_model(hc_sinkhorn_iters=2)
+    model = loud_model(hc_sinkhorn_iters=2, sliding_window=32)
     graphs: list[Any] = []
 
     def counting(graph: Any, inputs: Any) -> Any:
@@ -139,16 +148,18 @@ def test_parts_are_compiled_once_for_all_layers_and_lengths() -> None:
         graphs.append(graph)
         return graph.forward
 
-    plain = logits(model, random_ids(40)).detach()
+    ids_BT = random_ids(64, 5)  # two blocks of the window, as the shortest rows have
+    plain = logits(model, ids_BT).detach()
     torch._dynamo.reset()
-    parts = TokenParts(*(torch.compile(part, dynamic=True, backend=counting) for part in
-                         (TokenParts.into, TokenParts.out_of, TokenParts.feed_forward)))  # fmt: skip
+    parts = compiled_parts(backend=counting)
     for layer in model.model.layers:
         layer.parts = parts
-    torch.testing.assert_close(logits(model, random_ids(40)), plain, atol=1e-5, rtol=0)
-    for n_tokens, rows in ((70, 1), (33, 3)):
+    torch.testing.assert_close(logits(model, ids_BT), plain, atol=1e-5, rtol=0)
+    # Three kinds of attention; the two ways behind them differ in whether they are given a view.
+    assert len(graphs) == 9
+    for n_tokens, rows in ((128, 3), (256, 2)):
         logits(model, random_ids(n_tokens, rows))
-    assert len(graphs) == 3
+    assert len(graphs) == 9
 
 
 @torch.no_grad()

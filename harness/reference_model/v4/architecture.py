@@ -73,6 +73,7 @@ class DeepseekV4(Backbone):
     # A rounding sends a token to another expert now and then, and that changes more than a rounding.
     check_tolerance = 0.2
     optimizer = "adamw"
+    captured = True
 
     def __init__(self, *, topk: int = INDEX_TOPK) -> None:
         self.topk = topk
@@ -93,15 +94,22 @@ class DeepseekV4(Backbone):
             layer.parts = parts
 
     def entering(self, base: Any, ids_BT: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
-        x_NM = base.embed_tokens(ids_BT.flatten())
+        # A plain selection, for the gradient of an embedding waits for the device, which a captured step cannot.
+        x_NM = base.embed_tokens.weight.index_select(0, ids_BT.flatten())
         positions = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
         rope = {kind: base.rotary_emb(x_NM, positions, layer_type=kind) for kind in ("main", "compress")}
+        if torch.is_autocast_enabled(ids_BT.device.type):  # as the released model has them: they are most of a step
+            x_NM = x_NM.to(torch.get_autocast_dtype(ids_BT.device.type))
         streams_NSM = x_NM[:, None].repeat(1, base.config.hc_mult, 1)
         return streams_NSM, {"rows": len(ids_BT), "rope": rope, "topk": base.config.index_topk}
 
     def leaving(self, base: Any, x: torch.Tensor, ids_BT: torch.Tensor) -> torch.Tensor:
         x_BTM: torch.Tensor = base.hc_head(x.view(*ids_BT.shape, *x.shape[1:]))
         return x_BTM
+
+    def leaving_at(self, base: Any, x: torch.Tensor, at_N: torch.Tensor) -> torch.Tensor:
+        x_1NM: torch.Tensor = base.hc_head(x.index_select(0, at_N)[None])
+        return x_1NM[0]
 
     def by_muon(self, name: str, parameter: torch.nn.Parameter) -> bool:
         # Position biases and the weights that mix streams or route tokens are matrices in shape alone.

@@ -54,11 +54,11 @@ def entry_mass(module: Any, hidden_BTM: torch.Tensor, at_BC: torch.Tensor, rope:
     """
     angles = rope[module.rope_layer_type]
     row = torch.arange(len(at_BC), device=at_BC.device)[:, None]
-    q_BQTD, kv_B1TD, _ = queries_and_window(module, hidden_BTM, angles)
-    q_BCQD = q_BQTD.transpose(1, 2)[row, at_BC]
+    q_BTQD, kv_BTD, _ = queries_and_window(module, hidden_BTM, angles)
+    q_BCQD = q_BTQD[row, at_BC]
     back_W = torch.arange(module.sliding_window, device=at_BC.device)
     window_BCW = at_BC[..., None] - back_W
-    near_BCWD = kv_B1TD[:, 0][row[..., None], window_BCW.clamp_min(0)].to(q_BCQD.dtype)
+    near_BCWD = kv_BTD[row[..., None], window_BCW.clamp_min(0)].to(q_BCQD.dtype)
     near_BCQW = torch.einsum("bcqd,bcwd->bcqw", q_BCQD, near_BCWD).float() * module.scaling
     near_BCQW = near_BCQW.masked_fill(window_BCW[:, :, None] < 0, float("-inf"))
     e_BnD = entries_of(module.compressor, hidden_BTM, angles).to(q_BCQD.dtype)

@@ -1,8 +1,7 @@
 """A stock DeepSeek-V4 model whose layers compute as stock ones do, for whole unpadded rows that start at position 0.
 
-What works token by token (mixing of the residual streams, experts) is apart from attention, so that it can be compiled
-once for all layers and lengths: a stock layer has some 300 small operations in the mixing alone. Streams stay flat over
-rows and tokens, and no part is given a view: a view of another tensor would be another graph.
+A stock layer is some 900 small operations, forward and backward. Its pieces are compiled once for all layers and
+lengths (``parts.py`` has those that work token by token); attention stays [B, T, Q, D], so that nothing is transposed.
 
 Shapes: B rows, T tokens, N = B x T, S residual streams, M hidden size, Q query heads, D head size, n entries, r tokens
 an entry, E experts, P rotating pairs, J indexer heads.
@@ -15,62 +14,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
-    DeepseekV4DecoderLayer,
-    DeepseekV4ForCausalLM,
-    apply_rotary_pos_emb,
-)
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4DecoderLayer, DeepseekV4ForCausalLM
 
 from kvscope.harness.reference_model.v4 import attention
+from kvscope.harness.reference_model.v4.parts import feed_forward, into_block, out_of_block
 
 Rope = dict[str, tuple[torch.Tensor, torch.Tensor]]
 """``main`` or ``compress`` -> cosines and sines of every position [1, T, P]."""
 
 
-def into_block(mixer: Any, norm: Any, streams_NSM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return what a block is given [N, M], and the weights of its way back: [N, S] and [N, S, S]."""
-    back_1NS, mix_1NSS, x_1NM = mixer(streams_NSM[None])
-    return norm(x_1NM[0]), back_1NS[0], mix_1NSS[0]
-
-
-def out_of_block(
-    out_NM: torch.Tensor, back_NS: torch.Tensor, mix_NSS: torch.Tensor, streams_NSM: torch.Tensor
-) -> torch.Tensor:
-    """Return the streams behind a block."""
-    dtype = streams_NSM.dtype
-    return back_NS.to(dtype)[..., None] * out_NM[:, None] + mix_NSS.to(dtype).mT @ streams_NSM
-
-
-def feed_forward(block: Any, x_NM: torch.Tensor) -> torch.Tensor:
-    """Every expert on every token, weighed 0 where it is not routed: with few experts cheaper than sorting tokens."""
-    _, weights_Nk, expert_Nk = block.gate(x_NM)
-    experts = block.experts
-    nothing_NE = weights_Nk.new_zeros((len(weights_Nk), experts.num_experts))
-    weights_EN1 = nothing_NE.scatter(1, expert_Nk, weights_Nk).T[..., None]
-    gate_ENI, up_ENI = (x_NM @ experts.gate_up_proj.mT).chunk(2, dim=-1)
-    inner_ENI = experts.act_fn(gate_ENI.clamp(max=experts.limit)) * up_ENI.clamp(-experts.limit, experts.limit)
-    routed_NM = ((inner_ENI @ experts.down_proj.mT) * weights_EN1).sum(0)
-    out: torch.Tensor = routed_NM + block.shared_experts(x_NM)
-    return out
-
-
-@dataclass(frozen=True)
-class TokenParts:
-    """The parts of a layer that work token by token, compiled or not."""
-
-    into: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = into_block
-    out_of: Callable[..., torch.Tensor] = out_of_block
-    feed_forward: Callable[..., torch.Tensor] = feed_forward
-
-
-def compiled_parts(**options: Any) -> TokenParts:
-    """Return the parts compiled for any number of tokens."""
-    whole = {"dynamic": True, **options}
-    return TokenParts(
-        into=torch.compile(into_block, **whole),
-        out_of=torch.compile(out_of_block, **whole),
-        feed_forward=torch.compile(feed_forward, **whole),
-    )
+def rotated(x_BTHD: torch.Tensor, cos_BTP: torch.Tensor, sin_BTP: torch.Tensor) -> torch.Tensor:
+    """Rotate the last 2 P numbers of each head, in pairs of neighbours; angles may be the same for all rows."""
+    fixed_dims = x_BTHD.shape[-1] - 2 * cos_BTP.shape[-1]
+    fixed, turning = x_BTHD[..., :fixed_dims], x_BTHD[..., fixed_dims:]
+    a, b = turning.reshape(*turning.shape[:-1], -1, 2).float().unbind(-1)
+    cos, sin = cos_BTP[:, :, None], sin_BTP[:, :, None]
+    turned = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
+    return torch.cat((fixed, turned.to(x_BTHD.dtype)), -1)
 
 
 def entries_of(maker: Any, hidden_BTM: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -82,17 +42,17 @@ def entries_of(maker: Any, hidden_BTM: torch.Tensor, rope: tuple[torch.Tensor, t
     r, D, n = maker.compress_rate, maker.head_dim, T // maker.compress_rate
     if n == 0:
         return hidden_BTM.new_zeros((B, 0, D))
-    value = maker.kv_proj(hidden_BTM[:, : n * r]).view(B, n, r, -1)
-    gate = maker.gate_proj(hidden_BTM[:, : n * r]).view(B, n, r, -1) + maker.position_bias
+    grouped_BTM = hidden_BTM if T % r == 0 else hidden_BTM[:, : n * r]
+    value = maker.kv_proj(grouped_BTM).view(B, n, r, -1)
+    gate = maker.gate_proj(grouped_BTM).view(B, n, r, -1) + maker.position_bias
     if value.shape[-1] == 2 * D:
         first = (0, 0, 0, 0, 1, 0)
         value = torch.cat((F.pad(value[:, :-1, :, :D], first), value[..., D:]), 2)
         gate = torch.cat((F.pad(gate[:, :-1, :, :D], first, value=float("-inf")), gate[..., D:]), 2)
     weights = gate.softmax(2, dtype=torch.float32).to(value.dtype)
     entries_BnD = maker.kv_norm((value * weights).sum(2))
-    cos, sin = (angles[:, : n * r : r].to(entries_BnD.dtype) for angles in rope)
-    rotated: torch.Tensor = apply_rotary_pos_emb(entries_BnD[:, None], cos, sin)[:, 0]
-    return rotated
+    cos, sin = (angles[:, : n * r : r] for angles in rope)
+    return rotated(entries_BnD[:, :, None], cos, sin)[:, :, 0]
 
 
 def seen_entries(positions_T: torch.Tensor, rate: int) -> torch.Tensor:
@@ -105,8 +65,7 @@ def index_scores(
     rope: tuple[torch.Tensor, torch.Tensor],
 ) -> torch.Tensor:  # fmt: skip
     """Return the native indexer's scores [B, T, n], later entries not masked; ``rope`` at the queries' positions."""
-    q_BJTD = indexer.q_b_proj(low_BTR).unflatten(-1, (-1, indexer.head_dim)).transpose(1, 2)
-    q_BTJD = apply_rotary_pos_emb(q_BJTD, *rope).transpose(1, 2)
+    q_BTJD = rotated(indexer.q_b_proj(low_BTR).unflatten(-1, (-1, indexer.head_dim)), *rope)
     scores: torch.Tensor = indexer.scorer(q_BTJD, keys_BnD, hidden_BTM)
     return scores
 
@@ -129,10 +88,65 @@ def chosen_entries(
     return torch.cat(parts, 1)
 
 
+def queries_and_window(
+    module: Any, x_BTM: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return rotated queries [B, T, Q, D], rotated window entries [B, T, D], and the queries' low-rank states."""
+    low_BTR = module.q_a_norm(module.q_a_proj(x_BTM))
+    q_BTQD = rotated(module.q_b_norm(module.q_b_proj(low_BTR).unflatten(-1, (-1, module.head_dim))), *rope)
+    kv_BTD = rotated(module.kv_norm(module.kv_proj(x_BTM))[:, :, None], *rope)[:, :, 0]
+    return q_BTQD, kv_BTD, low_BTR
+
+
+def before_entries(
+    module: Any, x_NM: torch.Tensor, rows: int, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return queries, what they get of their window and its denominators, their low-rank states, and the entries."""
+    x_BTM = x_NM.view(rows, -1, x_NM.shape[1])
+    q_BTQD, kv_BTD, low_BTR = queries_and_window(module, x_BTM, (cos, sin))
+    kv_BTD = kv_BTD.to(q_BTQD.dtype)  # transformers 5.17's norms return fp32 under autocast
+    out_BTQD, lse_BTQ = attention.window_attention(
+        q_BTQD, kv_BTD, module.sinks, window=module.sliding_window, scale=module.scaling
+    )
+    maker = module.compressor
+    e_BnD = None if maker is None else entries_of(maker, x_BTM, (cos, sin)).to(q_BTQD.dtype)
+    return q_BTQD, out_BTQD, lse_BTQ, low_BTR, e_BnD
+
+
+def behind_entries(module: Any, out_BTQD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Return attention's output [N, M] from what its heads have got."""
+    out_NQD = rotated(out_BTQD, cos, -sin).flatten(0, 1)
+    grouped_NGR = module.o_a_proj(out_NQD.reshape(len(out_NQD), module.o_a_proj.n_groups, -1))
+    out_NM: torch.Tensor = module.o_b_proj(grouped_NGR.flatten(1))
+    return out_NM
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The pieces of a layer, compiled or not."""
+
+    into: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = into_block
+    out_of: Callable[..., torch.Tensor] = out_of_block
+    feed_forward: Callable[..., torch.Tensor] = feed_forward
+    before_entries: Callable[..., tuple[Any, ...]] = before_entries
+    with_all: Callable[..., torch.Tensor] = attention.joined_with_few
+    behind_entries: Callable[..., torch.Tensor] = behind_entries
+
+
+def compiled_parts(**options: Any) -> Parts:
+    """Return the pieces compiled for any number of rows and tokens."""
+    # Three kinds of attention, and lengths that fill their last block or do not.
+    torch._dynamo.config.cache_size_limit = 64
+    # As many rows as heads, or tokens as a head's numbers, are chance: such a graph would serve no other length.
+    torch.fx.experimental._config.use_duck_shape = False
+    whole = {"dynamic": True, **options}
+    return Parts(**{name: torch.compile(part, **whole) for name, part in vars(Parts()).items()})
+
+
 class TrainingLayer(DeepseekV4DecoderLayer):  # type: ignore[misc]  # transformers is untyped
     """A stock layer with the same parameters and another way through them."""
 
-    parts = TokenParts()
+    parts = Parts()
 
     def entering_attention(self, streams_NSM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return what attention is given [N, M], and the weights of its way back."""
@@ -146,42 +160,28 @@ class TrainingLayer(DeepseekV4DecoderLayer):  # type: ignore[misc]  # transforme
             topk: entries that a query of a compressed-sparse layer attends to, by its indexer.
         """
         x_NM, back_NS, mix_NSS = self.entering_attention(hidden_states)
-        out_NM = attend(self.self_attn, x_NM.view(rows, -1, x_NM.shape[1]), rope=rope, topk=topk)
+        out_NM = self.attend(x_NM, rows, rope, topk)
         streams_NSM = self.parts.out_of(out_NM, back_NS, mix_NSS, hidden_states)
         x_NM, back_NS, mix_NSS = self.parts.into(self.ffn_hc, self.post_attention_layernorm, streams_NSM)
         return self.parts.out_of(self.parts.feed_forward(self.mlp, x_NM), back_NS, mix_NSS, streams_NSM)
 
-
-def queries_and_window(
-    module: Any, x_BTM: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return rotated queries [B, Q, T, D], rotated window entries [B, 1, T, D], and the queries' low-rank states."""
-    low_BTR = module.q_a_norm(module.q_a_proj(x_BTM))
-    q_BQTD = module.q_b_norm(module.q_b_proj(low_BTR).unflatten(-1, (-1, module.head_dim)).transpose(1, 2))
-    kv_B1TD = module.kv_norm(module.kv_proj(x_BTM))[:, None]
-    return apply_rotary_pos_emb(q_BQTD, *rope), apply_rotary_pos_emb(kv_B1TD, *rope), low_BTR
-
-
-def attend(module: Any, x_BTM: torch.Tensor, *, rope: Rope, topk: int) -> torch.Tensor:
-    """Return attention's output [N, M] with a stock attention module's parameters."""
-    cos, sin = rope[module.rope_layer_type]
-    q_BQTD, kv_B1TD, low_BTR = queries_and_window(module, x_BTM, (cos, sin))
-    kv_B1TD = kv_B1TD.to(q_BQTD.dtype)  # transformers 5.17's norms return fp32 under autocast
-    given = {"scale": module.scaling}
-    out_BQTD, lse_BQT = attention.window_attention(q_BQTD, kv_B1TD, module.sinks, window=module.sliding_window, **given)
-    maker = module.compressor
-    if maker is not None:
-        e_BnD = entries_of(maker, x_BTM, (cos, sin)).to(q_BQTD.dtype)
-        if hasattr(maker, "indexer") and topk < e_BnD.shape[1]:
-            chosen_BTk = chosen_entries(maker.indexer, x_BTM, low_BTR, (cos, sin), topk)
-            out_BQTD = attention.joined_with_chosen(q_BQTD, e_BnD, chosen_BTk, out_BQTD, lse_BQT, **given)
-        else:
-            rate = maker.compress_rate
-            out_BQTD = attention.joined_with_entries(q_BQTD, e_BnD, out_BQTD, lse_BQT, rate=rate, **given)
-    out_NQD = apply_rotary_pos_emb(out_BQTD, cos, -sin).transpose(1, 2).flatten(0, 1)
-    grouped_NGR = module.o_a_proj(out_NQD.flatten(1).unflatten(1, (module.o_a_proj.n_groups, -1)))
-    out_NM: torch.Tensor = module.o_b_proj(grouped_NGR.flatten(1))
-    return out_NM
+    def attend(self, x_NM: torch.Tensor, rows: int, rope: Rope, topk: int) -> torch.Tensor:
+        """Return attention's output [N, M] with a stock attention module's parameters."""
+        module = self.self_attn
+        cos, sin = rope[module.rope_layer_type]
+        q_BTQD, out_BTQD, lse_BTQ, low_BTR, e_BnD = self.parts.before_entries(module, x_NM, rows, cos, sin)
+        maker = module.compressor
+        if maker is not None:
+            given = {"scale": module.scaling}
+            if hasattr(maker, "indexer") and topk < e_BnD.shape[1]:
+                x_BTM = x_NM.view(rows, -1, x_NM.shape[1])
+                chosen_BTk = chosen_entries(maker.indexer, x_BTM, low_BTR, (cos, sin), topk)
+                out_BTQD = attention.joined_with_chosen(q_BTQD, e_BnD, chosen_BTk, out_BTQD, lse_BTQ, **given)
+            else:
+                few = e_BnD.shape[1] <= attention.FEW_ENTRIES
+                join = self.parts.with_all if few else attention.joined_with_entries
+                out_BTQD = join(q_BTQD, e_BnD, out_BTQD, lse_BTQ, rate=maker.compress_rate, **given)
+        return self.parts.behind_entries(module, out_BTQD, cos, sin)
 
 
 class TrainingV4(DeepseekV4ForCausalLM):  # type: ignore[misc]  # transformers is untyped
