@@ -17,7 +17,7 @@ from kvscope.methods.kernels.paged_decode.inputs import PagedKV, check_inputs, i
 from kvscope.methods.kernels.paged_decode.merge import merge_kernel
 from kvscope.methods.kernels.paged_decode.packed import packed_split_kernel
 from kvscope.methods.kernels.paged_decode.split import split_kernel
-from kvscope.methods.kv_format import FORMATS, PagePacking
+from kvscope.methods.kv_format import PagePacking
 
 _LOG2E = 1.4426950408889634
 MIN_TILES = 4  # below this many tiles a program costs more than it hides
@@ -58,9 +58,13 @@ class PackedTuning:
     num_stages: int = 4
 
 
-#: By format, the fastest of a sweep on an H200 at 1 x 128K (benchmarks/results/packed_decode_h200.json).
-PACKED_DEFAULTS = {name: PackedTuning() for name in FORMATS}
-PACKED_DEFAULTS |= dict.fromkeys(("int4", "kivi2"), PackedTuning(programs_per_sm=4, num_warps=2, num_stages=3))
+#: By format, the fastest on an H200 at 1 x 128K (benchmarks/results/packed_variants_h200.json).
+PACKED_DEFAULTS = {
+    "fp8": PackedTuning(programs_per_sm=8, num_warps=1, num_stages=2),
+    "int8": PackedTuning(tile_tokens=32, programs_per_sm=8, num_warps=1, num_stages=3),
+    "int4": PackedTuning(programs_per_sm=4, num_warps=2, num_stages=3),
+    "kivi2": PackedTuning(tile_tokens=32, programs_per_sm=8, num_warps=1, num_stages=3),
+}
 
 
 def paged_decode(
