@@ -100,7 +100,7 @@ def sweep_rows() -> Iterator[Row]:
     for name, form in FORMATS.items():
         found: list[Row] = []
         inputs = sets(form, *CASES[0])
-        for warps, stages, per_sm in itertools.product((2, 4, 8), (3, 4, 6), (2, 3, 4, 6)):
+        for warps, stages, per_sm in itertools.product((1, 2, 4), (2, 3, 4), (3, 5, 7, 8, 12)):
             tuning = PackedTuning(num_warps=warps, num_stages=stages, programs_per_sm=per_sm)
             case = f"{name}, {warps} warps, {stages} stages, {per_sm} programs an SM"
             with contextlib.suppress(OutOfResources):

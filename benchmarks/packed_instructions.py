@@ -30,7 +30,7 @@ from kvscope.methods.kv_format import FORMATS, PagePacking
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 PAGE_TOKENS, HEAD_DIM = 64, 128
 _SHARED = {
-    "G": 4, "G_PAD": 16, "D": HEAD_DIM, "P": PAGE_TOKENS, "COUNTS": 2, "MIN_TILES": 4, "HAS_TABLE": True,
+    "G": 4, "D": HEAD_DIM, "P": PAGE_TOKENS, "COUNTS": 2, "MIN_TILES": 4, "HAS_TABLE": True,
     "HAS_SOFTCAP": False, "DEVICE_LENGTHS": True, "PRECISION": "ieee", "DEPENDENT": True,
 }  # fmt: skip
 _POINTERS = {"table_ptr": "i32", "lengths_ptr": "i32", "q_ptr": "bf16", "out_ptr": "fp32", "lse_ptr": "fp32"}
@@ -97,9 +97,9 @@ def packed_row(kv: str, tuning: PackedTuning) -> dict[str, Any]:
     packing = PagePacking(FORMATS[kv], PAGE_TOKENS, HEAD_DIM)
     tile_tokens = packed_tile_size(packing, tuning)
     constants = _SHARED | {
-        "C_PAD": packing.token_bytes // 2, "N": tile_tokens, "GROUP": packing.key_group_tokens,
+        "G_PAD": 8, "C_PAD": packing.token_bytes // 2, "N": tile_tokens, "GROUP": packing.key_group_tokens,
         "BITS": packing.format.bits, "IS_FLOAT": packing.format.is_float, "RECORD": packing.record_bytes,
-        "PLACE": packing.format.place, "OPERAND": tl.float16, "ASSEMBLY": True, "CONVERTS": True,
+        "OPERAND": tl.float16, "ASSEMBLY": True, "CONVERTS": True,
     }  # fmt: skip
     pointers = {"pages_ptr": "i16", "numbers_ptr": "fp16", "pairs_ptr": "i32"}
     warps, stages = tuning.num_warps, tuning.num_stages
@@ -112,12 +112,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args(arguments)
-    constants = _SHARED | {"D_PAD": HEAD_DIM, "N": 64, "HAS_TOKENS": False}
+    constants = _SHARED | {"G_PAD": 16, "D_PAD": HEAD_DIM, "N": 64, "HAS_TOKENS": False}
     warps, stages = DEFAULT.num_warps, DEFAULT.num_stages
     raw = compiled(split_kernel, constants, {"pages_ptr": "bf16", "tokens_ptr": "i32"}, warps=warps, stages=stages)
     rows = [row_of("bf16", raw, tile_tokens=64, warps=warps, stages=stages)]
     for kv in FORMATS:
-        rows += [packed_row(kv, each) for each in (PACKED_DEFAULTS[kv], PackedTuning(num_warps=1, num_stages=3))]
+        rows += [packed_row(kv, each) for each in (PACKED_DEFAULTS[kv], PackedTuning(tile_tokens=32, num_stages=3))]
     for row in rows:
         print(
             f"{row['kernel']:6} {row['num_warps']} warps, {row['num_stages']} stages: "

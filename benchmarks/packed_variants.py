@@ -40,11 +40,11 @@ LENGTH_TOKENS = 131072
 SCALE = HEAD_DIM**-0.5
 #: Tokens of a tile, warps, stages: what is compiled. The first ones are timed first.
 COMPILED = (
-    (64, 4, 4), (64, 2, 3), (32, 1, 3), (64, 4, 3), (64, 2, 4), (64, 1, 3), (32, 2, 3), (32, 1, 4), (32, 2, 4),
-    (64, 4, 5), (64, 1, 2), (64, 2, 5), (64, 8, 4), (32, 1, 6),
+    (64, 1, 2), (32, 1, 2), (32, 1, 3), (64, 1, 3), (64, 2, 2), (64, 2, 3), (32, 2, 3), (16, 1, 3), (32, 1, 4),
+    (64, 4, 2), (64, 4, 3), (16, 1, 4),
 )  # fmt: skip
 #: Programs a multiprocessor, by warps: more find no room, or no work.
-PROGRAMS = {1: (6, 8, 10, 12, 16), 2: (3, 4, 5, 6, 8), 4: (2, 3, 4, 5), 8: (1, 2, 3)}
+PROGRAMS = {1: (8, 7, 10, 12, 9, 6, 5, 16), 2: (4, 5, 3, 6, 8), 4: (2, 3, 4, 5)}
 TARGETS = {"fp8": 1.7, "int4": 2.5}
 #: Largest error of an output over the greatest value: operands have 11 bits.
 MOST_ERROR = 5e-3

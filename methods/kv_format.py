@@ -25,7 +25,6 @@ class KvFormat:
         name: as ``kv=`` gives it.
         bits: of an element.
         is_float: e4m3 with a scale; else whole numbers with a scale and a base.
-        place: bit of an fp16's fraction where a kernel puts a code's last bit.
         most_key_tokens: most tokens that share a channel's scale; None: those of a page.
     """
 
@@ -33,17 +32,16 @@ class KvFormat:
     bits: int
     is_float: bool = False
     most_key_tokens: int | None = None
-    place: int = 0
-
-    @property
-    def step(self) -> float:
-        """What a code counts in units of its group's scale."""
-        return 2.0 ** (self.place - 10)
 
     @property
     def fields(self) -> int:
         """F: elements in a byte. A token's channels fall into as many groups, each with a scale of its own."""
         return 8 // self.bits
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """What a code counts for in its byte, by field."""
+        return tuple(2 ** (self.bits * field) for field in range(self.fields))
 
     @property
     def numbers(self) -> int:
@@ -59,8 +57,8 @@ class KvFormat:
 FORMATS: dict[str, KvFormat] = {
     "fp8": KvFormat("fp8", 8, is_float=True),
     "int8": KvFormat("int8", 8),
-    "int4": KvFormat("int4", 4, place=4),
-    "kivi2": KvFormat("kivi2", 2, most_key_tokens=32, place=8),
+    "int4": KvFormat("int4", 4),
+    "kivi2": KvFormat("kivi2", 2, most_key_tokens=32),
 }
 
 
@@ -69,7 +67,7 @@ class PagePacking:
     """How one KV head's part of a page lies in memory: a record of bytes.
 
     In order: elements of K [P, D/F], elements of V [P, D/F], then in fp16 K's scales (and bases)
-    [groups, numbers, D] and V's [F, numbers, P]. Bits i of byte j hold channel ``i * D/F + j``. K's numbers are in the
+    [groups, numbers, D] and V's [numbers, F, P]. Bits i of byte j hold channel ``i * D/F + j``. K's numbers are in the
     order of ``channel_order``: that of the fields of words of two bytes, in which a kernel reads.
 
     Attributes:

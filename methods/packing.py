@@ -1,11 +1,10 @@
 """Packs pages of K and V into fewer bits and unpacks them, in torch: on the host, on a GPU, and for the tests.
 
-A group of b bits keeps a scale s and a base a, both fp16, and of each element a code c. What is read is
-``(1 + c 2^-k) s + a`` with k = 10, 6 and 2 for 8, 4 and 2 bits. The factor is an fp16 between 1 and 2 with the code
-among its bits, so that a kernel multiplies what it reads. In other words, a code counts steps of ``s 2^-k`` above
-``s + a``, which is the group's least value, rounded down. s and a are chosen so that the greatest is no more than
-``2^b - 1`` steps above, and codes are computed from them as they are stored: no element is off by more than half a
-step. fp8 keeps ``e4m3(x / s)``, ``s = max |x| / 448``.
+A group of b bits keeps a scale s and a base a, both fp16, and of each element a code c. In a byte, field f holds c at
+bit b f, and what is read is ``c 2^(b f) s + a``: the byte as a number, masked to the field, so that nothing is shifted.
+a is the group's least value, rounded down, and s is chosen so that the greatest is no more than ``2^b - 1`` steps of
+``2^(b f) s`` above a. Codes are computed from s and a as they are stored: no element is off by more than half a step.
+fp8 keeps ``e4m3(x / s)``, ``s = max |x| / 448``.
 
 Shapes: X any leading sizes, P tokens a page, D head size, F fields of a byte, R bytes of a record; ``kv_format`` has
 the layout of a record.
@@ -27,8 +26,9 @@ def pack_pages(pages: torch.Tensor, packing: PagePacking) -> torch.Tensor:
     lead = pages.shape[:-3]
     k_ngTD = pages[..., 0, :, :].reshape(-1, groups, P // groups, D).double()
     v_nPFC = pages[..., 1, :, :].reshape(-1, P, fields, D // fields).double()
-    k_codes, k_numbers = _quantise(k_ngTD, packing, dim=2)
-    v_codes, v_numbers = _quantise(v_nPFC, packing, dim=3)
+    places_F = torch.tensor(packing.format.places, dtype=torch.float64, device=pages.device)
+    k_codes, k_numbers = _quantise(k_ngTD, packing, dim=2, places=places_F.repeat_interleave(D // fields))
+    v_codes, v_numbers = _quantise(v_nPFC, packing, dim=3, places=places_F[:, None])
     n = len(k_codes)
     record = torch.zeros((n, packing.record_bytes), dtype=torch.uint8, device=pages.device)
     size, at = packing.element_bytes, 2 * packing.element_bytes
@@ -36,7 +36,7 @@ def pack_pages(pages: torch.Tensor, packing: PagePacking) -> torch.Tensor:
     record[:, size:at] = _fold(v_codes).flatten(1)
     order_D = torch.tensor(packing.channel_order, device=pages.device)
     k_meta = torch.stack([each.view(n, groups, D) for each in k_numbers], 2)[..., order_D]  # [n, groups, numbers, D]
-    v_meta = torch.stack([each.view(n, P, fields).transpose(1, 2) for each in v_numbers], 2)  # [n, F, numbers, P]
+    v_meta = torch.stack([each.view(n, P, fields).transpose(1, 2) for each in v_numbers], 1)  # [n, numbers, F, P]
     meta = torch.cat([k_meta.flatten(1), v_meta.flatten(1)], 1).contiguous().view(torch.uint8)
     record[:, at : at + meta.shape[1]] = meta
     return record.view(*lead, packing.record_bytes)
@@ -87,7 +87,9 @@ def unpack_tokens(
     return torch.stack([k.flatten(2), v.flatten(2)]).view(2, *page_HT.shape, D)
 
 
-def _quantise(x: torch.Tensor, packing: PagePacking, *, dim: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def _quantise(
+    x: torch.Tensor, packing: PagePacking, *, dim: int, places: torch.Tensor
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Return codes (uint8, as ``x``) and the numbers of each group, which lies along ``dim``.
 
     In fp64: a base is as large as many steps, and is taken away from elements of its size.
@@ -96,15 +98,13 @@ def _quantise(x: torch.Tensor, packing: PagePacking, *, dim: int) -> tuple[torch
         scale = _above(x.abs().amax(dim, keepdim=True) / FP8_MAX)
         scaled = x / scale.double().clamp_min(_TINY)
         return scaled.float().to(KEY_DTYPE).view(torch.uint8), [scale]
-    levels, step = 2**packing.format.bits - 1, packing.format.step
+    levels = 2**packing.format.bits - 1
     low, high = torch.aminmax(x, dim=dim, keepdim=True)
-    # The base may be rounded down by this much, and the steps still reach the greatest element.
-    reach = (high - low) / levels
-    rounding = (low.abs() + 1.01 * reach / step) * (2 * _LOOSE) + 2 * _TINY
-    scale = _above((high - low + rounding) / (levels * step))
-    base = _below(low - scale.double())
-    steps = (x - base.double() - scale.double()) / (scale.double() * step)
-    return steps.round_().clamp_(0, levels).to(torch.uint8), [scale, base]
+    base = _below(low)
+    scale = _above((high - base.double()) / (levels * places))
+    step = scale.double().clamp_min(_TINY) * places
+    codes = ((x - base.double()) / step).round_().clamp_(0, levels)
+    return codes.to(torch.uint8), [scale, base]
 
 
 def _below(x: torch.Tensor) -> torch.Tensor:
@@ -128,25 +128,21 @@ def _fold(codes: torch.Tensor) -> torch.Tensor:
 
 
 def _values(elements: torch.Tensor, packing: PagePacking, work: torch.dtype) -> torch.Tensor:
-    """Return what bytes [..., D/F] hold, [..., F, D/F]: codes, or e4m3."""
+    """Return what bytes [..., D/F] hold, [..., F, D/F]: the byte masked to each field, or e4m3."""
     if packing.format.is_float:
         return elements.view(KEY_DTYPE).to(work)[..., None, :]
     bits, fields = packing.format.bits, packing.format.fields
     if fields == 1:
         return elements.to(work)[..., None, :]
-    parts = [(elements >> (bits * field)) & (2**bits - 1) for field in range(fields)]
+    parts = [elements & ((2**bits - 1) << (bits * field)) for field in range(fields)]
     return torch.stack(parts, -2).to(work)
 
 
 def _scaled(
     codes: torch.Tensor, numbers: tuple[torch.Tensor, ...], packing: PagePacking, work: torch.dtype
 ) -> torch.Tensor:
-    """Return what codes stand for, by their groups' numbers, in ``work``."""
-    if packing.format.is_float:
-        return codes * numbers[0]
-    # Scale and base nearly cancel: their sum, the group's least value, is exact in fp64.
-    scale, base = (each.double() for each in numbers)
-    return codes * (scale * packing.format.step).to(work) + (scale + base).to(work)
+    """Return what fields stand for, by their groups' numbers, in ``work``."""
+    return codes * numbers[0] if packing.format.is_float else codes * numbers[0].to(work) + numbers[1].to(work)
 
 
 def _raw_numbers(flat: torch.Tensor, packing: PagePacking) -> tuple[torch.Tensor, torch.Tensor]:
@@ -156,8 +152,8 @@ def _raw_numbers(flat: torch.Tensor, packing: PagePacking) -> tuple[torch.Tensor
     at = packing.element_bytes  # two blocks of elements, two bytes a number
     k = halves[:, at : at + packing.key_numbers].view(n, packing.key_groups, numbers, packing.head_dim)
     at += packing.key_numbers
-    v = halves[:, at : at + packing.value_numbers].view(n, packing.format.fields, numbers, packing.page_tokens)
-    v = v.transpose(2, 3)
+    v = halves[:, at : at + packing.value_numbers].view(n, numbers, packing.format.fields, packing.page_tokens)
+    v = v.permute(0, 2, 3, 1)
     place_D = torch.tensor(packing.channel_order, device=flat.device).argsort()
     return k[..., place_D], v
 

@@ -50,14 +50,12 @@ def plain(x_2PD, packing):
                     scale = fp16_at_least(float(group.abs().max()) / 448)
                     found[at] = (group / max(scale, 2.0**-24)).float().to(torch.float8_e4m3fn).double() * scale
                     continue
-                step = {8: 2.0**-10, 4: 2.0**-6, 2: 2.0**-2}[bits]
-                low, levels = float(group.min()), 2**bits - 1
-                spread = float(group.max()) - low
-                spare = (abs(low) + 1.01 * spread / levels / step) * 2.0**-9 + 2.0**-23
-                scale = fp16_at_least((spread + spare) / (levels * step))
-                base = -fp16_at_least(scale - low)
-                codes = ((group - base) / scale - 1) / step
-                found[at] = (1 + codes.round().clamp(0, levels) * step) * scale + base
+                # A code counts for as much as its place in the byte says.
+                levels, place = 2**bits - 1, 2 ** (bits * (channels[0] // (packing.head_dim // packing.format.fields)))
+                base = -fp16_at_least(-float(group.min()))
+                scale = fp16_at_least((float(group.max()) - base) / (levels * place))
+                codes = (group - base) / (max(scale, 2.0**-24) * place)
+                found[at] = codes.round().clamp(0, levels) * place * scale + base
     return found
 
 
@@ -113,9 +111,9 @@ def test_no_element_is_off_by_more_than_half_a_step(kv, seed, spread, shift, siz
         else:
             levels = 2**packing.format.bits - 1
             spread_of = groups.amax(dim, keepdim=True) - groups.amin(dim, keepdim=True)
-            # What fp16 adds: to the base, which is as large as the scale, below; to the scale above.
-            spare = (most + 1.01 * spread_of / levels / packing.format.step) * 2.0**-9 + 2.0**-23
-            widest = (spread_of + spare) / levels * (1 + 2.0**-9) + 2.0**-24 * packing.format.step
+            # What fp16 adds: to the base below, and to the scale, which may be its least number.
+            spare = most * 2.0**-9 + 2.0**-23
+            widest = (spread_of + spare) / levels * (1 + 2.0**-9) + 2.0**-24 * packing.format.places[-1]
             bound = 0.5 * widest + rounding
         assert (error <= bound).all()
 

@@ -17,7 +17,7 @@ from kvscope.methods.kernels.paged_decode.inputs import PagedKV, check_inputs, i
 from kvscope.methods.kernels.paged_decode.merge import merge_kernel
 from kvscope.methods.kernels.paged_decode.packed import packed_split_kernel
 from kvscope.methods.kernels.paged_decode.split import split_kernel
-from kvscope.methods.kv_format import FORMATS, PagePacking
+from kvscope.methods.kv_format import PagePacking
 
 _LOG2E = 1.4426950408889634
 MIN_TILES = 4  # below this many tiles a program costs more than it hides
@@ -53,14 +53,19 @@ class PackedTuning:
     """
 
     tile_tokens: int = 64
-    programs_per_sm: int = 3
-    num_warps: int = 4
-    num_stages: int = 4
+    programs_per_sm: int = 8
+    num_warps: int = 1
+    num_stages: int = 2
 
 
-#: By format, the fastest of a sweep on an H200 at 1 x 128K (benchmarks/results/packed_decode_h200.json).
-PACKED_DEFAULTS = {name: PackedTuning() for name in FORMATS}
-PACKED_DEFAULTS |= dict.fromkeys(("int4", "kivi2"), PackedTuning(programs_per_sm=4, num_warps=2, num_stages=3))
+#: By format: the fewest instructions, and as many programs as find room. Not timed yet: what was timed is the kernel
+#: before (benchmarks/results/packed_variants_h200.json).
+PACKED_DEFAULTS = {
+    "fp8": PackedTuning(programs_per_sm=8, num_warps=1, num_stages=2),
+    "int8": PackedTuning(programs_per_sm=7, num_warps=1, num_stages=2),
+    "int4": PackedTuning(programs_per_sm=8, num_warps=1, num_stages=2),
+    "kivi2": PackedTuning(tile_tokens=32, programs_per_sm=12, num_warps=1, num_stages=2),
+}
 
 
 def paged_decode(
@@ -82,7 +87,7 @@ def paged_decode(
     Args:
         q_BQ1D: queries, rotation applied; last dimension contiguous.
         stores: disjoint sets of tokens; the softmax runs over their union.
-        scale: factor on the logits.
+        scale: factor on the logits, above zero.
         softcap: logits become softcap * tanh(logits / softcap).
         sink_logits: [Q], one logit a head that takes mass and has no value.
         out_dtype: of the output; the queries' when None.
@@ -153,7 +158,7 @@ def paged_decode(
                 *table_strides,
                 *lengths.strides,
                 G=G,
-                G_PAD=max(16, triton.next_power_of_2(G)),
+                G_PAD=max(8, triton.next_power_of_2(G)),
                 D=D,
                 C_PAD=max(16, triton.next_power_of_2(packing.token_bytes // 2)),
                 P=packing.page_tokens,
@@ -162,7 +167,6 @@ def paged_decode(
                 BITS=packing.format.bits,
                 IS_FLOAT=packing.format.is_float,
                 RECORD=packing.record_bytes,
-                PLACE=packing.format.place,
                 COUNTS=lengths.padded,
                 MIN_TILES=MIN_TILES,
                 HAS_TABLE=store.page_table is not None,

@@ -3,15 +3,18 @@
 """paged_decode's first kernel over packed pages: what is stored is unpacked in registers, beside the products.
 
 Elements are read as words of 16 bits, whose W fields are W parts of a token's channels, each multiplied by itself: so
-no element changes its place. Operands are fp16 (fp32 for fp32 queries): it holds every code, and a dequantised element
-to 11 bits. Queries and weights are scaled by powers of two to stay within its range.
+no element changes its place. Unpacking is a mask: the bits of a field are those of an fp16 below the normal numbers,
+2^-24 times a whole number, and tensor cores multiply those exactly. e4m3 is converted.
 
-Scales of ``fp8`` values go to the smaller side, which is the weights: with u the greatest scale so far,
-``sum_t w_t s_t e_t = u sum_t p_t e_t`` and ``p_t = w_t s_t / u``. Whole numbers have a base, too, and one multiply-add
-for both.
+Scales and bases stay with the smaller side of a product. With elements ``c s + a``, keys by channel d, values by token
+t: ``q . k_t = sum_d (q_d s_d) c_td + sum_d q_d a_d`` and ``sum_t w_t v_td = sum_t (w_t s_t) c_td + sum_t w_t a_t``.
+Operands are fp16 (fp32 for fp32 queries). Queries and weights are scaled by powers of two to stay within its range.
+
+Keys meet queries as [heads, tokens], whose lower 8 rows lie in registers as the right side of values' product,
+[channels, tokens] x [tokens, heads], does: weights need not move, and 8 columns do for 8 query heads.
 
 Shapes: G query heads a KV head, D head size, F elements a byte, W = 2 F elements a word, C = D / W words of a token,
-P tokens a page, N tokens a tile. ``kv_format.PagePacking`` has the layout of a page.
+P tokens a page, N tokens a tile, M rows of queries. ``kv_format.PagePacking`` has the layout of a page.
 """
 
 import triton
@@ -21,27 +24,26 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kvscope.methods.kernels.paged_decode.work import begin_of, counts_of, row_of, share_of_work, value_at
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LOG2_QUERY = tl.constexpr(4.0)  # queries reach 2^4 to 2^5
+LOG2_QUERY = tl.constexpr(1.0)  # queries reach 2 to 4: with the greatest scales, 2^13.4, within fp16
 LOG2_WEIGHT = tl.constexpr(14.0)  # the greatest weight is 2^14: weights of 2^-28 of it are normal numbers yet
 
 
 @triton.constexpr_function
-def _whole_asm(bits, field, place):
-    """Return assembly for whole numbers, two words at once: $0 = (1 + field of $1, in fractions) * $2 + $3."""
-    mask = ((1 << bits) - 1) << place
-    mask |= mask << 16
-    by = bits * field - place
-    shift = "mov.b32 t, $1;" if by == 0 else f"shr.b32 t, $1, {by};" if by > 0 else f"shl.b32 t, $1, {-by};"
-    return (
-        "{ .reg .b32 t, m; mov.b32 m, 0x3c003c00; "
-        f"{shift} lop3.b32 t, t, {mask:#x}, m, 0xea; "  # (t & mask) | m
-        "fma.rn.f16x2 $0, t, $2, $3; }"
-    )
+def _wholes_asm(bits):
+    """Return assembly for the fields of two words at once: the bits of each, where they are in their byte."""
+    if bits == 8:
+        return "prmt.b32 $0, $2, 0, 0x4240; prmt.b32 $1, $2, 0, 0x4341;"
+    fields = 8 // bits
+    parts = [f"{{ .reg .b32 t; shr.b32 t, ${2 * fields}, 8;"]
+    for field in range(2 * fields):
+        mask = ((1 << bits) - 1) << (bits * (field % fields))
+        parts.append(f"and.b32 ${field}, {'t' if field >= fields else f'${2 * fields}'}, {mask | mask << 16:#x};")
+    return " ".join([*parts, "}"])
 
 
 @triton.constexpr_function
-def _float_asm(converts, scaled):
-    """Return assembly for e4m3, two words at once: $0 and $1 are the bytes of $2, times $3 and $4 if ``scaled``."""
+def _floats_asm(converts):
+    """Return assembly for e4m3, two words at once: $0 and $1 are the bytes of $2."""
     parts = ["{ .reg .b32 t, u, m; .reg .b16 l, h; mov.b32 m, 0x5c005c00;"]  # m is 256
     if converts:
         parts.append(
@@ -53,14 +55,12 @@ def _float_asm(converts, scaled):
                 f"{high} shr.b32 u, t, 1; and.b32 u, u, 0x3f803f80; lop3.b32 t, t, 0x80008000, u, 0xea; "
                 f"mul.f16x2 ${field}, t, m;"
             )
-    if scaled:
-        parts.append("mul.f16x2 $0, $0, $3; mul.f16x2 $1, $1, $4;")
     return " ".join([*parts, "}"])
 
 
 @triton.constexpr_function
-def _operands(outputs, inputs):
-    return ",".join(["=&r"] * outputs + ["r"] * inputs)
+def _operands(outputs):
+    return ",".join(["=&r"] * outputs + ["r"])
 
 
 # What changes with steps, batches and pools that grow: a compilation for each divisibility would buy nothing.
@@ -101,7 +101,6 @@ def packed_split_kernel(
     BITS: tl.constexpr,
     IS_FLOAT: tl.constexpr,
     RECORD: tl.constexpr,
-    PLACE: tl.constexpr,
     COUNTS: tl.constexpr,
     MIN_TILES: tl.constexpr,
     HAS_TABLE: tl.constexpr,
@@ -120,6 +119,7 @@ def packed_split_kernel(
     ``CONVERTS``: the device turns e4m3 into fp16 by an instruction (compute capability 8.9 on).
     """
     W: tl.constexpr = 16 // BITS
+    F: tl.constexpr = 8 // BITS
     C: tl.constexpr = D // W
     if DEPENDENT:
         gdc_wait()
@@ -137,40 +137,44 @@ def packed_split_kernel(
     first_row = row_of(begin, tiles_of, ends, rows_each, COUNTS)
     last_row = row_of(end - 1, tiles_of, ends, rows_each, COUNTS)
 
+    M: tl.constexpr = G_PAD if G_PAD > 16 else 16
     g = tl.arange(0, G_PAD)
+    m = tl.arange(0, M)
     c = tl.arange(0, C_PAD)
-    wanted = (g < G)[:, None] & (c < C)[None, :]
+    wanted = (c < C)[:, None] & (g < G)[None, :]
     for row in range(first_row, last_row + 1):
         n = value_at(n_of, row // rows_each, COUNTS)
         n_tiles, row_begin = begin_of(row, tiles_of, ends, rows_each, COUNTS)
         tile_begin = tl.maximum(begin - row_begin, 0)
         tile_end = tl.minimum(end - row_begin, n_tiles)
         b, h = row // n_kv_heads, row % n_kv_heads
-        q_at = q_ptr + b * stride_qb + (h * G + g)[:, None] * stride_qh
-        q = ()
-        top_q = tl.full([G_PAD], 0.0, tl.float32)
+        q_at = q_ptr + b * stride_qb + (h * G + m)[:, None] * stride_qh
+        raw = ()
+        top_q = tl.full([M], 0.0, tl.float32)
         for f in tl.static_range(W):
-            part = tl.load(q_at + _channel(c, f, D, BITS)[None, :], mask=wanted, other=0.0)
-            q = q + (part,)
+            part_at = q_at + _channel(c, f, D, BITS)[None, :]
+            part = tl.load(part_at, mask=(m < G)[:, None] & (c < C)[None, :], other=0.0)
+            raw = raw + (part,)
             top_q = tl.maximum(top_q, tl.max(tl.abs(part.to(tl.float32)), 1))
         # A power of two: it costs no precision.
         factor = tl.exp2(tl.floor(tl.log2(tl.maximum(top_q, 1e-30))) - LOG2_QUERY)
-        scaled = ()
+        q = ()
         for f in tl.static_range(W):
-            scaled = scaled + ((q[f].to(tl.float32) / factor[:, None]).to(OPERAND),)
-        weight_sum, top, unit, acc = _attend_packed(
-            scaled, factor * scale, pages_ptr + h * (RECORD // 2), numbers_ptr + h * (RECORD // 2),
+            q = q + ((raw[f].to(tl.float32) / factor[:, None]).to(OPERAND),)
+        weight_sum, top, acc, base = _attend_packed(
+            q, factor * scale, pages_ptr + h * (RECORD // 2), numbers_ptr + h * (RECORD // 2),
             pairs_ptr + h * (RECORD // 4),
             table_ptr + b * stride_tb + h * stride_th, n, tile_begin, tile_end, n_kv_heads, softcap,
-            G_PAD, D, C_PAD, P, N, GROUP, BITS, IS_FLOAT, RECORD, PLACE, HAS_TABLE, HAS_SOFTCAP, OPERAND, ASSEMBLY,
-            CONVERTS, PRECISION,
+            G_PAD, D, C_PAD, P, N, GROUP, BITS, IS_FLOAT, RECORD, HAS_TABLE, HAS_SOFTCAP, OPERAND, ASSEMBLY, CONVERTS,
+            PRECISION,
         )  # fmt: skip
         safe_sum = tl.where(weight_sum > 0, weight_sum, 1.0)
         partial = (row + program) * G + g
         tl.store(lse_ptr + partial, top + tl.log2(safe_sum) - LOG2_WEIGHT, mask=g < G)
         for f in tl.static_range(W):
-            out_at = out_ptr + partial[:, None] * D + _channel(c, f, D, BITS)[None, :]
-            tl.store(out_at, acc[f] * (unit / safe_sum)[:, None], mask=wanted)
+            out_at = out_ptr + partial[None, :] * D + _channel(c, f, D, BITS)[:, None]
+            of_group = tl.sum(tl.where(tl.arange(0, 16)[:, None] == f % F, base, 0.0), 0)
+            tl.store(out_at, (acc[f] + of_group[None, :]) / safe_sum[None, :], mask=wanted)
 
 
 @triton.jit
@@ -195,7 +199,6 @@ def _attend_packed(
     BITS: tl.constexpr,
     IS_FLOAT: tl.constexpr,
     RECORD: tl.constexpr,
-    PLACE: tl.constexpr,
     HAS_TABLE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     OPERAND: tl.constexpr,
@@ -203,94 +206,110 @@ def _attend_packed(
     CONVERTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Attend one group of queries, in W parts [G_PAD, C_PAD], to tiles of one row; every tile lies in one page.
+    """Attend one group of queries, in W parts [M, C_PAD], to tiles of one row; every tile lies in one page.
 
-    ``head``, ``numbers`` and ``pairs`` point to the KV head in the first page; ``scale`` is of each query, [G_PAD].
-    Returns the sum of the weights and the greatest logit [G_PAD], u (1 for whole numbers), and the weighted values over
-    u [G_PAD, C_PAD] by part.
+    ``head``, ``numbers`` and ``pairs`` point to the KV head in the first page; ``scale``, above zero, is of each query,
+    [M]. Returns the sum of the weights and the greatest logit [G_PAD], weighted elements times their scales
+    [C_PAD, G_PAD] by part, and weighted bases [16, G_PAD], a group of channels a row.
     """
     W: tl.constexpr = 16 // BITS
     F: tl.constexpr = 8 // BITS
     C: tl.constexpr = D // W
+    M: tl.constexpr = G_PAD if G_PAD > 16 else 16
     KINDS: tl.constexpr = 1 if IS_FLOAT else 2
     FIRST_K: tl.constexpr = P * D // F  # numbers are two bytes, and elements of K and of V lie before them
     FIRST_V: tl.constexpr = FIRST_K + P // GROUP * (KINDS * D)
+    #: What a whole number is as an operand: bits below the normal numbers of fp16.
+    ONE: tl.constexpr = 1.0 if IS_FLOAT or tl.float32 == OPERAND else 2.0**-24
     c = tl.arange(0, C_PAD)
     t = tl.arange(0, N)
+    group_16 = tl.arange(0, 16)
     top = tl.full([G_PAD], float("-inf"), tl.float32)
     weight_sum = tl.zeros([G_PAD], tl.float32)
-    unit = tl.full([], 1e-30 if IS_FLOAT else 1.0, tl.float32)
+    base = tl.zeros([16, G_PAD], tl.float32)
     acc = ()
     for _ in tl.static_range(W):
-        acc = acc + (tl.zeros([G_PAD, C_PAD], tl.float32),)
+        acc = acc + (tl.zeros([C_PAD, G_PAD], tl.float32),)
+    gain = _lower_rows(scale * (1 / ONE), G_PAD)
     # A slot is known a tile ahead: no load waits for one of its own iteration. Triton pipelines no loop that hands a
     # value on unchanged, so it is the page's distance that is carried.
     page_words = n_kv_heads * (RECORD // 2)
     page = _slot_of(tile_begin, n, table, P, N, HAS_TABLE) * page_words
     for tile in range(tile_begin, tile_end):
         offset = tl.multiple_of(tile * N % P, N)
-        at = head + page + (offset + t)[:, None] * C + c[None, :]
+        at = head + page + (offset + t)[None, :] * C + c[:, None]
         if C == C_PAD:
             k_words = tl.load(at)
             v_words = tl.load(at + P * C)
         else:
-            inside = (c < C)[None, :] & (t < N)[:, None]
+            inside = (c < C)[:, None] & (t < N)[None, :]
             k_words = tl.load(at, mask=inside, other=0)
             v_words = tl.load(at + P * C, mask=inside, other=0)
         k_numbers = numbers + page + FIRST_K + offset // GROUP * (KINDS * D)
-        # Numbers of two tokens at once: two bytes a lane are fewer than an asynchronous copy takes, and a multiply-add
-        # of two elements takes both.
-        v_pairs = pairs + page // 2 + FIRST_V // 2 + offset // 2 + tl.arange(0, N // 2)
+        v_numbers = numbers + page + FIRST_V + offset
+        v_pairs = pairs + page // 2 + FIRST_V // 2 + offset // 2
         page = _slot_of(tile + 1, n, table, P, N, HAS_TABLE) * page_words
 
-        logits = tl.zeros([G_PAD, N], tl.float32)
-        if IS_FLOAT:
-            low = tl.load(k_numbers + c, mask=c < C, other=0.0)
-            high = tl.load(k_numbers + C + c, mask=c < C, other=0.0)
-            k = _scaled_floats(k_words, low[None, :], high[None, :], OPERAND, ASSEMBLY, CONVERTS)
-            for f in tl.static_range(W):
-                logits = tl.dot(q[f], tl.trans(k[f]), logits, input_precision=PRECISION)
-        else:
-            for f in tl.static_range(W):
-                s = tl.load(k_numbers + f * C + c, mask=c < C, other=0.0)
-                z = tl.load(k_numbers + D + f * C + c, mask=c < C, other=0.0)
-                k_f = _wholes(k_words, s[None, :], z[None, :], f, BITS, PLACE, OPERAND, ASSEMBLY)
-                logits = tl.dot(q[f], tl.trans(k_f), logits, input_precision=PRECISION)
-        logits *= scale[:, None]
+        # Numbers are loaded as operands that repeat them by row or column: a few numbers alone are no asynchronous copy
+        # (less than four bytes a lane), and would have to be handed from lane to lane.
+        k = _fields(k_words, BITS, IS_FLOAT, OPERAND, ASSEMBLY, CONVERTS)
+        products = tl.zeros([M, N], tl.float32)
+        shift_M8 = tl.zeros([M, 8], tl.float32)
+        for f in tl.static_range(W):
+            at_f = k_numbers + f * C + c
+            s = tl.load(tl.broadcast_to(at_f[None, :], (M, C_PAD)), mask=(c < C)[None, :], other=0.0)
+            products = tl.dot((q[f] * s).to(OPERAND), k[f], products, input_precision=PRECISION)
+            if not IS_FLOAT:
+                a = tl.load(tl.broadcast_to((at_f + D)[:, None], (C_PAD, 8)), mask=(c < C)[:, None], other=0.0)
+                shift_M8 = tl.dot(q[f], a.to(OPERAND), shift_M8, input_precision=PRECISION)
+        products = _lower_rows(products, G_PAD)
+        shift = _lower_rows(tl.max(shift_M8, 1) * scale, G_PAD)
         if HAS_SOFTCAP:
             # softcap * tanh(x), by an exponential that saturates to +-1 where it overflows.
-            logits = softcap * (1.0 - 2.0 / (tl.exp2(logits * (2.0 * LOG2E) / softcap) + 1.0)) * LOG2E
-        logits = tl.where((tile * N + t < n)[None, :], logits, float("-inf"))
-        new_top = tl.maximum(top, tl.max(logits, 1))
+            logits = products * gain[:, None] + shift[:, None]
+            products = softcap * (1.0 - 2.0 / (tl.exp2(logits * (2.0 * LOG2E) / softcap) + 1.0)) * LOG2E
+            shift = tl.zeros([G_PAD], tl.float32)
+        if tile * N + N > n:
+            products = tl.where((tile * N + t < n)[None, :], products, float("-inf"))
+        to_logits = tl.full([G_PAD], 1.0, tl.float32) if HAS_SOFTCAP else gain
+        # Weights times values' scales must stay within fp16: the power of two at the greatest scale counts as a logit.
+        both = tl.load(v_pairs + tl.arange(0, F)[:, None] * (P // 2) + tl.arange(0, N // 2)[None, :])
+        most = tl.max(tl.max(tl.maximum(both & 0xFFFF, both >> 16), 1), 0)
+        level = tl.maximum((most + 0x3FF) // 0x400 - 15, 0).to(tl.float32)
+        new_top = tl.maximum(top, tl.max(products, 1) * to_logits + (shift + level))
         fade = tl.exp2(top - new_top)
-        weights = tl.exp2(logits - (new_top - LOG2_WEIGHT)[:, None])
+        weights = tl.exp2(products * to_logits[:, None] + (shift - new_top + LOG2_WEIGHT)[:, None])
         weight_sum = weight_sum * fade + tl.sum(weights, 1)
-        if IS_FLOAT:
-            s = _of_pairs(tl.load(v_pairs), N).to(tl.float32)
-            new_unit = tl.maximum(unit, tl.max(s, 0))
-            per_unit = 1.0 / new_unit
-            operand = (weights * (s * per_unit)[None, :]).to(OPERAND)
-            fade *= unit * per_unit
-            unit = new_unit
-            v = _floats(v_words, OPERAND, ASSEMBLY, CONVERTS)
-            added = ()
-            for f in tl.static_range(W):
-                added = added + (tl.dot(operand, v[f], acc[f] * fade[:, None], input_precision=PRECISION),)
-        else:
-            operand = weights.to(OPERAND)
-            scales = ()
-            bases = ()
-            for group in tl.static_range(F):
-                scales = scales + (_of_pairs(tl.load(v_pairs + 2 * group * (P // 2)), N),)
-                bases = bases + (_of_pairs(tl.load(v_pairs + (2 * group + 1) * (P // 2)), N),)
-            added = ()
-            for f in tl.static_range(W):
-                s, z = scales[f % F][:, None], bases[f % F][:, None]
-                v_f = _wholes(v_words, s, z, f, BITS, PLACE, OPERAND, ASSEMBLY)
-                added = added + (tl.dot(operand, v_f, acc[f] * fade[:, None], input_precision=PRECISION),)
+        operand = tl.trans(weights.to(OPERAND))
+        scaled = ()
+        for group in tl.static_range(F):
+            s = tl.load(tl.broadcast_to((v_numbers + group * P + t)[:, None], (N, G_PAD)))
+            scaled = scaled + ((operand * s).to(OPERAND),)
+        v = _fields(v_words, BITS, IS_FLOAT, OPERAND, ASSEMBLY, CONVERTS)
+        added = ()
+        for f in tl.static_range(W):
+            added = added + (tl.dot(v[f], scaled[f % F], acc[f] * fade[None, :], input_precision=PRECISION),)
         acc = added
+        if not IS_FLOAT:
+            a_at = v_numbers + (F + group_16)[:, None] * P + t[None, :]
+            a = tl.load(a_at, mask=(group_16 < F)[:, None], other=0.0).to(OPERAND)
+            base = tl.dot(a, operand, base * fade[None, :], input_precision=PRECISION)
         top = new_top
-    return weight_sum, top, unit, acc
+    found = ()
+    for f in tl.static_range(W):
+        found = found + (acc[f] * (1 / ONE),)
+    return weight_sum, top, found, base
+
+
+@triton.jit
+def _lower_rows(x, G_PAD: tl.constexpr):
+    """Return the first G_PAD rows of 16 or more."""
+    if G_PAD == 8:
+        if len(x.shape) == 1:
+            x = tl.split(tl.trans(tl.reshape(x, (2, 8))))[0]
+        else:
+            x = tl.split(tl.permute(tl.reshape(x, (2, 8, x.shape[1])), (1, 2, 0)))[0]
+    return x
 
 
 @triton.jit
@@ -301,62 +320,32 @@ def _channel(c, FIELD: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def _wholes(
-    words, scales, bases, FIELD: tl.constexpr, BITS: tl.constexpr, PLACE: tl.constexpr, OPERAND: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
+def _fields(
+    words, BITS: tl.constexpr, IS_FLOAT: tl.constexpr, OPERAND: tl.constexpr, ASSEMBLY: tl.constexpr,
+    CONVERTS: tl.constexpr,
 ):  # fmt: skip
-    """Return a field of words as dequantised whole numbers of ``OPERAND``.
+    """Return the W fields of words as operands: e4m3 as numbers, else masked bits, 2^-24 of a whole number in fp16.
 
-    Assembly here and below does what stands below it, for two words at once; Triton's interpreter has none.
+    Assembly does what stands below it, for two words at once; Triton's interpreter has none.
     """
-    if ASSEMBLY:
-        shape: tl.constexpr = words.shape
-        scales, bases = tl.broadcast_to(scales, shape), tl.broadcast_to(bases, shape)
-        return tl.inline_asm_elementwise(
-            _whole_asm(BITS, FIELD, PLACE), "=r,r,r,r", [words, scales, bases], dtype=tl.float16, is_pure=True, pack=2
-        )
-    field = (words >> (BITS * FIELD)) & ((1 << BITS) - 1)
-    # 1 in fp16, the code in its fraction. Products are exact in fp32 and rounded once, as fused ones are.
-    factor = ((field << PLACE) | 0x3C00).to(tl.float16, bitcast=True).to(tl.float32)
-    return (factor * scales.to(tl.float32) + bases.to(tl.float32)).to(OPERAND)
-
-
-@triton.jit
-def _of_pairs(pairs, N: tl.constexpr):
-    """Return N numbers of fp16 from [N / 2] pairs."""
-    first = (pairs & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
-    second = (pairs >> 16).to(tl.int16).to(tl.float16, bitcast=True)
-    return tl.reshape(tl.join(first, second), (N,))
-
-
-@triton.jit
-def _floats(words, OPERAND: tl.constexpr, ASSEMBLY: tl.constexpr, CONVERTS: tl.constexpr):
-    """Return both bytes of words, e4m3, as numbers of ``OPERAND``."""
+    W: tl.constexpr = 16 // BITS
+    F: tl.constexpr = 8 // BITS
     if ASSEMBLY:
         return tl.inline_asm_elementwise(
-            _float_asm(CONVERTS, False), _operands(2, 1), [words], dtype=(tl.float16,) * 2, is_pure=True, pack=2
-        )
-    found = ()
-    for f in tl.static_range(2):
-        # The bits of e4m3 at those of fp16 give the number over 2^8, small ones included.
-        high = words if f == 1 else words << 8
-        bits = (high & -0x8000) | ((high >> 1) & 0x3F80)
-        found = found + ((bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0).to(OPERAND),)
-    return found
-
-
-@triton.jit
-def _scaled_floats(words, low, high, OPERAND: tl.constexpr, ASSEMBLY: tl.constexpr, CONVERTS: tl.constexpr):
-    """Return the same times the scales of the low and of the high byte."""
-    if ASSEMBLY:
-        shape: tl.constexpr = words.shape
-        low, high = tl.broadcast_to(low, shape), tl.broadcast_to(high, shape)
-        return tl.inline_asm_elementwise(
-            _float_asm(CONVERTS, True), _operands(2, 3), [words, low, high], dtype=(tl.float16,) * 2, is_pure=True,
-            pack=2,
+            _floats_asm(CONVERTS) if IS_FLOAT else _wholes_asm(BITS), _operands(W), [words], dtype=(tl.float16,) * W,
+            is_pure=True, pack=2,
         )  # fmt: skip
-    found = _floats(words, OPERAND, False, False)
-    return (found[0] * low.to(OPERAND)).to(OPERAND), (found[1] * high.to(OPERAND)).to(OPERAND)
+    found = ()
+    for f in tl.static_range(W):
+        if IS_FLOAT:
+            # The bits of e4m3 at those of fp16 give the number over 2^8, small ones included.
+            high = words if f == 1 else words << 8
+            bits = (high & -0x8000) | ((high >> 1) & 0x3F80)
+            found = found + ((bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0).to(OPERAND),)
+        else:
+            bits = (words >> (8 * (f // F))) & (((1 << BITS) - 1) << (BITS * (f % F)))
+            found = found + (bits.to(OPERAND, bitcast=True) if tl.float16 == OPERAND else bits.to(OPERAND),)
+    return found
 
 
 @triton.jit

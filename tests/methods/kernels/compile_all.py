@@ -71,12 +71,11 @@ def packed(kv, dtype="bf16", **changes):
     """paged_decode's first kernel over packed pages, as for Llama-3.1-8B unless changed."""
     packing = PagePacking(FORMATS[kv], 64, 128)
     constants = {
-        "G": 4, "G_PAD": 16, "D": 128, "C_PAD": packing.token_bytes // 2, "P": 64, "N": packed_tile_size(packing),
+        "G": 4, "G_PAD": 8, "D": 128, "C_PAD": packing.token_bytes // 2, "P": 64, "N": packed_tile_size(packing),
         "GROUP": packing.key_group_tokens, "BITS": packing.format.bits, "IS_FLOAT": packing.format.is_float,
-        "RECORD": packing.record_bytes, "PLACE": packing.format.place, "COUNTS": 2, "MIN_TILES": 4, "HAS_TABLE": True,
-        "HAS_SOFTCAP": False,
-        "DEVICE_LENGTHS": True, "OPERAND": tl.float16, "ASSEMBLY": True, "CONVERTS": True, "PRECISION": "ieee",
-        "DEPENDENT": True,
+        "RECORD": packing.record_bytes, "COUNTS": 2, "MIN_TILES": 4, "HAS_TABLE": True,
+        "HAS_SOFTCAP": False, "DEVICE_LENGTHS": True, "OPERAND": tl.float16, "ASSEMBLY": True, "CONVERTS": True,
+        "PRECISION": "ieee", "DEPENDENT": True,
         **changes,
     }  # fmt: skip
     pointers = {

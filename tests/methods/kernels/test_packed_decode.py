@@ -66,6 +66,19 @@ def test_low_precision_queries(kv, dtype):
     check(randn(1, 4, 1, 128, seed=2, dtype=dtype), [store], scale=128**-0.5)
 
 
+@pytest.mark.parametrize("size", [1e-3, 1.0, 4000.0], ids=str)
+@pytest.mark.parametrize("kv", FORMATS)
+def test_operands_stay_within_fp16(kv, size):
+    """Small values and large ones, a token that takes nearly all of the mass among them; without a GPU, too."""
+    packing = PagePacking(FORMATS[kv], 32, 64)
+    q = randn(1, 2, 1, 64, seed=12, dtype=torch.float16)
+    raw = randn(3, 1, 2, 32, 64, seed=13)
+    raw[0, 0, 0, 5] += 0.5 * q[0, 0, 0].float()
+    raw[:, :, 1] *= size
+    raw[0, 0, 1, 5] *= 1e-3
+    check(q, [PagedKV(pages=pack_pages(raw, packing), n_tokens=90, packing=packing)], scale=64**-0.5)
+
+
 @pytest.mark.parametrize("n_tokens", [0, 1, 16, 33, 64, 100])
 @pytest.mark.parametrize("kv", ["int4", "kivi2"])
 def test_odd_counts_on_the_device(kv, n_tokens):
