@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvscope.methods.kernels.grid import converts_fp8, launches_dependents, n_sms
+from kvscope.methods.kernels.grid import converts_fp8, launches_beside, launches_dependents, n_sms
 from kvscope.methods.kernels.paged_decode.inputs import PagedKV, check_inputs, index_strides
 from kvscope.methods.kernels.paged_decode.merge import merge_kernel
 from kvscope.methods.kernels.paged_decode.packed import packed_split_kernel
@@ -63,6 +63,7 @@ PACKED_DEFAULTS = {name: PackedTuning() for name in FORMATS}
 PACKED_DEFAULTS |= dict.fromkeys(("int4", "kivi2"), PackedTuning(programs_per_sm=4, num_warps=2, num_stages=3))
 
 
+@launches_beside(0)
 def paged_decode(
     q_BQ1D: torch.Tensor,
     stores: Sequence[PagedKV],
