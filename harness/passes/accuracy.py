@@ -82,7 +82,7 @@ class AccuracyPass:
             f"accuracy   {prompts:,} prompts, each prefilled once for {len(plan.methods)} methods: "
             f"{self.prefill_tokens(plan):,} tokens to prefill, {prompts * len(plan.methods):,} rows",
             *rehearsal_text(plan),
-            *batch_text(plan.batch, device=plan.facts.device),
+            *batch_text(plan.batch, device="a device" if plan.facts.device_map else plan.facts.device),
             *executor_text(plan),
         ]
 
