@@ -96,11 +96,11 @@ def jobs_text(devices: Sequence[str]) -> list[str]:
     return [f"jobs       {len(devices)} processes answer prompts, {places}; memory and times are measured alone"]
 
 
-def ray_text(jobs: int, *, device: str) -> str:
+def ray_text(jobs: int, *, devices: Sequence[str]) -> str:
     """Return the plan's line on a Ray cluster, whose nodes are known when it is asked."""
-    place = "GPU" if device.startswith("cuda") else "node"
+    place = "each node" if devices[0] == "cpu" else "each GPU" if len(devices) == 1 else f"every {len(devices)} GPUs"
     processes = "1 process" if jobs == 1 else f"{jobs} processes"
-    return f"jobs       {processes} on each {place} of a Ray cluster; memory and times are measured here, alone"
+    return f"jobs       {processes} on {place} of a Ray cluster; memory and times are measured here, alone"
 
 
 class _Sizes:

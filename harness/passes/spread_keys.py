@@ -8,7 +8,6 @@ _OF_ONE_DEVICE = {
     "device": "it says where all of a model is",
     "gpus": "each of them would hold a whole model",
     "jobs": "each process would hold a whole model",
-    "executor": "Ray gives each process one GPU",
     "gpu_budget_bytes": "it is of one GPU's memory",
     "find_max": "it searches in one GPU's memory",
     "throughput": "its steps are captured, on one GPU",

@@ -47,7 +47,6 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"device": "cuda:1"}, "device: it says where all of a model is"),
         ({"gpus": "all"}, "gpus: each of them would hold a whole model"),
         ({"jobs": 2}, "jobs: each process would hold a whole model"),
-        ({"executor": "ray"}, "executor: Ray gives each process one GPU"),
         ({"gpu_budget_bytes": "1GiB"}, "gpu_budget_bytes: it is of one GPU's memory"),
         ({"find_max": True, "tasks": []}, "find_max: it searches in one GPU's memory"),
         ({"throughput": True, "tasks": []}, "throughput: its steps are captured, on one GPU"),
