@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from kvscope.errors import UsageError, did_you_mean, shown
+from kvscope.errors import UsageError, did_you_mean, shown, shown_path
 from kvscope.harness.engine.devices import resolve_device
 from kvscope.harness.engine.glue import decoder_of, layers_of
 from kvscope.paths import user_path
@@ -50,7 +50,9 @@ class DeviceMap:
             if each == device:
                 runs.append(str(layer) if n == 1 else f"{layer}-{layer + n - 1}")
             layer += n
-        return f"layers {' '.join(runs)}" if runs else "no layers"
+        if not runs:
+            return "no layers"
+        return f"{'layer' if self.layers.count(device) == 1 else 'layers'} {' '.join(runs)}"
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def read_device_map(asked: str) -> AskedMap:
         resolve_device(device)
     if len(devices) > 1 and "cpu" in devices:
         raise UsageError(
-            f"{path} puts modules on {', '.join(sorted(devices))}: weights that are moved for every step are not "
+            f"{shown_path(path)} puts modules on the CPU and on GPUs: weights that are moved for every step are not "
             "measured here, so name GPUs alone, or the CPU alone."
         )
     return AskedMap(given, devices)
@@ -95,22 +97,26 @@ def read_device_map(asked: str) -> AskedMap:
 def _read_file(path: Path) -> dict[str, str]:
     text = read_regular(path, most_bytes=_MOST_FILE_BYTES, mend=_MEND)
     if text is None:
-        raise UsageError(f"There is no file {shown(str(path))}. {_MEND}")
+        raise UsageError(f"There is no file {shown_path(path)}. {_MEND}")
     try:
         found = parse_json(text)
     except ValueError as error:
-        raise UsageError(f"{path} is not valid JSON ({error}). {_MEND}") from error
+        raise UsageError(f"{shown_path(path)} is not valid JSON ({error}). {_MEND}") from error
     if not isinstance(found, dict) or not found:
-        raise UsageError(f"{path} holds {shown(found)}, expected an object of module: device. {_MEND}")
+        raise UsageError(f"{shown_path(path)} holds {shown(found)}, expected an object of module: device. {_MEND}")
     return {name: _device_text(value, name, path) for name, value in found.items()}
 
 
 def _device_text(value: object, name: str, path: Path) -> str:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return f"cuda:{value}"
-    if value == "cpu" or (isinstance(value, str) and value.startswith("cuda:") and value[5:].isdecimal()):
-        return str(value)
-    raise UsageError(f"{path} puts {shown(name)} on {shown(value)}, expected cuda:N, N or cpu: no part may be on disk.")
+    if isinstance(value, str) and value.startswith("cuda:") and value[5:].isdecimal() and len(value) < 10:
+        return f"cuda:{int(value[5:])}"
+    if value == "cpu":
+        return value
+    raise UsageError(
+        f"{shown_path(path)} puts {shown(name)} on {shown(value)}, expected cuda:N, N or cpu: no part may be on disk."
+    )
 
 
 def place(asked: AskedMap, model: Any, *, spec: str, element_bytes: int) -> DeviceMap:

@@ -197,7 +197,7 @@ def test_layers_are_dealt_out_and_all_else_stays_on_the_first():
     found = place(AskedMap(None, ("cuda:0", "cuda:1", "cuda:2")), stock_model("llama"), spec="m", element_bytes=2)
     assert found.layers == ("cuda:0", "cuda:1", "cuda:1", "cuda:2")
     assert found.devices == ("cuda:0", "cuda:1", "cuda:2")
-    assert found.text() == "cuda:0 (layers 0), cuda:1 (layers 1-2), cuda:2 (layers 3)"
+    assert found.text() == "cuda:0 (layer 0), cuda:1 (layers 1-2), cuda:2 (layer 3)"
     assert {found.modules[name] for name in ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")} == {
         "cuda:0"
     }

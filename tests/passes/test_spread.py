@@ -94,7 +94,7 @@ def test_what_runs_on_one_device_alone_says_so(monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.usefixtures("pretended")
 def test_a_plan_says_which_layers_are_where(small: Any) -> None:
     one, two = (make_plan(small(**values)) for values in ({}, {"device": "auto", "device_map": "auto"}))
-    text = "cpu:1 (layers 0), cpu:2 (layers 1)"
+    text = "cpu:1 (layer 0), cpu:2 (layer 1)"
     assert two.facts.placement == two.values()["device"] == text
     assert f"on {text}," in " ".join(two.text().split())
     assert (two.facts.where, two.facts.shape.devices) == ("cpu:1, cpu:2", TWO)
@@ -112,7 +112,7 @@ def test_rows_are_those_of_one_device_and_name_all(small: Any, tmp_path: Any) ->
         two = run(small(methods=methods, device="auto", device_map="auto"), out=tmp_path / "two", progress=False)
     spread_rows = records(two.samples)
     assert {row["device"] for row in spread_rows} == {"cpu:1, cpu:2"}
-    assert two.info.environment["device"] == two.info.identity["device"] == "cpu:1 (layers 0), cpu:2 (layers 1)"
+    assert two.info.environment["device"] == two.info.identity["device"] == "cpu:1 (layer 0), cpu:2 (layer 1)"
     rows = {(row["method_label"], row["sample"]): row for row in records(one.samples)}
     assert len(rows) == len(spread_rows)
     for row in spread_rows:
