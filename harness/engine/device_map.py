@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from kvscope.errors import UsageError, did_you_mean, shown, shown_path
-from kvscope.harness.engine.devices import resolve_device
 from kvscope.harness.engine.glue import decoder_of, layers_of
 from kvscope.paths import user_path
 from kvscope.results.reading import parse_json, read_regular
@@ -76,22 +75,30 @@ def read_device_map(asked: str) -> AskedMap:
     Raises:
         UsageError: no such file, or it holds no map of devices that are there.
     """
+    n_gpus = _n_gpus()
     if asked in AUTOMATIC:
-        import torch
-
-        n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         return AskedMap(None, tuple(f"cuda:{index}" for index in range(n_gpus)) or ("cpu",))
     path = user_path(asked, what="--device-map")
     given = _read_file(path)
     devices = tuple(dict.fromkeys(given.values()))
     for device in devices:
-        resolve_device(device)
+        if device != "cpu" and int(device.removeprefix("cuda:")) >= n_gpus:
+            seen = "no GPU" if n_gpus == 0 else "1 GPU" if n_gpus == 1 else f"{n_gpus} GPUs"
+            raise UsageError(
+                f"{shown_path(path)} puts modules on {device}, and torch sees {seen} here: name devices that are there."
+            )
     if len(devices) > 1 and "cpu" in devices:
         raise UsageError(
             f"{shown_path(path)} puts modules on the CPU and on GPUs: weights that are moved for every step are not "
             "measured here, so name GPUs alone, or the CPU alone."
         )
     return AskedMap(given, devices)
+
+
+def _n_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def _read_file(path: Path) -> dict[str, str]:

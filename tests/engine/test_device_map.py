@@ -208,7 +208,7 @@ def test_layers_are_dealt_out_and_all_else_stays_on_the_first():
 def test_a_file_is_read_as_transformers_reads_one(tmp_path, monkeypatch):
     path = tmp_path / "map.json"
     path.write_text(json.dumps({"model": 1, "model.layers.3": "cuda:0", "lm_head": 0}))
-    monkeypatch.setattr("kvscope.harness.engine.device_map.resolve_device", torch.device)
+    monkeypatch.setattr("kvscope.harness.engine.device_map._n_gpus", lambda: 2)
     found = place(read_device_map(str(path)), stock_model("llama"), spec="m", element_bytes=2)
     assert found.layers == ("cuda:1", "cuda:1", "cuda:1", "cuda:0")
     assert found.devices == ("cuda:1", "cuda:0")  # that of the embeddings first
@@ -243,7 +243,7 @@ def test_a_map_that_cannot_be_is_refused_in_a_sentence(given, sentence, tmp_path
     path = tmp_path / "map.json"
     if given is not None:
         path.write_text(given if isinstance(given, str) else json.dumps(given))
-    monkeypatch.setattr("kvscope.harness.engine.device_map.resolve_device", torch.device)
+    monkeypatch.setattr("kvscope.harness.engine.device_map._n_gpus", lambda: 2)
     with pytest.raises(UsageError) as error:
         place(read_device_map(str(path)), stock_model("llama"), spec="m", element_bytes=2)
     assert sentence in str(error.value)
@@ -264,10 +264,12 @@ def test_devices_that_are_not_there_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert read_device_map("balanced") == AskedMap(None, ("cuda:0", "cuda:1"))
-    with pytest.raises(UsageError, match="There is no device 'cuda:7': torch sees 2 GPUs"):
+    with pytest.raises(UsageError, match="puts modules on cuda:7, and torch sees 2 GPUs here"):
         read_device_map(str(path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert read_device_map("auto") == AskedMap(None, ("cpu",))
+    with pytest.raises(UsageError, match="and torch sees no GPU here: name devices that are there"):
+        read_device_map(str(path))
 
 
 def test_transformers_loads_by_a_map(tmp_path):
