@@ -242,8 +242,6 @@ def form_on(backend: Backend[Any], method: CacheMethod[Any], shape: Any) -> Cach
         return form
     if shape.devices and not method.spans_devices:
         return NoForm(method, "it keeps the whole sequence on one device, and this model's layers are on several")
-    if shape.devices and method.kv is not None:
-        return NoForm(method, f"kv={method.kv.name} packs all layers at once, and this model's are on several devices")
     if method.kv is None or backend.packs_pages:
         return form
     return NoForm(method, f"kv={method.kv.name} packs pages of K and V, and this model's cache has none")

@@ -117,12 +117,6 @@ def test_rows_are_those_of_one_device_and_name_all(small: Any, tmp_path: Any) ->
     assert len(rows) == len(spread_rows)
     for row in spread_rows:
         expected = rows[row["method_label"], row["sample"]]
-        if row["method_label"] == "dense:kv=int8":
-            assert (row["status"], row["reason"]) == (
-                "unsupported",
-                "kv=int8 packs all layers at once, and this model's are on several devices",
-            )
-            continue
         assert row["status"] == "ok"
         assert row["step_backend"].startswith("eager")
         for key in ("output", "score", "resident_kv_bytes", "metadata_bytes", "dense_kv_bytes"):

@@ -33,6 +33,8 @@ METHODS = [
     "quest:budget_tokens=512",
     "msa:budget_tokens=512",
     "dsa:budget_tokens=512",
+    "dense:kv=int8",
+    "quest:budget_tokens=512,kv=fp8",
     "lsa:tau=4",
     "lsa:tau=4,refresh=stale1",
     "lsa:indexer=landmark,budget_fraction=0.2,tau=4",
