@@ -139,7 +139,9 @@ class SequenceCache(ABC):
         self.shape = prompt.shape
         self.device = device
         self._dtype = prompt.dtype
-        self.stock: dict[int, Any] = {layer: _clone_stock(state, device) for layer, state in prompt.stock.items()}
+        self.stock: dict[int, Any] = {
+            layer: _clone_stock(state, prompt.shape.device_of(layer, device)) for layer, state in prompt.stock.items()
+        }
 
     @property
     @abstractmethod
@@ -262,6 +264,8 @@ class CacheMethod(ABC, Generic[ConfigT]):
         through_decode: whether what a query reads is chosen anew while decoding; else it is fixed when the prompt ends.
         kv_refusal: why the method's store cannot be packed (``kv=int8``), as a clause; empty where it can.
         paper_options: what ``--paper-settings`` sets the automatic options to.
+        spans_devices: whether it keeps what is of a layer on that layer's device (``ModelShape.device_of``), so that
+            it runs on a model whose layers are on several.
         Config: frozen dataclass of the options, with defaults, validated in ``__post_init__``.
     """
 
@@ -278,6 +282,7 @@ class CacheMethod(ABC, Generic[ConfigT]):
     through_decode: ClassVar[bool] = False
     kv_refusal: ClassVar[str] = "its store was written for K and V at the model's precision"
     paper_options: ClassVar[Mapping[str, Any]] = {}
+    spans_devices: ClassVar[bool] = False
     Config: ClassVar[type[Any]]
 
     #: Format of the store, the option ``kv`` of every method; None: the model's dtype.
@@ -393,7 +398,7 @@ class CacheMethod(ABC, Generic[ConfigT]):
 
         Args:
             prompt: read only; nothing in it changes.
-            device: where the resident set lives.
+            device: where the resident set lives; of a model on several (``prompt.shape.devices``) what is of no layer.
             reserve_tokens: decode steps to preallocate for; past them storage grows page by page.
         """
 

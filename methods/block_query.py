@@ -101,5 +101,6 @@ def read_footprint(shape: ModelShape, reads: list[Reads], *, kv_bytes: int, meta
 def _sum(counts: "Sequence[int | torch.Tensor]") -> int:
     """Add up counts, with one wait for the device, not one a layer."""
     counted = [count for count in counts if not isinstance(count, int)]
+    counted = [count.to(counted[0].device) for count in counted]
     known = sum(count for count in counts if isinstance(count, int))
     return known + (int(torch.stack(counted).sum()) if counted else 0)

@@ -238,7 +238,7 @@ class BlockSparseSequence(PagedSequence):
         )
         scored = self._method.score(query)
         total = scored.scores_HGN.sum(dtype=torch.float32)
-        self._scored = total if self._scored is None else self._scored + total
+        self._scored = total if self._scored is None else self._scored + total.to(self._scored.device)
         chosen = choose(scored.scores_HGN, n_chosen=self._plan.n_blocks - 1, current=query.n_before, n_kv_heads=H)
         n_read: int | torch.Tensor
         raw: int | torch.Tensor

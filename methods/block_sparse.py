@@ -44,6 +44,7 @@ class BlockSparse(CacheMethod[ConfigT]):
 
     saving_kind = "resident"
     kv_refusal = ""
+    spans_devices = True
     through_decode = True
     paper_block_tokens: ClassVar[int]
     paper_budget_tokens: ClassVar[int] = 2048

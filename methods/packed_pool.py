@@ -10,6 +10,7 @@ Packed pages of a layer are one tensor of bytes [S, H, R].
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 
@@ -29,6 +30,26 @@ Source = Callable[[int, int, int], torch.Tensor]
 """Layer, first page and page behind the last -> raw host pages of the tokens kept, packed in order."""
 
 
+@dataclass(frozen=True, eq=False)
+class _Residual:
+    """The residual of the layers on one device.
+
+    Attributes:
+        layers: L of them.
+        pages_LWH2PD: their raw pages.
+        turns_WW: row w is the order of a ring whose oldest page is w.
+    """
+
+    layers: tuple[int, ...]
+    pages_LWH2PD: torch.Tensor
+    turns_WW: torch.Tensor
+
+
+def _turns(n_pages: int, device: torch.device) -> torch.Tensor:
+    turn_W = torch.arange(n_pages, dtype=torch.int32, device=device)
+    return (turn_W[:, None] + turn_W) % n_pages
+
+
 class PackedPool:
     """The pool of ``store.PagePool`` in fewer bits: same calls, same order of tokens.
 
@@ -44,13 +65,24 @@ class PackedPool:
         self.packing = shape.packing()
         self._W, self._P = residual_pages(shape.page_tokens), shape.page_tokens
         size = (shape.packed_pages(n_tokens), shape.n_kv_heads, self.packing.record_bytes)
-        self.pages = {layer: torch.zeros(size, dtype=torch.uint8, device=device) for layer in shape.layers}
-        self._index = {layer: i for i, layer in enumerate(shape.layers)}
-        # One tensor, so that the oldest page of all layers is packed at once.
-        size_LWH2PD = (len(shape.layers), *page_shape(shape, self._W))
-        self._residual_LWH2PD: torch.Tensor | None = torch.zeros(size_LWH2PD, dtype=dtype, device=device)
-        turn_W = torch.arange(self._W, dtype=torch.int32, device=device)
-        self._turns_WW = (turn_W[:, None] + turn_W) % self._W
+        places: dict[torch.device, list[int]] = {}
+        for layer in shape.layers:
+            places.setdefault(shape.device_of(layer, device), []).append(layer)
+        self.pages = {
+            layer: torch.zeros(size, dtype=torch.uint8, device=place)
+            for place, layers in places.items()
+            for layer in layers
+        }
+        # One tensor a device, so that the oldest page of all its layers is packed at once.
+        self._residuals = [
+            _Residual(
+                layers=tuple(layers),
+                pages_LWH2PD=torch.zeros((len(layers), *page_shape(shape, self._W)), dtype=dtype, device=place),
+                turns_WW=_turns(self._W, place),
+            )
+            for place, layers in places.items()
+        ]
+        self._place = {layer: (held, index) for held in self._residuals for index, layer in enumerate(held.layers)}
         self.n_packed = dict.fromkeys(shape.layers, 0)
         self._oldest = dict.fromkeys(shape.layers, 0)
         self.lengths = dict.fromkeys(shape.layers, 0)
@@ -74,7 +106,6 @@ class PackedPool:
         )
 
     def _load(self, source: Source, counts: Mapping[int, int]) -> None:
-        residual = self._residual
         for layer in self.shape.layers:
             n_tokens, pool = counts[layer], self.pages[layer]
             n_packed = self.shape.packed_pages(n_tokens)
@@ -83,7 +114,7 @@ class PackedPool:
                 raw = source(layer, first, last).to(pool.device)
                 pool[first:last] = pack_pages(raw, self.packing)
             newest = source(layer, n_packed, self.shape.pages(n_tokens))
-            residual[self._index[layer], : len(newest)] = newest.to(pool.device)
+            self.residual(layer)[: len(newest)] = newest.to(pool.device)
             self.lengths[layer], self.n_packed[layer] = n_tokens, n_packed
 
     # -- what is decoded
@@ -93,11 +124,11 @@ class PackedPool:
         if self.residual_tokens(layer) == self._W * self._P:
             if self.n_packed[layer] == len(self.pages[layer]):
                 self._grow(layer)
-            raw = self._residual[self._index[layer], self._oldest[layer]]
+            raw = self.residual(layer)[self._oldest[layer]]
             self.pages[layer][self.n_packed[layer]] = pack_pages(raw, self.packing)
             self._turn(layer)
         slot, offset = self.place(layer)
-        page = self._residual[self._index[layer], slot, :, :, offset]
+        page = self.residual(layer)[slot, :, :, offset]
         page[:, 0] = k_BH1D[0, :, 0]
         page[:, 1] = v_BH1D[0, :, 0]
         self.lengths[layer] += 1
@@ -112,10 +143,12 @@ class PackedPool:
         if moved:
             for layer in layers:
                 self._grow(layer)
-        packed_LHR = pack_pages(self._residual[:, self._oldest[last]], self.packing)
-        for layer in layers:
-            self.pages[layer][self.n_packed[layer]] = packed_LHR[self._index[layer]]
-            self._turn(layer)
+        oldest = self._oldest[last]
+        for held in self._residuals:
+            packed_LHR = pack_pages(held.pages_LWH2PD[:, oldest], self.packing)
+            for packed_HR, layer in zip(packed_LHR, held.layers, strict=True):
+                self.pages[layer][self.n_packed[layer]] = packed_HR
+                self._turn(layer)
         return moved
 
     def place(self, layer: int) -> tuple[int, int]:
@@ -137,18 +170,15 @@ class PackedPool:
 
     # -- reading
 
-    @property
-    def _residual(self) -> torch.Tensor:
-        assert self._residual_LWH2PD is not None
-        return self._residual_LWH2PD
-
     def residual(self, layer: int) -> torch.Tensor:
         """Return the residual's pages [W, H, 2, P, D]; ``residual_order`` says which is the oldest."""
-        return self._residual[self._index[layer]]
+        held, index = self._place[layer]
+        return held.pages_LWH2PD[index]
 
     def residual_order(self, layer: int) -> torch.Tensor:
         """Return the residual's pages from the oldest to the newest, int32 [1, 1, W]."""
-        return self._turns_WW[self._oldest[layer]][None, None]
+        held, _ = self._place[layer]
+        return held.turns_WW[self._oldest[layer]][None, None]
 
     def attend(self, layer: int, call: AttentionCall) -> torch.Tensor:
         """Attend one query to every token; the call and the result are ``paged_attention``'s."""
@@ -182,7 +212,7 @@ class PackedPool:
 
     def keys(self, layer: int, start_tokens: int, end_tokens: int) -> torch.Tensor:
         """Return the keys [H, T, D] of tokens start to end (excluded), as they are read back."""
-        token_T = torch.arange(start_tokens, end_tokens, device=self._residual.device)
+        token_T = torch.arange(start_tokens, end_tokens, device=self.pages[layer].device)
         return self.tokens(layer, token_T.expand(self.shape.n_kv_heads, -1))[0].to(self.dtype)
 
     def make_step(self, counters: StepCounters) -> PackedStep:
@@ -194,12 +224,13 @@ class PackedPool:
     @property
     def n_bytes(self) -> int:
         """Bytes of the live pages, scales, bases and residual included."""
-        return tensor_bytes([*self.pages.values(), self._residual_LWH2PD])
+        return tensor_bytes([*self.pages.values(), *(held.pages_LWH2PD for held in self._residuals)])
 
     def clear(self) -> None:
         """Free the pages."""
         self.pages.clear()
-        self._residual_LWH2PD = None
+        self._residuals.clear()
+        self._place.clear()
 
 
 def packed_mirror(prompt: PromptKV, packing: PagePacking, device: torch.device) -> dict[int, torch.Tensor]:

@@ -21,6 +21,8 @@ ConfigT = TypeVar("ConfigT")
 class StaticResidency(CacheMethod[ConfigT]):
     """A residency fixed at opening, and a read of everything resident."""
 
+    spans_devices = True
+
     @abstractmethod
     def n_resident_tokens(self, n_tokens: int, shape: ModelShape | None) -> int:
         """Return how many of ``n_tokens`` prompt tokens stay."""

@@ -35,6 +35,8 @@ class ModelShape:
             that can be undone; a method that re-places keys is unsupported there.
         revision: identity of the weights, which trained parts of a method name; empty when unknown.
         kv: format of packed pages; None: K and V are stored as they are. A method's ``stored`` sets it.
+        devices: of every decoder layer, as ``cuda:1``, where a model is on several; empty: all of it is on the one that
+            its sequences are opened on.
     """
 
     layers: tuple[int, ...]
@@ -54,6 +56,19 @@ class ModelShape:
     unknown_rotation_layers: tuple[int, ...] = ()
     revision: str = ""
     kv: KvFormat | None = None
+    devices: tuple[str, ...] = ()
+
+    def device_of(self, layer: int, device: torch.device) -> torch.device:
+        """Return where a decoder layer is, and so what is kept of it.
+
+        Args:
+            device: that a sequence is opened on: where tokens go in and logits come out.
+        """
+        if not self.devices:
+            return device
+        import torch
+
+        return torch.device(self.devices[layer])
 
     @property
     def layer_bytes_per_token(self) -> int:

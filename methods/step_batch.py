@@ -40,8 +40,13 @@ class StepReads:
 
 def keep_query(call: AttentionCall, place: torch.Tensor | None, *, row: int = 0) -> None:
     """Leave the query of one sequence of a step where it asked for it, scaled: its products with keys are logits."""
-    if place is not None:
-        torch.mul(call.query[row, :, 0], call.scale, out=place)
+    if place is None:
+        return
+    query_QD = call.query[row, :, 0]
+    if place.device == query_QD.device:
+        torch.mul(query_QD, call.scale, out=place)
+    else:
+        place.copy_(query_QD * call.scale)
 
 
 class StepSource(Protocol):

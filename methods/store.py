@@ -31,7 +31,7 @@ class PromptKV:
         n_tokens: prompt tokens prefilled (0 is legal: a prompt of one token, which is decode step 0).
         pages: managed layer -> [pages, H, 2, P, D] in host memory, pinned when the model is on a GPU. The unused end
             of the last page is zero. The layers of a synthetic prompt may share memory.
-        stock: sliding-window layer -> its stock cache layer, on the model's device.
+        stock: sliding-window layer -> its stock cache layer, on the layer's device.
         last_hidden: decoder layer -> [B, M], hidden state of the last prefilled token entering it.
         metadata: collector name -> managed layer -> tensor.
         dtype: of K and V.
@@ -84,8 +84,9 @@ def empty_host_pages(shape: ModelShape, n_tokens: int, *, dtype: torch.dtype, pi
 class PagePool:
     """Resident pages of every managed layer on the device, filled in order, appended to, grown page by page.
 
-    Tokens are packed: whatever is kept of the prompt comes first, in order, then what is decoded. Attention does not
-    mind, since rotation was applied at a token's own position before it was stored.
+    Each layer's pages are on the layer's device. Tokens are packed: whatever is kept of the prompt comes first, in
+    order, then what is decoded. Attention does not mind, since rotation was applied at a token's own position before it
+    was stored.
     """
 
     def __init__(self, shape: ModelShape, *, n_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -96,7 +97,9 @@ class PagePool:
         self.shape = shape
         self.dtype = dtype
         self.pages = {
-            layer: torch.zeros(page_shape(shape, shape.pages(n_tokens)), dtype=dtype, device=device)
+            layer: torch.zeros(
+                page_shape(shape, shape.pages(n_tokens)), dtype=dtype, device=shape.device_of(layer, device)
+            )
             for layer in shape.layers
         }
         self.lengths = dict.fromkeys(shape.layers, 0)
@@ -124,9 +127,9 @@ class PagePool:
                 packed = range_pages(host, ranges, self.shape)
                 pool[: packed.shape[0]].copy_(packed)
             self.lengths[layer] = n_tokens
-        device = next(iter(self.pages.values())).device
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # the host pages may go away once this returns
+        for device in {pages.device for pages in self.pages.values()}:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # the host pages may go away once this returns
 
     def load_heads(self, prompt: PromptKV, kept: Mapping[int, torch.Tensor]) -> None:
         """Copy tokens that differ from KV head to KV head, packed.

@@ -108,7 +108,7 @@ class MetadataStore(ABC):
 
 
 class SummaryStore(MetadataStore):
-    """Summaries of the whole blocks of one sequence, on the device."""
+    """Summaries of the whole blocks of one sequence, each layer's on its device."""
 
     def __init__(
         self,
@@ -133,7 +133,9 @@ class SummaryStore(MetadataStore):
         self.summaries: dict[int, torch.Tensor] = {}
         for layer in layers:
             room = torch.zeros(
-                (n_room, shape.n_kv_heads, summary.n_vectors, shape.head_dim), dtype=prompt.dtype, device=device
+                (n_room, shape.n_kv_heads, summary.n_vectors, shape.head_dim),
+                dtype=prompt.dtype,
+                device=shape.device_of(layer, device),
             )
             if n_found:
                 collected = prompt.metadata.get(summary.name, {}).get(layer)

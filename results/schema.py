@@ -171,7 +171,8 @@ class CellRow(Record):
     dtype: Text
     """Element type of the model's weights and KV cache, e.g. `float32`, `bfloat16`; `unknown` for a served model."""
     device: Text
-    """Where the KV cache lived, e.g. `cpu`, `cuda:0`; `server` for a served model."""
+    """Where the KV cache lived, e.g. `cpu`, `cuda:0`; of a model on several devices all of them; `server` for a served
+    model."""
     self_check: SelfCheckState | None = None
     """Whether the accuracy process found the model's logits through kvscope's cache equal to its own forward's before
     anything was measured: `passed`; `skipped` by `--no-self-check`; `not_run`: a run without that process. Null in rows

@@ -53,6 +53,8 @@ class ReadyModel:
     Attributes:
         model: the transformers model, its attention switched to what the backend needs.
         shape: what the methods count with.
+        device: of the embeddings: where tokens go in and logits come out. ``shape.devices`` says where the layers are,
+            where they are on several.
         attention_backend: what computes attention, for the row.
         rotations: decoder layer -> its rotation, None without positions or where no method may ask for it.
     """
@@ -73,6 +75,7 @@ class Backend(Protocol[ShapeT]):
         instead_of_tokens: what the cache keeps in place of K and V of single tokens, in two words; empty where it keeps
             these. What reads the attention over single tokens is refused elsewhere.
         packs_pages: whether its stores can be in fewer bits, as a method's ``kv=`` asks; else such methods are refused.
+        spans_devices: whether layers may be on several devices, each one's cache beside it; else a map is refused.
         holds_one_sequence: whether a sequence brings the model's own cache, so that none steps with another.
     """
 
@@ -80,6 +83,7 @@ class Backend(Protocol[ShapeT]):
     instead_of_tokens: ClassVar[str] = ""
     holds_one_sequence: ClassVar[bool] = False
     packs_pages: ClassVar[bool] = False
+    spans_devices: ClassVar[bool] = False
 
     @abstractmethod
     def shape(
@@ -227,12 +231,18 @@ class NoForm(CacheMethod[Any]):
 
 
 def form_on(backend: Backend[Any], method: CacheMethod[Any], shape: Any) -> CacheMethod[Any]:
-    """Return a method as it runs on a backend's cache; a ``NoForm`` where it wants packed pages and there are none."""
+    """Return a method as it runs on a backend's cache; a ``NoForm`` where it wants packed pages and there are none, or
+    where it does not keep layers apart and they are on several devices.
+    """
     if isinstance(method, AtShare):
         base = form_on(backend, method.base, shape)
         return base if isinstance(base, NoForm) else method.over(base, dense=form_on(backend, method.dense, shape))
     form = backend.form_of(method, shape)
-    if method.kv is None or backend.packs_pages or isinstance(form, NoForm):
+    if isinstance(form, NoForm):
+        return form
+    if shape.devices and not method.spans_devices:
+        return NoForm(method, "it keeps the whole sequence on one device, and this model's layers are on several")
+    if method.kv is None or backend.packs_pages:
         return form
     return NoForm(method, f"kv={method.kv.name} packs pages of K and V, and this model's cache has none")
 

@@ -1,4 +1,4 @@
-"""Seconds of pieces of work on a device, added up without waiting for it."""
+"""Seconds of pieces of work on devices, added up without waiting for them."""
 
 from __future__ import annotations
 
@@ -10,22 +10,21 @@ import torch
 
 
 class Clock:
-    """How long the device was busy with something, in pieces. On a GPU nothing waits until the sum is asked for."""
+    """How long devices were busy with something, in pieces. On a GPU nothing waits until the sum is asked for."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self) -> None:
         self._pieces_s: list[float] = []
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """Time what is done inside."""
-        if self._device.type != "cuda":
+    def running(self, device: torch.device) -> Iterator[None]:
+        """Time what a device does inside."""
+        if device.type != "cuda":
             started_s = time.perf_counter()
             yield
             self._pieces_s.append(time.perf_counter() - started_s)
             return
-        stream = torch.cuda.current_stream(self._device)
+        stream = torch.cuda.current_stream(device)
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         first.record(stream)
         yield
@@ -34,8 +33,8 @@ class Clock:
 
     def total_s(self) -> float | None:
         """Return the seconds of all pieces; None where there was none."""
-        if self._events:
-            torch.cuda.synchronize(self._device)
-            self._pieces_s += [first.elapsed_time(last) / 1000 for first, last in self._events]
-            self._events.clear()
+        for first, last in self._events:
+            last.synchronize()
+            self._pieces_s.append(first.elapsed_time(last) / 1000)
+        self._events.clear()
         return sum(self._pieces_s) if self._pieces_s else None

@@ -47,6 +47,9 @@ def static_reasons(loaded: LoadedModel, cache: SequenceCache) -> list[str]:
     if cache.model_cache is not None:
         return ["the model's own cache moves its tensors"]
     reasons = list(cache.static_reasons())
+    if loaded.shape.devices:
+        n_devices = len({*loaded.shape.devices, str(loaded.device)})
+        reasons.append(f"the model is on {n_devices} devices, and a graph is of one")
     config = text_config(loaded.model.config)
     ropes = getattr(config, "rope_parameters", None) or {}
     nested = [ropes, *(value for value in ropes.values() if isinstance(value, dict))]

@@ -36,7 +36,7 @@ def finite_tokens(session: Session, logits_nV: torch.Tensor, *, step: int) -> tu
     """
     tokens_n = logits_nV.argmax(-1)
     sums = [total for member in session.members if (total := member.cache.scored()) is not None]
-    checks = [logits_nV.isfinite().all(), *(total.isfinite() for total in sums)]
+    checks = [logits_nV.isfinite().all(), *(total.isfinite().to(logits_nV.device) for total in sums)]
     read = torch.cat([tokens_n, torch.stack(checks).to(tokens_n.dtype)]).tolist()
     tokens, finite = read[: len(tokens_n)], read[len(tokens_n) :]
     if not all(finite):
@@ -90,7 +90,9 @@ def best_tokens(session: Session, logits_nV: torch.Tensor) -> list[Best]:
         sums_n.isfinite().double(),
     ]
     asked = [total for total in scores if total is not None]
-    finite = torch.stack([total.isfinite() for total in asked]).double() if asked else columns[0][:0]
+    finite = columns[0][:0]
+    if asked:
+        finite = torch.stack([total.isfinite().to(logits_nV.device) for total in asked]).double()
     read = torch.cat([*columns, finite]).tolist()
     n = len(scores)
     tokens, gaps, finite_logits, finite_scores = read[:n], read[n : 2 * n], read[2 * n : 3 * n], iter(read[3 * n :])
@@ -120,7 +122,8 @@ def require_finite_layers(
     """
     if not totals:
         return
-    found = torch.stack([torch.stack(list(each)) for each in totals.values()]).isfinite().tolist()
+    device = next(iter(totals.values()))[0].device
+    found = torch.stack([torch.stack(list(each)).to(device) for each in totals.values()]).isfinite().tolist()
     for layer, finite in zip(totals, found, strict=True):
         for name, is_finite in zip(names, finite, strict=True):
             if not is_finite:

@@ -3,7 +3,7 @@
 Layers are outermost, chunks of tokens innermost, so that only one layer's K and V are on the device at a time. The
 model's own code does everything: its forward runs once per chunk over stand-ins that record how each layer is called,
 then every layer is called that way, chunk after chunk. This holds for any decoder whose layers talk through hidden
-states only.
+states only. Where layers are on several devices, the hidden states of all tokens go along.
 
 Shapes: B batch (1), N prompt tokens, S tokens of a chunk, H KV heads, P tokens a page, D head size, M hidden size.
 """
@@ -87,22 +87,15 @@ class _LayerMajor:
         self.stock: dict[int, Any] = {layer: StockLayer(shape.sliding_window) for layer in shape.sliding_layers}
         self.last_hidden: dict[int, torch.Tensor] = {}
         self.peak_device_kv_bytes = 0
-        self.clock = Clock(ready.device)
+        self.clock = Clock()
         self._totals: dict[int, list[torch.Tensor]] = {}
 
     def execute(self) -> None:
         shape = self.ready.shape
-        # One layer's K and V, allocated once and used by every layer in turn.
-        buffer = torch.empty(
-            (2, 1, shape.n_kv_heads, len(self.ids_N), shape.head_dim),
-            dtype=self.ready.dtype,
-            device=self.ready.device,
-        )
         states: dict[int, Any] = dict(self.stock)
         for layer in shape.layers:
             states[layer] = PrefillLayer(
                 layer,
-                buffer,
                 self.host_pages[layer],
                 page_tokens=shape.page_tokens,
                 rotation=self.ready.rotations[layer],
@@ -113,7 +106,14 @@ class _LayerMajor:
         if shape.n_layers - 1 in shape.layers:
             states[shape.n_layers - 1].ends_prefill = True
         hidden_BNM, calls = self._record(EngineCache([states[layer] for layer in range(shape.n_layers)]))
+        buffer: torch.Tensor | None = None
         for layer, module in enumerate(layers_of(decoder_of(self.ready.model))):
+            device = shape.device_of(layer, self.ready.device)
+            hidden_BNM = hidden_BNM.to(device)
+            if buffer is None or buffer.device != hidden_BNM.device:
+                buffer = self._new_buffer(device)
+            if layer in shape.layers:
+                states[layer].buffer = buffer
             self.last_hidden[layer] = hidden_BNM[:, -1].clone()
             for (start, end), chunk_calls in zip(self.spans, calls, strict=True):
                 hidden_BSM = hidden_BNM[:, start:end]
@@ -130,12 +130,20 @@ class _LayerMajor:
             out_total = total(hidden_BNM)
             kv_totals = [total(x_BHTD) for x_BHTD in buffer] if layer in shape.layers else [out_total, out_total]
             self._totals[layer] = [*kv_totals, out_total]
+            if layer in shape.layers:
+                states[layer].buffer = None
             live = [buffer, *(x for state in self.stock.values() for x in (state.keys, state.values))]
             self.peak_device_kv_bytes = max(self.peak_device_kv_bytes, tensor_bytes(live))
         require_finite_layers(self._totals, ("K", "V", "the output"), self.ready.dtype)
         for state in self.stock.values():
             # What a stock layer keeps is a view of the last chunk's keys; a copy lets go of the rest.
             state.keys, state.values = state.keys.clone(), state.values.clone()
+
+    def _new_buffer(self, device: torch.device) -> torch.Tensor:
+        """Return room for one layer's K and V, used by every layer of a device in turn."""
+        shape = self.ready.shape
+        size = (2, 1, shape.n_kv_heads, len(self.ids_N), shape.head_dim)
+        return torch.empty(size, dtype=self.ready.dtype, device=device)
 
     def _record(self, cache: EngineCache) -> tuple[torch.Tensor, list[list[_Call]]]:
         """Run the model over stand-ins: embeddings of all tokens, and how every layer is called for every chunk."""
@@ -197,8 +205,10 @@ class _StandIn(nn.Module):
 
     def __init__(self, real: nn.Module, log: list[_Recorded]) -> None:
         super().__init__()
-        # Models read plain attributes of a layer in their loop (attention_type); parameters stay with the real one.
-        self.__dict__.update({key: value for key, value in vars(real).items() if not key.startswith("_")})
+        # Models read plain attributes of a layer in their loop (attention_type); parameters stay with the real one, and
+        # so does a forward that was put in the place of its own (accelerate's, which moves what it is called with).
+        plain = {key: value for key, value in vars(real).items() if not key.startswith("_") and key != "forward"}
+        self.__dict__.update(plain)
         self.log = log
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -223,12 +233,12 @@ class PrefillLayer(EngineLayer):
 
     Attributes:
         ends_prefill: whether the prefill is over once K and V of this layer are stored.
+        buffer: where they go, [2, B, H, N, D]; None unless it is the layer's turn.
     """
 
     def __init__(
         self,
         index: int,
-        buffer: torch.Tensor,
         host_pages: torch.Tensor,
         *,
         page_tokens: int,
@@ -240,7 +250,7 @@ class PrefillLayer(EngineLayer):
         self.rotation = rotation
         self.ends_prefill = False
         self._listeners, self._clock = listeners, clock
-        self._buffer = buffer
+        self.buffer: torch.Tensor | None = None
         self._host_pages = host_pages
         self._page_tokens = page_tokens
         self._n_tokens = 0
@@ -249,10 +259,11 @@ class PrefillLayer(EngineLayer):
         return self._n_tokens if self.recorded_tokens is None else self.recorded_tokens
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        assert self.buffer is not None
         start, self._n_tokens = self._n_tokens, self._n_tokens + key_states.shape[2]
-        self._buffer[0, :, :, start : self._n_tokens] = key_states
-        wide_states = widened(value_states, self._buffer.shape[-1])
-        self._buffer[1, :, :, start : self._n_tokens] = wide_states
+        self.buffer[0, :, :, start : self._n_tokens] = key_states
+        wide_states = widened(value_states, self.buffer.shape[-1])
+        self.buffer[1, :, :, start : self._n_tokens] = wide_states
         first, last = start // self._page_tokens, -(-self._n_tokens // self._page_tokens)
         target = self._host_pages[first:last]
         if key_states.device.type == "cpu":
@@ -266,10 +277,11 @@ class PrefillLayer(EngineLayer):
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
         self._refuse_window(call)
-        k_BHTD, v_BHTD = self._buffer[:, :, :, : self._n_tokens]
+        assert self.buffer is not None
+        k_BHTD, v_BHTD = self.buffer[:, :, :, : self._n_tokens]
         over_all = call.over(k_BHTD, v_BHTD)
         if self._listeners:
-            with self._clock.running():
+            with self._clock.running(call.query.device):
                 for collector in self._listeners:
                     collector.attention(over_all, start_tokens=self._n_tokens - call.query.shape[2])
         if self.ends_prefill:

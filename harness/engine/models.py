@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from kvscope.errors import KvscopeError, UsageError
 from kvscope.harness.engine.backend import backend_of
 from kvscope.harness.engine.configs import max_length_tokens
+from kvscope.harness.engine.device_map import begin_on, move
 from kvscope.harness.engine.devices import resolve_device, resolve_dtype
 from kvscope.harness.engine.identity import eos_ids
 from kvscope.harness.engine.loaded import LoadedModel
@@ -27,6 +28,7 @@ def load_model(
     dtype: str = "auto",
     page_tokens: int = DEFAULT_PAGE_TOKENS,
     described: bool = False,
+    modules: Mapping[str, str] | None = None,
 ) -> LoadedModel:
     """Load a model by name, local folder or Hugging Face id.
 
@@ -35,6 +37,8 @@ def load_model(
         device: ``auto`` (a GPU when there is one), ``cpu``, ``cuda`` or ``cuda:<index>``.
         dtype: ``auto`` (fp32 on CPU, bf16 on a GPU), ``float32``, ``bfloat16`` or ``float16``.
         page_tokens: tokens of one KV page.
+        modules: where each of its modules goes, as ``device_map.DeviceMap`` has it, the embeddings on ``device``; None:
+            all of it is on one device.
         described: this process, or the one it works for, has just described the model, so that it need not be built
             without weights again.
 
@@ -55,6 +59,8 @@ def load_model(
     backend.check_dtype(str(target_dtype).removeprefix("torch."))
     if is_preset(spec):
         model, tokenizer = build_preset(spec, device=target, dtype=target_dtype), None
+        if modules is not None:
+            model = move(model, modules, first=str(target))
     else:
         tokenizer = load_tokenizer(spec, where, config)
         if not described:
@@ -68,11 +74,14 @@ def load_model(
                 trust_remote_code=False,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are refused below, by name
+                device_map=None if modules is None else dict(modules),
                 **_eager(config),
             )
             check_weights(name, model, loading)
+            if modules is not None:
+                begin_on(model, str(target))
     return wrap_model(
-        model.to(target),
+        model if modules is not None else model.to(target),
         tokenizer,
         spec=spec,
         name=name,

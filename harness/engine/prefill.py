@@ -77,10 +77,16 @@ def prefill(
     for layer, layer_listeners in listeners.items():
         for collector in layer_listeners:
             prompt.metadata.setdefault(collector.name, {})[layer] = collector.finish()
-    if loaded.device.type == "cuda":
-        torch.cuda.synchronize(loaded.device)
+    synchronize(loaded)
     prompt.prefill_s = time.perf_counter() - started_s
     return prompt
+
+
+def synchronize(loaded: LoadedModel) -> None:
+    """Wait for the GPUs that a model is on; nothing without one."""
+    if loaded.device.type == "cuda":
+        for device in {loaded.device, *map(torch.device, loaded.shape.devices)}:
+            torch.cuda.synchronize(device)
 
 
 def check_host_room(shape: ModelShape, n_tokens: int) -> None:

@@ -41,6 +41,7 @@ class RopeRotation:
         """Wrap a model's tables and its function.
 
         Args:
+            device: of the layers; the tables may be elsewhere.
             partial: turn the first channels alone, as many as the tables have: the module splits heads itself.
         """
         self._rotary = rotary
@@ -90,7 +91,7 @@ class RopeRotation:
     def _tables(self, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         like = torch.empty(1, dtype=torch.float32, device=self._device)
         extra = {} if self._layer_type is None else {"layer_type": self._layer_type}
-        cos, sin = self._rotary(like, position, **extra)
+        cos, sin = (table.to(self._device) for table in self._rotary(like, position, **extra))
         # Scaled tables (YaRN's attention factor) would scale the query a second time.
         length = torch.sqrt(cos**2 + sin**2)
         return cos / length, sin / length
@@ -143,13 +144,13 @@ def probe_rotations(model: Any, shape: ModelShape) -> dict[int, RopeRotation | U
     """
     at_zero, at_five = (_calls(model, position) for position in (0, _PROBE_POSITION))
     _check_calls(dict(enumerate(at_zero)), shape)
-    shared: dict[tuple[int, str | None], list[RopeRotation]] = {}
+    shared: dict[tuple[int, str | None, torch.device], list[RopeRotation]] = {}
     found: dict[int, RopeRotation | UnknownRotation | None] = {}
     for layer, ([first], [later]) in enumerate(zip(at_zero, at_five, strict=True)):
         if _same(first.query, later.query):
             found[layer] = None
             continue
-        rotations = _rotations_of(model, later.module, layer, shared)
+        rotations = _rotations_of(model, later, layer, shared)
         fits = (each for each in rotations if _turns_back(each, later.query, first.query))
         found[layer] = next(fits, UnknownRotation(layer))
     return found
@@ -262,18 +263,21 @@ def _takes_tables(apply: Callable[..., Any]) -> bool:
 
 
 def _rotations_of(
-    model: Any, attention: Any, layer: int, shared: dict[tuple[int, str | None], list[RopeRotation]]
+    model: Any, call: AttentionCall, layer: int, shared: dict[tuple[int, str | None, torch.device], list[RopeRotation]]
 ) -> list[RopeRotation]:
-    """Return the model's own rotation on whole heads, and on their first part where the module splits them."""
+    """Return the model's own rotation on whole heads, and on their first part where the module splits them.
+
+    Layers on one device that turn alike share theirs.
+    """
     rotary = getattr(decoder_of(model), "rotary_emb", None)
-    apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    apply = getattr(sys.modules[type(call.module).__module__], "apply_rotary_pos_emb", None)
     if rotary is None or apply is None or not _takes_tables(apply):
         return []
     layer_type = None
     if "layer_type" in inspect.signature(rotary.forward).parameters:
         layer_type = text_config(model.config).layer_types[layer]
-    key = (id(apply), layer_type)
+    device = call.query.device
+    key = (id(apply), layer_type, device)
     if key not in shared:
-        device = next(model.parameters()).device
         shared[key] = [RopeRotation(rotary, apply, layer_type, device, partial=partial) for partial in (False, True)]
     return shared[key]

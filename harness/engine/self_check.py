@@ -242,7 +242,7 @@ def _where(loaded: LoadedModel, prompt: PromptKV, ids: Sequence[int], tolerance:
         last_BM = prompt.last_hidden.get(layer)
         if last_BM is None or last_BM.shape != own_BNM[:, -1].shape:
             return ""
-        if difference(last_BM.float(), own_BNM[:, -1].float()) > tolerance:
+        if difference(last_BM.to(own_BNM.device).float(), own_BNM[:, -1].float()) > tolerance:
             return f" (from layer {layer - 1} on)" if layer else ""
     return ""
 

@@ -19,7 +19,7 @@ import torch
 
 from kvscope.errors import UsageError
 from kvscope.harness.engine.loaded import LoadedModel
-from kvscope.harness.engine.prefill import DEFAULT_CHUNK_TOKENS, check_host_bytes
+from kvscope.harness.engine.prefill import DEFAULT_CHUNK_TOKENS, check_host_bytes, synchronize
 from kvscope.methods.base import AttentionCall, Collector
 from kvscope.methods.pinned import empty_mapped, lock
 from kvscope.methods.shape import ModelShape
@@ -88,9 +88,9 @@ def synthetic_prompt(
         prompt_sha256=hashlib.sha256(f"synthetic {n_tokens} {seed}".encode()).hexdigest(),
     )
     for collector in collectors:
-        _feed(collector, prompt, hidden_SM, chunk_tokens=chunk_tokens)
-    if loaded.device.type == "cuda":
-        torch.cuda.synchronize(loaded.device)
+        device = shape.device_of(collector.layer, loaded.device)
+        _feed(collector, prompt, hidden_SM.to(device), chunk_tokens=chunk_tokens)
+    synchronize(loaded)
     prompt.prefill_s = time.perf_counter() - started_s
     return prompt
 

@@ -82,7 +82,7 @@ class AccuracyPass:
             f"accuracy   {prompts:,} prompts, each prefilled once for {len(plan.methods)} methods: "
             f"{self.prefill_tokens(plan):,} tokens to prefill, {prompts * len(plan.methods):,} rows",
             *rehearsal_text(plan),
-            *batch_text(plan.batch, device=plan.facts.device),
+            *batch_text(plan.batch, device="a device" if plan.facts.device_map else plan.facts.device),
             *executor_text(plan),
         ]
 
@@ -150,7 +150,7 @@ class AccuracyPass:
 def executor_text(plan: Plan) -> list[str]:
     """Return the plan's line of who answers; none where that is one process."""
     if plan.config.executor == "ray":
-        return [ray_text(plan.config.jobs, device=plan.facts.device)]
+        return [ray_text(plan.config.jobs, devices=plan.facts.devices)]
     return jobs_text(worker_devices(plan.config, plan.facts.device))
 
 
@@ -161,4 +161,4 @@ def _pool(plan: Plan, store: "RunStore", said: Said, devices: Sequence[str], *, 
     from kvscope.harness.passes.ray_pool import RayPool
     from kvscope.harness.passes.recording import identity
 
-    return RayPool(plan.config, plan.facts.device, {**task, "identity": identity(plan)}, said)
+    return RayPool(plan.config, plan.facts.devices, {**task, "identity": identity(plan)}, said)

@@ -2,43 +2,50 @@
 
 import gc
 import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 class TorchMemory:
-    """torch's allocator and the device's clock; on a CPU the allocator has no counters."""
+    """torch's allocator and the clocks of one device or several, added up; on a CPU the allocator has no counters."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, *devices: str) -> None:
         import torch
 
-        self._cuda = torch.cuda if device.startswith("cuda") else None
-        self._device = torch.device(device)
+        self._cuda = torch.cuda
+        self._devices = [torch.device(device) for device in devices if device.startswith("cuda")]
 
     @property
     def reason(self) -> str | None:
-        return None if self._cuda else "torch keeps no memory counters on the CPU"
+        return None if self._devices else "torch keeps no memory counters on the CPU"
 
     def free(self) -> None:
         gc.collect()
-        if self._cuda:
-            self._cuda.synchronize(self._device)
+        for device in self._devices:
+            self._cuda.synchronize(device)
+        if self._devices:
             self._cuda.empty_cache()
 
     def reset(self) -> None:
-        if self._cuda:
-            self._cuda.reset_peak_memory_stats(self._device)
+        for device in self._devices:
+            self._cuda.reset_peak_memory_stats(device)
 
     def allocated_bytes(self) -> int | None:
-        return int(self._cuda.memory_allocated(self._device)) if self._cuda else None
+        return self._sum(self._cuda.memory_allocated)
 
     def reserved_bytes(self) -> int:
         """Return what the allocator holds, blocks it has free included."""
-        return int(self._cuda.memory_reserved(self._device)) if self._cuda else 0
+        return self._sum(self._cuda.memory_reserved) or 0
 
     def peaks_bytes(self) -> tuple[int | None, int | None]:
         """Return (peak allocated, peak reserved) since the last reset."""
-        if not self._cuda:
-            return None, None
-        return int(self._cuda.max_memory_allocated(self._device)), int(self._cuda.max_memory_reserved(self._device))
+        return self._sum(self._cuda.max_memory_allocated), self._sum(self._cuda.max_memory_reserved)
+
+    def _sum(self, count: "Callable[[torch.device], int]") -> int | None:
+        return sum(int(count(device)) for device in self._devices) if self._devices else None
 
 
 def allocator_settings() -> str | None:

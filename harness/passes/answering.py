@@ -37,7 +37,12 @@ def load(plan: Plan) -> "LoadedModel":
 
     config, facts = plan.config, plan.facts
     loaded = load_model(
-        config.model, device=facts.device, dtype=facts.dtype, page_tokens=config.page_tokens, described=True
+        config.model,
+        device=facts.device,
+        dtype=facts.dtype,
+        page_tokens=config.page_tokens,
+        described=True,
+        modules=None if facts.device_map is None else facts.device_map.modules,
     )
     if config.self_check:
         self_check(loaded)
@@ -239,7 +244,7 @@ def sample_cell(plan: Plan, method: "CacheMethod[Any]", sample: "Sample") -> dic
         length_tokens=sample.length_tokens,
         context_tokens=len(context_ids),
         dtype=facts.dtype,
-        device=facts.device,
+        device=facts.where,
         self_check="passed" if config.self_check else "skipped",
         chat_template=facts.chat_template,
     )

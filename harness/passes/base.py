@@ -332,7 +332,7 @@ class Plan(RunPlan):
         facts = self.facts
         return {
             **super().values(),
-            "device": facts.device,
+            "device": facts.placement,
             "dtype": facts.dtype,
             "weights_bytes": facts.weights_bytes,
             "kv_bytes_per_token": facts.shape.kv_bytes_per_token,
@@ -347,7 +347,7 @@ class Plan(RunPlan):
     def header(self) -> list[str]:
         """Return its first lines: the model, tasks, lengths and the budget."""
         config, facts = self.config, self.facts
-        where = facts.device if self.elsewhere is None else self.elsewhere.target.name
+        where = facts.placement if self.elsewhere is None else self.elsewhere.target.name
         weights = "unknown size" if facts.weights_bytes is None else format_bytes(facts.weights_bytes)
         lines = [
             f"model    {config.model}: {facts.dtype} on {where}, {weights} of weights, "

@@ -36,7 +36,7 @@ class BatchCell:
         rows: how many, at most.
         prompts: prompts begun at once, at most.
         device_bytes, host_bytes: what all of it takes at most, weights and prefill included; on a CPU all of it is
-            host memory. None where it cannot be told.
+            host memory, and of several devices it is the one that holds most. None where it cannot be told.
     """
 
     length_tokens: int
@@ -96,11 +96,11 @@ def jobs_text(devices: Sequence[str]) -> list[str]:
     return [f"jobs       {len(devices)} processes answer prompts, {places}; memory and times are measured alone"]
 
 
-def ray_text(jobs: int, *, device: str) -> str:
+def ray_text(jobs: int, *, devices: Sequence[str]) -> str:
     """Return the plan's line on a Ray cluster, whose nodes are known when it is asked."""
-    place = "GPU" if device.startswith("cuda") else "node"
+    place = "each node" if devices[0] == "cpu" else "each GPU" if len(devices) == 1 else f"every {len(devices)} GPUs"
     processes = "1 process" if jobs == 1 else f"{jobs} processes"
-    return f"jobs       {processes} on each {place} of a Ray cluster; memory and times are measured here, alone"
+    return f"jobs       {processes} on {place} of a Ray cluster; memory and times are measured here, alone"
 
 
 class _Sizes:
@@ -121,7 +121,9 @@ class _Sizes:
         self._methods = [method for method in methods if not method.unsupported(facts.shape, facts.device)]
         self._is_cpu = facts.device == "cpu"
         # Each process has its part of what there is.
-        device_bytes = None if self._is_cpu else total_device_bytes(facts.device)
+        totals = [] if self._is_cpu else [total_device_bytes(device) for device in facts.devices]
+        known = [n_bytes for n_bytes in totals if n_bytes is not None]
+        device_bytes = min(known) if known else None
         host_bytes: int | None = None
         if target is None:
             host_bytes = total_host_bytes()
@@ -172,7 +174,9 @@ class _Sizes:
         packed_bytes = sum(each.host_bytes for method, each in predicted if method.kv is not None)
         prompt_bytes = facts.shape.dense_kv_bytes(n_prompt) + metadata_bytes + packed_bytes
         pages_bytes = prompts_of(rows, len(found)) * prompt_bytes
-        device_bytes = facts.weights_bytes + prefill_bytes + own_bytes
+        device_bytes = prefill_bytes + max(
+            part.weights_bytes + round(part.cache_share * own_bytes) for part in facts.device_parts()
+        )
         if self._is_cpu:
             return None, device_bytes + pages_bytes
         return CONTEXT_BYTES + device_bytes, pages_bytes

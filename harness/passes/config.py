@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from kvscope.errors import UsageError, did_you_mean, shown
 from kvscope.harness.engine.presets import is_preset
 from kvscope.harness.passes.served_keys import SERVED_KEYS, check_served, served_values
+from kvscope.harness.passes.spread_keys import check_spread
 from kvscope.harness.passes.yaml_text import read_yaml, yaml_value
 from kvscope.harness.served.address import is_url
 from kvscope.paths import user_path
@@ -205,6 +206,12 @@ class RunConfig(BaseModel):
     )
     footprint_timeout_s: float = Field(default=3600.0, gt=0, description="longest time of one footprint cell")
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
+    device_map: str = Field(
+        default="none",
+        min_length=1,
+        description="a model over several GPUs: auto or balanced (its layers over all of them), a JSON file of "
+        "module: device, or none",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="auto is float32 on a CPU, bfloat16 on a GPU"
     )
@@ -341,6 +348,7 @@ class RunConfig(BaseModel):
             )
         if self.gpus is not None and self.device != "auto":
             raise UsageError("gpus says where prompts are answered: leave out --device.")
+        check_spread(self.device_map, self.decode_graph, changed=_changed(self))
         check_served(self.model, self.methods, self.tokenizer, changed=_changed(self))
         if self.find_max and self.throughput:
             raise UsageError("find_max and throughput are two runs: ask for one of them.")
@@ -406,11 +414,11 @@ class RunConfig(BaseModel):
     def identity(self) -> dict[str, Any]:
         """Return what decides the rows: all but ``out``, the time limits, ``retry``, ``batch`` and the self-check.
 
-        What ``chat_template`` comes to is for the plan to say.
+        What ``chat_template`` and ``device_map`` come to is for the plan to say.
         """
         values = self.model_dump(
             mode="json",
-            exclude={*_NO_VALUES, *SERVED_KEYS, "chat_template", "methods", "tasks"},
+            exclude={*_NO_VALUES, *SERVED_KEYS, "chat_template", "device_map", "methods", "tasks"},
         )
         values["footprint_lengths_tokens"] = list(self.footprint_cells_tokens)
         if self.prefill_chunk_tokens is None:

@@ -5,14 +5,17 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from kvscope.errors import UsageError
 from kvscope.harness.engine.backend import Backend, backend_of
 from kvscope.harness.passes.libraries import import_libraries
 from kvscope.methods.shape import DEFAULT_PAGE_TOKENS, ModelShape
 
 if TYPE_CHECKING:
     import torch
+
+    from kvscope.harness.engine.device_map import DeviceMap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,25 @@ class PromptFacts:
     max_length_tokens: int
     revision: str | None
 
+    @property
+    def where(self) -> str:
+        """What rows call the place where it computes: its device, or all of them."""
+        return self.device
+
+
+class DevicePart(NamedTuple):
+    """What a device has of a model.
+
+    Attributes:
+        device: its name.
+        weights_bytes: of the weights.
+        cache_share: share of the managed layers, and so of a cache.
+    """
+
+    device: str
+    weights_bytes: int
+    cache_share: float
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts(PromptFacts):
@@ -51,6 +73,7 @@ class ModelFacts(PromptFacts):
         intermediate_size: width of the MLP.
         vocab_size: token ids are below it.
         not_applied: settings of its generation config that stock applies to greedy answers and kvscope does not.
+        device_map: where its modules are, where they are on several devices; ``device`` is that of its embeddings.
         step_weights_bytes: of these, what a decode step reads; None with experts, too, where tokens decide it.
     """
 
@@ -62,6 +85,33 @@ class ModelFacts(PromptFacts):
     revision: str
     not_applied: tuple[str, ...] = ()
     step_weights_bytes: int | None = None
+    device_map: "DeviceMap | None" = None
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Every device that it is on, that of its embeddings first."""
+        return (self.device,) if self.device_map is None else self.device_map.devices
+
+    @property
+    def where(self) -> str:
+        return ", ".join(self.devices)
+
+    @property
+    def placement(self) -> str:
+        """Its devices and, where there are several, the layers on each."""
+        return self.device if self.device_map is None else self.device_map.text()
+
+    def device_parts(self) -> list[DevicePart]:
+        """Return what each of its devices has of the weights and of the cache; none where the weights are not known."""
+        if self.weights_bytes is None:
+            return []
+        if self.device_map is None:
+            return [DevicePart(self.device, self.weights_bytes, 1.0)]
+        managed = [self.device_map.layers[layer] for layer in self.shape.layers]
+        return [
+            DevicePart(device, self.device_map.weights_bytes[device], managed.count(device) / len(managed))
+            for device in self.devices
+        ]
 
     def prefill_peak_bytes(self, n_tokens: int, *, chunk_tokens: int) -> int:
         """Estimate device bytes of a prefill besides weights."""
@@ -78,15 +128,18 @@ def describe_model(
     page_tokens: int = DEFAULT_PAGE_TOKENS,
     chat_template: str = "none",
     elsewhere: bool = False,
+    device_map: str | None = None,
 ) -> ModelFacts:
     """Describe a model from its configuration and tokenizer files, without loading weights.
 
     Args: as :func:`kvscope.harness.engine.models.load_model`, and
         chat_template: ``auto``, ``none`` or a file (see :func:`kvscope.harness.engine.chat.chat_tokenizer`), and
-        elsewhere: describe it as on a GPU of another machine; ``device`` means nothing then.
+        elsewhere: describe it as on a GPU of another machine; ``device`` means nothing then, and
+        device_map: ``auto``, ``balanced`` or a file (see :func:`kvscope.harness.engine.device_map.read_device_map`);
+            ``device`` means nothing then.
 
     Raises:
-        UsageError: no such model, an architecture that cannot be run, a bad device or dtype, or a bad template.
+        UsageError: no such model, an architecture that cannot be run, a bad device, map or dtype, or a bad template.
         EnvironmentProblem: the device asked for is not there.
     """
     import_libraries()
@@ -94,6 +147,7 @@ def describe_model(
 
     from kvscope.harness.engine.chat import chat_tokenizer
     from kvscope.harness.engine.configs import max_length_tokens, text_config
+    from kvscope.harness.engine.device_map import place, read_device_map
     from kvscope.harness.engine.devices import resolve_device, resolve_dtype
     from kvscope.harness.engine.identity import generation_config, model_folder, not_applied
     from kvscope.harness.engine.loading import explained, load_config, load_tokenizer
@@ -103,6 +157,9 @@ def describe_model(
 
     where, name = resolve_model(spec)
     config = load_config(spec)
+    asked = None if device_map is None else read_device_map(device_map)
+    if asked is not None:
+        device = asked.devices[0]
     target = torch.device("cuda", 0) if elsewhere else indexed(resolve_device(device))
     element_type = resolve_dtype(dtype, target)
     backend = backend_of(config)
@@ -115,6 +172,14 @@ def describe_model(
     tokenizer = load_tokenizer(spec, where, config)
     chat = chat_tokenizer(tokenizer, chat_template)
     model = model_without_weights(spec, where, config, shape, device_type=target.type)
+    placed: DeviceMap | None = None
+    if asked is not None and len(asked.devices) > 1:
+        check_spread(spec, model, config, backend)
+    if asked is not None and model is not None:
+        found = place(asked, model, spec=spec, element_bytes=element_type.itemsize)
+        target = torch.device(found.devices[0])
+        if len(found.devices) > 1:
+            placed, shape = found, dataclasses.replace(shape, devices=found.layers)
     revision = sampled_revision(where, config)
     return ModelFacts(
         spec=spec,
@@ -132,7 +197,28 @@ def describe_model(
         revision=revision,
         not_applied=() if is_preset(spec) else tuple(not_applied(generation_config(model_folder(where), config))),
         step_weights_bytes=None if model is None else _step_weights_bytes(model, element_type.itemsize),
+        device_map=placed,
     )
+
+
+def check_spread(spec: str, model: Any, config: Any, backend: Backend[Any]) -> None:
+    """Refuse to put a model on several devices that runs on one.
+
+    Args:
+        model: built without storage; None where it is built with storage alone.
+
+    Raises:
+        UsageError: saying why.
+    """
+    if not backend.spans_devices:
+        why = f"{backend.name} keeps its cache on one"
+    elif getattr(config, "quantization_config", None) is not None:
+        why = "its weights are quantised, and their kernels were written for one"
+    elif model is None:
+        why = "its modules are known only when it has loaded"
+    else:
+        return
+    raise UsageError(f"Model '{spec}' cannot be on several devices: {why}; leave out --device-map.")
 
 
 def indexed(device: "torch.device") -> "torch.device":

@@ -24,13 +24,16 @@ Rooms = Mapping[str, tuple[int | None, str]]
 def device_rooms(
     config: RunConfig, facts: ModelFacts, target: Target | None = None
 ) -> dict[str, tuple[int | None, str]]:
-    """Return device -> (free bytes, its name) for the computing device and the host; a budget lowers the device's.
+    """Return device -> (free bytes, its name) for computing devices and the host; a budget lowers the device's.
 
     Args:
         target: the machine that is planned for; None: this one.
     """
     if target is None:
-        rooms = {device: free_device_bytes(device) for device in {facts.device, "cpu"}}
+        rooms = {device: free_device_bytes(device) for device in dict.fromkeys([*facts.devices, "cpu"])}
+        if facts.device_map is not None:
+            # Of several alike the name would not tell which.
+            rooms |= {device: (rooms[device][0], device) for device in facts.devices}
     else:
         rooms = {facts.device: (target.memory_bytes, target.name), "cpu": (target.host_bytes, "host memory")}
     budget_bytes = config.gpu_budget_bytes
@@ -95,7 +98,8 @@ def needed_bytes_by_device(
 ) -> dict[str, int]:
     """Estimate the peak bytes of a cell by device: where it computes, and the host that holds the prompt's pages.
 
-    A synthetic prompt is smaller where its pages are not recalled. What is recalled packed is held beside the prompt.
+    Of several devices each has its layers' part of the cache; the prefill comes to each in turn. A synthetic prompt is
+    smaller where its pages are not recalled. What is recalled packed is held beside the prompt.
     """
     if facts.weights_bytes is None:
         return {}
@@ -106,10 +110,14 @@ def needed_bytes_by_device(
         prefill_bytes = 0
     if method.kv is not None:
         pages_bytes += predicted.host_bytes
-    own_bytes = facts.weights_bytes + max(prefill_bytes, config.footprint_batch * predicted.device_bytes)
+    held_bytes = config.footprint_batch * predicted.device_bytes
+    needs = {
+        part.device: part.weights_bytes + max(prefill_bytes, round(part.cache_share * held_bytes))
+        for part in facts.device_parts()
+    }
     if facts.device == "cpu":
-        return {"cpu": own_bytes + pages_bytes}
-    return {facts.device: CONTEXT_BYTES + own_bytes, "cpu": pages_bytes}
+        return {"cpu": needs["cpu"] + pages_bytes}
+    return {**{device: CONTEXT_BYTES + n_bytes for device, n_bytes in needs.items()}, "cpu": pages_bytes}
 
 
 def longest_that_fits(method: "CacheMethod[Any]", *, config: RunConfig, facts: ModelFacts, rooms: Rooms) -> int:

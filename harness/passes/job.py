@@ -28,6 +28,8 @@ class Job(BaseModel, Generic[RowT]):
         context_tokens: tokens of a synthetic prompt.
         forced_ids: tokens fed under the method before it decodes on its own: at least one.
         decode_tokens: decode steps; nothing stops them early.
+        devices: that the model is on, that of its embeddings first.
+        modules: where each of its modules goes; None where that is one device.
         decode_graph: whether steps are replays of a CUDA graph. The warm-up captures one too, whose memory is then part
             of the baseline.
         gpu_budget_bytes: most device bytes the process may take; None for the whole card.
@@ -49,7 +51,8 @@ class Job(BaseModel, Generic[RowT]):
     forced_ids: tuple[int, ...]
     decode_tokens: int
     seed: int
-    device: str
+    devices: tuple[str, ...] = Field(min_length=1)
+    modules: dict[str, str] | None = None
     dtype: str
     prefill_chunk_tokens: int
     page_tokens: int

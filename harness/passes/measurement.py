@@ -26,7 +26,11 @@ WARM_UP_STEPS = 4
 
 
 class Measurement(ABC, Generic[RowT]):
-    """The phases of one cell; ``columns`` fills as they pass, so that a failure keeps what was read before it."""
+    """The phases of one cell; ``columns`` fills as they pass, so that a failure keeps what was read before it.
+
+    Of a model on several devices every reading of NVML and of torch is their sum. torch's peaks are those of each,
+    which may be of different moments.
+    """
 
     def __init__(self, job: Job[RowT], *, say: TextIO) -> None:
         self.job = job
@@ -41,6 +45,11 @@ class Measurement(ABC, Generic[RowT]):
         self._nvml_reason = "the run computes on the CPU: there is no GPU memory to read"
         self._torch: TorchMemory | None = None
         self._weights_bytes = 0
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the device, or each of them, is a GPU."""
+        return self.job.devices[0].startswith("cuda")
 
     @abstractmethod
     def measure(self) -> RowT:
@@ -99,23 +108,24 @@ class Measurement(ABC, Generic[RowT]):
         return wait_for_quiet(self._nvml_bytes)
 
     def _create_context(self) -> None:
-        """Create the CUDA context before anything else, and find this process in NVML's list."""
-        device = self.job.device
-        if device.startswith("cuda"):
-            self._nvml = NvmlProcessMemory(int(device.partition(":")[2] or 0))
+        """Create the CUDA contexts before anything else, and find this process in NVML's lists."""
+        devices = self.job.devices
+        if self.on_gpu:
+            self._nvml = NvmlProcessMemory(*(int(device.partition(":")[2] or 0) for device in devices))
             import torch
 
-            torch.zeros(1, device=device)
-            torch.cuda.synchronize(torch.device(device))
+            for device in devices:
+                torch.zeros(1, device=device)
+                torch.cuda.synchronize(torch.device(device))
             self._nvml.identify()
             self._nvml_reason = self._nvml.reason or ""
             self.columns["allocator"] = allocator_settings()
-        self._torch = TorchMemory(device)
+        self._torch = TorchMemory(*devices)
         self.columns["context_nvml_bytes"] = self.quiet_bytes()
         others = self._nvml.others(self.job.sweep_pid) if self._nvml else None
         if others is not None:
             self.columns["other_processes"], self.columns["other_processes_nvml_bytes"] = others
-        self.budget.apply(device, outside_bytes=self.columns["context_nvml_bytes"])
+        self.budget.apply(devices[0], outside_bytes=self.columns["context_nvml_bytes"])
 
     def prepare(self) -> "tuple[LoadedModel, CacheMethod[Any]] | list[str]":
         """Pass the phases start, load and warm-up; return model and method, or why the method cannot run here."""
@@ -157,7 +167,7 @@ class Measurement(ABC, Generic[RowT]):
         baseline_bytes = self.columns["baseline_nvml_bytes"] = self.quiet_bytes()
         if baseline_bytes is not None:
             # Kernels that loaded with the first steps are memory torch does not see: it may have that much less.
-            self.budget.apply(job.device, outside_bytes=baseline_bytes - self._torch.reserved_bytes())
+            self.budget.apply(job.devices[0], outside_bytes=baseline_bytes - self._torch.reserved_bytes())
         return loaded, method
 
     def _warm_up_tokens(self, loaded: "LoadedModel", method: "CacheMethod[Any]") -> int:
@@ -174,8 +184,7 @@ class Measurement(ABC, Generic[RowT]):
 
     def check_budget(self, what: str, nvml_bytes: int | None, *, ledger_bytes: int) -> None:
         """Hold NVML's reading against the budget; on a CPU the weights and the ledger."""
-        on_gpu = self.job.device.startswith("cuda")
-        self.budget.check(nvml_bytes if on_gpu else self._weights_bytes + ledger_bytes, what)
+        self.budget.check(nvml_bytes if self.on_gpu else self._weights_bytes + ledger_bytes, what)
 
     def prompt(self, loaded: "LoadedModel", method: "CacheMethod[Any]") -> "PromptKV":
         """Prefill the prompt, or fill its pages with random values."""
@@ -206,7 +215,10 @@ class Measurement(ABC, Generic[RowT]):
         job = self.job
         method = create_method(job.method, paper_settings=job.paper_settings)
         # The sweep that sent the job has described the model.
-        loaded = load_model(job.model, device=job.device, dtype=job.dtype, page_tokens=job.page_tokens, described=True)
+        loaded = load_model(
+            job.model, device=job.devices[0], dtype=job.dtype, page_tokens=job.page_tokens, modules=job.modules,
+            described=True,
+        )  # fmt: skip
         self.backend = loaded.attention_backend
         return loaded, form_on(loaded.backend, method, loaded.shape)
 

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -28,7 +29,7 @@ _HOST_PID_NAMESPACE = 0xEFFFFFFC
 
 
 class NvmlProcessMemory:
-    """Bytes that this process holds on one GPU, as the driver counts them.
+    """Bytes that this process holds on one GPU, or on several together, as the driver counts them.
 
     Make it before the CUDA context exists: NVML reports the host's process ids, and those of a container are others. A
     process there may have our id and be a stranger, so that the one that appears between construction and
@@ -37,9 +38,9 @@ class NvmlProcessMemory:
     ``reason`` is None when :meth:`read_bytes` works, else one clause that says why it does not.
     """
 
-    def __init__(self, device_index: int = 0) -> None:
+    def __init__(self, *device_indices: int) -> None:
         self.reason: str | None = None
-        self._handle: Any = None
+        self._handles: list[Any] = []
         self._nvml: Any = None
         self._pid: int | None = None
         self._before: set[int] = set()
@@ -50,7 +51,7 @@ class NvmlProcessMemory:
             return
         try:
             pynvml.nvmlInit()
-            self._handle = nvml_handle(pynvml, device_index)
+            self._handles = [nvml_handle(pynvml, index) for index in device_indices or (0,)]
             self._nvml = pynvml
             self._before = set(self.processes() or ())
         except pynvml.NVMLError as error:
@@ -73,6 +74,9 @@ class NvmlProcessMemory:
                 f"NVML does not list this process ({len(appeared)} processes appeared on the GPU while its context was "
                 "created): process ids of a container cannot be told apart"
             )
+            return
+        if len(self._handles) > 1 and not all(found in {each.pid for each in listed} for listed in self._listed()):
+            self.reason = "NVML does not list this process on each of its GPUs"
             return
         self._pid = found
         if not processes[found]:  # a context takes memory: zero is no reading
@@ -107,20 +111,25 @@ class NvmlProcessMemory:
     def processes(self) -> dict[int, int | None] | None:
         """Return process id -> bytes, None where the driver does not tell; None where it lists none (``reason``).
 
-        A GPU cut into instances (MIG) lists a process once an instance: its bytes are their sum.
+        A GPU cut into instances (MIG) lists a process once an instance, each of several GPUs lists it once: its bytes
+        are their sum.
         """
         found: dict[int, int | None] = {}
         if self._nvml is None and self.reason is not None:
             return None
         try:
-            listed = self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
+            listed = self._listed()
         except self._nvml.NVMLError as error:
             self.reason = f"NVML does not list processes: {error}"
             return None
-        for process in listed:
+        for process in chain.from_iterable(listed):
             used_bytes, other_bytes = process.usedGpuMemory, found.get(process.pid, 0)
             found[process.pid] = None if used_bytes is None or other_bytes is None else other_bytes + used_bytes
         return found
+
+    def _listed(self) -> list[Any]:
+        """Return the processes on each GPU, as NVML has them."""
+        return [self._nvml.nvmlDeviceGetComputeRunningProcesses(handle) for handle in self._handles]
 
 
 def in_host_pid_namespace() -> bool:

@@ -196,6 +196,14 @@ class RunOptions:
         typer.Option("--retry/--no-retry", help="Measure failed and oom rows again, once a call.  [default: retry]"),
     ]
     device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.  [default: auto]")]
+    device_map: Annotated[
+        str | None,
+        typer.Option(
+            "--device-map",
+            metavar="auto|balanced|FILE",
+            help="A model over several GPUs: over all of them, or as a JSON file says (module: device).",
+        ),
+    ]
     dtype: Annotated[
         str | None,
         typer.Option(

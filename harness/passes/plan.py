@@ -114,6 +114,7 @@ def _own_plan(config: RunConfig, target: Target | None) -> Plan:
         page_tokens=config.page_tokens,
         chat_template=config.chat_template,
         elsewhere=target is not None,
+        device_map=None if config.device_map == "none" else config.device_map,
     )
     check_synthetic(config, facts)
     methods = tuple(form_on(facts.backend, method, facts.shape) for method in methods)

@@ -47,7 +47,7 @@ def run_worker(
     """
     kills_before = kernel_oom_kills()
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as stderr:
-        process = _start(command, stderr, device=job.device)
+        process = _start(command, stderr, device=job.devices[0])
         timed_out = threading.Event()
 
         def stop() -> None:

@@ -181,16 +181,19 @@ class RayWorker:
 class RayPool:
     """Nodes of a cluster: ``jobs`` workers on each of their GPUs, or on each node where prompts are answered by CPUs.
 
+    A model on several GPUs has one worker on as many of a node's.
+
     Args:
-        config, device: of the run; a node without a GPU is left alone where the device is one.
+        config, devices: of the run; a node with fewer GPUs is left alone.
         task: the first line of a worker, but for its device.
     """
 
     tick_s: float | None = TICK_S
 
-    def __init__(self, config: RunConfig, device: str, task: Mapping[str, Any], said: Said) -> None:
+    def __init__(self, config: RunConfig, devices: Sequence[str], task: Mapping[str, Any], said: Said) -> None:
         self._ray = import_ray()
-        self._config, self._on_gpu, self._said = config, device.startswith("cuda"), said
+        self._config, self._said = config, said
+        self._on_gpu, self._n_gpus = devices[0].startswith("cuda"), len(devices)
         self._is_ours = connect(self._ray, config)
         self._alive: list[RayWorker] = []
         self._unusable: set[str] = set()
@@ -207,7 +210,7 @@ class RayPool:
         found = []
         for node in self._ray.nodes():
             resources = node["Resources"]
-            places = int(resources.get("GPU", 0)) if self._on_gpu else int(resources.get("CPU", 0) >= 1)
+            places = int(resources.get("GPU", 0)) // self._n_gpus if self._on_gpu else int(resources.get("CPU", 0) >= 1)
             if node["Alive"] and node["NodeID"] not in self._unusable and places:
                 found.append((node, places * self._config.jobs))
         return found
@@ -228,7 +231,7 @@ class RayPool:
         if self._alive:
             self._since_s = time.monotonic()
         elif most > 0 and time.monotonic() - self._since_s > PATIENCE_S:
-            what = "a GPU" if self._on_gpu else "a CPU"
+            what = self._place()
             raise EnvironmentProblem(
                 f"The Ray cluster has had no node with {what} for {PATIENCE_S:g} s: every finished row is kept, and "
                 "the same command continues when there is one."
@@ -238,22 +241,30 @@ class RayPool:
     def _start(self, node: Mapping[str, Any], room: int) -> RayWorker:
         ray, resources = self._ray, node["Resources"]
         share = resources.get("CPU", 0) / room
-        device = "cuda:0" if self._on_gpu else "cpu"  # Ray shows an actor the GPU that is its own, and no other
+        # Ray shows an actor the GPUs that are its own, and no others: there the same map is settled anew.
+        device = "cuda:0" if self._on_gpu else "cpu"
+        where = {} if self._config.device_map != "none" else {"device": device}
         actor = (
             ray.remote(NodeWorker)
             .options(
                 num_cpus=min(share, 1.0) if self._on_gpu else (int(share) if share >= 1 else share),
-                num_gpus=1 / self._config.jobs if self._on_gpu else 0,
+                num_gpus=self._n_gpus / self._config.jobs if self._on_gpu else 0,
                 max_concurrency=2,  # it listens to its worker, and is given lines for it
                 max_restarts=0,
                 scheduling_strategy=ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
                     node_id=node["NodeID"], soft=False
                 ),
             )
-            .remote({**self._task, "config": {**self._task["config"], "device": device}}, str(Path.cwd()))
+            .remote({**self._task, "config": {**self._task["config"], **where}}, str(Path.cwd()))
         )
-        where = f"{'a GPU' if self._on_gpu else 'a CPU'} of node {node['NodeManagerAddress']}"
-        return RayWorker(ray, actor, self._said, node=node["NodeID"], where=where)
+        place = f"{self._place()} of node {node['NodeManagerAddress']}"
+        return RayWorker(ray, actor, self._said, node=node["NodeID"], where=place)
+
+    def _place(self) -> str:
+        """Return what a worker has of a node."""
+        if not self._on_gpu:
+            return "a CPU"
+        return "a GPU" if self._n_gpus == 1 else f"{self._n_gpus} GPUs"
 
     def left(self, worker: Worker, *, usable: bool) -> None:
         """Note that a worker is gone."""

@@ -1,5 +1,6 @@
 """What a run folder keeps of a plan: what its rows have in common, and what measured them."""
 
+from collections import Counter
 from datetime import UTC, datetime
 from typing import Any
 
@@ -8,7 +9,7 @@ from pydantic import ValidationError
 import kvscope
 from kvscope.errors import UsageError
 from kvscope.harness.passes.base import Plan, RunPlan
-from kvscope.harness.passes.environment import capture_environment
+from kvscope.harness.passes.environment import capture_environment, torch_state
 from kvscope.harness.passes.served_plan import ServedPlan
 from kvscope.harness.passes.task_names import recorded_task
 from kvscope.results.rowfile import first_problem
@@ -52,7 +53,13 @@ def surroundings(plan: RunPlan) -> dict[str, Any]:
     if isinstance(plan, ServedPlan):
         return plan.environment()
     assert isinstance(plan, Plan)
-    return capture_environment(device=plan.facts.device, attention_backend=planned_backend(plan))
+    facts = plan.facts
+    found = capture_environment(device=facts.device, attention_backend=planned_backend(plan))
+    if facts.device_map is not None:
+        gpus = Counter(torch_state(device)["gpu"] for device in facts.devices)
+        named = " and ".join(f"{n} x {name}" for name, n in gpus.items() if name is not None)
+        found |= {"device": facts.placement, "gpu": named or None}
+    return found
 
 
 def identity(plan: RunPlan) -> dict[str, Any]:
@@ -97,7 +104,7 @@ def _earlier_identity(plan: Plan) -> dict[str, Any]:
         **chat,
         "methods": [method.label for method in plan.methods],
         "tasks": [recorded_task(spec, task) for spec, task in zip(config.tasks, plan.tasks, strict=True)],
-        "device": facts.device,
+        "device": facts.placement,
         "dtype": facts.dtype,
         "prefill_chunk_tokens": plan.chunk_tokens,
         "model_revision": facts.revision,

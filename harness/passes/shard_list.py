@@ -67,6 +67,6 @@ def shards_of(
 
 def worker_task(plan: Plan, store: "RunStore") -> dict[str, Any]:
     """Return the first line of every worker, but for where it computes and who else does."""
-    # Where prompts are answered is said here; a worker is one process on one device.
+    # Where prompts are answered is said here; a worker is one process.
     config = plan.config.model_dump(mode="json", exclude={"out", "gpus", "device", "executor", "ray_address"})
     return {"config": config, "folder": str(store.folder), "info": store.info.model_dump(mode="json")}

@@ -1,12 +1,12 @@
 """``kvscope run``: check, open the folder, measure every pass. The same configuration again continues."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvscope.errors import UsageError
 from kvscope.harness.engine.presets import refuse_plan_only
-from kvscope.harness.passes.base import Left, RunPlan
+from kvscope.harness.passes.base import Left, Plan, RunPlan
 from kvscope.harness.passes.config import RunConfig, make_config
 from kvscope.harness.passes.deadline import Deadline
 from kvscope.harness.passes.plan import make_plan, passes_for
@@ -98,9 +98,16 @@ def begin(plan: RunPlan, store: RunStore, progress: Progress) -> None:
         )
     elif done and not left.cells:
         progress.note(f"All {done} rows are there already: nothing left to measure.")
-    if left.cells and (disturbed := disturbances(worker_devices(plan.config, plan.facts.device))):
+    if left.cells and (disturbed := disturbances(_devices(plan))):
         progress.note(f"note: this machine is not quiet ({disturbed}): times measured now are not to be trusted.")
     progress.begin(cells=left.cells, work_tokens=left.work_tokens)
+
+
+def _devices(plan: RunPlan) -> Sequence[str]:
+    """Return every device that the run computes on."""
+    if isinstance(plan, Plan) and plan.facts.device_map is not None:
+        return plan.facts.devices
+    return worker_devices(plan.config, plan.facts.device)
 
 
 def failures(run: "Run") -> list[str]:

@@ -131,5 +131,7 @@ def check_target(config: RunConfig) -> None:
         raise UsageError("--target plans for a model that kvscope runs itself; nobody knows a server's bytes.")
     if config.device != "auto":
         raise UsageError("--target says for which machine the plan is: leave out --device.")
+    if config.device_map != "none":
+        raise UsageError("--target plans for one card: leave out --device-map.")
     if config.gpus is not None:
         raise UsageError("--target plans for one card: leave out --gpus.")

@@ -3,13 +3,13 @@
 Shapes: S tokens of a prefill chunk, N tokens, E key size, I index heads, M hidden size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 
 from kvscope.methods.base import Collector
-from kvscope.methods.dsa.lightning import Lightning, LightningConfig
+from kvscope.methods.dsa.lightning import LightningConfig, LightningLayer
 from kvscope.methods.fp8_keys import KEY_DTYPE, quantize, unpack
 from kvscope.methods.shape import tensor_bytes
 from kvscope.methods.store import PromptKV
@@ -52,23 +52,35 @@ class TokenKeyStore(MetadataStore):
     """The keys of one sequence, in room for whole pages as K and V have it."""
 
     def __init__(
-        self, indexer: Lightning, prompt: PromptKV, device: torch.device, *, name: str, reserve_tokens: int
+        self,
+        indexers: Mapping[int, LightningLayer],
+        prompt: PromptKV,
+        *,
+        config: LightningConfig,
+        name: str,
+        reserve_tokens: int,
     ) -> None:
         """Copy the prompt's keys and make room for ``reserve_tokens`` more.
+
+        Args:
+            indexers: layer -> its indexer, on the layer's device: keys are there, too.
+            config: theirs.
+            name: the collectors'.
 
         Raises:
             ValueError: the prompt was prefilled without this indexer's collectors.
         """
         shape, n_tokens = prompt.shape, prompt.n_tokens
-        self._indexer, self._page_tokens = indexer, shape.page_tokens
+        self._indexers, self._config, self._page_tokens = indexers, config, shape.page_tokens
         n_room = shape.pages(n_tokens + reserve_tokens) * shape.page_tokens
         self._keys: dict[int, torch.Tensor] = {}
         self._scales: dict[int, torch.Tensor] = {}
-        self._lengths = dict.fromkeys(indexer.config.layers, n_tokens)
+        self._lengths = dict.fromkeys(config.layers, n_tokens)
         self._queries: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._count_11: torch.Tensor | None = None
-        for layer in indexer.config.layers:
-            self._keys[layer] = torch.zeros((n_room, indexer.config.key_dim), dtype=KEY_DTYPE, device=device)
+        for layer, indexer in indexers.items():
+            device = indexer.weights.weight.device
+            self._keys[layer] = torch.zeros((n_room, config.key_dim), dtype=KEY_DTYPE, device=device)
             self._scales[layer] = torch.zeros(n_room, device=device)
             if n_tokens:
                 packed = prompt.metadata.get(name, {}).get(layer)
@@ -96,10 +108,11 @@ class TokenKeyStore(MetadataStore):
 
     @torch.inference_mode()
     def observe(self, layer: int, hidden_BM: torch.Tensor) -> None:
+        hidden_BM = hidden_BM.to(self._scales[layer].device)  # it comes from the layer before
         if self._count_11 is not None:
             self._observe_static(layer, hidden_BM, self._count_11)
             return
-        indexer, at = self._indexer.layer(layer), self._lengths[layer]
+        indexer, at = self._indexers[layer], self._lengths[layer]
         if at == len(self._scales[layer]):
             self._grow(layer)
         q_XIE, weight_XI = indexer.queries(hidden_BM)
@@ -109,7 +122,7 @@ class TokenKeyStore(MetadataStore):
         self._lengths[layer] = at + 1
 
     def _observe_static(self, layer: int, hidden_BM: torch.Tensor, count_11: torch.Tensor) -> None:
-        indexer, at_1 = self._indexer.layer(layer), count_11[0].long() - 1
+        indexer, at_1 = self._indexers[layer], count_11[0].long() - 1
         q_XIE, weight_XI = indexer.queries(hidden_BM)
         self._queries[layer] = q_XIE[0], weight_XI[0]
         keys, scale = quantize(indexer.keys(hidden_BM))
@@ -119,10 +132,10 @@ class TokenKeyStore(MetadataStore):
 
     def before(self, layer: int, n_blocks: int) -> Index:
         if self._count_11 is not None:
-            return Index(self._indexer.config, *self._queries[layer], self._keys[layer], self._scales[layer])
+            return Index(self._config, *self._queries[layer], self._keys[layer], self._scales[layer])
         assert self._lengths[layer] == n_blocks + 1, "the current token was observed before it is attended to"
         keys, scales = self._keys[layer][:n_blocks], self._scales[layer][:n_blocks]
-        return Index(self._indexer.config, *self._queries[layer], keys, scales)
+        return Index(self._config, *self._queries[layer], keys, scales)
 
     @property
     def n_bytes(self) -> int:

@@ -160,10 +160,13 @@ class DSA(BlockSparse[DSAConfig]):
     # -- storage and choice
 
     def open_store(self, prompt: PromptKV, device: torch.device, *, reserve_tokens: int) -> MetadataStore | None:
-        if self._indexer_config(prompt.shape) is None:
+        config = self._indexer_config(prompt.shape)
+        if config is None:
             return None
-        indexer = self._source.module(device)
-        return TokenKeyStore(indexer, prompt, device, name=self._keys_name(), reserve_tokens=reserve_tokens)
+        indexers = {
+            layer: self._source.module(prompt.shape.device_of(layer, device)).layer(layer) for layer in config.layers
+        }
+        return TokenKeyStore(indexers, prompt, config=config, name=self._keys_name(), reserve_tokens=reserve_tokens)
 
     def metadata_bytes(self, shape: ModelShape, n_tokens: int, plan: BlockPlan) -> int:
         config = self._indexer_config(shape)

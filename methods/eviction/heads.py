@@ -179,7 +179,7 @@ class HeadSequence(SequenceCache):
                 n_pages=n_pages,
                 table_pages=table_pages,
                 reserve_tokens=reserve_tokens,
-                device=device,
+                device=self.shape.device_of(layer, device),
             )
             for layer, heads in kept.items()
         }

@@ -33,6 +33,7 @@ class Eviction(CacheMethod[ConfigT]):
     """What the eviction methods share: the budget, and scores from the prefill."""
 
     saving_kind = "freed"
+    spans_devices = True
 
     @property
     def least_tokens(self) -> int:

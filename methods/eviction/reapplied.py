@@ -71,7 +71,10 @@ class ReappliedSequence(KeptSequence):
         self._n_prompt = prompt.n_tokens
         self._fed = dict.fromkeys(self.shape.layers, 0)
         size = (self.shape.n_q_heads, rule.window_tokens, self.shape.head_dim)
-        self._queries_QWD = {layer: torch.zeros(size, dtype=prompt.dtype, device=device) for layer in self.shape.layers}
+        self._queries_QWD = {
+            layer: torch.zeros(size, dtype=prompt.dtype, device=self.shape.device_of(layer, device))
+            for layer in self.shape.layers
+        }
 
     @property
     def n_tokens(self) -> int:

@@ -116,7 +116,10 @@ class StepwiseSequence(SequenceCache):
         H = self.shape.n_kv_heads
         self._places = {}
         if self._capacity is not None:
-            self._places = {layer: torch.zeros(H, dtype=torch.long, device=device) for layer in self.shape.layers}
+            self._places = {
+                layer: torch.zeros(H, dtype=torch.long, device=pages.device)
+                for layer, pages in self._pool.pages.items()
+            }
 
     @property
     def n_tokens(self) -> int:

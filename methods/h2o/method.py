@@ -100,8 +100,8 @@ class H2OSequence(StepwiseSequence):
             return
         for layer, pages in self._pool.pages.items():
             room = len(pages) * self.shape.page_tokens
-            self._scores[layer] = torch.zeros((H, room), device=device)
-            self._positions[layer] = torch.zeros((H, room), dtype=torch.int32, device=device)
+            self._scores[layer] = torch.zeros((H, room), device=pages.device)
+            self._positions[layer] = torch.zeros((H, room), dtype=torch.int32, device=pages.device)
             if n_kept:
                 self._scores[layer][:, :n_kept] = scores[layer]
                 self._positions[layer][:, :n_kept] = kept[layer]

@@ -1,10 +1,36 @@
-"""How large grids are: by the multiprocessors of the device."""
+"""Where kernels are launched, and how large their grids are: by the multiprocessors of the device."""
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 _INTERPRETER_SMS = 4  # a small grid that still splits the work
+
+P = ParamSpec("P")
+ResultT = TypeVar("ResultT")
+
+
+def launches_beside(index: int) -> Callable[[Callable[P, ResultT]], Callable[P, ResultT]]:
+    """Have a function launch its kernels on the device of one of its tensors; without a GPU nothing changes.
+
+    Triton launches on the current device, wherever the tensors are, and the layers of a model may be on several.
+
+    Args:
+        index: of the tensor among the positional arguments.
+    """
+
+    def decorate(function: Callable[P, ResultT]) -> Callable[P, ResultT]:
+        @wraps(function)
+        def launching(*args: P.args, **kwargs: P.kwargs) -> ResultT:
+            beside: Any = args[index]
+            with torch.cuda.device_of(beside):  # type: ignore[no-untyped-call]
+                return function(*args, **kwargs)
+
+        return launching
+
+    return decorate
 
 
 @lru_cache(maxsize=16)

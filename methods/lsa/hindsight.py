@@ -44,7 +44,7 @@ class NotingSelector(Selector):
     def end_step(self) -> None:
         if not self._masses:  # no chunk to choose from
             return
-        mass_Ln = torch.stack(self._masses)
+        mass_Ln = torch.stack([mass_n.to(self._masses[0].device) for mass_n in self._masses])
         self._masses.clear()
         most_n = mass_Ln.amax(0)
         self._most_n = most_n if self._most_n is None else torch.maximum(self._most_n, most_n)

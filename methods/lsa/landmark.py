@@ -91,6 +91,7 @@ class LandmarkSelector(Selector):
         """Copy a prompt's bounds and queries.
 
         Args:
+            device: where everything is scored; bounds and queries of layers elsewhere come here.
             rule: with a budget.
 
         Raises:
@@ -106,7 +107,7 @@ class LandmarkSelector(Selector):
         candidates = slice(layout.first, layout.last)
         self._bounds = [bounds[layer][candidates].to(device, copy=True) for layer in shape.layers]
         # A short prompt's oldest query stands in for those it lacks: a maximum does not mind.
-        self._queries_LWQD = torch.stack([_widened(queries[layer]) for layer in shape.layers]).to(device)
+        self._queries_LWQD = torch.stack([_widened(queries[layer]).to(device) for layer in shape.layers])
         # Written by each step in place: a captured one has fixed addresses.
         self._incoming_LQD = torch.zeros_like(self._queries_LWQD[:, 0])
         self._row = {layer: row for row, layer in enumerate(shape.layers)}

@@ -71,6 +71,7 @@ class Lsa(CacheMethod[LsaConfig]):
     source = "Lookahead Sparse Attention (FlashMemory-DeepSeek-V4), arXiv 2606.09079"
     cost = "resident = read = S + R + chosen chunks * C + decoded tokens a layer; (E + 4) bytes a key and indexed layer"
     saving_kind = "offloaded"
+    spans_devices = True
     kv_refusal = ""
     budget_sets_window = False
     needs_training = "an indexer"

@@ -142,35 +142,40 @@ class Copy:
     Attributes:
         done: of the host's part.
         landed: of the device's part; None on a CPU.
+        device: that it goes to.
     """
 
     done: "Future[None]"
     landed: torch.cuda.Event | None
+    device: torch.device
 
     def wait(self) -> None:
-        """Let the current stream go on only once the chunks are there. An error of the copy is raised here."""
+        """Let the device's current stream go on only once the chunks are there. An error of the copy is raised here."""
         self.done.result()
         if self.landed is not None:
-            torch.cuda.current_stream().wait_event(self.landed)
+            torch.cuda.current_stream(self.device).wait_event(self.landed)
 
 
 class Copier:
-    """Copies behind the decode: gathers on a thread, transfers on a stream of its own."""
+    """Copies behind the decode: gathers on a thread, transfers on a stream of its own, one a device."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kvscope-recall")
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def start(self, pool: ChunkPool, move: Move) -> Copy:
         """Begin to fetch."""
-        stream = self._stream
-        if stream is None:
-            return Copy(self._thread.submit(_fetch, pool, move), None)
+        device = move.staged.device
+        if device.type != "cuda":
+            return Copy(self._thread.submit(_fetch, pool, move), None, device)
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream = self._streams[device]
         # The staged memory may still be read by kernels queued before it was handed out again.
         stream.wait_stream(torch.cuda.current_stream(stream.device))
         move.staged.record_stream(stream)
         landed = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        return Copy(self._thread.submit(_fetch_on, stream, landed, pool, move), landed)
+        return Copy(self._thread.submit(_fetch_on, stream, landed, pool, move), landed, device)
 
     def close(self) -> None:
         """End the thread; whatever was started is finished first."""

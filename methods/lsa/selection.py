@@ -163,7 +163,7 @@ class Selector:
     def watch(self, scores: torch.Tensor) -> torch.Tensor:
         """Take scores into ``scored``; return them."""
         found = scores.sum(dtype=torch.float32)
-        self.scored = found if self.scored is None else self.scored + found
+        self.scored = found if self.scored is None else self.scored + found.to(self.scored.device)
         return scores
 
     def close(self) -> None:
@@ -187,6 +187,7 @@ class IndexerSelector(Selector):
         """Take keys and first states from a prompt's metadata.
 
         Args:
+            device: where everything is scored; states of layers elsewhere come here.
             indexer: on ``device``.
             keys_name, states_name: the collectors' names; without the latter the last hidden state alone is read.
 
@@ -204,8 +205,8 @@ class IndexerSelector(Selector):
         self._keys_LsE = torch.stack([keys for keys, _ in pairs]).to(device)
         self._scale_Ls = torch.stack([scale for _, scale in pairs]).to(device)
         width = config.lookback_tokens
-        states = torch.stack([_first_states(prompt, layer, width, states_name) for layer in config.layers], 1)
-        self._states_WLM = states.to(device, copy=True)
+        states = [_first_states(prompt, layer, width, states_name).to(device) for layer in config.layers]
+        self._states_WLM = torch.stack(states, 1)  # a copy
         # Written by each step in place: a captured one has fixed addresses.
         self._incoming_LM = torch.zeros_like(self._states_WLM[-1])
         self._row = {layer: row for row, layer in enumerate(config.layers)}

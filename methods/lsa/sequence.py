@@ -60,12 +60,15 @@ class RecallingSequence(LsaSequence):
         self._static.load(prompt, layout.static_ranges)
         self._pools = {
             layer: ChunkPool(
-                self._mirror[layer], chunk_tokens=layout.chunk_tokens, device=device, packing=self._packing
+                self._mirror[layer],
+                chunk_tokens=layout.chunk_tokens,
+                device=self.shape.device_of(layer, device),
+                packing=self._packing,
             )
             for layer in self.shape.layers
         }
         self._arriving: dict[int, _Arrival] = {}
-        self._copier = Copier(device) if schedule.stale else None
+        self._copier = Copier() if schedule.stale else None
         self._recall = next(iter(self._pools.values())).backend
         self._step: StepPages | PackedStep | None = None
         self._slots: ChunkSlots | None = None

@@ -54,6 +54,7 @@ class SlidingWindow(CacheMethod[SlidingWindowConfig]):
     source = "Xiao et al., Efficient Streaming Language Models with Attention Sinks, arXiv 2309.17453"
     cost = "resident = read = sinks + W tokens a layer, W = min(8192, max(128, N/64)) unless set"
     saving_kind = "freed"
+    spans_devices = True
     through_decode = True
     kv_refusal = "each step's token takes the place of the oldest one, and a packed page is written as a whole"
     Config = SlidingWindowConfig

@@ -14,11 +14,11 @@ from kvscope.harness.passes.options import RunOptions, build_config
 from kvscope.harness.passes.process import worker_environment
 
 SHARED = [
-    "--accuracy-graph", "--answer-nll", "--api", "--batch", "--chat-template", "--concurrency", "--device", "--dtype",
-    "--executor", "--find-max", "--footprint", "--footprint-batch", "--footprint-length", "--gpu-budget", "--gpus",
-    "--jobs", "--kv", "--length", "--max-new-tokens", "--method", "--method-from", "--model", "--no-accuracy-graph",
-    "--no-answer-nll", "--no-footprint", "--no-paper-settings", "--no-retry", "--no-self-check", "--out",
-    "--paper-settings", "--ray-address", "--request-timeout", "--retry", "--samples", "--seed", "--self-check",
+    "--accuracy-graph", "--answer-nll", "--api", "--batch", "--chat-template", "--concurrency", "--device",
+    "--device-map", "--dtype", "--executor", "--find-max", "--footprint", "--footprint-batch", "--footprint-length",
+    "--gpu-budget", "--gpus", "--jobs", "--kv", "--length", "--max-new-tokens", "--method", "--method-from", "--model",
+    "--no-accuracy-graph", "--no-answer-nll", "--no-footprint", "--no-paper-settings", "--no-retry", "--no-self-check",
+    "--out", "--paper-settings", "--ray-address", "--request-timeout", "--retry", "--samples", "--seed", "--self-check",
     "--served-model", "--server-context", "--server-pid", "--set", "--sweep", "--task", "--throughput", "--time-limit",
     "--tokenizer", "-j", "-l", "-m", "-n", "-o", "-t", "config",
 ]  # fmt: skip

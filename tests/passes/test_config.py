@@ -135,6 +135,7 @@ def test_identity_ignores_where_the_rows_go_but_nothing_that_changes_them() -> N
         "executor",
         "ray_address",
         "chat_template",  # the plan says what it comes to
+        "device_map",
         "footprint_timeout_s",
         "time_limit_s",
         "retry",

@@ -377,6 +377,39 @@ def test_renumbered_devices_are_found(monkeypatch: pytest.MonkeyPatch, visible: 
     assert driver.asked == [asked]
 
 
+class TwoGpus(Driver):
+    """A driver whose second GPU has processes of its own."""
+
+    second: dict[int, int | None]
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: object) -> list[Any]:  # noqa: N802
+        listed = self.processes if handle == 0 else self.second
+        return [types.SimpleNamespace(pid=pid, usedGpuMemory=used) for pid, used in listed.items()]
+
+
+def test_several_gpus_are_read_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = TwoGpus({7: 5 * MIB})
+    driver.second = {7: 3 * MIB, 9: MIB}
+    with_driver(monkeypatch, driver)
+    memory = NvmlProcessMemory(0, 1)
+    driver.processes[os.getpid()], driver.second[os.getpid()] = 620 * MIB, 500 * MIB
+    memory.identify()
+    assert (memory.reason, memory.read_bytes()) == (None, 1120 * MIB)
+    assert memory.others() == (2, 9 * MIB)  # a process on both is one
+    driver.second[os.getpid()] = None
+    assert memory.read_bytes() is None
+
+
+def test_a_process_that_one_of_its_gpus_does_not_list_has_no_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = TwoGpus({})
+    driver.second = {}
+    with_driver(monkeypatch, driver)
+    memory = NvmlProcessMemory(0, 1)
+    driver.processes[os.getpid()] = 620 * MIB
+    memory.identify()
+    assert (memory.reason, memory.read_bytes()) == ("NVML does not list this process on each of its GPUs", None)
+
+
 def test_the_sampler_keeps_a_peak_that_has_gone_again() -> None:
     value, seen = [10], threading.Event()
 

@@ -8,6 +8,7 @@ import queue
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from kvscope import cli
 from kvscope.errors import EnvironmentProblem, UsageError
 from kvscope.harness.passes import ray_node, ray_pool, shard_worker
 from kvscope.harness.passes.accuracy import AccuracyPass
+from kvscope.harness.passes.batch_plan import ray_text
 from kvscope.harness.passes.config import make_config
 from kvscope.harness.passes.deadline import Deadline
 from kvscope.harness.passes.plan import make_plan
@@ -78,7 +80,7 @@ class Cluster:
 
         with Heard.create(self.plan.config.out or "", run_info(self.plan)) as store:
             said: Said = queue.Queue()
-            pool = RayPool(self.plan.config, "cpu", worker_task(self.plan, store), said)
+            pool = RayPool(self.plan.config, ["cpu"], worker_task(self.plan, store), said)
             cells = AccuracyPass().cells(self.plan)
             ShardedAccuracy(self.plan, store, Listening(), cells, pool, said).run(Deadline())
         return read_rows(Path(self.plan.config.out or ""))
@@ -240,6 +242,32 @@ def test_modules_of_methods_and_tasks_by_path_are_sent(
     assert modules_to_ship(config) == [str(tmp_path / "far_file.py"), str(tmp_path / "far_package")]
     with pytest.raises(UsageError, match="Module 'sys' cannot be sent"):
         modules_to_ship(small(methods=["sys:Method"]))
+
+
+def test_a_model_on_several_gpus_has_one_worker_on_as_many(small: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray, asked = FakeRay(), []
+
+    def remote(kind: type) -> Any:
+        def options(**given: Any) -> Any:
+            asked.append(given)
+            return SimpleNamespace(remote=lambda task, folder: asked.append(task))
+
+        return SimpleNamespace(options=options)
+
+    monkeypatch.setattr(ray, "remote", remote)
+    monkeypatch.setattr(ray_pool, "import_ray", lambda: ray)
+    monkeypatch.setattr(ray_pool, "RayWorker", lambda *given, node, where: SimpleNamespace(node=node, where=where))
+    for n_gpus in (5, 1):
+        ray._nodes[ray.add(8)]["Resources"]["GPU"] = float(n_gpus)
+    config = small(executor="ray", device="auto", device_map="balanced")
+    task = {"config": {"device_map": "balanced"}}
+    pool = RayPool(config, ["cuda:0", "cuda:1"], task, queue.Queue())
+    started = pool.fill(9)
+    assert [worker.where for worker in started] == ["2 GPUs of node node-1"] * 2
+    assert [given["num_gpus"] for given in asked[::2]] == [2, 2]
+    assert [given["config"] for given in asked[1::2]] == [{"device_map": "balanced"}] * 2
+    assert pool.n_workers == 2
+    assert "1 process on every 2 GPUs of a Ray cluster" in ray_text(1, devices=["cuda:0", "cuda:1"])
 
 
 def test_the_plan_says_where_prompts_are_answered(small: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:

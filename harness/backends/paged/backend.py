@@ -11,6 +11,7 @@ import torch
 
 from kvscope.harness.backends.paged.shape import paged_shape
 from kvscope.harness.engine.backend import Backend, ReadyModel
+from kvscope.harness.engine.device_map import found_devices
 from kvscope.harness.engine.glue import ATTENTION_NAME, observing, register_attention
 from kvscope.harness.engine.layer_major import layer_major_prefill
 from kvscope.harness.engine.rotation import UnknownRotation, probe_rotations, try_attention
@@ -25,6 +26,7 @@ class Paged(Backend[ModelShape]):
 
     name = "paged"
     packs_pages = True
+    spans_devices = True
 
     def shape(
         self, config: Any, *, element_bytes: int, page_tokens: int = DEFAULT_PAGE_TOKENS, revision: str = ""
@@ -57,7 +59,7 @@ class Paged(Backend[ModelShape]):
         parameter = next(model.parameters())
         return ReadyModel(
             model=model,
-            shape=dataclasses.replace(shape, unknown_rotation_layers=unknown),
+            shape=dataclasses.replace(shape, unknown_rotation_layers=unknown, devices=found_devices(model)),
             device=parameter.device,
             dtype=parameter.dtype,
             attention_backend=self.attention_text(shape, parameter.device, parameter.dtype),

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvscope.methods.kernels.grid import n_sms
+from kvscope.methods.kernels.grid import launches_beside, n_sms
 
 _TILE_BLOCKS = 64
 _TILE_BYTES = 32 * 1024
@@ -135,6 +135,7 @@ def moba_scores(q_HGD: torch.Tensor, means_NH1D: torch.Tensor) -> torch.Tensor:
     return _by_summary(q_HGD, means_NH1D, n_vectors=1)
 
 
+@launches_beside(0)
 def _by_summary(q_HGD: torch.Tensor, summaries: torch.Tensor, *, n_vectors: int) -> torch.Tensor:
     H, G, D = q_HGD.shape
     N = summaries.shape[0]
@@ -147,6 +148,7 @@ def _by_summary(q_HGD: torch.Tensor, summaries: torch.Tensor, *, n_vectors: int)
     return out
 
 
+@launches_beside(0)
 def msa_scores(q_HGD: torch.Tensor, pages: torch.Tensor, *, n_blocks: int, block_tokens: int) -> torch.Tensor:
     """Return the best product of each block's keys with the mean query of the group, [H, 1, N] in fp32.
 

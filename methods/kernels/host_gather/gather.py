@@ -213,4 +213,4 @@ class HostGather:
             arrived = staged.to(self._slots.device, non_blocking=True)
             self._slots.index_copy_(0, target.to(self._slots.device), arrived)
         self._sent = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._sent.record()
+        self._sent.record(torch.cuda.current_stream(self._slots.device))

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kvscope.methods.kernels.grid import launches_beside
+
 _BLOCK_WORDS = 4096
 
 
@@ -62,6 +64,7 @@ def layer_distances(mirrors: Sequence[torch.Tensor], slots: Sequence[torch.Tenso
     return torch.tensor(words, dtype=torch.int64, device=slots[0].device)
 
 
+@launches_beside(1)
 def gather(
     mirror: torch.Tensor,
     slots: torch.Tensor,

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvscope.methods.kernels.grid import n_sms
+from kvscope.methods.kernels.grid import launches_beside, n_sms
 
 FP8_MAX = tl.constexpr(448.0)
 QueryPrecision = Literal["fp8", "fp16"]
@@ -109,6 +109,7 @@ def _score_kernel(
         tl.store(out + chunk, bias + scale * total, mask=chunk < n_chunks)
 
 
+@launches_beside(0)
 def indexer_score(
     q_LXIE: torch.Tensor,
     weight_LXI: torch.Tensor,

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvscope.methods.kernels.grid import converts_fp8, launches_dependents, n_sms
+from kvscope.methods.kernels.grid import converts_fp8, launches_beside, launches_dependents, n_sms
 from kvscope.methods.kernels.paged_decode.inputs import PagedKV, check_inputs, index_strides
 from kvscope.methods.kernels.paged_decode.merge import merge_kernel
 from kvscope.methods.kernels.paged_decode.packed import packed_split_kernel
@@ -68,6 +68,7 @@ PACKED_DEFAULTS = {
 }
 
 
+@launches_beside(0)
 def paged_decode(
     q_BQ1D: torch.Tensor,
     stores: Sequence[PagedKV],

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 import triton
 
-from kvscope.methods.kernels.grid import launches_dependents, n_sms
+from kvscope.methods.kernels.grid import launches_beside, launches_dependents, n_sms
 from kvscope.methods.kernels.paged_decode.inputs import MAX_STORES, PagedKV, TokenPlace
 from kvscope.methods.kernels.paged_decode.kernel import DEFAULT, MERGE_ROWS, MIN_TILES, Tuning, tile_size
 from kvscope.methods.kernels.paged_decode.rows_kernel import (
@@ -106,6 +106,7 @@ class RowTable:
             row[SLOT], row[OFFSET] = _distance(place.slot_1, self._ints), _distance(place.offset_1, self._ints)
         return row
 
+    @launches_beside(1)
     def append(self, k_BH1D: torch.Tensor, v_BH1D: torch.Tensor) -> None:
         """Store the step's token of every sequence."""
         if k_BH1D.stride(3) != 1:
@@ -118,6 +119,7 @@ class RowTable:
             D=self._D, D_PAD=triton.next_power_of_2(self._D), num_warps=1,
         )  # fmt: skip
 
+    @launches_beside(1)
     def attend(
         self,
         q_BQ1D: torch.Tensor,

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kvscope.methods.kernels.grid import launches_beside
+
 _BLOCK = 1024
 _MOST_BLOCKS = 4096
 _VARY = ["n", "n_rows", "n_sink", "n_recent", "capacity"]  # not worth a compilation for each divisibility
@@ -334,17 +336,19 @@ def diff(selection: Selection, slots: SlotTable, out: Delta) -> None:
 def apply(selection: Selection, slots: SlotTable, delta: Delta) -> None:
     """Enter a difference into the slot table, once the missing chunks are in their slots."""
     S, K = slots.chunk_of_slot_S.shape[0], delta.missing_K.shape[0]
-    _evict_kernel[(_blocks(S),)](slots.slot_of_chunk_n, slots.chunk_of_slot_S, selection.wanted_n, S, BLOCK=_BLOCK)
-    _fill_kernel[(_blocks(K),)](
-        delta.missing_K,
-        delta.n_missing,
-        delta.free_S,
-        slots.slot_of_chunk_n,
-        slots.chunk_of_slot_S,
-        BLOCK=_BLOCK,
-    )
+    with torch.cuda.device_of(delta.missing_K):
+        _evict_kernel[(_blocks(S),)](slots.slot_of_chunk_n, slots.chunk_of_slot_S, selection.wanted_n, S, BLOCK=_BLOCK)
+        _fill_kernel[(_blocks(K),)](
+            delta.missing_K,
+            delta.n_missing,
+            delta.free_S,
+            slots.slot_of_chunk_n,
+            slots.chunk_of_slot_S,
+            BLOCK=_BLOCK,
+        )
 
 
+@launches_beside(2)
 def write_table(
     selection: Selection,
     slots: SlotTable,
@@ -392,6 +396,7 @@ class _Marks:
     slots: SlotTable | None = None
 
 
+@launches_beside(3)
 def _compact(
     kind: int, n: int, marks: _Marks, listed: torch.Tensor, n_listed: torch.Tensor, block_counts: torch.Tensor
 ) -> None:
