@@ -149,6 +149,12 @@ class EntryLayer(nn.Module):
             mine.copy_(theirs)
         self.bias.copy_(weights.bias)
 
+    @torch.no_grad()
+    def rescale(self, scale: float, *, bias: float) -> None:
+        """Divide every score by ``scale``, and set what is added to it."""
+        self.w_w.div_(scale)
+        self.bias.fill_(bias)
+
     def memory(self, k_nE: torch.Tensor) -> torch.Tensor:
         """Return what is rounded to fp8 of the model's own keys [n, E]."""
         return hadamard(k_nE.float())

@@ -16,7 +16,7 @@ F features a token (KV heads x head size: one layer's keys).
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -221,6 +221,13 @@ class LayerIndexer(nn.Module):
         ]
         return self.bias + torch.cat(parts, 1)
 
+    @torch.no_grad()
+    def rescale(self, scale: float, *, bias: float) -> None:
+        """Divide every score by ``scale``, and set what is added to it."""
+        self.query.weights.weight.div_(scale)
+        self.query.weights.bias.div_(scale)
+        self.bias.fill_(bias)
+
 
 def _layer_of(config: IndexerConfig) -> LayerIndexer | EntryLayer:
     if config.encoder != COMPRESSED_KEY:
@@ -251,6 +258,13 @@ class Indexer(nn.Module):
         found = self.layers[str(layer)]
         assert isinstance(found, LayerIndexer | EntryLayer)
         return found
+
+    def keep_layers(self, layers: tuple[int, ...]) -> None:
+        """Drop the layers that are not among these; others that are missing stay so."""
+        kept = tuple(layer for layer in self.config.layers if layer in layers)
+        if kept:
+            self.config = replace(self.config, layers=kept)
+            self.layers = nn.ModuleDict({str(layer): self.layers[str(layer)] for layer in kept})
 
     def token_layer(self, layer: int) -> LayerIndexer:
         """Return the indexer of one layer of a model that keeps tokens."""

@@ -22,7 +22,7 @@ from kvscope.harness.indexers.collection.shards import NATIVE
 from kvscope.harness.indexers.lsa.lineage import origin
 from kvscope.harness.indexers.lsa.objective import document_loss, example, measure, shift_to_recall
 from kvscope.harness.indexers.lsa.train_config import DEFAULT_NEIGHBOURS, TrainConfig
-from kvscope.harness.indexers.lsa.warm_start import warm_start
+from kvscope.harness.indexers.lsa.warm_start import set_bias, warm_start
 from kvscope.harness.indexers.training import opening_record, train_epochs, training_log
 from kvscope.methods.lsa.indexer import (
     COMPRESSED_KEY,
@@ -81,7 +81,10 @@ def train(
     device = resolve_device(config.device)
     training, held_out = split(places_of(collections), share=config.held_out)
     indexer = starting_point(indexer_config(info, config), config).to(device).train()
-    if config.start is None and config.warm_start:
+    if config.start == str(collections[0].folder / NATIVE):
+        # Its scores say which is best, and nothing of how many are good enough.
+        set_bias(indexer, training[:: max(1, len(training) // 16)], config)
+    elif config.start is None and config.warm_start:
         fits = warm_start(indexer, training, config)
         note("warm start: " + ", ".join(f"layer {layer} queries {fit['query_fit']:.1%} explained"
                                         for layer, fit in zip(indexer.config.layers, fits, strict=True)))  # fmt: skip
@@ -168,6 +171,8 @@ def starting_point(wanted: IndexerConfig, config: TrainConfig) -> Indexer:
         return Indexer.untrained(wanted, seed=config.seed)
     folder = indexer_folder(config.start)
     found = load_indexer(folder)
+    if wanted.encoder == COMPRESSED_KEY and found.config.encoder == COMPRESSED_KEY:
+        found.keep_layers(wanted.layers)  # they share nothing, and the model's own indexer has all of them
     free = {"tau", "kept_fraction", "trained", "chunk_tokens", "segment_tokens", "lookback_tokens", "cap_tokens",
             "cap_fraction"}  # fmt: skip
     if wanted.model_revision is not None:

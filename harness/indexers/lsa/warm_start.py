@@ -231,10 +231,7 @@ def set_bias(indexer: Indexer, places: Sequence[Place], config: TrainConfig) -> 
     scores = torch.cat([indexer.chunk_scores(logits / scale).flatten() for logits in found]).cpu()
     cut = float(torch.quantile(scores[:1_000_000], 1 - PASS_SHARE))
     for name in indexer.config.layers:
-        layer = indexer.token_layer(name)
-        layer.query.weights.weight.div_(scale)
-        layer.query.weights.bias.div_(scale)
-        layer.bias.fill_(-cut)
+        indexer.layer(name).rescale(scale, bias=-cut)
 
 
 def unit_rms(x: torch.Tensor) -> torch.Tensor:

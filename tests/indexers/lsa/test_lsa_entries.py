@@ -141,6 +141,7 @@ def test_an_indexer_learns_from_shards_alone(data, indexer):
     }
     begun = load_indexer(data / "native")
     trained = load_indexer(folder)
+    assert float(trained.layer(1).bias.detach()) < -0.5, "few entries pass from the start on"
     assert not torch.equal(begun.layer(1).w_iuq, trained.layer(1).w_iuq)
     assert best["epoch"] > 1, "an epoch of training is better on held-out documents than what came before it"
 
