@@ -136,15 +136,20 @@ class LsaEntries(OverEntries, Lsa):
 
     def n_kept(self, n_tokens: int) -> int:
         layout = self.layout(n_tokens)
-        rule = self.rule(layout)
-        most = rule.n_kept(layout.n_candidates)
-        return self.n_fixed(n_tokens) + (most if rule.n_chunks is None else rule.n_chunks)
+        rule, config = self.rule(layout), self._trained()
+        share = 1.0 if config is None or config.kept_fraction is None else config.kept_fraction
+        n_chosen = rule.n_kept(math.ceil(share * layout.n_candidates)) if rule.n_chunks is None else rule.n_chunks
+        return self.n_fixed(n_tokens) + n_chosen
 
     def is_noop(self, n_tokens: int, shape: ModelShape | None = None) -> bool:
         return Lsa.is_noop(self, n_tokens, shape)  # a threshold leaves out what it leaves out
 
     def predict(self, shape: ModelShape, n_tokens: int, n_new_tokens: int = 0) -> Footprint:
-        """Return the footprint; exact with a budget, and with a threshold the most it can be."""
+        """Return the footprint; exact with a budget.
+
+        A threshold keeps what it keeps: then the share that a trained indexer kept on held-out documents counts, or
+        everything where that is not known.
+        """
         held = super().predict(shape, n_tokens, n_new_tokens)
         return held + Footprint(host_bytes=self.entry_shape.paged_kv_bytes(n_tokens))
 

@@ -1,5 +1,6 @@
 """Over compressed entries: a document holds what the stock model does, and an indexer learns from it alone."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -208,7 +209,11 @@ def test_a_trained_folder_runs_as_a_method_with_its_own_tau_and_cap(folder, inde
          "max_new_tokens": 12, "footprint": False, "device": "cpu"}
     )  # fmt: skip
     plan = make_plan(config)
-    assert plan.methods[1].effective_config(512, plan.facts.shape)["tau"] == 4
+    lsa = plan.methods[1]
+    assert lsa.effective_config(512, plan.facts.shape)["tau"] == 4
+    kept = read_indexer_config(tmp_path / "set").kept_fraction
+    # Of 128 entries sinks and window have 17; the cap leaves room for 47 others.
+    assert lsa.n_kept(512) == 17 + min(47, math.ceil(kept * 111)) < 128
     shown = run(config, out=tmp_path / "run", progress=False)
     assert (shown.samples["status"] == "ok").all()
     for row in shown.samples[shown.samples["method"] == "lsa"].to_dict("records"):
