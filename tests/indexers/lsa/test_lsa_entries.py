@@ -264,3 +264,13 @@ def test_the_commands_make_one_end_to_end(folder, tmp_path, capsys):
     assert cli.app(train_, standalone_mode=False) in (0, None)
     assert read_indexer_config(out).encoder == "compressed_key"
     capsys.readouterr()
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_fewer_layers_begin_at_theirs_of_the_models_own(data, tmp_path, warm):
+    config = TrainConfig(layers=(4,), warm_start=warm, recency_tokens=64, **OURS, epochs=1, lr=1e-9, held_out=0.25,
+                         keep="loss", device="cpu")  # fmt: skip
+    train([data], tmp_path / "out", config, note=lambda text: None)
+    assert read_indexer_config(tmp_path / "out").layers == (4,)
+    native, found = load_indexer(data / "native"), load_indexer(tmp_path / "out")
+    assert torch.allclose(native.layer(4).w_iuq, found.layer(4).w_iuq, atol=1e-4) is warm
