@@ -1,6 +1,8 @@
 """LSA on the small DeepSeek-V4: documents, the plan that is fixed first, bytes in three accountings, and the table."""
 
 import json
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -192,3 +194,21 @@ def test_a_choice_counts_by_its_mean_over_the_refreshes(table: ModuleType, resid
 def test_a_pilot_is_asked_for_before_the_table(table: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="the step pilot comes first"):
         table.pilot_shares(tmp_path / "pilot.json")
+
+
+@pytest.mark.slow
+def test_every_step_runs_on_a_cpu_and_is_not_done_twice(tmp_path: Path) -> None:
+    script = [sys.executable, str(BENCHMARKS / "v4_lsa.py"), "--tiny", "--out", str(tmp_path)]
+    first = subprocess.run(script, capture_output=True, text=True, check=False, timeout=900)
+    assert first.returncode == 0, first.stderr[-2000:]
+    found = json.loads((tmp_path / "table.json").read_text(encoding="utf-8"))
+    assert set(found["accuracy"]["all prompts"]) == {"lsa_ours", "lsa_paper", "lsa_pages", "recency", "random"}
+    assert sum(found["not_answered"].values()) == 0
+    dense, lsa = (found["bytes"][name]["all prompts"] for name in ("dense", "lsa_ours"))
+    assert (dense["with_hca_percent"], dense["held_percent"], dense["host_bytes"]) == (100.0, 100.0, 0)
+    assert lsa["held_percent"] < 100
+    assert lsa["host_bytes"] > 0
+    assert "this decides nothing" in (tmp_path / "table.md").read_text(encoding="utf-8")
+    again = subprocess.run(script, capture_output=True, text=True, check=False, timeout=120)
+    assert again.returncode == 0
+    assert again.stdout.count("done, see") == 5
