@@ -17,21 +17,21 @@ small: whether it runs, not how good it is. The first recipe, from random weight
 """
 
 import argparse
-import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import indexers_data as documents
 import indexers_gate as gate
+from steps import run_steps
 
 from kvscope.errors import UsageError
-from kvscope.files import whole_file
 from kvscope.harness.engine.devices import resolve_device
 from kvscope.harness.indexers.collection.reading import Collection
 from kvscope.harness.indexers.lsa.lineage import origin
@@ -76,28 +76,6 @@ class Work:
     def note(self, text: str) -> None:
         """Say where it is."""
         print(text, flush=True)
-
-    def is_done(self, step: str) -> bool:
-        """Whether a step has been to its end."""
-        return (self.out / f"{step}.json").is_file()
-
-    def store(self, step: str, found: dict[str, Any], *, seconds: float) -> None:
-        """Write what a step did; it is done then."""
-        record = {
-            "step": step,
-            "model": self.model,
-            "tiny": self.tiny,
-            "environment": capture_environment(device=self.device),
-            **found,
-        }
-        write_json(self.out / f"{step}.json", {**record, "step_seconds": round(seconds, 1)})
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 # -- collect
@@ -279,16 +257,6 @@ STEPS: dict[str, Callable[[Work, float], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def deadlines_s(steps: Sequence[str], minutes: float, *, now_s: float) -> dict[str, float]:
-    """Return when each step is to end: the time is shared out by what they are thought to take."""
-    whole = sum(STEP_MINUTES[step] for step in steps)
-    found, until_s = {}, now_s
-    for step in steps:
-        until_s += 60 * minutes * STEP_MINUTES[step] / whole
-        found[step] = until_s
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("steps", nargs="*", metavar="STEP", help=", ".join(STEPS))
@@ -311,26 +279,14 @@ def main() -> None:
         model=options.model, out=options.out, data=options.data or options.out / "data", device=device,
         jobs=options.jobs or (1 if options.tiny else 14), start=options.start, lsa=options.lsa, tiny=options.tiny,
     )  # fmt: skip
-    asked = [step for step in STEPS if step in (options.steps or ("collect", "train", "calibrate"))]
-    left = [step for step in asked if not work.is_done(step)]
-    for step in set(asked) - set(left):
-        work.note(f"== {step}: done, see {work.out / step}.json")
-    minutes = options.minutes or sum(STEP_MINUTES[step] for step in left)
-    for step, deadline_s in deadlines_s(left, minutes, now_s=time.time()).items():
-        began_s = time.time()
-        work.note(f"== {step}, {deadline_s - began_s:.0f} s for it")
-        for later in list(STEPS)[list(STEPS).index(step) :]:  # what was made of it is made anew, too
-            (work.out / f"{later}.json").unlink(missing_ok=True)
-        try:
-            found = STEPS[step](work, deadline_s)
-        except UsageError as error:
-            raise SystemExit(f"{step}: {error}") from error
-        if found.get("unfinished"):
-            raise SystemExit(f"{step}: {found['unfinished']}; the same command goes on")
-        work.store(step, found, seconds=time.time() - began_s)
-        work.note(f"== {step}: {time.time() - began_s:.0f} s")
-        if found.get("passed") is False and not work.tiny:
-            raise SystemExit(1)
+    asked = options.steps or ("collect", "train", "calibrate")
+    record = {"model": work.model, "tiny": work.tiny, "environment": capture_environment(device=work.device)}
+    passed = run_steps(
+        {step: partial(run, work) for step, run in STEPS.items()}, asked, work.out, minutes=options.minutes,
+        thought_minutes=STEP_MINUTES, record=record, note=work.note,
+    )  # fmt: skip
+    if not passed and not work.tiny:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

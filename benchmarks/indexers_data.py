@@ -129,10 +129,12 @@ class Unit:
         )  # fmt: skip
 
 
-def units_of(groups: Sequence[Group]) -> list[Unit]:
+def units_of(groups: Sequence[Group], unit_type: type[Unit] = Unit) -> list[Unit]:
     """Return the units of groups, each group spread evenly over the whole; long ones first where equal."""
     found = [
-        Unit(group, group.first_seed + at, (at + 0.5) / group.units) for group in groups for at in range(group.units)
+        unit_type(group, group.first_seed + at, (at + 0.5) / group.units)
+        for group in groups
+        for at in range(group.units)
     ]
     return sorted(found, key=lambda unit: (unit.place, -unit.tokens))
 
@@ -147,10 +149,10 @@ def made(data: Path, *roles: str) -> list[Path]:
     return [path.parent for role in roles for path in sorted((data / role).glob(f"*/{MANIFEST}"))]
 
 
-def counts(data: Path) -> dict[str, dict[str, int]]:
+def counts(data: Path, groups: Sequence[Group]) -> dict[str, dict[str, int]]:
     """Return role -> length in tokens -> documents that are there."""
     found: dict[str, dict[str, int]] = {}
-    for role in dict.fromkeys(group.role for group in GROUPS):
+    for role in dict.fromkeys(group.role for group in groups):
         of_role = found.setdefault(role, {})
         for folder in made(data, role):
             for document in Collection(folder).documents:
@@ -168,11 +170,13 @@ def collect_all(
     jobs: int,
     deadline_s: float,
     note: Callable[[str], None],
+    unit_type: type[Unit] = Unit,
 ) -> dict[str, Any]:
     """Make the units that are missing, ``jobs`` at a time on one device, until a deadline.
 
     Args:
         deadline_s: by ``time.time``; no unit is begun after it.
+        unit_type: what a group's units are: a subclass collects otherwise.
 
     Returns:
         What was planned and made, and the seconds that this call took.
@@ -181,7 +185,7 @@ def collect_all(
         UsageError: what a collection raises.
     """
     began_s = time.time()
-    units = units_of(groups)
+    units = units_of(groups, unit_type)
     missing = [unit for unit in units if not is_made(data / unit.folder)]
     tokens = sum(unit.tokens for unit in missing)
     note(f"{len(missing)} of {len(units)} units to make, {tokens / 1e6:.1f} million tokens")
@@ -195,7 +199,7 @@ def collect_all(
     if left_out:
         note(f"the time was over before {len(left_out)} of {len(units)} units: what is there is used")
     return {
-        "units_planned": len(units), "units_left_out": left_out, "documents": counts(data),
+        "units_planned": len(units), "units_left_out": left_out, "documents": counts(data, groups),
         "tokens_of_this_call": done_tokens, "seconds": round(time.time() - began_s, 1), "jobs": jobs,
     }  # fmt: skip
 

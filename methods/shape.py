@@ -93,9 +93,18 @@ class ModelShape:
         return n_heads * (self.sliding_kv_width or 2 * self.head_dim) * self.element_bytes
 
     @property
+    def indexed_features(self) -> int:
+        """Numbers of what a trained indexer reads of a layer's memory: a token's keys over its heads."""
+        return self.n_kv_heads * self.head_dim
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of one token's K and V over all managed layers."""
         return len(self.layers) * self.layer_bytes_per_token
+
+    def bytes_per_token(self) -> tuple[int, int]:
+        """Return the bytes by which a token lets the cache grow: those that no method leaves out, and all of them."""
+        return 0, self.kv_bytes_per_token
 
     def pages(self, n_tokens: int) -> int:
         """Pages that hold ``n_tokens``."""

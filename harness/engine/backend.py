@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import torch
 
     from kvscope.harness.engine.rotation import RopeRotation, UnknownRotation
+    from kvscope.methods.lsa.compressed import CompressedIndexer
     from kvscope.methods.store import PromptKV
 
 BACKENDS: dict[str, str] = {
@@ -165,6 +166,20 @@ class Backend(Protocol[ShapeT]):
         self, model: Any, layers: tuple[int, ...], callback: Callable[[int, torch.Tensor], None]
     ) -> AbstractContextManager[None]:
         """Call ``callback(layer, hidden_BM)`` with the last position's hidden state as it enters each of ``layers``."""
+
+    def watched_dense(self, model: Any, shape: ShapeT, layers: tuple[int, ...]) -> CacheMethod[Any] | None:
+        """Return dense over compressed entries, whose sequences are ``WatchedEntries``; None where tokens are kept.
+
+        Args:
+            layers: whose states are noted.
+        """
+        del model, shape, layers
+        return None
+
+    def native_indexer(self, model: Any, layers: tuple[int, ...]) -> CompressedIndexer | None:
+        """Return the indexer that the model itself has in some layers; None where it has none."""
+        del model, layers
+        return None
 
     @abstractmethod
     def prefill_peak_bytes(self, shape: ShapeT, n_tokens: int, *, chunk_tokens: int, intermediate_size: int) -> int:

@@ -13,15 +13,25 @@ from kvscope.harness.engine.public_models import PUBLIC_MODELS, public_model_fil
 from kvscope.paths import user_path
 
 REFERENCE_MODEL_FOLDER = Path(__file__).parents[1] / "reference_model" / "weights"
+REFERENCE_V4_FOLDER = Path(__file__).parents[1] / "reference_model" / "v4" / "weights"
+REFERENCE, REFERENCE_V4 = "reference", "reference-v4"
 
 _FROM_HUB = "from the Hugging Face hub; the engine tests cover its architecture, with random weights"
 _KNOWN = {
-    "reference": "the embedded reference model: 20M parameters, trained on this project's own tasks; needs no network",
+    REFERENCE: "the embedded reference model: 20M parameters, trained on this project's own tasks; needs no network",
     "HuggingFaceTB/SmolLM3-3B": _FROM_HUB,
     "Qwen/Qwen3-8B": _FROM_HUB,
     "meta-llama/Llama-3.1-8B-Instruct": _FROM_HUB,
     "mistralai/Mistral-7B-Instruct-v0.3": _FROM_HUB,
     "openai/gpt-oss-20b": _FROM_HUB,
+}
+_REFERENCE_V4 = "a small DeepSeek-V4 with a trained native indexer: 16M parameters, the same tasks; needs no network"
+_MISSING = {
+    REFERENCE: "The reference model is missing from this installation (no config.json in "
+    "harness/reference_model/weights); reinstall kvscope, or pass --model with a folder or a Hugging Face id.",
+    REFERENCE_V4: "The weights of reference-v4 are not part of this installation (no config.json in "
+    "harness/reference_model/v4/weights); train them with kvscope backbone train --architecture deepseek_v4, and pass "
+    "--model with that folder.",
 }
 _REVISION_SAMPLES, _REVISION_SAMPLE_BYTES = 32, 16 * 1024
 
@@ -29,8 +39,22 @@ _REVISION_SAMPLES, _REVISION_SAMPLE_BYTES = 32, 16 * 1024
 def known_models() -> dict[str, str]:
     """Return names ``--model`` is known to take, each with one line about it. Any hub id or local folder works too."""
     presets = {f"preset:{name}": preset.description for name, preset in PRESETS.items() if preset.description}
+    embedded = {REFERENCE: _KNOWN[REFERENCE], REFERENCE_V4: _REFERENCE_V4}
+    if not has_weights(REFERENCE_V4):
+        embedded[REFERENCE_V4] += "; its weights are not part of this installation"
     public = {name: model.description for name, model in PUBLIC_MODELS.items()}
-    return {**_KNOWN, **public, **presets}
+    return {**embedded, **_KNOWN, **public, **presets}
+
+
+def embedded_folder(spec: str) -> Path | None:
+    """Return where an embedded model's files are, whether or not they are there; None for another name."""
+    return {REFERENCE: REFERENCE_MODEL_FOLDER, REFERENCE_V4: REFERENCE_V4_FOLDER}.get(spec)
+
+
+def has_weights(spec: str) -> bool:
+    """Whether an embedded model's files are part of this installation."""
+    folder = embedded_folder(spec)
+    return folder is not None and (folder / "config.json").is_file()
 
 
 def resolve_model(spec: str) -> tuple[str, str]:
@@ -43,14 +67,10 @@ def resolve_model(spec: str) -> tuple[str, str]:
     if is_preset(spec):
         find_preset(spec)
         return spec, spec
-    if spec == "reference":
-        if not (REFERENCE_MODEL_FOLDER / "config.json").is_file():
-            raise UsageError(
-                "The reference model is missing from this installation (no config.json in "
-                "harness/reference_model/weights); reinstall kvscope, or pass --model with a folder or a Hugging "
-                "Face id."
-            )
-        return str(REFERENCE_MODEL_FOLDER), spec
+    if (embedded := embedded_folder(spec)) is not None:
+        if not has_weights(spec):
+            raise UsageError(_MISSING[spec])
+        return str(embedded), spec
     folder = public_model_file(spec) or user_path(spec, what="--model")
     if (packed := gguf_in(folder)) is not None:
         return unpacked(packed)
@@ -81,7 +101,7 @@ def _instead(folder: Path) -> str:
 
 def cannot_load(spec: str, reason: str) -> str:
     """Return the sentence for a model that transformers does not load."""
-    if Path(spec).expanduser().is_dir() or spec == "reference":
+    if Path(spec).expanduser().is_dir() or embedded_folder(spec) is not None:
         return f"Model '{spec}' cannot be loaded: {reason.rstrip('.')}."
     hint = did_you_mean(spec, _KNOWN)
     near = hint if hint.startswith(" Did") else ""

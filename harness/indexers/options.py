@@ -34,7 +34,7 @@ class LabelOptions:
         typer.Option("--top-p", help="Share of attention a voter's chunks hold.  [default: the collection's]"),
     ]
     voters: Annotated[
-        str | None, typer.Option("--voters", help="layer (head-summed) or head.  [default: the collection's]")
+        str | None, typer.Option("--voters", help="layer (head-summed), head or index.  [default: the collection's]")
     ]
     votes: Annotated[
         int | None, typer.Option("--votes", help="Votes that make a chunk positive.  [default: the collection's]")

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 def tokenizer_is_here(run: Run) -> bool:
     """Whether a run's tokenizer is in a folder of this machine, so that nothing has to be fetched for its prompts."""
-    from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
+    from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER, has_weights
 
     spec = str(run.info.config.get("tokenizer") or run.info.config.get("model", run.info.model))
-    return spec == "reference" or Path(spec) == REFERENCE_MODEL_FOLDER or (Path(spec) / "tokenizer.json").is_file()
+    return has_weights(spec) or Path(spec) == REFERENCE_MODEL_FOLDER or (Path(spec) / "tokenizer.json").is_file()
 
 
 class RebuiltPrompts:

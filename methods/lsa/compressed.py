@@ -1,11 +1,7 @@
 """The indexer of the released FlashMemory-DeepSeek-V4: lookahead queries over the model's own compressed keys.
 
 arXiv 2606.09079. DeepSeek-V4 keeps one indexer key for every compressed entry (four tokens), so only the query side is
-learned. For each indexed layer, from the hidden state h entering attention at position p:
-
-    q = Hadamard(RoPE_p(W_IUQ RMSNorm(W_DQ h)))    RoPE on the last dims of each head, YaRN frequencies, interleaved
-    w = W_w h * I^-0.5 * E^-0.5
-    logit(entry) = sum_h w_h relu(q_h . k_entry),   score = sigmoid(logit), maximum over the indexed layers
+learned (``compressed_query`` has its equations). An entry's score is the maximum over the indexed layers.
 
 Keys are turned by the same (orthonormal) Hadamard matrix before they are rounded to fp8 with one fp32 scale each: it
 spreads outliers over the dimensions and leaves every product as it was.
@@ -21,79 +17,9 @@ import torch
 
 from kvscope.methods.compressed_flops import refresh_flops
 from kvscope.methods.fp8_keys import dequantize, quantize
+from kvscope.methods.lsa.compressed_query import EntryLayer, QueryWeights, hadamard
+from kvscope.methods.lsa.indexer import Indexer
 from kvscope.methods.lsa.selection import Rule, Selector
-
-NORM_EPS = 1e-6
-
-
-@dataclass(frozen=True, kw_only=True)
-class QueryWeights:
-    """The query side of one indexed layer, fp32.
-
-    Attributes:
-        w_dq_RM: down projection.
-        norm_R: weight of the RMS norm behind it.
-        w_iuq_OR: up projection, O = I * E.
-        w_w_IM: head weights.
-    """
-
-    w_dq_RM: torch.Tensor
-    norm_R: torch.Tensor
-    w_iuq_OR: torch.Tensor
-    w_w_IM: torch.Tensor
-
-    def __post_init__(self) -> None:
-        R, M = (*self.w_dq_RM.shape, 0, 0)[:2]
-        heads, rows = (each.shape[0] if each.dim() else 0 for each in (self.w_w_IM, self.w_iuq_OR))
-        fits = self.norm_R.shape == (R,) and self.w_iuq_OR.shape == (rows, R) and self.w_w_IM.shape == (heads, M)
-        if self.w_dq_RM.shape != (R, M) or not fits or 0 in (R, M, heads, rows):
-            raise ValueError(
-                f"W_DQ {tuple(self.w_dq_RM.shape)}, norm {tuple(self.norm_R.shape)}, W_IUQ "
-                f"{tuple(self.w_iuq_OR.shape)} and W_w {tuple(self.w_w_IM.shape)} do not fit together"
-            )
-        if rows % heads:
-            raise ValueError(f"W_IUQ has {rows} rows, which {heads} heads do not divide")
-        if self.key_dim & (self.key_dim - 1):
-            raise ValueError(f"keys of {self.key_dim} entries have no Hadamard matrix of this kind: a power of two is")
-
-    @property
-    def heads(self) -> int:
-        """I."""
-        return self.w_w_IM.shape[0]
-
-    @property
-    def key_dim(self) -> int:
-        """E."""
-        return self.w_iuq_OR.shape[0] // self.heads
-
-    def to(self, device: torch.device) -> "QueryWeights":
-        """Return the weights on a device."""
-        return QueryWeights(
-            w_dq_RM=self.w_dq_RM.to(device), norm_R=self.norm_R.to(device), w_iuq_OR=self.w_iuq_OR.to(device),
-            w_w_IM=self.w_w_IM.to(device),
-        )  # fmt: skip
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of the four matrices."""
-        return sum(matrix.nbytes for matrix in (self.w_dq_RM, self.norm_R, self.w_iuq_OR, self.w_w_IM))
-
-    def queries(
-        self, hidden_M: torch.Tensor, cos_P: torch.Tensor, sin_P: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return queries [I, E], rotated and turned, and head weights [I] with both scales in them; fp32.
-
-        Args:
-            hidden_M: entering attention (normed, streams collapsed).
-            cos_P, sin_P: of the hidden state's position, one a rotating pair.
-        """
-        h = hidden_M.float()
-        low_R = self.w_dq_RM @ h
-        low_R = low_R * torch.rsqrt(low_R.square().mean() + NORM_EPS) * self.norm_R
-        q_IE = hadamard(rotate_last(
-            (self.w_iuq_OR @ low_R).view(self.heads, self.key_dim), cos_P.float(), sin_P.float()
-        ))  # fmt: skip
-        return q_IE, self.w_w_IM @ h * (self.heads * self.key_dim) ** -0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,10 +76,23 @@ class CompressedIndexer:
         """
         per_layer = []
         for layer, weights in self.layers.items():
-            q_IE, w_I = weights.queries(hidden_M[layer], cos_P, sin_P)
-            per_layer.append(w_I @ torch.relu(q_IE @ dequantize(*keys[layer]).T))
+            keys_nE = dequantize(*keys[layer])
+            per_layer.append(weights.logits(hidden_M[layer][None], cos_P[None], sin_P[None], keys_nE)[0])
         best_n: torch.Tensor = torch.stack(per_layer).amax(0)
         return best_n
+
+    @classmethod
+    def of(cls, indexer: Indexer) -> "CompressedIndexer":
+        """Return a trained indexer as it is scored with.
+
+        Raises:
+            ValueError: it reads no compressed keys.
+        """
+        layers = {layer: indexer.layer(layer) for layer in indexer.config.layers}
+        found = {layer: each.weights() for layer, each in layers.items() if isinstance(each, EntryLayer)}
+        if len(found) < len(layers):
+            raise ValueError(f"encoder {indexer.config.encoder!r} makes keys of its own")
+        return cls(layers=found)
 
     @classmethod
     def random(
@@ -187,26 +126,6 @@ def stored_keys(k_nE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def key_bytes(key_dim: int) -> int:
     """Return the bytes of one stored key: 132 for 128 entries."""
     return key_dim + 4
-
-
-def rotate_last(x_IE: torch.Tensor, cos_P: torch.Tensor, sin_P: torch.Tensor) -> torch.Tensor:
-    """Rotate the last 2P entries of each row, pair by neighbouring pair; the others stay."""
-    n = 2 * len(cos_P)
-    even, odd = x_IE[:, -n::2], x_IE[:, x_IE.shape[1] - n + 1 :: 2]
-    turned = torch.stack((even * cos_P - odd * sin_P, odd * cos_P + even * sin_P), -1).flatten(-2)
-    return torch.cat((x_IE[:, :-n], turned), -1)
-
-
-def hadamard(x: torch.Tensor) -> torch.Tensor:
-    """Multiply the last dimension (a power of two) by the orthonormal Hadamard matrix of Sylvester's construction."""
-    size = x.shape[-1]
-    shape, width = x.shape, 1
-    while width < size:
-        x = x.view(*shape[:-1], -1, 2, width)
-        x = torch.stack((x[..., 0, :] + x[..., 1, :], x[..., 0, :] - x[..., 1, :]), -2).reshape(shape)
-        width *= 2
-    scaled: torch.Tensor = x * size**-0.5
-    return scaled
 
 
 Angles = Callable[[int], tuple[torch.Tensor, torch.Tensor]]

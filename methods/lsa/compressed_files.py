@@ -23,7 +23,8 @@ import torch
 
 from kvscope.errors import UsageError, shown
 from kvscope.methods.indexer_files import cannot_read, finite_weights, tensor_headers
-from kvscope.methods.lsa.compressed import CompressedIndexer, QueryWeights
+from kvscope.methods.lsa.compressed import CompressedIndexer
+from kvscope.methods.lsa.compressed_query import QueryWeights
 from kvscope.paths import user_path
 
 MATRICES = ("W_DQ", "norm", "W_IUQ", "W_w")

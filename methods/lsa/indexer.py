@@ -16,18 +16,22 @@ F features a token (KV heads x head size: one layer's keys).
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from kvscope.methods.fp8_keys import SCALE_BYTES
+from kvscope.methods.lsa.compressed_query import EntryLayer
 from kvscope.methods.lsa.layout import cap_error, cap_of
 
-Features = Literal["stats", "tokens"]
-EncoderKind = Literal["mean", "stats", "pooled"]
-ENCODER_FEATURES: dict[str, Features] = {"mean": "stats", "stats": "stats", "pooled": "tokens"}
+Features = Literal["stats", "tokens", "entries"]
+EncoderKind = Literal["mean", "stats", "pooled", "compressed_key"]
+COMPRESSED_KEY: EncoderKind = "compressed_key"
+ENCODER_FEATURES: dict[str, Features] = {
+    "mean": "stats", "stats": "stats", "pooled": "tokens", COMPRESSED_KEY: "entries"
+}  # fmt: skip
 _POOLS = 4
 _LENT = -1.0  # added to a score that is lent, before training: a logit of warm-started weights has unit spread
 _BLOCK_PRODUCTS = 2**25
@@ -48,7 +52,8 @@ class IndexerConfig:
         heads, key_dim, rank: I, E, R.
         encoder: memory side: ``mean`` (linear in the mean key), ``stats`` (that, and an MLP on mean, maximum and
             minimum), ``pooled`` (a linear map of every key, averaged with learned weights: which tokens of a chunk are
-            ever asked for).
+            ever asked for), ``compressed_key`` (none: the model's own key of a compressed entry, see
+            ``compressed_query``).
         encoder_width: hidden width of those MLPs.
         lookback_tokens: hidden states scored at a refresh, the last ones; a chunk's score is the maximum. The paper
             uses one.
@@ -95,6 +100,8 @@ class IndexerConfig:
             raise ValueError(f"segment_tokens must divide {self.chunk_tokens}, got {self.segment_tokens}")
         if self.neighbours < 0:
             raise ValueError(f"neighbours must be 0 or more, got {self.neighbours}")
+        if self.encoder == COMPRESSED_KEY and (self.neighbours or self.segment_tokens or self.lookback_tokens > 1):
+            raise ValueError(f"encoder {COMPRESSED_KEY} has one key an entry and one state, and lends nothing")
         if error := cap_error(self.cap_tokens, self.cap_fraction):
             raise ValueError(error)
 
@@ -199,8 +206,12 @@ class LayerIndexer(nn.Module):
         )
         self.bias = nn.Parameter(torch.zeros(()))
 
-    def logits(self, hidden_XM: torch.Tensor, k_nE: torch.Tensor) -> torch.Tensor:
-        """Return the score of every segment for every query before the sigmoid, [X, n] in fp32."""
+    def logits(
+        self, hidden_XM: torch.Tensor, k_nE: torch.Tensor, angles_X2P: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the score of every segment for every query before the sigmoid, [X, n] in fp32; positions are none of
+        its matter."""
+        del angles_X2P
         q_XIE, w_XI = self.query(hidden_XM)
         X, n_heads, E = q_XIE.shape
         block = max(1, _BLOCK_PRODUCTS // (X * n_heads))
@@ -210,6 +221,20 @@ class LayerIndexer(nn.Module):
         ]
         return self.bias + torch.cat(parts, 1)
 
+    @torch.no_grad()
+    def rescale(self, scale: float, *, bias: float) -> None:
+        """Divide every score by ``scale``, and set what is added to it."""
+        self.query.weights.weight.div_(scale)
+        self.query.weights.bias.div_(scale)
+        self.bias.fill_(bias)
+
+
+def _layer_of(config: IndexerConfig) -> LayerIndexer | EntryLayer:
+    if config.encoder != COMPRESSED_KEY:
+        return LayerIndexer(config)
+    sizes = {name: getattr(config, name) for name in ("hidden_size", "rank", "heads", "key_dim")}
+    return EntryLayer(**sizes)
+
 
 class Indexer(nn.Module):
     """The indexers of all indexed layers of one model."""
@@ -217,7 +242,7 @@ class Indexer(nn.Module):
     def __init__(self, config: IndexerConfig) -> None:
         super().__init__()
         self.config = config
-        self.layers = nn.ModuleDict({str(layer): LayerIndexer(config) for layer in config.layers})
+        self.layers = nn.ModuleDict({str(layer): _layer_of(config) for layer in config.layers})
         if config.neighbours:
             self.lent = nn.Parameter(torch.full((2 * config.neighbours,), _LENT))
 
@@ -228,21 +253,38 @@ class Indexer(nn.Module):
             torch.manual_seed(seed)
             return cls(config).eval()
 
-    def layer(self, layer: int) -> LayerIndexer:
+    def layer(self, layer: int) -> LayerIndexer | EntryLayer:
         """Return the indexer of one layer."""
         found = self.layers[str(layer)]
+        assert isinstance(found, LayerIndexer | EntryLayer)
+        return found
+
+    def keep_layers(self, layers: tuple[int, ...]) -> None:
+        """Drop the layers that are not among these; others that are missing stay so."""
+        kept = tuple(layer for layer in self.config.layers if layer in layers)
+        if kept:
+            self.config = replace(self.config, layers=kept)
+            self.layers = nn.ModuleDict({str(layer): self.layers[str(layer)] for layer in kept})
+
+    def token_layer(self, layer: int) -> LayerIndexer:
+        """Return the indexer of one layer of a model that keeps tokens."""
+        found = self.layer(layer)
         assert isinstance(found, LayerIndexer)
         return found
 
-    def logits(self, hidden_XLM: torch.Tensor, keys_Ln: "list[torch.Tensor]") -> torch.Tensor:
+    def logits(
+        self, hidden_XLM: torch.Tensor, keys_Ln: "list[torch.Tensor]", angles_X2P: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return the scores of every segment for every query, maximum over layers, [X, n].
 
         Args:
             hidden_XLM: hidden states entering the indexed layers, in the order of ``config.layers``.
             keys_Ln: per layer the keys of all segments [n, E], fp32.
+            angles_X2P: cosine and sine of each state's position; for ``compressed_key`` alone.
         """
         per_layer = [
-            self.layer(layer).logits(hidden_XLM[:, i], keys_Ln[i]) for i, layer in enumerate(self.config.layers)
+            self.layer(layer).logits(hidden_XLM[:, i], keys_Ln[i], angles_X2P)
+            for i, layer in enumerate(self.config.layers)
         ]
         return torch.stack(per_layer).amax(0)
 

@@ -38,7 +38,7 @@ def mismatch(config: IndexerConfig, shape: ModelShape, *, chunk_tokens: int | No
     """Return why an indexer does not fit a model and chunk size, naming both sides; None when it does."""
     if (why := owner_mismatch(config, shape)) is not None:
         return why
-    features = shape.n_kv_heads * shape.head_dim
+    features = shape.indexed_features
     if (config.hidden_size, config.key_features) != (shape.hidden_size, features):
         return (
             f"it takes hidden states of {config.hidden_size} and keys of {config.key_features}, this model has "

@@ -10,7 +10,7 @@ import torch
 
 from kvscope.methods.call import AttentionCall
 
-Voters = Literal["layer", "head"]
+Voters = Literal["layer", "head", "index"]
 # Keys are scored in fp32, this many pages at a time, so that a long prompt costs no fp32 copy of its whole cache.
 _BLOCK_PAGES = 1024
 

@@ -244,7 +244,7 @@ class IndexerSelector(Selector):
     def _kernel_logits(self) -> torch.Tensor:
         from kvscope.methods.kernels.indexer_score.kernel import indexer_score
 
-        layers = [self._indexer.layer(layer) for layer in self._layers]
+        layers = [self._indexer.token_layer(layer) for layer in self._layers]
         encoded = [layer.query(self._states_WLM[:, row]) for row, layer in enumerate(layers)]
         # Queries in fp16 and keys widened, exactly: rounding queries to fp8 would choose other chunks than the torch
         # path does, and reading the keys takes as long either way.

@@ -77,11 +77,13 @@ def test_units_are_asked_for_with_what_their_role_needs(documents: ModuleType) -
 def test_time_is_shared_out_to_the_steps_that_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import indexers
+    from steps import deadlines_s
 
-    assert indexers.deadlines_s(["collect", "train", "calibrate"], 8.0, now_s=100.0) == {
+    thought = indexers.STEP_MINUTES
+    assert deadlines_s(["collect", "train", "calibrate"], 8.0, now_s=100.0, thought_minutes=thought) == {
         "collect": 340.0, "train": 490.0, "calibrate": 580.0,
     }  # fmt: skip
-    assert indexers.deadlines_s(["train"], 1.0, now_s=0.0) == {"train": 60.0}
+    assert deadlines_s(["train"], 1.0, now_s=0.0, thought_minutes=thought) == {"train": 60.0}
 
 
 def test_an_indexer_is_taken_over_for_other_weights(

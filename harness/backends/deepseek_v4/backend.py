@@ -20,10 +20,12 @@ from kvscope.harness.backends.deepseek_v4.shape import (
     compressed_model_shape,
     released_bytes_note,
 )
+from kvscope.harness.backends.deepseek_v4.watched import WatchedDense, native_indexer
 from kvscope.harness.engine.backend import Backend, NoForm, ReadyModel
 from kvscope.harness.engine.glue import observing_attention
 from kvscope.methods.base import CacheMethod, Collector
 from kvscope.methods.dense.method import Dense
+from kvscope.methods.lsa.compressed import CompressedIndexer
 from kvscope.methods.lsa.method import Lsa
 from kvscope.methods.random.method import RandomChunks
 from kvscope.methods.recency.method import Recency
@@ -100,6 +102,14 @@ class DeepseekV4(Backend[CompressedModelShape]):
     ) -> AbstractContextManager[None]:
         """Its decoder layers take several residual streams, so it is the state entering attention that is heard."""
         return observing_attention(model, layers, callback)
+
+    def watched_dense(
+        self, model: Any, shape: CompressedModelShape, layers: tuple[int, ...]
+    ) -> CacheMethod[Any] | None:
+        return WatchedDense(model, shape, layers)
+
+    def native_indexer(self, model: Any, layers: tuple[int, ...]) -> CompressedIndexer | None:
+        return native_indexer(model, layers)
 
     def prefill_peak_bytes(
         self, shape: CompressedModelShape, n_tokens: int, *, chunk_tokens: int, intermediate_size: int

@@ -12,11 +12,13 @@ from kvscope.harness.backends.deepseek_v4.sequence import Choice, CompressedSequ
 from kvscope.harness.backends.deepseek_v4.shape import CompressedModelShape
 from kvscope.methods.lsa.compressed import CompressedIndexer, CompressedSelector
 from kvscope.methods.lsa.compressed_files import compressed_indexer_hash, load_compressed_indexer
+from kvscope.methods.lsa.indexer import COMPRESSED_KEY, IndexerConfig
+from kvscope.methods.lsa.indexer_files import CONFIG_FILE, FILES
 from kvscope.methods.lsa.method import Lsa
-from kvscope.methods.lsa.options import DEFAULT_TAU
 from kvscope.methods.lsa.printed import N_INDEXED_LAYERS
 from kvscope.methods.lsa.schedule import Schedule
 from kvscope.methods.shape import Footprint, ModelShape
+from kvscope.paths import user_path
 
 
 class LsaEntries(OverEntries, Lsa):
@@ -33,8 +35,27 @@ class LsaEntries(OverEntries, Lsa):
         self._loaded: CompressedIndexer | None = None
         self._on: dict[torch.device, CompressedIndexer] = {}
 
-    def tau(self) -> int:
-        return DEFAULT_TAU if self.config.tau is None else int(self.config.tau)
+    @property
+    def _of_weights(self) -> bool:
+        """Whether the indexer is given as weights alone, as those of FlashMemory are: they say nothing of themselves.
+
+        A folder that ``kvscope lsa train`` wrote, or a shipped name, has a configuration.
+        """
+        given = self.config.indexer
+        if given is None:
+            return False
+        place = user_path(given, what="indexer")
+        is_named = given in FILES.shipped_names() or (place / CONFIG_FILE).is_file()
+        return not is_named
+
+    def _trained(self) -> IndexerConfig | None:
+        if self._of_weights or self.config.selection == "synthetic" or not self.config.indexed:
+            return None
+        self._source.see(self.entry_shape)
+        try:
+            return self._source.config(self.entry_shape)
+        except UsageError:
+            return None  # ``require`` and ``unsupported`` say why
 
     def require(self, shape: ModelShape) -> None:
         self.compressed_indexer()
@@ -44,10 +65,6 @@ class LsaEntries(OverEntries, Lsa):
         reasons = []
         if options.chunk_tokens not in (None, rate):
             reasons.append(f"chunk_tokens={options.chunk_tokens}: on deepseek_v4 a chunk is an entry of {rate} tokens")
-        if options.effective_refresh != "sync":
-            reasons.append(
-                f"refresh={options.effective_refresh} is not available over compressed entries, refresh=sync is"
-            )
         if uneven := self.uneven_pages():
             reasons.append(uneven)
         if not options.indexed:
@@ -75,21 +92,37 @@ class LsaEntries(OverEntries, Lsa):
                     shape.layers[:N_INDEXED_LAYERS], hidden_size=shape.hidden_size, rank=max(1, shape.hidden_size // 2),
                     heads=shape.index_heads, key_dim=shape.index_key_dim, seed=options.seed,
                 )  # fmt: skip
-            elif options.indexer is None:
-                raise UsageError(
-                    f"Method '{self.label}' needs an indexer on deepseek_v4: pass indexer=FILE with the weights of "
-                    "its query side, or use selection=synthetic with a budget (bytes and times only)."
-                )
-            else:
+            elif options.indexer is not None and self._of_weights:
                 self._loaded = load_compressed_indexer(options.indexer, csa_layers=shape.layers)
+            else:
+                if options.indexer is None and FILES.find_shipped(lambda each: self._misfit(each, shape)) is None:
+                    raise UsageError(
+                        f"Method '{self.label}' needs an indexer on deepseek_v4: pass indexer=FOLDER of kvscope lsa "
+                        "train, or indexer=FILE with the weights of its query side, or use selection=synthetic with a "
+                        "budget (bytes and times only)."
+                    )
+                self._source.config(shape)
+                self._loaded = CompressedIndexer.of(self._source.module(torch.device("cpu")))
             _check(self._loaded, shape)
         return self._loaded
 
+    def _misfit(self, config: IndexerConfig, shape: ModelShape) -> str | None:
+        found = super()._misfit(config, shape)
+        if found is None and config.encoder != COMPRESSED_KEY:
+            found = f"its encoder is {config.encoder}, and the entries of this model have keys of their own"
+        return found
+
     def trained_part(self, shape: ModelShape) -> str | None:
-        del shape
-        options = self.config
-        trained = options.selection == "trained" and options.indexed and options.indexer is not None
-        return compressed_indexer_hash(str(options.indexer)).rpartition("@")[2] if trained else None
+        if self.config.selection != "trained" or not self.config.indexed:
+            return None
+        return self._indexer_name().rpartition("@")[2] if self._of_weights else super().trained_part(shape)
+
+    def trained_prompts(self, shape: ModelShape) -> str | None:
+        return None if self._of_weights else super().trained_prompts(shape)
+
+    def _indexer_name(self) -> str:
+        """Return name and hash of the trained indexer, for a row."""
+        return compressed_indexer_hash(str(self.config.indexer)) if self._of_weights else self._source.name
 
     def observed_layers(self, shape: ModelShape) -> tuple[int, ...]:
         indexer = self.compressed_indexer()
@@ -103,15 +136,20 @@ class LsaEntries(OverEntries, Lsa):
 
     def n_kept(self, n_tokens: int) -> int:
         layout = self.layout(n_tokens)
-        rule = self.rule(layout)
-        most = rule.n_kept(layout.n_candidates)
-        return self.n_fixed(n_tokens) + (most if rule.n_chunks is None else rule.n_chunks)
+        rule, config = self.rule(layout), self._trained()
+        share = 1.0 if config is None or config.kept_fraction is None else config.kept_fraction
+        n_chosen = rule.n_kept(math.ceil(share * layout.n_candidates)) if rule.n_chunks is None else rule.n_chunks
+        return self.n_fixed(n_tokens) + n_chosen
 
     def is_noop(self, n_tokens: int, shape: ModelShape | None = None) -> bool:
         return Lsa.is_noop(self, n_tokens, shape)  # a threshold leaves out what it leaves out
 
     def predict(self, shape: ModelShape, n_tokens: int, n_new_tokens: int = 0) -> Footprint:
-        """Return the footprint; exact with a budget, and with a threshold the most it can be."""
+        """Return the footprint; exact with a budget.
+
+        A threshold keeps what it keeps: then the share that a trained indexer kept on held-out documents counts, or
+        everything where that is not known.
+        """
         held = super().predict(shape, n_tokens, n_new_tokens)
         return held + Footprint(host_bytes=self.entry_shape.paged_kv_bytes(n_tokens))
 
@@ -137,10 +175,13 @@ class LsaEntries(OverEntries, Lsa):
             raise UsageError(f"Method '{self.label}' cannot run: {'; '.join(self.unsupported(prompt.shape, device))}.")
         fixed = self._entries(layout.static_ranges, prompt)
         trained = self.config.selection == "trained"
+        config = self._trained()
         schedule = Schedule(
             tau=self.tau(),
+            stale=self.config.effective_refresh == "stale1",
             fallback_ratio=self.config.fallback_ratio,
-            indexer=compressed_indexer_hash(self.config.indexer) if trained else None,
+            indexer=self._indexer_name() if trained else None,
+            indexer_tau=None if config is None else config.tau,
             indexer_bytes=indexer.weight_bytes,
         )
         selector = CompressedSelector(

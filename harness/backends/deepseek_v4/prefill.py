@@ -22,6 +22,8 @@ from kvscope.harness.engine.glue import cache_argument, observing_attention
 from kvscope.methods.store import PromptKV
 
 ATTENTION_NAME = "kvscope_deepseek_v4"
+KEEPS_WEIGHTS = "kvscope_keeps_weights"
+"""Name under which an attention module has a function that is handed its weights [B, Q, S, T]; mostly it has none."""
 
 
 def compressed_attention(
@@ -56,6 +58,8 @@ def compressed_attention(
     logits_BQST = torch.cat([logits_BQST, sinks], -1)
     logits_BQST -= logits_BQST.max(-1, keepdim=True).values
     weights_BQST = logits_BQST.softmax(-1, dtype=logits_BQST.dtype)[..., :-1].to(value.dtype)
+    if (keep := getattr(module, KEEPS_WEIGHTS, None)) is not None:
+        keep(weights_BQST)
     return torch.matmul(weights_BQST, v_BQTD).transpose(1, 2).contiguous(), None
 
 

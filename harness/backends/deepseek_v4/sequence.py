@@ -67,6 +67,7 @@ class CompressedSequence(SequenceCache):
         self._resident_tokens: list[int] = []
         self._moved_bytes: list[int] = []
         self._chosen = self._kept = self._fallbacks = 0
+        self._arriving: torch.Tensor | None = None
         if choice is None:
             self._set_resident(fixed)
 
@@ -103,13 +104,15 @@ class CompressedSequence(SequenceCache):
         self._steps += 1
 
     def _refresh(self, choice: Choice) -> None:
-        n_candidates = choice.last - choice.first
-        chosen = choice.selector.choose()
-        ratio = choice.schedule.fallback_ratio
-        if ratio is not None and len(chosen) > ratio * n_candidates:
-            chosen = torch.arange(n_candidates)
-            self._fallbacks += 1
-        chosen = chosen + choice.first
+        """Choose, and make resident what is to be read from here on.
+
+        What is read an interval late is copied when that interval begins, not behind the one before: the choice is the
+        deployed one, and no room is held for what arrives.
+        """
+        chosen = self._choose(choice)
+        if choice.schedule.stale:
+            newest, chosen = chosen, chosen if self._arriving is None else self._arriving
+            self._arriving = newest
         if self._moved_bytes:  # at the first refresh everything is new, by definition
             before = next(iter(self.layers.values())).resident
             self._kept += int(torch.isin(chosen, before, assume_unique=True).sum())
@@ -120,6 +123,15 @@ class CompressedSequence(SequenceCache):
         entries = len(self._fixed) + len(chosen)
         rate = self._shape.page_tokens
         self._resident_tokens.append(entries * rate + self._prompt.n_tokens % rate)
+
+    def _choose(self, choice: Choice) -> torch.Tensor:
+        n_candidates = choice.last - choice.first
+        chosen = choice.selector.choose()
+        ratio = choice.schedule.fallback_ratio
+        if ratio is not None and len(chosen) > ratio * n_candidates:
+            chosen = torch.arange(n_candidates)
+            self._fallbacks += 1
+        return chosen + choice.first
 
     def _set_resident(self, entries: torch.Tensor) -> int:
         return sum(layer.set_resident(entries) for layer in self.layers.values())

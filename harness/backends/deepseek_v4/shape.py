@@ -30,9 +30,18 @@ class CompressedModelShape(ModelShape):
     index_key_dim: int
 
     @property
+    def indexed_features(self) -> int:
+        """The size of an entry's indexer key."""
+        return self.index_key_dim
+
+    @property
     def layer_bytes_per_token(self) -> int:
         """Bytes of one token in one CSA layer, rounded up: a share of an entry and its indexer key."""
         return -(-(self.cache.entry_bytes + self.cache.key_bytes) // self.cache.csa_rate)
+
+    def bytes_per_token(self) -> tuple[int, int]:
+        """Return the bytes of HCA entries, which always stay, and all, a token; rounded."""
+        return round(self.cache.hca_bytes_per_token), round(self.cache.bytes_per_token)
 
     def paged_kv_bytes(self, n_tokens: int) -> int:
         """Bytes of the whole entries and indexer keys of ``n_tokens`` in every CSA layer: what the mirror holds."""

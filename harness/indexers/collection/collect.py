@@ -18,10 +18,13 @@ from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.models import load_model
 from kvscope.harness.engine.presets import refuse_preset
 from kvscope.harness.indexers.collection.document import Answers, CollectionInfo, Document, document_bytes
+from kvscope.harness.indexers.collection.entries import entries_of, save_native
+from kvscope.harness.indexers.collection.entry_recorder import EntryRecorder
 from kvscope.harness.indexers.collection.label_rule import LabelRule
 from kvscope.harness.indexers.collection.make_document import Job, make_document
 from kvscope.harness.indexers.collection.recorder import Recorder
 from kvscope.harness.indexers.collection.shards import (
+    NATIVE,
     check_shard,
     collection_info,
     read_manifest,
@@ -52,13 +55,13 @@ class CollectConfig:
         lengths_tokens: prompt and answer together.
         samples: documents per task and length.
         seed: of the documents. Keep it away from the seeds that evaluate.
-        chunk_tokens: tokens of a chunk.
+        chunk_tokens: tokens of a chunk; None: 16, and over compressed entries those of one, which is all there is.
         layers: indexed layers; None: every managed layer.
         features: ``tokens`` (every key) or ``stats`` (mean, maximum and minimum of a chunk's keys, a fraction of the
-            disk).
+            disk); compressed entries have a key each.
         top_p, votes, voters, least_mass: how labels are told unless training asks otherwise, see ``LabelRule``; masses
             below ``least_mass`` are not stored.
-        state_tokens: hidden states kept before step 0, the most an indexer can look back.
+        state_tokens: hidden states kept before step 0, the most an indexer can look back; over compressed entries 1.
         shard_documents: documents a shard.
         token_samples: random tokens of each prompt of which state, keys and attention are stored for training a
             lightning indexer (``dsa``), beside those that steps attend to most; 0: none.
@@ -71,7 +74,7 @@ class CollectConfig:
     lengths_tokens: tuple[int, ...]
     samples: int
     seed: int
-    chunk_tokens: int = DEFAULT_CHUNK_TOKENS
+    chunk_tokens: int | None = None
     layers: tuple[int, ...] | None = None
     features: Features = "tokens"
     top_p: float = DEFAULT_TOP_P
@@ -89,7 +92,7 @@ class CollectConfig:
     def __post_init__(self) -> None:
         LabelRule(top_p=self.top_p, votes=self.votes, voters=self.voters, least_mass=self.least_mass)
         for name in ("samples", "chunk_tokens", "state_tokens", "shard_documents"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UsageError(f"{name} must be 1 or more, got {getattr(self, name)}.")
         if self.token_samples < 0:
             raise UsageError(f"token_samples must be 0 or more, got {self.token_samples}.")
@@ -143,7 +146,9 @@ def collect(
     )
     left = groups[len(shards) :]
     progress.begin(cells=len(left), work_tokens=sum(job.length_tokens for group in left for job in group))
-    recorder = Recorder(info)
+    recorder = EntryRecorder(loaded, info) if info.of_entries else Recorder(info)
+    if info.of_entries and not shards:
+        save_native(loaded, info, folder / NATIVE)
     for group in left:
         if not goes_on():
             break
@@ -199,7 +204,6 @@ def describe(config: CollectConfig, loaded: LoadedModel) -> CollectionInfo:
         UsageError: layers that kvscope does not manage in this model.
     """
     shape = loaded.shape
-    require_token_attention(loaded.backend, model=loaded.name, what="kvscope lsa collect and train")
     layers = config.layers or shape.layers
     foreign = sorted(set(layers) - set(shape.layers))
     if foreign:
@@ -207,30 +211,35 @@ def describe(config: CollectConfig, loaded: LoadedModel) -> CollectionInfo:
             f"Layers {', '.join(map(str, foreign))} of model '{loaded.name}' cannot be indexed: kvscope manages "
             f"{', '.join(map(str, shape.layers))}."
         )
+    if loaded.backend.native_indexer(loaded.model, ()) is None:
+        require_token_attention(loaded.backend, model=loaded.name, what="kvscope lsa collect and train")
+        kind: dict[str, Any] = {
+            "kv_bytes_per_token": shape.kv_bytes_per_token, "features": config.features,
+            "chunk_tokens": config.chunk_tokens or DEFAULT_CHUNK_TOKENS, "state_tokens": config.state_tokens,
+        }  # fmt: skip
+    else:
+        kind = entries_of(loaded, chunk_tokens=config.chunk_tokens, token_samples=config.token_samples)
     return CollectionInfo(
         model=loaded.name,
         model_revision=shape.revision,
         dtype=str(loaded.dtype).removeprefix("torch."),
         hidden_size=shape.hidden_size,
-        key_features=shape.n_kv_heads * shape.head_dim,
+        key_features=shape.indexed_features,
         query_heads=shape.n_q_heads,
         head_dim=shape.head_dim,
-        kv_bytes_per_token=shape.kv_bytes_per_token,
         layers=tuple(sorted(layers)),
         label_layers=shape.layers,
-        chunk_tokens=config.chunk_tokens,
-        features=config.features,
         top_p=config.top_p,
         voters=config.voters,
         least_mass=config.least_mass,
         votes=config.votes,
-        state_tokens=config.state_tokens,
         tasks=tuple(config.tasks),
         lengths_tokens=tuple(sorted(config.lengths_tokens)),
         samples=config.samples,
         seed=config.seed,
         token_samples=config.token_samples,
         answers=config.answers,
+        **kind,
     )
 
 

@@ -33,7 +33,9 @@ class CollectionInfo:
         hidden_size: M.
         key_features: F, KV heads x head size of one layer.
         query_heads, head_dim: of one layer.
-        kv_bytes_per_token: of the managed layers, in the model's dtype.
+        kv_bytes_per_token: of the managed layers, in the model's dtype; with compressed entries of the whole cache,
+            rounded.
+        kept_bytes_per_token: of these the bytes that no method leaves out (HCA entries).
         layers: indexed layers: their keys and the hidden states entering them are stored.
         label_layers: layers whose attention was recorded.
         chunk_tokens: C.
@@ -72,6 +74,12 @@ class CollectionInfo:
     token_samples: int = 0
     answers: Answers = "reference"
     chat_template: str | None = None
+    kept_bytes_per_token: int = 0
+
+    @property
+    def of_entries(self) -> bool:
+        """Whether chunks are a model's compressed entries."""
+        return self.features == "entries"
 
     def rule(self, **values: Any) -> LabelRule:
         """Return how labels are told, with values that are not None in place of the collection's.
@@ -86,8 +94,12 @@ class CollectionInfo:
                 f"least_mass is {rule.least_mass}, and the collection stores no mass below {self.least_mass}; collect "
                 "again with a smaller --least-mass."
             )
-        wanted_voters(rule, self.label_layers, self.query_heads)
+        self.wanted_voters(rule)
         return rule
+
+    def wanted_voters(self, rule: LabelRule) -> torch.Tensor:
+        """Return which of the recorded voters a rule asks, see ``label_rule.wanted_voters``."""
+        return wanted_voters(rule, self.label_layers, self.query_heads, native_index=self.of_entries)
 
     @property
     def id(self) -> str:
@@ -97,6 +109,8 @@ class CollectionInfo:
             del values["answers"]  # older than the choice: shards written then keep their name
         if self.chat_template is None:
             del values["chat_template"]  # likewise
+        if not self.kept_bytes_per_token:
+            del values["kept_bytes_per_token"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -122,7 +136,7 @@ class Document:
     """The tensors of one document.
 
     Attributes:
-        features: [L, n, 3, F] or [L, n, C, F].
+        features: [L, n, 3, F] or [L, n, C, F]; of compressed entries the model's indexer keys [L, n, F].
         hidden: [W + T, L, M], states entering the indexed layers: of the W tokens before step 0, then of every step.
         steps: [R], decode steps that predict an answer token, ascending.
         segments: [R], which answer each belongs to.
@@ -137,6 +151,7 @@ class Document:
         token_keys: [L, K, F], their keys before rotation.
         token_mass: [R, L, K], attention of the recorded steps to each of them, mean over query heads.
         step_mass: [R, L, T], the same to the tokens of the decode steps; 0 behind the step itself.
+        angles: [W + T, 2, P], cosine and sine of each state's position; of compressed entries alone.
     """
 
     info: DocumentInfo
@@ -157,6 +172,7 @@ class Document:
     token_keys: torch.Tensor | None = None
     token_mass: torch.Tensor | None = None
     step_mass: torch.Tensor | None = None
+    angles: torch.Tensor | None = None
 
     @property
     def n_states(self) -> int:
@@ -172,7 +188,7 @@ class Document:
             chunk=self.indices.long(),
             value=self.values,
             rest_RV=self.rest,
-            wanted_V=wanted_voters(rule, info.label_layers, info.query_heads),
+            wanted_V=info.wanted_voters(rule),
             n_chunks=self.mass.shape[1],
         )
 
@@ -193,20 +209,27 @@ class Document:
 
     def states(self, rows: torch.Tensor, lookback: int) -> torch.Tensor:
         """Return what a refresh before each of ``rows`` scores with: the states before it, [rows, lookback, L, M]."""
+        return self.hidden[self._before(rows, lookback)]
+
+    def state_angles(self, rows: torch.Tensor, lookback: int) -> torch.Tensor | None:
+        """Return the angles of these states, [rows, lookback, 2, P]; None where queries do not rotate."""
+        return None if self.angles is None else self.angles[self._before(rows, lookback)]
+
+    def _before(self, rows: torch.Tensor, lookback: int) -> torch.Tensor:
         last = self.steps.long()[rows] + self.n_states
-        return self.hidden[last[:, None] - lookback + torch.arange(lookback)]
+        return last[:, None] - lookback + torch.arange(lookback)
 
 
 def document_bytes(info: CollectionInfo, *, prompt_tokens: int, n_steps: int) -> int:
     """Estimate the bytes one document takes on disk: keys, states and masses, which are nearly all of it."""
     element_bytes = STORED_DTYPE.itemsize
     n_chunks = prompt_tokens // info.chunk_tokens
-    rows = 3 if info.features == "stats" else info.chunk_tokens
+    rows = {"stats": 3, "tokens": info.chunk_tokens, "entries": 1}[info.features]
     keys = len(info.layers) * n_chunks * rows * info.key_features
     states = (info.state_tokens + n_steps) * len(info.layers) * info.hidden_size
     queries = n_steps * len(info.layers) * info.query_heads * info.head_dim
     # Of the masses as many as can be above the least: each voter has at most 1 / least_mass of them.
-    voters = len(info.label_layers) * (1 + info.query_heads)
+    voters = len(info.label_layers) * (1 + info.query_heads + info.of_entries)
     most = n_chunks if info.least_mass == 0 else min(n_chunks, int(1 / info.least_mass))
     masses = n_steps * (n_chunks + voters * (1 + most * MASS_BYTES // element_bytes))
     tokens = 0

@@ -1,13 +1,14 @@
 """How positives are told from stored attention masses: any rule can be tried on a collection without the model.
 
-A voter is a layer (its head-summed mass) or one head of a layer. Voters are numbered: the label layers in order, then
-the heads of the first one, of the second one, and so on.
+A voter is a layer (its head-summed mass) or one head of a layer; over compressed entries also the native indexer of a
+layer (the softmax of its scores). Voters are numbered: the label layers in order, then the heads of the first one, of
+the second one, and so on, then the native indexers.
 
 Shapes: R recorded steps, V voters, n' chunks of the prompt, X stored masses.
 """
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -21,7 +22,7 @@ class LabelRule:
 
     Attributes:
         top_p: share of a voter's attention that its chunks hold.
-        voters: ``layer`` or ``head``.
+        voters: ``layer``, ``head``, or ``index`` (the native indexer of each layer, as in the paper).
         votes: votes that make a chunk positive.
         least_mass: attention a chunk needs for a voter's vote.
         layers: layers that vote; None: every one recorded.
@@ -36,8 +37,8 @@ class LabelRule:
     def __post_init__(self) -> None:
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
-        if self.voters not in ("layer", "head"):
-            raise UsageError(f"voters must be layer or head, got {self.voters!r}.")
+        if self.voters not in get_args(Voters):
+            raise UsageError(f"voters must be {', '.join(get_args(Voters))}, got {self.voters!r}.")
         if self.votes < 1:
             raise UsageError(f"votes must be 1 or more, got {self.votes}.")
         if not 0 <= self.least_mass < 1:
@@ -52,17 +53,25 @@ class LabelRule:
         return asdict(self)
 
 
-def voter_masses(mass_LQM: torch.Tensor) -> torch.Tensor:
-    """Return the masses of every voter, [V, n' + 1], from those of heads [L, Q, n' + 1]."""
-    return torch.cat([mass_LQM.mean(1), mass_LQM.flatten(0, 1)])
+def voter_masses(mass_LQM: torch.Tensor, index_LM: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the masses of every voter, [V, n' + 1], from those of heads [L, Q, n' + 1] and of native indexers."""
+    index = [] if index_LM is None else [index_LM]
+    return torch.cat([mass_LQM.mean(1), mass_LQM.flatten(0, 1), *index])
 
 
-def wanted_voters(rule: LabelRule, label_layers: tuple[int, ...], query_heads: int) -> torch.Tensor:
+def wanted_voters(
+    rule: LabelRule, label_layers: tuple[int, ...], query_heads: int, *, native_index: bool = False
+) -> torch.Tensor:
     """Return which voters a rule asks, bool [V].
 
+    Args:
+        native_index: whether native indexers were recorded.
+
     Raises:
-        UsageError: a layer that was not recorded.
+        UsageError: a layer, or a kind of voter, that was not recorded.
     """
+    if rule.voters == "index" and not native_index:
+        raise UsageError("voters=index asks the native indexers of a model, and this collection's model has none.")
     asked = label_layers if rule.layers is None else rule.layers
     foreign = sorted(set(asked) - set(label_layers))
     if foreign:
@@ -70,14 +79,13 @@ def wanted_voters(rule: LabelRule, label_layers: tuple[int, ...], query_heads: i
             f"Layers {', '.join(map(str, foreign))} were not recorded for labels; the collection has "
             f"{', '.join(map(str, label_layers))}."
         )
-    L = len(label_layers)
     chosen = torch.tensor([layer in asked for layer in label_layers])
-    wanted = torch.zeros(L + L * query_heads, dtype=torch.bool)
-    if rule.voters == "layer":
-        wanted[:L] = chosen
-    else:
-        wanted[L:] = chosen.repeat_interleave(query_heads)
-    return wanted
+    nobody = torch.zeros_like(chosen)
+    parts = {
+        "layer": nobody, "head": nobody.repeat_interleave(query_heads), **({"index": nobody} if native_index else {}),
+    }  # fmt: skip
+    parts[rule.voters] = chosen.repeat_interleave(query_heads) if rule.voters == "head" else chosen
+    return torch.cat(list(parts.values()))
 
 
 def count_votes(

@@ -10,7 +10,7 @@ steps need depends on what they say, and a model may say the same in other words
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,9 +21,9 @@ from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.prefill import DEFAULT_CHUNK_TOKENS, prefill
 from kvscope.harness.engine.session import Session
 from kvscope.harness.indexers.collection.document import STORED_DTYPE, CollectionInfo, Document, DocumentInfo
-from kvscope.harness.indexers.collection.recorder import Recorder, RecordingSequence, StepRecord
+from kvscope.harness.indexers.collection.entry_recorder import EntryRecorder
+from kvscope.harness.indexers.collection.recorder import Recorder, StepRecord
 from kvscope.harness.indexers.collection.token_records import token_tensors
-from kvscope.methods.base import union_collectors
 
 if TYPE_CHECKING:
     from kvscope.tasks.base import Sample, Task
@@ -47,7 +47,7 @@ def answer_ids(loaded: LoadedModel, sample: "Sample") -> list[int]:
 
 def make_document(
     loaded: LoadedModel,
-    recorder: Recorder,
+    recorder: Recorder | EntryRecorder,
     info: CollectionInfo,
     job: Job,
     *,
@@ -75,7 +75,7 @@ def make_document(
 @torch.inference_mode()
 def record(
     loaded: LoadedModel,
-    recorder: Recorder,
+    recorder: Recorder | EntryRecorder,
     info: CollectionInfo,
     context_ids: Sequence[int],
     fed_ids: Sequence[int],
@@ -97,7 +97,7 @@ def record(
         DEFAULT_CHUNK_TOKENS, -(-len(context_ids) // loaded.shape.page_tokens) * loaded.shape.page_tokens
     )
     prompt = prefill(
-        loaded, context_ids, collectors=union_collectors([recorder], loaded.shape.layers),
+        loaded, context_ids, collectors=recorder.listeners(loaded.shape.layers),
         chunk_tokens=max(chunk_tokens, loaded.shape.page_tokens),
     )  # fmt: skip
     records: list[StepRecord] = []
@@ -106,20 +106,20 @@ def record(
     end = AnswerEnd(loaded, stop_strings=() if own_answer is None else own_answer.stop)
     reserve_tokens = len(fed_ids) + (0 if own_answer is None else own_answer.max_new_tokens - 1)
     with Session(loaded) as session:
-        sequence = session.add(recorder, prompt, reserve_tokens=reserve_tokens).cache
-        assert isinstance(sequence, RecordingSequence)
+        sequence = session.add(recorder.method, prompt, reserve_tokens=reserve_tokens).cache
         while pending:
             _, [best] = finite_tokens(session, session.step([pending.pop(0)]), step=len(records))
-            records.append(sequence.take())
+            records.append(recorder.take(sequence))
             if own_answer is None or pending:
                 continue
             own.append(best)
             if end.reason(own, max_new_tokens=own_answer.max_new_tokens) is None:
                 pending.append(own[-1])
-    before = torch.stack([_padded(prompt, layer, info.state_tokens) for layer in info.layers], 1)
+        features = recorder.features(prompt, sequence)
+        before = recorder.states_before(prompt, sequence)
+        angles = recorder.angles(prompt, sequence, len(records))
     during = torch.stack([each.hidden_LM for each in records])
     counts = torch.tensor([len(each.values) for each in records])
-    name = recorder.features_name
     return Document(
         info=DocumentInfo(
             task=task,
@@ -129,8 +129,8 @@ def record(
             prompt_tokens=prompt.n_tokens,
             n_steps=len(records),
         ),
-        features=torch.stack([prompt.metadata[name][layer] for layer in info.layers]).to(STORED_DTYPE),
-        hidden=torch.cat([before, during]).to(STORED_DTYPE).cpu(),
+        features=features.to(STORED_DTYPE).cpu(),
+        hidden=torch.cat([before.to(during.device), during]).to(STORED_DTYPE).cpu(),
         steps=torch.arange(len(records), dtype=torch.int32),
         segments=torch.zeros(len(records), dtype=torch.int32),  # one answer
         indptr=torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int().cpu(),
@@ -140,11 +140,6 @@ def record(
         rest=torch.stack([each.rest_V for each in records]).half().cpu(),
         mass=torch.stack([each.mass_M for each in records]).half().cpu(),
         queries=torch.stack([each.queries_LF for each in records]).to(STORED_DTYPE).cpu(),
+        **angles,
         **token_tensors(prompt, [each.token_mass_LN for each in records], info, n_steps=len(records), sample=sample),
     )
-
-
-def _padded(prompt: Any, layer: int, width: int) -> torch.Tensor:
-    states: torch.Tensor = prompt.metadata[f"last_states_{width}"][layer]
-    missing = width - len(states)
-    return states if missing <= 0 else torch.cat([states[:1].expand(missing, -1), states])

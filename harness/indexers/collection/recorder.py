@@ -10,7 +10,7 @@ import torch
 from kvscope.harness.indexers.collection.document import STORED_DTYPE, CollectionInfo
 from kvscope.harness.indexers.collection.label_rule import voter_masses
 from kvscope.harness.indexers.collection.token_records import TokenStates, head_mean
-from kvscope.methods.base import AttentionCall, Collector, SequenceCache
+from kvscope.methods.base import AttentionCall, Collector, SequenceCache, union_collectors
 from kvscope.methods.dense.method import Dense
 from kvscope.methods.lsa.collectors import ChunkKeys, LastStates
 from kvscope.methods.lsa.indexer import chunk_features
@@ -55,6 +55,35 @@ class Recorder(Dense):
     def observed_layers(self, shape: ModelShape) -> tuple[int, ...]:
         del shape
         return self.info.layers
+
+    @property
+    def method(self) -> "Recorder":
+        """What a session opens: itself."""
+        return self
+
+    def listeners(self, layers: tuple[int, ...]) -> list[Collector]:
+        """Return what listens to the prefill."""
+        return union_collectors([self], layers)
+
+    def features(self, prompt: PromptKV, sequence: SequenceCache) -> torch.Tensor:
+        """Return the features of the prompt's chunks, [L, n, ...]."""
+        del sequence
+        return torch.stack([prompt.metadata[self.features_name][layer] for layer in self.info.layers])
+
+    def states_before(self, prompt: PromptKV, sequence: SequenceCache) -> torch.Tensor:
+        """Return the states of the last tokens of the prompt, [W, L, M]; of a short one the first again."""
+        del sequence
+        return torch.stack([_padded(prompt, layer, self.info.state_tokens) for layer in self.info.layers], 1)
+
+    def angles(self, prompt: PromptKV, sequence: SequenceCache, n_steps: int) -> dict[str, torch.Tensor]:
+        """Return nothing: queries over tokens do not rotate."""
+        del prompt, sequence, n_steps
+        return {}
+
+    def take(self, sequence: SequenceCache) -> StepRecord:
+        """Return what the last step left, and forget it."""
+        assert isinstance(sequence, RecordingSequence)
+        return sequence.take()
 
     def unsupported(self, shape: ModelShape, device: torch.device | str) -> list[str]:
         del device
@@ -114,15 +143,29 @@ class RecordingSequence(ResidentSequence):
         mass, self._mass, self._hidden, self._queries = self._mass, [], {}, {}
         tokens, self._token_mass = self._token_mass, []
         mass_LQM = torch.stack(mass)
-        mass_VM = voter_masses(mass_LQM)
-        # A mass of zero can never be voted for; it is not worth a place.
-        kept = mass_VM[:, :-1] >= max(self._info.least_mass, torch.finfo(torch.float16).tiny)
-        voters, chunks = kept.nonzero(as_tuple=True)
+        chunks, voters, values, rest_V = stored_masses(voter_masses(mass_LQM), self._info.least_mass)
         strongest = mass_LQM.mean(1).amax(0)[:-1]
         token_mass_LN = torch.stack(tokens) if tokens else torch.empty(0)
-        masses = mass_VM[:, :-1][kept], mass_VM[:, -1], strongest
-        return StepRecord(hidden_LM, queries_LF, chunks, voters, *masses, token_mass_LN)
+        return StepRecord(hidden_LM, queries_LF, chunks, voters, values, rest_V, strongest, token_mass_LN)
 
     def close(self) -> None:
         self._mass, self._token_mass, self._hidden, self._queries = [], [], {}, {}
         super().close()
+
+
+def stored_masses(mass_VM: torch.Tensor, least_mass: float) -> tuple[torch.Tensor, ...]:
+    """Return chunks, voters and values of the masses that are stored, and each voter's mass outside the prompt.
+
+    Args:
+        mass_VM: [V, n' + 1], the last column all the rest.
+    """
+    # A mass of zero can never be voted for; it is not worth a place.
+    kept = mass_VM[:, :-1] >= max(least_mass, torch.finfo(torch.float16).tiny)
+    voters, chunks = kept.nonzero(as_tuple=True)
+    return chunks, voters, mass_VM[:, :-1][kept], mass_VM[:, -1]
+
+
+def _padded(prompt: PromptKV, layer: int, width: int) -> torch.Tensor:
+    states: torch.Tensor = prompt.metadata[f"last_states_{width}"][layer]
+    missing = width - len(states)
+    return states if missing <= 0 else torch.cat([states[:1].expand(missing, -1), states])

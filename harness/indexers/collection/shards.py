@@ -15,6 +15,8 @@ from kvscope.harness.indexers.collection.document import CollectionInfo, Documen
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+NATIVE = "native"
+"""Folder of the model's own indexer, beside shards of compressed entries."""
 _TENSORS = (
     "features",
     "hidden",
@@ -56,7 +58,8 @@ def collection_info(manifest: Mapping[str, Any], folder: Path) -> CollectionInfo
     Raises:
         UsageError: keys are missing or unknown.
     """
-    values = {"answers": "reference", "chat_template": None, **manifest.get("collection", {})}
+    older = {"answers": "reference", "chat_template": None, "kept_bytes_per_token": 0}
+    values = {**older, **manifest.get("collection", {})}
     names = {field.name for field in fields(CollectionInfo)}
     if set(values) != names:
         odd = ", ".join(sorted(names ^ set(values)))
@@ -124,7 +127,7 @@ def read_document(path: Path, number: int, document: DocumentInfo, info: Collect
 
 
 def _tensor_names(info: CollectionInfo) -> tuple[str, ...]:
-    return (*_TENSORS, *(_TOKEN_TENSORS if info.token_samples else ()))
+    return (*_TENSORS, *(_TOKEN_TENSORS if info.token_samples else ()), *(("angles",) if info.of_entries else ()))
 
 
 def write_manifest(folder: Path, info: CollectionInfo, shards: Sequence[Mapping[str, Any]], *, complete: bool) -> None:

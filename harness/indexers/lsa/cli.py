@@ -101,14 +101,18 @@ def collect(
     model: Annotated[str, typer.Option("--model", help="reference, a folder, or a Hugging Face id.")] = "reference",
     samples: Annotated[int, typer.Option("--samples", "-n", help="Documents per task and length.")] = 100,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the documents; keep it off evaluation's.")] = 1000,
-    chunk_tokens: Annotated[int, typer.Option("--chunk-tokens", help="Tokens of a chunk.")] = 16,
+    chunk_tokens: Annotated[
+        int | None, typer.Option("--chunk-tokens", help="Tokens of a chunk.  [default: 16, or an entry's]")
+    ] = None,
     layers: Layers = None,
     features: Annotated[
         str, typer.Option("--features", help="tokens (every key) or stats (mean, maximum, minimum a chunk).")
     ] = "tokens",
     top_p: Annotated[float, typer.Option("--top-p", help="Share of attention a voter's chunks hold.")] = 0.9,
     votes: Annotated[int, typer.Option("--votes", help="Votes that make a chunk positive.")] = 1,
-    voters: Annotated[str, typer.Option("--voters", help="layer (head-summed) or head.")] = "layer",
+    voters: Annotated[
+        str, typer.Option("--voters", help="layer (head-summed), head, or index (the native one).")
+    ] = "layer",
     least_mass: Annotated[float, typer.Option("--least-mass", help="Least attention a vote needs.")] = 0.2,
     states: Annotated[int, typer.Option("--states", help="Hidden states kept before step 0.")] = 16,
     shard_documents: Annotated[int, typer.Option("--shard-documents", help="Documents a shard.")] = 16,

@@ -49,7 +49,7 @@ class Shares:
     """What an indexer keeps of one prompt, as shares of its KV bytes.
 
     Attributes:
-        static: sinks and window.
+        static: sinks and window, and what no method leaves out.
         chunk: one chosen chunk.
         metadata: the indexer's keys and states.
     """
@@ -64,9 +64,10 @@ def shares_of(found: Example, info: CollectionInfo, config: IndexerConfig, optio
     layout = options.layout(found.document, info.chunk_tokens)
     element_bytes = 4 if info.dtype == "float32" else 2
     extra_bytes = metadata_bytes(config, layout.n_candidates, element_bytes=element_bytes)
+    always = info.kept_bytes_per_token / info.kv_bytes_per_token
     return Shares(
-        static=layout.static_tokens / layout.n_tokens,
-        chunk=layout.chunk_tokens / layout.n_tokens,
+        static=always + (1 - always) * layout.static_tokens / layout.n_tokens,
+        chunk=(1 - always) * layout.chunk_tokens / layout.n_tokens,
         metadata=extra_bytes / (layout.n_tokens * info.kv_bytes_per_token),
     )
 

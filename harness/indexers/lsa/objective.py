@@ -110,7 +110,9 @@ def own_logits(
             features = features.reshape(-1, indexer.config.segment_tokens, features.shape[-1])
         key = indexer.layer(layer).memory(features.to(device))
         keys.append(rounded(key))
-    logits = indexer.logits(states.flatten(0, 1), keys)
+    angles = found.document.state_angles(rows, lookback)
+    turns = None if angles is None else angles.flatten(0, 1).to(device)
+    logits = indexer.logits(states.flatten(0, 1), keys, turns)
     return logits.view(len(rows), lookback, -1).amax(1)
 
 

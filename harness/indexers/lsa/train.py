@@ -18,12 +18,20 @@ from kvscope.harness.engine.devices import resolve_device
 from kvscope.harness.indexers.collection.document import CollectionInfo
 from kvscope.harness.indexers.collection.places import Place, data_record, note_unfinished, places_of, split
 from kvscope.harness.indexers.collection.reading import Collection, open_collections
+from kvscope.harness.indexers.collection.shards import NATIVE
 from kvscope.harness.indexers.lsa.lineage import origin
 from kvscope.harness.indexers.lsa.objective import document_loss, example, measure, shift_to_recall
 from kvscope.harness.indexers.lsa.train_config import DEFAULT_NEIGHBOURS, TrainConfig
-from kvscope.harness.indexers.lsa.warm_start import warm_start
+from kvscope.harness.indexers.lsa.warm_start import set_bias, warm_start
 from kvscope.harness.indexers.training import opening_record, train_epochs, training_log
-from kvscope.methods.lsa.indexer import ENCODER_FEATURES, EncoderKind, Indexer, IndexerConfig
+from kvscope.methods.lsa.indexer import (
+    COMPRESSED_KEY,
+    ENCODER_FEATURES,
+    EncoderKind,
+    Features,
+    Indexer,
+    IndexerConfig,
+)
 from kvscope.methods.lsa.indexer_files import indexer_folder, load_indexer, read_indexer_config, save_indexer
 from kvscope.paths import check_out, user_path
 
@@ -66,12 +74,17 @@ def train(
     check_out(folder)
     collections = open_collections(folders, chunk_tokens=config.chunk_tokens, layers=config.layers)
     info = collections[0].info
+    if info.of_entries:
+        config = over_entries(config, collections[0], note)
     check_collected(config, collections, note)
     config.rule(info)
     device = resolve_device(config.device)
     training, held_out = split(places_of(collections), share=config.held_out)
     indexer = starting_point(indexer_config(info, config), config).to(device).train()
-    if config.start is None and config.warm_start:
+    if config.start == str(collections[0].folder / NATIVE):
+        # Its scores say which is best, and nothing of how many are good enough.
+        set_bias(indexer, training[:: max(1, len(training) // 16)], config)
+    elif config.start is None and config.warm_start:
         fits = warm_start(indexer, training, config)
         note("warm start: " + ", ".join(f"layer {layer} queries {fit['query_fit']:.1%} explained"
                                         for layer, fit in zip(indexer.config.layers, fits, strict=True)))  # fmt: skip
@@ -125,6 +138,29 @@ def train(
     return best
 
 
+def over_entries(config: TrainConfig, collection: Collection, note: Callable[[str], None]) -> TrainConfig:
+    """Return the options as they are over compressed entries: one state, nothing lent, and the model's own indexer to
+    begin with.
+
+    Raises:
+        UsageError: an option that only an encoder of one's own has.
+    """
+    if config.neighbours or config.segment_tokens:
+        raise UsageError(
+            "Entries that the model compressed have one key each and lend nothing: leave --neighbours and "
+            "--segment-tokens out."
+        )
+    if config.lookback != 1:
+        note("over compressed entries one state is scored: lookback is 1")
+    start, native = config.start, collection.folder / NATIVE
+    if start is None and config.warm_start:
+        start = str(native)
+    was = read_indexer_config(indexer_folder(str(native) if start is None else start))
+    return replace(
+        config, lookback=1, neighbours=0, start=start, heads=config.heads or was.heads, rank=config.rank or was.rank
+    )  # fmt: skip
+
+
 def starting_point(wanted: IndexerConfig, config: TrainConfig) -> Indexer:
     """Return the indexer to begin with: random weights, or those of ``config.start``.
 
@@ -135,6 +171,8 @@ def starting_point(wanted: IndexerConfig, config: TrainConfig) -> Indexer:
         return Indexer.untrained(wanted, seed=config.seed)
     folder = indexer_folder(config.start)
     found = load_indexer(folder)
+    if wanted.encoder == COMPRESSED_KEY and found.config.encoder == COMPRESSED_KEY:
+        found.keep_layers(wanted.layers)  # they share nothing, and the model's own indexer has all of them
     free = {"tau", "kept_fraction", "trained", "chunk_tokens", "segment_tokens", "lookback_tokens", "cap_tokens",
             "cap_fraction"}  # fmt: skip
     if wanted.model_revision is not None:
@@ -187,10 +225,8 @@ def check_collected(config: TrainConfig, collections: Sequence[Collection], note
     info = collections[0].info
     needed = None if config.encoder is None else ENCODER_FEATURES[config.encoder]
     if needed is not None and needed != info.features:
-        raise UsageError(
-            f"Encoder '{config.encoder}' needs a collection made with --features {needed}, this one holds "
-            f"'{info.features}'."
-        )
+        made = "of compressed entries" if needed == "entries" else f"made with --features {needed}"
+        raise UsageError(f"Encoder '{config.encoder}' needs a collection {made}, this one holds '{info.features}'.")
     if config.segment_tokens is not None and (info.features != "tokens" or info.chunk_tokens % config.segment_tokens):
         raise UsageError(
             f"segment_tokens is {config.segment_tokens}: it must divide the chunk of {info.chunk_tokens} tokens, and "
@@ -204,7 +240,7 @@ def check_collected(config: TrainConfig, collections: Sequence[Collection], note
 
 def indexer_config(info: CollectionInfo, config: TrainConfig) -> IndexerConfig:
     """Return the configuration of the indexer to train."""
-    pooled_or_stats: EncoderKind = "pooled" if info.features == "tokens" else "stats"
+    encoders: dict[Features, EncoderKind] = {"tokens": "pooled", "stats": "stats", "entries": COMPRESSED_KEY}
     return IndexerConfig(
         model=info.model,
         model_revision=info.model_revision,
@@ -216,7 +252,7 @@ def indexer_config(info: CollectionInfo, config: TrainConfig) -> IndexerConfig:
         heads=config.heads or info.query_heads,
         key_dim=config.key_dim or min(MOST_KEY_DIM, info.key_features),
         rank=config.rank or max(1, info.hidden_size // 2),
-        encoder=config.encoder or pooled_or_stats,
+        encoder=config.encoder or encoders[info.features],
         encoder_width=config.encoder_width,
         lookback_tokens=config.lookback,
         segment_tokens=config.segment_tokens,

@@ -115,7 +115,9 @@ def warm_start(indexer: Indexer, training: Sequence[Place], config: TrainConfig)
     for layer in indexer.config.layers:
         # One layer at a time: the moments of a wide model are hundreds of megabytes.
         sums = gather(sampled, layer, device)
-        report.append(start_layer(indexer.layer(layer), sums, query_heads=info.query_heads, head_dim=info.head_dim))
+        report.append(
+            start_layer(indexer.token_layer(layer), sums, query_heads=info.query_heads, head_dim=info.head_dim)
+        )
     set_bias(indexer, training[:: max(1, len(training) // 16)], config)
     return report
 
@@ -229,10 +231,7 @@ def set_bias(indexer: Indexer, places: Sequence[Place], config: TrainConfig) -> 
     scores = torch.cat([indexer.chunk_scores(logits / scale).flatten() for logits in found]).cpu()
     cut = float(torch.quantile(scores[:1_000_000], 1 - PASS_SHARE))
     for name in indexer.config.layers:
-        layer = indexer.layer(name)
-        layer.query.weights.weight.div_(scale)
-        layer.query.weights.bias.div_(scale)
-        layer.bias.fill_(-cut)
+        indexer.layer(name).rescale(scale, bias=-cut)
 
 
 def unit_rms(x: torch.Tensor) -> torch.Tensor:

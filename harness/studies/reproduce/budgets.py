@@ -3,6 +3,7 @@
 from typing import Any
 
 from kvscope.errors import UsageError
+from kvscope.harness.engine.backend import NoForm, form_on
 from kvscope.harness.passes.facts import ModelFacts
 from kvscope.methods.registry import create_method
 from kvscope.specs import Spec
@@ -29,6 +30,12 @@ def equal_methods(
         UsageError: a method cannot hold so few bytes and be itself.
     """
     return {f"{name}{EQUAL}": _label(name, share, n_tokens, window_tokens, facts) for name in names}
+
+
+def runs_at(name: str, facts: ModelFacts) -> bool:
+    """Whether a method has a form on the model's cache, so that it can be given lsa's bytes."""
+    method = create_method(_spec(name, _STEPS, 1))
+    return not isinstance(form_on(facts.backend, method, facts.shape), NoForm)
 
 
 def _label(name: str, share: float, n_tokens: int, window_tokens: int, facts: ModelFacts) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from kvscope.errors import UsageError, did_you_mean, shown
 from kvscope.harness.passes.facts import ModelFacts, describe_model
+from kvscope.harness.studies.reproduce.budgets import runs_at
 from kvscope.harness.studies.reproduce.profiles import (
     DIVISORS,
     EQUAL_BYTES,
@@ -81,7 +82,8 @@ def make_reproduction(
                 "one."
             )
         cells = lsa_cells(asked, most_tokens=facts.max_length_tokens, has_gpu=has_gpu)
-        pilots, equal = pilot_cells(cells), EQUAL_BYTES[asked.size]
+        pilots = pilot_cells(cells)
+        equal = tuple(name for name in EQUAL_BYTES[asked.size] if runs_at(name, facts))
     else:
         cells, pilots, equal = setup_cells(asked, facts=facts), (), ()
     if all(cell.left_out is not None for cell in cells if cell.scored):
@@ -121,6 +123,8 @@ def plan_text(planned: Planned, *, width: int | None) -> str:
                 f"left out: {cell.left_out}" if cell.left_out else "",
             ]
         )
+    asked_equal = EQUAL_BYTES[plan.size] if planned.pilots else ()
+    left = [name for name in asked_equal if name not in planned.equal]
     headers = ["cell", "length", "prompts", "seeds", "Mtokens", "methods", ""]
     aligned = ["left", "left", "right", "right", "right", "left", "left"]
     lines = [
@@ -131,6 +135,7 @@ def plan_text(planned: Planned, *, width: int | None) -> str:
         grid(rows, headers, aligned=aligned, width=width),
         "",
         f"{prompts:,} prompts, {tokens / 1e6:.1f} million prompt tokens. Each is prefilled once, for all methods.",
+        *([f"Not at lsa's bytes, for they have no form on this model's cache: {', '.join(left)}."] if left else []),
     ]
     return "\n".join(folded(line, width) if "\n" not in line else line for line in lines)
 

@@ -5,7 +5,8 @@ import torch
 from compressed_plain import plain_logits
 
 from kvscope.methods.compressed_bytes import FLASH_FP8
-from kvscope.methods.lsa.compressed import CompressedIndexer, hadamard, key_bytes, rotate_last, stored_keys
+from kvscope.methods.lsa.compressed import CompressedIndexer, key_bytes, stored_keys
+from kvscope.methods.lsa.compressed_query import hadamard, rotate_last
 from kvscope.methods.lsa.printed import TABLE_1, pruned_fractions
 
 M, RANK, HEADS, DIM, N = 48, 24, 6, 16, 37

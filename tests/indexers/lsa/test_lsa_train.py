@@ -201,7 +201,7 @@ def test_the_split_is_by_document_and_does_not_move(data):
         ({"rank": 0}, "rank must be 1 or more"),
         ({"held_out": 1.0}, "held_out must lie between 0 and 1"),
         ({"target_recall": 1.0}, "target_recall must lie between 0 and 1"),
-        ({"encoder": "huge"}, "encoder must be mean, stats, pooled, got 'huge'"),
+        ({"encoder": "huge"}, "encoder must be mean, stats, pooled, compressed_key, got 'huge'"),
         ({"lr": 0.0}, "lr must be positive"),
     ],
 )
