@@ -172,7 +172,7 @@ def test_layers_can_be_chosen_and_must_be_managed(config, tmp_path):
         ({"top_p": 1.1}, "top_p must be above 0 and at most 1, got 1.1"),
         ({"least_mass": 1.0}, "least_mass must be 0 or more and below 1"),
         ({"features": "all"}, "features must be stats or tokens, got 'all'"),
-        ({"voters": "all"}, "voters must be layer or head, got 'all'"),
+        ({"voters": "all"}, "voters must be layer, head, index, got 'all'"),
         ({"tasks": ()}, "At least one task and one length are needed"),
     ],
 )
