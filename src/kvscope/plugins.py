@@ -46,6 +46,10 @@ class Place:
         return f"{self.target} of {self.origin}" if self.origin else self.target
 
 
+#: Modules that an import brings where it is worth settling the collector behind it.
+MANY_MODULES = 100
+
+
 @contextmanager
 def importing() -> Iterator[None]:
     """Hold the collector still while large packages are imported: modules are no garbage.
@@ -57,10 +61,13 @@ def importing() -> Iterator[None]:
         yield
         return
     gc.disable()
+    n_modules = len(sys.modules)
     try:
         yield
     finally:
-        if not gc.get_freeze_count():  # else unfreezing would undo what someone asked for
+        # To count what is frozen, Python walks through all of it: not for a package that was there already. Where
+        # someone has frozen something, unfreezing would undo that.
+        if len(sys.modules) - n_modules >= MANY_MODULES and not gc.get_freeze_count():
             gc.freeze()
             gc.unfreeze()
         gc.enable()
