@@ -281,8 +281,8 @@ def test_two_classes_of_one_name_are_not_in_one_run(site: Path) -> None:
 
 
 COLLECTED_LATE = """
-import gc, weakref
-from kvscope.plugins import importing
+import gc, sys, weakref
+from kvscope.plugins import MANY_MODULES, importing
 
 class Made:
     pass
@@ -291,6 +291,7 @@ with importing():
     assert not gc.isenabled()
     made = Made()
     made.itself = made
+    sys.modules.update({f"of_many_{n}": sys for n in range(MANY_MODULES)})
 assert gc.isenabled() and gc.get_freeze_count() == 0
 assert any(each is made for each in gc.get_objects(generation=2))
 gone = weakref.ref(made)
