@@ -233,7 +233,7 @@ def main() -> None:
     model = options.model or str(data.tiny_model(options.out / "model" / "reference-v4"))
     if model != "reference-v4" and Path(model).resolve().name != "reference-v4":
         parser.error(f"name the folder `reference-v4`, not '{model}': indexers carry the name of their model")
-    lengths = (1024, 1536) if options.tiny else tuple(int(each) for each in options.lengths.split(","))
+    lengths = (1024,) if options.tiny else tuple(int(each) for each in options.lengths.split(","))
     work = Work(
         model=model, out=options.out, data=options.data or options.out / "data",
         device="cpu" if options.tiny else str(resolve_device(options.device)),
