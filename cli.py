@@ -7,8 +7,6 @@ interrupted.
 import gc
 import logging
 import sys
-import tempfile
-import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache
@@ -28,7 +26,7 @@ from kvscope.harness.studies.cli import app as study_app
 from kvscope.harness.studies.flashmemory.cli import app as verify_app
 from kvscope.harness.studies.reproduce.cli import reproduce_app
 from kvscope.plugins import importing
-from kvscope.terminal import complain, folded, line_width, printable, say, tell
+from kvscope.terminal import complain, folded, line_width, report_fault, say, tell
 
 if TYPE_CHECKING:
     from kvscope.harness.passes.config import RunConfig
@@ -529,20 +527,6 @@ def check_command(arguments: Sequence[str], command: Any) -> None:
             raise UsageError(f"{option} is '', and nothing is called so: give a value, or leave it out.")
     if not arguments[0].startswith("-") and arguments[0] not in command.commands:
         raise UsageError(f"There is no command {arguments[0]!r}.{did_you_mean(arguments[0], command.commands)}")
-
-
-def report_fault(error: Exception) -> None:
-    """Say that kvscope failed of itself, and where the traceback is; without a place for it, it is printed."""
-    what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    text = printable("".join(traceback.format_exception(error)))
-    try:
-        with tempfile.NamedTemporaryFile("w", prefix="kvscope-", suffix=".log", encoding="utf-8", delete=False) as file:
-            file.write(text)
-    except OSError:
-        complain(f"an error of kvscope's own ({what}); no file for its traceback can be written, so here it is:")
-        tell(text)
-        return
-    complain(f"an error of kvscope's own ({what}): please report it with its traceback, which is in {file.name}.")
 
 
 @cache

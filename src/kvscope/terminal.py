@@ -3,7 +3,9 @@
 import re
 import shutil
 import sys
+import tempfile
 import textwrap
+import traceback
 from collections.abc import Sequence
 from typing import TextIO
 
@@ -33,6 +35,20 @@ def tell(text: str) -> None:
 def complain(sentence: str) -> None:
     """Print why a command ended, on one line of stderr."""
     tell("kvscope: " + sentence.replace("\n", "\\n"))
+
+
+def report_fault(error: Exception) -> None:
+    """Say that kvscope failed of itself, and where the traceback is; without a place for it, it is printed."""
+    what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    text = printable("".join(traceback.format_exception(error)))
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="kvscope-", suffix=".log", encoding="utf-8", delete=False) as file:
+            file.write(text)
+    except OSError:
+        complain(f"an error of kvscope's own ({what}); no file for its traceback can be written, so here it is:")
+        tell(text)
+        return
+    complain(f"an error of kvscope's own ({what}): please report it with its traceback, which is in {file.name}.")
 
 
 def line_width() -> int | None:
