@@ -96,6 +96,7 @@ def train(
         trained["start"] = origin(indexer_folder(config.start))
     # A run that ends at a time limit leaves checkpoints alone: they say what they were trained on, too.
     indexer.config = replace(indexer.config, trained=trained)
+    indexer.revive(config.revive)
     draws = torch.Generator().manual_seed(config.seed)
 
     def loss_of(place: Place) -> torch.Tensor | None:
