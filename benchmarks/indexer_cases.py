@@ -13,7 +13,6 @@ from kernel_cases import DEVICE, Call, Row, median_s, row
 from triton.runtime.errors import OutOfResources
 
 from kvscope.methods.kernels.indexer_score.kernel import DEFAULT, QueryPrecision, Tuning, indexer_score
-from kvscope.methods.kernels.indexer_score.reference import indexer_score_reference
 
 LAYERS, HEADS, KEY_DIM, CHUNK_TOKENS = 3, 128, 128, 4
 TOKENS = 2**20
@@ -25,8 +24,8 @@ SHAPES = (
 )  # fmt: skip
 EARLY_TILES = 4
 _N_SETS = 4
-#: Largest error over the largest logit with queries in fp8, as ``kernel_checks`` has it.
-_ERROR = 2e-2
+#: Largest difference to the default's logits over the largest: sums in another order, and no more.
+_DIFFERENCE = 1e-3
 
 
 def inputs(n_tokens: int) -> tuple[torch.Tensor, ...]:
@@ -88,17 +87,18 @@ def describe(tuning: Tuning) -> str:
 
 
 def sweep_rows() -> Iterator[Row]:
-    """Launch constants, each held against the reference first; the best last. What does not fit is left out."""
+    """Launch constants, the best last. Each first gives what the default gives, which is held against the reference in
+    ``kernel_checks``. What does not fit is left out."""
     sets = [inputs(TOKENS) for _ in range(_N_SETS)]
-    exact = indexer_score_reference(*sets[0], dtype=torch.float32)
-    largest = float(exact.abs().max())
+    expected = calls(sets, DEFAULT)[0]().clone()
+    largest = float(expected.abs().max())
     found: list[Row] = []
     for tuning in tunings():
         made = calls(sets, tuning)
         with contextlib.suppress(OutOfResources):
-            error = float((made[0]() - exact).abs().max()) / largest
-            if not error <= _ERROR:
-                raise ValueError(f"{describe(tuning)}: relative error {error:.2e} is over {_ERROR:.0e}")
+            difference = float((made[0]() - expected).abs().max()) / largest
+            if not difference <= _DIFFERENCE:
+                raise ValueError(f"{describe(tuning)}: logits differ by {difference:.1e} of the largest")
             time_s = median_s(made, warmup_ms=5, rep_ms=20)
-            found.append(row("indexer_score sweep", describe(tuning), time_s, n_bytes(TOKENS), largest_error=error))
+            found.append(row("indexer_score sweep", describe(tuning), time_s, n_bytes(TOKENS), difference=difference))
     yield from sorted(found, key=lambda r: -float(r["time_s"]))
