@@ -16,12 +16,11 @@ from kvscope.methods.kernels.indexer_score.kernel import DEFAULT, QueryPrecision
 
 LAYERS, HEADS, KEY_DIM, CHUNK_TOKENS = 3, 128, 128, 4
 TOKENS = 2**20
-#: Tile, warps, stages and programs a multiprocessor. Compiled for Hopper a thread has 164 registers at 64 x 4 warps,
-#: 120 at 128 x 8, 206 at 128 x 4, 198 at 256 x 8; what finds no room runs behind the others.
-SHAPES = (
-    (128, 8, 3, 2), (128, 8, 4, 2), (128, 8, 5, 2), (64, 4, 4, 3), (64, 4, 6, 3), (64, 8, 4, 2), (128, 4, 4, 2),
-    (256, 8, 3, 1), (256, 8, 5, 1), (128, 8, 4, 4),
-)  # fmt: skip
+#: Tile, warps and stages; each is one kernel. Compiled for Hopper a thread has 164 registers at 64 x 4 warps, 120 at
+#: 128 x 8, 206 at 128 x 4, 198 at 256 x 8.
+SHAPES = ((128, 8, 3), (128, 8, 4), (128, 8, 5), (64, 4, 4), (64, 4, 6), (64, 8, 4), (128, 4, 4), (256, 8, 3))
+#: Programs a multiprocessor; those that find no room run behind the others.
+PROGRAMS = (1, 2, 3, 4)
 EARLY_TILES = 4
 _N_SETS = 4
 #: Largest difference to the default's logits over the largest: sums in another order, and no more.
@@ -66,14 +65,15 @@ def indexer_rows() -> Iterator[Row]:
 
 
 def tunings() -> Iterator[Tuning]:
-    """Yield every shape as it is, and with early keys and a dependent launch; the default also with one of the two."""
-    for tile, num_warps, num_stages, per_sm in SHAPES:
-        shape = Tuning(tile_chunks=tile, num_warps=num_warps, num_stages=num_stages, programs_per_sm=per_sm)
-        yield shape
-        if shape == DEFAULT:
-            yield dataclasses.replace(shape, prefetch_tiles=EARLY_TILES)
-            yield dataclasses.replace(shape, dependent=True)
-        yield dataclasses.replace(shape, prefetch_tiles=EARLY_TILES, dependent=True)
+    """Yield every shape as it is, and with early keys and a dependent launch; the default's also with one of the two."""
+    for tile, num_warps, num_stages in SHAPES:
+        for per_sm in PROGRAMS:
+            shape = Tuning(tile_chunks=tile, num_warps=num_warps, num_stages=num_stages, programs_per_sm=per_sm)
+            yield shape
+            if (tile, num_warps, num_stages) == (DEFAULT.tile_chunks, DEFAULT.num_warps, DEFAULT.num_stages):
+                yield dataclasses.replace(shape, prefetch_tiles=EARLY_TILES)
+                yield dataclasses.replace(shape, dependent=True)
+            yield dataclasses.replace(shape, prefetch_tiles=EARLY_TILES, dependent=True)
 
 
 def describe(tuning: Tuning) -> str:

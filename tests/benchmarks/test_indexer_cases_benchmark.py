@@ -19,7 +19,7 @@ def script(monkeypatch):
 def test_the_default_is_among_the_constants_and_each_is_tried_once(script):
     tried = list(script.tunings())
     assert script.DEFAULT in tried
-    assert len(set(tried)) == len(tried) == 2 * len(script.SHAPES) + 2
+    assert len(set(tried)) == len(tried) == len(script.PROGRAMS) * (2 * len(script.SHAPES) + 2)
     assert len({script.describe(tuning) for tuning in tried}) == len(tried)
 
 
