@@ -65,7 +65,7 @@ def indexer_rows() -> Iterator[Row]:
 
 
 def tunings() -> Iterator[Tuning]:
-    """Yield every shape as it is, and with early keys and a dependent launch; the default's also with one of the two."""
+    """Yield every shape as it is, and with early keys and a dependent launch; the default also with one of the two."""
     for tile, num_warps, num_stages in SHAPES:
         for per_sm in PROGRAMS:
             shape = Tuning(tile_chunks=tile, num_warps=num_warps, num_stages=num_stages, programs_per_sm=per_sm)
