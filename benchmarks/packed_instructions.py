@@ -38,7 +38,7 @@ _POINTERS = {"table_ptr": "i32", "lengths_ptr": "i32", "q_ptr": "bf16", "out_ptr
 _LEAST_LOOP = 120
 
 
-def compiled(function: Any, constants: dict[str, Any], pointers: dict[str, str], *, warps: int, stages: int) -> Any:
+def compiled(function: Any, constants: dict[str, Any], pointers: dict[str, str], **options: Any) -> Any:
     """Return a kernel compiled for compute capability 9.0."""
     names, pointers = function.arg_names, _POINTERS | pointers
     kinds = {n: "constexpr" if n in constants else f"*{pointers[n]}" if n in pointers else "i32" for n in names}
@@ -51,7 +51,7 @@ def compiled(function: Any, constants: dict[str, Any], pointers: dict[str, str],
             (names.index(n),): [["tt.divisibility", 16]] for n in (*pointers, "stride_qb", "stride_qh") if n in names
         },
     )
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
 def row_of(name: str, made: Any, *, tile_tokens: int, warps: int, stages: int) -> dict[str, Any]:
@@ -99,11 +99,12 @@ def packed_row(kv: str, tuning: PackedTuning) -> dict[str, Any]:
     constants = _SHARED | {
         "G_PAD": 8, "C_PAD": packing.token_bytes // 2, "N": tile_tokens, "GROUP": packing.key_group_tokens,
         "BITS": packing.format.bits, "IS_FLOAT": packing.format.is_float, "RECORD": packing.record_bytes,
-        "OPERAND": tl.float16, "ASSEMBLY": True, "CONVERTS": True,
+        "OPERAND": tl.float16, "ASSEMBLY": True, "CONVERTS": True, "LANES": 32 * tuning.num_warps,
     }  # fmt: skip
     pointers = {"pages_ptr": "i16", "numbers_ptr": "fp16", "pairs_ptr": "i32"}
     warps, stages = tuning.num_warps, tuning.num_stages
-    made = compiled(packed_split_kernel, constants, pointers, warps=warps, stages=stages)
+    options = {"num_warps": warps, "num_stages": stages, "maxnreg": tuning.max_registers}
+    made = compiled(packed_split_kernel, constants, pointers, **options)
     return row_of(kv, made, tile_tokens=tile_tokens, warps=warps, stages=stages)
 
 
@@ -114,7 +115,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     constants = _SHARED | {"G_PAD": 16, "D_PAD": HEAD_DIM, "N": 64, "HAS_TOKENS": False}
     warps, stages = DEFAULT.num_warps, DEFAULT.num_stages
-    raw = compiled(split_kernel, constants, {"pages_ptr": "bf16", "tokens_ptr": "i32"}, warps=warps, stages=stages)
+    raw = compiled(
+        split_kernel, constants, {"pages_ptr": "bf16", "tokens_ptr": "i32"}, num_warps=warps, num_stages=stages
+    )
     rows = [row_of("bf16", raw, tile_tokens=64, warps=warps, stages=stages)]
     for kv in FORMATS:
         rows += [packed_row(kv, each) for each in (PACKED_DEFAULTS[kv], PackedTuning(tile_tokens=32, num_stages=3))]

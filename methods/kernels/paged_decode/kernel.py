@@ -21,7 +21,7 @@ from kvscope.methods.kv_format import PagePacking
 
 _LOG2E = 1.4426950408889634
 MIN_TILES = 4  # below this many tiles a program costs more than it hides
-MERGE_ROWS = 64
+MERGE_ROWS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,20 +50,23 @@ class PackedTuning:
     Attributes:
         tile_tokens: most tokens read in one iteration; a tile's tokens share their channels' scales.
         programs_per_sm, num_warps, num_stages: as ``Tuning``'s.
+        max_registers: most registers a thread may take, so that more programs find room; None: as many as it likes.
     """
 
     tile_tokens: int = 64
     programs_per_sm: int = 8
     num_warps: int = 1
     num_stages: int = 2
+    max_registers: int | None = None
 
 
-#: By format: the fastest at 128K on an H200 (benchmarks/results/packed_variants_h200.json).
+#: By format. 168 registers let three programs of a warp share a quarter of a multiprocessor, 255 two. Chosen by counts
+#: (benchmarks/results/packed_instructions.json) and not timed yet.
 PACKED_DEFAULTS = {
-    "fp8": PackedTuning(programs_per_sm=4, num_warps=2, num_stages=3),
-    "int8": PackedTuning(programs_per_sm=3, num_warps=2, num_stages=3),
-    "int4": PackedTuning(programs_per_sm=7, num_warps=1, num_stages=2),
-    "kivi2": PackedTuning(tile_tokens=32, programs_per_sm=12, num_warps=1, num_stages=2),
+    "fp8": PackedTuning(programs_per_sm=12, max_registers=168),
+    "int8": PackedTuning(programs_per_sm=12, max_registers=168),
+    "int4": PackedTuning(programs_per_sm=12, max_registers=168),
+    "kivi2": PackedTuning(tile_tokens=32, programs_per_sm=12, max_registers=168),
 }
 
 
@@ -176,8 +179,10 @@ def paged_decode(
                 ASSEMBLY=device.type == "cuda" and q_BQ1D.dtype != torch.float32,
                 CONVERTS=converts_fp8(device),
                 PRECISION="ieee",
+                LANES=32 * packed.num_warps,
                 num_warps=packed.num_warps,
                 num_stages=packed.num_stages,
+                maxnreg=packed.max_registers,
                 DEPENDENT=dependent,
                 **({"launch_pdl": True} if dependent else {}),
             )
@@ -253,10 +258,15 @@ def paged_decode(
         TWO_STORES=len(parts) == 2,
         HAS_SINK=sink_logits is not None,
         MERGE_ROWS=merge_rows,
-        num_warps=4 if merge_rows > 8 else 1,
+        num_warps=merge_warps(merge_rows),
         **common,
     )
     return result, result_lse
+
+
+def merge_warps(merge_rows: int) -> int:
+    """Return the warps of a program that joins so many partial results at once."""
+    return 1 if merge_rows <= 8 else max(4, merge_rows // 16)
 
 
 def tile_size(store: PagedKV, tuning: Tuning = DEFAULT) -> int:

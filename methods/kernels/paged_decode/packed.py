@@ -110,13 +110,15 @@ def packed_split_kernel(
     ASSEMBLY: tl.constexpr,
     CONVERTS: tl.constexpr,
     PRECISION: tl.constexpr,
+    LANES: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """Attend to this program's share of the tiles; partial results as ``split_kernel`` leaves them.
 
     ``pages_ptr``, ``numbers_ptr`` and ``pairs_ptr`` are the same pages, as words, as fp16 and as pairs of fp16.
     ``GROUP``: tokens that share a channel's scale, a multiple of N. ``RECORD``: bytes of one KV head's part of a page.
-    ``CONVERTS``: the device turns e4m3 into fp16 by an instruction (compute capability 8.9 on).
+    ``CONVERTS``: the device turns e4m3 into fp16 by an instruction (compute capability 8.9 on). ``LANES``: threads of a
+    program.
     """
     W: tl.constexpr = 16 // BITS
     F: tl.constexpr = 8 // BITS
@@ -148,6 +150,9 @@ def packed_split_kernel(
         tile_begin = tl.maximum(begin - row_begin, 0)
         tile_end = tl.minimum(end - row_begin, n_tiles)
         b, h = row // n_kv_heads, row % n_kv_heads
+        # The first page's number is on its way while queries are read and scaled.
+        table = table_ptr + b * stride_tb + h * stride_th
+        slot = _slot_of(tile_begin, n, table, P, N, HAS_TABLE)
         q_at = q_ptr + b * stride_qb + (h * G + m)[:, None] * stride_qh
         raw = ()
         top_q = tl.full([M], 0.0, tl.float32)
@@ -158,15 +163,16 @@ def packed_split_kernel(
             top_q = tl.maximum(top_q, tl.max(tl.abs(part.to(tl.float32)), 1))
         # A power of two: it costs no precision.
         factor = tl.exp2(tl.floor(tl.log2(tl.maximum(top_q, 1e-30))) - LOG2_QUERY)
+        one = tl.where(m[:, None] == m[None, :], 1.0, 0.0).to(OPERAND)
         q = ()
         for f in tl.static_range(W):
-            q = q + ((raw[f].to(tl.float32) / factor[:, None]).to(OPERAND),)
+            q = q + (_laid_out(one, raw[f].to(tl.float32) / factor[:, None], OPERAND, PRECISION),)
         weight_sum, top, acc, base = _attend_packed(
             q, factor * scale, pages_ptr + h * (RECORD // 2), numbers_ptr + h * (RECORD // 2),
             pairs_ptr + h * (RECORD // 4),
-            table_ptr + b * stride_tb + h * stride_th, n, tile_begin, tile_end, n_kv_heads, softcap,
+            table, slot, n, tile_begin, tile_end, n_kv_heads, softcap,
             G_PAD, D, C_PAD, P, N, GROUP, BITS, IS_FLOAT, RECORD, HAS_TABLE, HAS_SOFTCAP, OPERAND, ASSEMBLY, CONVERTS,
-            PRECISION,
+            PRECISION, LANES,
         )  # fmt: skip
         safe_sum = tl.where(weight_sum > 0, weight_sum, 1.0)
         partial = (row + program) * G + g
@@ -185,6 +191,7 @@ def _attend_packed(
     numbers,
     pairs,
     table,
+    slot,
     n,
     tile_begin,
     tile_end,
@@ -205,12 +212,14 @@ def _attend_packed(
     ASSEMBLY: tl.constexpr,
     CONVERTS: tl.constexpr,
     PRECISION: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     """Attend one group of queries, in W parts [M, C_PAD], to tiles of one row; every tile lies in one page.
 
-    ``head``, ``numbers`` and ``pairs`` point to the KV head in the first page; ``scale``, above zero, is of each query,
-    [M]. Returns the sum of the weights and the greatest logit [G_PAD], weighted elements times their scales
-    [C_PAD, G_PAD] by part, and weighted bases [16, G_PAD], a group of channels a row.
+    ``head``, ``numbers`` and ``pairs`` point to the KV head in the first page; ``slot`` is the page of the first tile;
+    ``scale``, above zero, is of each query, [M]. Returns the sum of the weights and the greatest logit [G_PAD],
+    weighted elements times their scales [C_PAD, G_PAD] by part, and weighted bases [16, G_PAD], whose row r is of the
+    group r % F of channels.
     """
     W: tl.constexpr = 16 // BITS
     F: tl.constexpr = 8 // BITS
@@ -221,9 +230,15 @@ def _attend_packed(
     FIRST_V: tl.constexpr = FIRST_K + P // GROUP * (KINDS * D)
     #: What a whole number is as an operand: bits below the normal numbers of fp16.
     ONE: tl.constexpr = 1.0 if IS_FLOAT or tl.float32 == OPERAND else 2.0**-24
+    # An asynchronous copy takes four bytes a lane or more: so often numbers of channels, of tokens, and bases of tokens
+    # are loaded. The rest of what repeats does so in registers.
+    BY_C: tl.constexpr = min(8, max(1, 2 * LANES // C_PAD))
+    BY_N: tl.constexpr = min(8, max(1, 2 * LANES // N))
+    BASES: tl.constexpr = min(16, max(F, 2 * LANES // N))
     c = tl.arange(0, C_PAD)
     t = tl.arange(0, N)
-    group_16 = tl.arange(0, 16)
+    inside = (c < C)[:, None] & (t < N)[None, :]
+    base_at = (F + tl.arange(0, BASES) % F)[:, None] * P + t[None, :]
     top = tl.full([G_PAD], float("-inf"), tl.float32)
     weight_sum = tl.zeros([G_PAD], tl.float32)
     base = tl.zeros([16, G_PAD], tl.float32)
@@ -234,33 +249,28 @@ def _attend_packed(
     # A slot is known a tile ahead: no load waits for one of its own iteration. Triton pipelines no loop that hands a
     # value on unchanged, so it is the page's distance that is carried.
     page_words = n_kv_heads * (RECORD // 2)
-    page = _slot_of(tile_begin, n, table, P, N, HAS_TABLE) * page_words
+    page = slot * page_words
     for tile in range(tile_begin, tile_end):
         offset = tl.multiple_of(tile * N % P, N)
-        at = head + page + (offset + t)[None, :] * C + c[:, None]
-        if C == C_PAD:
-            k_words = tl.load(at)
-            v_words = tl.load(at + P * C)
-        else:
-            inside = (c < C)[:, None] & (t < N)[None, :]
-            k_words = tl.load(at, mask=inside, other=0)
-            v_words = tl.load(at + P * C, mask=inside, other=0)
+        k_at = head + (page + offset * C) + (t[None, :] * C + c[:, None])
+        v_at = k_at + P * C
+        k_words = tl.load(k_at) if C == C_PAD else tl.load(k_at, mask=inside, other=0)
         k_numbers = numbers + page + FIRST_K + offset // GROUP * (KINDS * D)
         v_numbers = numbers + page + FIRST_V + offset
         v_pairs = pairs + page // 2 + FIRST_V // 2 + offset // 2
         page = _slot_of(tile + 1, n, table, P, N, HAS_TABLE) * page_words
 
-        # Numbers are loaded as operands that repeat them by row or column: a few numbers alone are no asynchronous copy
-        # (less than four bytes a lane), and would have to be handed from lane to lane.
         k = _fields(k_words, BITS, IS_FLOAT, OPERAND, ASSEMBLY, CONVERTS)
         products = tl.zeros([M, N], tl.float32)
         shift_M8 = tl.zeros([M, 8], tl.float32)
         for f in tl.static_range(W):
             at_f = k_numbers + f * C + c
-            s = tl.load(tl.broadcast_to(at_f[None, :], (M, C_PAD)), mask=(c < C)[None, :], other=0.0)
+            s = tl.load(tl.broadcast_to(at_f[None, :], (BY_C, C_PAD)), mask=(c < C)[None, :], other=0.0)
+            s = tl.reshape(tl.broadcast_to(s[:, None, :], (BY_C, M // BY_C, C_PAD)), (M, C_PAD))
             products = tl.dot((q[f] * s).to(OPERAND), k[f], products, input_precision=PRECISION)
             if not IS_FLOAT:
-                a = tl.load(tl.broadcast_to((at_f + D)[:, None], (C_PAD, 8)), mask=(c < C)[:, None], other=0.0)
+                a = tl.load(tl.broadcast_to((at_f + D)[:, None], (C_PAD, BY_C)), mask=(c < C)[:, None], other=0.0)
+                a = tl.reshape(tl.broadcast_to(a[:, :, None], (C_PAD, BY_C, 8 // BY_C)), (C_PAD, 8))
                 shift_M8 = tl.dot(q[f], a.to(OPERAND), shift_M8, input_precision=PRECISION)
         products = _lower_rows(products, G_PAD)
         shift = _lower_rows(tl.max(shift_M8, 1) * scale, G_PAD)
@@ -283,22 +293,35 @@ def _attend_packed(
         operand = tl.trans(weights.to(OPERAND))
         scaled = ()
         for group in tl.static_range(F):
-            s = tl.load(tl.broadcast_to((v_numbers + group * P + t)[:, None], (N, G_PAD)))
+            s = tl.load(tl.broadcast_to((v_numbers + group * P + t)[:, None], (N, BY_N)))
+            s = tl.reshape(tl.broadcast_to(s[:, :, None], (N, BY_N, G_PAD // BY_N)), (N, G_PAD))
             scaled = scaled + ((operand * s).to(OPERAND),)
+        # Loaded here, not beside the keys: until then they take no registers.
+        v_words = tl.load(v_at) if C == C_PAD else tl.load(v_at, mask=inside, other=0)
         v = _fields(v_words, BITS, IS_FLOAT, OPERAND, ASSEMBLY, CONVERTS)
         added = ()
         for f in tl.static_range(W):
             added = added + (tl.dot(v[f], scaled[f % F], acc[f] * fade[None, :], input_precision=PRECISION),)
         acc = added
         if not IS_FLOAT:
-            a_at = v_numbers + (F + group_16)[:, None] * P + t[None, :]
-            a = tl.load(a_at, mask=(group_16 < F)[:, None], other=0.0).to(OPERAND)
+            a = tl.load(v_numbers + base_at)
+            a = tl.reshape(tl.broadcast_to(a[None, :, :], (16 // BASES, BASES, N)), (16, N)).to(OPERAND)
             base = tl.dot(a, operand, base * fade[None, :], input_precision=PRECISION)
         top = new_top
     found = ()
     for f in tl.static_range(W):
         found = found + (acc[f] * (1 / ONE),)
     return weight_sum, top, found, base
+
+
+@triton.jit
+def _laid_out(one, x, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    """Return queries as a product with ones in the diagonal, which changes no number.
+
+    Tensor cores take a product for a left side as it lies. Laid out otherwise, queries times scales would pass through
+    shared memory in each iteration.
+    """
+    return tl.dot(one, x.to(OPERAND), input_precision=PRECISION).to(OPERAND)
 
 
 @triton.jit

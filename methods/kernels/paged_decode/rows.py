@@ -15,7 +15,7 @@ import triton
 
 from kvscope.methods.kernels.grid import launches_beside, launches_dependents, n_sms
 from kvscope.methods.kernels.paged_decode.inputs import MAX_STORES, PagedKV, TokenPlace
-from kvscope.methods.kernels.paged_decode.kernel import DEFAULT, MERGE_ROWS, MIN_TILES, Tuning, tile_size
+from kvscope.methods.kernels.paged_decode.kernel import DEFAULT, MERGE_ROWS, MIN_TILES, Tuning, merge_warps, tile_size
 from kvscope.methods.kernels.paged_decode.rows_kernel import (
     CAPACITY,
     COUNT,
@@ -174,7 +174,7 @@ class RowTable:
             result, result if sink_logits is None else sink_logits, out, lse, self._ints, self._table,
             self._n_counts, self._rows_each, self._H, B, self._programs,
             TWO_STORES=self._two, HAS_SINK=sink_logits is not None, MERGE_ROWS=merge_rows,
-            num_warps=4 if merge_rows > 8 else 1, **common,
+            num_warps=merge_warps(merge_rows), **common,
         )  # fmt: skip
         return result
 

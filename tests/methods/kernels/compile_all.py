@@ -15,7 +15,7 @@ from kvscope.methods.kernels.block_scores import kernel as block_scores
 from kvscope.methods.kernels.host_gather import kernel as host_gather
 from kvscope.methods.kernels.indexer_score import kernel as indexer_score
 from kvscope.methods.kernels.paged_decode.kernel import DEFAULT as PAGED_DECODE
-from kvscope.methods.kernels.paged_decode.kernel import PACKED_DEFAULTS, packed_tile_size
+from kvscope.methods.kernels.paged_decode.kernel import MERGE_ROWS, PACKED_DEFAULTS, merge_warps, packed_tile_size
 from kvscope.methods.kernels.paged_decode.merge import merge_kernel
 from kvscope.methods.kernels.paged_decode.packed import packed_split_kernel
 from kvscope.methods.kernels.paged_decode.rows_kernel import append_rows_kernel, merge_rows_kernel, split_rows_kernel
@@ -24,7 +24,7 @@ from kvscope.methods.kernels.select import kernel as select
 from kvscope.methods.kv_format import FORMATS, PagePacking
 
 
-def compile_kernel(name, function, constants, *, pointers, num_warps=4, num_stages=3, aligned=()):
+def compile_kernel(name, function, constants, *, pointers, num_warps=4, num_stages=3, maxnreg=None, aligned=()):
     """Compile with these constants; ``pointers`` gives the element types, and everything else is int32."""
     names = function.arg_names
     types = {n: "constexpr" if n in constants else f"*{pointers[n]}" if n in pointers else "i32" for n in names}
@@ -35,7 +35,7 @@ def compile_kernel(name, function, constants, *, pointers, num_warps=4, num_stag
         constexprs={(names.index(n),): value for n, value in constants.items()},
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in (*pointers, *aligned) if n in names},
     )
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     found = {"name": name, "shared_bytes": made.metadata.shared, "ptx": _counts(made.asm["ptx"])}
     sys.stdout.write(json.dumps(found) + "\n")
@@ -70,13 +70,13 @@ def decode(dtype="bf16", **changes):
 
 def packed(kv, dtype="bf16", **changes):
     """paged_decode's first kernel over packed pages, as for Llama-3.1-8B unless changed."""
-    packing = PagePacking(FORMATS[kv], 64, 128)
+    packing, tuning = PagePacking(FORMATS[kv], 64, 128), PACKED_DEFAULTS[kv]
     constants = {
         "G": 4, "G_PAD": 8, "D": 128, "C_PAD": packing.token_bytes // 2, "P": 64, "N": packed_tile_size(packing),
         "GROUP": packing.key_group_tokens, "BITS": packing.format.bits, "IS_FLOAT": packing.format.is_float,
         "RECORD": packing.record_bytes, "COUNTS": 2, "MIN_TILES": 4, "HAS_TABLE": True,
         "HAS_SOFTCAP": False, "DEVICE_LENGTHS": True, "OPERAND": tl.float16, "ASSEMBLY": True, "CONVERTS": True,
-        "PRECISION": "ieee", "DEPENDENT": True,
+        "PRECISION": "ieee", "LANES": 32 * tuning.num_warps, "DEPENDENT": True,
         **changes,
     }  # fmt: skip
     pointers = {
@@ -92,8 +92,9 @@ def packed(kv, dtype="bf16", **changes):
         packed_split_kernel,
         constants,
         pointers={**pointers, "out_ptr": "fp32", "lse_ptr": "fp32"},
-        num_warps=PACKED_DEFAULTS[kv].num_warps,
-        num_stages=PACKED_DEFAULTS[kv].num_stages,
+        num_warps=tuning.num_warps,
+        num_stages=tuning.num_stages,
+        maxnreg=tuning.max_registers,
         aligned=("stride_qb", "stride_qh"),
     )
 
@@ -128,16 +129,17 @@ def rest_of_rows():
     compile_kernel("rows append", append_rows_kernel, {"D": 128, "D_PAD": 128}, pointers=pointers, num_warps=1)
 
 
-def merge():
+def merge(merge_rows):
     """paged_decode's second kernel."""
     constants = {
         "G": 4, "D": 128, "D_PAD": 128, "N_A": 64, "N_B": 64, "COUNTS_A": 2, "COUNTS_B": 2, "MIN_TILES": 4,
-        "DEVICE_LENGTHS_A": True, "DEVICE_LENGTHS_B": False, "TWO_STORES": True, "HAS_SINK": True, "MERGE_ROWS": 64,
-        "DEPENDENT": True,
+        "DEVICE_LENGTHS_A": True, "DEVICE_LENGTHS_B": False, "TWO_STORES": True, "HAS_SINK": True,
+        "MERGE_ROWS": merge_rows, "DEPENDENT": True,
     }  # fmt: skip
     pointers = dict.fromkeys(("result_lse_ptr", "out_a", "lse_a", "out_b", "lse_b"), "fp32")
     pointers |= {"result_ptr": "bf16", "sink_ptr": "bf16", "lengths_a": "i32", "lengths_b": "i32"}
-    compile_kernel("merge", merge_kernel, constants, pointers=pointers)
+    name, warps = f"merge of {merge_rows}", merge_warps(merge_rows)
+    compile_kernel(name, merge_kernel, constants, pointers=pointers, num_warps=warps)
 
 
 def indexer(*, fp8_query, early=False):
@@ -206,7 +208,8 @@ if __name__ == "__main__":
     rows()
     rows(P=0, N=128, COUNTS=512, HAS_TABLE=True, HAS_TOKENS=True, HAS_TURNED=True)
     rest_of_rows()
-    merge()
+    merge(64)
+    merge(MERGE_ROWS)
     indexer(fp8_query=True)
     indexer(fp8_query=False)
     indexer(fp8_query=True, early=True)

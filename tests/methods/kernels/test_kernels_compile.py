@@ -26,7 +26,7 @@ def compiled(tmp_path_factory):
 
 @pytest.mark.slow
 def test_all_of_them_fit_a_multiprocessor(compiled):
-    assert len(compiled) == 31
+    assert len(compiled) == 32
     assert all(found["shared_bytes"] <= HOPPER_SHARED_BYTES for found in compiled)
 
 
@@ -52,6 +52,8 @@ def test_packed_pages_are_copied_while_others_are_unpacked(compiled):
         numbers = 2 * packing.key_numbers // packing.key_groups
         numbers += 2 * packing.value_numbers * tile_tokens // 64
         assert found["shared_bytes"] >= (tuning.num_stages - 1) * (elements + numbers), found["name"]
+        # Numbers are repeated in registers, and nothing that is worked out passes through shared memory.
+        assert found["shared_bytes"] <= (tuning.num_stages - 1) * (elements + 3 * numbers), found["name"]
         assert found["ptx"]["async_copies"] > 0
         assert tuning.programs_per_sm * found["shared_bytes"] <= HOPPER_SHARED_BYTES
 
@@ -71,6 +73,6 @@ def test_dependent_launches_wait_once_and_nothing_else_does(compiled):
     # In the merge one wait stands for both stores; a kernel launched in the plain way needs none.
     heads = ("decode", "packed", "rows bf16")
     splits = [name for name in waits if name.startswith(heads) and "'DEPENDENT'" not in name]
-    waiting = [*splits, "merge", "rows merge", "indexer fp8_query=True early"]
-    assert len(waiting) == 14
+    waiting = [*splits, "merge of 64", "merge of 256", "rows merge", "indexer fp8_query=True early"]
+    assert len(waiting) == 15
     assert waits == {name: int(name in waiting) for name in waits}
