@@ -21,7 +21,7 @@ from kvscope.methods.kv_format import PagePacking
 
 _LOG2E = 1.4426950408889634
 MIN_TILES = 4  # below this many tiles a program costs more than it hides
-MERGE_ROWS = 256
+MOST_MERGE_ROWS, MERGE_PART_ROWS = 256, 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,10 +239,8 @@ def paged_decode(
         )
         for store, lengths, out, lse, programs, _ in parts
     ]
-    # As many as an even split leaves of a row: more would be masked out, fewer take a second round.
-    most_programs = max(programs for *_, programs, _ in parts)
-    merge_rows = min(MERGE_ROWS, triton.next_power_of_2(-(-most_programs // (B * H)) + 2))
-    merge_kernel[(B * Q,)](
+    options = merge_options(max(programs for *_, programs, _ in parts), B * H, D_PAD)
+    merge_kernel[(B * Q, options["PARTS"])](
         result,
         result_lse,
         result if sink_logits is None else sink_logits,
@@ -257,16 +255,21 @@ def paged_decode(
         DEVICE_LENGTHS_B=parts[-1][1].on_device,
         TWO_STORES=len(parts) == 2,
         HAS_SINK=sink_logits is not None,
-        MERGE_ROWS=merge_rows,
-        num_warps=merge_warps(merge_rows),
+        **options,
         **common,
     )
     return result, result_lse
 
 
-def merge_warps(merge_rows: int) -> int:
-    """Return the warps of a program that joins so many partial results at once."""
-    return 1 if merge_rows <= 8 else max(4, merge_rows // 16)
+def merge_options(n_programs: int, n_rows: int, head_dim_padded: int) -> dict[str, int]:
+    """Return how partial results of programs are joined, for as many rows of the work (sequences and KV heads).
+
+    As many at once as an even split leaves of a row: more would be masked out, fewer take a second round. Where that is
+    more than ``MERGE_PART_ROWS``, programs share a query head's channels.
+    """
+    merge_rows = min(MOST_MERGE_ROWS, triton.next_power_of_2(-(-n_programs // n_rows) + 2))
+    parts = max(1, min(merge_rows // MERGE_PART_ROWS, head_dim_padded // 16))
+    return {"MERGE_ROWS": merge_rows, "PARTS": parts, "num_warps": 4 if merge_rows > 8 else 1}
 
 
 def tile_size(store: PagedKV, tuning: Tuning = DEFAULT) -> int:

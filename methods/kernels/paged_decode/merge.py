@@ -65,15 +65,14 @@ def gather_partials(
     head,
     first,
     last,
+    d,
     out_ptr,
     lse_ptr,
     G: tl.constexpr,
     D: tl.constexpr,
-    D_PAD: tl.constexpr,
     MERGE_ROWS: tl.constexpr,
 ):
-    """Add one store's partial results of a row to a running softmax."""
-    d = tl.arange(0, D_PAD)
+    """Add one store's partial results of a row, channels ``d``, to a running softmax."""
     for at in range(first, last + 1, MERGE_ROWS):
         program = at + tl.arange(0, MERGE_ROWS)
         partial = (row + program).to(tl.int64) * G + head
@@ -146,9 +145,10 @@ def merge_kernel(
     TWO_STORES: tl.constexpr,
     HAS_SINK: tl.constexpr,
     MERGE_ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """Join the partial results of one query head over programs and stores.
+    """Join the partial results of one query head over programs and stores, one of ``PARTS`` parts of the channels.
 
     What it reads before it waits for the split was there before the split began.
     """
@@ -195,15 +195,15 @@ def merge_kernel(
     # A finite floor: where nothing was read at all, differences of -inf would be NaN.
     top = tl.full([], -1e30, tl.float32)
     weight_sum = tl.full([], 0.0, tl.float32)
-    acc = tl.zeros([D_PAD], tl.float32)
+    d = tl.program_id(1) * (D_PAD // PARTS) + tl.arange(0, D_PAD // PARTS)
+    acc = tl.zeros([D_PAD // PARTS], tl.float32)
     top, weight_sum, acc = gather_partials(
-        top, weight_sum, acc, row, head, first_a, last_a, out_a, lse_a, G, D, D_PAD, MERGE_ROWS
+        top, weight_sum, acc, row, head, first_a, last_a, d, out_a, lse_a, G, D, MERGE_ROWS
     )
     if TWO_STORES:
         top, weight_sum, acc = gather_partials(
-            top, weight_sum, acc, row, head, first_b, last_b, out_b, lse_b, G, D, D_PAD, MERGE_ROWS
+            top, weight_sum, acc, row, head, first_b, last_b, d, out_b, lse_b, G, D, MERGE_ROWS
         )
     out, lse = finish(top, weight_sum, acc, sink_ptr, query % (n_kv_heads * G), HAS_SINK)
-    d = tl.arange(0, D_PAD)
-    tl.store(result_lse_ptr + query, lse)
+    tl.store(result_lse_ptr + query, lse, mask=tl.program_id(1) == 0)
     tl.store(result_ptr + query.to(tl.int64) * D + d, out.to(result_ptr.dtype.element_ty), mask=d < D)

@@ -15,7 +15,7 @@ import triton
 
 from kvscope.methods.kernels.grid import launches_beside, launches_dependents, n_sms
 from kvscope.methods.kernels.paged_decode.inputs import MAX_STORES, PagedKV, TokenPlace
-from kvscope.methods.kernels.paged_decode.kernel import DEFAULT, MERGE_ROWS, MIN_TILES, Tuning, merge_warps, tile_size
+from kvscope.methods.kernels.paged_decode.kernel import DEFAULT, MIN_TILES, Tuning, merge_options, tile_size
 from kvscope.methods.kernels.paged_decode.rows_kernel import (
     CAPACITY,
     COUNT,
@@ -169,12 +169,12 @@ class RowTable:
             PRECISION="ieee", num_warps=self._tuning.num_warps, num_stages=self._tuning.num_stages, **common,
         )  # fmt: skip
         result = torch.empty((B, Q, 1, D), dtype=q_BQ1D.dtype, device=device)
-        merge_rows = min(MERGE_ROWS, triton.next_power_of_2(-(-self._programs // (B * self._H)) + 2))
-        merge_rows_kernel[(B * Q,)](
+        options = merge_options(self._programs, B * self._H, common["D_PAD"])
+        merge_rows_kernel[(B * Q, options["PARTS"])](
             result, result if sink_logits is None else sink_logits, out, lse, self._ints, self._table,
             self._n_counts, self._rows_each, self._H, B, self._programs,
-            TWO_STORES=self._two, HAS_SINK=sink_logits is not None, MERGE_ROWS=merge_rows,
-            num_warps=merge_warps(merge_rows), **common,
+            TWO_STORES=self._two, HAS_SINK=sink_logits is not None, **options,
+            **common,
         )  # fmt: skip
         return result
 

@@ -156,9 +156,10 @@ def merge_rows_kernel(
     TWO_STORES: tl.constexpr,
     HAS_SINK: tl.constexpr,
     MERGE_ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """Join the partial results of one query head over programs and stores."""
+    """Join the partial results of one query head over programs and stores, one of ``PARTS`` parts of the channels."""
     if DEPENDENT:
         gdc_launch_dependents()
     query = tl.program_id(0)
@@ -174,16 +175,16 @@ def merge_rows_kernel(
     # A finite floor: where nothing was read at all, differences of -inf would be NaN.
     top = tl.full([], -1e30, tl.float32)
     weight_sum = tl.full([], 0.0, tl.float32)
-    acc = tl.zeros([D_PAD], tl.float32)
+    d = tl.program_id(1) * (D_PAD // PARTS) + tl.arange(0, D_PAD // PARTS)
+    acc = tl.zeros([D_PAD // PARTS], tl.float32)
     top, weight_sum, acc = gather_partials(
-        top, weight_sum, acc, row, head, first, last, out_ptr, lse_ptr, G, D, D_PAD, MERGE_ROWS
+        top, weight_sum, acc, row, head, first, last, d, out_ptr, lse_ptr, G, D, MERGE_ROWS
     )
     if TWO_STORES:
         top, weight_sum, acc = gather_partials(
-            top, weight_sum, acc, second, head, first_b, last_b, out_ptr, lse_ptr, G, D, D_PAD, MERGE_ROWS
+            top, weight_sum, acc, second, head, first_b, last_b, d, out_ptr, lse_ptr, G, D, MERGE_ROWS
         )
     out, _ = finish(top, weight_sum, acc, sink_ptr, query % (n_kv_heads * G), HAS_SINK)
-    d = tl.arange(0, D_PAD)
     tl.store(result_ptr + query.to(tl.int64) * D + d, out.to(result_ptr.dtype.element_ty), mask=d < D)
 
 

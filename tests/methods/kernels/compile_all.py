@@ -15,7 +15,7 @@ from kvscope.methods.kernels.block_scores import kernel as block_scores
 from kvscope.methods.kernels.host_gather import kernel as host_gather
 from kvscope.methods.kernels.indexer_score import kernel as indexer_score
 from kvscope.methods.kernels.paged_decode.kernel import DEFAULT as PAGED_DECODE
-from kvscope.methods.kernels.paged_decode.kernel import MERGE_ROWS, PACKED_DEFAULTS, merge_warps, packed_tile_size
+from kvscope.methods.kernels.paged_decode.kernel import PACKED_DEFAULTS, merge_options, packed_tile_size
 from kvscope.methods.kernels.paged_decode.merge import merge_kernel
 from kvscope.methods.kernels.paged_decode.packed import packed_split_kernel
 from kvscope.methods.kernels.paged_decode.rows_kernel import append_rows_kernel, merge_rows_kernel, split_rows_kernel
@@ -118,7 +118,7 @@ def rest_of_rows():
     """Their merge, and the store of a step's tokens."""
     constants = {
         "G": 4, "D": 128, "D_PAD": 128, "N": 64, "COUNTS": 64, "MIN_TILES": 4, "TWO_STORES": True, "HAS_SINK": True,
-        "MERGE_ROWS": 64, "DEPENDENT": True,
+        "MERGE_ROWS": 64, "PARTS": 1, "DEPENDENT": True,
     }  # fmt: skip
     pointers = {
         "result_ptr": "bf16", "sink_ptr": "bf16", "out_ptr": "fp32", "lse_ptr": "fp32", "ints_ptr": "i32",
@@ -129,17 +129,18 @@ def rest_of_rows():
     compile_kernel("rows append", append_rows_kernel, {"D": 128, "D_PAD": 128}, pointers=pointers, num_warps=1)
 
 
-def merge(merge_rows):
-    """paged_decode's second kernel."""
+def merge(n_programs):
+    """paged_decode's second kernel, for as many programs a row of the work."""
+    options = merge_options(n_programs, 1, 128)
     constants = {
         "G": 4, "D": 128, "D_PAD": 128, "N_A": 64, "N_B": 64, "COUNTS_A": 2, "COUNTS_B": 2, "MIN_TILES": 4,
         "DEVICE_LENGTHS_A": True, "DEVICE_LENGTHS_B": False, "TWO_STORES": True, "HAS_SINK": True,
-        "MERGE_ROWS": merge_rows, "DEPENDENT": True,
+        "MERGE_ROWS": options["MERGE_ROWS"], "PARTS": options["PARTS"], "DEPENDENT": True,
     }  # fmt: skip
     pointers = dict.fromkeys(("result_lse_ptr", "out_a", "lse_a", "out_b", "lse_b"), "fp32")
     pointers |= {"result_ptr": "bf16", "sink_ptr": "bf16", "lengths_a": "i32", "lengths_b": "i32"}
-    name, warps = f"merge of {merge_rows}", merge_warps(merge_rows)
-    compile_kernel(name, merge_kernel, constants, pointers=pointers, num_warps=warps)
+    name = f"merge of {options['MERGE_ROWS']}"
+    compile_kernel(name, merge_kernel, constants, pointers=pointers, num_warps=options["num_warps"])
 
 
 def indexer(*, fp8_query, early=False):
@@ -208,8 +209,8 @@ if __name__ == "__main__":
     rows()
     rows(P=0, N=128, COUNTS=512, HAS_TABLE=True, HAS_TOKENS=True, HAS_TURNED=True)
     rest_of_rows()
-    merge(64)
-    merge(MERGE_ROWS)
+    merge(33)
+    merge(198)
     indexer(fp8_query=True)
     indexer(fp8_query=False)
     indexer(fp8_query=True, early=True)

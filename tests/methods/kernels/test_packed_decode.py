@@ -10,6 +10,7 @@ import torch
 from kernel_tools import DEVICE, DTYPES, FP32_ERROR, generator, randn
 
 from kvscope.methods.kernels.dispatch import unsupported_packed
+from kvscope.methods.kernels.paged_decode import kernel
 from kvscope.methods.kernels.paged_decode.inputs import PagedKV
 from kvscope.methods.kernels.paged_decode.kernel import PackedTuning, packed_tile_size, paged_decode
 from kvscope.methods.kernels.paged_decode.reference import paged_decode_reference
@@ -112,6 +113,18 @@ def test_tiles_give_one_result():
     first, _ = check(q, [store], tuning=PackedTuning(tile_tokens=64))
     for tuning in (SMALL_TILES, PackedTuning(tile_tokens=32, programs_per_sm=1)):
         torch.testing.assert_close(check(q, [store], tuning=tuning)[0], first, atol=1e-5, rtol=1e-5)
+
+
+def test_programs_share_the_channels_of_many_partial_results(monkeypatch):
+    monkeypatch.setattr(kernel, "MERGE_PART_ROWS", 16)
+    store = packed_store("int4", 10, 1, 64, 48, n_tokens=640, seed=14)
+    options = kernel.merge_options(10, 1, 64)
+    assert (options["MERGE_ROWS"], options["PARTS"]) == (16, 1)
+    options = kernel.merge_options(20, 1, 64)
+    assert (options["MERGE_ROWS"], options["PARTS"]) == (32, 2)
+    monkeypatch.setattr(kernel, "MERGE_PART_ROWS", 4)
+    assert kernel.merge_options(10, 1, 64)["PARTS"] == 4
+    check(randn(1, 2, 1, 48, seed=15), [store], sink_logits=torch.tensor([0.5, -1.0], device=DEVICE))
 
 
 def test_a_tile_shares_its_scales():
