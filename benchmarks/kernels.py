@@ -2,7 +2,7 @@
 
     python benchmarks/kernels.py                 # checks, times, targets; writes results/kernels.json
     python benchmarks/kernels.py --sweep         # and the constants of paged decode and of the indexer
-    python benchmarks/kernels.py --only packed_decode [--sweep]    # decode over packed pages against bf16
+    python benchmarks/kernels.py --only packed_decode    # decode over packed pages against bf16
     python benchmarks/kernels.py --only uneven_decode    # 31 sequences of uneven lengths against flashinfer
 
 Times are medians on the GPU; inputs take turns so that no cache holds them. A kernel that fails its check is not timed.
@@ -86,8 +86,6 @@ def measure(ops: list[str], checks: dict[str, Any], *, sweep: bool) -> list[dict
         import packed_cases
 
         collect(rows, packed_cases.packed_rows, "packed_decode")
-        if sweep:
-            collect(rows, packed_cases.sweep_rows, "packed_decode sweep")
     groups = {
         "indexer_score": indexer_cases.indexer_rows,
         "select": cases.select_rows,

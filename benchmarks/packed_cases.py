@@ -3,8 +3,6 @@
 Shapes as in the kernels' modules. GB are 10^9 bytes.
 """
 
-import contextlib
-import itertools
 from collections.abc import Iterator
 
 import torch
@@ -23,10 +21,9 @@ from kernel_cases import (
     median_s,
     row,
 )
-from triton.runtime.errors import OutOfResources
 
 from kvscope.methods.kernels.paged_decode.inputs import PagedKV
-from kvscope.methods.kernels.paged_decode.kernel import PackedTuning, paged_decode
+from kvscope.methods.kernels.paged_decode.kernel import paged_decode
 from kvscope.methods.kv_format import FORMATS, KvFormat, PagePacking
 from kvscope.methods.packing import pack_pages
 
@@ -63,9 +60,9 @@ def sets(form: KvFormat | None, batch: int, length_tokens: int) -> list[tuple[to
     return found
 
 
-def calls(inputs: list[tuple[torch.Tensor, PagedKV]], tuning: PackedTuning | None = None) -> list[Call]:
+def calls(inputs: list[tuple[torch.Tensor, PagedKV]]) -> list[Call]:
     """Return a call a set."""
-    return [lambda q=q, store=store: paged_decode(q, [store], scale=SCALE, packed_tuning=tuning) for q, store in inputs]
+    return [lambda q=q, store=store: paged_decode(q, [store], scale=SCALE) for q, store in inputs]
 
 
 def read_bytes(form: KvFormat | None, batch: int, length_tokens: int) -> int:
@@ -93,17 +90,3 @@ def packed_rows() -> Iterator[Row]:
         packing = PagePacking(form, PAGE_TOKENS, HEAD_DIM)
         time_s = eager_median_s(lambda packing=packing: pack_pages(raw, packing))
         yield row("pack", f"{name}, a page of {_N_LAYERS} layers", time_s, raw.numel() * raw.element_size())
-
-
-def sweep_rows() -> Iterator[Row]:
-    """Constants of every format at 128K, the best last. What does not fit a multiprocessor is left out."""
-    for name, form in FORMATS.items():
-        found: list[Row] = []
-        inputs = sets(form, *CASES[0])
-        for warps, stages, per_sm in itertools.product((1, 2, 4), (2, 3, 4), (3, 5, 7, 8, 12)):
-            tuning = PackedTuning(num_warps=warps, num_stages=stages, programs_per_sm=per_sm)
-            case = f"{name}, {warps} warps, {stages} stages, {per_sm} programs an SM"
-            with contextlib.suppress(OutOfResources):
-                time_s = median_s(calls(inputs, tuning))
-                found.append(row("packed_decode sweep", case, time_s, read_bytes(form, *CASES[0])))
-        yield from sorted(found, key=lambda r: -float(r["time_s"]))

@@ -1,11 +1,13 @@
 """The recipe at equal bytes: what each step asks for; and what packed decode's two scripts make of their inputs."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from benchmark_scripts import load_script
 
-from kvscope.methods.kernels.paged_decode.kernel import PACKED_DEFAULTS
+from kvscope.methods.kernels.paged_decode.kernel import PACKED_DEFAULTS, packed_tile_size
 from kvscope.methods.kv_format import FORMATS
 
 
@@ -41,16 +43,46 @@ def test_nothing_is_done_before_it_has_run(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_variants_begin_with_the_defaults_and_differ(monkeypatch: pytest.MonkeyPatch, kv: str) -> None:
     benchmark = load_script(monkeypatch, "packed_variants")
     found, default = benchmark.tunings(kv), PACKED_DEFAULTS[kv]
-    assert (found[0].num_warps, found[0].num_stages) == (default.num_warps, default.num_stages)
+    assert replace(found[0], programs_per_sm=default.programs_per_sm) == default
     packing = benchmark.PagePacking(FORMATS[kv], benchmark.PAGE_TOKENS, benchmark.HEAD_DIM)
-    kinds = [(benchmark.packed_tile_size(packing, each), each.num_warps, each.num_stages) for each in found]
+    kinds = [(packed_tile_size(packing, each), each.num_warps, each.num_stages, each.max_registers) for each in found]
     assert len(set(kinds)) == len(kinds)
-    checks = [{"kv": kv, **vars(each), "error": 1.0 if each == found[1] else 1e-4} for each in found]
-    right = benchmark._right(kv, checks)
-    assert right == [found[0], *found[2:]]
-    assert {tuning for _, tuning in benchmark.variants(kv, right)} >= {
-        benchmark.dataclasses.replace(right[0], programs_per_sm=each) for each in benchmark.PROGRAMS[default.num_warps]
-    }
+    fits = {None: 8, 168: 12, 128: 12, 96: 12}
+    checks = [{"kv": kv, **vars(each), "error": 1e-4, "programs_that_fit": fits[each.max_registers]} for each in found]
+    wrong, without_room = found[1], found[3]
+    checks[1] |= {"error": 1.0}
+    checks[3] = {"kv": kv, **vars(without_room), "no_room": "none"}
+    timed = benchmark.variants(kv, checks)
+    # What is wrong or finds no room is not timed, nor fewer registers for as many programs.
+    worth = [each for each in found if each.max_registers in (None, 168) and each not in (wrong, without_room)]
+    first, rest = timed[: len(worth)], timed[len(worth) :]
+    assert [(replace(each, programs_per_sm=8), each.programs_per_sm) for each in first] == [
+        (each, fits[each.max_registers]) for each in worth
+    ]
+    assert {each.programs_per_sm for each in rest if each.max_registers == 168} == {11, 10, 9, 8}
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared_bytes", "num_warps", "fit"),
+    [(255, 9984, 1, 8), (168, 9984, 1, 12), (169, 9984, 1, 8), (128, 19968, 1, 11), (128, 9984, 2, 8), (32, 0, 1, 32)],
+)
+def test_programs_fit_by_registers_of_a_quarter_and_by_shared_memory(
+    monkeypatch: pytest.MonkeyPatch, registers: int, shared_bytes: int, num_warps: int, fit: int
+) -> None:
+    benchmark = load_script(monkeypatch, "packed_space")
+    assert benchmark.programs_that_fit(registers=registers, shared_bytes=shared_bytes, num_warps=num_warps) == fit
+
+
+def test_counts_of_other_versions_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    benchmark = load_script(monkeypatch, "packed_instructions")
+    file = tmp_path / "counts.json"
+    rows = [{"triton": benchmark.triton.__version__, "kernel": each} for each in ("fp8", "int4")]
+    file.write_text(json.dumps({"rows": [{"triton": "0", "kernel": "fp8"}, rows[0]], "rows_before": [{"kernel": "a"}]}))
+    benchmark.write(file, rows)
+    benchmark.write(file, rows[1:])
+    held = json.loads(file.read_text())
+    assert held["rows"] == [{"triton": "0", "kernel": "fp8"}, rows[1]]
+    assert held["rows_before"] == [{"kernel": "a"}]
 
 
 def test_the_loop_over_tiles_is_the_innermost_long_one(monkeypatch: pytest.MonkeyPatch) -> None:
