@@ -24,7 +24,7 @@ from packed_space import HEAD_DIM, PAGE_TOKENS, programs_that_fit, tunings
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvscope.methods.kernels.paged_decode.kernel import DEFAULT, PackedTuning, packed_tile_size
+from kvscope.methods.kernels.paged_decode.kernel import DEFAULT, PackedTuning, packed_piece_size, packed_tile_size
 from kvscope.methods.kernels.paged_decode.packed import packed_split_kernel
 from kvscope.methods.kernels.paged_decode.split import split_kernel
 from kvscope.methods.kv_format import FORMATS, PagePacking
@@ -57,8 +57,8 @@ def compiled(function: Any, constants: dict[str, Any], pointers: dict[str, str],
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
-def row_of(name: str, made: Any, *, tile_tokens: int, registers: int | None = None) -> dict[str, Any]:
-    """Return instructions of the loop by kind, and what a compiled kernel takes; ``registers``: its limit."""
+def row_of(name: str, made: Any, *, tile_tokens: int, **more: Any) -> dict[str, Any]:
+    """Return instructions of the loop by kind, and what a compiled kernel takes."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
@@ -71,7 +71,7 @@ def row_of(name: str, made: Any, *, tile_tokens: int, registers: int | None = No
     fit = programs_that_fit(registers=int(used[1]), shared_bytes=shared_bytes, num_warps=warps)
     return {
         "triton": triton.__version__, "kernel": name, "tile_tokens": tile_tokens, "num_warps": warps,
-        "num_stages": made.metadata.num_stages, "max_registers": registers,
+        "num_stages": made.metadata.num_stages, **more,
         "instructions_64_tokens": len(loop) * warps * 64 // tile_tokens, "instructions_warp": len(loop),
         "registers": int(used[1]), "stack_bytes": int(used[2]), "shared_bytes": shared_bytes, "programs_per_sm": fit,
         "warps_per_sm": fit * warps, "memory_instructions": {kind: kinds[kind] for kind in _MEMORY if kinds[kind]},
@@ -104,14 +104,15 @@ def packed_row(kv: str, tuning: PackedTuning) -> dict[str, Any]:
     packing = PagePacking(FORMATS[kv], PAGE_TOKENS, HEAD_DIM)
     tile_tokens = packed_tile_size(packing, tuning)
     constants = _SHARED | {
-        "G_PAD": 8, "C_PAD": packing.token_bytes // 2, "N": tile_tokens, "GROUP": packing.key_group_tokens,
+        "G_PAD": 8, "C_PAD": packed_piece_size(packing, tuning), "N": tile_tokens, "GROUP": packing.key_group_tokens,
         "BITS": packing.format.bits, "IS_FLOAT": packing.format.is_float, "RECORD": packing.record_bytes,
         "OPERAND": tl.float16, "ASSEMBLY": True, "CONVERTS": True, "LANES": 32 * tuning.num_warps,
     }  # fmt: skip
     pointers = {"pages_ptr": "i16", "numbers_ptr": "fp16", "pairs_ptr": "i32"}
     options = {"num_warps": tuning.num_warps, "num_stages": tuning.num_stages, "maxnreg": tuning.max_registers}
     made = compiled(packed_split_kernel, constants, pointers, **options)
-    return row_of(kv, made, tile_tokens=tile_tokens, registers=tuning.max_registers)
+    more = {"max_registers": tuning.max_registers, "piece_words": tuning.piece_words}
+    return row_of(kv, made, tile_tokens=tile_tokens, **more)
 
 
 def raw_row() -> dict[str, Any]:
@@ -147,7 +148,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         row = raw_row() if tuning is None else packed_row(kv, tuning)
         rows.append(row)
         print(
-            f"{kv:6} {row['tile_tokens']} tokens, {row['num_warps']} warps, {row['num_stages']} stages: "
+            f"{kv:6} {row['tile_tokens']} tokens, {row['num_warps']} warps, {row['num_stages']} stages, "
+            f"{row.get('piece_words', 'all')} words: "
             f"{row['instructions_64_tokens']:5} instructions for 64 tokens, {row['registers']} registers, "
             f"{row['stack_bytes']} bytes spilled, {row['shared_bytes']} shared, {row['warps_per_sm']} warps fit",
             flush=True,

@@ -2,17 +2,24 @@
 
 import dataclasses
 
-from kvscope.methods.kernels.paged_decode.kernel import PACKED_DEFAULTS, PackedTuning, packed_tile_size
+from kvscope.methods.kernels.paged_decode.kernel import (
+    PACKED_DEFAULTS,
+    PackedTuning,
+    packed_piece_size,
+    packed_tile_size,
+)
 from kvscope.methods.kv_format import FORMATS, PagePacking
 
 PAGE_TOKENS, HEAD_DIM = 64, 128
 #: Registers a thread that let one warp more share a quarter of a multiprocessor: 2 (None), 3, 4 and 5 of them.
 _REGISTERS = (168, None, 128, 96)
-#: Tokens of a tile, warps, stages and registers. The first ones are timed first.
+#: Tokens of a tile, warps, stages, registers and words of a piece. The first ones are timed first.
 COMPILED = (
-    *((64, 1, stages, registers) for stages in (2, 3) for registers in _REGISTERS),
-    *((32, 1, stages, registers) for stages in (2, 3, 4) for registers in _REGISTERS),
-    *((64, 2, stages, registers) for stages in (2, 3) for registers in (None, 168, 128)),
+    *((64, 1, 2, registers, piece) for piece in (32, 16, 64) for registers in _REGISTERS),
+    *((32, 1, stages, registers, 32) for stages in (2, 3, 4) for registers in _REGISTERS),
+    *((64, 1, 3, registers, 32) for registers in _REGISTERS),
+    *((32, 1, stages, registers, 16) for stages in (2, 3) for registers in (168, 128)),
+    *((64, 2, stages, registers, 32) for stages in (2, 3) for registers in (None, 168, 128)),
 )
 #: Of a multiprocessor of Hopper.
 _QUARTERS, _QUARTER_REGISTERS, _SHARED_BYTES, _MOST_PROGRAMS = 4, 16384, 228 * 1024, 32
@@ -20,15 +27,20 @@ _OWN_SHARED_BYTES = 1024  # what the system takes of each program's
 
 
 def tunings(kv: str) -> list[PackedTuning]:
-    """Return what is compiled of a format, its default first; tiles of one size once."""
+    """Return what is compiled of a format, its default first; tiles and pieces of one size once."""
     packing = PagePacking(FORMATS[kv], PAGE_TOKENS, HEAD_DIM)
     given = [
-        PackedTuning(tile_tokens=tile, num_warps=warps, num_stages=stages, max_registers=registers)
-        for tile, warps, stages, registers in COMPILED
+        PackedTuning(tile_tokens=tile, num_warps=warps, num_stages=stages, max_registers=registers, piece_words=piece)
+        for tile, warps, stages, registers, piece in COMPILED
     ]
     first = dataclasses.replace(PACKED_DEFAULTS[kv], programs_per_sm=given[0].programs_per_sm)
-    sizes = [dataclasses.replace(each, tile_tokens=packed_tile_size(packing, each)) for each in (first, *given)]
-    return list(dict.fromkeys(sizes))
+    sized = [
+        dataclasses.replace(
+            each, tile_tokens=packed_tile_size(packing, each), piece_words=packed_piece_size(packing, each)
+        )
+        for each in (first, *given)
+    ]
+    return list(dict.fromkeys(sized))
 
 
 def programs_that_fit(*, registers: int, shared_bytes: int, num_warps: int) -> int:
@@ -46,8 +58,8 @@ def programs_that_fit(*, registers: int, shared_bytes: int, num_warps: int) -> i
 def worth_timing(fits: dict[PackedTuning, int]) -> list[PackedTuning]:
     """Return the variants in which fewer registers let more programs run than the same with more registers."""
 
-    def kind(each: PackedTuning) -> tuple[int, int, int]:
-        return each.tile_tokens, each.num_warps, each.num_stages
+    def kind(each: PackedTuning) -> tuple[int, ...]:
+        return each.tile_tokens, each.num_warps, each.num_stages, each.piece_words
 
     def registers(each: PackedTuning) -> int:
         return each.max_registers or 255

@@ -3,10 +3,10 @@
     python benchmarks/packed_variants.py --out FILE [--limit-s 120] [--only int4] [--processes 12]
 
 One layer's decode attention at 1 x 128K of Llama-3.1-8B's shape. Variants are tokens of a tile, warps, stages,
-registers and programs a multiprocessor (``PackedTuning``; ``packed_space.py`` lists them). Compiling takes most of the
-time, so processes of their own compile first, and each of them holds what it compiled against the reference in fp64:
-what is wrong is not timed, and the exit status is 1. They say what each takes, so that as many programs are timed as
-find room. Then one process times all of them by CUDA graphs in which three sets of inputs take turns, the most
+registers, pieces and programs a multiprocessor (``PackedTuning``; ``packed_space.py`` lists them). Compiling takes most
+of the time, so processes of their own compile first, and each of them holds what it compiled against the reference in
+fp64: what is wrong is not timed, and the exit status is 1. They say what each takes, so that as many programs are timed
+as find room. Then one process times all of them by CUDA graphs in which three sets of inputs take turns, the most
 promising first, until the limit; and the fastest of each format once more, beside bf16.
 """
 
@@ -227,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{kv}: {1e6 * each['time_s']:.1f} us, {each['speed_over_bf16']:.2f} x bf16 (target "
                 f"{each['target_over_bf16']}), {100 * each['of_copy']:.0f} % of the copy: {each['tile_tokens']} "
                 f"tokens, {each['num_warps']} warps, {each['num_stages']} stages, {each['programs_per_sm']} programs, "
-                f"limit of registers {each['max_registers']}"
+                f"limit of registers {each['max_registers']}, pieces of {each['piece_words']} words"
             )
     result["took_s"] = round(time.monotonic() - started_s, 1)
     if given.out is not None:

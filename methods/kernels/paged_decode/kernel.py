@@ -51,6 +51,8 @@ class PackedTuning:
         tile_tokens: most tokens read in one iteration; a tile's tokens share their channels' scales.
         programs_per_sm, num_warps, num_stages: as ``Tuning``'s.
         max_registers: most registers a thread may take, so that more programs find room; None: as many as it likes.
+        piece_words: words of two bytes of a token that are unpacked at once, a power of two; 16 or more. The fewer, the
+            fewer registers. Of heads that are no multiple, a token's words are one piece.
     """
 
     tile_tokens: int = 64
@@ -58,6 +60,7 @@ class PackedTuning:
     num_warps: int = 1
     num_stages: int = 2
     max_registers: int | None = None
+    piece_words: int = 32
 
 
 #: By format. 168 registers let three programs of a warp share a quarter of a multiprocessor, 255 two. Chosen by counts
@@ -163,7 +166,7 @@ def paged_decode(
                 G=G,
                 G_PAD=max(8, triton.next_power_of_2(G)),
                 D=D,
-                C_PAD=max(16, triton.next_power_of_2(packing.token_bytes // 2)),
+                C_PAD=packed_piece_size(packing, packed),
                 P=packing.page_tokens,
                 N=tile_tokens,
                 GROUP=packing.key_group_tokens,
@@ -283,6 +286,13 @@ def packed_tile_size(packing: PagePacking, tuning: PackedTuning | None = None) -
     """Return the tokens of a tile: the greatest power of two that divides the tokens of a scale, within ``tuning``."""
     tokens, tuning = packing.key_group_tokens, tuning or PACKED_DEFAULTS[packing.format.name]
     return min(tuning.tile_tokens, tokens & -tokens)
+
+
+def packed_piece_size(packing: PagePacking, tuning: PackedTuning | None = None) -> int:
+    """Return the words of a piece: those of ``tuning`` where they divide a token's, else all, padded."""
+    words, tuning = packing.token_bytes // 2, tuning or PACKED_DEFAULTS[packing.format.name]
+    whole: int = max(16, triton.next_power_of_2(words))
+    return whole if words % tuning.piece_words else tuning.piece_words
 
 
 @dataclass(frozen=True)

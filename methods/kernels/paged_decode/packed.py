@@ -13,8 +13,9 @@ Operands are fp16 (fp32 for fp32 queries). Queries and weights are scaled by pow
 Keys meet queries as [heads, tokens], whose lower 8 rows lie in registers as the right side of values' product,
 [channels, tokens] x [tokens, heads], does: weights need not move, and 8 columns do for 8 query heads.
 
-Shapes: G query heads a KV head, D head size, F elements a byte, W = 2 F elements a word, C = D / W words of a token,
-P tokens a page, N tokens a tile, M rows of queries. ``kv_format.PagePacking`` has the layout of a page.
+Shapes: G query heads a KV head, D head size, F elements a byte, W = 2 F elements a word, C = D / W words of a token, in
+pieces of C_PAD that are loaded one by one, P tokens a page, N tokens a tile, M rows of queries.
+``kv_format.PagePacking`` has the layout of a page.
 """
 
 import triton
@@ -123,6 +124,7 @@ def packed_split_kernel(
     W: tl.constexpr = 16 // BITS
     F: tl.constexpr = 8 // BITS
     C: tl.constexpr = D // W
+    PIECES: tl.constexpr = (C + C_PAD - 1) // C_PAD
     if DEPENDENT:
         gdc_wait()
     program = tl.program_id(0).to(tl.int64)
@@ -156,8 +158,8 @@ def packed_split_kernel(
         q_at = q_ptr + b * stride_qb + (h * G + m)[:, None] * stride_qh
         raw = ()
         top_q = tl.full([M], 0.0, tl.float32)
-        for f in tl.static_range(W):
-            part_at = q_at + _channel(c, f, D, BITS)[None, :]
+        for f in tl.static_range(PIECES * W):
+            part_at = q_at + _channel(f // W * C_PAD + c, f % W, D, BITS)[None, :]
             part = tl.load(part_at, mask=(m < G)[:, None] & (c < C)[None, :], other=0.0)
             raw = raw + (part,)
             top_q = tl.maximum(top_q, tl.max(tl.abs(part.to(tl.float32)), 1))
@@ -165,7 +167,7 @@ def packed_split_kernel(
         factor = tl.exp2(tl.floor(tl.log2(tl.maximum(top_q, 1e-30))) - LOG2_QUERY)
         one = tl.where(m[:, None] == m[None, :], 1.0, 0.0).to(OPERAND)
         q = ()
-        for f in tl.static_range(W):
+        for f in tl.static_range(PIECES * W):
             q = q + (_laid_out(one, raw[f].to(tl.float32) / factor[:, None], OPERAND, PRECISION),)
         weight_sum, top, acc, base = _attend_packed(
             q, factor * scale, pages_ptr + h * (RECORD // 2), numbers_ptr + h * (RECORD // 2),
@@ -177,8 +179,8 @@ def packed_split_kernel(
         safe_sum = tl.where(weight_sum > 0, weight_sum, 1.0)
         partial = (row + program) * G + g
         tl.store(lse_ptr + partial, top + tl.log2(safe_sum) - LOG2_WEIGHT, mask=g < G)
-        for f in tl.static_range(W):
-            out_at = out_ptr + partial[None, :] * D + _channel(c, f, D, BITS)[:, None]
+        for f in tl.static_range(PIECES * W):
+            out_at = out_ptr + partial[None, :] * D + _channel(f // W * C_PAD + c, f % W, D, BITS)[:, None]
             of_group = tl.sum(tl.where(tl.arange(0, 16)[:, None] == f % F, base, 0.0), 0)
             tl.store(out_at, (acc[f] + of_group[None, :]) / safe_sum[None, :], mask=wanted)
 
@@ -214,7 +216,7 @@ def _attend_packed(
     PRECISION: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Attend one group of queries, in W parts [M, C_PAD], to tiles of one row; every tile lies in one page.
+    """Attend one group of queries, in W parts [M, C_PAD] a piece, to tiles of one row; every tile lies in one page.
 
     ``head``, ``numbers`` and ``pairs`` point to the KV head in the first page; ``slot`` is the page of the first tile;
     ``scale``, above zero, is of each query, [M]. Returns the sum of the weights and the greatest logit [G_PAD],
@@ -224,6 +226,7 @@ def _attend_packed(
     W: tl.constexpr = 16 // BITS
     F: tl.constexpr = 8 // BITS
     C: tl.constexpr = D // W
+    PIECES: tl.constexpr = (C + C_PAD - 1) // C_PAD
     M: tl.constexpr = G_PAD if G_PAD > 16 else 16
     KINDS: tl.constexpr = 1 if IS_FLOAT else 2
     FIRST_K: tl.constexpr = P * D // F  # numbers are two bytes, and elements of K and of V lie before them
@@ -243,7 +246,7 @@ def _attend_packed(
     weight_sum = tl.zeros([G_PAD], tl.float32)
     base = tl.zeros([16, G_PAD], tl.float32)
     acc = ()
-    for _ in tl.static_range(W):
+    for _ in tl.static_range(PIECES * W):
         acc = acc + (tl.zeros([C_PAD, G_PAD], tl.float32),)
     gain = _lower_rows(scale * (1 / ONE), G_PAD)
     # A slot is known a tile ahead: no load waits for one of its own iteration. Triton pipelines no loop that hands a
@@ -254,24 +257,27 @@ def _attend_packed(
         offset = tl.multiple_of(tile * N % P, N)
         k_at = head + (page + offset * C) + (t[None, :] * C + c[:, None])
         v_at = k_at + P * C
-        k_words = tl.load(k_at) if C == C_PAD else tl.load(k_at, mask=inside, other=0)
         k_numbers = numbers + page + FIRST_K + offset // GROUP * (KINDS * D)
         v_numbers = numbers + page + FIRST_V + offset
         v_pairs = pairs + page // 2 + FIRST_V // 2 + offset // 2
         page = _slot_of(tile + 1, n, table, P, N, HAS_TABLE) * page_words
 
-        k = _fields(k_words, BITS, IS_FLOAT, OPERAND, ASSEMBLY, CONVERTS)
+        # A piece is loaded where it is used: until then it takes no registers.
         products = tl.zeros([M, N], tl.float32)
         shift_M8 = tl.zeros([M, 8], tl.float32)
-        for f in tl.static_range(W):
-            at_f = k_numbers + f * C + c
-            s = tl.load(tl.broadcast_to(at_f[None, :], (BY_C, C_PAD)), mask=(c < C)[None, :], other=0.0)
-            s = tl.reshape(tl.broadcast_to(s[:, None, :], (BY_C, M // BY_C, C_PAD)), (M, C_PAD))
-            products = tl.dot((q[f] * s).to(OPERAND), k[f], products, input_precision=PRECISION)
-            if not IS_FLOAT:
-                a = tl.load(tl.broadcast_to((at_f + D)[:, None], (C_PAD, BY_C)), mask=(c < C)[:, None], other=0.0)
-                a = tl.reshape(tl.broadcast_to(a[:, :, None], (C_PAD, BY_C, 8 // BY_C)), (C_PAD, 8))
-                shift_M8 = tl.dot(q[f], a.to(OPERAND), shift_M8, input_precision=PRECISION)
+        for piece in tl.static_range(PIECES):
+            k_words = _words(k_at + piece * C_PAD, inside, C % C_PAD == 0)
+            k = _fields(k_words, BITS, IS_FLOAT, OPERAND, ASSEMBLY, CONVERTS)
+            for f in tl.static_range(W):
+                at_f = k_numbers + f * C + piece * C_PAD + c
+                s = tl.load(tl.broadcast_to(at_f[None, :], (BY_C, C_PAD)), mask=(c < C)[None, :], other=0.0)
+                s = tl.reshape(tl.broadcast_to(s[:, None, :], (BY_C, M // BY_C, C_PAD)), (M, C_PAD))
+                q_f = q[piece * W + f]
+                products = tl.dot((q_f * s).to(OPERAND), k[f], products, input_precision=PRECISION)
+                if not IS_FLOAT:
+                    a = tl.load(tl.broadcast_to((at_f + D)[:, None], (C_PAD, BY_C)), mask=(c < C)[:, None], other=0.0)
+                    a = tl.reshape(tl.broadcast_to(a[:, :, None], (C_PAD, BY_C, 8 // BY_C)), (C_PAD, 8))
+                    shift_M8 = tl.dot(q_f, a.to(OPERAND), shift_M8, input_precision=PRECISION)
         products = _lower_rows(products, G_PAD)
         shift = _lower_rows(tl.max(shift_M8, 1) * scale, G_PAD)
         if HAS_SOFTCAP:
@@ -296,12 +302,13 @@ def _attend_packed(
             s = tl.load(tl.broadcast_to((v_numbers + group * P + t)[:, None], (N, BY_N)))
             s = tl.reshape(tl.broadcast_to(s[:, :, None], (N, BY_N, G_PAD // BY_N)), (N, G_PAD))
             scaled = scaled + ((operand * s).to(OPERAND),)
-        # Loaded here, not beside the keys: until then they take no registers.
-        v_words = tl.load(v_at) if C == C_PAD else tl.load(v_at, mask=inside, other=0)
-        v = _fields(v_words, BITS, IS_FLOAT, OPERAND, ASSEMBLY, CONVERTS)
         added = ()
-        for f in tl.static_range(W):
-            added = added + (tl.dot(v[f], scaled[f % F], acc[f] * fade[None, :], input_precision=PRECISION),)
+        for piece in tl.static_range(PIECES):
+            v_words = _words(v_at + piece * C_PAD, inside, C % C_PAD == 0)
+            v = _fields(v_words, BITS, IS_FLOAT, OPERAND, ASSEMBLY, CONVERTS)
+            for f in tl.static_range(W):
+                faded = acc[piece * W + f] * fade[None, :]
+                added = added + (tl.dot(v[f], scaled[f % F], faded, input_precision=PRECISION),)
         acc = added
         if not IS_FLOAT:
             a = tl.load(v_numbers + base_at)
@@ -309,9 +316,15 @@ def _attend_packed(
             base = tl.dot(a, operand, base * fade[None, :], input_precision=PRECISION)
         top = new_top
     found = ()
-    for f in tl.static_range(W):
+    for f in tl.static_range(PIECES * W):
         found = found + (acc[f] * (1 / ONE),)
     return weight_sum, top, found, base
+
+
+@triton.jit
+def _words(at, inside, ALL: tl.constexpr):
+    """Load words, all of them or those inside."""
+    return tl.load(at) if ALL else tl.load(at, mask=inside, other=0)
 
 
 @triton.jit

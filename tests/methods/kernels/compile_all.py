@@ -15,7 +15,12 @@ from kvscope.methods.kernels.block_scores import kernel as block_scores
 from kvscope.methods.kernels.host_gather import kernel as host_gather
 from kvscope.methods.kernels.indexer_score import kernel as indexer_score
 from kvscope.methods.kernels.paged_decode.kernel import DEFAULT as PAGED_DECODE
-from kvscope.methods.kernels.paged_decode.kernel import PACKED_DEFAULTS, merge_options, packed_tile_size
+from kvscope.methods.kernels.paged_decode.kernel import (
+    PACKED_DEFAULTS,
+    merge_options,
+    packed_piece_size,
+    packed_tile_size,
+)
 from kvscope.methods.kernels.paged_decode.merge import merge_kernel
 from kvscope.methods.kernels.paged_decode.packed import packed_split_kernel
 from kvscope.methods.kernels.paged_decode.rows_kernel import append_rows_kernel, merge_rows_kernel, split_rows_kernel
@@ -72,7 +77,7 @@ def packed(kv, dtype="bf16", **changes):
     """paged_decode's first kernel over packed pages, as for Llama-3.1-8B unless changed."""
     packing, tuning = PagePacking(FORMATS[kv], 64, 128), PACKED_DEFAULTS[kv]
     constants = {
-        "G": 4, "G_PAD": 8, "D": 128, "C_PAD": packing.token_bytes // 2, "P": 64, "N": packed_tile_size(packing),
+        "G": 4, "G_PAD": 8, "D": 128, "C_PAD": packed_piece_size(packing), "P": 64, "N": packed_tile_size(packing),
         "GROUP": packing.key_group_tokens, "BITS": packing.format.bits, "IS_FLOAT": packing.format.is_float,
         "RECORD": packing.record_bytes, "COUNTS": 2, "MIN_TILES": 4, "HAS_TABLE": True,
         "HAS_SOFTCAP": False, "DEVICE_LENGTHS": True, "OPERAND": tl.float16, "ASSEMBLY": True, "CONVERTS": True,

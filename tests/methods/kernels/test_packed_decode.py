@@ -12,7 +12,7 @@ from kernel_tools import DEVICE, DTYPES, FP32_ERROR, generator, randn
 from kvscope.methods.kernels.dispatch import unsupported_packed
 from kvscope.methods.kernels.paged_decode import kernel
 from kvscope.methods.kernels.paged_decode.inputs import PagedKV
-from kvscope.methods.kernels.paged_decode.kernel import PackedTuning, packed_tile_size, paged_decode
+from kvscope.methods.kernels.paged_decode.kernel import PackedTuning, packed_piece_size, packed_tile_size, paged_decode
 from kvscope.methods.kernels.paged_decode.reference import paged_decode_reference
 from kvscope.methods.kv_format import FORMATS, PagePacking
 from kvscope.methods.packing import pack_pages, unpack_pages
@@ -113,6 +113,18 @@ def test_tiles_give_one_result():
     first, _ = check(q, [store], tuning=PackedTuning(tile_tokens=64))
     for tuning in (SMALL_TILES, PackedTuning(tile_tokens=32, programs_per_sm=1)):
         torch.testing.assert_close(check(q, [store], tuning=tuning)[0], first, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kv", ["fp8", "int8", "int4"])
+def test_pieces_of_a_token_give_one_result(kv):
+    store = packed_store(kv, 2, 1, 32, 128, n_tokens=50, seed=16)
+    q = randn(1, 2, 1, 128, seed=17)
+    first, _ = check(q, [store], tuning=PackedTuning(tile_tokens=32, piece_words=64))
+    for words in (16, 32):
+        tuning = PackedTuning(tile_tokens=32, piece_words=words)
+        assert packed_piece_size(store.packing, tuning) == words
+        torch.testing.assert_close(check(q, [store], tuning=tuning)[0], first, atol=1e-5, rtol=1e-5)
+    assert packed_piece_size(PagePacking(FORMATS[kv], 32, 80)) == {"fp8": 64, "int8": 64, "int4": 32}[kv]
 
 
 def test_programs_share_the_channels_of_many_partial_results(monkeypatch):
