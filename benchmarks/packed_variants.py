@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -168,20 +169,22 @@ def timed(
 def compiled_apart(kvs: Sequence[str], n_processes: int) -> list[dict[str, Any]]:
     """Have processes of their own check all variants at once: what they compile, this one finds."""
     work = [f"{kv}:{i}" for kv in kvs for i in range(len(tunings(kv)))]
-    shares = [work[i::n_processes] for i in range(n_processes)]
-    command = [sys.executable, __file__, "--check"]
-    started = [
-        subprocess.Popen([*command, *share], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for share in shares
-        if share
-    ]
-    rows = []
-    for process, share in zip(started, filter(None, shares), strict=True):
-        out, err = process.communicate()
-        lines = out.splitlines()
-        rows += [json.loads(line) for line in lines]
-        if process.returncode:
-            rows.append({"kv": share[len(lines)], "error": math.inf, "failed": err.strip().splitlines()[-1:]})
+    with ThreadPoolExecutor(n_processes) as pool:
+        return list(itertools.chain(*pool.map(checked_apart, (work[i::n_processes] for i in range(n_processes)))))
+
+
+def checked_apart(share: Sequence[str]) -> list[dict[str, Any]]:
+    """Check variants in a process of its own; where one ends it, the next ones have another."""
+    rows: list[dict[str, Any]] = []
+    while share:
+        done = subprocess.run(
+            [sys.executable, __file__, "--check", *share], capture_output=True, text=True, check=False
+        )
+        found = [json.loads(line) for line in done.stdout.splitlines()]
+        rows, share = rows + found, share[len(found) :]
+        if share:
+            rows.append({"kv": share[0], "error": math.inf, "failed": done.stderr.strip().splitlines()[-1:]})
+            share = share[1:]
     return rows
 
 

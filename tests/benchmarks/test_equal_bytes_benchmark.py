@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 from benchmark_scripts import load_script
@@ -61,6 +62,24 @@ def test_variants_begin_with_the_defaults_and_differ(monkeypatch: pytest.MonkeyP
         (each, fits[each.max_registers]) for each in worth
     ]
     assert {each.programs_per_sm for each in rest if each.max_registers == 168} == {11, 10, 9, 8}
+
+
+def test_a_variant_that_ends_its_process_is_wrong_and_the_next_ones_are_checked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    benchmark = load_script(monkeypatch, "packed_variants")
+
+    def run(command: list[str], **options: object) -> CompletedProcess[str]:
+        share = command[command.index("--check") + 1 :]
+        done = share[: share.index("int4:1")] if "int4:1" in share else share
+        out = "".join(json.dumps({"kv": each, "error": 0.0}) + "\n" for each in done)
+        return CompletedProcess(command, int(done != share), out, "what came before\nan illegal access\n")
+
+    monkeypatch.setattr(benchmark.subprocess, "run", run)
+    rows = benchmark.checked_apart(["int4:0", "int4:1", "int4:2"])
+    assert [row["kv"] for row in rows] == ["int4:0", "int4:1", "int4:2"]
+    assert [row["error"] > benchmark.MOST_ERROR for row in rows] == [False, True, False]
+    assert rows[1]["failed"] == ["an illegal access"]
 
 
 @pytest.mark.parametrize(
