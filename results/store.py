@@ -5,8 +5,7 @@ A row is in its file, whole, before `append_*` returns: one `os.write` on an `O_
 samples wait for once in SAMPLE_SYNC_S seconds and at the end, other rows at once: a killed process loses nothing, a
 power cut at most the samples since then. A process killed in the middle of that write leaves a last line that is cut
 short; the next opening drops that line (and says so) and the cell is simply measured again. A cell that failed may have
-a later row, which then counts. One writer at a time
-holds an exclusive `flock`; readers need none.
+a later row, which then counts. One writer at a time holds an exclusive `flock`; readers need none.
 """
 
 import contextlib

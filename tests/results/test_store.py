@@ -355,9 +355,7 @@ def test_a_disk_that_fails_at_the_end_is_said_and_the_folder_is_free(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", broken)
-        with pytest.raises(
-            EnvironmentProblem, match=r"Could not write a row to .*samples.jsonl.*are kept"
-        ):
+        with pytest.raises(EnvironmentProblem, match=r"Could not write a row to .*samples.jsonl.*are kept"):
             store.close()
     with RunStore.create(tmp_path / "run", info) as again:
         assert again.samples() == samples[:2]
