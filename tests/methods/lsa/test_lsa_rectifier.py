@@ -85,6 +85,7 @@ def test_both_kinds_of_layer_take_the_slope_and_store_nothing_of_it() -> None:
     assert not torch.equal(gradient(0.5), gradient(0.0))
 
 
-def test_a_negative_slope_is_refused() -> None:
-    with pytest.raises(UsageError, match="revive must be 0 or more"):
-        TrainConfig(revive=-0.1)
+@pytest.mark.parametrize("slope", [-0.1, float("nan"), float("inf")])
+def test_a_slope_that_is_none_is_refused(slope: float) -> None:
+    with pytest.raises(UsageError, match="revive must be 0 or more and finite"):
+        TrainConfig(revive=slope)
