@@ -13,6 +13,7 @@ from triton.compiler import ASTSource
 
 from kvscope.methods.kernels.block_scores import kernel as block_scores
 from kvscope.methods.kernels.host_gather import kernel as host_gather
+from kvscope.methods.kernels.index_topk import kernel as index_topk
 from kvscope.methods.kernels.indexer_score import kernel as indexer_score
 from kvscope.methods.kernels.paged_decode.kernel import DEFAULT as PAGED_DECODE
 from kvscope.methods.kernels.paged_decode.kernel import PACKED_DEFAULTS, packed_tile_size
@@ -154,6 +155,21 @@ def indexer(*, fp8_query):
     )
 
 
+def native_topk():
+    """index_topk at DeepSeek-V4-Flash's sizes, and its scores in fp32."""
+    pointers = dict.fromkeys(("count_ptr", "counts_ptr", "block_counts_ptr", "chosen_ptr"), "i32")
+    pointers |= {"scores_ptr": "fp32", "weight_ptr": "fp32"}
+    for dtype, tile in (("bf16", 64), ("fp32", 32)):
+        constants = {"HEADS": 64, "HEADS_PAD": 64, "E": 128, "E_PAD": 128, "M": tile}
+        compile_kernel(f"native scores {dtype}", index_topk._score_kernel, constants,
+                       pointers={**pointers, "q_ptr": dtype, "keys_ptr": dtype}, num_stages=4)  # fmt: skip
+    for level in range(index_topk.LEVELS):
+        constants = {"LEVEL": level, "BLOCK": 2048}
+        compile_kernel(f"native histogram {level}", index_topk._histogram_kernel, constants, pointers=pointers)
+    compile_kernel("native count", index_topk._count_kernel, {"BLOCK": 2048}, pointers=pointers)
+    compile_kernel("native list", index_topk._list_kernel, {"BLOCK": 2048, "BLOCKS": 128}, pointers=pointers)
+
+
 def selection():
     """The kernels of select."""
     pointers = dict.fromkeys(
@@ -205,5 +221,6 @@ if __name__ == "__main__":
     merge()
     indexer(fp8_query=True)
     indexer(fp8_query=False)
+    native_topk()
     selection()
     others()
