@@ -158,9 +158,10 @@ class CompressedSelector(Selector):
         self._indexer, self._rule, self._angles = indexer, rule, angles
         n_entries = len(next(iter(keys.values())))
         self._keys = {layer: stored_keys(k_nE) for layer, k_nE in keys.items()} if n_entries else {}
-        self._states = {layer: hidden_BM[0] for layer, hidden_BM in states.items()}
-        self._incoming: dict[int, torch.Tensor] = {}
+        # Written by each step in place: a captured one has fixed addresses.
+        self._states = {layer: hidden_BM[0].clone() for layer, hidden_BM in states.items()}
         self._position = n_tokens - 1
+        self.n_chosen = rule.n_chunks if n_entries else 0
         if n_entries:
             self.metadata_bytes = sum(k.nbytes + scale.nbytes for k, scale in self._keys.values()) + sum(
                 state.nbytes for state in self._states.values()
@@ -169,10 +170,10 @@ class CompressedSelector(Selector):
             self.refresh_flops = indexer.scoring_flops(n_entries)
 
     def observe(self, layer: int, hidden_BM: torch.Tensor) -> None:
-        self._incoming[layer] = hidden_BM[0]
+        if self._keys:
+            self._states[layer].copy_(hidden_BM[0])
 
     def end_step(self) -> None:
-        self._states, self._incoming = self._incoming, {}
         self._position += 1
 
     def choose(self) -> torch.Tensor:
@@ -182,4 +183,4 @@ class CompressedSelector(Selector):
         return self._rule.of_logits(self.watch(self._indexer.logits(self._states, cos_P, sin_P, self._keys)))
 
     def close(self) -> None:
-        self._keys, self._states, self._incoming = {}, {}, {}
+        self._keys, self._states = {}, {}

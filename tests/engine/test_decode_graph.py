@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 from masked import masking
+from reads_back import ReadsBack
 from sequences import prefilled
 from sessions import Single
 from tiny_models import build_stock, loaded_model, prompt_ids
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvscope.errors import UsageError
 from kvscope.harness.engine import decode_graph, static_stock
@@ -141,22 +141,6 @@ def test_positions_computed_from_the_host_are_a_reason():
     ]
 
 
-class _ReadsBack(TorchDispatchMode):
-    """Notes every operation that a capture would refuse: what waits for the device, and shapes made from data."""
-
-    REFUSED = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique", "is_nonzero", "item")
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = str(func).removeprefix("aten.")
-        if name.startswith(self.REFUSED):
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("spec", ["dense", "sliding_window:window=20", LSA[0]])
 @pytest.mark.parametrize("family", [*FAMILIES, "mistral", "qwen2", "phi3", "olmo2"])
 def test_nothing_in_a_fixed_step_reads_back(family, spec, monkeypatch):
@@ -170,13 +154,13 @@ def test_nothing_in_a_fixed_step_reads_back(family, spec, monkeypatch):
     prompt = prefilled(loaded, prompt_ids(160), [spec])
     with Single(
         loaded, create_method(spec), prompt, reserve_tokens=2, decode_graph="uncaptured"
-    ) as session, _ReadsBack() as seen, torch.inference_mode():  # fmt: skip
+    ) as session, ReadsBack() as seen, torch.inference_mode():  # fmt: skip
         session.session._step._forward()
     assert seen.found == []
 
 
 def test_what_reads_back_is_seen():
-    with _ReadsBack() as seen:
+    with ReadsBack() as seen:
         float(torch.ones(1))
         torch.ones(3).nonzero()
     assert len(seen.found) == 2

@@ -8,6 +8,7 @@ Shapes: B batch (1), n entries of the prompt, D head size, E indexer key size.
 """
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,6 +26,11 @@ class ResidentCSA(DeepseekV4CSACache):  # type: ignore[misc]  # transformers is 
     """A CSA layer whose prompt entries live on the host; chosen ones and all that are decoded are on the device.
 
     ``compressed_kv`` are views of preallocated buffers: first the resident entries of the prompt, then decoded ones.
+
+    Attributes:
+        reserved: decoded entries that a buffer has room for behind the resident ones.
+        spare_share: None: a buffer has room for exactly what is resident. Else it stays where it is as long as the
+            resident entries fit, and has room for this share more where they do not.
     """
 
     # transformers registers a subclass under this name for every model; this one is for kvscope's caches alone.
@@ -32,6 +38,8 @@ class ResidentCSA(DeepseekV4CSACache):  # type: ignore[misc]  # transformers is 
     host: Mapping[str, torch.Tensor]
     resident: torch.Tensor
     buffers: dict[str, torch.Tensor]
+    reserved: int
+    spare_share: float | None
 
     @classmethod
     def opened(
@@ -54,6 +62,7 @@ class ResidentCSA(DeepseekV4CSACache):  # type: ignore[misc]  # transformers is 
         layer.__dict__.update(_copied(stock, device))
         layer.host = host
         layer.resident = torch.empty(0, dtype=torch.long)
+        layer.reserved, layer.spare_share = reserve_entries, None
         layer.buffers = {
             name: entries.new_zeros((entries.shape[0], reserve_entries, entries.shape[2]), device=device)
             for name, entries in host.items()
@@ -84,13 +93,13 @@ class ResidentCSA(DeepseekV4CSACache):  # type: ignore[misc]  # transformers is 
         for name in NAMES:
             old = self.buffers[name]
             n_held = self.compressed_kv[name].shape[1] - n_old + n_new
-            new = old.new_zeros((old.shape[0], old.shape[1] - n_old + n_new, old.shape[2]))
-            new[:, n_new:] = old[:, n_old:]
+            new = old.new_zeros((old.shape[0], self._room(n_new, old.shape[1]), old.shape[2]))
+            new[:, n_new:n_held] = old[:, n_old : n_held - n_new + n_old]
             new[:, stays.nonzero()[:, 0].to(old.device)] = old[:, where[stays].to(old.device)]
             recalled = self.host[name][:, entries[~stays]]
             new[:, (~stays).nonzero()[:, 0].to(old.device)] = recalled.to(old.device)
             copied_bytes += recalled.nbytes
-            if n_new == n_old:
+            if new.shape == old.shape:
                 old.copy_(new)
             else:
                 self.buffers[name] = new
@@ -98,11 +107,50 @@ class ResidentCSA(DeepseekV4CSACache):  # type: ignore[misc]  # transformers is 
         self.resident = entries
         return copied_bytes
 
+    def _room(self, n_resident: int, held: int) -> int:
+        """Return the entries that a buffer of ``held`` is to have room for with another resident set."""
+        needed = n_resident + self.reserved
+        if self.spare_share is None:
+            return needed
+        return held if needed <= held else needed + math.ceil(self.spare_share * n_resident)
+
+    def keep_buffers(self, spare_share: float, *, reserve_entries: int) -> None:
+        """Let the buffers stay where they are from here on, with room for at least these decoded entries.
+
+        Args:
+            spare_share: see the class.
+        """
+        self.spare_share, self.reserved = spare_share, max(self.reserved, reserve_entries)
+        n_resident = len(self.resident)
+        room = n_resident + self.reserved + math.ceil(spare_share * n_resident)
+        for name in NAMES:
+            self._move(name, room)
+
+    def grow(self, n_entries: int) -> None:
+        """Give the buffers room for more decoded entries: they move."""
+        self.reserved += n_entries
+        for name in NAMES:
+            self._move(name, self.buffers[name].shape[1] + n_entries)
+
+    def _move(self, name: str, room: int) -> None:
+        held_BnD = self.compressed_kv[name]
+        buffer = self.buffers[name]
+        self.buffers[name] = buffer.new_zeros((buffer.shape[0], room, buffer.shape[2]))
+        self.buffers[name][:, : held_BnD.shape[1]] = held_BnD
+        self.compressed_kv[name] = self.buffers[name][:, : held_BnD.shape[1]]
+
+    def count_entry(self) -> None:
+        """An entry was written behind those that are held, by a step that does not count."""
+        for name in NAMES:
+            self.compressed_kv[name] = self.buffers[name][:, : self.compressed_kv[name].shape[1] + 1]
+            self.entry_count[name] += 1
+
     def update_compressor_states(self, name: str, compressed: torch.Tensor) -> torch.Tensor:
         """Append decoded entries [B, 0 or 1, D or E] in place, return all on the device; counts as the stock does."""
         held, n_new = self.compressed_kv[name].shape[1], compressed.shape[1]
         if held + n_new > self.buffers[name].shape[1]:
             self.buffers[name] = torch.cat([self.buffers[name][:, :held], compressed], dim=1)
+            self.reserved = held + n_new - len(self.resident)
         elif n_new:
             self.buffers[name][:, held : held + n_new] = compressed
         self.compressed_kv[name] = self.buffers[name][:, : held + n_new]

@@ -4,7 +4,6 @@ import pytest
 import torch
 from compressed_tiny import N_TOKENS, random_model
 
-from kvscope.harness.engine.models import wrap_model
 from kvscope.harness.engine.prefill import prefill
 
 
@@ -16,6 +15,9 @@ def stock_model():
 
 @pytest.fixture(scope="session")
 def loaded():
+    # It brings Triton, which reads whether to interpret when it is imported: this file comes before that is said.
+    from kvscope.harness.engine.models import wrap_model
+
     return wrap_model(random_model(), None, name="tiny")
 
 
