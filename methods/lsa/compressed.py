@@ -19,7 +19,7 @@ from kvscope.methods.compressed_flops import refresh_flops
 from kvscope.methods.fp8_keys import dequantize, quantize
 from kvscope.methods.lsa.compressed_query import EntryLayer, QueryWeights, hadamard
 from kvscope.methods.lsa.indexer import Indexer
-from kvscope.methods.lsa.selection import Rule, Selector
+from kvscope.methods.lsa.selection import Rule, ScoringSelector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,7 @@ def key_bytes(key_dim: int) -> int:
 Angles = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
 
 
-class CompressedSelector(Selector):
+class CompressedSelector(ScoringSelector):
     """Chooses among the candidate entries of one sequence by a compressed indexer."""
 
     def __init__(
@@ -176,11 +176,14 @@ class CompressedSelector(Selector):
     def end_step(self) -> None:
         self._position += 1
 
+    def logits(self) -> torch.Tensor:
+        cos_P, sin_P = self._angles(self._position)
+        return self._indexer.logits(self._states, cos_P, sin_P, self._keys)[None]
+
     def choose(self) -> torch.Tensor:
         if not self._keys:
             return torch.empty(0, dtype=torch.long)
-        cos_P, sin_P = self._angles(self._position)
-        return self._rule.of_logits(self.watch(self._indexer.logits(self._states, cos_P, sin_P, self._keys)))
+        return self._rule.of_logits(self.watch(self.logits())[0])
 
     def close(self) -> None:
         self._keys, self._states = {}, {}

@@ -5,7 +5,6 @@ import torch
 from compressed_tiny import random_model
 from kernel_tools import DEVICE
 from reads_back import ReadsBack
-from safetensors.torch import save_file
 from sessions import Single
 from transformers import AutoModelForCausalLM
 
@@ -16,7 +15,6 @@ from kvscope.harness.engine.models import wrap_model
 from kvscope.harness.engine.prefill import prefill
 from kvscope.harness.reference_model.v4.architecture import v4_config
 from kvscope.methods.kernels.index_topk import kernel
-from kvscope.methods.lsa.compressed import CompressedIndexer
 from kvscope.methods.registry import create_method
 
 N_STEPS = 70  # 17 entries of 4 tokens, and two of 32
@@ -37,21 +35,6 @@ TRAINED = [
     "recency_tokens=40,tau=4,policy=pages,page_tokens=16,pages=6",
     "recency_tokens=40,tau=4,policy=pages,page_tokens=16,pages=6,refresh=sync",
 ]
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """A file of random weights of lsa's query side: scores of either sign, so that a threshold keeps about a half."""
-    path = tmp_path_factory.mktemp("indexers") / "query.safetensors"
-    indexer = CompressedIndexer.random((1, 4), hidden_size=64, rank=8, heads=2, key_dim=16, seed=0)
-    fields = {"W_DQ": "w_dq_RM", "norm": "norm_R", "W_IUQ": "w_iuq_OR", "W_w": "w_w_IM"}
-    tensors = {
-        f"layers.{layer}.{name}.weight": getattr(matrices, field).contiguous()
-        for layer, matrices in indexer.layers.items()
-        for name, field in fields.items()
-    }
-    save_file(tensors, path)
-    return str(path)
 
 
 def run(loaded, spec, prompt, tokens, *, decode_graph, reserve_tokens=N_STEPS):

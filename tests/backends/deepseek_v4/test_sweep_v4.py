@@ -33,23 +33,6 @@ def folder(tmp_path_factory):
     return str(where)
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """A file of an indexer's query side that fits the tiny model."""
-    path = tmp_path_factory.mktemp("indexers") / "query.safetensors"
-    indexer = CompressedIndexer.random((1, 4), hidden_size=64, rank=8, heads=2, key_dim=16, seed=0)
-    fields = {"W_DQ": "w_dq_RM", "norm": "norm_R", "W_IUQ": "w_iuq_OR", "W_w": "w_w_IM"}
-    save_file(
-        {
-            f"layers.{layer}.{name}.weight": getattr(matrices, field).contiguous()
-            for layer, matrices in indexer.layers.items()
-            for name, field in fields.items()
-        },
-        path,
-    )
-    return str(path)
-
-
 def config(folder, methods, **values):
     defaults = {
         "model": folder,
