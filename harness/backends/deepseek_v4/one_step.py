@@ -1,11 +1,11 @@
 """What stands in for parts of the stock model while it runs one token at fixed addresses.
 
 Compressors read and write the static cache; attention is to the window and to the entries that the native indexer
-chooses, gathered; experts are called by the form of transformers that waits for nothing. Each gives what the stock part
-gives, but for rounding.
+chooses, gathered; experts are called by the form of transformers that waits for nothing; streams are mixed by a matrix
+that one kernel makes. Each gives what the stock part gives, but for rounding.
 
-Shapes: M hidden size, Q query heads, D head size, T window tokens and entries, I indexer heads, E indexer key size, n
-entries, k chosen ones.
+Shapes: S residual streams, M hidden size, Q query heads, D head size, T window tokens and entries, I indexer heads, E
+indexer key size, n entries, k chosen ones.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers import AttentionInterface
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import apply_rotary_pos_emb
@@ -21,6 +22,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import apply_rotary_po
 from kvscope.harness.backends.deepseek_v4.shape import CompressedModelShape
 from kvscope.methods.kernels.dispatch import unsupported_index_topk
 from kvscope.methods.kernels.index_topk.ops import index_topk
+from kvscope.methods.kernels.sinkhorn.ops import sinkhorn
 
 ATTENTION_NAME = "kvscope_deepseek_v4_step"
 _GROUPED_CAPABILITY = (9, 0)
@@ -101,6 +103,29 @@ def index_query(
     return apply_rotary_pos_emb(q_BI1E, *angles)[0, :, 0], weight_I
 
 
+def mixing(mixer: Any, hidden_streams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Stand in for a hyper-connection: its doubly stochastic matrix by one kernel in place of some hundred.
+
+    Args:
+        mixer: the hyper-connection; S streams, a power of 2.
+        hidden_streams: [B, 1, S, M].
+
+    Returns:
+        Weights of the way back [B, 1, S] and [B, 1, S, S], and what the block is given [B, 1, M].
+    """
+    S, eps = mixer.hc_mult, mixer.hc_eps
+    mixed = F.linear(mixer.input_norm(hidden_streams.flatten(2).float()), mixer.fn.float())
+    pre, back, mix = mixed.split((S, S, S * S), -1)
+    pre_base, back_base, mix_base = mixer.base.split((S, S, S * S))
+    pre_scale, back_scale, mix_scale = mixer.scale.unbind(0)
+    pre = torch.sigmoid(pre * pre_scale + pre_base) + eps
+    back = 2 * torch.sigmoid(back * back_scale + back_base)
+    logits = (mix * mix_scale + mix_base).float().unflatten(-1, (S, S))
+    matrix = sinkhorn(logits.flatten(0, 1), 2 * mixer.hc_sinkhorn_iters - 1, eps).view_as(logits)
+    given = (pre.unsqueeze(-1) * hidden_streams).sum(2).to(hidden_streams.dtype)
+    return back, matrix, given
+
+
 def experts_name(device: torch.device, dtype: torch.dtype) -> str:
     """Return the form of transformers' experts that a step of fixed addresses calls.
 
@@ -136,6 +161,9 @@ def one_step(model: Any) -> Iterator[None]:
                 entries = chosen_entries if hasattr(compressor, "indexer") else heavy_entries
                 undo.enter_context(_forward(compressor, partial(entries, compressor)))
             undo.enter_context(_forward(layer.mlp.experts, partial(experts, layer.mlp.experts)))
+            for mixer in (layer.attn_hc, layer.ffn_hc):
+                if mixer.hc_mult & (mixer.hc_mult - 1) == 0:
+                    undo.enter_context(_forward(mixer, partial(mixing, mixer)))
         model.config._attn_implementation = ATTENTION_NAME
         try:
             yield

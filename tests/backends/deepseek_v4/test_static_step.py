@@ -9,7 +9,7 @@ from sessions import Single
 from transformers import AutoModelForCausalLM
 
 from kvscope.harness.backends.deepseek_v4 import one_step as stand_ins
-from kvscope.harness.backends.deepseek_v4.one_step import experts_name, one_step
+from kvscope.harness.backends.deepseek_v4.one_step import experts_name, mixing, one_step
 from kvscope.harness.engine.decode import decode
 from kvscope.harness.engine.models import wrap_model
 from kvscope.harness.engine.prefill import prefill
@@ -166,6 +166,21 @@ def test_the_model_is_as_before_afterwards(loaded):
         [].pop()
     assert loaded.model.config._attn_implementation == implementation
     assert [list(vars(module)) for module in loaded.model.modules()] == [list(each) for each in before]
+
+
+@pytest.mark.parametrize("streams", [1, 2, 4])
+def test_streams_are_mixed_as_by_the_stock_module(streams):
+    mixer = random_model(hc_mult=streams).model.layers[0].attn_hc
+    hidden = torch.randn(1, 1, streams, 64, generator=torch.Generator().manual_seed(5))
+    with torch.inference_mode():
+        for found, expected in zip(mixing(mixer, hidden), mixer(hidden), strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_three_streams_stay_the_stock_modules_own():
+    loaded = wrap_model(random_model(hc_mult=3), None, name="three")
+    ids = torch.randint(2, 500, (60,), generator=torch.Generator().manual_seed(1)).tolist()
+    both(loaded, "dense", prefill(loaded, ids[:40], chunk_tokens=64), ids[40:])
 
 
 @pytest.mark.parametrize("name", ["batched_mm", "grouped_mm"])
