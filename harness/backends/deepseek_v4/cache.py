@@ -10,6 +10,7 @@ Shapes: B batch (1), n entries of the prompt, D head size, E indexer key size.
 import copy
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,9 +18,55 @@ from transformers import DynamicCache
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4CSACache, DeepseekV4HCACache
 
 from kvscope.methods.compressed_bytes import KINDS
+from kvscope.methods.kernels.host_gather.gather import HostGather, gather_backend
 from kvscope.methods.shape import tensor_bytes
 
 NAMES = ("compressor", "indexer")
+_PROGRAMS = 512
+"""Of the kernel that recalls: an entry is small, and nothing else runs meanwhile."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """How one resident set becomes another, found once for all layers.
+
+    Attributes:
+        n_old: entries of the set before.
+        entries: of the set behind, ascending, on the CPU.
+        stay_from, stay_to: places of what is in both, in the old set and in the new one.
+        missing, missing_to, n_missing: entries to recall, their places and their number [1], int32 on the device.
+    """
+
+    n_old: int
+    entries: torch.Tensor
+    stay_from: torch.Tensor
+    stay_to: torch.Tensor
+    missing: torch.Tensor
+    missing_to: torch.Tensor
+    n_missing: torch.Tensor
+
+    @property
+    def is_none(self) -> bool:
+        """Whether both sets are one."""
+        return len(self.missing) == 0 and self.n_old == len(self.entries)
+
+    @classmethod
+    def between(cls, old: torch.Tensor, new: torch.Tensor, device: torch.device) -> "Change":
+        """Compare two sets, ascending and on the CPU."""
+        where = torch.searchsorted(old, new)
+        stays = torch.zeros(len(new), dtype=torch.bool)
+        if len(old):
+            stays = old[where.clamp_max(len(old) - 1)] == new
+        missing_to = (~stays).nonzero()[:, 0]
+        return cls(
+            n_old=len(old),
+            entries=new,
+            stay_from=where[stays].to(device),
+            stay_to=stays.nonzero()[:, 0].to(device),
+            missing=new[missing_to].int().to(device),
+            missing_to=missing_to.int().to(device),
+            n_missing=torch.tensor([len(missing_to)], dtype=torch.int32, device=device),
+        )
 
 
 class ResidentCSA(DeepseekV4CSACache):  # type: ignore[misc]  # transformers is untyped
@@ -72,39 +119,40 @@ class ResidentCSA(DeepseekV4CSACache):  # type: ignore[misc]  # transformers is 
         return layer
 
     def set_resident(self, entries: torch.Tensor) -> int:
-        """Make exactly these prompt entries resident; what was resident already does not cross the bus again.
+        """Make exactly these prompt entries resident: ascending, on the CPU; return the bytes copied from the host."""
+        return self.change(Change.between(self.resident, entries, self.buffers[NAMES[0]].device))
+
+    def change(self, change: "Change") -> int:
+        """Make another set resident; what was resident already does not cross the bus again.
 
         A layer's old and new set exist at once while it is changed. Where both are of one size the buffer stays.
 
         Args:
-            entries: ascending, on the CPU.
+            change: from the set that is resident now. All layers of a sequence share it.
 
         Returns:
             Bytes copied from the host.
         """
-        n_old, n_new = len(self.resident), len(entries)
-        where = torch.searchsorted(self.resident, entries)
-        stays = torch.zeros(n_new, dtype=torch.bool)
-        if n_old:
-            stays = self.resident[where.clamp_max(n_old - 1)] == entries
-        if n_new == n_old and stays.all():
+        if change.is_none:
             return 0
-        copied_bytes = 0
+        n_old, n_new, copied_bytes = change.n_old, len(change.entries), 0
         for name in NAMES:
-            old = self.buffers[name]
+            old, host = self.buffers[name], self.host[name]
             n_held = self.compressed_kv[name].shape[1] - n_old + n_new
             new = old.new_zeros((old.shape[0], self._room(n_new, old.shape[1]), old.shape[2]))
             new[:, n_new:n_held] = old[:, n_old : n_held - n_new + n_old]
-            new[:, stays.nonzero()[:, 0].to(old.device)] = old[:, where[stays].to(old.device)]
-            recalled = self.host[name][:, entries[~stays]]
-            new[:, (~stays).nonzero()[:, 0].to(old.device)] = recalled.to(old.device)
-            copied_bytes += recalled.nbytes
+            new[:, change.stay_to] = old[:, change.stay_from]
+            if len(change.missing):
+                mirror, slots = _units(host), _units(new)
+                recall = HostGather(mirror, slots, backend=gather_backend(mirror, slots), n_programs=_PROGRAMS)
+                recall(change.missing, change.missing_to, change.n_missing)
+            copied_bytes += len(change.missing) * host.shape[2] * host.element_size()
             if new.shape == old.shape:
                 old.copy_(new)
             else:
                 self.buffers[name] = new
             self.compressed_kv[name] = self.buffers[name][:, :n_held]
-        self.resident = entries
+        self.resident = change.entries
         return copied_bytes
 
     def _room(self, n_resident: int, held: int) -> int:
@@ -157,6 +205,11 @@ class ResidentCSA(DeepseekV4CSACache):  # type: ignore[misc]  # transformers is 
         self.entry_count[name] += n_new
         held_BnD: torch.Tensor = self.compressed_kv[name]
         return held_BnD
+
+
+def _units(entries_BnD: torch.Tensor) -> torch.Tensor:
+    """Return entries as the recall takes them, units of one token: [n, 1, 2, 1, D / 2]."""
+    return entries_BnD.view(entries_BnD.shape[1], 1, 2, 1, -1)
 
 
 def take_entries(

@@ -115,8 +115,8 @@ def mixing(mixer: Any, hidden_streams: torch.Tensor) -> tuple[torch.Tensor, torc
     """
     S, eps = mixer.hc_mult, mixer.hc_eps
     mixed = F.linear(mixer.input_norm(hidden_streams.flatten(2).float()), mixer.fn.float())
-    pre, back, mix = mixed.split((S, S, S * S), -1)
-    pre_base, back_base, mix_base = mixer.base.split((S, S, S * S))
+    pre, back, mix = mixed.tensor_split((S, 2 * S), -1)
+    pre_base, back_base, mix_base = mixer.base.tensor_split((S, 2 * S))
     pre_scale, back_scale, mix_scale = mixer.scale.unbind(0)
     pre = torch.sigmoid(pre * pre_scale + pre_base) + eps
     back = 2 * torch.sigmoid(back * back_scale + back_base)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from kvscope.harness.backends.deepseek_v4.cache import ResidentCSA, live_bytes, opened_cache
+from kvscope.harness.backends.deepseek_v4.cache import Change, ResidentCSA, live_bytes, opened_cache
 from kvscope.harness.backends.deepseek_v4.one_step import one_step, step_backends
 from kvscope.harness.backends.deepseek_v4.prefill import CompressedPrompt
 from kvscope.harness.backends.deepseek_v4.shape import CompressedModelShape
@@ -173,7 +173,9 @@ class CompressedSequence(SequenceCache):
         return chosen + choice.first
 
     def _set_resident(self, entries: torch.Tensor) -> int:
-        return sum(layer.set_resident(entries) for layer in self.layers.values())
+        layers = list(self.layers.values())
+        change = Change.between(layers[0].resident, entries, self.device)
+        return sum(layer.change(change) for layer in layers)
 
     def attend(self, layer: int, call: AttentionCall) -> torch.Tensor:
         raise ValueError("DeepSeek-V4 attends by its stock classes, over model_cache")
