@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from compressed_tiny import random_model
 from masked import masking
 from reads_back import ReadsBack
 from sequences import prefilled
@@ -11,12 +12,15 @@ from sessions import Single
 from tiny_models import build_stock, loaded_model, prompt_ids
 
 from kvscope.errors import UsageError
+from kvscope.harness.backends.deepseek_v4 import one_step
 from kvscope.harness.engine import decode_graph, static_stock
 from kvscope.harness.engine.decode import decode
 from kvscope.harness.engine.models import wrap_model
+from kvscope.harness.engine.prefill import prefill
 from kvscope.methods import attention, resident
 from kvscope.methods.attention import Partial
 from kvscope.methods.kernels.host_gather import kernel as gather_kernel
+from kvscope.methods.kernels.index_topk import kernel as topk_kernel
 from kvscope.methods.kernels.select import kernel as select_kernel
 from kvscope.methods.lsa import sequence as lsa_sequence
 from kvscope.methods.lsa import slots
@@ -197,6 +201,25 @@ def test_the_kernels_run_a_fixed_step(spec, monkeypatch):
     fixed, fixed_record, *_ = run(loaded, spec, prompt, tokens, decode_graph="uncaptured")
     torch.testing.assert_close(fixed, eager, atol=2e-4, rtol=0)
     assert fixed_record == record
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here: the tests of replays run them")
+@pytest.mark.parametrize("spec", ["dense", f"{SYNTHETIC},recency_tokens=40,budget_fraction=0.5,tau=4"])
+def test_the_native_topk_runs_a_fixed_step_of_deepseek_v4(spec, monkeypatch):
+    loaded = wrap_model(random_model(), None, name="tiny")
+    prompt = prefill(loaded, prompt_ids(403), chunk_tokens=100)
+    tokens, calls = prompt_ids(9, seed=8), []
+    eager, record, *_ = run(loaded, spec, prompt, tokens)
+
+    def counted(*arguments, **options):
+        calls.append(options["k"])
+        return topk_kernel.index_topk(*arguments, **options)
+
+    monkeypatch.setattr(one_step, "index_topk", counted)
+    fixed, fixed_record, *_ = run(loaded, spec, prompt, tokens, decode_graph="uncaptured")
+    torch.testing.assert_close(fixed, eager, atol=2e-5, rtol=0)
+    assert fixed_record == record
+    assert calls == [24] * 2 * 10  # two layers, nine steps and the trial run
 
 
 # -- on a GPU

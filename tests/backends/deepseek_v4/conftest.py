@@ -5,6 +5,7 @@ import torch
 from compressed_tiny import N_TOKENS, random_model
 from safetensors.torch import save_file
 
+from kvscope.harness.engine.models import wrap_model
 from kvscope.harness.engine.prefill import prefill
 from kvscope.methods.lsa.compressed import CompressedIndexer
 
@@ -17,9 +18,6 @@ def stock_model():
 
 @pytest.fixture(scope="session")
 def loaded():
-    # It brings Triton, which reads whether to interpret when it is imported: this file comes before that is said.
-    from kvscope.harness.engine.models import wrap_model
-
     return wrap_model(random_model(), None, name="tiny")
 
 

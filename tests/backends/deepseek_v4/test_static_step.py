@@ -14,7 +14,6 @@ from kvscope.harness.engine.decode import decode
 from kvscope.harness.engine.models import wrap_model
 from kvscope.harness.engine.prefill import prefill
 from kvscope.harness.reference_model.v4.architecture import v4_config
-from kvscope.methods.kernels.index_topk import kernel
 from kvscope.methods.registry import create_method
 
 N_STEPS = 70  # 17 entries of 4 tokens, and two of 32
@@ -196,21 +195,6 @@ def test_experts_that_wait_for_nothing_give_what_the_stock_loop_does(name):
         found = stand_ins.ALL_EXPERTS_FUNCTIONS[name](experts, hidden, chosen, weights)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
     assert len(chosen.unique()) > 2
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here: the tests of replays run them")
-@pytest.mark.parametrize("spec", ["dense", SPECS[3]])
-def test_the_kernels_run_a_fixed_step(loaded, prompt, ids, spec, monkeypatch):
-    """The native top-k as the kernel takes it, in Triton's interpreter."""
-    calls = []
-
-    def counted(*arguments, **options):
-        calls.append(options["k"])
-        return kernel.index_topk(*arguments, **options)
-
-    monkeypatch.setattr(stand_ins, "index_topk", counted)
-    both(loaded, spec, prompt, ids[:9])
-    assert calls == [24] * 2 * 10  # two layers, nine steps and the trial run
 
 
 def test_a_row_says_how_steps_ran(loaded, prompt, ids):
