@@ -63,8 +63,8 @@ def heavy_entries(
     """Stand in for an HCA compressor: return all entries there is room for, and what hides those that are not whole."""
     held = cache.layers[layer]
     place, entries_BnD = held.place, held.hca_BnD
-    made_1D = held.rings["compressor"].entry(compressor, hidden, place.position)
-    entries_BnD.index_copy_(1, place.hca_slot, made_1D[None].to(entries_BnD.dtype))
+    made_1D = held.rings["compressor"].entry(compressor, hidden, place.hca)
+    entries_BnD.index_copy_(1, place.hca.slot, made_1D[None].to(entries_BnD.dtype))
     return entries_BnD[:, None], place.hca_bias
 
 
@@ -76,9 +76,9 @@ def chosen_entries(
     place, indexer = held.place, compressor.indexer
     entries_BnD, keys_BnE = (held.csa.buffers[name] for name in ("compressor", "indexer"))
     for name, maker, buffer in (("compressor", compressor, entries_BnD), ("indexer", indexer, keys_BnE)):
-        made_1D = held.rings[name].entry(maker, hidden, place.position)
-        buffer.index_copy_(1, place.csa_slot, made_1D[None].to(buffer.dtype))
-    q_IE, weight_I = index_query(indexer, hidden, q_residual, position_ids)
+        made_1D = held.rings[name].entry(maker, hidden, place.csa)
+        buffer.index_copy_(1, place.csa.slot, made_1D[None].to(buffer.dtype))
+    q_IE, weight_I = index_query(indexer, hidden, q_residual, place.query_angles)
     k = min(indexer.index_topk, keys_BnE.shape[1])
     chosen_k = index_topk(q_IE.to(keys_BnE.dtype), weight_I, keys_BnE[0], place.csa_count, k=k)
     picked_kD = entries_BnD[0].index_select(0, chosen_k.clamp_min(0))
@@ -87,16 +87,15 @@ def chosen_entries(
 
 
 def index_query(
-    indexer: Any, hidden: torch.Tensor, q_residual: torch.Tensor, position_ids: torch.Tensor
+    indexer: Any, hidden: torch.Tensor, q_residual: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a native indexer's rotated queries [I, E] and its head weights [I] in fp32, both scales in them.
 
     Args:
         hidden: entering attention [1, 1, M].
         q_residual: the queries' low-rank states [1, 1, R].
-        position_ids: [1, 1].
+        angles: cosines and sines of the token's position.
     """
-    angles = indexer.rotary_emb(hidden, position_ids=position_ids, layer_type=indexer.rope_layer_type)
     q_BI1E = indexer.q_b_proj(q_residual).view(1, 1, -1, indexer.head_dim).transpose(1, 2)
     scorer = indexer.scorer
     weight_I = scorer.weights_proj(hidden)[0, 0].float() * (scorer.weights_scaling * scorer.softmax_scale)

@@ -21,7 +21,7 @@ import torch
 from transformers import DynamicCache
 
 from kvscope.harness.backends.deepseek_v4.cache import ResidentCSA
-from kvscope.harness.backends.deepseek_v4.token_ring import TokenRing
+from kvscope.harness.backends.deepseek_v4.token_ring import EntryPlace, TokenRing
 from kvscope.harness.engine.glue import EngineCache, EngineLayer
 from kvscope.methods.base import AttentionCall
 from kvscope.methods.shape import tensor_bytes
@@ -36,17 +36,20 @@ class Place:
     """Where a step writes and what it sees, on the device; every tensor but the last is one number [1].
 
     Attributes:
-        position: of the token.
-        csa_slot, csa_count: where the next CSA entry is written, and how many are seen.
-        hca_slot: where the next HCA entry is written.
+        position: of the token; ``window_slot``: its place in a window's ring.
+        csa: of the next CSA entry; ``csa_count``: how many are seen.
+        query_angles: cosines and sines of the native indexers' queries.
+        hca: of the next HCA entry; None without such layers.
         window_bias: 0 for the places of a window's ring that hold a token, -inf for others [1, 1, 1, W].
         hca_bias: the same for HCA entries [1, 1, 1, n].
     """
 
     position: torch.Tensor
-    csa_slot: torch.Tensor
+    window_slot: torch.Tensor
+    csa: EntryPlace
     csa_count: torch.Tensor
-    hca_slot: torch.Tensor
+    query_angles: tuple[torch.Tensor, torch.Tensor]
+    hca: EntryPlace | None
     window_bias: torch.Tensor
     hca_bias: torch.Tensor
 
@@ -110,8 +113,7 @@ class StaticLayer(EngineLayer):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Store the token's entry over the oldest; key and value are one."""
-        at = self.place.position % self.window.shape[2]
-        self.window.index_copy_(2, at, key_states)
+        self.window.index_copy_(2, self.place.window_slot, key_states)
         return self.window, self.window
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
@@ -163,7 +165,9 @@ class StaticCache(EngineCache):
         self._csa_rate = rates["compressed_sparse_attention"]
         self._hca_rate = rates["heavily_compressed_attention"]
         self._window_tokens = config.sliding_window
-        self._n_prompt_entries, self._dtype = n_prompt_entries, like.dtype
+        self._n_prompt_entries, self._like = n_prompt_entries, like
+        makers = [makers_of(module)["compressor"] for module in modules if makers_of(module)]
+        self._makers = {maker.compress_rate: maker for maker in reversed(makers)}
         # One more than will be whole: every step writes where the next entry stands.
         self._hca_entries = (n_tokens + reserve_tokens) // self._hca_rate + 1
         self._shift = counters.take()
@@ -215,16 +219,20 @@ class StaticCache(EngineCache):
 
     def place(self, position: torch.Tensor) -> None:
         """Work out, on the device, where the step of the token at ``position`` [1] writes and what it sees."""
-        device = position.device
+        device, like, shift = position.device, self._like, self._shift.device_1
+        csa, hca = (self._makers.get(rate) for rate in (self._csa_rate, self._hca_rate))
+        assert csa is not None
 
         def bias(seen: torch.Tensor) -> torch.Tensor:
-            return torch.zeros(1, 1, 1, len(seen), dtype=self._dtype, device=device).masked_fill(~seen, float("-inf"))
+            return torch.zeros(1, 1, 1, len(seen), dtype=like.dtype, device=device).masked_fill(~seen, float("-inf"))
 
         place = Place(
             position=position,
-            csa_slot=position // self._csa_rate + self._shift.device_1,
-            csa_count=(position + 1) // self._csa_rate + self._shift.device_1,
-            hca_slot=position // self._hca_rate,
+            window_slot=position % self._window_tokens,
+            csa=EntryPlace.of(csa, position, slot=position // self._csa_rate + shift, like=like),
+            csa_count=(position + 1) // self._csa_rate + shift,
+            query_angles=csa.rotary_emb(like, position_ids=position[None], layer_type=csa.rope_layer_type),
+            hca=hca and EntryPlace.of(hca, position, slot=position // self._hca_rate, like=like),
             window_bias=bias(torch.arange(self._window_tokens, device=device) <= position),
             hca_bias=bias(torch.arange(self._hca_entries, device=device) < (position + 1) // self._hca_rate),
         )
@@ -255,6 +263,7 @@ class StaticCache(EngineCache):
             layer.clear()
         self.layers = []
         self._shift.release()
+        self._makers.clear()
 
 
 def makers_of(module: Any) -> dict[str, Any]:

@@ -3,10 +3,54 @@
 Shapes: M hidden size, R places of the ring, r tokens an entry, F features of the compressor's projections, D head size.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import apply_rotary_pos_emb
+
+
+@dataclass(frozen=True)
+class EntryPlace:
+    """Where a token stands among those of an entry, on the device; the same for all compressors of one rate.
+
+    Attributes:
+        within: its place in the window [1]; ``ring_slot``: in the ring [1].
+        rows: places in the ring of the window before, then of its own [R].
+        slot: where the entry is written among the entries [1].
+        angles: cosines and sines of the entry, which is at the window's first token.
+    """
+
+    within: torch.Tensor
+    ring_slot: torch.Tensor
+    rows: torch.Tensor
+    slot: torch.Tensor
+    angles: tuple[torch.Tensor, torch.Tensor]
+
+    @classmethod
+    def of(cls, maker: Any, position: torch.Tensor, *, slot: torch.Tensor, like: torch.Tensor) -> "EntryPlace":
+        """Work out the place of the token at ``position`` [1].
+
+        Args:
+            maker: any compressor of the rate.
+            like: of the model's type.
+        """
+        r, R = maker.compress_rate, ring_tokens(maker)
+        within = position % r
+        first = position - within
+        return cls(
+            within=within,
+            ring_slot=position % R,
+            rows=(first + R - r + torch.arange(R, device=position.device)) % R,
+            slot=slot,
+            angles=maker.rotary_emb(like, position_ids=first[None], layer_type=maker.rope_layer_type),
+        )
+
+
+def ring_tokens(maker: Any) -> int:
+    """Return R: an overlapping compressor projects to twice its width, and an entry of it takes in two windows."""
+    overlaps = maker.kv_proj.out_features == 2 * maker.head_dim
+    return int(maker.compress_rate) * (2 if overlaps else 1)
 
 
 class TokenRing:
@@ -27,8 +71,7 @@ class TokenRing:
             like: of the model's type and device.
         """
         r, D = maker.compress_rate, maker.head_dim
-        F = maker.kv_proj.out_features
-        R = 2 * r if F == 2 * D else r
+        F, R = maker.kv_proj.out_features, ring_tokens(maker)
         gate_dtype = torch.promote_types(like.dtype, maker.position_bias.dtype)
         self.kv_RF = like.new_zeros((R, F))
         self.gate_RF = like.new_full((R, F), float("-inf"), dtype=gate_dtype)
@@ -43,26 +86,21 @@ class TokenRing:
             self.kv_RF[at, :D] = stock.overlap_kv[name][0].to(like.dtype)
             self.gate_RF[at, :D] = stock.overlap_gate[name][0].to(gate_dtype)
 
-    def entry(self, maker: Any, hidden_B1M: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        """Take in a token; return the entry [1, D] that its window makes with the tokens so far.
-
-        Args:
-            position: of the token [1].
-        """
-        r, D, R = maker.compress_rate, maker.head_dim, len(self.kv_RF)
-        within = position % r
-        first = position - within
-        self.kv_RF.index_copy_(0, position % R, maker.kv_proj(hidden_B1M)[0])
-        gate_1F = maker.gate_proj(hidden_B1M)[0] + maker.position_bias[within]
-        self.gate_RF.index_copy_(0, position % R, gate_1F.to(self.gate_RF.dtype))
+    def entry(self, maker: Any, hidden_B1M: torch.Tensor, place: EntryPlace) -> torch.Tensor:
+        """Take in a token; return the entry [1, D] that its window makes with the tokens so far."""
+        r, D = maker.compress_rate, maker.head_dim
+        self.kv_RF.index_copy_(0, place.ring_slot, maker.kv_proj(hidden_B1M)[0])
+        gate_1F = maker.gate_proj(hidden_B1M)[0] + maker.position_bias.index_select(0, place.within)
+        self.gate_RF.index_copy_(0, place.ring_slot, gate_1F.to(self.gate_RF.dtype))
         value, gate = self.kv_RF, self.gate_RF
-        if r < R:
-            own = (first + torch.arange(r, device=position.device)) % R
-            before = (own + r) % R
-            value = torch.cat((value[before, :D], value[own, D:]))
-            gate = torch.cat((gate[before, :D], gate[own, D:]))
+        if r < len(value):
+            value, gate = (_both(ring_RF.index_select(0, place.rows), r, D) for ring_RF in (value, gate))
         weights = gate.softmax(0, dtype=torch.float32).to(value.dtype)
-        entry_11D = maker.kv_norm((value * weights).sum(0, keepdim=True))[None]
-        angles = maker.rotary_emb(entry_11D, position_ids=first[None], layer_type=maker.rope_layer_type)
-        made: torch.Tensor = apply_rotary_pos_emb(entry_11D[None], *angles)[0, 0]
+        entry_1D = maker.kv_norm((value * weights).sum(0, keepdim=True))
+        made: torch.Tensor = apply_rotary_pos_emb(entry_1D[None, None], *place.angles)[0, 0]
         return made
+
+
+def _both(rows_RF: torch.Tensor, r: int, D: int) -> torch.Tensor:
+    """Return what the window before gives to the next entry, and what a window gives to its own: [R, D]."""
+    return torch.cat((rows_RF[:r, :D], rows_RF[r:, D:]))
