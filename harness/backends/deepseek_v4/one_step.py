@@ -2,14 +2,16 @@
 
 Compressors read and write the static cache; attention is to the window and to the entries that the native indexer
 chooses, gathered; experts are called by the form of transformers that waits for nothing; streams are mixed by a matrix
-that one kernel makes. Each gives what the stock part gives, but for rounding.
+that one kernel makes. Norms and rotations, of which a step has hundreds, are fewer operations each. Each gives what the
+stock part gives, but for rounding.
 
 Shapes: S residual streams, M hidden size, Q query heads, D head size, T window tokens and entries, I indexer heads, E
 indexer key size, n entries, k chosen ones.
 """
 
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -17,15 +19,17 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from transformers.models.deepseek_v4.modeling_deepseek_v4 import apply_rotary_pos_emb
+from transformers.models.deepseek_v4 import modeling_deepseek_v4 as stock
 
 from kvscope.harness.backends.deepseek_v4.shape import CompressedModelShape
+from kvscope.harness.backends.deepseek_v4.token_ring import rotated
 from kvscope.methods.kernels.dispatch import unsupported_index_topk
 from kvscope.methods.kernels.index_topk.ops import index_topk
 from kvscope.methods.kernels.sinkhorn.ops import sinkhorn
 
 ATTENTION_NAME = "kvscope_deepseek_v4_step"
 _GROUPED_CAPABILITY = (9, 0)
+_stand_ins: weakref.WeakKeyDictionary[Any, list[tuple[Any, Callable[..., Any]]]] = weakref.WeakKeyDictionary()
 
 
 def step_attention(
@@ -99,7 +103,7 @@ def index_query(
     q_BI1E = indexer.q_b_proj(q_residual).view(1, 1, -1, indexer.head_dim).transpose(1, 2)
     scorer = indexer.scorer
     weight_I = scorer.weights_proj(hidden)[0, 0].float() * (scorer.weights_scaling * scorer.softmax_scale)
-    return apply_rotary_pos_emb(q_BI1E, *angles)[0, :, 0], weight_I
+    return rotated(q_BI1E, *angles)[0, :, 0], weight_I
 
 
 def mixing(mixer: Any, hidden_streams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -114,15 +118,22 @@ def mixing(mixer: Any, hidden_streams: torch.Tensor) -> tuple[torch.Tensor, torc
     """
     S, eps = mixer.hc_mult, mixer.hc_eps
     mixed = F.linear(mixer.input_norm(hidden_streams.flatten(2).float()), mixer.fn.float())
-    pre, back, mix = mixed.tensor_split((S, 2 * S), -1)
-    pre_base, back_base, mix_base = mixer.base.tensor_split((S, 2 * S))
-    pre_scale, back_scale, mix_scale = mixer.scale.unbind(0)
-    pre = torch.sigmoid(pre * pre_scale + pre_base) + eps
-    back = 2 * torch.sigmoid(back * back_scale + back_base)
-    logits = (mix * mix_scale + mix_base).float().unflatten(-1, (S, S))
+    pre_scale, back_scale, mix_scale = mixer.scale.float().unbind(0)
+    scale = torch.cat((pre_scale.expand(S), back_scale.expand(S), mix_scale.expand(S * S)))
+    given, back, mix = torch.addcmul(mixer.base.float(), mixed, scale).tensor_split((S, 2 * S), -1)
+    logits = mix.view(*mix.shape[:-1], S, S)
     matrix = sinkhorn(logits.flatten(0, 1), 2 * mixer.hc_sinkhorn_iters - 1, eps).view_as(logits)
-    given = (pre.unsqueeze(-1) * hidden_streams).sum(2).to(hidden_streams.dtype)
-    return back, matrix, given
+    weighed = (torch.sigmoid(given) + eps).unsqueeze(-1) * hidden_streams
+    return 2 * torch.sigmoid(back), matrix, weighed.sum(2).to(hidden_streams.dtype)
+
+
+def normed(norm: Any, x: torch.Tensor) -> torch.Tensor:
+    """Stand in for an RMS norm, with a weight or without, by the one kernel that torch has for it."""
+    if isinstance(norm, stock.DeepseekV4RMSNorm):
+        weight, eps = norm.weight.float(), norm.variance_epsilon
+    else:
+        weight, eps = None, norm.eps
+    return F.rms_norm(x.float(), x.shape[-1:], weight, eps).to(x.dtype)
 
 
 def experts_name(device: torch.device, dtype: torch.dtype) -> str:
@@ -148,33 +159,39 @@ def step_backends(shape: CompressedModelShape, device: torch.device, dtype: torc
 
 @contextmanager
 def one_step(model: Any) -> Iterator[None]:
-    """Within it, a stock model runs one token over a static cache."""
+    """Within it, a stock model runs one token over a static cache. Hooks stay."""
     AttentionInterface.register(ATTENTION_NAME, step_attention)
-    parameter = next(model.parameters())
-    experts = ALL_EXPERTS_FUNCTIONS[experts_name(parameter.device, parameter.dtype)]
-    before = model.config._attn_implementation
-    with ExitStack() as undo:
-        for layer in model.model.layers:
-            compressor = layer.self_attn.compressor
-            if compressor is not None:
-                entries = chosen_entries if hasattr(compressor, "indexer") else heavy_entries
-                undo.enter_context(_forward(compressor, partial(entries, compressor)))
-            undo.enter_context(_forward(layer.mlp.experts, partial(experts, layer.mlp.experts)))
-            for mixer in (layer.attn_hc, layer.ffn_hc):
-                if mixer.hc_mult & (mixer.hc_mult - 1) == 0:
-                    undo.enter_context(_forward(mixer, partial(mixing, mixer)))
-        model.config._attn_implementation = ATTENTION_NAME
-        try:
-            yield
-        finally:
-            model.config._attn_implementation = before
-
-
-@contextmanager
-def _forward(module: Any, function: Callable[..., Any]) -> Iterator[None]:
-    """Let a module's forward be a function; hooks stay."""
-    module.forward = function
+    attention, rotary = model.config._attn_implementation, stock.apply_rotary_pos_emb
+    changed = stand_ins(model)
+    for module, forward in changed:
+        module.forward = forward
+    model.config._attn_implementation, stock.apply_rotary_pos_emb = ATTENTION_NAME, rotated
     try:
         yield
     finally:
-        del module.forward
+        model.config._attn_implementation, stock.apply_rotary_pos_emb = attention, rotary
+        for module, _ in changed:
+            del module.forward
+
+
+def stand_ins(model: Any) -> list[tuple[Any, Callable[..., Any]]]:
+    """Return the modules of a stock model whose forward is another in a step, each with that. Found once a model."""
+    if model in _stand_ins:
+        return _stand_ins[model]
+    parameter = next(model.parameters())
+    experts = ALL_EXPERTS_FUNCTIONS[experts_name(parameter.device, parameter.dtype)]
+    by_class: dict[type[Any], Callable[..., Any]] = {
+        stock.DeepseekV4CSACompressor: chosen_entries,
+        stock.DeepseekV4HCACompressor: heavy_entries,
+        stock.DeepseekV4Experts: experts,
+        stock.DeepseekV4RMSNorm: normed,
+        stock.DeepseekV4UnweightedRMSNorm: normed,
+    }
+    S = model.config.hc_mult
+    if S & (S - 1) == 0:  # what the kernel takes
+        by_class[stock.DeepseekV4HyperConnection] = mixing
+    found: list[tuple[Any, Callable[..., Any]]] = [
+        (each, partial(by_class[type(each)], each)) for each in model.modules() if type(each) in by_class
+    ]
+    _stand_ins[model] = found
+    return found
