@@ -18,7 +18,7 @@ from kvscope.harness.engine.prefill import prefill
 from kvscope.harness.reference_model.v4.architecture import v4_config
 from kvscope.methods.registry import create_method
 
-N_STEPS = 70  # 17 entries of 4 tokens, and two of 32
+N_STEPS = 50  # 12 entries of 4 tokens, and two of 32
 SYNTHETIC = "lsa:selection=synthetic,recency_tokens=40"
 SPECS = [
     "dense",
@@ -183,7 +183,7 @@ def test_norms_and_rotations_are_the_stock_ones(dtype):
     draws = torch.Generator().manual_seed(5)
     tolerance = {"atol": 1e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.02, "rtol": 0.02}
     x = torch.randn(1, 4, 1, 32, generator=draws).to(dtype)
-    weighted, plain = stock.DeepseekV4RMSNorm(32), stock.DeepseekV4UnweightedRMSNorm()
+    weighted, plain = stock.DeepseekV4RMSNorm(32).to(dtype), stock.DeepseekV4UnweightedRMSNorm()
     with torch.no_grad():
         weighted.weight.copy_(torch.randn(32, generator=draws))
         for norm in (weighted, plain):
