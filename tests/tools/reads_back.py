@@ -6,7 +6,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class ReadsBack(TorchDispatchMode):
     """Notes every operation that a capture would refuse: what waits for the device, and shapes made from data."""
 
-    REFUSED = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique", "is_nonzero", "item")
+    REFUSED = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique", "is_nonzero", "item",
+               "repeat_interleave.Tensor", "bincount")  # fmt: skip
 
     def __init__(self):
         super().__init__()
