@@ -2,8 +2,8 @@
 
 Compressors read and write the static cache; attention is to the window and to the entries that the native indexer
 chooses, gathered; experts are called by the form of transformers that waits for nothing; streams are mixed by a matrix
-that one kernel makes. Norms and rotations, of which a step has hundreds, are fewer operations each. Each gives what the
-stock part gives, but for rounding.
+that one kernel makes; norms and rotations, of which a step has hundreds, are a kernel each. Each gives what the stock
+part gives, but for rounding.
 
 Shapes: S residual streams, M hidden size, Q query heads, D head size, T window tokens and entries, I indexer heads, E
 indexer key size, n entries, k chosen ones.
@@ -22,10 +22,10 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as stock
 
 from kvscope.harness.backends.deepseek_v4.shape import CompressedModelShape
-from kvscope.harness.backends.deepseek_v4.token_ring import rotated
 from kvscope.methods.kernels.dispatch import unsupported_index_topk
 from kvscope.methods.kernels.index_topk.ops import index_topk
 from kvscope.methods.kernels.sinkhorn.ops import sinkhorn
+from kvscope.methods.kernels.token_rows.ops import rms_norm, rotate
 
 ATTENTION_NAME = "kvscope_deepseek_v4_step"
 _GROUPED_CAPABILITY = (9, 0)
@@ -103,7 +103,7 @@ def index_query(
     q_BI1E = indexer.q_b_proj(q_residual).view(1, 1, -1, indexer.head_dim).transpose(1, 2)
     scorer = indexer.scorer
     weight_I = scorer.weights_proj(hidden)[0, 0].float() * (scorer.weights_scaling * scorer.softmax_scale)
-    return rotated(q_BI1E, *angles)[0, :, 0], weight_I
+    return rotate(q_BI1E[0, :, 0], *angles), weight_I
 
 
 def mixing(mixer: Any, hidden_streams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -128,12 +128,16 @@ def mixing(mixer: Any, hidden_streams: torch.Tensor) -> tuple[torch.Tensor, torc
 
 
 def normed(norm: Any, x: torch.Tensor) -> torch.Tensor:
-    """Stand in for an RMS norm, with a weight or without, by the one kernel that torch has for it."""
+    """Stand in for an RMS norm, with a weight or without."""
     if isinstance(norm, stock.DeepseekV4RMSNorm):
-        weight, eps = norm.weight.float(), norm.variance_epsilon
-    else:
-        weight, eps = None, norm.eps
-    return F.rms_norm(x.float(), x.shape[-1:], weight, eps).to(x.dtype)
+        return rms_norm(x, norm.weight, norm.variance_epsilon)
+    return rms_norm(x, None, norm.eps)
+
+
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1) -> torch.Tensor:
+    """Stand in for ``apply_rotary_pos_emb``: the angles are those of one token, whatever dimension its heads are in."""
+    del unsqueeze_dim
+    return rotate(x, cos, sin)
 
 
 def experts_name(device: torch.device, dtype: torch.dtype) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from kvscope.methods.kernels.token_rows.ops import rotate
+
 
 @dataclass(frozen=True)
 class EntryPlace:
@@ -44,17 +46,6 @@ class EntryPlace:
             slot=slot,
             angles=maker.rotary_emb(like, position_ids=first[None], layer_type=maker.rope_layer_type),
         )
-
-
-def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1) -> torch.Tensor:
-    """Rotate as the stock ``apply_rotary_pos_emb`` does, arguments as there, by a product of complex numbers.
-
-    That is half as many operations, in a step that is mostly launches.
-    """
-    n = 2 * cos.shape[-1]
-    turning = torch.view_as_complex(x[..., -n:].float().view(*x.shape[:-1], -1, 2))
-    turned = torch.view_as_real(turning * torch.complex(cos.float(), sin.float()).unsqueeze(unsqueeze_dim))
-    return torch.cat((x[..., :-n], turned.flatten(-2).to(x.dtype)), -1)
 
 
 def ring_tokens(maker: Any) -> int:
@@ -107,7 +98,7 @@ class TokenRing:
             value, gate = (_both(ring_RF.index_select(0, place.rows), r, D) for ring_RF in (value, gate))
         weights = gate.softmax(0, dtype=torch.float32).to(value.dtype)
         entry_1D = maker.kv_norm((value * weights).sum(0, keepdim=True))
-        return rotated(entry_1D[None, None], *place.angles)[0, 0]
+        return rotate(entry_1D, *place.angles)
 
 
 def _both(rows_RF: torch.Tensor, r: int, D: int) -> torch.Tensor:

@@ -10,8 +10,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as stock
 
 from kvscope.harness.backends.deepseek_v4 import one_step as stand_ins
-from kvscope.harness.backends.deepseek_v4.one_step import experts_name, mixing, normed, one_step
-from kvscope.harness.backends.deepseek_v4.token_ring import rotated
+from kvscope.harness.backends.deepseek_v4.one_step import experts_name, mixing, normed, one_step, rotated
 from kvscope.harness.engine.decode import decode
 from kvscope.harness.engine.models import wrap_model
 from kvscope.harness.engine.prefill import prefill
@@ -184,7 +183,7 @@ def test_the_model_is_as_before_afterwards(loaded):
 def test_norms_and_rotations_are_the_stock_ones(dtype):
     draws = torch.Generator().manual_seed(5)
     tolerance = {"atol": 1e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.02, "rtol": 0.02}
-    x = torch.randn(1, 4, 1, 32, generator=draws).to(dtype)
+    x = torch.randn(1, 1, 4, 32, generator=draws).to(dtype).transpose(1, 2)
     weighted, plain = stock.DeepseekV4RMSNorm(32).to(dtype), stock.DeepseekV4UnweightedRMSNorm()
     with torch.no_grad():
         weighted.weight.copy_(torch.randn(32, generator=draws))

@@ -22,6 +22,7 @@ from kvscope.methods.kernels.paged_decode.packed import packed_split_kernel
 from kvscope.methods.kernels.paged_decode.rows_kernel import append_rows_kernel, merge_rows_kernel, split_rows_kernel
 from kvscope.methods.kernels.paged_decode.split import split_kernel
 from kvscope.methods.kernels.select import kernel as select
+from kvscope.methods.kernels.token_rows import kernel as rows_of_a_token
 from kvscope.methods.kv_format import FORMATS, PagePacking
 
 
@@ -29,7 +30,7 @@ def compile_kernel(name, function, constants, *, pointers, num_warps=4, num_stag
     """Compile with these constants; ``pointers`` gives the element types, and everything else is int32."""
     names = function.arg_names
     types = {n: "constexpr" if n in constants else f"*{pointers[n]}" if n in pointers else "i32" for n in names}
-    types.update({n: "fp32" for n in ("scale", "softcap") if n in types})
+    types.update({n: "fp32" for n in ("scale", "softcap", "eps") if n in types})
     source = ASTSource(
         fn=function,
         signature=types,
@@ -170,6 +171,16 @@ def native_topk():
     compile_kernel("native list", index_topk._list_kernel, {"BLOCK": 2048, "BLOCKS": 128}, pointers=pointers)
 
 
+def token_rows():
+    """token_rows at DeepSeek-V4-Flash's sizes."""
+    pointers = {"x_ptr": "bf16", "out_ptr": "bf16", "weight_ptr": "fp32", "cos_ptr": "bf16", "sin_ptr": "bf16"}
+    for D, has_weight in ((16_384, False), (4096, True)):
+        constants = {"D": D, "D_PAD": D, "HAS_WEIGHT": has_weight}
+        compile_kernel(f"norm {D}", rows_of_a_token._norm_kernel, constants, pointers=pointers, num_warps=8)
+    constants = {"D": 512, "D_PAD": 512, "P": 32}
+    compile_kernel("rotate", rows_of_a_token._rotate_kernel, constants, pointers=pointers, num_warps=1)
+
+
 def selection():
     """The kernels of select."""
     pointers = dict.fromkeys(
@@ -222,5 +233,6 @@ if __name__ == "__main__":
     indexer(fp8_query=True)
     indexer(fp8_query=False)
     native_topk()
+    token_rows()
     selection()
     others()
