@@ -17,14 +17,13 @@ from kvscope.harness.engine.prefill import prefill
 from kvscope.harness.reference_model.v4.architecture import v4_config
 from kvscope.methods.registry import create_method
 
-N_STEPS = 50  # 12 entries of 4 tokens, and two of 32
+N_STEPS = 36  # nine entries of 4 tokens, and one of 32
 SYNTHETIC = "lsa:selection=synthetic,recency_tokens=40"
 SPECS = [
     "dense",
     "recency:recency_tokens=40",
     "random:fraction=0.3,recency_tokens=40",
     f"{SYNTHETIC},budget_fraction=0.5,tau=4",
-    f"{SYNTHETIC},budget_fraction=0.3,tau=1",
     f"{SYNTHETIC},budget_fraction=0.5,tau=7,refresh=stale1",
     "lsa:selection=synthetic,recency_tokens=0,sink_tokens=0,budget_tokens=0",
 ]
@@ -41,15 +40,16 @@ def run(loaded, spec, prompt, tokens, *, decode_graph, reserve_tokens=N_STEPS):
     """Logits of every step; then residency, footprint, bytes by kind, version of the addresses and how steps ran."""
     method = create_method(spec)
     with Single(loaded, method, prompt, reserve_tokens=reserve_tokens, decode_graph=decode_graph) as session:
-        logits = torch.stack([session.step(token).float().cpu() for token in tokens])
+        logits = torch.stack([session.step(token).float().cpu().clone() for token in tokens])  # overwritten by the next
         held = session.sequence
         seen = held.residency(), held.footprint(), held.bytes_by_kind(), held.static_version, session.step_backend
     return logits, *seen
 
 
 def both(loaded, spec, prompt, tokens, **options):
+    """Eager steps, and one that was recorded at its capture: as in a CUDA graph its operations alone are done again."""
     eager = run(loaded, spec, prompt, tokens, decode_graph="off", **options)
-    static = run(loaded, spec, prompt, tokens, decode_graph="uncaptured", **options)
+    static = run(loaded, spec, prompt, tokens, decode_graph="recorded", **options)
     torch.testing.assert_close(static[0], eager[0], atol=2e-5, rtol=0)
     assert static[1] == eager[1]
     assert static[2].without_spare().kv_bytes == eager[2].kv_bytes
@@ -116,7 +116,7 @@ def test_the_small_reference_architecture():
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(v4_config(vocab_size=600), attn_implementation="eager").eval()
     loaded = wrap_model(model, None, name="small")
-    ids = torch.randint(2, 500, (190,), generator=torch.Generator().manual_seed(1)).tolist()
+    ids = torch.randint(2, 500, (160,), generator=torch.Generator().manual_seed(1)).tolist()
     prompt = prefill(loaded, ids[:120], chunk_tokens=64)
     for spec in ("dense", f"{SYNTHETIC},budget_fraction=0.6,tau=8"):
         both(loaded, spec, prompt, ids[120:])
