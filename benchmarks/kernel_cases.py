@@ -16,7 +16,6 @@ from triton.runtime.errors import OutOfResources
 
 from kvscope.methods.kernels.block_scores.kernel import moba_scores, msa_scores, quest_scores
 from kvscope.methods.kernels.host_gather.gather import HostGather
-from kvscope.methods.kernels.indexer_score import kernel as indexer
 from kvscope.methods.kernels.paged_decode import kernel as decode
 from kvscope.methods.kernels.paged_decode.inputs import PagedKV
 from kvscope.methods.kernels.select import kernel as selection
@@ -207,48 +206,9 @@ def flashinfer_rows(inputs: DecodeInputs) -> Iterator[Row]:
         yield row("flashinfer", case_name(batch, length), found_s[best], kv_bytes(batch, length), note=ways_us)
 
 
-INDEXER = {"layers": 3, "heads": 128, "key_dim": 128, "chunks": 2**20 // 4}
-
-
-def indexer_calls(tuning: indexer.Tuning, *, precision: indexer.QueryPrecision = "fp8") -> list[Call]:
-    """Score 1M tokens in chunks of 4."""
-    L, heads, E, n = INDEXER.values()
-    calls = []
-    for _ in range(4):
-        keys = torch.randn(L, n, E, device=DEVICE).to(torch.float8_e4m3fn)
-        given = (
-            torch.randn(L, 1, heads, E, device=DEVICE),
-            torch.randn(L, 1, heads, device=DEVICE),
-            torch.zeros(L, device=DEVICE),
-            keys,
-            torch.rand(L, n, device=DEVICE) + 0.5,
-        )
-        out = torch.empty((L, 1, n), device=DEVICE)
-        calls.append(
-            lambda given=given, out=out: indexer.indexer_score(
-                *given, query_precision=precision, out_LXn=out, tuning=tuning
-            )
-        )
-    return calls
-
-
-def indexer_bytes() -> int:
-    """Keys and scales: the floor; logits written are not counted."""
-    L, _, E, n = INDEXER.values()
-    return L * n * (E + 4)
-
-
-def indexer_rows() -> Iterator[Row]:
-    """Indexer scoring with queries in fp8 and in fp16."""
-    for precision, target in (("fp8", 0.7), ("fp16", None)):
-        time_s = median_s(indexer_calls(indexer.DEFAULT, precision=precision))
-        case = f"1M tokens, 3 layers, 128 heads, {precision} queries"
-        yield row("indexer_score", case, time_s, indexer_bytes(), target_share=target)
-
-
 def select_rows() -> Iterator[Row]:
     """Choose about a tenth of 250K chunks; the difference to a resident set of which a tenth changed."""
-    n, capacity = INDEXER["chunks"], 32768
+    n, capacity = 2**18, 32768
     logits = [torch.randn(3, n, device=DEVICE) for _ in range(4)]
     threshold = logits[0].amax(0).quantile(0.9).view(1)
     found = selection.empty_selection(n, capacity, DEVICE)
@@ -336,7 +296,7 @@ def block_score_rows() -> Iterator[Row]:
 
 
 def sweep_rows(inputs: DecodeInputs) -> Iterator[Row]:
-    """Constants of paged decode and of the indexer, the best last. What does not fit a multiprocessor is left out."""
+    """Constants of paged decode, the best last. What does not fit a multiprocessor is left out."""
     decode_cases = ((1, 131072), (8, 32768))
     found: list[Row] = []
     for tile_bytes, num_warps, num_stages in itertools.product((8192, 16384, 32768), (4, 8), (3, 5, 7)):
@@ -352,16 +312,4 @@ def sweep_rows(inputs: DecodeInputs) -> Iterator[Row]:
                 time_s = sum(median_s(c) for c in calls)
                 n_bytes = sum(kv_bytes(*c) for c in decode_cases)
                 found.append(row("paged_decode sweep", case, time_s, n_bytes))
-    yield from sorted(found, key=lambda r: -float(r["time_s"]))
-    found = []
-    for tile, num_warps, num_stages in itertools.product((64, 128, 256), (4, 8), (3, 4, 5)):
-        for per_sm in (1, 2, 3):
-            if tile * INDEXER["key_dim"] * (num_stages - 1) * per_sm > _SHARED_BYTES:
-                continue
-            tuning_i = indexer.Tuning(
-                tile_chunks=tile, num_warps=num_warps, num_stages=num_stages, programs_per_sm=per_sm
-            )
-            case = f"tile {tile}, {num_warps} warps, {num_stages} stages, {per_sm} programs an SM"
-            with contextlib.suppress(OutOfResources):
-                found.append(row("indexer_score sweep", case, median_s(indexer_calls(tuning_i)), indexer_bytes()))
     yield from sorted(found, key=lambda r: -float(r["time_s"]))

@@ -83,6 +83,15 @@ def check_packed_decode() -> float:
     return worst
 
 
+def check_uneven_decode() -> float:
+    """Sequences of a token to some pages, each with pages of its own, in one launch."""
+    from uneven_cases import largest_error, queries, row_table, sequence
+
+    stores = [sequence(n) for n in (1, 64, 65, 200, 4097, 8190)]
+    q = queries(len(stores))
+    return largest_error(row_table(stores).attend(q, scale=128**-0.5), q, stores)
+
+
 def check_indexer_score() -> float:
     """Queries in fp16, and in fp8 within what rounding them to three bits of mantissa costs."""
     keys = _randn(3, 5000, 128, dtype=torch.float8_e4m3fn)
@@ -158,6 +167,7 @@ def check_block_scores() -> float:
 CHECKS: dict[str, Callable[[], float]] = {
     "paged_decode": check_paged_decode,
     "packed_decode": check_packed_decode,
+    "uneven_decode": check_uneven_decode,
     "indexer_score": check_indexer_score,
     "select": check_select,
     "host_gather": check_host_gather,

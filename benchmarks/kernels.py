@@ -3,6 +3,7 @@
     python benchmarks/kernels.py                 # checks, times, targets; writes results/kernels.json
     python benchmarks/kernels.py --sweep         # and the constants of paged decode and of the indexer
     python benchmarks/kernels.py --only packed_decode [--sweep]    # decode over packed pages against bf16
+    python benchmarks/kernels.py --only uneven_decode    # 31 sequences of uneven lengths against flashinfer
 
 Times are medians on the GPU; inputs take turns so that no cache holds them. A kernel that fails its check is not timed.
 Ends with 0 when every check passes and every target is met, else with 1.
@@ -23,7 +24,7 @@ from measure import RESULTS, say
 from kvscope.harness.passes.environment import capture_environment
 from kvscope.methods.kernels.dispatch import unsupported_machine
 
-OPS = ("paged_decode", "packed_decode", "indexer_score", "select", "host_gather", "block_scores")
+OPS = ("paged_decode", "uneven_decode", "packed_decode", "indexer_score", "select", "host_gather", "block_scores")
 SDPA_TARGET, FLASHINFER_TARGET = 0.95, 1.0
 
 
@@ -59,6 +60,7 @@ def collect(rows: list[dict[str, Any]], make: Callable[[], Iterable[dict[str, An
 
 def measure(ops: list[str], checks: dict[str, Any], *, sweep: bool) -> list[dict[str, Any]]:
     """Time the kernels that passed, and their peers."""
+    import indexer_cases
     import kernel_cases as cases
 
     torch.manual_seed(0)
@@ -70,15 +72,16 @@ def measure(ops: list[str], checks: dict[str, Any], *, sweep: bool) -> list[dict
         collect(rows, lambda: cases.decode_rows(inputs), "paged_decode")
         collect(rows, lambda: [cases.gather_decode_row(inputs)], "paged_decode")
         collect(rows, lambda: cases.sdpa_rows(inputs), "torch sdpa")
-        try:
-            import flashinfer  # noqa: F401
-        except ImportError as error:
-            rows.append({"op": "flashinfer", "case": "", "status": "not measured", "reason": _first_line(error)})
-        else:
+        if has_flashinfer(rows):
             collect(rows, lambda: cases.flashinfer_rows(inputs), "flashinfer")
         if sweep:
             collect(rows, lambda: cases.sweep_rows(inputs), "sweep")
         del inputs
+    if "uneven_decode" in good:
+        import uneven_cases
+
+        beside = has_flashinfer(rows)
+        collect(rows, lambda: uneven_cases.uneven_rows(flashinfer=beside), "uneven_decode")
     if "packed_decode" in good:
         import packed_cases
 
@@ -86,7 +89,7 @@ def measure(ops: list[str], checks: dict[str, Any], *, sweep: bool) -> list[dict
         if sweep:
             collect(rows, packed_cases.sweep_rows, "packed_decode sweep")
     groups = {
-        "indexer_score": cases.indexer_rows,
+        "indexer_score": indexer_cases.indexer_rows,
         "select": cases.select_rows,
         "host_gather": cases.gather_rows,
         "block_scores": cases.block_score_rows,
@@ -94,7 +97,19 @@ def measure(ops: list[str], checks: dict[str, Any], *, sweep: bool) -> list[dict
     for op, make in groups.items():
         if op in good:
             collect(rows, make, op)
+    if "indexer_score" in good and sweep:
+        collect(rows, indexer_cases.sweep_rows, "indexer_score sweep")
     return rows
+
+
+def has_flashinfer(rows: list[dict[str, Any]]) -> bool:
+    """Return whether flashinfer is installed; add a row that says so where it is not."""
+    try:
+        import flashinfer  # noqa: F401
+    except ImportError as error:
+        rows.append({"op": "flashinfer", "case": "", "status": "not measured", "reason": _first_line(error)})
+        return False
+    return True
 
 
 def judge(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -110,12 +125,12 @@ def judge(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if r.get("target_gb_per_s") is not None:
             r["target_met"] = r["gb_per_s"] >= r["target_gb_per_s"]
     comparisons = []
-    ours = {r["case"]: r["time_s"] for r in rows if r["op"] == "paged_decode" and "time_s" in r}
+    ours = {r["case"]: r["time_s"] for r in rows if r["op"] in ("paged_decode", "uneven_decode") and "time_s" in r}
     sdpa = [r["time_s"] for r in rows if r["op"] == "torch sdpa" and "time_s" in r]
     if sdpa and "1 x 128K" in ours:
         comparisons.append(_comparison("torch sdpa, the faster way", "1 x 128K", min(sdpa), ours, SDPA_TARGET))
     for r in rows:
-        if r["op"] == "flashinfer" and r["case"] in ours and "time_s" in r:
+        if r["op"] in ("flashinfer", "flashinfer uneven") and r["case"] in ours and "time_s" in r:
             comparisons.append(_comparison("flashinfer", r["case"], r["time_s"], ours, FLASHINFER_TARGET))
     for r in rows:
         if r.get("target_over_bf16") is not None:

@@ -77,14 +77,15 @@ def main() -> None:
     results: dict[str, Any] = {}
     for name in options.case or CASES:
         case = CASES[name]
-        run(ROOT, case, 1)
-        mine = rate(ROOT, case, *options.samples)
-        run(options.other, case, 1)
-        other = rate(options.other, case, *options.other_samples)
-        results[name] = {"this": mine, "other": other, "ratio": mine["rows_per_s"] / other["rows_per_s"]}
-        print(f"{name}: {mine['rows_per_s']:.1f} rows/s, other {other['rows_per_s']:.2f}", flush=True)
-        about = {"command": " ".join(sys.argv), "environment": capture_environment(device=options.device)}
-        options.out.write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
+        results[name] = {}
+        for build, tree, samples in (("this", ROOT, options.samples), ("other", options.other, options.other_samples)):
+            run(tree, case, 1)
+            found = results[name][build] = rate(tree, case, *samples)
+            print(f"{name}, {build} build: {found['rows_per_s']:.2f} rows/s", flush=True)
+            if build == "other":
+                results[name]["ratio"] = results[name]["this"]["rows_per_s"] / found["rows_per_s"]
+            about = {"command": " ".join(sys.argv), "environment": capture_environment(device=options.device)}
+            options.out.write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

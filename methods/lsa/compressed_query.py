@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from kvscope.methods.lsa.rectifier import rectified
+
 NORM_EPS = 1e-6
 _BLOCK_PRODUCTS = 2**25
 
@@ -98,18 +100,20 @@ class QueryWeights:
         return q_XIE, h @ self.w_w_IM.T * (self.heads * self.key_dim) ** -0.5
 
     def logits(
-        self, hidden_XM: torch.Tensor, cos_XP: torch.Tensor, sin_XP: torch.Tensor, k_nE: torch.Tensor
-    ) -> torch.Tensor:
+        self, hidden_XM: torch.Tensor, cos_XP: torch.Tensor, sin_XP: torch.Tensor, k_nE: torch.Tensor,
+        revive: float = 0.0,
+    ) -> torch.Tensor:  # fmt: skip
         """Return the score of every entry for every query before the sigmoid, [X, n] in fp32.
 
         Args:
             k_nE: turned keys as they come back from fp8.
+            revive: gradient of products below zero, see ``rectified``.
         """
         q_XIE, w_XI = self.queries(hidden_XM, cos_XP, sin_XP)
         X, n_heads, E = q_XIE.shape
         block = max(1, _BLOCK_PRODUCTS // max(1, X * n_heads))
         parts = [
-            torch.einsum("xi,xin->xn", w_XI, torch.relu(q_XIE.reshape(-1, E) @ k.T).view(X, n_heads, -1))
+            torch.einsum("xi,xin->xn", w_XI, rectified(q_XIE.reshape(-1, E) @ k.T, revive).view(X, n_heads, -1))
             for k in torch.split(k_nE.float(), block)
         ]
         return self.bias + torch.cat(parts, 1)
@@ -129,6 +133,7 @@ class EntryLayer(nn.Module):
         self.w_iuq = drawn(heads * key_dim, rank)
         self.w_w = drawn(heads, hidden_size)
         self.bias = nn.Parameter(torch.zeros(()))
+        self.revive = 0.0
 
     def weights(self) -> QueryWeights:
         """Return the parameters by the names of the paper; gradients pass."""
@@ -172,7 +177,7 @@ class EntryLayer(nn.Module):
         """
         if angles_X2P is None:
             raise ValueError("queries over compressed entries rotate with their position")
-        return self.weights().logits(hidden_XM, angles_X2P[:, 0], angles_X2P[:, 1], k_nE)
+        return self.weights().logits(hidden_XM, angles_X2P[:, 0], angles_X2P[:, 1], k_nE, self.revive)
 
 
 def rotate_last(x_XIE: torch.Tensor, cos_XP: torch.Tensor, sin_XP: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,7 @@ from torch import nn
 from kvscope.methods.fp8_keys import SCALE_BYTES
 from kvscope.methods.lsa.compressed_query import EntryLayer
 from kvscope.methods.lsa.layout import cap_error, cap_of
+from kvscope.methods.lsa.rectifier import rectified
 
 Features = Literal["stats", "tokens", "entries"]
 EncoderKind = Literal["mean", "stats", "pooled", "compressed_key"]
@@ -205,6 +206,7 @@ class LayerIndexer(nn.Module):
             config.encoder, features=config.key_features, width=config.encoder_width, key_dim=config.key_dim
         )
         self.bias = nn.Parameter(torch.zeros(()))
+        self.revive = 0.0
 
     def logits(
         self, hidden_XM: torch.Tensor, k_nE: torch.Tensor, angles_X2P: torch.Tensor | None = None
@@ -216,7 +218,7 @@ class LayerIndexer(nn.Module):
         X, n_heads, E = q_XIE.shape
         block = max(1, _BLOCK_PRODUCTS // (X * n_heads))
         parts = [
-            torch.einsum("xi,xin->xn", w_XI, torch.relu(q_XIE.view(-1, E) @ k.T).view(X, n_heads, -1))
+            torch.einsum("xi,xin->xn", w_XI, rectified(q_XIE.view(-1, E) @ k.T, self.revive).view(X, n_heads, -1))
             for k in torch.split(k_nE.float(), block)
         ]
         return self.bias + torch.cat(parts, 1)
@@ -265,6 +267,11 @@ class Indexer(nn.Module):
         if kept:
             self.config = replace(self.config, layers=kept)
             self.layers = nn.ModuleDict({str(layer): self.layers[str(layer)] for layer in kept})
+
+    def revive(self, slope: float) -> None:
+        """Give products below zero a gradient while training, see ``rectified``; nothing of it is stored."""
+        for layer in self.config.layers:
+            self.layer(layer).revive = slope
 
     def token_layer(self, layer: int) -> LayerIndexer:
         """Return the indexer of one layer of a model that keeps tokens."""

@@ -90,12 +90,14 @@ def train(
                                         for layer, fit in zip(indexer.config.layers, fits, strict=True)))  # fmt: skip
     trained: dict[str, Any] = {
         "data": data_record(collections), "labels": config.rule(info).text(), "documents": len(training),
-        "options": asdict(config),
+        # Where its start lay is this machine's; what it was stands below.
+        "options": {**asdict(config), "start": config.start and Path(config.start).name},
     }  # fmt: skip
     if config.start is not None:
         trained["start"] = origin(indexer_folder(config.start))
     # A run that ends at a time limit leaves checkpoints alone: they say what they were trained on, too.
     indexer.config = replace(indexer.config, trained=trained)
+    indexer.revive(config.revive)
     draws = torch.Generator().manual_seed(config.seed)
 
     def loss_of(place: Place) -> torch.Tensor | None:

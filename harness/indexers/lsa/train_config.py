@@ -30,6 +30,8 @@ class TrainConfig(TrainingOptions, LabelChoice):
         neighbours: segments on either side that one lends its score to, at a learned price; None: those of ``start``,
             else 8.
         lookback: states scored a refresh: the token before an answer says little of what the question asked.
+        revive: gradient that a head's product below zero still gets where that would raise it (``rectified``), so that
+            a golden chunk which no head matches comes back (docs/log.md); 0: none.
         keep: which epoch is kept: the one of the lowest held-out ``loss``, or of the highest ``recall`` of golden
             chunks by the best tenth at refreshes. The loss is lowest early, while the ranking goes on improving: that
             is for those who set the threshold afterwards (``target_recall``) or use a budget.
@@ -51,6 +53,7 @@ class TrainConfig(TrainingOptions, LabelChoice):
     segment_tokens: int | None = None
     neighbours: int | None = None
     lookback: int = 16
+    revive: float = 0.3
     keep: Literal["loss", "recall"] = "recall"
     patience: int = 2
     target_recall: float | None = None
@@ -58,7 +61,7 @@ class TrainConfig(TrainingOptions, LabelChoice):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_least(1, "tau", "negatives", "encoder_width", "lookback", "rank", "segment_tokens")
-        self.check_least(0, "neighbours")
+        self.check_least(0, "neighbours", "revive")
         if self.keep not in ("loss", "recall"):
             raise UsageError(f"keep must be loss or recall, got {self.keep!r}.")
         if self.target_recall is not None and not 0 < self.target_recall < 1:

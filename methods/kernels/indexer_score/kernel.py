@@ -11,8 +11,9 @@ from typing import Literal
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kvscope.methods.kernels.grid import launches_beside, n_sms
+from kvscope.methods.kernels.grid import launches_beside, launches_dependents, n_sms
 
 FP8_MAX = tl.constexpr(448.0)
 QueryPrecision = Literal["fp8", "fp16"]
@@ -26,15 +27,33 @@ class Tuning:
         tile_chunks: keys of one iteration.
         programs_per_sm: size of the grid, over all layers and queries.
         num_warps, num_stages: as Triton means them.
+        prefetch_tiles: first tiles of a program whose keys are asked for before its queries are rounded, on a GPU; 0
+            or a power of two.
+        dependent: whether the kernel is launched before the one it follows has ended, where the device can.
     """
 
     tile_chunks: int = 128
     programs_per_sm: int = 2
     num_warps: int = 8
     num_stages: int = 4
+    prefetch_tiles: int = 0
+    dependent: bool = False
 
 
 DEFAULT = Tuning()
+
+
+@triton.jit
+def _prefetch(pointers):
+    """Ask for the lines of memory behind these pointers, and wait for none."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [pointers.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
@@ -53,10 +72,25 @@ def _score_kernel(
     E_PAD: tl.constexpr,
     M: tl.constexpr,
     FP8_QUERY: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Score a run of tiles for one (layer, query)."""
     query = tl.program_id(1).to(tl.int64)
     layer = query // n_queries
+    keys = keys_ptr + layer * n_chunks * E
+    n_tiles = (n_chunks + M - 1) // M
+    program = tl.program_id(0).to(tl.int64)
+    begin = (program * n_tiles // tl.num_programs(0)).to(tl.int32)
+    end = ((program + 1) * n_tiles // tl.num_programs(0)).to(tl.int32)
+    last = tl.minimum(end * M, n_chunks)
+    if PREFETCH > 0:
+        # Otherwise the memory is idle while queries are rounded.
+        early = tl.minimum(begin * M + tl.arange(0, PREFETCH * M), last - 1)
+        _prefetch(keys + early.to(tl.int64) * E)
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
     head = tl.arange(0, HEADS_PAD)
     e = tl.arange(0, E_PAD)
     m = tl.arange(0, M)
@@ -81,15 +115,9 @@ def _score_kernel(
         q = q.to(tl.float16)
     q = tl.trans(q)
     bias = tl.load(bias_ptr + layer).to(tl.float32)
-    keys = keys_ptr + layer * n_chunks * E
     scales = scale_ptr + layer * n_chunks
     out = out_ptr + query * n_chunks
 
-    n_tiles = (n_chunks + M - 1) // M
-    program = tl.program_id(0).to(tl.int64)
-    begin = (program * n_tiles // tl.num_programs(0)).to(tl.int32)
-    end = ((program + 1) * n_tiles // tl.num_programs(0)).to(tl.int32)
-    last = tl.minimum(end * M, n_chunks)
     # Scales feed no product, so the pipeline leaves them where they are: read one tile ahead by hand.
     next_scale = tl.load(scales + begin * M + m, mask=begin * M + m < n_chunks, other=0.0)
     for tile in range(begin, end):
@@ -155,6 +183,7 @@ def indexer_score(
         return out_LXn
     n_tiles = -(-n // tuning.tile_chunks)
     programs = max(1, min(n_tiles, tuning.programs_per_sm * n_sms(keys_LnE.device) // (L * X)))
+    dependent = tuning.dependent and launches_dependents(keys_LnE.device)
     _score_kernel[(programs, L * X)](
         q_LXIE.contiguous(),
         weight_LXI.contiguous(),
@@ -170,6 +199,9 @@ def indexer_score(
         E_PAD=max(32, triton.next_power_of_2(E)),
         M=tuning.tile_chunks,
         FP8_QUERY=query_precision == "fp8",
+        PREFETCH=tuning.prefetch_tiles if keys_LnE.device.type == "cuda" else 0,
+        DEPENDENT=dependent,
+        **({"launch_pdl": True} if dependent else {}),
         num_warps=tuning.num_warps,
         num_stages=tuning.num_stages,
     )

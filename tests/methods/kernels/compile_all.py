@@ -48,6 +48,7 @@ def _counts(ptx):
         "async_copies": ptx.count("cp.async.cg.shared.global") + ptx.count("cp.async.ca.shared.global"),
         "wgmma": ptx.count("wgmma.mma_async"),
         "dependent_waits": ptx.count("griddepcontrol.wait"),
+        "prefetches": ptx.count("prefetch.global.L2"),
     }
 
 
@@ -141,12 +142,15 @@ def merge():
     compile_kernel("merge", merge_kernel, constants, pointers=pointers)
 
 
-def indexer(*, fp8_query):
-    """indexer_score at the paper's sizes."""
-    constants = {"HEADS": 128, "HEADS_PAD": 128, "E": 128, "E_PAD": 128, "M": 128, "FP8_QUERY": fp8_query}
+def indexer(*, fp8_query, early=False):
+    """indexer_score at the paper's sizes; ``early``: asks for its first keys before the kernel ahead has ended."""
+    constants = {
+        "HEADS": 128, "HEADS_PAD": 128, "E": 128, "E_PAD": 128, "M": 128, "FP8_QUERY": fp8_query,
+        "PREFETCH": 4 if early else 0, "DEPENDENT": early,
+    }  # fmt: skip
     pointers = dict.fromkeys(("q_ptr", "weight_ptr", "bias_ptr", "scale_ptr", "out_ptr"), "fp32")
     compile_kernel(
-        f"indexer fp8_query={fp8_query}",
+        f"indexer fp8_query={fp8_query}{' early' if early else ''}",
         indexer_score._score_kernel,
         constants,
         pointers={**pointers, "keys_ptr": "fp8e4nv"},
@@ -232,6 +236,7 @@ if __name__ == "__main__":
     merge()
     indexer(fp8_query=True)
     indexer(fp8_query=False)
+    indexer(fp8_query=True, early=True)
     native_topk()
     token_rows()
     selection()

@@ -26,7 +26,7 @@ def compiled(tmp_path_factory):
 
 @pytest.mark.slow
 def test_all_of_them_fit_a_multiprocessor(compiled):
-    assert len(compiled) == 40
+    assert len(compiled) == 41
     assert all(found["shared_bytes"] <= HOPPER_SHARED_BYTES for found in compiled)
 
 
@@ -61,11 +61,17 @@ def test_the_indexer_multiplies_on_the_warpgroup_tensor_core(compiled):
     assert all(found["ptx"]["wgmma"] > 0 for found in compiled if found["name"].startswith(names))
 
 
+def test_the_indexer_asks_for_its_first_keys_where_it_is_told_to(compiled):
+    indexers = {found["name"]: found["ptx"]["prefetches"] > 0 for found in compiled if found["name"][:7] == "indexer"}
+    assert indexers == {name: name.endswith(" early") for name in indexers}
+    assert True in indexers.values()
+
+
 def test_dependent_launches_wait_once_and_nothing_else_does(compiled):
     waits = {found["name"]: found["ptx"]["dependent_waits"] for found in compiled}
     # In the merge one wait stands for both stores; a kernel launched in the plain way needs none.
     heads = ("decode", "packed", "rows bf16")
     splits = [name for name in waits if name.startswith(heads) and "'DEPENDENT'" not in name]
-    waiting = [*splits, "merge", "rows merge"]
-    assert len(waiting) == 13
+    waiting = [*splits, "merge", "rows merge", "indexer fp8_query=True early"]
+    assert len(waiting) == 14
     assert waits == {name: int(name in waiting) for name in waits}
