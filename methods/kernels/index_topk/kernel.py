@@ -95,7 +95,7 @@ def _histogram_kernel(scores_ptr, count_ptr, counts_ptr, k, LEVEL: tl.constexpr,
             inside = inside & (digit == second)
             digit = (ordered & 1023).to(tl.int32)
     found = tl.histogram(digit, BINS, mask=inside)
-    tl.atomic_add(counts_ptr + LEVEL * BINS + tl.arange(0, BINS), found, mask=found > 0)
+    tl.atomic_add(counts_ptr + LEVEL * BINS + tl.arange(0, BINS), found, mask=found > 0, sem="relaxed")
 
 
 @triton.jit
