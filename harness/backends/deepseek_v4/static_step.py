@@ -33,18 +33,17 @@ GROWTH_ENTRIES = 16
 
 @dataclass(frozen=True)
 class Place:
-    """Where a step writes and what it sees, on the device; every tensor but the last is one number [1].
+    """Where a step writes and what it sees, on the device: the same for all layers.
 
     Attributes:
-        position: of the token; ``window_slot``: its place in a window's ring.
-        csa: of the next CSA entry; ``csa_count``: how many are seen.
+        window_slot: the token's place in a window's ring [1].
+        csa: of the next CSA entry; ``csa_count``: how many are seen [1].
         query_angles: cosines and sines of the native indexers' queries.
         hca: of the next HCA entry; None without such layers.
         window_bias: 0 for the places of a window's ring that hold a token, -inf for others [1, 1, 1, W].
         hca_bias: the same for HCA entries [1, 1, 1, n].
     """
 
-    position: torch.Tensor
     window_slot: torch.Tensor
     csa: EntryPlace
     csa_count: torch.Tensor
@@ -227,12 +226,11 @@ class StaticCache(EngineCache):
             return torch.zeros(1, 1, 1, len(seen), dtype=like.dtype, device=device).masked_fill(~seen, float("-inf"))
 
         place = Place(
-            position=position,
             window_slot=position % self._window_tokens,
             csa=EntryPlace.of(csa, position, slot=position // self._csa_rate + shift, like=like),
             csa_count=(position + 1) // self._csa_rate + shift,
             query_angles=csa.rotary_emb(like, position_ids=position[None], layer_type=csa.rope_layer_type),
-            hca=hca and EntryPlace.of(hca, position, slot=position // self._hca_rate, like=like),
+            hca=None if hca is None else EntryPlace.of(hca, position, slot=position // self._hca_rate, like=like),
             window_bias=bias(torch.arange(self._window_tokens, device=device) <= position),
             hca_bias=bias(torch.arange(self._hca_entries, device=device) < (position + 1) // self._hca_rate),
         )
