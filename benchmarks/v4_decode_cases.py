@@ -21,13 +21,16 @@ from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.models import wrap_model
 from kvscope.harness.engine.prefill import prefill
 from kvscope.harness.engine.presets import PRESET_MAX_TOKENS, WEIGHTS_SEED, find_preset
+from kvscope.harness.engine.session import Session
 from kvscope.harness.passes.floor import bus_bytes_per_s, copy_bytes_per_s, floor_s, weights_read_bytes
 from kvscope.methods.kernels.index_topk.ops import index_topk
+from kvscope.methods.kernels.index_topk.reference import index_scores_reference
 from kvscope.methods.registry import create_method
 
 Row = dict[str, Any]
 NAME = "preset:deepseek-v4-flash"
 K = 1024
+MOST_DIFFERENCE = 0.1
 _CSA, _HCA, _SLIDING = "compressed_sparse_attention", "heavily_compressed_attention", "sliding_attention"
 #: Left free beside weights and cache: activations, graphs, a layer's old and new set during a refresh.
 SPARE_BYTES = 4 * 2**30
@@ -220,6 +223,46 @@ def refresh_rows(scale: Scale, loaded: LoadedModel) -> Iterator[Row]:
         "part": "refresh", "case": name, "length_tokens": length, "refresh_s": refresh_s,
         "refresh_s_per_step": refresh_s / scale.tau, "recalled_bytes": recalled_bytes, "hit_rate": found["hit_rate"],
         "recalled_bytes_per_s": recalled_bytes / refresh_s,
+    }  # fmt: skip
+
+
+def check_rows(scale: Scale, loaded: LoadedModel) -> Iterator[Row]:
+    """Whether what is timed is right: the native top-k against fp64, and captured steps against eager ones.
+
+    Steps differ by roundings in the model's type: the median over steps of the largest difference of a logit, over the
+    largest logit, is at most ``MOST_DIFFERENCE``.
+    """
+    config, device = loaded.model.config, loaded.device
+    length = min(scale.lengths_tokens)
+    n, k = length // loaded.shape.cache.csa_rate, min(config.index_topk, length // loaded.shape.cache.csa_rate)
+    keys_nE = torch.randn(n, config.index_head_dim, dtype=loaded.dtype, device=device)
+    q_IE = torch.randn(config.index_n_heads, config.index_head_dim, dtype=loaded.dtype, device=device)
+    weight_I = torch.randn(config.index_n_heads, device=device)
+    count_1 = torch.tensor([n - 3], device=device)
+    found_k = index_topk(q_IE, weight_I, keys_nE, count_1, k=k).long()
+    exact_n = index_scores_reference(q_IE, weight_I, keys_nE)[: n - 3]
+    least, band = exact_n.sort(descending=True).values[k - 1], 1e-5 * exact_n.abs().max()
+    chosen_n = torch.zeros_like(exact_n, dtype=torch.bool).index_fill_(0, found_k, value=True)
+    wrong = int((chosen_n & (exact_n < least - band)).sum() + (~chosen_n & (exact_n > least + band)).sum())
+    yield {
+        "part": "check", "case": "top-k against fp64", "length_tokens": length, "entries": n, "wrong": wrong,
+        "status": "ok" if wrong == 0 else "failed", "reason": f"{wrong} entries are not the best",
+    }  # fmt: skip
+    prompt = Prompts(loaded, length).of(length - scale.eager_steps)
+    logits, backends = [], []
+    for graph in ("off", scale.graph):
+        with Session(loaded, decode_graph=graph) as session:
+            session.add(create_method("dense"), prompt, reserve_tokens=scale.eager_steps)
+            steps = [session.step([1 + i]).float().clone() for i in range(scale.eager_steps)]
+            logits.append(torch.cat(steps))
+            backends.append(session.step_backend)
+    eager, captured = logits
+    differences = (captured - eager).abs().amax(1) / eager.abs().amax()
+    difference = float(differences.median())
+    yield {
+        "part": "check", "case": "captured against eager", "length_tokens": length, "backend": backends[1],
+        "median_difference": difference, "largest_difference": float(differences.max()),
+        "status": "ok" if difference <= MOST_DIFFERENCE else "failed", "reason": f"logits differ by {difference:.3f}",
     }  # fmt: skip
 
 

@@ -5,10 +5,10 @@
     python benchmarks/v4_decode_step.py --layers 11        # for a smaller card: rows say so, and give times of 43 / 11
     python benchmarks/v4_decode_step.py --tiny             # a tiny model on the CPU: shows that the parts run, no more
 
-Parts: ``topk`` (the native top-k of one layer, the kernel and torch), ``tpot`` against length, ``refresh`` (what one
-takes by itself). Weights and entries are random, and of the 256 routed experts there are the 6 that a token goes to. A
-part that would begin after ``--most-s`` is left out, and said to be. Ends with 0 when every part ran, 1 when one
-failed, 3 without a GPU.
+Parts: ``check`` (the top-k against fp64, captured steps against eager ones), ``topk`` (the native top-k of one layer, by
+the kernel and by torch), ``tpot`` against length, ``refresh`` (what one takes by itself). Weights and entries are random,
+and of the 256 routed experts there are the 6 that a token goes to. A part that would begin after ``--most-s`` is left
+out, and said to be. Ends with 0 when every part ran and was right, 1 when one failed, 3 without a GPU.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from kvscope.harness.passes.environment import capture_environment
 from kvscope.methods.kernels.dispatch import unsupported_machine
 from kvscope.units import parse_length
 
-PARTS = ("topk", "tpot", "refresh")
+PARTS = ("check", "topk", "tpot", "refresh")
 
 
 def measure(parts: list[str], scale: cases.Scale, *, most_s: float) -> tuple[list[dict[str, Any]], str]:
@@ -39,6 +39,7 @@ def measure(parts: list[str], scale: cases.Scale, *, most_s: float) -> tuple[lis
     begun_s = time.monotonic()
     loaded = cases.build(scale)
     makers: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
+        "check": lambda: cases.check_rows(scale, loaded),
         "topk": lambda: cases.topk_rows(scale, loaded),
         "tpot": lambda: cases.tpot_rows(scale, loaded),
         "refresh": lambda: cases.refresh_rows(scale, loaded),
@@ -90,6 +91,8 @@ def line(r: dict[str, Any]) -> str:
     head = f"{r['part']:<9}{r['case']:<24}{length:>7} "
     if r["status"] != "ok":
         return f"{head}{r['status']}: {r['reason']}"
+    if r["part"] == "check":
+        return f"{head}right: {r.get('wrong', r.get('median_difference')):.3g} off"
     if r["part"] == "topk":
         return f"{head}{1e6 * r['time_s']:8.1f} us, {r['times_floor']:5.1f} x the copy of {r['entries']:,} keys"
     if r["part"] == "refresh":

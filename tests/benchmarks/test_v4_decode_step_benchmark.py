@@ -28,8 +28,9 @@ def test_every_part_runs_in_the_tiny_size(script, tmp_path, monkeypatch, capsys)
     assert found["environment"]["commit"] is not None
     assert "stock deepseek_v4 classes" in found["environment"]["attention_backend"]
     rows = found["rows"]
-    assert {row["part"] for row in rows} == {"topk", "tpot", "refresh"}
+    assert {row["part"] for row in rows} == {"check", "topk", "tpot", "refresh"}
     assert {row["status"] for row in rows} == {"ok"}
+    assert [row.get("wrong", row.get("median_difference")) for row in rows if row["part"] == "check"] == [0, 0.0]
     tpot = [row for row in rows if row["part"] == "tpot"]
     assert len(tpot) == 2 * 3 * 2
     for row in tpot:
