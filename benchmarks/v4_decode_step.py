@@ -5,10 +5,10 @@
     python benchmarks/v4_decode_step.py --layers 11        # for a smaller card: rows say so, and give times of 43 / 11
     python benchmarks/v4_decode_step.py --tiny             # a tiny model on the CPU: shows that the parts run, no more
 
-Parts: ``check`` (the top-k against fp64, captured steps against eager ones), ``topk`` (the native top-k of one layer, by
-the kernel and by torch), ``tpot`` against length, ``refresh`` (what one takes by itself). Weights and entries are random,
-and of the 256 routed experts there are the 6 that a token goes to. A part that would begin after ``--most-s`` is left
-out, and said to be. Ends with 0 when every part ran and was right, 1 when one failed, 3 without a GPU.
+Parts: ``check`` (the top-k against fp64, captured steps against eager ones), ``topk`` (the native top-k of one layer,
+by the kernel and by torch), ``tpot`` against length, ``refresh`` (what one takes by itself). Weights and entries are
+random, and of the 256 routed experts there are the 6 that a token goes to. A part that would begin after ``--most-s``
+is left out, and said to be. Ends with 0 when every part ran and was right, 1 when one failed, 3 without a GPU.
 """
 
 import argparse
