@@ -3,9 +3,11 @@
 import pytest
 import torch
 from compressed_tiny import N_TOKENS, random_model
+from safetensors.torch import save_file
 
 from kvscope.harness.engine.models import wrap_model
 from kvscope.harness.engine.prefill import prefill
+from kvscope.methods.lsa.compressed import CompressedIndexer
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +35,18 @@ def prompt(loaded, ids):
 def whole_prompt(loaded, ids):
     """The same in one chunk, as stock generate prefills."""
     return prefill(loaded, ids[:-1], chunk_tokens=4 * N_TOKENS)
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory) -> str:
+    """A file of random weights of lsa's query side: scores of either sign, so that a threshold keeps about a half."""
+    path = tmp_path_factory.mktemp("indexers") / "query.safetensors"
+    indexer = CompressedIndexer.random((1, 4), hidden_size=64, rank=8, heads=2, key_dim=16, seed=0)
+    fields = {"W_DQ": "w_dq_RM", "norm": "norm_R", "W_IUQ": "w_iuq_OR", "W_w": "w_w_IM"}
+    tensors = {
+        f"layers.{layer}.{name}.weight": getattr(matrices, field).contiguous()
+        for layer, matrices in indexer.layers.items()
+        for name, field in fields.items()
+    }
+    save_file(tensors, path)
+    return str(path)

@@ -149,9 +149,9 @@ def test_lsa_chooses_anew_every_tau_steps_and_recalls_only_what_is_new(loaded, p
         assert sequence.footprint().host_bytes == prompt.host_bytes > 0
 
 
-def test_a_refresh_keeps_what_the_plain_formula_scores_highest(loaded, prompt, ids, request):
+def test_a_refresh_keeps_what_the_plain_formula_scores_highest(loaded, prompt, ids, weights, request):
     """From the states that entered attention at the step before, at that step's position, max over the layers."""
-    spec, tau = f"{LSA},budget_fraction=0.4", 3
+    spec, tau = f"lsa:indexer={weights},recency_tokens=40,budget_fraction=0.4", 3
     method = loaded.backend.form_of(create_method(f"{spec},tau={tau}"), loaded.shape)
     states = {}
     hooks = [
@@ -188,6 +188,16 @@ def test_a_refresh_keeps_what_the_plain_formula_scores_highest(loaded, prompt, i
             assert 0 < len(chosen) < len(best)
             assert best[chosen].min() > best[dropped].max() - 1e-5
     assert refreshes == 2
+
+
+@pytest.mark.parametrize(("churn", "hit_rate"), [("0", 1.0), ("0.25", 0.75), ("1", 0.0)])
+def test_a_synthetic_selection_replaces_the_share_that_was_asked_for(loaded, prompt, ids, churn, hit_rate):
+    with session(loaded, f"{LSA},budget_fraction=0.4,tau=2,churn={churn}", prompt) as running:
+        for token in ids[:7]:
+            running.step(token)
+        residency = running.sequence.residency()
+    assert len(residency.recalled_bytes) == 4
+    assert residency.hit_rate == pytest.approx(hit_rate, abs=0.03)
 
 
 def test_a_full_choice_falls_back_and_is_counted(loaded, prompt, ids):
