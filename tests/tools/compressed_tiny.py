@@ -30,6 +30,7 @@ def tiny_config(**changes) -> DeepseekV4Config:
         "index_topk": 24,
         "sliding_window": 32,
         "hc_mult": 2,
+        "hc_sinkhorn_iters": 3,  # of 20 each would cost as much as a layer, twice a layer
         "partial_rotary_factor": 0.5,
         "max_position_embeddings": 4096,
         "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 32},
