@@ -29,7 +29,7 @@ def _read_tokenizers_once(monkeypatch: pytest.MonkeyPatch) -> None:
         folder = Path(where)
         if arguments or not folder.is_dir():
             return read(where, *arguments, **options)
-        found = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
+        found = [(str(path), path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
         files = tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in found)
         key = (str(where), files, *sorted(options.items()))
         if key not in known:
