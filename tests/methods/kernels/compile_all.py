@@ -223,12 +223,11 @@ def others():
 
 if __name__ == "__main__":
     decode()
-    decode(P=16, COUNTS=256, HAS_SOFTCAP=True)
-    decode(HAS_TOKENS=True)
+    decode(P=16, COUNTS=256, HAS_SOFTCAP=True, HAS_TOKENS=True)
     decode(dtype="fp32", N=32, HAS_TABLE=False, DEVICE_LENGTHS=False, DEPENDENT=False)
     for kv in FORMATS:
-        packed(kv)
-    packed("int8", dtype="fp16", HAS_SOFTCAP=True)
+        # One format stands for what the others have no part in.
+        packed(kv, **({"dtype": "fp16", "HAS_SOFTCAP": True} if kv == "int8" else {}))
     packed("fp8", CONVERTS=False)  # as before compute capability 8.9
     rows()
     rows(P=0, N=128, COUNTS=512, HAS_TABLE=True, HAS_TOKENS=True, HAS_TURNED=True)
