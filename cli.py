@@ -6,6 +6,7 @@ interrupted.
 
 import gc
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -580,6 +581,9 @@ def main() -> None:
     # itself is a tenth of a short run.
     gc.set_threshold(*COLLECTOR_THRESHOLDS)
     code = run_cli()
+    if code == EXIT_INTERRUPTED:
+        # All is written: who interrupts once more ends it at once, and no thread that is waited for leaves a traceback.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     # Python looks through all modules for garbage as it ends, twice: a second for memory that is given back anyway.
     gc.freeze()
     sys.exit(code)

@@ -213,7 +213,7 @@ def decode_times(
             started_s = time.perf_counter()
             token = int(session.step([token])[0].argmax())
             step_s.append(time.perf_counter() - started_s)
-        record = sequence.residency()
+        record, held = sequence.residency(), sequence.footprint()
         return {
             "step_s": step_s,
             "before_s": before_s,
@@ -221,7 +221,8 @@ def decode_times(
             "captures": session.captures,
             "capture_s": capture_s,
             "open_s": member.open_s,
-            "device_bytes": sequence.footprint().device_bytes,
+            "device_bytes": held.device_bytes,
+            "bytes_read_per_step": held.bytes_read_per_step,
             "hit_rate": None if record is None else record.hit_rate,
             "recalled_bytes": None if record is None else record.recalled_bytes[1:],
             "backends": list(sequence.backends()),

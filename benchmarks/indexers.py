@@ -50,7 +50,7 @@ LABELS: dict[str, Any] = {"voters": "layer", "top_p": 0.9, "label_layers": docum
 TRAINING_MASS, GOLDEN_MASS = 0.1, 0.2
 """Least mass of a label that trains, and of a golden chunk (docs/lsa-study.md)."""
 TAU = 4
-KEPT = {16: 0.125, 64: 0.125, 256: 0.165}
+KEPT = {16: 0.105, 64: 0.125, 256: 0.165}
 """Chunk tokens -> share of the prompt's bytes that threshold 0.5 is set to keep, at 16K and 32K."""
 NAMES = {16: "reference", 64: "reference-chunk64", 256: "reference-chunk256"}
 
@@ -139,8 +139,8 @@ def _train_lsa(work: Work, deadline_s: float) -> dict[str, Any]:
         tau=TAU, layers=documents.RETRIEVAL_LAYERS, **LABELS, least_mass=TRAINING_MASS, start=str(start),
         heads=was.heads, key_dim=was.key_dim, rank=was.rank, encoder=was.encoder, encoder_width=was.encoder_width,
         neighbours=was.neighbours, lookback=was.lookback_tokens, negatives=8, batch_documents=4, batch_rows=8,
-        lr=3e-4, epochs=1 if work.tiny else 4, held_out=0.4 if work.tiny else 0.05, keep="recall", patience=99,
-        device=work.device,
+        lr=5e-4, revive=0.3, epochs=1 if work.tiny else 4, held_out=0.4 if work.tiny else 0.04, keep="recall",
+        patience=99, device=work.device,
     )  # fmt: skip
     return run(folders, target, config, note=_named("lsa", work), clock=time.time, deadline_s=deadline_s)
 

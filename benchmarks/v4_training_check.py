@@ -42,6 +42,7 @@ HEADS, HEAD_DIM, WINDOW = 8, 64, 32
 # Tokens, tokens an entry, rows.
 KERNELS = ((64, 4, 64), (64, 32, 64), (1000, 4, 2), (4096, 4, 1), (4096, 32, 1))
 KERNELS_SMALL = ((64, 4, 2), (100, 32, 2))
+SMALL = {"hidden_size": 32, "moe_intermediate_size": 32, "num_attention_heads": 2, "hc_sinkhorn_iters": 3}
 Row = dict[str, Any]
 
 
@@ -160,7 +161,7 @@ def main() -> int:
             ),
         )
     backbone = DeepseekV4(topk=4) if args.small else DeepseekV4()
-    config = v4_config(hidden_size=32, moe_intermediate_size=32, num_attention_heads=2) if args.small else v4_config()
+    config = v4_config(**SMALL) if args.small else v4_config()
     maker = RowMaker(Pieces(PreTrainedTokenizerFast.from_pretrained(REFERENCE_MODEL_FOLDER)), document_makers())
     with TemporaryDirectory() as folder:
         trainer = Trainer(

@@ -153,6 +153,10 @@ class SequenceCache(ABC):
         """The transformers cache the model is called with, where the sequence brings its own; else None."""
         return None
 
+    def call_model(self, model: Any, **arguments: Any) -> Any:
+        """Call the model for a step of this sequence, which brings its own cache; return what the model returns."""
+        return model(**arguments)
+
     @property
     def static_version(self) -> int:
         """Changes when tensors of a fixed step moved, so that what was captured must be captured again."""

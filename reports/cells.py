@@ -14,7 +14,7 @@ from kvscope.results.comparisons import (
     answered,
     baseline_label,
     compare_methods,
-    pairs,
+    paired_tables,
     pooled,
 )
 from kvscope.results.frames import Run, once, records
@@ -63,9 +63,9 @@ def accuracy_cells(run: Run) -> pd.DataFrame:
     excluded = run.samples.loc[run.samples.index.difference(samples.index), SCORE_COLUMNS]
     answers, mine, left_out = Answers(samples), _by_cell(pool, samples), _by_cell(pool, excluded)
     cells: dict[tuple[str, str, int], dict[str, object]] = {}
+    tables = _paired(run)
     for method in info.methods:
-        paired = baseline is not None and method.label != baseline
-        table = pairs(samples, method=method.label, baseline=str(baseline)) if paired else samples.iloc[:0]
+        table = tables.get(method.label, samples.iloc[:0])
         both = _by_cell(pool, table.assign(method_label=method.label))
         contexts = Contexts(table["context_id"])
         for task in tasks:
@@ -95,7 +95,13 @@ def accuracy_cells(run: Run) -> pd.DataFrame:
 @once
 def comparisons(run: Run) -> list[Comparison]:
     """Every method against dense, in every scope, at the default margin."""
-    return compare_methods(run.samples, info=run.info)
+    return compare_methods(run.samples, info=run.info, tables=_paired(run))
+
+
+@once
+def _paired(run: Run) -> dict[str, pd.DataFrame]:
+    """Every other method's pairs with dense, by its label: what accuracies and comparisons are both worked out of."""
+    return paired_tables(pooled(run.samples, run.info), run.info)
 
 
 def pooled_cells(run: Run, cells: pd.DataFrame) -> pd.DataFrame:

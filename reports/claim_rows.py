@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 
 from kvscope.results.claims import careful_difference, weighted_sum
-from kvscope.results.comparisons import answered, cluster_names, pairs, pooled, texts_of
+from kvscope.results.comparisons import SCORE_COLUMNS, answered, cluster_names, pairs, pooled, texts_of
 from kvscope.results.frames import Run
-from kvscope.results.reproduction import CellPlan
+from kvscope.results.reproduction import CellPlan, Loaded
 from kvscope.results.share import prompt_shares
 from kvscope.results.statistics import (
     Interval,
@@ -30,19 +30,27 @@ class CellRows:
     run: Run
 
     @cached_property
-    def _rows(self) -> pd.DataFrame:
-        return pooled(self.run.samples, self.run.info)
+    def _answered(self) -> pd.DataFrame:
+        return answered(pooled(self.run.samples, self.run.info))
+
+    @cached_property
+    def _scores(self) -> pd.DataFrame:
+        return self._answered[SCORE_COLUMNS]
+
+    @cached_property
+    def _by_label(self) -> dict[str | None, pd.DataFrame]:
+        return {str(label): rows for label, rows in self._answered.groupby("method_label", sort=False)}
 
     def rows(self, name: str) -> pd.DataFrame:
-        """Return the answered rows of a method; none where the cell has not that method."""
-        rows = answered(self._rows)
-        return rows[rows["method_label"] == self.plan.methods.get(name)]
+        """Return the answered rows of a method; none where the cell has not that method. They must not be changed."""
+        found = self._by_label.get(self.plan.methods.get(name))
+        return self._answered.iloc[:0] if found is None else found
 
     def n(self, name: str) -> int:
         """Return how many prompts a method answered."""
         return len(self.rows(name))
 
-    @property
+    @cached_property
     def missing(self) -> str:
         """Why nothing may be decided from the cell yet; empty where every prompt has an answer of every method."""
         for name in self.plan.methods:
@@ -63,7 +71,7 @@ class CellRows:
         labels = self.plan.methods.get(name), self.plan.methods.get(baseline)
         if None in labels:
             return None
-        table = pairs(self._rows, method=str(labels[0]), baseline=str(labels[1]))
+        table = pairs(self._scores, method=str(labels[0]), baseline=str(labels[1]))
         if not len(table):
             return None
         return paired_difference(
@@ -84,6 +92,12 @@ class CellRows:
     def dense_bytes(self) -> float:
         """Return what dense holds of a prompt, mean."""
         return float(self.rows("lsa")["dense_kv_bytes"].astype("float64").mean())
+
+
+def cell_rows(loaded: Loaded, cell: CellPlan, run: Run) -> CellRows:
+    """Return a cell of a reproduction with its rows; the same at every call, with what was worked out of them."""
+    kept: dict[str, CellRows] = loaded.memo.setdefault("cell_rows", {})
+    return kept.setdefault(cell.name, CellRows(cell, run))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Ranges are fixed here, before anything is measured. Shares of bytes have one def
 from collections.abc import Sequence
 
 from kvscope.methods.lsa import printed as paper
-from kvscope.reports.claim_rows import CellRows, Pooled, pooled_difference, pooled_share
+from kvscope.reports.claim_rows import CellRows, Pooled, cell_rows, pooled_difference, pooled_share
 from kvscope.reports.claims import Claim, at_scale
 from kvscope.results.claims import Range
 from kvscope.results.reproduction import TABLE_1_ROLES, Loaded
@@ -72,7 +72,7 @@ def byte_source(loaded: Loaded) -> str:
 
 
 def _cells(loaded: Loaded, *roles: str) -> list[CellRows]:
-    return [CellRows(cell, run) for cell, run in loaded.of_role(*roles) if run is not None]
+    return [cell_rows(loaded, cell, run) for cell, run in loaded.of_role(*roles) if run is not None]
 
 
 def _claim(pooled: Pooled, **fields: object) -> Claim:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from kvscope.files import whole_file
 from kvscope.reports.build import REPORT_FOLDER
-from kvscope.reports.claim_rows import CellRows
+from kvscope.reports.claim_rows import cell_rows
 from kvscope.reports.claims import claims_table
 from kvscope.reports.claims_lsa import lsa_claims
 from kvscope.reports.export import csv_text, write_figure, write_table
@@ -92,7 +92,7 @@ def warnings(loaded: Loaded) -> list[str]:
             found.append(f"{cell.name} was left out: {cell.left_out}.")
         elif run is None:
             found.append(f"{cell.name} has not run yet.")
-        elif cell.scored and (missing := CellRows(cell, run).missing):
+        elif cell.scored and (missing := cell_rows(loaded, cell, run).missing):
             found.append(f"Unfinished: {missing}.")
     return found
 

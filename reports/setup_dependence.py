@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from kvscope.methods.kv_format import FORMATS
 from kvscope.reports.canvas import Margins, panels
-from kvscope.reports.claim_rows import CellRows
+from kvscope.reports.claim_rows import CellRows, cell_rows
 from kvscope.reports.figure_parts import ReportFigure, device_of
 from kvscope.reports.table_parts import Table
 from kvscope.reports.theme import COLORS, FAINT, TEXT, theme
@@ -69,7 +69,7 @@ def _points(loaded: Loaded) -> list[Point]:
     for cell, run in loaded.of_role("sweep"):
         if run is None:
             continue
-        rows = CellRows(cell, run)
+        rows = cell_rows(loaded, cell, run)
         found += _options(rows)
         found.append(_point(rows, "lsa", "length", str(cell.lengths_tokens[0]), as_asked=len(cell.methods) > 2))
         if len(cell.methods) > 2:

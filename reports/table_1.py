@@ -5,7 +5,7 @@ from typing import Any
 import pandas as pd
 
 from kvscope.methods.lsa import printed as paper
-from kvscope.reports.claim_rows import CellRows
+from kvscope.reports.claim_rows import CellRows, cell_rows
 from kvscope.reports.table_parts import Table
 from kvscope.reports.units import length_text, percent, points, with_interval
 from kvscope.results.frames import records
@@ -58,7 +58,7 @@ def _records(loaded: Loaded) -> list[dict[str, Any]]:
     printed = {row.label: row for row in paper.TABLE_1}
     for cell, run in loaded.of_role(*TABLE_1_ROLES):
         row = printed[str(cell.paper_row)]
-        rows = None if run is None else CellRows(cell, run)
+        rows = None if run is None else cell_rows(loaded, cell, run)
         for name, label in cell.methods.items():
             values = {
                 "row": row.label, "paper_tokens": row.tokens, "length_tokens": cell.lengths_tokens[0],

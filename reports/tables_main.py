@@ -52,7 +52,7 @@ def main_table(run: Run, cells: pd.DataFrame) -> Table:
 def _length(run: Run, baseline: str | None) -> int | None:
     """Return the longest length at which dense was timed, or else scored; of a run without dense, any method."""
     for frame in (run.footprint, run.samples):
-        ok = frame[frame["status"] == "ok"]
+        ok = frame.loc[frame["status"] == "ok", ["method_label", "length_tokens"]]
         for rows in (ok[ok["method_label"] == baseline], ok):
             if len(rows):
                 return int(rows["length_tokens"].max())

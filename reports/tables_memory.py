@@ -20,6 +20,7 @@ from kvscope.reports.units import (
 from kvscope.results.comparisons import baseline_label
 from kvscope.results.frames import Run, records
 from kvscope.results.memory_rows import NVML_COLUMNS
+from kvscope.results.run_schema import MethodInfo
 
 
 def footprint_table(run: Run) -> Table:
@@ -95,6 +96,10 @@ def _tpot_text(row: dict[str, Any], notes: Notes) -> str:
 
 
 READ_COLUMNS = ("bytes_read_per_step", "attention_flops_per_step")
+ANSWER_COLUMNS = [
+    "method_label", "length_tokens", "resident_kv_bytes", "metadata_bytes", "dense_kv_bytes", "host_kv_bytes",
+    *READ_COLUMNS,
+]  # fmt: skip
 FOOTPRINT_COLUMNS = (
     "kv_nvml_bytes",
     "host_kv_bytes",
@@ -143,10 +148,9 @@ def stays_table(run: Run, cells: pd.DataFrame) -> Table:
     All measured columns belong to the longest length at which any method was measured, so that no row joins the bytes
     of one setting with the accuracy of another.
     """
-    timed = run.footprint[run.footprint["status"] == "ok"]
-    scored = run.samples[run.samples["status"] == "ok"]
-    rows = timed if len(timed) else scored
-    length = int(rows["length_tokens"].max()) if len(rows) else None
+    timed, scored = (frame.loc[frame["status"] == "ok", "length_tokens"] for frame in (run.footprint, run.samples))
+    lengths = timed if len(timed) else scored
+    length = int(lengths.max()) if len(lengths) else None
     data = stays_data(run, cells, length)
     unit = byte_unit(data["held_bytes"].tolist())
     notes = Notes()
@@ -161,7 +165,8 @@ def stays_table(run: Run, cells: pd.DataFrame) -> Table:
         "where they were recorded. Verdict: whether NVML confirms the claimed saving."
     )
     if not nvml and len(timed):
-        caption += f" NVML was not measured: {', '.join(dict.fromkeys(timed['nvml_reason'].dropna()))}."
+        reasons = run.footprint.loc[timed.index, "nvml_reason"].dropna()
+        caption += f" NVML was not measured: {', '.join(dict.fromkeys(reasons))}."
     lines = (*notes.lines(), *excluded_notes(run.info))
     return Table("stays_and_saves", "What stays, what it saves", caption, data, text, lines)
 
@@ -169,15 +174,35 @@ def stays_table(run: Run, cells: pd.DataFrame) -> Table:
 def stays_data(run: Run, cells: pd.DataFrame, length: int | None) -> pd.DataFrame:
     """One row a method with the bytes, times and accuracy of one length."""
     pooled = cells[cells["task"] == cells["task"].iloc[0]] if len(cells) else cells
-    return pd.DataFrame(
-        [_stays_cell(run, method.label, length, pooled) for method in run.info.methods], columns=STAYS_COLUMNS
-    ).astype({"length_tokens": "Int64", "kv_nvml_bytes": "Int64", "host_kv_bytes": "Int64", "n": "Int64"})
+    # Of many columns each costs as much as a row: rows of other lengths, and columns not asked for, are left out once.
+    footprints, scores = (_by_method(frame[frame["length_tokens"] == length]) for frame in (run.footprint, pooled))
+    answers = pooled_answers(run)[ANSWER_COLUMNS]
+    answers = answers[answers["length_tokens"] == length]
+    rows = [
+        _stays_cell(run, method, length, footprints=footprints, answers=answers, scores=scores.get(method.label))
+        for method in run.info.methods
+    ]
+    return pd.DataFrame(rows, columns=STAYS_COLUMNS).astype(
+        {"length_tokens": "Int64", "kv_nvml_bytes": "Int64", "host_kv_bytes": "Int64", "n": "Int64"}
+    )
 
 
-def _stays_cell(run: Run, label: str, length: int | None, pooled: pd.DataFrame) -> dict[str, Any]:
-    method = next(method for method in run.info.methods if method.label == label)
+def _by_method(rows: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    return {row["method_label"]: row for row in records(rows)}
+
+
+def _stays_cell(
+    run: Run,
+    method: MethodInfo,
+    length: int | None,
+    *,
+    footprints: dict[str, dict[str, Any]],
+    answers: pd.DataFrame,
+    scores: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Return one row; what it is given is of that length alone."""
     cell: dict[str, Any] = {
-        "method_label": label,
+        "method_label": method.label,
         "stays": method.stays,
         "saves": method.saves,
         "saving_kind": method.saving_kind,
@@ -187,24 +212,24 @@ def _stays_cell(run: Run, label: str, length: int | None, pooled: pd.DataFrame) 
     }
     reasons: list[str] = []
     baseline = baseline_label(run.info)
-    rows = run.footprint[(run.footprint["method_label"] == label) & (run.footprint["length_tokens"] == length)]
-    found = records(rows)
-    answers = pooled_answers(run)
-    ok = answers[(answers["method_label"] == label) & (answers["length_tokens"] == length)]
-    if found and found[0]["status"] == "ok":
-        held = found[0]["resident_kv_bytes"] + found[0]["metadata_bytes"]
+    found = footprints.get(method.label)
+    ok = answers[answers["method_label"] == method.label]
+    if found is not None and found["status"] == "ok":
+        held = found["resident_kv_bytes"] + found["metadata_bytes"]
+        dense = footprints.get(baseline or "")
+        dense_reads = dense["bytes_read_per_step"] if dense is not None and dense["status"] == "ok" else None
         cell |= {
             "held_bytes": held,
-            "held_of_dense": _share(held, found[0]["dense_kv_bytes"]),
-            "read_of_dense": _share(found[0]["bytes_read_per_step"], _dense_reads(run.footprint, length, baseline)),
+            "held_of_dense": _share(held, found["dense_kv_bytes"]),
+            "read_of_dense": _share(found["bytes_read_per_step"], dense_reads),
             "bytes_from": "footprint",
         }
-        cell |= {key: found[0][key] for key in FOOTPRINT_COLUMNS}
-        cell["time_doubts"] = time_doubts(found[0])
-        if found[0]["kv_nvml_bytes"] is None:
-            reasons.append(f"NVML: {found[0]['nvml_reason']}")
-    elif found:
-        reasons.append(f"{found[0]['status']}: {found[0]['reason']}")
+        cell |= {key: found[key] for key in FOOTPRINT_COLUMNS}
+        cell["time_doubts"] = time_doubts(found)
+        if found["kv_nvml_bytes"] is None:
+            reasons.append(f"NVML: {found['nvml_reason']}")
+    elif found is not None:
+        reasons.append(f"{found['status']}: {found['reason']}")
     else:
         planned = length in run.info.footprint_lengths_tokens
         absent = NOT_SEEN if run.info.served else "no footprint cell was asked for at this length"
@@ -214,8 +239,8 @@ def _stays_cell(run: Run, label: str, length: int | None, pooled: pd.DataFrame) 
             cell |= {"held_bytes": held, "held_of_dense": _share(held, float(ok["dense_kv_bytes"].mean()))}
             cell |= {"bytes_from": "samples", "host_kv_bytes": round(float(ok["host_kv_bytes"].mean()))}
             cell |= {key: float(ok[key].mean()) for key in READ_COLUMNS}
-            cell |= {"read_of_dense": _share(cell["bytes_read_per_step"], _dense_reads(answers, length, baseline))}
-    for scores in records(pooled[(pooled["method_label"] == label) & (pooled["length_tokens"] == length)]):
+            cell |= {"read_of_dense": _share(cell["bytes_read_per_step"], _mean_reads(answers, baseline))}
+    if scores is not None:
         cell |= {key: scores[key] for key in ("accuracy", "ci_low", "ci_high", "n", *DIFFERENCE_COLUMNS)}
         cell["difference_note"] = scores["note"]
         if scores["accuracy"] is None:
@@ -223,9 +248,9 @@ def _stays_cell(run: Run, label: str, length: int | None, pooled: pd.DataFrame) 
     return {**cell, "not_measured": "; ".join(reasons)}
 
 
-def _dense_reads(rows: pd.DataFrame, length: int | None, label: str | None) -> float | None:
-    """Mean bytes a step of dense reads at a length; None where dense was not measured there."""
-    dense = rows[(rows["method_label"] == label) & (rows["status"] == "ok") & (rows["length_tokens"] == length)]
+def _mean_reads(answers: pd.DataFrame, label: str | None) -> float | None:
+    """Mean bytes a step of dense reads; None where dense was not measured."""
+    dense = answers[answers["method_label"] == label]
     return float(dense["bytes_read_per_step"].mean()) if len(dense) else None
 
 

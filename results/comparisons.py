@@ -102,19 +102,28 @@ def pairs(samples: pd.DataFrame, *, method: str, baseline: str) -> pd.DataFrame:
     return both.rename(columns={"context_id_method": "context_id"}).drop(columns="context_id_baseline")
 
 
-def compare_methods(samples: pd.DataFrame, *, info: RunInfo, margin: float = DEFAULT_MARGIN) -> list[Comparison]:
+def compare_methods(
+    samples: pd.DataFrame,
+    *,
+    info: RunInfo,
+    margin: float = DEFAULT_MARGIN,
+    tables: Mapping[str, pd.DataFrame] | None = None,
+) -> list[Comparison]:
     """Compare every method with the baseline: pooled over all prompts, by length, by task.
 
     Question types that the run excludes by name are in none of them.
 
     Holm's correction runs over the methods of one scope. A scope that repeats the pooled one (a run of one length or
     one task) is left out, and so is a method without a common prompt. Empty when the run has no `dense`.
+
+    Args:
+        tables: what `paired_tables` returns of these rows, where it is there already.
     """
     baseline = baseline_label(info)
     if baseline is None:
         return []
     samples = pooled(samples, info)[SCORE_COLUMNS]
-    tables = _paired_tables(samples, info, baseline=baseline)
+    tables = paired_tables(samples, info) if tables is None else tables
     lengths, tasks = sorted(samples["length_tokens"].unique()), samples["task"].unique().tolist()
     return compare_tables(
         tables, baselines=dict.fromkeys(tables, baseline), lengths=lengths, tasks=tasks, margin=margin
@@ -167,8 +176,12 @@ def compare_runs(
     return compare_tables({after: table}, baselines={after: before}, lengths=(), tasks=tasks, margin=margin)
 
 
-def _paired_tables(samples: pd.DataFrame, info: RunInfo, *, baseline: str) -> dict[str, pd.DataFrame]:
-    """Method label -> its pairs with the baseline."""
+def paired_tables(samples: pd.DataFrame, info: RunInfo) -> dict[str, pd.DataFrame]:
+    """Method label -> its pairs with the run's baseline; none where it has no baseline."""
+    baseline = baseline_label(info)
+    if baseline is None:
+        return {}
+    samples = answered(samples[SCORE_COLUMNS])
     others = [method.label for method in info.methods if method.label != baseline]
     return {label: pairs(samples, method=label, baseline=baseline) for label in others}
 

@@ -1,11 +1,12 @@
 """The rows of one kind in a run folder: what is there, what may be measured again, and putting more on disk."""
 
 import os
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Generic
 
-from kvscope.results.rowfile import RowT, append_lines, open_for_append, put
+from kvscope.results.rowfile import RowT, append_lines, open_for_append, put, sync_lines
 
 
 class RowTable(Generic[RowT]):
@@ -15,9 +16,18 @@ class RowTable(Generic[RowT]):
     row is there. The file is only appended to; of two rows of one cell the later counts.
     """
 
-    def __init__(self, path: Path, rows: dict[Any, RowT]) -> None:
+    def __init__(self, path: Path, rows: dict[Any, RowT], *, sync_every_s: float = 0.0) -> None:
+        """Take the rows that a file holds.
+
+        Args:
+            sync_every_s: seconds between two waits for the disk. Many small rows a second would wait for it more than
+                they are worth: a killed process loses none either way, and a power cut those since the last wait.
+        """
         self.path = path
         self._rows = rows
+        self._sync_every_s = sync_every_s
+        self._synced_s = -float("inf")
+        self._unsynced = False
         self._reopened: set[Any] = set()
         self._fd: int | None = None
 
@@ -48,7 +58,7 @@ class RowTable(Generic[RowT]):
         self._reopened.add(key)
 
     def append(self, row: RowT) -> None:
-        """Put a row on disk, whole, before this returns.
+        """Put a row into the file, whole, before this returns.
 
         Raises:
             ValueError: its cell is done.
@@ -57,7 +67,7 @@ class RowTable(Generic[RowT]):
         self.extend([row])
 
     def extend(self, rows: Sequence[RowT]) -> None:
-        """Put rows on disk, whole, before this returns, with one sync for all of them.
+        """Put rows into the file, whole, before this returns, with at most one wait for the disk for all of them.
 
         Raises:
             ValueError: a cell is done, or two are of one.
@@ -70,16 +80,29 @@ class RowTable(Generic[RowT]):
             seen.add(row.key)
         if self._fd is None:
             self._fd = open_for_append(self.path)
-        append_lines(self._fd, (row.model_dump_json() for row in rows), path=self.path)
+        sync = time.monotonic() - self._synced_s >= self._sync_every_s
+        append_lines(self._fd, (row.model_dump_json() for row in rows), path=self.path, sync=sync)
+        self._unsynced = not sync
+        if sync:
+            self._synced_s = time.monotonic()
         for row in rows:
             self._rows[row.key] = row
             self._reopened.discard(row.key)
 
     def close(self) -> None:
-        """Release the descriptor. Safe to call twice."""
+        """Wait for the disk where that is owed, and release the descriptor. Safe to call twice.
+
+        Raises:
+            EnvironmentProblem: the disk is full or broken.
+        """
         if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
+            try:
+                if self._unsynced:
+                    sync_lines(self._fd, path=self.path)
+            finally:
+                self._unsynced = False
+                os.close(self._fd)
+                self._fd = None
 
 
 def by_key(rows: Iterable[RowT]) -> tuple[dict[Any, RowT], Any]:

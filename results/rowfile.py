@@ -28,10 +28,14 @@ def open_for_append(path: Path) -> int:
     return fd
 
 
-def append_lines(fd: int, texts: Iterable[str], *, path: Path) -> None:
-    """Put texts and newlines on disk with one write and one sync. On failure the file is cut back to what it was.
+def append_lines(fd: int, texts: Iterable[str], *, path: Path, sync: bool = True) -> None:
+    """Put texts and newlines into a file with one write, and on disk. On failure the file is cut back to what it was.
 
-    Raises EnvironmentProblem when the disk is full or broken.
+    Args:
+        sync: wait for the disk. Without it they outlive this process, and a power cut only if ``sync_lines`` follows.
+
+    Raises:
+        EnvironmentProblem: the disk is full or broken.
     """
     data = b"".join(text.encode() + b"\n" for text in texts)
     try:
@@ -43,12 +47,29 @@ def append_lines(fd: int, texts: Iterable[str], *, path: Path) -> None:
         except OSError:
             os.ftruncate(fd, before)
             raise
+        if sync:
+            os.fsync(fd)
+    except OSError as error:
+        raise _not_written(path, error) from error
+
+
+def sync_lines(fd: int, *, path: Path) -> None:
+    """Wait until what was appended is on disk.
+
+    Raises:
+        EnvironmentProblem: the disk is full or broken.
+    """
+    try:
         os.fsync(fd)
     except OSError as error:
-        raise EnvironmentProblem(
-            f"Could not write a row to {path}: {error}. Free some space (or mend the disk) and run the same command "
-            "again: finished rows are kept."
-        ) from error
+        raise _not_written(path, error) from error
+
+
+def _not_written(path: Path, error: OSError) -> EnvironmentProblem:
+    return EnvironmentProblem(
+        f"Could not write a row to {path}: {error}. Free some space (or mend the disk) and run the same command "
+        "again: finished rows are kept."
+    )
 
 
 def sync_folder(folder: Path) -> None:

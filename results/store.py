@@ -1,10 +1,11 @@
 """Append-only store of one run: a folder with `run.json` and a file of rows a kind: `samples.jsonl`,
 `footprint.jsonl`, `max_context.jsonl`, `throughput.jsonl`.
 
-A row is on disk, whole, before `append_*` returns: one `os.write` on an `O_APPEND` descriptor, then `fsync`. A process
-killed in the middle of that write leaves a last line that is cut short; the next opening drops that line (and says so)
-and the cell is simply measured again. A cell that failed may have a later row, which then counts. One writer at a time
-holds an exclusive `flock`; readers need none.
+A row is in its file, whole, before `append_*` returns: one `os.write` on an `O_APPEND` descriptor. Then `fsync`, which
+samples wait for once in SAMPLE_SYNC_S seconds and at the end, other rows at once: a killed process loses nothing, a
+power cut at most the samples since then. A process killed in the middle of that write leaves a last line that is cut
+short; the next opening drops that line (and says so) and the cell is simply measured again. A cell that failed may have
+a later row, which then counts. One writer at a time holds an exclusive `flock`; readers need none.
 """
 
 import contextlib
@@ -43,6 +44,8 @@ ROW_KINDS: dict[str, type[SampleRow | FootprintRow | MaxContextRow | ThroughputR
 }
 ROW_FILES = tuple(ROW_KINDS)
 LOCK_FILE = ".lock"
+SAMPLE_SYNC_S = 1.0
+"""Seconds between two waits for the disk while samples are written; one may take as long as some rows on a GPU."""
 REPRODUCE_FILE = "reproduce.json"
 """What `kvscope reproduce` writes into a folder of its own."""
 
@@ -89,7 +92,7 @@ class RunStore:
         for message in messages:
             _log.warning(message)
         self.messages += messages
-        return RowTable(path, rows)
+        return RowTable(path, rows, sync_every_s=SAMPLE_SYNC_S if kind is SampleRow else 0.0)
 
     @classmethod
     def create(
@@ -189,8 +192,14 @@ class RunStore:
 
     def close(self) -> None:
         """Release the lock and the descriptors; a folder that was made for a run that never began goes. Safe twice."""
-        for table in (self.sample_rows, self.footprint_rows, self.max_context_rows, self.throughput_rows):
-            table.close()
+        try:
+            with contextlib.ExitStack() as closing:
+                for table in (self.sample_rows, self.footprint_rows, self.max_context_rows, self.throughput_rows):
+                    closing.callback(table.close)
+        finally:
+            self._unlock()
+
+    def _unlock(self) -> None:
         if self._lock_fd is not None:
             if self._is_new and self._unwritten:
                 with contextlib.suppress(OSError):  # something else lies there by now

@@ -4,6 +4,7 @@ import atexit
 import gc
 import os
 import shutil
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 import pytest
 from hypothesis import HealthCheck, settings
 from interpreter import quick_interpreter
+from looked_at_once import models_looked_at_once
 from tiny import one_thread, small, tiny_model
 
 from kvscope.harness.passes import process, quiet
@@ -87,6 +89,19 @@ def no_wait_for_the_disk() -> Iterator[None]:
     """
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(os, "fsync", lambda fd: None)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def looked_at_once() -> Iterator[None]:
+    """Runs of the same model read its tokenizer, and try its attention, once a process.
+
+    Where no test file has imported transformers, few tests run a model: they do not wait for the import.
+    """
+    if "transformers" not in sys.modules:
+        yield
+        return
+    with models_looked_at_once():
         yield
 
 

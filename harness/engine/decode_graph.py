@@ -19,7 +19,6 @@ import torch
 
 from kvscope.errors import UsageError
 from kvscope.harness.engine.configs import text_config
-from kvscope.harness.engine.glue import cache_argument
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.member import Rows
 from kvscope.harness.engine.oom import is_oom
@@ -44,8 +43,6 @@ class NoStaticStepError(Exception):
 
 def static_reasons(loaded: LoadedModel, cache: SequenceCache) -> list[str]:
     """Return every reason why a step of this sequence cannot run at fixed addresses."""
-    if cache.model_cache is not None:
-        return ["the model's own cache moves its tensors"]
     reasons = list(cache.static_reasons())
     if loaded.shape.devices:
         n_devices = len({*loaded.shape.devices, str(loaded.device)})
@@ -56,7 +53,8 @@ def static_reasons(loaded: LoadedModel, cache: SequenceCache) -> list[str]:
     types = {str(rope.get("rope_type")) for rope in nested} & _HOST_ROPES
     if types:
         reasons.append(f"rotary positions of type {', '.join(sorted(types))} are computed from the host")
-    if has_experts(loaded.model):
+    # What brings its own cache calls the model itself, and knows what its experts do.
+    if cache.model_cache is None and has_experts(loaded.model):
         reasons.append("which experts a token goes to is known to the device alone")
     if cache.stock:
         reasons += unsupported_stock(loaded.shape, loaded.device, loaded.dtype)
@@ -156,15 +154,7 @@ class GraphStep:
     def _forward(self) -> torch.Tensor:
         if self._rows.batch is not None:
             self._rows.batch.begin()
-        out = self._model(
-            input_ids=self._tokens_n1,
-            position_ids=self._positions_n1,
-            use_cache=True,
-            logits_to_keep=1,
-            **{cache_argument(self._model): self._cache},
-        )
-        logits: torch.Tensor = out.logits[:, -1]
-        return logits
+        return self._rows.logits(self._model, self._tokens_n1, self._positions_n1, self._cache)
 
     def _capture(self) -> None:
         """Run the step once as it is (kernels compile, libraries make their workspaces), then capture it.

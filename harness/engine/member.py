@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from kvscope.harness.engine.glue import EngineCache, EngineLayer, widened
+from kvscope.harness.engine.glue import EngineCache, EngineLayer, cache_argument, widened
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.static_stock import Rings
 from kvscope.methods.base import AttentionCall, CacheMethod, Rotation, SequenceCache
@@ -110,6 +110,23 @@ class Rows:
     def __init__(self) -> None:
         self.members: list[Member] = []
         self.batch: StepBatch | None = None
+
+    def logits(
+        self, model: Any, tokens_n1: torch.Tensor, positions_n1: torch.Tensor, cache: EngineCache
+    ) -> torch.Tensor:
+        """Run the model over one token a sequence; return the logits after it [n, V].
+
+        Args:
+            cache: where all sequences meet; one that brings its own is alone, and calls the model with that.
+        """
+        arguments = {"input_ids": tokens_n1, "position_ids": positions_n1, "use_cache": True, "logits_to_keep": 1}
+        own, name = self.members[0].cache, cache_argument(model)
+        if own.model_cache is None:
+            out = model(**arguments, **{name: cache})
+        else:
+            out = own.call_model(model, **arguments, **{name: own.model_cache})
+        found: torch.Tensor = out.logits[:, -1]
+        return found
 
     def make_batch(self) -> None:
         """Let all sequences attend together, where each can and there are several."""

@@ -28,6 +28,7 @@ def load_model(
     dtype: str = "auto",
     page_tokens: int = DEFAULT_PAGE_TOKENS,
     described: bool = False,
+    tokenizer: Any = None,
     modules: Mapping[str, str] | None = None,
 ) -> LoadedModel:
     """Load a model by name, local folder or Hugging Face id.
@@ -41,6 +42,7 @@ def load_model(
             all of it is on one device.
         described: this process, or the one it works for, has just described the model, so that it need not be built
             without weights again.
+        tokenizer: its own, where it has been read already; None: it is read.
 
     Raises:
         UsageError: no such model, or an architecture or setting that cannot be run.
@@ -62,7 +64,7 @@ def load_model(
         if modules is not None:
             model = move(model, modules, first=str(target))
     else:
-        tokenizer = load_tokenizer(spec, where, config)
+        tokenizer = load_tokenizer(spec, where, config) if tokenizer is None else tokenizer
         if not described:
             model_without_weights(spec, where, config, shape, device_type=target.type)
         with explained(spec), _no_progress_bars():

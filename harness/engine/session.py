@@ -23,7 +23,6 @@ import torch
 from kvscope.errors import UsageError
 from kvscope.harness.engine.backend import form_on
 from kvscope.harness.engine.decode_graph import EAGER, GraphStep, NoStaticStepError, capture_failed, graph_demanded
-from kvscope.harness.engine.glue import cache_argument
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.member import Member, Rows, session_cache
 from kvscope.methods.base import CacheMethod, Footprint
@@ -219,19 +218,12 @@ class Session:
         for member in self.members:
             member.begin_step()
         self._counters.send()
-        own = self.members[0].cache.model_cache
         if not isinstance(tokens, torch.Tensor):
             tokens = torch.tensor(tokens, device=device)
-        out = self._loaded.model(
-            input_ids=tokens[:, None],
-            position_ids=torch.tensor([[member.n_tokens] for member in self.members], device=device),
-            use_cache=True,
-            logits_to_keep=1,
-            **{cache_argument(self._loaded.model): self._cache if own is None else own},
-        )
+        positions_n1 = torch.tensor([[member.n_tokens] for member in self.members], device=device)
+        logits = self._rows.logits(self._loaded.model, tokens[:, None], positions_n1, self._cache)
         for member in self.members:
             member.end_step()
-        logits: torch.Tensor = out.logits[:, -1]
         return logits
 
     @torch.inference_mode()

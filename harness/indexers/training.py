@@ -59,8 +59,22 @@ class TrainingOptions:
         self.check_least(1, "epochs", "batch_documents", "batch_rows", "patience", "heads", "key_dim")
         if not 0 < self.held_out < 1:
             raise UsageError(f"held_out must lie between 0 and 1, both excluded, got {self.held_out}.")
-        if not self.lr > 0:
-            raise UsageError(f"lr must be positive, got {self.lr}.")
+        self.check_positive("lr", "clip")
+        self.check_not_negative("weight_decay")
+
+    def check_positive(self, *names: str) -> None:
+        """Raise UsageError where an option is no number above 0, or none that is finite."""
+        for name in names:
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise UsageError(f"{name} must be positive and finite, got {value}.")
+
+    def check_not_negative(self, *names: str) -> None:
+        """Raise UsageError where an option is below 0, or no finite number."""
+        for name in names:
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise UsageError(f"{name} must be 0 or more and finite, got {value}.")
 
     def check_least(self, least: int, *names: str) -> None:
         """Raise UsageError where an option that was given is below ``least``."""

@@ -42,6 +42,7 @@ def load(plan: Plan) -> "LoadedModel":
         dtype=facts.dtype,
         page_tokens=config.page_tokens,
         described=True,
+        tokenizer=facts.plain_tokenizer,
         modules=None if facts.device_map is None else facts.device_map.modules,
     )
     if config.self_check:

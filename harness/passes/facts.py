@@ -48,6 +48,11 @@ class PromptFacts:
         """What rows call the place where it computes: its device, or all of them."""
         return self.device
 
+    @property
+    def plain_tokenizer(self) -> Any:
+        """The transformers tokenizer, without a template around it; None for a preset."""
+        return self.tokenizer if self.chat_template is None else self.tokenizer.plain
+
 
 class DevicePart(NamedTuple):
     """What a device has of a model.

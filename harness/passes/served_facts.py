@@ -49,7 +49,7 @@ class ServedFacts(PromptFacts):
     @property
     def bos(self) -> str:
         """The beginning of sequence that our tokenizer puts before prompts, as text; empty where it puts none."""
-        plain = self.tokenizer if self.chat_template is None else self.tokenizer.plain
+        plain = self.plain_tokenizer
         bos_id = getattr(plain, "bos_token_id", None)
         first = self.tokenizer("a", add_special_tokens=True)["input_ids"][:1]
         return str(plain.bos_token) if bos_id is not None and list(first) == [bos_id] else ""

@@ -129,6 +129,21 @@ def unsupported_scores(device: torch.device | str, *, key_dim: int, n_heads: int
     return reasons
 
 
+def unsupported_index_topk(device: torch.device | str, *, key_dim: int, n_heads: int) -> list[str]:
+    """Return every reason why the ``index_topk`` kernels do not run; empty when they do."""
+    return list(_unsupported_index_topk(torch.device(device), key_dim, n_heads))
+
+
+@lru_cache(maxsize=64)
+def _unsupported_index_topk(device: torch.device, key_dim: int, n_heads: int) -> tuple[str, ...]:
+    reasons = unsupported_machine(device)
+    if key_dim % 16 or key_dim > MAX_HEAD_DIM:
+        reasons.append(f"the native indexer's key size is {key_dim}, the kernel takes multiples of 16 up to 256")
+    if n_heads > MAX_INDEXER_HEADS:
+        reasons.append(f"the native indexer has {n_heads} heads, the kernel takes {MAX_INDEXER_HEADS}")
+    return tuple(reasons)
+
+
 def decode_backend(
     device: torch.device | str, *, dtype: torch.dtype, head_dim: int, n_q_heads: int, n_kv_heads: int
 ) -> Backend:

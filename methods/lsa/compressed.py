@@ -19,7 +19,7 @@ from kvscope.methods.compressed_flops import refresh_flops
 from kvscope.methods.fp8_keys import dequantize, quantize
 from kvscope.methods.lsa.compressed_query import EntryLayer, QueryWeights, hadamard
 from kvscope.methods.lsa.indexer import Indexer
-from kvscope.methods.lsa.selection import Rule, Selector
+from kvscope.methods.lsa.selection import Rule, ScoringSelector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,7 @@ def key_bytes(key_dim: int) -> int:
 Angles = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
 
 
-class CompressedSelector(Selector):
+class CompressedSelector(ScoringSelector):
     """Chooses among the candidate entries of one sequence by a compressed indexer."""
 
     def __init__(
@@ -158,9 +158,10 @@ class CompressedSelector(Selector):
         self._indexer, self._rule, self._angles = indexer, rule, angles
         n_entries = len(next(iter(keys.values())))
         self._keys = {layer: stored_keys(k_nE) for layer, k_nE in keys.items()} if n_entries else {}
-        self._states = {layer: hidden_BM[0] for layer, hidden_BM in states.items()}
-        self._incoming: dict[int, torch.Tensor] = {}
+        # Written by each step in place: a captured one has fixed addresses.
+        self._states = {layer: hidden_BM[0].clone() for layer, hidden_BM in states.items()}
         self._position = n_tokens - 1
+        self.n_chosen = rule.n_chunks if n_entries else 0
         if n_entries:
             self.metadata_bytes = sum(k.nbytes + scale.nbytes for k, scale in self._keys.values()) + sum(
                 state.nbytes for state in self._states.values()
@@ -169,17 +170,20 @@ class CompressedSelector(Selector):
             self.refresh_flops = indexer.scoring_flops(n_entries)
 
     def observe(self, layer: int, hidden_BM: torch.Tensor) -> None:
-        self._incoming[layer] = hidden_BM[0]
+        if self._keys:
+            self._states[layer].copy_(hidden_BM[0])
 
     def end_step(self) -> None:
-        self._states, self._incoming = self._incoming, {}
         self._position += 1
+
+    def logits(self) -> torch.Tensor:
+        cos_P, sin_P = self._angles(self._position)
+        return self._indexer.logits(self._states, cos_P, sin_P, self._keys)[None]
 
     def choose(self) -> torch.Tensor:
         if not self._keys:
             return torch.empty(0, dtype=torch.long)
-        cos_P, sin_P = self._angles(self._position)
-        return self._rule.of_logits(self.watch(self._indexer.logits(self._states, cos_P, sin_P, self._keys)))
+        return self._rule.of_logits(self.watch(self.logits())[0])
 
     def close(self) -> None:
-        self._keys, self._states, self._incoming = {}, {}, {}
+        self._keys, self._states = {}, {}

@@ -359,7 +359,7 @@ class Lsa(CacheMethod[LsaConfig]):
                 "pages": (rule.n_chunks or 0) // layout.page_chunks,
             }
         if config.selection == "synthetic":
-            values["churn"] = self._churn
+            values["churn"] = self.churn
         if self._source.shape is None and config.selection == "trained" and config.indexer is None:
             # Asked without a model, and the model decides which indexer there is: counts are those of 64 tokens.
             left = {name for name in ("tau", "chunk_tokens") if getattr(config, name) is None}
@@ -437,10 +437,10 @@ class Lsa(CacheMethod[LsaConfig]):
         if self.config.selection != "synthetic":
             return found
         # Of the prompt, not of the opening: what is opened twice chooses the same twice.
-        return SyntheticSelector(found, layout=layout, churn=self._churn, seed=self.config.seed + prompt.seed)
+        return SyntheticSelector(found, layout=layout, churn=self.churn, seed=self.config.seed + prompt.seed)
 
     @property
-    def _churn(self) -> float:
+    def churn(self) -> float:
         """Share of the resident chunks that a refresh of a synthetic selection replaces."""
         if self.config.churn is not None:
             return self.config.churn

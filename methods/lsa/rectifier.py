@@ -13,7 +13,7 @@ class _Revived(torch.autograd.Function):
         return torch.relu(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         (x,) = ctx.saved_tensors
         return torch.where(x > 0, gradient, ctx.slope * gradient.clamp_max(0)), None
 

@@ -4,6 +4,7 @@ Shapes: L indexed layers, M hidden size, W hidden states scored at once, n candi
 unless the indexer cuts chunks), E key size, Q query heads.
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -170,7 +171,15 @@ class Selector:
         """Drop every tensor."""
 
 
-class IndexerSelector(Selector):
+class ScoringSelector(Selector):
+    """Scores every candidate by what the steps before left."""
+
+    @abstractmethod
+    def logits(self) -> torch.Tensor:
+        """Return the scores of all candidates: a row for each layer and state [R, n] or their maximum [1, n], fp32."""
+
+
+class IndexerSelector(ScoringSelector):
     """Scores with an indexer. Nothing is chosen twice from the same states, so choosing is lazy and once a refresh."""
 
     def __init__(
@@ -231,7 +240,6 @@ class IndexerSelector(Selector):
         self._states_WLM[-1].copy_(self._incoming_LM)
 
     def logits(self) -> torch.Tensor:
-        """Return the scores of all candidates: a row for each layer and state [R, n] or their maximum [1, n], fp32."""
         if not self.kernel_reasons:
             logits_Rs = self._kernel_logits()
             config = self._indexer.config
@@ -306,7 +314,7 @@ class SyntheticSelector(Selector):
     The weights' own choices would follow noise, and move nearly everything.
     """
 
-    def __init__(self, indexer: IndexerSelector, *, layout: ChunkLayout, churn: float, seed: int) -> None:
+    def __init__(self, indexer: ScoringSelector, *, layout: ChunkLayout, churn: float, seed: int) -> None:
         """Draw for one sequence.
 
         Args:

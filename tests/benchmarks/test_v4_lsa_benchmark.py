@@ -1,7 +1,6 @@
 """LSA on the small DeepSeek-V4: documents, the plan that is fixed first, bytes in three accountings, and the table."""
 
 import json
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from benchmark_scripts import load_script
 from planted import planted_collection
 from synthetic_rows import make_rows
 
@@ -197,10 +197,12 @@ def test_a_pilot_is_asked_for_before_the_table(table: ModuleType, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_every_step_runs_on_a_cpu_and_is_not_done_twice(tmp_path: Path) -> None:
-    script = [sys.executable, str(BENCHMARKS / "v4_lsa.py"), "--tiny", "--out", str(tmp_path)]
-    first = subprocess.run(script, capture_output=True, text=True, check=False, timeout=900)
-    assert first.returncode == 0, first.stderr[-2000:]
+def test_every_step_runs_on_a_cpu_and_is_not_done_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = load_script(monkeypatch, "v4_lsa")
+    monkeypatch.setattr(sys, "argv", ["v4_lsa.py", "--tiny", "--out", str(tmp_path)])
+    script.main()
     found = json.loads((tmp_path / "table.json").read_text(encoding="utf-8"))
     assert set(found["accuracy"]["all prompts"]) == {"lsa_ours", "lsa_paper", "lsa_pages", "recency", "random"}
     assert sum(found["not_answered"].values()) == 0
@@ -209,6 +211,6 @@ def test_every_step_runs_on_a_cpu_and_is_not_done_twice(tmp_path: Path) -> None:
     assert lsa["held_percent"] < 100
     assert lsa["host_bytes"] > 0
     assert "this decides nothing" in (tmp_path / "table.md").read_text(encoding="utf-8")
-    again = subprocess.run(script, capture_output=True, text=True, check=False, timeout=120)
-    assert again.returncode == 0
-    assert again.stdout.count("done, see") == 5
+    capsys.readouterr()
+    script.main()
+    assert capsys.readouterr().out.count("done, see") == 5

@@ -1,5 +1,8 @@
 """Bad input: each kind is one clear sentence on stderr, exit 2, and no traceback."""
 
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -235,3 +238,31 @@ def test_other_endings_have_their_own_code(
     monkeypatch.setattr(sweep, "run", raises(error))
     assert cli.run_cli(["run", "--out", "x"]) == code
     assert capsys.readouterr().err == words + "\n"
+
+
+ENDS_SLOWLY = """
+import signal, sys, threading, time
+from kvscope import cli
+from kvscope.harness.passes import sweep
+def interrupted(*args, **options):
+    raise KeyboardInterrupt
+sweep.run = interrupted
+def waits_at_the_end():
+    while signal.getsignal(signal.SIGINT) != signal.SIG_DFL:
+        time.sleep(0.01)
+    print("ending", file=sys.stderr, flush=True)
+    time.sleep(600)
+threading.Thread(target=waits_at_the_end).start()
+sys.argv[1:] = ["run", "--out", "x"]
+cli.main()
+"""
+
+
+def test_a_second_interrupt_ends_it_at_once_and_without_a_traceback(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", ENDS_SLOWLY], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith("kvscope: interrupted")
+    assert process.stderr.readline() == "ending\n"
+    process.send_signal(signal.SIGINT)
+    process.wait()
+    assert (process.returncode, process.stderr.read()) == (-signal.SIGINT, "")

@@ -4,19 +4,23 @@ import copy
 
 import pytest
 import torch
+from compressed_tiny import random_model
 from masked import masking
+from reads_back import ReadsBack
 from sequences import prefilled
 from sessions import Single
 from tiny_models import build_stock, loaded_model, prompt_ids
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvscope.errors import UsageError
+from kvscope.harness.backends.deepseek_v4 import one_step
 from kvscope.harness.engine import decode_graph, static_stock
 from kvscope.harness.engine.decode import decode
 from kvscope.harness.engine.models import wrap_model
+from kvscope.harness.engine.prefill import prefill
 from kvscope.methods import attention, resident
 from kvscope.methods.attention import Partial
 from kvscope.methods.kernels.host_gather import kernel as gather_kernel
+from kvscope.methods.kernels.index_topk import kernel as topk_kernel
 from kvscope.methods.kernels.select import kernel as select_kernel
 from kvscope.methods.lsa import sequence as lsa_sequence
 from kvscope.methods.lsa import slots
@@ -141,22 +145,6 @@ def test_positions_computed_from_the_host_are_a_reason():
     ]
 
 
-class _ReadsBack(TorchDispatchMode):
-    """Notes every operation that a capture would refuse: what waits for the device, and shapes made from data."""
-
-    REFUSED = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique", "is_nonzero", "item")
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = str(func).removeprefix("aten.")
-        if name.startswith(self.REFUSED):
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("spec", ["dense", "sliding_window:window=20", LSA[0]])
 @pytest.mark.parametrize("family", [*FAMILIES, "mistral", "qwen2", "phi3", "olmo2"])
 def test_nothing_in_a_fixed_step_reads_back(family, spec, monkeypatch):
@@ -170,13 +158,13 @@ def test_nothing_in_a_fixed_step_reads_back(family, spec, monkeypatch):
     prompt = prefilled(loaded, prompt_ids(160), [spec])
     with Single(
         loaded, create_method(spec), prompt, reserve_tokens=2, decode_graph="uncaptured"
-    ) as session, _ReadsBack() as seen, torch.inference_mode():  # fmt: skip
+    ) as session, ReadsBack() as seen, torch.inference_mode():  # fmt: skip
         session.session._step._forward()
     assert seen.found == []
 
 
 def test_what_reads_back_is_seen():
-    with _ReadsBack() as seen:
+    with ReadsBack() as seen:
         float(torch.ones(1))
         torch.ones(3).nonzero()
     assert len(seen.found) == 2
@@ -213,6 +201,25 @@ def test_the_kernels_run_a_fixed_step(spec, monkeypatch):
     fixed, fixed_record, *_ = run(loaded, spec, prompt, tokens, decode_graph="uncaptured")
     torch.testing.assert_close(fixed, eager, atol=2e-4, rtol=0)
     assert fixed_record == record
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here: the tests of replays run them")
+@pytest.mark.parametrize("spec", ["dense", f"{SYNTHETIC},recency_tokens=40,budget_fraction=0.5,tau=4"])
+def test_the_native_topk_runs_a_fixed_step_of_deepseek_v4(spec, monkeypatch):
+    loaded = wrap_model(random_model(), None, name="tiny")
+    prompt = prefill(loaded, prompt_ids(403), chunk_tokens=100)
+    tokens, calls = prompt_ids(9, seed=8), []
+    eager, record, *_ = run(loaded, spec, prompt, tokens)
+
+    def counted(*arguments, **options):
+        calls.append(options["k"])
+        return topk_kernel.index_topk(*arguments, **options)
+
+    monkeypatch.setattr(one_step, "index_topk", counted)
+    fixed, fixed_record, *_ = run(loaded, spec, prompt, tokens, decode_graph="uncaptured")
+    torch.testing.assert_close(fixed, eager, atol=2e-5, rtol=0)
+    assert fixed_record == record
+    assert calls == [24] * 2 * 10  # two layers, nine steps and the trial run
 
 
 # -- on a GPU

@@ -230,3 +230,17 @@ def test_lsas_share_has_one_value_on_all_pages() -> None:
             assert found, (name, length)
             assert all(line.rstrip("| ").endswith(text) for line in found), (name, length)
     assert f"holds {both:.1f} % of dense's bytes" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_todays_indexer_is_on_the_page_as_its_rows_have_it() -> None:
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").splitlines()
+    for cell, lengths in (("lsa", (16_384, 32_768)), ("lsa-256k", (262_144,))):
+        samples = load_run(ROOT / "results" / "reference" / "h200" / cell).samples
+        for length in lengths:
+            rows = samples[samples.length_tokens == length]
+            (line,) = [each for each in page if each.startswith(f"| H200, {length // 1024}K")]
+            accuracy = 100 * rows.groupby("method").score.mean()
+            share = 100 * prompt_shares(rows[rows.method == "lsa"]).mean()
+            shown = [f"{accuracy[name]:.1f} %" for name in ("dense", "lsa")]
+            shown += [f"{accuracy['lsa'] - accuracy['dense']:+.1f} [", f"{share:.1f} % |"]
+            assert [part for part in shown if part not in line] == [], line

@@ -54,6 +54,22 @@ def test_one_prefill_a_prompt_serves_all_methods(small: MakeConfig, prefills: li
     assert set(result.samples["status"]) == {"ok"}
 
 
+def test_a_run_reads_its_tokenizer_once(small: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoTokenizer
+
+    read: list[str] = []
+    real = AutoTokenizer.from_pretrained
+
+    def counting(where: str, **options: Any) -> Any:
+        read.append(where)
+        return real(where, **options)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", counting)
+    config = small(samples=1)
+    run(config, progress=False)
+    assert read == [config.model]
+
+
 def test_rows_say_what_was_measured(small: MakeConfig) -> None:
     frame = run(small(), progress=False).samples
     row = frame[frame["method_label"] == "recency:recency_tokens=128"].iloc[0]

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 from synthetic_rows import Rows, demo_rows, wide_rows
-from test_figures import placed_texts
+from test_figures import covered_pairs, placed_texts
 from test_report import stored
 
 from kvscope import cli
@@ -85,14 +85,11 @@ def test_no_text_covers_another_in_a_narrow_figure(make: Any, width_in: float) -
         for figure in drawn:
             width, height = figure.figure.get_size_inches() * figure.figure.dpi
             boxes = placed_texts(figure)
-            for i, (text, box) in enumerate(boxes):
+            for text, box in boxes:
                 assert min(box.x0, box.y0) >= -1, (figure.name, text)
                 assert box.x1 <= width + 1, (figure.name, text)
                 assert box.y1 <= height + 1, (figure.name, text)
-                for other, there in boxes[i + 1 :]:
-                    overlap_x = min(box.x1, there.x1) - max(box.x0, there.x0)
-                    overlap_y = min(box.y1, there.y1) - max(box.y0, there.y0)
-                    assert min(overlap_x, overlap_y) < 2, (figure.name, text, other)
+            assert covered_pairs(boxes, x_px=2, y_px=2) == [], figure.name
 
 
 def test_a_table_with_chosen_methods_keeps_their_notes_alone() -> None:

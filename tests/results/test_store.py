@@ -1,11 +1,13 @@
 """The append-only store: resume, torn lines, locks, and the sentence a user gets when a folder cannot be used."""
 
+import errno
 import os
 import random
 import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -305,6 +307,58 @@ def test_a_run_that_never_began_leaves_no_folder_of_its_own(tmp_path: Path, rows
     with RunStore.create(tmp_path / "begun", info) as store:
         store.begin()
     assert (tmp_path / "begun" / "run.json").is_file()
+
+
+def test_samples_wait_for_the_disk_once_a_second_and_at_the_end_other_rows_at_once(
+    tmp_path: Path, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    syncs: list[int] = []
+    samples, footprints, info = rows
+    now_s = [100.0]
+    monkeypatch.setattr("kvscope.results.row_table.time.monotonic", lambda: now_s[0])
+    with RunStore.create(tmp_path / "run", info) as store:
+        store.begin()
+        real = os.fsync
+        monkeypatch.setattr(os, "fsync", lambda fd: (syncs.append(fd), real(fd)))
+
+        def waits(append: Callable[[], None]) -> int:
+            before = len(syncs)
+            append()
+            return len(syncs) - before
+
+        opened = waits(lambda: store.append_sample(samples[0]))
+        assert opened == 2  # the folder of a new file, and its first row
+        assert waits(lambda: store.append_sample(samples[1])) == 0
+        now_s[0] += 0.9
+        assert waits(lambda: store.append_sample(samples[2])) == 0
+        assert len(RunStore.open(tmp_path / "run").samples()) == 3  # whoever reads, or is killed, has them
+        assert waits(lambda: store.append_footprint(footprints[0])) == 2
+        assert waits(lambda: store.append_footprint(footprints[1])) == 1
+        now_s[0] += 0.2
+        assert waits(lambda: store.append_sample(samples[3])) == 1
+        assert waits(lambda: store.append_sample(samples[4])) == 0
+        assert waits(store.close) == 1
+        assert waits(store.close) == 0
+
+
+def test_a_disk_that_fails_at_the_end_is_said_and_the_folder_is_free(
+    tmp_path: Path, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples, _, info = rows
+    store = RunStore.create(tmp_path / "run", info)
+    store.begin()
+    store.append_sample(samples[0])
+    store.append_sample(samples[1])
+
+    def broken(fd: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", broken)
+        with pytest.raises(EnvironmentProblem, match=r"Could not write a row to .*samples.jsonl.*are kept"):
+            store.close()
+    with RunStore.create(tmp_path / "run", info) as again:
+        assert again.samples() == samples[:2]
 
 
 def test_rows_at_once_have_one_sync_and_none_is_there_twice(

@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, DeepseekV4Config
 
 LAYER_TYPES = ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"] * 2
-N_TOKENS, N_NEW = 403, 21
+# Within the steps ends an entry of 32 tokens, and several of 4.
+N_TOKENS, N_NEW = 403, 14
 
 
 def tiny_config(**changes) -> DeepseekV4Config:
@@ -30,6 +31,7 @@ def tiny_config(**changes) -> DeepseekV4Config:
         "index_topk": 24,
         "sliding_window": 32,
         "hc_mult": 2,
+        "hc_sinkhorn_iters": 3,  # of 20 each would cost as much as a layer, twice a layer
         "partial_rotary_factor": 0.5,
         "max_position_embeddings": 4096,
         "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 32},

@@ -4,12 +4,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from recorded import Recording
 
 from kvscope.harness.engine.decode_graph import EAGER, GRAPH, GraphStep, static_reasons
 from kvscope.harness.engine.session import Session
 
 UNCAPTURED = "uncaptured"
 TOGETHER = "together"
+RECORDED = "recorded"
 
 
 class UncapturedStep(GraphStep):
@@ -29,6 +31,20 @@ class UncapturedStep(GraphStep):
         self._logits_nV = self._forward()
 
 
+class RecordedStep(UncapturedStep):
+    """The same, its operations recorded at a capture and done again at each step: nothing of its Python runs."""
+
+    def _capture(self):
+        super()._capture()
+        self.captures += 1
+        self._recording = Recording()
+        with self._recording:
+            self._logits_nV = self._forward()
+
+    def _replay(self):
+        self._recording.replay()
+
+
 class TogetherStep(UncapturedStep):
     """The same, its sequences attending in one launch a layer, as on a GPU; elsewhere in Triton's interpreter."""
 
@@ -46,6 +62,12 @@ class UncapturedSession(Session):
     """A session whose steps have fixed addresses and are no graph."""
 
     graph_step = UncapturedStep
+
+
+class RecordedSession(Session):
+    """A session whose steps are recorded and done again."""
+
+    graph_step = RecordedStep
 
 
 class TogetherSession(Session):
@@ -71,7 +93,10 @@ def captured_here(monkeypatch):
 
 
 def new_session(loaded, decode_graph="off"):
-    """A session; ``uncaptured`` demands a graph's step and runs it as it is, ``together`` in one launch a layer."""
+    """A session; ``uncaptured`` demands a graph's step and runs it as it is, ``together`` in one launch a layer,
+    ``recorded`` as it was at its capture."""
+    if decode_graph == RECORDED:
+        return RecordedSession(loaded, decode_graph="on")
     if decode_graph == TOGETHER:
         return TogetherSession(loaded, decode_graph="on")
     if decode_graph == UNCAPTURED:

@@ -8,7 +8,9 @@ Shapes: B batch (1), n entries of the prompt, D head size, E indexer key size.
 """
 
 import copy
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,15 +18,66 @@ from transformers import DynamicCache
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4CSACache, DeepseekV4HCACache
 
 from kvscope.methods.compressed_bytes import KINDS
+from kvscope.methods.kernels.host_gather.gather import HostGather, gather_backend
 from kvscope.methods.shape import tensor_bytes
 
 NAMES = ("compressor", "indexer")
+_PROGRAMS = 512
+"""Of the kernel that recalls: an entry is small, and nothing else runs meanwhile."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """How one resident set becomes another, found once for all layers.
+
+    Attributes:
+        n_old: entries of the set before.
+        entries: of the set behind, ascending, on the CPU.
+        stay_from, stay_to: places of what is in both, in the old set and in the new one.
+        missing, missing_to, n_missing: entries to recall, their places and their number [1], int32 on the device.
+    """
+
+    n_old: int
+    entries: torch.Tensor
+    stay_from: torch.Tensor
+    stay_to: torch.Tensor
+    missing: torch.Tensor
+    missing_to: torch.Tensor
+    n_missing: torch.Tensor
+
+    @property
+    def is_none(self) -> bool:
+        """Whether both sets are one."""
+        return len(self.missing) == 0 and self.n_old == len(self.entries)
+
+    @classmethod
+    def between(cls, old: torch.Tensor, new: torch.Tensor, device: torch.device) -> "Change":
+        """Compare two sets, ascending and on the CPU."""
+        where = torch.searchsorted(old, new)
+        stays = torch.zeros(len(new), dtype=torch.bool)
+        if len(old):
+            stays = old[where.clamp_max(len(old) - 1)] == new
+        missing_to = (~stays).nonzero()[:, 0]
+        return cls(
+            n_old=len(old),
+            entries=new,
+            stay_from=where[stays].to(device),
+            stay_to=stays.nonzero()[:, 0].to(device),
+            missing=new[missing_to].int().to(device),
+            missing_to=missing_to.int().to(device),
+            n_missing=torch.tensor([len(missing_to)], dtype=torch.int32, device=device),
+        )
 
 
 class ResidentCSA(DeepseekV4CSACache):  # type: ignore[misc]  # transformers is untyped
     """A CSA layer whose prompt entries live on the host; chosen ones and all that are decoded are on the device.
 
     ``compressed_kv`` are views of preallocated buffers: first the resident entries of the prompt, then decoded ones.
+
+    Attributes:
+        reserved: decoded entries that a buffer has room for behind the resident ones.
+        spare_share: None: a buffer has room for exactly what is resident. Else it stays where it is as long as the
+            resident entries fit, and has room for this share more where they do not.
     """
 
     # transformers registers a subclass under this name for every model; this one is for kvscope's caches alone.
@@ -32,6 +85,8 @@ class ResidentCSA(DeepseekV4CSACache):  # type: ignore[misc]  # transformers is 
     host: Mapping[str, torch.Tensor]
     resident: torch.Tensor
     buffers: dict[str, torch.Tensor]
+    reserved: int
+    spare_share: float | None
 
     @classmethod
     def opened(
@@ -54,6 +109,7 @@ class ResidentCSA(DeepseekV4CSACache):  # type: ignore[misc]  # transformers is 
         layer.__dict__.update(_copied(stock, device))
         layer.host = host
         layer.resident = torch.empty(0, dtype=torch.long)
+        layer.reserved, layer.spare_share = reserve_entries, None
         layer.buffers = {
             name: entries.new_zeros((entries.shape[0], reserve_entries, entries.shape[2]), device=device)
             for name, entries in host.items()
@@ -63,52 +119,97 @@ class ResidentCSA(DeepseekV4CSACache):  # type: ignore[misc]  # transformers is 
         return layer
 
     def set_resident(self, entries: torch.Tensor) -> int:
-        """Make exactly these prompt entries resident; what was resident already does not cross the bus again.
+        """Make exactly these prompt entries resident: ascending, on the CPU; return the bytes copied from the host."""
+        return self.change(Change.between(self.resident, entries, self.buffers[NAMES[0]].device))
+
+    def change(self, change: "Change") -> int:
+        """Make another set resident; what was resident already does not cross the bus again.
 
         A layer's old and new set exist at once while it is changed. Where both are of one size the buffer stays.
 
         Args:
-            entries: ascending, on the CPU.
+            change: from the set that is resident now. All layers of a sequence share it.
 
         Returns:
             Bytes copied from the host.
         """
-        n_old, n_new = len(self.resident), len(entries)
-        where = torch.searchsorted(self.resident, entries)
-        stays = torch.zeros(n_new, dtype=torch.bool)
-        if n_old:
-            stays = self.resident[where.clamp_max(n_old - 1)] == entries
-        if n_new == n_old and stays.all():
+        if change.is_none:
             return 0
-        copied_bytes = 0
+        n_old, n_new, copied_bytes = change.n_old, len(change.entries), 0
         for name in NAMES:
-            old = self.buffers[name]
+            old, host = self.buffers[name], self.host[name]
             n_held = self.compressed_kv[name].shape[1] - n_old + n_new
-            new = old.new_zeros((old.shape[0], old.shape[1] - n_old + n_new, old.shape[2]))
-            new[:, n_new:] = old[:, n_old:]
-            new[:, stays.nonzero()[:, 0].to(old.device)] = old[:, where[stays].to(old.device)]
-            recalled = self.host[name][:, entries[~stays]]
-            new[:, (~stays).nonzero()[:, 0].to(old.device)] = recalled.to(old.device)
-            copied_bytes += recalled.nbytes
-            if n_new == n_old:
+            new = old.new_zeros((old.shape[0], self._room(n_new, old.shape[1]), old.shape[2]))
+            new[:, n_new:n_held] = old[:, n_old : n_held - n_new + n_old]
+            new[:, change.stay_to] = old[:, change.stay_from]
+            if len(change.missing):
+                mirror, slots = _units(host), _units(new)
+                recall = HostGather(mirror, slots, backend=gather_backend(mirror, slots), n_programs=_PROGRAMS)
+                recall(change.missing, change.missing_to, change.n_missing)
+            copied_bytes += len(change.missing) * host.shape[2] * host.element_size()
+            if new.shape == old.shape:
                 old.copy_(new)
             else:
                 self.buffers[name] = new
             self.compressed_kv[name] = self.buffers[name][:, :n_held]
-        self.resident = entries
+        self.resident = change.entries
         return copied_bytes
+
+    def _room(self, n_resident: int, held: int) -> int:
+        """Return the entries that a buffer of ``held`` is to have room for with another resident set."""
+        needed = n_resident + self.reserved
+        if self.spare_share is None:
+            return needed
+        return held if needed <= held else needed + math.ceil(self.spare_share * n_resident)
+
+    def keep_buffers(self, spare_share: float, *, reserve_entries: int) -> None:
+        """Let the buffers stay where they are from here on, with room for at least these decoded entries.
+
+        Args:
+            spare_share: see the class.
+        """
+        self.spare_share, self.reserved = spare_share, max(self.reserved, reserve_entries)
+        n_resident = len(self.resident)
+        room = n_resident + self.reserved + math.ceil(spare_share * n_resident)
+        for name in NAMES:
+            self._move(name, room)
+
+    def grow(self, n_entries: int) -> None:
+        """Give the buffers room for more decoded entries: they move."""
+        self.reserved += n_entries
+        for name in NAMES:
+            self._move(name, self.buffers[name].shape[1] + n_entries)
+
+    def _move(self, name: str, room: int) -> None:
+        held_BnD = self.compressed_kv[name]
+        buffer = self.buffers[name]
+        self.buffers[name] = buffer.new_zeros((buffer.shape[0], room, buffer.shape[2]))
+        self.buffers[name][:, : held_BnD.shape[1]] = held_BnD
+        self.compressed_kv[name] = self.buffers[name][:, : held_BnD.shape[1]]
+
+    def count_entry(self) -> None:
+        """An entry was written behind those that are held, by a step that does not count."""
+        for name in NAMES:
+            self.compressed_kv[name] = self.buffers[name][:, : self.compressed_kv[name].shape[1] + 1]
+            self.entry_count[name] += 1
 
     def update_compressor_states(self, name: str, compressed: torch.Tensor) -> torch.Tensor:
         """Append decoded entries [B, 0 or 1, D or E] in place, return all on the device; counts as the stock does."""
         held, n_new = self.compressed_kv[name].shape[1], compressed.shape[1]
         if held + n_new > self.buffers[name].shape[1]:
             self.buffers[name] = torch.cat([self.buffers[name][:, :held], compressed], dim=1)
+            self.reserved = held + n_new - len(self.resident)
         elif n_new:
             self.buffers[name][:, held : held + n_new] = compressed
         self.compressed_kv[name] = self.buffers[name][:, : held + n_new]
         self.entry_count[name] += n_new
         held_BnD: torch.Tensor = self.compressed_kv[name]
         return held_BnD
+
+
+def _units(entries_BnD: torch.Tensor) -> torch.Tensor:
+    """Return entries as the recall takes them, units of one token: [n, 1, 2, 1, D / 2]."""
+    return entries_BnD.view(entries_BnD.shape[1], 1, 2, 1, -1)
 
 
 def take_entries(

@@ -17,6 +17,7 @@ from kvscope.methods.lsa.indexer_files import CONFIG_FILE, FILES
 from kvscope.methods.lsa.method import Lsa
 from kvscope.methods.lsa.printed import N_INDEXED_LAYERS
 from kvscope.methods.lsa.schedule import Schedule
+from kvscope.methods.lsa.selection import Selector, SyntheticSelector
 from kvscope.methods.shape import Footprint, ModelShape
 from kvscope.paths import user_path
 
@@ -184,7 +185,7 @@ class LsaEntries(OverEntries, Lsa):
             indexer_tau=None if config is None else config.tau,
             indexer_bytes=indexer.weight_bytes,
         )
-        selector = CompressedSelector(
+        scoring = CompressedSelector(
             self._placed_on(indexer, device),
             {layer: prompt.host[layer]["indexer"][0, layout.first : layout.last].to(device)
              for layer in indexer.layers},
@@ -193,6 +194,11 @@ class LsaEntries(OverEntries, Lsa):
             n_tokens=prompt.n_tokens,
             angles=prompt.angles,
         )  # fmt: skip
+        selector: Selector = scoring
+        if self.config.selection == "synthetic" and layout.n_candidates:
+            # Of the prompt, not of the opening: what is opened twice chooses the same twice.
+            seed = self.config.seed + prompt.seed
+            selector = SyntheticSelector(scoring, layout=layout, churn=self.churn, seed=seed)
         choice = Choice(first=layout.first, last=layout.last, selector=selector, schedule=schedule)
         return CompressedSequence(prompt, device, fixed=fixed, choice=choice, reserve_tokens=reserve_tokens)
 

@@ -80,12 +80,14 @@ class CompressedPrompt(PromptKV):
             when the model is on a GPU: the mirror.
         rest: the stock cache without them: windows, HCA entries, pending tokens.
         angles: rotation of the compressed layers at a position.
+        modules: the model's decoder layers: a step of fixed addresses goes by their compressors' sizes and biases.
     """
 
     config: Any
     host: dict[int, dict[str, torch.Tensor]]
     rest: DynamicCache
     angles: Angles
+    modules: Any
     pages: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -135,6 +137,7 @@ def compressed_prefill(
         host=host,
         rest=cache,
         angles=angles,
+        modules=model.model.layers,
         last_hidden={layer: hidden_BM.clone() for layer, hidden_BM in last_hidden.items()},
         seed=seed,
         prompt_sha256=prompt_sha256,

@@ -4,17 +4,21 @@ Shapes: B batch (1), M hidden size.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import DynamicCache
 
-from kvscope.harness.backends.deepseek_v4.cache import ResidentCSA, live_bytes, opened_cache
+from kvscope.harness.backends.deepseek_v4.cache import Change, ResidentCSA, live_bytes, opened_cache
+from kvscope.harness.backends.deepseek_v4.one_step import one_step, step_backends
 from kvscope.harness.backends.deepseek_v4.prefill import CompressedPrompt
 from kvscope.harness.backends.deepseek_v4.shape import CompressedModelShape
+from kvscope.harness.backends.deepseek_v4.static_step import StaticCache
 from kvscope.methods.base import AttentionCall, Residency, SequenceCache
 from kvscope.methods.lsa.schedule import Schedule
 from kvscope.methods.lsa.selection import Selector
 from kvscope.methods.shape import Footprint
+from kvscope.methods.step_counters import StepCounters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +60,10 @@ class CompressedSequence(SequenceCache):
         assert isinstance(prompt.shape, CompressedModelShape)
         self._prompt, self._shape, self._fixed, self._choice = prompt, prompt.shape, fixed, choice
         rate = prompt.shape.page_tokens
-        self._cache = opened_cache(
-            prompt.config,
-            prompt.rest,
-            prompt.host,
-            device,
-            reserve_entries=(prompt.n_tokens + reserve_tokens) // rate - prompt.n_entries,
-        )
+        self._reserved = (prompt.n_tokens + reserve_tokens) // rate - prompt.n_entries
+        self._cache = opened_cache(prompt.config, prompt.rest, prompt.host, device, reserve_entries=self._reserved)
+        self._static: StaticCache | None = None
+        self._reserve_tokens = reserve_tokens
         self._steps = 0
         self._resident_tokens: list[int] = []
         self._moved_bytes: list[int] = []
@@ -72,8 +73,42 @@ class CompressedSequence(SequenceCache):
             self._set_resident(fixed)
 
     @property
-    def model_cache(self) -> DynamicCache:
-        return self._cache
+    def model_cache(self) -> DynamicCache | StaticCache:
+        return self._cache if self._static is None else self._static
+
+    @property
+    def static_version(self) -> int:
+        return 0 if self._static is None else self._static.version
+
+    def backends(self) -> tuple[str, ...]:
+        return () if self._static is None else step_backends(self._shape, self.device, self._dtype)
+
+    def static_reasons(self) -> list[str]:
+        return []
+
+    def make_static(self, counters: StepCounters) -> None:
+        """See the base class. CSA layers go on holding the resident entries; all else moves into a static cache."""
+        prompt = self._prompt
+        chooses_freely = self._choice is not None and self._choice.selector.n_chosen is None
+        self._static = StaticCache(
+            self._cache,
+            prompt.modules,
+            config=prompt.config,
+            n_tokens=prompt.n_tokens,
+            n_prompt_entries=prompt.n_entries,
+            reserve_tokens=self._reserve_tokens,
+            spare_share=counters.spare_share if chooses_freely else 0.0,
+            like=torch.empty((0, prompt.shape.head_dim), dtype=self._dtype, device=self.device),
+            counters=counters,
+        )
+
+    def call_model(self, model: Any, **arguments: Any) -> Any:
+        if self._static is None:
+            return model(**arguments)
+        self._static.place(arguments["position_ids"][0])
+        with one_step(model):
+            # The stock model takes a mask as it is where it comes by kind of layer.
+            return model(**arguments, attention_mask={"sliding_attention": self._static.window_bias})
 
     @property
     def n_tokens(self) -> int:
@@ -82,7 +117,7 @@ class CompressedSequence(SequenceCache):
     @property
     def layers(self) -> dict[int, ResidentCSA]:
         """CSA layer -> its cache."""
-        return {layer: self.model_cache.layers[layer] for layer in self._shape.layers}
+        return {layer: self._cache.layers[layer] for layer in self._shape.layers}
 
     def observe(self, layer: int, hidden_BM: torch.Tensor) -> None:
         if self._choice is not None:
@@ -98,10 +133,14 @@ class CompressedSequence(SequenceCache):
                 self._choice.selector.end_step()
             if self._steps % self._choice.schedule.tau == 0:
                 self._refresh(self._choice)
+        if self._static is not None:
+            self._static.begin_step(self.n_tokens)
 
     def end_step(self) -> None:
         """A token has been fed."""
         self._steps += 1
+        if self._static is not None:
+            self._static.end_step(self.n_tokens)
 
     def _refresh(self, choice: Choice) -> None:
         """Choose, and make resident what is to be read from here on.
@@ -134,18 +173,27 @@ class CompressedSequence(SequenceCache):
         return chosen + choice.first
 
     def _set_resident(self, entries: torch.Tensor) -> int:
-        return sum(layer.set_resident(entries) for layer in self.layers.values())
+        layers = list(self.layers.values())
+        change = Change.between(layers[0].resident, entries, self.device)
+        return sum(layer.change(change) for layer in layers)
 
     def attend(self, layer: int, call: AttentionCall) -> torch.Tensor:
         raise ValueError("DeepSeek-V4 attends by its stock classes, over model_cache")
 
     def managed_footprint(self) -> Footprint:
         """Exact bytes of the live tensors, and what the step that made them read."""
-        n_entries = 0
-        for layer in self.layers.values():
-            n_entries = layer.compressed_kv["compressor"].shape[1]
-        held = Footprint(kv_bytes=sum(live_bytes(self.model_cache).values()))
-        held += self._shape.step_reads(self.n_tokens, n_entries)
+        csa = next(iter(self.layers.values()))
+        n_entries = n_attended = csa.compressed_kv["compressor"].shape[1]
+        held = Footprint(kv_bytes=sum(self.bytes_by_kind().values()))
+        if self._static is not None:
+            n_attended = min(n_entries, self._prompt.config.index_topk)
+            eager = self._shape.cache.by_kind(
+                self.n_tokens,
+                n_resident_entries=max(len(csa.resident) + self._reserved, n_entries),
+                during_step=self._steps > 0,
+            )
+            held += Footprint(spare_kv_bytes=held.kv_bytes - sum(eager.values()))
+        held += self._shape.step_reads(self.n_tokens, n_entries, n_attended=n_attended)
         if self._choice is None:
             return held
         selector, tau = self._choice.selector, self._choice.schedule.tau
@@ -158,7 +206,7 @@ class CompressedSequence(SequenceCache):
 
     def bytes_by_kind(self) -> dict[str, int]:
         """Return the bytes of the live cache by kind: ``footprint().kv_bytes``, taken apart."""
-        return live_bytes(self.model_cache)
+        return live_bytes(self._cache) if self._static is None else self._static.live_bytes()
 
     def residency(self) -> Residency | None:
         if self._choice is None:
@@ -177,7 +225,10 @@ class CompressedSequence(SequenceCache):
         )
 
     def close(self) -> None:
-        self.model_cache.layers = []
+        self._cache.layers = []
+        if self._static is not None:
+            self._static.clear()
+            self._static = None
         if self._choice is not None:
             self._choice.selector.close()
         super().close()

@@ -84,7 +84,7 @@ class CompressedModelShape(ModelShape):
         held = self.cache.by_kind(n_tokens, n_resident_entries=n_kept)
         return self.step_reads(n_tokens, n_kept) + Footprint(kv_bytes=sum(held.values()))
 
-    def step_reads(self, n_tokens: int, n_entries: int) -> Footprint:
+    def step_reads(self, n_tokens: int, n_entries: int, *, n_attended: int | None = None) -> Footprint:
         """Return bytes read and FLOPs of a step that made the context ``n_tokens`` long; nothing else is filled in.
 
         The stock classes score every resident indexer key, then attend over all resident entries with those outside
@@ -92,15 +92,17 @@ class CompressedModelShape(ModelShape):
 
         Args:
             n_entries: resident in every CSA layer.
+            n_attended: of these, read as key and value; None: all, as the stock classes do.
         """
+        n_read = n_entries if n_attended is None else n_attended
         cache, hca = self.cache, n_tokens // self.cache.hca_rate
         window = min(n_tokens, cache.window_tokens)
         n_layers = cache.n_csa + cache.n_hca + cache.n_sliding
-        attended = n_layers * window + cache.n_csa * n_entries + cache.n_hca * hca
+        attended = n_layers * window + cache.n_csa * n_read + cache.n_hca * hca
         scored = cache.n_csa * n_entries
         return Footprint(
             bytes_read_per_step=cache.windows * window * cache.window_entry_bytes
-            + (cache.n_csa * n_entries + cache.n_hca * hca) * cache.entry_bytes
+            + (cache.n_csa * n_read + cache.n_hca * hca) * cache.entry_bytes
             + scored * cache.key_bytes,
             attention_flops_per_step=4 * self.n_q_heads * self.head_dim * attended
             + 2 * self.index_heads * (self.index_key_dim + 1) * scored,

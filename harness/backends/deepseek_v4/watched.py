@@ -62,6 +62,9 @@ class WatchedSequence(CompressedSequence):
             attention = model.model.layers[layer].self_attn
             self._hooks.enter_context(_heard(attention, self._scores, self._weights, layer))
 
+    def static_reasons(self) -> list[str]:
+        return ["its attention is watched step by step"]
+
     def observe(self, layer: int, hidden_BM: torch.Tensor) -> None:
         self._hidden[layer] = hidden_BM[0].clone()
 

@@ -171,6 +171,9 @@ def train(
     ] = None,
     encoder_width: Annotated[int, typer.Option("--encoder-width", help="Hidden width of the encoder.")] = 64,
     lookback: Annotated[int, typer.Option("--lookback", help="Last hidden states scored at a refresh.")] = 16,
+    revive: Annotated[
+        float, typer.Option("--revive", help="Gradient of products below zero, where that raises them. 0: none.")
+    ] = 0.3,
     segment_tokens: Annotated[
         int | None,
         typer.Option("--segment-tokens", help="Tokens that share a key, part of a chunk.  [default: all of it]"),
@@ -207,7 +210,7 @@ def train(
         tau=tau, chunk_tokens=chunk_tokens, layers=parse_layers(layers), epochs=epochs, lr=lr,
         weight_decay=weight_decay, gamma=gamma, negatives=negatives, start=start, warm_start=warm_start,
         batch_documents=batch_documents, batch_rows=batch_rows, heads=heads, key_dim=key_dim, rank=rank,
-        encoder=encoder, encoder_width=encoder_width, lookback=lookback,  # type: ignore[arg-type]
+        encoder=encoder, encoder_width=encoder_width, lookback=lookback, revive=revive,  # type: ignore[arg-type]
         segment_tokens=segment_tokens, neighbours=neighbours, keep=keep,  # type: ignore[arg-type]
         held_out=held_out, patience=patience, target_recall=target_recall, seed=seed, device=device, **labels,
     )  # fmt: skip

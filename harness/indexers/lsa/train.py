@@ -90,7 +90,8 @@ def train(
                                         for layer, fit in zip(indexer.config.layers, fits, strict=True)))  # fmt: skip
     trained: dict[str, Any] = {
         "data": data_record(collections), "labels": config.rule(info).text(), "documents": len(training),
-        "options": asdict(config),
+        # Where its start lay is this machine's; what it was stands below.
+        "options": {**asdict(config), "start": config.start and Path(config.start).name},
     }  # fmt: skip
     if config.start is not None:
         trained["start"] = origin(indexer_folder(config.start))

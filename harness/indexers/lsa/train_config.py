@@ -31,7 +31,7 @@ class TrainConfig(TrainingOptions, LabelChoice):
             else 8.
         lookback: states scored a refresh: the token before an answer says little of what the question asked.
         revive: gradient that a head's product below zero still gets where that would raise it (``rectified``), so that
-            a golden chunk which no head matches comes back; 0: none.
+            a golden chunk which no head matches comes back (docs/log.md); 0: none.
         keep: which epoch is kept: the one of the lowest held-out ``loss``, or of the highest ``recall`` of golden
             chunks by the best tenth at refreshes. The loss is lowest early, while the ranking goes on improving: that
             is for those who set the threshold afterwards (``target_recall``) or use a budget.
@@ -53,7 +53,7 @@ class TrainConfig(TrainingOptions, LabelChoice):
     segment_tokens: int | None = None
     neighbours: int | None = None
     lookback: int = 16
-    revive: float = 0.0
+    revive: float = 0.3
     keep: Literal["loss", "recall"] = "recall"
     patience: int = 2
     target_recall: float | None = None
@@ -61,7 +61,8 @@ class TrainConfig(TrainingOptions, LabelChoice):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_least(1, "tau", "negatives", "encoder_width", "lookback", "rank", "segment_tokens")
-        self.check_least(0, "neighbours", "revive")
+        self.check_least(0, "neighbours")
+        self.check_not_negative("gamma", "revive")
         if self.keep not in ("loss", "recall"):
             raise UsageError(f"keep must be loss or recall, got {self.keep!r}.")
         if self.target_recall is not None and not 0 < self.target_recall < 1:

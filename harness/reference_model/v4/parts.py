@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from kvscope.harness.reference_model.v4.sinkhorn import sinkhorn
+from kvscope.methods.kernels.sinkhorn.ops import sinkhorn
 
 
 def into_block(mixer: Any, norm: Any, streams_NSM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

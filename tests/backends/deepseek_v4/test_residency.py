@@ -149,9 +149,9 @@ def test_lsa_chooses_anew_every_tau_steps_and_recalls_only_what_is_new(loaded, p
         assert sequence.footprint().host_bytes == prompt.host_bytes > 0
 
 
-def test_a_refresh_keeps_what_the_plain_formula_scores_highest(loaded, prompt, ids, request):
+def test_a_refresh_keeps_what_the_plain_formula_scores_highest(loaded, prompt, ids, weights, request):
     """From the states that entered attention at the step before, at that step's position, max over the layers."""
-    spec, tau = f"{LSA},budget_fraction=0.4", 3
+    spec, tau = f"lsa:indexer={weights},recency_tokens=40,budget_fraction=0.4", 3
     method = loaded.backend.form_of(create_method(f"{spec},tau={tau}"), loaded.shape)
     states = {}
     hooks = [
@@ -188,6 +188,16 @@ def test_a_refresh_keeps_what_the_plain_formula_scores_highest(loaded, prompt, i
             assert 0 < len(chosen) < len(best)
             assert best[chosen].min() > best[dropped].max() - 1e-5
     assert refreshes == 2
+
+
+@pytest.mark.parametrize(("churn", "hit_rate"), [("0", 1.0), ("0.25", 0.75), ("1", 0.0)])
+def test_a_synthetic_selection_replaces_the_share_that_was_asked_for(loaded, prompt, ids, churn, hit_rate):
+    with session(loaded, f"{LSA},budget_fraction=0.4,tau=2,churn={churn}", prompt) as running:
+        for token in ids[:7]:
+            running.step(token)
+        residency = running.sequence.residency()
+    assert len(residency.recalled_bytes) == 4
+    assert residency.hit_rate == pytest.approx(hit_rate, abs=0.03)
 
 
 def test_a_full_choice_falls_back_and_is_counted(loaded, prompt, ids):
@@ -233,7 +243,7 @@ def test_bytes_by_kind_are_the_formula_and_predicted(loaded, ids, spec, n_tokens
         with session(loaded, spec, prompt, 0) as running:
             assert running.sequence.bytes_by_kind() == cache.by_kind(n_tokens)
             assert running.sequence.footprint() == method.predict(loaded.shape, n_tokens)
-    for n_steps in (1, 34):  # past the end of an entry of 4 tokens, and of one of 32
+    for n_steps in (1, 34 - n_tokens % 32):  # past the ends of entries of 4 tokens and of one of 32
         result = decode(loaded, method, prompt, ids[:1], max_new_tokens=n_steps)
         total = n_tokens + n_steps
         resident = method.n_kept(n_tokens) + total // 4 - n_tokens // 4

@@ -1,8 +1,10 @@
 """DeepSeek-V4 through the ordinary commands: plan, rows of both passes, reasons, bad input."""
 
+import pandas as pd
 import pytest
 from compressed_tiny import random_model, tiny_config
 from safetensors.torch import save_file
+from sessions import captured_here
 
 from kvscope.errors import EnvironmentProblem, UsageError
 from kvscope.harness.backends.deepseek_v4.backend import DeepseekV4
@@ -31,23 +33,6 @@ def folder(tmp_path_factory):
     ).save_pretrained(where)
     tokenizer.save_pretrained(where)
     return str(where)
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """A file of an indexer's query side that fits the tiny model."""
-    path = tmp_path_factory.mktemp("indexers") / "query.safetensors"
-    indexer = CompressedIndexer.random((1, 4), hidden_size=64, rank=8, heads=2, key_dim=16, seed=0)
-    fields = {"W_DQ": "w_dq_RM", "norm": "norm_R", "W_IUQ": "w_iuq_OR", "W_w": "w_w_IM"}
-    save_file(
-        {
-            f"layers.{layer}.{name}.weight": getattr(matrices, field).contiguous()
-            for layer, matrices in indexer.layers.items()
-            for name, field in fields.items()
-        },
-        path,
-    )
-    return str(path)
 
 
 def config(folder, methods, **values):
@@ -89,6 +74,25 @@ def test_the_sweep_gives_rows_as_for_any_model(folder, weights, tmp_path, monkey
     assert chosen.iloc[1]["residency"]["indexer"].startswith("query.safetensors@")
     assert (chosen["host_kv_bytes"] > 0).all()
     assert (chosen["metadata_bytes"] > 0).all()
+
+
+def test_captured_steps_give_the_answers_of_eager_ones(folder, weights, tmp_path, monkeypatch):
+    """A stand-in captures; a row says how its steps ran, and what a captured one holds and reads."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    captures = captured_here(monkeypatch)
+    methods = ["dense", SYNTHETIC, f"lsa:indexer={weights},tau=4,recency_tokens=64"]
+    frames = []
+    for graph in (False, True):
+        shown = run(config(folder, methods, accuracy_graph=graph), out=tmp_path / str(graph), progress=False)
+        frames.append(shown.samples.set_index(["method_label", "sample"]).sort_index())
+    eager, captured = frames
+    assert set(captured["step_backend"]) == {"cuda graph"}
+    assert len(captures) >= 6
+    same = ["status", "output", "score", "decode_tokens", "metadata_bytes", "host_kv_bytes", "residency"]
+    pd.testing.assert_frame_equal(captured[same], eager[same])
+    more = captured["resident_kv_bytes"] / eager["resident_kv_bytes"]
+    assert more.between(0.99, 1.5).all()  # a threshold has room to spare
+    assert (captured["bytes_read_per_step"] < eager["bytes_read_per_step"]).all()  # the native top-k alone
 
 
 def test_the_footprint_pass_measures_it_in_a_fresh_process(folder, tmp_path, monkeypatch):

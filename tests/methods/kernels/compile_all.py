@@ -13,6 +13,7 @@ from triton.compiler import ASTSource
 
 from kvscope.methods.kernels.block_scores import kernel as block_scores
 from kvscope.methods.kernels.host_gather import kernel as host_gather
+from kvscope.methods.kernels.index_topk import kernel as index_topk
 from kvscope.methods.kernels.indexer_score import kernel as indexer_score
 from kvscope.methods.kernels.paged_decode.kernel import DEFAULT as PAGED_DECODE
 from kvscope.methods.kernels.paged_decode.kernel import (
@@ -26,6 +27,7 @@ from kvscope.methods.kernels.paged_decode.packed import packed_split_kernel
 from kvscope.methods.kernels.paged_decode.rows_kernel import append_rows_kernel, merge_rows_kernel, split_rows_kernel
 from kvscope.methods.kernels.paged_decode.split import split_kernel
 from kvscope.methods.kernels.select import kernel as select
+from kvscope.methods.kernels.token_rows import kernel as rows_of_a_token
 from kvscope.methods.kv_format import FORMATS, PagePacking
 
 
@@ -33,7 +35,7 @@ def compile_kernel(name, function, constants, *, pointers, num_warps=4, num_stag
     """Compile with these constants; ``pointers`` gives the element types, and everything else is int32."""
     names = function.arg_names
     types = {n: "constexpr" if n in constants else f"*{pointers[n]}" if n in pointers else "i32" for n in names}
-    types.update({n: "fp32" for n in ("scale", "softcap") if n in types})
+    types.update({n: "fp32" for n in ("scale", "softcap", "eps") if n in types})
     source = ASTSource(
         fn=function,
         signature=types,
@@ -166,6 +168,31 @@ def indexer(*, fp8_query, early=False):
     )
 
 
+def native_topk():
+    """index_topk at DeepSeek-V4-Flash's sizes, and its scores in fp32."""
+    pointers = dict.fromkeys(("count_ptr", "counts_ptr", "block_counts_ptr", "chosen_ptr"), "i32")
+    pointers |= {"scores_ptr": "fp32", "weight_ptr": "fp32"}
+    for dtype, tile in (("bf16", 64), ("fp32", 32)):
+        constants = {"HEADS": 64, "HEADS_PAD": 64, "E": 128, "E_PAD": 128, "M": tile}
+        compile_kernel(f"native scores {dtype}", index_topk._score_kernel, constants,
+                       pointers={**pointers, "q_ptr": dtype, "keys_ptr": dtype}, num_stages=4)  # fmt: skip
+    for level in range(index_topk.LEVELS):
+        constants = {"LEVEL": level, "BLOCK": 2048}
+        compile_kernel(f"native histogram {level}", index_topk._histogram_kernel, constants, pointers=pointers)
+    compile_kernel("native count", index_topk._count_kernel, {"BLOCK": 2048}, pointers=pointers)
+    compile_kernel("native list", index_topk._list_kernel, {"BLOCK": 2048, "BLOCKS": 128}, pointers=pointers)
+
+
+def token_rows():
+    """token_rows at DeepSeek-V4-Flash's sizes."""
+    pointers = {"x_ptr": "bf16", "out_ptr": "bf16", "weight_ptr": "fp32", "cos_ptr": "bf16", "sin_ptr": "bf16"}
+    for D, has_weight in ((16_384, False), (4096, True)):
+        constants = {"D": D, "D_PAD": D, "HAS_WEIGHT": has_weight}
+        compile_kernel(f"norm {D}", rows_of_a_token._norm_kernel, constants, pointers=pointers, num_warps=8)
+    constants = {"D": 512, "D_PAD": 512, "P": 32}
+    compile_kernel("rotate", rows_of_a_token._rotate_kernel, constants, pointers=pointers, num_warps=1)
+
+
 def selection():
     """The kernels of select."""
     pointers = dict.fromkeys(
@@ -204,12 +231,11 @@ def others():
 
 if __name__ == "__main__":
     decode()
-    decode(P=16, COUNTS=256, HAS_SOFTCAP=True)
-    decode(HAS_TOKENS=True)
+    decode(P=16, COUNTS=256, HAS_SOFTCAP=True, HAS_TOKENS=True)
     decode(dtype="fp32", N=32, HAS_TABLE=False, DEVICE_LENGTHS=False, DEPENDENT=False)
     for kv in FORMATS:
-        packed(kv)
-    packed("int8", dtype="fp16", HAS_SOFTCAP=True)
+        # One format stands for what the others have no part in.
+        packed(kv, **({"dtype": "fp16", "HAS_SOFTCAP": True} if kv == "int8" else {}))
     packed("fp8", CONVERTS=False)  # as before compute capability 8.9
     rows()
     rows(P=0, N=128, COUNTS=512, HAS_TABLE=True, HAS_TOKENS=True, HAS_TURNED=True)
@@ -219,5 +245,7 @@ if __name__ == "__main__":
     indexer(fp8_query=True)
     indexer(fp8_query=False)
     indexer(fp8_query=True, early=True)
+    native_topk()
+    token_rows()
     selection()
     others()

@@ -26,7 +26,7 @@ def compiled(tmp_path_factory):
 
 @pytest.mark.slow
 def test_all_of_them_fit_a_multiprocessor(compiled):
-    assert len(compiled) == 32
+    assert len(compiled) == 40
     assert all(found["shared_bytes"] <= HOPPER_SHARED_BYTES for found in compiled)
 
 
@@ -43,7 +43,7 @@ def test_all_buffers_of_paged_decode_hold_keys_and_values(compiled):
 def test_packed_pages_are_copied_while_others_are_unpacked(compiled):
     """Elements and scales: no load waits for memory in the iteration that uses it."""
     packed = [found for found in compiled if found["name"].startswith("packed")]
-    assert len(packed) == 6
+    assert len(packed) == 5
     for found in packed:
         kv = found["name"].split()[1]
         packing = PagePacking(FORMATS[kv], 64, 128)
@@ -59,7 +59,8 @@ def test_packed_pages_are_copied_while_others_are_unpacked(compiled):
 
 
 def test_the_indexer_multiplies_on_the_warpgroup_tensor_core(compiled):
-    assert all(found["ptx"]["wgmma"] > 0 for found in compiled if found["name"].startswith("indexer"))
+    names = ("indexer", "native scores bf16")
+    assert all(found["ptx"]["wgmma"] > 0 for found in compiled if found["name"].startswith(names))
 
 
 def test_the_indexer_asks_for_its_first_keys_where_it_is_told_to(compiled):
@@ -74,5 +75,5 @@ def test_dependent_launches_wait_once_and_nothing_else_does(compiled):
     heads = ("decode", "packed", "rows bf16")
     splits = [name for name in waits if name.startswith(heads) and "'DEPENDENT'" not in name]
     waiting = [*splits, "merge of 64", "merge of 256", "rows merge", "indexer fp8_query=True early"]
-    assert len(waiting) == 15
+    assert len(waiting) == 13
     assert waits == {name: int(name in waiting) for name in waits}

@@ -23,7 +23,7 @@ def normalised(logits_NSS: torch.Tensor, steps: int, eps: float) -> torch.Tensor
 def sinkhorn(logits_NSS: torch.Tensor, steps: int, eps: float) -> torch.Tensor:
     """Return ``normalised`` of fp32 logits [N, S, S], S a power of 2; one kernel on a GPU."""
     if logits_NSS.is_cuda:
-        from kvscope.harness.reference_model.v4.sinkhorn_kernel import run_forward
+        from kvscope.methods.kernels.sinkhorn.kernel import run_forward
 
         return run_forward(logits_NSS, steps, eps)
     return normalised(logits_NSS, steps, eps)
@@ -33,7 +33,7 @@ def sinkhorn(logits_NSS: torch.Tensor, steps: int, eps: float) -> torch.Tensor:
 def sinkhorn_backward(logits_NSS: torch.Tensor, grad_NSS: torch.Tensor, steps: int, eps: float) -> torch.Tensor:
     """Return the gradient of the logits."""
     if logits_NSS.is_cuda:
-        from kvscope.harness.reference_model.v4.sinkhorn_kernel import run_backward
+        from kvscope.methods.kernels.sinkhorn.kernel import run_backward
 
         return run_backward(logits_NSS, grad_NSS, steps, eps)
     weights_NSS = logits_NSS.softmax(-1)

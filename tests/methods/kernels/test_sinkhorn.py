@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvscope.harness.reference_model.v4.sinkhorn import normalised, sinkhorn, sinkhorn_backward
+from kvscope.methods.kernels.sinkhorn.ops import normalised, sinkhorn, sinkhorn_backward
 
 STEPS, EPS = 11, 1e-6
 
@@ -33,7 +33,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
     pytest.importorskip("triton")
     from triton.runtime.interpreter import InterpretedFunction
 
-    from kvscope.harness.reference_model.v4 import sinkhorn_kernel
+    from kvscope.methods.kernels.sinkhorn import kernel as sinkhorn_kernel
 
     for name in ("_softmax", "_step", "forward_kernel", "backward_kernel"):
         monkeypatch.setattr(sinkhorn_kernel, name, InterpretedFunction(getattr(sinkhorn_kernel, name).fn))

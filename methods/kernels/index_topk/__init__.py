@@ -1,0 +1,1 @@
+"""The entries that DeepSeek-V4's own indexer scores highest, among those that are resident."""

@@ -1,0 +1,1 @@
+"""Doubly stochastic mixing of DeepSeek-V4's residual streams."""

@@ -1,0 +1,1 @@
+"""RMS norms and rotations of one token's rows, one kernel each."""
