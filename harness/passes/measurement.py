@@ -98,6 +98,11 @@ class Measurement(ABC, Generic[RowT]):
             self._rss_peak_bytes = max(self._rss_peak_bytes, host_rss_bytes())
         return self._nvml_bytes()
 
+    @property
+    def samples(self) -> bool:
+        """Whether a sampler has anything to read: NVML, or the resident set where the kernel keeps no peak of it."""
+        return self._nvml is not None or not self._kernel_keeps_rss_peak
+
     def _host_peak_bytes(self) -> int:
         return max(host_rss_peak_bytes() or 0, self._rss_peak_bytes, host_rss_bytes())
 

@@ -50,6 +50,21 @@ def test_rounding_of_narrow_types_is_no_fault(dtype):
     assert 1e-5 < found.difference < found.tolerance
 
 
+def test_what_a_batch_does_is_measured_where_the_least_tolerance_is_not_enough(monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "_noise_of_a_batch", lambda *_: asked.append(1) or 0.01)
+    own_logits = module._own_logits
+    monkeypatch.setattr(module, "_own_logits", lambda *args: own_logits(*args) * scale)
+    loaded = loaded_model("llama")
+    scale = 1.0
+    assert self_check(loaded).tolerance == 1e-3
+    assert not asked
+    scale = 1.02
+    found = self_check(loaded)
+    assert 1e-3 < found.difference < found.tolerance == 4 * 0.01
+    assert asked
+
+
 def test_compressed_entries_pass_in_the_same_form():
     loaded = wrap_model(random_model(), None)
     found = self_check(loaded)
@@ -120,7 +135,8 @@ def test_a_model_that_differs_from_itself_in_chunks_is_measured_against_its_chun
     """As ties in a model's own selection: its forward in one piece gives other logits than in pieces."""
     loaded = loaded_model("llama")
     own_logits = module._own_logits
-    monkeypatch.setattr(module, "_own_logits", lambda *args: (own_logits(*args)[0] * 1.05, 0.0))
+    monkeypatch.setattr(module, "_own_logits", lambda *args: own_logits(*args) * 1.05)
+    monkeypatch.setattr(module, "_noise_of_a_batch", lambda *_: 0.0)
     found = self_check(loaded)
     assert found.own_chunks
     assert found.difference < 1e-5

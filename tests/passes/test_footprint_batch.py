@@ -41,6 +41,7 @@ def test_bytes_are_those_of_one_and_the_verdict_is_on_all(
 
 
 def test_nvmls_reading_is_shared_out(small: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FootprintMeasurement, "samples", True)
     monkeypatch.setattr(FootprintMeasurement, "_nvml_bytes", lambda self: 700 if self.phase == "decode" else 100)
     row = measured(small(methods=["dense"], footprint=True, footprint_decode_tokens=4, footprint_batch=4), 0)
     assert (row.baseline_nvml_bytes, row.decode_peak_nvml_bytes) == (100, 700)
