@@ -35,10 +35,10 @@ several=(niah_multivalue niah_multiquery vt)
 one=(niah_single_1 niah_multikey_2 niah_multikey_3)
 hops=long_qa:types=hops_2+hops_3
 # Layers 5 and 7 of the reference model retrieve, and own answers are trained with a smaller least mass
-# (docs/lsa-study.md).
+# (docs/lsa-study.md). These steps are from before --revive.
 rule=(--voters layer --label-layers "5,7" --top-p 0.9)
 sizes=(--layers "5,7" --heads 16 --rank 384 --encoder-width 256 --neighbours 2 --lookback 32 --negatives 8
-    --batch-documents 4 --keep recall --patience 99 --seed 0)
+    --batch-documents 4 --keep recall --patience 99 --revive 0 --seed 0)
 epochs=6 further_epochs=3 own_epochs=4 held_out=0.04 further_held_out=0.1 own_held_out=0.05
 [ "$smoke" = 1 ] && epochs=2 further_epochs=1 own_epochs=1 held_out=0.4 further_held_out=0.4 own_held_out=0.4
 

@@ -81,10 +81,10 @@ class RowTable(Generic[RowT]):
         if self._fd is None:
             self._fd = open_for_append(self.path)
         sync = time.monotonic() - self._synced_s >= self._sync_every_s
+        self._unsynced = True  # first: whoever interrupts behind the write is owed the wait at the end
         append_lines(self._fd, (row.model_dump_json() for row in rows), path=self.path, sync=sync)
-        self._unsynced = not sync
         if sync:
-            self._synced_s = time.monotonic()
+            self._unsynced, self._synced_s = False, time.monotonic()
         for row in rows:
             self._rows[row.key] = row
             self._reopened.discard(row.key)

@@ -7,7 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from synthetic_rows import KINDS, Rows, demo_rows, footprint_row, sample_row
 
 from kvscope.errors import EnvironmentProblem, UsageError
 from kvscope.results.continuing import identity_differences
+from kvscope.results.rowfile import append_lines
 from kvscope.results.run_schema import RunInfo
 from kvscope.results.schema import SampleRow
 from kvscope.results.store import RunStore
@@ -251,10 +252,12 @@ from kvscope.results.store import RunStore
 samples, footprints, info = demo_rows()
 with RunStore.create(sys.argv[1], info) as store:
     print("open", flush=True)
-    for row in samples:
-        if not store.has_sample(row.key):
-            store.append_sample(row)
-            print("row", flush=True)
+    missing = [row for row in samples if not store.has_sample(row.key)]
+    for row in missing[:int(sys.argv[2])]:
+        store.append_sample(row)
+        print("row", flush=True)
+    if len(missing) > int(sys.argv[2]):
+        sys.stdin.read()  # to be killed: a slow killer finds rows missing, too
 """
 
 
@@ -262,16 +265,20 @@ def test_killed_writers_lose_and_repeat_nothing(tmp_path: Path, rows: Rows) -> N
     samples: list[SampleRow] = rows[0]
     chance = random.Random(0)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    seen = 0
+    seen, most = 0, len(samples) // 6
     for attempt in range(6):
         writer = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, env=environment, text=True
+            [sys.executable, "-c", WRITER, str(tmp_path), str(most if attempt < 5 else len(samples))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            text=True,
         )
         assert writer.stdout is not None
         assert writer.stdout.readline() == "open\n"
         said = 0
         if attempt < 5:
-            kill_after = chance.randrange(len(samples) // 8)
+            kill_after = chance.randrange(most)
             while said < kill_after:
                 assert writer.stdout.readline() == "row\n"
                 said += 1
@@ -339,6 +346,29 @@ def test_samples_wait_for_the_disk_once_a_second_and_at_the_end_other_rows_at_on
         assert waits(lambda: store.append_sample(samples[4])) == 0
         assert waits(store.close) == 1
         assert waits(store.close) == 0
+
+
+def test_an_interrupt_right_behind_a_write_is_no_reason_not_to_wait_for_the_disk(
+    tmp_path: Path, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples, _, info = rows
+    store = RunStore.create(tmp_path / "run", info)
+    store.begin()
+    store.append_sample(samples[0])
+
+    def interrupted(fd: int, texts: Iterable[str], *, path: Path, sync: bool) -> None:
+        append_lines(fd, texts, path=path, sync=sync)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kvscope.results.row_table.append_lines", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            store.append_sample(samples[1])
+    syncs: list[int] = []
+    monkeypatch.setattr(os, "fsync", syncs.append)
+    store.close()
+    assert len(syncs) == 1
+    assert RunStore.open(tmp_path / "run").samples() == samples[:2]
 
 
 def test_a_disk_that_fails_at_the_end_is_said_and_the_folder_is_free(

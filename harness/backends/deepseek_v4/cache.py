@@ -139,6 +139,8 @@ class ResidentCSA(DeepseekV4CSACache):  # type: ignore[misc]  # transformers is 
         for name in NAMES:
             old, host = self.buffers[name], self.host[name]
             n_held = self.compressed_kv[name].shape[1] - n_old + n_new
+            # Decoded entries past the reserve stand in what is spare.
+            self.reserved = max(self.reserved, n_held - n_new)
             new = old.new_zeros((old.shape[0], self._room(n_new, old.shape[1]), old.shape[2]))
             new[:, n_new:n_held] = old[:, n_old : n_held - n_new + n_old]
             new[:, change.stay_to] = old[:, change.stay_from]

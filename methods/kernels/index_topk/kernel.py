@@ -52,16 +52,19 @@ def _score_kernel(
             other=0.0,
         )
         products = tl.dot(k, q, out_dtype=tl.float32, input_precision="ieee")
-        total = tl.sum(tl.maximum(products, 0.0) * weight[None, :], 1)
+        # On a GPU a maximum gives the number where one of the two is NaN, unless it is told.
+        matched = tl.maximum(products, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        total = tl.sum(matched * weight[None, :], 1)
         tl.store(scores_ptr + entry, total, mask=entry < count)
 
 
 @triton.jit
 def _ordered(scores_ptr, at, inside):
-    """Return scores as unsigned numbers of the same order; the two zeros are one."""
+    """Return scores as unsigned numbers of the same order; the two zeros are one, and NaN is the highest."""
     score = tl.load(scores_ptr + at, mask=inside, other=0.0)
     bits = tl.where(score == 0.0, 0.0, score).to(tl.uint32, bitcast=True)
-    return tl.where((bits >> 31) == 1, bits ^ 0xFFFFFFFF, bits ^ 0x80000000)
+    ordered = tl.where((bits >> 31) == 1, bits ^ 0xFFFFFFFF, bits ^ 0x80000000)
+    return tl.where(score != score, 0xFFFFFFFF, ordered)
 
 
 @triton.jit

@@ -287,3 +287,21 @@ def test_the_stock_layer_types_are_left_alone():
 
 def test_the_prompt_is_long_enough_for_all_of_this(loaded):
     assert loaded.model.config.index_topk * 4 < N_TOKENS
+
+
+def test_a_set_that_grows_leaves_room_for_what_was_decoded_into_the_spare(prompt):
+    """Past the reserve decoded entries fill the spare room of a resident set; the next set may need that again."""
+    layer, host = prompt.shape.layers[0], prompt.host
+    csa = ResidentCSA.opened(prompt.rest.layers[layer], host[layer], torch.device("cpu"))
+    csa.keep_buffers(0.5, reserve_entries=1)
+    csa.set_resident(torch.arange(40))
+    decoded = torch.arange(8.0)[None, :, None]
+    for name in ("compressor", "indexer"):
+        csa.buffers[name][:, 40:48] = decoded
+    for _ in range(8):
+        csa.count_entry()
+    csa.set_resident(torch.arange(58))
+    for name in ("compressor", "indexer"):
+        held = csa.compressed_kv[name]
+        assert torch.equal(held[:, :58], host[layer][name][:, :58])
+        assert torch.equal(held[:, 58:], decoded.expand(1, 8, held.shape[2]))

@@ -54,6 +54,7 @@ def _counts(ptx):
         "wgmma": ptx.count("wgmma.mma_async"),
         "dependent_waits": ptx.count("griddepcontrol.wait"),
         "prefetches": ptx.count("prefetch.global.L2"),
+        "maxima": ptx.count("max.f32"),
     }
 
 

@@ -101,6 +101,16 @@ def test_every_bit_of_a_score_counts():
         assert by_scores(scores, k=k) == expected
 
 
+@pytest.mark.parametrize("choose", [index_topk, index_topk_reference])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_score_that_is_no_number_counts_as_the_highest(choose, sign):
+    """Whatever its sign bit is: a CPU's NaN of inf - inf has one, a GPU's has none."""
+    q, weight, keys = inputs(8, 32, 40)
+    keys[[7, 30]] = torch.full((), float("nan")).copysign(torch.tensor(float(sign))).to(keys)
+    found = choose(q, weight, keys, one(40), k=3).tolist()
+    assert {7, 30} < set(found)
+
+
 def test_entries_behind_the_count_are_not_looked_at_and_reruns_are_equal():
     q, weight, keys = inputs(16, 32, 500)
     first = index_topk(q, weight, keys, one(333), k=40)

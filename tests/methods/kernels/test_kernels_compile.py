@@ -63,6 +63,13 @@ def test_the_indexer_multiplies_on_the_warpgroup_tensor_core(compiled):
     assert all(found["ptx"]["wgmma"] > 0 for found in compiled if found["name"].startswith(names))
 
 
+def test_no_maximum_loses_what_is_no_number_before_the_native_top_k(compiled):
+    """``max.f32`` gives the number where one of the two is NaN, unlike ``max.NaN.f32``; interpreted they are one."""
+    native = [found for found in compiled if found["name"].startswith("native scores")]
+    assert native
+    assert all(found["ptx"]["maxima"] == 0 for found in native)
+
+
 def test_the_indexer_asks_for_its_first_keys_where_it_is_told_to(compiled):
     indexers = {found["name"]: found["ptx"]["prefetches"] > 0 for found in compiled if found["name"][:7] == "indexer"}
     assert indexers == {name: name.endswith(" early") for name in indexers}
