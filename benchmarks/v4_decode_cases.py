@@ -234,7 +234,8 @@ def check_rows(scale: Scale, loaded: LoadedModel) -> Iterator[Row]:
     """
     config, device = loaded.model.config, loaded.device
     length = min(scale.lengths_tokens)
-    n, k = length // loaded.shape.cache.csa_rate, min(config.index_topk, length // loaded.shape.cache.csa_rate)
+    n = length // loaded.shape.cache.csa_rate
+    k = min(config.index_topk, n - 3)  # of those that count
     keys_nE = torch.randn(n, config.index_head_dim, dtype=loaded.dtype, device=device)
     q_IE = torch.randn(config.index_n_heads, config.index_head_dim, dtype=loaded.dtype, device=device)
     weight_I = torch.randn(config.index_n_heads, device=device)

@@ -211,7 +211,7 @@ class Footprint:
         bytes_read_per_step: bytes of K, V and metadata that attention of one decode step over this state reads.
         attention_flops_per_step: FLOPs of that step's attention and selection.
         spare_kv_bytes, spare_metadata_bytes: of the bytes above, room that only steps at fixed addresses keep: slots
-            beyond what was chosen, and the tables that name them.
+            beyond what was chosen, and the tables that name them. Below zero where such steps hold less than others.
     """
 
     kv_bytes: int = 0

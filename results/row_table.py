@@ -95,14 +95,14 @@ class RowTable(Generic[RowT]):
         Raises:
             EnvironmentProblem: the disk is full or broken.
         """
-        if self._fd is not None:
+        fd, self._fd = self._fd, None
+        unsynced, self._unsynced = self._unsynced, False
+        if fd is not None:
             try:
-                if self._unsynced:
-                    sync_lines(self._fd, path=self.path)
+                if unsynced:
+                    sync_lines(fd, path=self.path)
             finally:
-                self._unsynced = False
-                os.close(self._fd)
-                self._fd = None
+                os.close(fd)
 
 
 def by_key(rows: Iterable[RowT]) -> tuple[dict[Any, RowT], Any]:

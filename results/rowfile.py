@@ -29,7 +29,7 @@ def open_for_append(path: Path) -> int:
 
 
 def append_lines(fd: int, texts: Iterable[str], *, path: Path, sync: bool = True) -> None:
-    """Put texts and newlines into a file with one write, and on disk. On failure the file is cut back to what it was.
+    """Put texts and newlines into a file with one write, and on disk. Where that write fails nothing of it stays.
 
     Args:
         sync: wait for the disk. Without it they outlive this process, and a power cut only if ``sync_lines`` follows.

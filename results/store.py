@@ -143,11 +143,11 @@ class RunStore:
             self._unwritten = False
 
     def append_sample(self, row: SampleRow) -> None:
-        """Put one sample row on disk. Raises ValueError for a cell that is done."""
+        """Put one sample row into its file. Raises ValueError for a cell that is done."""
         self.append_samples([row])
 
     def append_samples(self, rows: Sequence[SampleRow]) -> None:
-        """Put sample rows on disk with one sync. Raises ValueError for a cell that is done, or two of one."""
+        """Put sample rows into their file with one write. Raises ValueError for a cell that is done, or two of one."""
         self.begin()
         self.sample_rows.extend(rows)
 

@@ -224,7 +224,7 @@ class ShardedAccuracy:
         return found
 
     def _rows(self, said: Sequence[Mapping[str, Any]]) -> None:
-        """Put rows on disk, but for those that are there, and tell what is done with them."""
+        """Put rows into their file, but for those that are there, and tell what is done with them."""
         rows = {row.key: row for row in map(SampleRow.model_validate, said)}
         # Others were answered by a worker that died before it could say that it was done.
         fresh = [row for key, row in rows.items() if not self.store.has_sample(key)]

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 from benchmark_scripts import load_script
@@ -81,3 +82,10 @@ def test_comparisons_are_of_steps_that_were_captured(script):
     rows = [row("dense", "graph", 0.02), row("dense", "eager", 0.06, "eager"), row("lsa", "graph", 0.01)]
     found = {each["what"]: each["tpot"] for each in script.compare([*rows, {"part": "topk", "status": "ok"}])}
     assert found == {"eager over captured, dense": pytest.approx(3.0), "dense over lsa": pytest.approx(2.0)}
+
+
+def test_a_top_k_of_more_than_the_entries_is_checked_too(script):
+    cases = sys.modules["v4_decode_cases"]
+    scale = replace(cases.TINY, lengths_tokens=(64,))  # 16 entries, of which 13 count; the top-k takes 16
+    rows = list(cases.check_rows(scale, cases.build(scale)))
+    assert [row["status"] for row in rows] == ["ok", "ok"]

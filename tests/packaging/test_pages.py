@@ -14,8 +14,10 @@ import yaml
 import kvscope
 from kvscope import cli
 from kvscope.methods.registry import METHODS
+from kvscope.results.comparisons import compare_methods
 from kvscope.results.frames import load_run
 from kvscope.results.share import prompt_shares
+from kvscope.results.statistics import Interval
 from kvscope.tasks.registry import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -235,12 +237,26 @@ def test_lsas_share_has_one_value_on_all_pages() -> None:
 def test_todays_indexer_is_on_the_page_as_its_rows_have_it() -> None:
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").splitlines()
     for cell, lengths in (("lsa", (16_384, 32_768)), ("lsa-256k", (262_144,))):
-        samples = load_run(ROOT / "results" / "reference" / "h200" / cell).samples
+        run = load_run(ROOT / "results" / "reference" / "h200" / cell)
+        samples = run.samples
+        paired = {each.scope: each.paired.difference for each in compare_methods(samples, info=run.info)}
         for length in lengths:
             rows = samples[samples.length_tokens == length]
             (line,) = [each for each in page if each.startswith(f"| H200, {length // 1024}K")]
             accuracy = 100 * rows.groupby("method").score.mean()
             share = 100 * prompt_shares(rows[rows.method == "lsa"]).mean()
             shown = [f"{accuracy[name]:.1f} %" for name in ("dense", "lsa")]
-            shown += [f"{accuracy['lsa'] - accuracy['dense']:+.1f} [", f"{share:.1f} % |"]
+            found = paired.get(f"{length} tokens", paired["all prompts"])  # a run of one length is pooled alone
+            shown += [in_points(found, decimals=1), f"{share:.1f} % |"]
             assert [part for part in shown if part not in line] == [], line
+        if cell == "lsa":
+            test = in_points(paired["all prompts"], decimals=2)
+            for name in ("README.md", "docs/results.md", "docs/lsa-study.md", "methods/lsa/indexers/README.md"):
+                assert test in (ROOT / name).read_text(encoding="utf-8"), (name, test)
+
+
+def in_points(found: Interval, *, decimals: int) -> str:
+    assert found.low is not None
+    assert found.high is not None
+    mean, low, high = (f"{100 * each:+.{decimals}f}" for each in (found.mean, found.low, found.high))
+    return f"{mean} [{low}, {high}]"

@@ -64,7 +64,7 @@ class CompressedModelShape(ModelShape):
         return self.dense_kv_bytes(n_tokens) + scores_bytes + 2 * 4 * self.index_heads * chunk * entries
 
     def mean_step(self, n_tokens: int, n_new_tokens: int, *, n_kept: int) -> Footprint:
-        """Return what is held, read and computed: mean over the steps, or without steps as opened.
+        """Return what is held, read and computed by eager steps: their mean, or without steps as opened.
 
         Args:
             n_tokens: of the prompt.
