@@ -53,7 +53,7 @@ SURFACE = {
         "--batch-documents", "--batch-rows", "--chunk-tokens", "--cold-start", "--data", "--device", "--encoder",
         "--encoder-width", "--epochs", "--gamma", "--heads", "--held-out", "--keep", "--key-dim", "--label-layers",
         "--layers", "--least-mass", "--lookback", "--lr", "--negatives", "--neighbours", "--out", "--patience",
-        "--quiet", "--rank", "--recency-tokens", "--seed", "--segment-tokens", "--sink-tokens", "--start",
+        "--quiet", "--rank", "--recency-tokens", "--revive", "--seed", "--segment-tokens", "--sink-tokens", "--start",
         "--target-recall", "--tau", "--top-p", "--voters", "--votes", "--warm-start", "--weight-decay", "-o", "-q",
     ],
     "lsa calibrate": [

@@ -107,7 +107,7 @@ def dense_depths() -> Rows:
         machine=H100,
         tasks=("niah_single_1", "niah_multikey_2", "vt"),
         lengths=tuple(1024 * 2**i for i in range(10)),
-        samples=20,
+        samples=60,
         footprint_lengths=(1024,),
     )
 

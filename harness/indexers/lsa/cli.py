@@ -173,7 +173,7 @@ def train(
     lookback: Annotated[int, typer.Option("--lookback", help="Last hidden states scored at a refresh.")] = 16,
     revive: Annotated[
         float, typer.Option("--revive", help="Gradient of products below zero, where that raises them. 0: none.")
-    ] = 0.3,
+    ] = 0.1,
     segment_tokens: Annotated[
         int | None,
         typer.Option("--segment-tokens", help="Tokens that share a key, part of a chunk.  [default: all of it]"),

@@ -53,7 +53,7 @@ class TrainConfig(TrainingOptions, LabelChoice):
     segment_tokens: int | None = None
     neighbours: int | None = None
     lookback: int = 16
-    revive: float = 0.3
+    revive: float = 0.1
     keep: Literal["loss", "recall"] = "recall"
     patience: int = 2
     target_recall: float | None = None
