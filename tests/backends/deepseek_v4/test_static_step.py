@@ -135,15 +135,14 @@ def test_experts_chosen_by_the_token():
 
 def test_in_bf16_a_fixed_step_is_no_further_from_fp32_than_an_eager_one():
     ids = torch.randint(2, 500, (180,), generator=torch.Generator().manual_seed(1)).tolist()
-    exact = wrap_model(random_model(), None, name="whole")
-    half = wrap_model(random_model().to(torch.bfloat16), None, name="half")
+    exact = wrap_model(random_model(hc_sinkhorn_iters=20), None, name="whole")
+    half = wrap_model(random_model(hc_sinkhorn_iters=20).to(torch.bfloat16), None, name="half")
     logits = [
         run(loaded, "dense", prefill(loaded, ids[:110], chunk_tokens=64), ids[110:], decode_graph=mode)[0]
         for loaded, mode in ((exact, "off"), (half, "off"), (half, "uncaptured"))
     ]
     eager, static = ((each - logits[0]).abs().amax(1).mean() for each in logits[1:])
-    # Of six layers a rounding may turn a choice of experts or of entries, in the one and not in the other.
-    assert 0 < static < 2 * eager < 0.3 * logits[0].abs().max()
+    assert 0 < static < 1.25 * eager < 0.3 * logits[0].abs().max()
 
 
 @pytest.mark.parametrize("spec", ["dense", SPECS[3]])
