@@ -118,6 +118,15 @@ def test_the_plan_is_what_the_issue_asks(gate: ModuleType) -> None:
     assert (dilution.kind, dilution.method) == ("difference", "msa")
 
 
+def test_some_tests_need_some_cells(gate: ModuleType) -> None:
+    some = gate.asking(gate.PLAN, ("B", "C"))
+    assert [test.name for test in some.tests] == ["B", "C"]
+    assert [cell.name for cell in some.cells] == ["far-256k", "far-512k"]
+    assert gate.asking(gate.PLAN, ("A", "B", "C")) == gate.PLAN
+    with pytest.raises(UsageError, match="no test 'D': A, B, C"):
+        gate.asking(gate.PLAN, ("A", "D"))
+
+
 def test_a_plan_is_fixed_once(gate: ModuleType, tmp_path: Path) -> None:
     record = gate.plan_record(gate.PLAN, model="reference", lsa=f"lsa:indexer={SHIPPED}")
     assert record["model_revision"] == read_indexer_config(indexer_folder("reference")).model_revision

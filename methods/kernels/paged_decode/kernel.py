@@ -63,13 +63,13 @@ class PackedTuning:
     piece_words: int = 32
 
 
-#: By format. 168 registers let three programs of a warp share a quarter of a multiprocessor, 255 two. Chosen by counts
-#: (benchmarks/results/packed_instructions.json) and not timed yet.
+#: By format: the fastest on an H200 at 1 x 128K (benchmarks/results/packed_variants_h200.json). Whole tokens in one piece
+#: and all registers beat more warps at once, which 168 registers would let in.
 PACKED_DEFAULTS = {
-    "fp8": PackedTuning(programs_per_sm=12, max_registers=168),
-    "int8": PackedTuning(programs_per_sm=12, max_registers=168),
-    "int4": PackedTuning(programs_per_sm=12, max_registers=168),
-    "kivi2": PackedTuning(tile_tokens=32, programs_per_sm=12, max_registers=168),
+    "fp8": PackedTuning(piece_words=64),
+    "int8": PackedTuning(piece_words=64),
+    "int4": PackedTuning(piece_words=32),
+    "kivi2": PackedTuning(tile_tokens=32, num_stages=3, piece_words=16),
 }
 
 
