@@ -250,8 +250,8 @@ def judge(work: Work, deadline_s: float) -> dict[str, Any]:
     """Answer the prompts of the tests that were fixed in advance, and judge them."""
     spec = work.lsa or f"lsa:indexer={work.out / 'lsa' / NAMES[16]}"
     return gate.gate(
-        gate.asking(gate.tiny_plan() if work.tiny else gate.PLAN, work.tests), work.out / "gate", model=work.model, lsa=spec,
-        device=work.device, jobs=work.jobs, deadline_s=deadline_s, note=work.note,
+        gate.asking(gate.tiny_plan() if work.tiny else gate.PLAN, work.tests), work.out / "gate",
+        model=work.model, lsa=spec, device=work.device, jobs=work.jobs, deadline_s=deadline_s, note=work.note,
     )  # fmt: skip
 
 

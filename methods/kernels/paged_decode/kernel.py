@@ -63,8 +63,8 @@ class PackedTuning:
     piece_words: int = 32
 
 
-#: By format: the fastest on an H200 at 1 x 128K (benchmarks/results/packed_variants_h200.json). Whole tokens in one piece
-#: and all registers beat more warps at once, which 168 registers would let in.
+#: By format: the fastest on an H200 at 1 x 128K (benchmarks/results/packed_variants_h200.json). All the registers there
+#: are beat the warps that a limit of 168 would let in.
 PACKED_DEFAULTS = {
     "fp8": PackedTuning(piece_words=64),
     "int8": PackedTuning(piece_words=64),
