@@ -14,6 +14,7 @@ from stock_ruler_prompts import MANIFEST, TASKS, file_name, read_lines, read_man
 import kvscope
 from kvscope.errors import UsageError
 from kvscope.results.frames import records
+from kvscope.results.share import prompt_shares
 from kvscope.results.statistics import mean_interval
 from kvscope.tasks.base import text_sha256
 from kvscope.units import format_length
@@ -43,6 +44,7 @@ class Answer:
         text: what was generated.
         score: the stock scorer's, 0 to 1.
         stop_reason: why it ended.
+        held_of_dense: bytes held over dense's, lsa's share as docs/results.md defines it.
     """
 
     task: str
@@ -52,6 +54,7 @@ class Answer:
     text: str
     score: float
     stop_reason: str
+    held_of_dense: float
 
 
 def stock_score(line: Mapping[str, Any], text: str) -> float:
@@ -70,7 +73,8 @@ def answers(run: "kvscope.Run", prompts: Path) -> Iterator[Answer]:
         SystemExit: a row was not answered, or its prompt is not that of the file.
     """
     lines: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for row in sorted(records(run.samples), key=lambda row: int(row["sample"])):  # rows come as answers end
+    samples = run.samples.assign(held_of_dense=prompt_shares(run.samples))
+    for row in sorted(records(samples), key=lambda row: int(row["sample"])):  # rows come as answers end
         cell = cell_of(row["task"])
         where = f"{cell[0]} at {cell[1]}, prompt {row['sample']}, {row['method_label']}"
         if row["status"] != "ok":
@@ -95,6 +99,7 @@ def answers(run: "kvscope.Run", prompts: Path) -> Iterator[Answer]:
             text=row["output"],
             score=stock_score(line, row["output"]),
             stop_reason=row["stop_reason"],
+            held_of_dense=row["held_of_dense"],
         )
 
 
@@ -148,6 +153,7 @@ def _cell(key: tuple[str, int, str], found: Sequence[Answer], failed: int) -> di
         "interval_kind": interval.kind,
         "prompt_tokens": {"min": min(tokens), "mean": round(sum(tokens) / len(tokens), 1), "max": max(tokens)},
         "ends": ends,
+        "held_percent_of_dense": round(100 * sum(answer.held_of_dense for answer in found) / len(found), 2),
     }
     if failed:
         wrong = [answer for answer in found if answer.score < 1][:failed]

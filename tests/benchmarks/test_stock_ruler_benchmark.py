@@ -136,7 +136,7 @@ def test_other_prompts_are_refused(tmp_path: Path) -> None:
 
     write_prompts(tmp_path / "prompts", [("ruler_vt", 2048)], prompt_tokens=9)
     row = {"task": "jsonl:ruler_vt-2048", "sample": 0, "method_label": "dense", "status": "ok", "prompt_tokens": 3,
-           "prompt_sha256": "0"}  # fmt: skip
+           "prompt_sha256": "0", "resident_kv_bytes": 1, "metadata_bytes": 0, "dense_kv_bytes": 1}  # fmt: skip
     run: Any = SimpleNamespace(samples=pd.DataFrame([row]))
     with pytest.raises(SystemExit, match="dense has 3 tokens, and lm-eval counted 9"):
         list(answers(run, tmp_path / "prompts"))
@@ -187,3 +187,25 @@ def test_models_stand_side_by_side_on_the_same_prompts_alone() -> None:
     assert second.endswith("| 100 | - | 98.0 [89.5, 99.6] |")
     with pytest.raises(SystemExit, match="new answered other prompts of a"):
         table([result("old", ["dense"]), {**new, "prompt_hashes": {"a": "2"}}])
+
+
+def test_the_page_has_the_tables_of_the_file() -> None:
+    from stock_ruler_score import read_result, table
+
+    found = read_result(ROOT / "benchmarks" / "results" / "stock_ruler_methods_h200.json")
+    page = (ROOT / "docs" / "stock-ruler.md").read_text(encoding="utf-8").splitlines()
+    scores = table([found])
+    assert page[page.index(scores[0]) :][: len(scores)] == scores
+    methods = ("dense", "lsa", "quest", "sliding_window", "snapkv")
+    for length in (1, 2, 4, 8, 16, 32):
+        held = {
+            method: [
+                cell["held_percent_of_dense"]
+                for cell in found["cells"]
+                if cell["method"] == method and cell["nominal_tokens"] == 1024 * length
+            ]
+            for method in methods
+        }
+        assert {len(each) for each in held.values()} == {6}
+        means = " | ".join(f"{sum(held[method]) / 6:.1f}" for method in methods)
+        assert f"| {length}K | {means} |" in page
