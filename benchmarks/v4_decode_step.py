@@ -92,7 +92,8 @@ def line(r: dict[str, Any]) -> str:
     if r["status"] != "ok":
         return f"{head}{r['status']}: {r['reason']}"
     if r["part"] == "check":
-        return f"{head}right: {r.get('wrong', r.get('median_difference')):.3g} off"
+        off = next(r[name] for name in ("wrong", "unequal_logits", "largest_difference") if name in r)
+        return f"{head}right: {off:.3g} off"
     if r["part"] == "topk":
         return f"{head}{1e6 * r['time_s']:8.1f} us, {r['times_floor']:5.1f} x the copy of {r['entries']:,} keys"
     if r["part"] == "refresh":
