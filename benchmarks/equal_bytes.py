@@ -2,7 +2,8 @@
 
     python benchmarks/equal_bytes.py plan                                    # prompts, rows, cells: runs nothing
     python benchmarks/equal_bytes.py run --work runs/equal --jobs 12 --time-limit 540    # again until it says done
-    python benchmarks/equal_bytes.py result --work runs/equal --out benchmarks/results/equal_bytes.json
+    python benchmarks/equal_bytes.py pack --work runs/equal --out results/reference/CARD/equal-bytes
+    python benchmarks/equal_bytes.py result --run results/reference/CARD/equal-bytes --out equal_bytes.json
 
 ``equal_bytes.yaml`` has methods, tasks, lengths, samples and the seed. There are three steps, in two run folders:
 
@@ -13,7 +14,9 @@
 - ``times``, folder ``known``: the footprint pass, a process a cell. Times of the accuracy pass are those of shared
   steps, and are quoted nowhere. It measures what has no share, and one share of each method.
 
-Every step resumes. The report of ``known`` has table and figure (``equal_bytes``).
+Every step resumes. ``pack`` keeps the lengths that are whole, and ``run --start PACKED`` goes on from them elsewhere
+where model, device and recipe are the same. ``result`` has tables of whole lengths and lists what is not measured. The
+report of ``known``, packed or not, has table and figure (``equal_bytes``).
 """
 
 import argparse
@@ -28,20 +31,28 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from equal_bytes_results import (
+    KNOWN,
+    UNKNOWN,
+    UNKNOWN_ENDING,
+    amounts,
+    begun,
+    found_runs,
+    pack,
+    start_from,
+    tables,
+    whole_lengths,
+)
 from measure import ended, rounded, say
 
 from kvscope.errors import UsageError
 from kvscope.harness.passes.config import RunConfig, make_config
-from kvscope.reports.cells import accuracy_cells
-from kvscope.reports.shares import share_cells, without_share
-from kvscope.results.frames import Run, load_run, records
-from kvscope.results.joining import join
-from kvscope.results.statistics import paired_difference
-from kvscope.results.store import RUN_FILE
+from kvscope.reports.shares import without_share
+from kvscope.results.frames import Run, load_run
 
 CONFIG = Path(__file__).with_suffix(".yaml")
 STEPS = ("accuracy", "question", "times")
-FOLDERS = {"accuracy": "known", "question": "unknown", "times": "known"}
+FOLDERS = {"accuracy": KNOWN, "question": UNKNOWN, "times": KNOWN}
 #: Methods whose choice depends on what the end of the prompt asks, what chooses blindly, and lsa.
 CHOOSE_AT_THE_END = (
     "dense", "recency", "snapkv", "pyramidkv", "adakv", "expected_attention", "knorm", "tova", "h2o", "lsa",
@@ -108,7 +119,7 @@ def run_step(step: str, values: dict[str, Any], work: Path, *, left_s: float) ->
     path = work / f"{step}.yaml"
     path.write_text(yaml.safe_dump(step_values(step, values), sort_keys=False), encoding="utf-8")
     command = [sys.executable, "-c", "import sys; from kvscope.cli import main; sys.exit(main())"]
-    command += ["run", str(path), "--out", str(folder), "--time-limit", str(round(left_s)), "--quiet"]
+    command += ["run", str(path), "--out", str(folder), "--time-limit", str(round(left_s)), "--quiet", "--no-report"]
     started_s = time.monotonic()
     done = subprocess.run(command, check=False, env=os.environ)
     if done.returncode:
@@ -116,75 +127,62 @@ def run_step(step: str, values: dict[str, Any], work: Path, *, left_s: float) ->
     return time.monotonic() - started_s
 
 
+def counts_of(step: str, values: dict[str, Any], run: Run | None) -> list[dict[str, Any]]:
+    """Return for every length how many rows a step asks for, and how many there are."""
+    return amounts(checked(step_values(step, values)), run, footprints=step == "times")
+
+
 def is_done(step: str, values: dict[str, Any], work: Path) -> bool:
     """Whether a step has every row it asks for."""
     folder = work / FOLDERS[step]
-    if not (folder / RUN_FILE).exists():
-        return False
-    config, run = checked(step_values(step, values)), load_run(folder)
-    labels = {str(spec.label) for spec in config.methods}
-    if step == "times":
-        rows = run.footprint
-        return len(rows) >= len(labels) * len(config.lengths_tokens)
-    asked = len(labels) * len(config.tasks) * len(config.lengths_tokens) * config.samples
-    return len(run.samples) >= asked
+    counts = counts_of(step, values, load_run(folder) if begun(folder) else None)
+    return len(whole_lengths(counts)) == len(counts)
 
 
-def question_rows(known: Run, unknown: Run) -> list[dict[str, Any]]:
-    """Accuracy with the question unknown and known to the choice, by method and length, on the same prompts."""
-    joined = join(unknown, known)
-    found = []
-    for (label, _), table in zip(joined.pairs, joined.tables, strict=True):
-        setting, _, share = without_share(label)
-        for length, rows in table.groupby("length_tokens"):
-            clusters = None if rows["context_id"].isna().all() else rows["context_id"].tolist()
-            paired = paired_difference(
-                rows["score_method"].to_numpy(float), rows["score_baseline"].to_numpy(float), clusters=clusters
-            )
-            found.append(
-                {
-                    "length_tokens": int(length),
-                    "method": setting,
-                    "asked_share": share,
-                    "n": len(rows),
-                    "accuracy_question_unknown": float(rows["score_baseline"].mean()),
-                    "accuracy_question_known": float(rows["score_method"].mean()),
-                    "known_minus_unknown": paired.difference.mean,
-                    "difference_low": paired.difference.low,
-                    "difference_high": paired.difference.high,
-                }
-            )
-    return sorted(found, key=lambda row: (row["length_tokens"], row["asked_share"] or 0, row["method"]))
-
-
-def result_of(work: Path) -> dict[str, Any]:
-    """Return tables of what there is, and the machine."""
-    known = load_run(work / FOLDERS["accuracy"])
-    cells = records(share_cells(known, accuracy_cells(known)))
-    far = [
-        f"{row['method_label']} at {row['length_tokens']:,}: {100 * row['held_of_dense']:.1f} %"
-        for row in cells
-        if row["asked_of"] == "held" and abs(row["held_of_dense"] - row["asked_share"]) > 0.1 * row["asked_share"]
-    ]
-    result = {
+def result_of(runs: dict[str, Run], values: dict[str, Any]) -> dict[str, Any]:
+    """Return tables of the lengths that are whole, the machine, and what is not measured."""
+    counts = {step: counts_of(step, values, runs.get(FOLDERS[step])) for step in STEPS}
+    lengths = {step: whole_lengths(found) for step, found in counts.items()}
+    both = [n for n in lengths["question"] if n in lengths["accuracy"]]
+    known = runs[KNOWN]
+    return {
         "benchmark": "equal_bytes",
         "environment": known.info.environment,
         "config": known.info.config,
-        "cells": cells,
-        "held_more_than_a_tenth_off": far,
+        "not_measured": [
+            {"step": step, **count}
+            for step, found in counts.items()
+            for count in found
+            if count["length_tokens"] not in lengths[step]
+        ],
+        **tables(known, runs.get(UNKNOWN), lengths=lengths["accuracy"], question_lengths=both),
     }
-    unknown = work / FOLDERS["question"]
-    if (unknown / RUN_FILE).exists():
-        result["question"] = question_rows(known, load_run(unknown))
-    return result
+
+
+def pack_all(work: Path, out: Path, values: dict[str, Any]) -> None:
+    """Pack what is whole of both run folders; say what it takes."""
+    for step, place in (("accuracy", out), ("question", out.with_name(out.name + UNKNOWN_ENDING))):
+        folder = work / FOLDERS[step]
+        if step == "question" and not begun(folder):
+            continue
+        run = load_run(folder)
+        lengths = whole_lengths(counts_of(step, values, run))
+        asked = " ".join(f"--{key} {run.info.config[key]}" for key in ("device", "jobs"))
+        command = f"python benchmarks/{Path(__file__).name} run --work DIR --step {step} {asked}"
+        size_bytes = pack(folder, place, lengths=lengths, command=command)
+        say(f"{place}: {', '.join(f'{n:,}' for n in lengths)} tokens, {size_bytes:,} bytes")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and run; return 0 when everything asked for is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("do", choices=("plan", "run", "result"))
+    parser.add_argument("do", choices=("plan", "run", "pack", "result"))
     parser.add_argument("--work", type=Path, default=Path("runs/equal"))
-    parser.add_argument("--out", type=Path, help="JSON that `result` writes")
+    parser.add_argument("--start", type=Path, metavar="PACKED", help="what `run` begins with, where it has not begun")
+    parser.add_argument(
+        "--run", type=Path, action="append", metavar="FOLDER", help="run of `result`, packed or not; default: --work's"
+    )
+    parser.add_argument("--out", type=Path, help="JSON that `result` writes, folder that `pack` writes")
     parser.add_argument("--step", choices=STEPS, action="append", help="default: all, in turn")
     parser.add_argument("--time-limit", type=float, default=3600.0, help="seconds")
     parser.add_argument("--model")
@@ -211,12 +209,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             say(line)
         return 0
     if given.do == "run":
+        if given.start is not None:
+            start_from(given.start, given.work, tell=say)
         return run_all(given.step or list(STEPS), values, given.work, limit_s=given.time_limit)
-    text = json.dumps(rounded(result_of(given.work)), indent=1) + "\n"
+    if given.do == "pack":
+        if given.out is None:
+            raise UsageError("Say where the packed run goes: --out DIR.")
+        pack_all(given.work, given.out, values)
+        return 0
+    result = result_of(found_runs(given.run or [], given.work), values)
+    text = json.dumps(rounded(result), indent=1) + "\n"
     if given.out is None:
         sys.stdout.write(text)
-    else:
-        given.out.write_text(text, encoding="utf-8")
+        return 0
+    given.out.write_text(text, encoding="utf-8")
+    for lacking in result["not_measured"]:
+        say("not measured: {step} at {length_tokens:,} tokens, {rows_there:,} of {rows_asked:,} rows".format(**lacking))
     return 0
 
 

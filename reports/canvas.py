@@ -247,19 +247,25 @@ def end_labels(axes: Axes, labels: Sequence[Label], *, fontsize: float = 8.5, ga
 
 
 def free_labels(
-    axes: Axes, labels: Sequence[Label], *, fontsize: float = 7.5, lines: Sequence[Sequence[tuple[float, float]]] = ()
+    axes: Axes,
+    labels: Sequence[Label],
+    *,
+    fontsize: float = 7.5,
+    lines: Sequence[Sequence[tuple[float, float]]] = (),
+    others: Sequence[tuple[float, float]] = (),
 ) -> None:
     """Write each label near its own point inside the axes, clear of points, of each other and, if it can, of `lines`.
 
     Tries places on growing rings and takes the first free one; the most crowded point chooses first. Nothing where a
-    key names the points.
+    key names the points. `others` are points without a label, in data coordinates: labels keep clear of them, too.
     """
     if look().keyed:
         return
     figure, fontsize = _figure(axes), look().pt(fontsize)
     inside = axes.get_window_extent()
     points = np.array([axes.transData.transform((label.x, label.y)) for label in labels]).reshape(-1, 2)
-    dots = np.concatenate([points - 7, points + 7], axis=1)
+    marks = np.array([*points, *(axes.transData.transform(point) for point in others)]).reshape(-1, 2)
+    dots = np.concatenate([marks - 7, marks + 7], axis=1)
     strokes = np.concatenate([np.zeros((0, 4)), *(_stroke_boxes(axes, line) for line in lines)])
     crowd = [-int((np.hypot(*(points - point).T) < 60).sum()) for point in points]
     taken = np.zeros((0, 4))
@@ -269,7 +275,7 @@ def free_labels(
         text.set_path_effects([withStroke(linewidth=2, foreground="white")])
         extent = text.get_window_extent()
         size = np.array([extent.width + 10, extent.height + 3])
-        others = points[np.hypot(*(points - points[index]).T) > 10]
+        away = marks[np.hypot(*(marks - points[index]).T) > 10]
         best: tuple[float, Pixels] | None = None
         for gap, centre in _rings(points[index], size):
             if best is not None and gap >= best[0]:
@@ -279,7 +285,7 @@ def free_labels(
                 continue
             cost = gap + 400 * _overlap(spot, taken) + 200 * _overlap(spot, dots) + 25 * _overlap(spot, strokes)
             # A label as near to another point as to its own would be read as that point's name.
-            near = _distance(spot, others) < _distance(spot, points[index : index + 1]) + 6
+            near = _distance(spot, away) < _distance(spot, points[index : index + 1]) + 6
             cost += 60 * bool(near.any())
             if best is None or cost < best[0]:
                 best = (cost, spot)

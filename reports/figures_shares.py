@@ -10,7 +10,8 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from kvscope.reports.canvas import Label, Margins, free_labels, panels
 from kvscope.reports.cells import pool_notes
-from kvscope.reports.figure_parts import ReportFigure, SkippedFigure, accuracy_tip, key_entry, points, subtitle_of
+from kvscope.reports.figure_parts import ReportFigure, SkippedFigure, accuracy_tip, key_entry, subtitle_of
+from kvscope.reports.overlap import draw_lines, draw_markers
 from kvscope.reports.shares import asks_for_shares, share_cells, without_share
 from kvscope.reports.theme import FAINT, MethodStyle, method_styles, theme
 from kvscope.reports.units import length_text, percent
@@ -53,8 +54,9 @@ def equal_bytes_figures(run: Run, cells: pd.DataFrame) -> list[ReportFigure | Sk
     caption = (
         "Accuracy (pooled over tasks) against bytes, as a share of dense's for the same prompts, metadata included; "
         "bars are 95 % intervals. Nothing that has fewer bytes is more accurate than what is on the Pareto front, and "
-        "names stand there. Above, bytes on the device; below, bytes one decode step reads. A line joins the shares "
-        "that one method was asked for. Methods that hold everything were asked for a share of the reads."
+        "a method has its name at the first of its points there. Of points that coincide the larger marker lies below "
+        "the smaller. Above, bytes on the device; below, bytes one decode step reads. A line joins the shares that one "
+        "method was asked for. Methods that hold everything were asked for a share of the reads."
     )
     with theme(_FULL):
         figure, all_axes = panels(
@@ -109,23 +111,26 @@ def _panel(axes: Axes, rows: pd.DataFrame, column: str, front: str, styles: dict
         steps += [(x, steps[-1][1]), (x, y)] if steps else [(x, y)]
     if steps:
         axes.plot(*zip(*steps, strict=True), color=FAINT, linewidth=1.2, zorder=1)
-    labels: list[Label] = []
-    lines: list[list[tuple[float, float]]] = []
+    paths: dict[str, list[tuple[float, float]]] = {}
+    lines: dict[str, list[tuple[float, float]]] = {}
+    tips: dict[str, list[str]] = {}
+    named: dict[str, Label] = {}
     for setting, style in styles.items():
         mine = records(rows[rows["setting"] == setting].sort_values(["asked_share", column]))
-        line = [(100 * row[column], 100 * row["accuracy"]) for row in mine if row["asked_share"] is not None]
-        lines.append(line)
-        if len(line) > 1:
-            axes.plot(*zip(*line, strict=True), color=style.color, linestyle=style.dash, linewidth=1.1, zorder=2)
-        for row in mine:
-            x, y = 100 * row[column], 100 * row["accuracy"]
+        paths[setting] = [(100 * row[column], 100 * row["accuracy"]) for row in mine]
+        swept = [at for at, row in zip(paths[setting], mine, strict=True) if row["asked_share"] is not None]
+        lines |= {setting: swept} if len(swept) > 1 else {}
+        tips[setting] = [_tip(row, x) for row, (x, _) in zip(mine, paths[setting], strict=True)]
+        for row, (x, y) in zip(mine, paths[setting], strict=True):
             if row[front]:
-                labels.append(Label(setting, x, y, style.color))
+                named.setdefault(setting, Label(style.text, x, y, style.color))
             if row["ci_low"] is not None:
                 bar = [100 * row["ci_low"], 100 * row["ci_high"]]
                 axes.plot([x, x], bar, color=style.color, linewidth=1, alpha=0.3)
-            points(axes, [x], [y], style, says=_tip(row, x))
-    free_labels(axes, labels, lines=[steps, *filter(None, lines)])
+    draw_lines(axes, lines, styles, width=1.1)
+    draw_markers(axes, paths, styles, tips=tips)
+    others = list(itertools.chain.from_iterable(paths.values()))
+    free_labels(axes, list(named.values()), lines=[steps, *lines.values()], others=others)
 
 
 def _tip(row: dict[str, Any], x_percent: float) -> str:

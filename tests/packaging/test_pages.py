@@ -27,7 +27,7 @@ CARDS = [ROOT / "benchmarks" / "README.md", *sorted(ROOT.glob("harness/reference
 #: Its methods and tasks are the reader's own.
 OWN_NAMES = ROOT / "docs" / "add-a-method.md"
 #: Pages for newcomers: their tables fit a narrow window. The studies and the log are for readers of detail.
-NEWCOMERS = ("architecture", "index", "measurement", "results", "speed", "use")
+NEWCOMERS = ("architecture", "equal-bytes", "index", "measurement", "results", "speed", "use")
 NARROW = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs" / f"{name}.md" for name in NEWCOMERS)]
 README_WORDS, TABLE_CHARACTERS = 1300, 100
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
@@ -191,7 +191,10 @@ def test_tables_fit_a_narrow_window(page: Path) -> None:
     assert wide_lines(f"|{'-' * TABLE_CHARACTERS}|") != []
 
 
-MEASURED = [ROOT / "docs" / "results.md", ROOT / "docs" / "speed.md", ROOT / "benchmarks" / "README.md"]
+MEASURED = [
+    *(ROOT / "docs" / f"{name}.md" for name in ("equal-bytes", "results", "speed")),
+    ROOT / "benchmarks" / "README.md",
+]
 
 
 @pytest.mark.parametrize("page", MEASURED, ids=ids(MEASURED))

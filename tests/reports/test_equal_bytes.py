@@ -106,3 +106,21 @@ def test_a_figure_without_dense_says_that_dense_lacks(rows: Rows) -> None:
     (skipped,) = equal_bytes_figures(run, accuracy_cells(run))
     assert isinstance(skipped, SkippedFigure)
     assert "dense was not measured" in skipped.reason
+
+
+def test_a_line_joins_shares_and_every_point_stays_visible(run: Run) -> None:
+    cells = accuracy_cells(run)
+    alike = cells.assign(accuracy=0.5, ci_low=0.4, ci_high=0.6)
+    (figure,) = equal_bytes_figures(run, alike)
+    assert isinstance(figure, ReportFigure)
+    held = figure.figure.axes[0]
+    joined = [line for line in held.lines if line.get_linestyle() != "None" and len(line.get_xdata()) == len(SHARES)]
+    assert len(joined) == len({label.partition(":")[0] for label in ASKED})
+    # dense and three of quest are within pixels of each other: each is a ring around those after it.
+    full = [line for line in held.lines if line.get_linestyle() == "None" and line.get_xdata()[0] > 90]
+    sizes = [line.get_markersize() for line in full]
+    assert len(full) == 1 + len(SHARES)
+    assert len(set(sizes[1:])) == len(SHARES)
+    # A method on the front is named once, however many of its points are there.
+    names = [text.get_text() for text in held.texts]
+    assert len(names) == len(set(names))

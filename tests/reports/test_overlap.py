@@ -4,6 +4,7 @@ import pytest
 from matplotlib.colors import same_color
 from synthetic_rows import Rows, wide_rows
 
+from kvscope.reports.canvas import Label, Margins, free_labels, panels
 from kvscope.reports.cells import accuracy_cells
 from kvscope.reports.figure_parts import ReportFigure
 from kvscope.reports.figures_accuracy import accuracy_by_length
@@ -72,3 +73,21 @@ def test_equal_points_are_rings_and_equal_lines_take_turns(rows: Rows) -> None:
     drawn = [line for line in axes.lines if len(line.get_xydata()) > 1]
     assert len(drawn) == 3
     assert all(line.is_dashed() for line in drawn)
+
+
+def test_a_label_keeps_clear_of_points_without_one() -> None:
+    """Where a label would stand, a bare point sends it to another side."""
+
+    def place(others: list[tuple[float, float]]) -> tuple[float, float, float, float]:
+        _, (axes,) = panels(1, columns=1, width_in=3, height_in=3, margins=Margins(), title="-")
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, 1)
+        free_labels(axes, [Label("dense", 0.5, 0.5, "black")], others=others)
+        box = axes.texts[0].get_window_extent()
+        (x0, y0), (x1, y1) = axes.transData.inverted().transform([(box.x0, box.y0), (box.x1, box.y1)])
+        return x0, y0, x1, y1
+
+    x0, y0, x1, y1 = place([])
+    taken = ((x0 + x1) / 2, (y0 + y1) / 2)
+    x0, y0, x1, y1 = place([taken])
+    assert not (x0 <= taken[0] <= x1 and y0 <= taken[1] <= y1)
