@@ -22,6 +22,7 @@ from kvscope.results.schema import SavingKind
 if TYPE_CHECKING:
     import torch
 
+    from kvscope.methods.joined import Read
     from kvscope.methods.step_batch import StepReads
     from kvscope.methods.step_counters import StepCounters
     from kvscope.methods.store import PromptKV
@@ -208,6 +209,16 @@ class SequenceCache(ABC):
 
     def observe(self, layer: int, hidden_BM: torch.Tensor) -> None:  # noqa: B027 - most methods choose without it
         """Take the hidden state of the current token as it enters ``layer`` (only layers the method asked for)."""
+
+    def reads(self, layer: int, call: AttentionCall) -> tuple[Read, ...] | None:
+        """Store the new token's K and V and return what its query attends to, so that the sequences of a step attend
+        together; None: nothing was stored, and the sequence attends by itself.
+
+        Args:
+            layer, call: as of ``attend``, in whose place it is called.
+        """
+        del layer, call
+        return None
 
     @abstractmethod
     def attend(self, layer: int, call: AttentionCall) -> torch.Tensor:
