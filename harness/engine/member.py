@@ -95,7 +95,8 @@ class Member:
 
     def reads(self, layer: int, call: AttentionCall) -> tuple[Read, ...] | None:
         """Store the token and return what its query attends to, as ``SequenceCache.reads``; None: call ``attend``."""
-        if layer in self.cache.stock or call.key.shape[-1] != call.value.shape[-1]:
+        is_wide = call.key.shape[-1] != call.value.shape[-1]
+        if not self.cache.says_reads or layer in self.cache.stock or is_wide:
             return None
         return self.cache.reads(layer, call)
 

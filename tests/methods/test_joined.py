@@ -13,9 +13,10 @@ from kvscope.harness.engine.models import load_model
 from kvscope.harness.engine.session import Session
 from kvscope.harness.engine.synthetic import synthetic_prompt
 from kvscope.methods.attention import merge_partials, paged_attention, paged_partial
-from kvscope.methods.base import union_collectors
+from kvscope.methods.base import SequenceCache, union_collectors
 from kvscope.methods.joined import Read, joined_attention, joins
 from kvscope.methods.registry import create_method
+from kvscope.methods.resident import ResidentSequence
 
 H, Q, P, D = 2, 6, 16, 24
 OPTIONS = [{}, {"softcap": 3.0}, {"sink_logits": torch.tensor([1.0, -2.0, 0.5, 4.0, 0.0, 2.0])}]
@@ -129,3 +130,35 @@ def test_steps_of_sequences_that_join_and_of_one_that_does_not():
             alone = torch.stack([session.step([tokens[b]]) for tokens in fed])[:, 0]
             assert member.cache.footprint() == footprints[b], method.label
         torch.testing.assert_close(logits[:, b], alone, atol=1e-4, rtol=1e-4)
+
+
+class Doubling(ResidentSequence):
+    def attend(self, layer, call):
+        return 2 * super().attend(layer, call)
+
+
+class Named(ResidentSequence):
+    """Attends as its parent does."""
+
+
+class Reading(Doubling):
+    def reads(self, layer, call):
+        return super().reads(layer, call)
+
+
+def test_what_attends_in_its_own_way_is_not_passed_over():
+    assert ResidentSequence.says_reads
+    assert Named.says_reads
+    assert Reading.says_reads
+    assert not Doubling.says_reads
+    assert not type("Other", (SequenceCache,), {"attend": lambda self, layer, call: call.query}).says_reads
+    loaded = load_model("preset:tiny", device="cpu", dtype="float32")
+    prompt = synthetic_prompt(loaded, 100, mirror=True, collectors=(), seed=1)
+    logits = {}
+    for kind in (ResidentSequence, Doubling):
+        with Session(loaded) as session:
+            for _ in range(2):
+                member = session.add(create_method("dense"), prompt, reserve_tokens=1)
+                member.cache = kind(prompt, loaded.device, ranges=[(0, 100)], reserve_tokens=1)
+            logits[kind] = session.step([3, 4])
+    assert not torch.allclose(logits[ResidentSequence], logits[Doubling], atol=1e-2)
