@@ -5,38 +5,53 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 _PR_SET_PDEATHSIG = 1
 
 
 @contextmanager
-def aside(work: Callable[[], object]) -> Iterator[None]:
-    """Do ``work`` in a process of its own while the block runs, and wait for it at the end.
+def aside(parts: Sequence[Callable[[], object]]) -> Iterator[None]:
+    """Do all parts of a work in a process of its own while the block runs; behind the block both do what is left.
 
-    It must leave nothing but files. Where no process can be forked, or it fails, the work is done here behind the
-    block: what comes of it, or the error, is that of one process. An error of the block ends the process.
+    A part must leave nothing but files. Where no process can be forked, or it fails, all parts are done here behind
+    the block: what comes of them, or the error, is that of one process. An error here ends the process.
 
     Raises:
-        Exception: as ``work`` raises it.
+        Exception: as a part raises it.
     """
-    process_id = _forked(work) if sys.platform == "linux" else None
+    # A byte a part: who reads one may do one, the other process from the first on, this one from the last back.
+    to_do, filled = os.pipe()
+    os.write(filled, bytes(len(parts)))
+    os.close(filled)
+    process_id = _forked(parts, to_do) if sys.platform == "linux" else None
     exit_code: int | None = None
     try:
         yield
         if process_id is not None:
+            _do(list(reversed(parts)), to_do)
             exit_code = os.waitstatus_to_exitcode(os.waitpid(process_id, 0)[1])
     finally:
+        os.close(to_do)
         if process_id is not None and exit_code is None:
             os.kill(process_id, signal.SIGKILL)
             os.waitpid(process_id, 0)
     if exit_code != 0:
-        work()
+        for part in parts:
+            part()
 
 
-def _forked(work: Callable[[], object]) -> int | None:
-    """Fork a process that does the work and ends; return its id, None where the system has no room for it."""
+def _do(parts: Sequence[Callable[[], object]], to_do: int) -> None:
+    """Do parts as long as there are any that no process has begun."""
+    for part in parts:
+        if not os.read(to_do, 1):
+            return
+        part()
+
+
+def _forked(parts: Sequence[Callable[[], object]], to_do: int) -> int | None:
+    """Fork a process that does parts and ends; return its id, None where the system has no room for it."""
     parent = os.getpid()
     with warnings.catch_warnings():
         # Of threads that the process lacks. These are torch's, and nothing here calls torch.
@@ -52,7 +67,7 @@ def _forked(work: Callable[[], object]) -> int | None:
         # The report's lock is its, too: nothing may hold that when the report's own process was killed.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() == parent:
-            work()
+            _do(parts, to_do)
             exit_code = 0
     finally:
         os._exit(exit_code)  # neither buffers nor exit handlers of the other process are its to run

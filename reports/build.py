@@ -10,7 +10,7 @@ from kvscope.reports.aside import aside
 from kvscope.reports.browser import PromptOf, Samples, browsed
 from kvscope.reports.cells import accuracy_cells
 from kvscope.reports.coverage import coverage
-from kvscope.reports.export import draw_figures, svg_text, write_includes, write_table, write_texts
+from kvscope.reports.export import draw_figure, svg_text, write_includes, write_table, write_texts
 from kvscope.reports.figure_parts import ReportFigure, SkippedFigure
 from kvscope.reports.figures_accuracy import accuracy_by_length, accuracy_by_task
 from kvscope.reports.figures_depth import depth_by_task, needle_heatmap
@@ -118,7 +118,7 @@ def _write(run: Run, folder: Path, browse: Callable[[Run], Samples]) -> list[Pat
     labels = [method.label for method in part.info.methods]
     figures = all_figures(part, cells[cells["method_label"].isin(labels)])
     drawn = [figure for figure in figures if isinstance(figure, ReportFigure)]
-    with aside(partial(draw_figures, drawn, figures_folder)):
+    with aside([partial(draw_figure, figure, figures_folder) for figure in drawn]):
         tables = [shown_table(table) for table in all_tables(run, cells)]
         written = [path for table in tables for path in write_table(table, tables_folder)]
         written += [path for figure in drawn for path in write_texts(figure, figures_folder)]

@@ -38,17 +38,16 @@ def write_table(table: Table, folder: Path) -> list[Path]:
 
 def write_figure(figure: ReportFigure, folder: Path) -> list[Path]:
     """Write `figure` in the formats of the look, with the rows behind it; returns the paths."""
-    draw_figures([figure], folder)
+    draw_figure(figure, folder)
     return write_texts(figure, folder)
 
 
-def draw_figures(figures: Sequence[ReportFigure], folder: Path) -> None:
+def draw_figure(figure: ReportFigure, folder: Path) -> None:
     """Write what of ``write_figure`` is no text: pictures for the screen and for print."""
-    for figure in figures:
-        for ending in look().formats:
-            if ending != "svg":
-                with theme(figure.name):
-                    _save(figure, folder / f"{figure.name}.{ending}", ending)
+    for ending in look().formats:
+        if ending != "svg":
+            with theme(figure.name):
+                _save(figure, folder / f"{figure.name}.{ending}", ending)
 
 
 def write_texts(figure: ReportFigure, folder: Path) -> list[Path]:

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 
 import pytest
 
@@ -28,9 +29,32 @@ def wait_for(happened):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="no process is forked elsewhere")
 def test_another_process_does_the_work(tmp_path):
-    with aside(lambda: (tmp_path / "id").write_text(str(os.getpid()), encoding="utf-8")):
+    place = tmp_path / "id"
+    with aside([lambda: place.write_text(str(os.getpid()), encoding="utf-8")]):
+        wait_for(lambda: place.exists() and place.read_text(encoding="utf-8"))
+    assert int(place.read_text(encoding="utf-8")) != os.getpid()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no process is forked elsewhere")
+def test_behind_the_block_both_do_what_is_left_each_part_once(tmp_path):
+    """The other process stays at the first part until all others are done here."""
+    own = os.getpid()
+
+    def part(k):
+        with (tmp_path / str(k)).open("x", encoding="utf-8") as file:
+            file.write(str(os.getpid()))
+        if os.getpid() != own:
+            wait_for(lambda: len(list(tmp_path.iterdir())) == 5)
+
+    with aside([partial(part, k) for k in range(5)]):
+        wait_for((tmp_path / "0").exists)
+    done_by = [int((tmp_path / str(k)).read_text(encoding="utf-8")) == own for k in range(5)]
+    assert done_by == [False, True, True, True, True]
+
+
+def test_nothing_to_do():
+    with aside([]):
         pass
-    assert int((tmp_path / "id").read_text(encoding="utf-8")) != os.getpid()
 
 
 @pytest.mark.parametrize("platform", ["darwin", sys.platform])
@@ -41,16 +65,16 @@ def test_where_no_process_is_to_be_had_the_work_is_done_here_at_the_end(tmp_path
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr(os, "fork", no_room)
     order = []
-    with aside(lambda: order.append("work")):
+    with aside([partial(order.append, "first"), partial(order.append, "second")]):
         order.append("block")
-    assert order == ["block", "work"]
+    assert order == ["block", "first", "second"]
 
 
 def test_an_error_of_the_work_is_raised_here():
     def fails():
         raise ValueError("no picture")
 
-    with pytest.raises(ValueError, match="no picture"), aside(fails):
+    with pytest.raises(ValueError, match="no picture"), aside([fails]):
         pass
 
 
@@ -62,7 +86,7 @@ def test_a_process_that_is_killed_leaves_its_work_to_this_one(tmp_path):
             os.kill(os.getpid(), signal.SIGKILL)
         (tmp_path / "done").write_text("here", encoding="utf-8")
 
-    with aside(once):
+    with aside([once]):
         pass
     assert (tmp_path / "done").read_text(encoding="utf-8") == "here"
 
@@ -78,7 +102,7 @@ def test_an_error_of_the_block_ends_the_process(tmp_path, error):
         time.sleep(3600)
 
     def fails():
-        with aside(never_ends):
+        with aside([never_ends]):
             wait_for(place.exists)
             raise error
 
@@ -99,7 +123,7 @@ def test_a_killed_report_leaves_no_process(tmp_path):
 
     report = os.fork()
     if report == 0:
-        with aside(never_ends):
+        with aside([never_ends]):
             time.sleep(3600)
     wait_for(place.exists)
     os.kill(report, signal.SIGKILL)
