@@ -22,6 +22,7 @@ from kvscope.results.schema import SavingKind
 if TYPE_CHECKING:
     import torch
 
+    from kvscope.methods.joined import Read
     from kvscope.methods.step_batch import StepReads
     from kvscope.methods.step_counters import StepCounters
     from kvscope.methods.store import PromptKV
@@ -131,9 +132,19 @@ class SequenceCache(ABC):
     """One sequence under one method: prompt KV opened, decoded KV appended.
 
     The model's own sliding-window layers are cloned here at opening, so that a fork never sees another's tokens.
+
+    Attributes:
+        says_reads: whether ``reads`` stands for ``attend``: not in a class that attends otherwise than the one that it
+            has ``reads`` from.
     """
 
     bytes_recalled: int = 0
+    says_reads: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        owners = [next(k for k, each in enumerate(cls.__mro__) if name in vars(each)) for name in ("reads", "attend")]
+        cls.says_reads = owners[0] <= owners[1]
 
     def __init__(self, prompt: PromptKV, device: torch.device) -> None:
         self.shape = prompt.shape
@@ -208,6 +219,16 @@ class SequenceCache(ABC):
 
     def observe(self, layer: int, hidden_BM: torch.Tensor) -> None:  # noqa: B027 - most methods choose without it
         """Take the hidden state of the current token as it enters ``layer`` (only layers the method asked for)."""
+
+    def reads(self, layer: int, call: AttentionCall) -> tuple[Read, ...] | None:
+        """Store the new token's K and V and return what its query attends to, so that the sequences of a step attend
+        together; None: nothing was stored, and the sequence attends by itself.
+
+        Args:
+            layer, call: as of ``attend``, in whose place it is called where ``says_reads``.
+        """
+        del layer, call
+        return None
 
     @abstractmethod
     def attend(self, layer: int, call: AttentionCall) -> torch.Tensor:

@@ -10,10 +10,11 @@ import torch
 
 from kvscope.methods.attention import stored_attention
 from kvscope.methods.base import AttentionCall, CacheMethod, SequenceCache
+from kvscope.methods.joined import Read
 from kvscope.methods.shape import Footprint, ModelShape
 from kvscope.methods.static_step import PagedSequence, Pool, open_pool
 from kvscope.methods.step_batch import StepReads
-from kvscope.methods.store import PromptKV, TokenRange
+from kvscope.methods.store import PagePool, PromptKV, TokenRange
 
 ConfigT = TypeVar("ConfigT")
 
@@ -77,6 +78,12 @@ class ResidentSequence(PagedSequence):
             return stored_attention(call, self._step.stores(layer))
         self.pool.append(layer, call.key, call.value)
         return self.pool.attend(layer, call)
+
+    def reads(self, layer: int, call: AttentionCall) -> tuple[Read, ...] | None:
+        if self._step is not None or not isinstance(self.pool, PagePool):
+            return None
+        self.pool.append(layer, call.key, call.value)
+        return (self.pool.read(layer),)
 
     @property
     def _appended(self) -> Pool:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from kvscope.methods.attention import paged_attention
 from kvscope.methods.call import AttentionCall
+from kvscope.methods.joined import Read
 from kvscope.methods.kv_format import PagePacking
 from kvscope.methods.pinned import empty_pinned
 from kvscope.methods.shape import ModelShape, tensor_bytes
@@ -176,6 +177,10 @@ class PagePool:
     def attend(self, layer: int, call: AttentionCall) -> torch.Tensor:
         """Attend one query to every token; the call and the result are ``paged_attention``'s."""
         return paged_attention(call, self.pages[layer], n_tokens=self.lengths[layer])
+
+    def read(self, layer: int, *, turn_tokens: int = 0) -> Read:
+        """Return every token of a layer as what a query attends to."""
+        return Read(pages=self.pages[layer], n_tokens=self.lengths[layer], turn_tokens=turn_tokens)
 
     def keys(self, layer: int, start_tokens: int, end_tokens: int) -> torch.Tensor:
         """Return the keys [H, T, D] of tokens start to end (excluded); copies those pages only."""

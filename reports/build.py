@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pandas as pd
 
+from kvscope.reports.aside import aside
 from kvscope.reports.browser import PromptOf, Samples, browsed
 from kvscope.reports.cells import accuracy_cells
 from kvscope.reports.coverage import coverage
-from kvscope.reports.export import svg_text, write_figure, write_includes, write_table
+from kvscope.reports.export import draw_figure, svg_text, write_includes, write_table, write_texts
 from kvscope.reports.figure_parts import ReportFigure, SkippedFigure
 from kvscope.reports.figures_accuracy import accuracy_by_length, accuracy_by_task
 from kvscope.reports.figures_depth import depth_by_task, needle_heatmap
@@ -113,24 +114,27 @@ def _write(run: Run, folder: Path, browse: Callable[[Run], Samples]) -> list[Pat
     tables_folder.mkdir()
     figures_folder.mkdir()
     cells = accuracy_cells(run)
-    tables = [shown_table(table) for table in all_tables(run, cells)]
     part = shown_run(run)
     labels = [method.label for method in part.info.methods]
     figures = all_figures(part, cells[cells["method_label"].isin(labels)])
-    written = [path for table in tables for path in write_table(table, tables_folder)]
     drawn = [figure for figure in figures if isinstance(figure, ReportFigure)]
-    written += [path for figure in drawn for path in write_figure(figure, figures_folder)]
-    files = {path.name: path for path in written}
-    svgs = {
-        figure.name: file.read_text(encoding="utf-8") if (file := files.get(f"{figure.name}.svg")) else svg_text(figure)
-        for figure in drawn
-    }
-    if "pdf" in look().formats:
-        written.append(write_includes(drawn, figures_folder))
-    samples = browse(part)
-    pages = {"report.html": page(run, tables, figures, svgs, coverage(run), samples)}
-    for number in range(1, len(samples.pages)):
-        pages[SAMPLES_PAGE.format(number + 1)] = samples_page(run, samples, number)
-    for name, text in pages.items():
-        (folder / name).write_text(text, encoding="utf-8")
+    with aside([partial(draw_figure, figure, figures_folder) for figure in drawn]):
+        tables = [shown_table(table) for table in all_tables(run, cells)]
+        written = [path for table in tables for path in write_table(table, tables_folder)]
+        written += [path for figure in drawn for path in write_texts(figure, figures_folder)]
+        files = {path.name: path for path in written}
+        svgs = {
+            figure.name: file.read_text(encoding="utf-8")
+            if (file := files.get(f"{figure.name}.svg"))
+            else svg_text(figure)
+            for figure in drawn
+        }
+        if "pdf" in look().formats:
+            written.append(write_includes(drawn, figures_folder))
+        samples = browse(part)
+        pages = {"report.html": page(run, tables, figures, svgs, coverage(run), samples)}
+        for number in range(1, len(samples.pages)):
+            pages[SAMPLES_PAGE.format(number + 1)] = samples_page(run, samples, number)
+        for name, text in pages.items():
+            (folder / name).write_text(text, encoding="utf-8")
     return [*written, *(folder / name for name in pages)]

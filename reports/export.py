@@ -38,14 +38,24 @@ def write_table(table: Table, folder: Path) -> list[Path]:
 
 def write_figure(figure: ReportFigure, folder: Path) -> list[Path]:
     """Write `figure` in the formats of the look, with the rows behind it; returns the paths."""
-    paths = [folder / f"{figure.name}.{ending}" for ending in look().formats]
+    draw_figure(figure, folder)
+    return write_texts(figure, folder)
+
+
+def draw_figure(figure: ReportFigure, folder: Path) -> None:
+    """Write what of ``write_figure`` is no text: pictures for the screen and for print."""
+    for ending in look().formats:
+        if ending != "svg":
+            with theme(figure.name):
+                _save(figure, folder / f"{figure.name}.{ending}", ending)
+
+
+def write_texts(figure: ReportFigure, folder: Path) -> list[Path]:
+    """Write what of ``write_figure`` is text, SVG and CSV; returns the paths of all that it writes."""
+    paths = [folder / f"{figure.name}.{ending}" for ending in (*look().formats, "csv")]
     for path in paths:
         if path.suffix == ".svg":
             path.write_text(svg_text(figure), encoding="utf-8")
-            continue
-        with theme(figure.name):
-            _save(figure, path, path.suffix.removeprefix("."))
-    paths.append(folder / f"{figure.name}.csv")
     write_csv(figure.data, paths[-1])
     return paths
 

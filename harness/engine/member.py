@@ -5,6 +5,7 @@ Shapes: n sequences, Q query heads, H KV heads, D head size, M hidden size.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from kvscope.harness.engine.glue import EngineCache, EngineLayer, cache_argument
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.static_stock import Rings
 from kvscope.methods.base import AttentionCall, CacheMethod, Rotation, SequenceCache
+from kvscope.methods.joined import Read, joined_attention, joins
 from kvscope.methods.step_batch import StepBatch, StepReads
 from kvscope.methods.step_counters import StepCounters
 from kvscope.methods.store import PromptKV
@@ -91,6 +93,13 @@ class Member:
         attended: torch.Tensor = stock.attend(call.over(*stock.update(call.key, call.value)))
         return attended
 
+    def reads(self, layer: int, call: AttentionCall) -> tuple[Read, ...] | None:
+        """Store the token and return what its query attends to, as ``SequenceCache.reads``; None: call ``attend``."""
+        is_wide = call.key.shape[-1] != call.value.shape[-1]
+        if not self.cache.says_reads or layer in self.cache.stock or is_wide:
+            return None
+        return self.cache.reads(layer, call)
+
     def close(self) -> None:
         """Drop every tensor."""
         if self._rings is not None:
@@ -158,7 +167,26 @@ class SessionLayer(EngineLayer):
             return batch.attend(self.index, call.over(call.key, widened(call.value, k_width)))[..., :v_width]
         if len(members) == 1:
             return members[0].attend(self.index, call)
-        return torch.cat([member.attend(self.index, call.row(b)) for b, member in enumerate(members)])
+        return self._attend_eagerly(call)
+
+    def _attend_eagerly(self, call: AttentionCall) -> torch.Tensor:
+        """Attend sequence by sequence, and together where they only have to say what they read."""
+        members = self._rows.members
+        found: dict[int, torch.Tensor] = {}
+        reads: dict[int, tuple[Read, ...]] = {}
+        for b, member in enumerate(members):
+            row = call.row(b)
+            read = member.reads(self.index, row) if joins(call) else None
+            if read is None:
+                found[b] = member.attend(self.index, row)
+            else:
+                reads[b] = read
+        if len(reads) == len(members):
+            return joined_attention(call, list(reads.values()))
+        if reads:
+            together = joined_attention(replace(call, query=call.query[list(reads)]), list(reads.values()))
+            found |= zip(reads, together[:, None], strict=True)
+        return torch.cat([found[b] for b in range(len(members))])
 
 
 def session_cache(loaded: LoadedModel, rows: Rows) -> EngineCache:

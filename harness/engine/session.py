@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, ClassVar, Self
@@ -23,6 +23,7 @@ import torch
 from kvscope.errors import UsageError
 from kvscope.harness.engine.backend import form_on
 from kvscope.harness.engine.decode_graph import EAGER, GraphStep, NoStaticStepError, capture_failed, graph_demanded
+from kvscope.harness.engine.few_rows import turned_products
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.member import Member, Rows, session_cache
 from kvscope.methods.base import CacheMethod, Footprint
@@ -221,7 +222,8 @@ class Session:
         if not isinstance(tokens, torch.Tensor):
             tokens = torch.tensor(tokens, device=device)
         positions_n1 = torch.tensor([[member.n_tokens] for member in self.members], device=device)
-        logits = self._rows.logits(self._loaded.model, tokens[:, None], positions_n1, self._cache)
+        with turned_products() if device.type == "cpu" and len(self.members) > 1 else nullcontext():
+            logits = self._rows.logits(self._loaded.model, tokens[:, None], positions_n1, self._cache)
         for member in self.members:
             member.end_step()
         return logits

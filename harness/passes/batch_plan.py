@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kvscope.tasks.base import Task
 
 #: Most sequences of a step, where memory holds more.
-MOST_ROWS_CPU, MOST_ROWS_CUDA = 16, 144
+MOST_ROWS_CPU, MOST_ROWS_CUDA = 32, 144
 #: Share of a memory that the pass may fill: allocators keep more than is asked of them, and others live there, too.
 DEVICE_SHARE, HOST_SHARE = 0.85, 0.5
 
@@ -67,8 +67,10 @@ def plan_batch(
     if not tasks:
         return ()
     longest_answer = max(task.max_new_tokens for task in tasks)
-    # No more than there are at a length: noise of steps that no answers share is not worth measuring.
-    n_answers = max(1, config.samples * len(tasks) * len(methods))
+    # No more than there are: noise of steps that no answers share is not worth measuring. Answers of several lengths
+    # share steps; on a GPU each that comes costs a capture, so there they are counted by length.
+    n_lengths = len(config.lengths_tokens) if facts.device == "cpu" else 1
+    n_answers = max(1, config.samples * len(tasks) * len(methods) * n_lengths)
     sizes = _Sizes(config, facts, methods, n_new_tokens=longest_answer, most_rows=n_answers, target=target)
     return tuple(sizes.cell(length_tokens) for length_tokens in config.lengths_tokens)
 

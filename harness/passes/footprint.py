@@ -28,6 +28,10 @@ class FootprintPass(ProcessPass[FootprintRow]):
 
     name = "footprint"
 
+    def __init__(self) -> None:
+        self._last: tuple[Plan, int, tuple[Ids, Ids]] | None = None
+        """The prompt of the last cell: methods of a length come one after another, and all get the same one."""
+
     def lengths_tokens(self, config: RunConfig) -> tuple[int, ...]:
         """Return the lengths of the footprint pass; none where it is off."""
         return config.footprint_cells_tokens
@@ -85,7 +89,7 @@ class FootprintPass(ProcessPass[FootprintRow]):
             context_tokens = length_tokens - config.footprint_decode_tokens - 1
             forced_ids = random_ids(facts.vocab_size, 1, seed=config.seed)
         else:
-            context_ids, forced_ids = footprint_prompt(plan, length_tokens)
+            context_ids, forced_ids = self._prompt(plan, length_tokens)
             context_tokens = len(context_ids)
         columns = {}
         if not method.unsupported(facts.shape, facts.device):
@@ -108,6 +112,11 @@ class FootprintPass(ProcessPass[FootprintRow]):
                 columns=columns,
             ),
         )
+
+    def _prompt(self, plan: Plan, length_tokens: int) -> tuple[Ids, Ids]:
+        if self._last is None or self._last[0] is not plan or self._last[1] != length_tokens:
+            self._last = plan, length_tokens, footprint_prompt(plan, length_tokens)
+        return self._last[2]
 
     def rows(self, store: "RunStore") -> RowTable[FootprintRow]:
         """Return a folder's footprint rows."""

@@ -9,10 +9,13 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from typing import IO
 
 SERVER_COMMAND = (sys.executable, "-P", "-m", "kvscope.harness.passes.worker_server")
+#: torch's compiler names its folder so, where nobody did.
+SET_BY_LIBRARIES = ("TORCHINDUCTOR_CACHE_DIR",)
 #: A process that has loaded torch can be forked there; waitid is missing on macOS.
 CAN_FORK = sys.platform == "linux"
 
@@ -26,14 +29,15 @@ class WorkerServer:
         busy: whether a worker of its has not been waited for.
     """
 
-    def __init__(self, environment: Mapping[str, str], *, stderr: IO[str]) -> None:
+    def __init__(self, environment: Mapping[str, str], *, stderr: IO[str] | None = None) -> None:
         """Start it.
 
         Args:
-            stderr: where it says why it cannot start.
+            stderr: where it says why it cannot start; None: it is kept for the worker that will miss it (``said``).
         """
         self.environment = dict(environment)
         self.busy = False
+        self._own_stderr = None if stderr is not None else tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self._socket, its_end = socket.socketpair()
         with its_end:
             # A session of its own: Ctrl-C reaches the sweep alone.
@@ -41,10 +45,17 @@ class WorkerServer:
                 SERVER_COMMAND,
                 stdin=its_end.fileno(),
                 stdout=subprocess.DEVNULL,
-                stderr=stderr,
+                stderr=stderr or self._own_stderr,
                 env=self.environment,
                 start_new_session=True,
             )
+
+    def said(self) -> str:
+        """Return what it has said, where that went nowhere else."""
+        if self._own_stderr is None:
+            return ""
+        self._own_stderr.seek(0)
+        return self._own_stderr.read()
 
     def ask(self, *files: int) -> None:
         """Ask for a worker with these three standard files, in the folder one stands in."""
@@ -77,6 +88,8 @@ class WorkerServer:
         self._socket.close()
         self.process.kill()
         self.process.wait()
+        if self._own_stderr is not None:
+            self._own_stderr.close()
 
 
 class ForkedWorker:
@@ -90,7 +103,7 @@ class ForkedWorker:
 
     def __init__(self, server: WorkerServer, *, stderr: IO[str]) -> None:
         """Ask for it; it may be a while until the server has started."""
-        self._server = server
+        self._server, self._stderr = server, stderr
         self._process_id: int | None = None
         self.returncode: int | None = None
         its_stdin, own_stdin = os.pipe()
@@ -114,6 +127,9 @@ class ForkedWorker:
     def started(self) -> None:
         """Wait until it is there, or its server has died."""
         self._process_id = self._server.answer()
+        if self._process_id is None:
+            self._stderr.write(self._server.said())
+            self._stderr.flush()
 
     def wait(self, timeout: float | None = None) -> int:
         """Wait for its end and return the exit code, or less the number of the signal that ended it."""
@@ -127,17 +143,26 @@ class ForkedWorker:
 _server: WorkerServer | None = None
 
 
-def worker_server(environment: Mapping[str, str], *, stderr: IO[str]) -> WorkerServer:
-    """Return this process's server; a new one where there is none, or none that is idle in this environment."""
+def worker_server(environment: Mapping[str, str], *, stderr: IO[str] | None = None) -> WorkerServer:
+    """Return this process's server; a new one where there is none, or none that is idle in this environment.
+
+    Args:
+        stderr: of a new one, as ``WorkerServer``.
+    """
     global _server
     if _server is not None and (
-        _server.busy or _server.environment != dict(environment) or _server.process.poll() is not None
+        _server.busy or _told(_server.environment) != _told(environment) or _server.process.poll() is not None
     ):
         close_server()
     if _server is None:
         _server = WorkerServer(environment, stderr=stderr)
         atexit.register(close_server)
     return _server
+
+
+def _told(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return what of an environment was not set by libraries as they were imported: the server's are the same ones."""
+    return {name: value for name, value in environment.items() if name not in SET_BY_LIBRARIES}
 
 
 def close_server() -> None:

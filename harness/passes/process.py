@@ -26,7 +26,22 @@ SAID = "kvscope: "
 """Begins a worker's last line on stderr where the user can act on what it met."""
 STDERR_TAIL_CHARACTERS = 2000
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+#: NVIDIA's, AMD's, and those of Windows' subsystem.
+GPU_NODES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 ALLOCATOR_SETTINGS = "expandable_segments:True"
+
+
+def start_ahead(*, device: str) -> None:
+    """Let the process that forks workers import its libraries while this one imports the same, each on a core.
+
+    It is a head start and nothing more. So without torch's word it is enough that no GPU shows.
+
+    Args:
+        device: as a configuration has it: ``auto``, ``cpu`` or a GPU's name.
+    """
+    is_cpu = device == "cpu" or (device == "auto" and not any(Path(node).exists() for node in GPU_NODES))
+    if CAN_FORK and is_cpu and len(os.sched_getaffinity(0)) > 1:
+        worker_server(worker_environment())
 
 
 def run_worker(

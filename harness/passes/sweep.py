@@ -10,6 +10,7 @@ from kvscope.harness.passes.base import Left, Plan, RunPlan
 from kvscope.harness.passes.config import RunConfig, make_config
 from kvscope.harness.passes.deadline import Deadline
 from kvscope.harness.passes.plan import make_plan, passes_for
+from kvscope.harness.passes.process import start_ahead
 from kvscope.harness.passes.progress import Progress, make_progress
 from kvscope.harness.passes.prompt_check import check_first_prompts
 from kvscope.harness.passes.quiet import disturbances
@@ -46,6 +47,8 @@ def run(
         raise UsageError("Say where the results go: --out DIR, or `out` in the configuration.")
     folder = user_path(folder, what="out")
     check_out(folder)
+    if config.footprint_cells_tokens and not config.served and not folder.exists():
+        start_ahead(device=config.first_device)
     with as_progress(progress) as shown:
         plan = make_plan(config).ready()
         with RunStore.create(folder, run_info(plan), earlier_identity=earlier_identity(plan)) as store:

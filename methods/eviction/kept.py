@@ -19,12 +19,13 @@ from kvscope.methods.base import AttentionCall, CacheMethod, Collector, Sequence
 from kvscope.methods.eviction.budget import EvictionConfig, kept_tokens
 from kvscope.methods.eviction.choice import prompt_scores, top_tokens
 from kvscope.methods.eviction.collectors import ScoreCollector
+from kvscope.methods.joined import Read
 from kvscope.methods.packed_pool import PackedStep
 from kvscope.methods.shape import Footprint, ModelShape
 from kvscope.methods.static_step import Pool, StepPages, make_step, open_pool, unsupported_step
 from kvscope.methods.step_batch import StepReads
 from kvscope.methods.step_counters import StepCounters
-from kvscope.methods.store import PromptKV
+from kvscope.methods.store import PagePool, PromptKV
 
 ConfigT = TypeVar("ConfigT", bound=EvictionConfig)
 
@@ -164,6 +165,13 @@ class KeptSequence(SequenceCache):
         pool = self._pool_of[layer]
         pool.append(layer, call.key, call.value)
         return pool.attend(layer, call)
+
+    def reads(self, layer: int, call: AttentionCall) -> tuple[Read, ...] | None:
+        pool = self._pool_of[layer]
+        if self._steps or not isinstance(pool, PagePool):
+            return None
+        pool.append(layer, call.key, call.value)
+        return (pool.read(layer),)
 
     # -- steps at fixed addresses
 

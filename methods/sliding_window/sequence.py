@@ -10,6 +10,7 @@ import torch
 
 from kvscope.methods.attention import merge_partials, paged_partial, stored_partial
 from kvscope.methods.base import AttentionCall, Rotation
+from kvscope.methods.joined import Read
 from kvscope.methods.kernels.paged_decode.inputs import PagedKV
 from kvscope.methods.shape import Footprint
 from kvscope.methods.static_step import PagedSequence, StepPages
@@ -48,6 +49,28 @@ class StreamingSequence(PagedSequence):
     def attend(self, layer: int, call: AttentionCall) -> torch.Tensor:
         if self._step is not None:
             return self._attend_static(self._step, layer, call)
+        self._append(layer, call)
+        ring, n_ring = self._ring.pages[layer], self._ring.lengths[layer]
+        scale, softcap = call.scale, call.softcap
+        parts = [paged_partial(call.query, ring, n_tokens=n_ring, scale=scale, softcap=softcap)]
+        if self._sinks:
+            q_sink = back(call, self._lengths[layer] - self._sinks - n_ring)
+            sink_pages = self._sink_pool.pages[layer]
+            parts.append(paged_partial(q_sink, sink_pages, n_tokens=self._sinks, scale=scale, softcap=softcap))
+        return merge_partials(parts, call.query, sink_logits=call.sink_logits)
+
+    def reads(self, layer: int, call: AttentionCall) -> tuple[Read, ...] | None:
+        if self._step is not None:
+            return None
+        self._append(layer, call)
+        ring = self._ring.read(layer)
+        if not self._sinks:
+            return (ring,)
+        n_evicted = self._lengths[layer] - self._sinks - ring.n_tokens
+        return ring, self._sink_pool.read(layer, turn_tokens=n_evicted)
+
+    def _append(self, layer: int, call: AttentionCall) -> None:
+        """Store a token: over the oldest where the window is full."""
         ring, oldest = self._ring, self._oldest[layer]
         if ring.lengths[layer] < self._window:
             ring.append(layer, call.key, call.value)
@@ -55,14 +78,6 @@ class StreamingSequence(PagedSequence):
             ring.write(layer, oldest, call.key, call.value)
             self._oldest[layer] = (oldest + 1) % self._window
         self._lengths[layer] += 1
-        n_ring = ring.lengths[layer]
-        scale, softcap = call.scale, call.softcap
-        parts = [paged_partial(call.query, ring.pages[layer], n_tokens=n_ring, scale=scale, softcap=softcap)]
-        if self._sinks:
-            q_sink = back(call, self._lengths[layer] - self._sinks - n_ring)
-            sink_pages = self._sink_pool.pages[layer]
-            parts.append(paged_partial(q_sink, sink_pages, n_tokens=self._sinks, scale=scale, softcap=softcap))
-        return merge_partials(parts, call.query, sink_logits=call.sink_logits)
 
     # -- steps at fixed addresses
 

@@ -30,7 +30,7 @@ def test_auto_is_a_modest_number_on_a_cpu_and_the_plan_says_what_it_takes(small:
     plan = make_plan(small(lengths_tokens=[512, 1024], samples=20))
     assert [cell.rows for cell in plan.batch] == [batch_plan.MOST_ROWS_CPU] * 2
     [line] = [line for line in plan.text().splitlines() if line.startswith("batch")]
-    assert "16 at 512 (" in line
+    assert "32 at 512 (" in line
     assert "of the host" in line
     assert not any(line.startswith("batch") for line in make_plan(small(batch=1)).text().splitlines())
 
@@ -38,6 +38,9 @@ def test_auto_is_a_modest_number_on_a_cpu_and_the_plan_says_what_it_takes(small:
 def test_auto_is_no_more_than_there_is_to_answer(small: MakeConfig) -> None:
     plan = make_plan(small(methods=["dense", "recency"], tasks=["niah_single_1", "vt"], samples=3))
     assert [cell.rows for cell in plan.batch] == [2 * 2 * 3]
+    plan = make_plan(small(methods=["dense", "recency"], lengths_tokens=[512, 1024, 2048], samples=3))
+    assert [cell.rows for cell in plan.batch] == [2 * 3 * 3] * 3  # those of all lengths share steps
+    assert [cell.rows for cell in planned(plan, device="cuda:0", weights_bytes=None)] == [2 * 3] * 3
     assert make_plan(small(methods=["dense"], samples=1)).most_batch_rows == 1
 
 
@@ -47,8 +50,8 @@ def test_auto_is_less_where_the_machine_has_less(small: MakeConfig, monkeypatch:
     room_bytes = int((whole[512].host_bytes or 0) / batch_plan.HOST_SHARE)
     monkeypatch.setattr(batch_plan, "total_host_bytes", lambda: room_bytes)
     short, long = planned(plan)
-    assert short.rows == 16
-    assert 1 < long.rows < 16
+    assert short.rows == batch_plan.MOST_ROWS_CPU
+    assert 1 < long.rows < batch_plan.MOST_ROWS_CPU
     assert long.host_bytes is not None
     assert long.host_bytes <= room_bytes * batch_plan.HOST_SHARE
     monkeypatch.setattr(batch_plan, "total_host_bytes", lambda: 1)
@@ -86,8 +89,8 @@ def test_a_cache_that_holds_one_sequence_gets_steps_of_its_own(
 def test_unknown_weights_leave_the_number_as_it_is(small: MakeConfig) -> None:
     plan = make_plan(small(samples=20))
     [cell] = planned(plan, weights_bytes=None)
-    assert (cell.rows, cell.host_bytes) == (16, None)
-    assert "16 at 512 (unknown bytes)" in batch_text([cell], device="cpu")[0]
+    assert (cell.rows, cell.host_bytes) == (32, None)
+    assert "32 at 512 (unknown bytes)" in batch_text([cell], device="cpu")[0]
 
 
 @pytest.mark.parametrize(("rows", "methods", "prompts"), [(1, 4, 1), (2, 4, 2), (4, 4, 2), (5, 4, 2), (6, 4, 3),

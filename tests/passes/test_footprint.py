@@ -10,7 +10,7 @@ import pytest
 import stand_ins
 from tiny import MakeConfig
 
-from kvscope.harness.passes import process, process_pass
+from kvscope.harness.passes import footprint, process, process_pass
 from kvscope.harness.passes.footprint import FootprintPass, footprint_prompt
 from kvscope.harness.passes.job import FootprintJob
 from kvscope.harness.passes.plan import Plan, make_plan
@@ -43,6 +43,26 @@ def test_prompt_and_decode_steps_fill_the_length(plan: Plan) -> None:
     context_ids, forced_ids = footprint_prompt(plan, 512)
     assert len(context_ids) + len(forced_ids) + 8 == 512
     assert len(forced_ids) == 1
+
+
+def test_methods_of_a_length_share_a_prompt_that_is_built_once(
+    small: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"methods": ["dense", "recency:recency_tokens=128"], "footprint": True, "footprint_decode_tokens": 8}
+    plans = [make_plan(small(seed=seed, **options)) for seed in (0, 1)]
+    built: list[int] = []
+
+    def noting(plan: Plan, length_tokens: int) -> object:
+        built.append(length_tokens)
+        return footprint_prompt(plan, length_tokens)
+
+    monkeypatch.setattr(footprint, "footprint_prompt", noting)
+    measuring = FootprintPass()
+    asked = [(plans[0], 512), (plans[0], 512), (plans[0], 640), (plans[1], 640), (plans[0], 512)]
+    jobs = [measuring.job(plan, plan.methods[k % 2], length) for k, (plan, length) in enumerate(asked)]
+    assert built == [512, 640, 640, 512]
+    for job, (plan, length) in zip(jobs, asked, strict=True):
+        assert (job.context_ids, job.forced_ids) == footprint_prompt(plan, length)
 
 
 def test_a_pass_measures_every_cell_once_and_resumes(small: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from tiny import MakeConfig
 
-from kvscope.harness.passes import forked
+from kvscope.harness.passes import forked, process
 from kvscope.harness.passes.footprint import FootprintPass
 from kvscope.harness.passes.job import FootprintJob
 from kvscope.harness.passes.plan import make_plan
-from kvscope.harness.passes.process import run_worker, worker_environment
+from kvscope.harness.passes.process import run_worker, start_ahead, worker_environment
 
 pytestmark = pytest.mark.skipif(not forked.CAN_FORK, reason="no process that has loaded torch is forked here")
 
@@ -110,6 +110,48 @@ def test_a_server_that_cannot_start_says_why(job: FootprintJob, monkeypatch: pyt
     monkeypatch.setattr(forked, "SERVER_COMMAND", (sys.executable, "-c", "raise SystemExit('no torch here')"))
     row = run_worker(job, timeout_s=NEVER_S)
     assert row.reason == "start: the worker exited with 1: no torch here"
+
+
+@pytest.mark.usefixtures("server_set_aside")
+def test_a_server_started_ahead_says_why_it_ended(job: FootprintJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was alive when it was asked, and ended without a worker."""
+    dies = "import socket; asked = socket.socket(fileno=0); asked.recv(1); raise SystemExit('no room for torch')"
+    monkeypatch.setattr(forked, "SERVER_COMMAND", (sys.executable, "-c", dies))
+    start_ahead(device="cpu")
+    row = run_worker(job, timeout_s=NEVER_S)
+    assert row.reason == "start: the worker exited with 1: no room for torch"
+
+
+@pytest.mark.usefixtures("server_set_aside")
+@pytest.mark.parametrize(
+    ("device", "nodes", "cores", "starts"),
+    [
+        ("cpu", (), 2, True),
+        ("cpu", (os.devnull,), 2, True),
+        ("auto", ("/dev/none-of-these",), 2, True),
+        ("auto", (os.devnull,), 2, False),
+        ("cuda", (), 2, False),
+        ("cpu", (), 1, False),
+    ],
+)
+def test_a_head_start_where_workers_will_be_forked(
+    device: str, nodes: tuple[str, ...], cores: int, starts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forked, "SERVER_COMMAND", (sys.executable, "-c", "import signal; signal.pause()"))
+    monkeypatch.setattr(process, "GPU_NODES", nodes)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    start_ahead(device=device)
+    assert (forked._server is not None) == starts
+
+
+@pytest.mark.usefixtures("server_set_aside")
+def test_what_torch_sets_as_it_is_imported_asks_for_no_other_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forked, "SERVER_COMMAND", (sys.executable, "-c", "import signal; signal.pause()"))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    start_ahead(device="cpu")
+    first = server_id()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/somewhere")
+    assert forked.worker_server(process.worker_environment()).process.pid == first
 
 
 @pytest.mark.usefixtures("server_set_aside")
