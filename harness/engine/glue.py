@@ -17,12 +17,15 @@ from inspect import signature
 from typing import Any
 
 import torch
-from transformers import AttentionInterface
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
 
 from kvscope.errors import KvscopeError
+from kvscope.harness.engine.listed_models import models_listed_once
 from kvscope.harness.engine.prefill_attention import chunk_attention
 from kvscope.methods.base import AttentionCall, Rotation
+
+with models_listed_once():
+    from transformers import AttentionInterface
+    from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
 
 ATTENTION_NAME = "kvscope"
 _MARK = "kvscope_layer"

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import fresh
 import pytest
 import yaml
 from in_process import run_here
@@ -136,12 +137,12 @@ def test_pieces_run_pack_and_report(
 ) -> None:
     """The first piece runs in a process of its own, the others here: they differ in nothing but time."""
     run_here(monkeypatch)
-    real, commands = subprocess.run, []
+    commands: list[list[str]] = []
 
     def run_piece(command: list[str], **options: Any) -> Any:
         commands.append(command)
         if len(commands) == 1:
-            return real(command, **options)
+            return fresh.instead_of_run(command, **options)
         return subprocess.CompletedProcess(command, cli.run_cli(command[3:]), "", "")
 
     monkeypatch.setattr(script.subprocess, "run", run_piece)

@@ -4,9 +4,10 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import fresh
 import pytest
 from benchmark_scripts import load_script
 from planted import planted_collection
@@ -201,6 +202,8 @@ def test_every_step_runs_on_a_cpu_and_is_not_done_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script = load_script(monkeypatch, "v4_lsa")
+    monkeypatch.setattr(script.table, "subprocess", SimpleNamespace(run=fresh.instead_of_run))
+    monkeypatch.setattr(script.documents, "get_context", {"spawn": fresh.context}.__getitem__)
     monkeypatch.setattr(sys, "argv", ["v4_lsa.py", "--tiny", "--out", str(tmp_path)])
     script.main()
     found = json.loads((tmp_path / "table.json").read_text(encoding="utf-8"))

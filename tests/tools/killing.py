@@ -3,10 +3,10 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
+
+import fresh
 
 from kvscope.harness.passes.process import worker_environment
 
@@ -23,13 +23,7 @@ class Victims:
 
     def __init__(self, what: str, values: dict[str, Any]) -> None:
         self.finished: list[str] = []
-        self.process = subprocess.Popen(
-            [sys.executable, str(SERVER), what, json.dumps(values)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=worker_environment(),
-            text=True,
-        )
+        self._server = fresh.Talking([str(SERVER), what, json.dumps(values)], env=worker_environment())
 
     def kill_one(self, *, at_step: int, room: int) -> int:
         """Start a child and kill it between step ``at_step`` and ``room`` steps later; return its wait status."""
@@ -46,16 +40,11 @@ class Victims:
 
     def close(self) -> None:
         """End the server."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.close()
-        self.process.stdout.close()
-        self.process.wait()
+        self._server.close()
 
     def _start(self, n_steps: int) -> int:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{n_steps}\n")
-        self.process.stdin.flush()
+        self._server.stdin.write(f"{n_steps}\n")
+        self._server.stdin.flush()
         word, pid = self._line().split()
         assert word == "pid"
         return int(pid)
@@ -66,8 +55,7 @@ class Victims:
         return int(line.split()[1])
 
     def _line(self) -> str:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
+        line = self._server.stdout.readline()
         assert line, "the server died"
         if line.startswith("done"):
             self.finished.append(line)

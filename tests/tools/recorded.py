@@ -8,6 +8,8 @@ from torch.utils._pytree import tree_leaves
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
@@ -20,22 +22,26 @@ class Recording(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._done: list[tuple[Any, Any, Any, Any]] = []
+        self._kept: list[Any] = []
+        self._again: list[tuple[Any, Any, Any, list[torch.Tensor]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self._done.append((func, args, kwargs or {}, out))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        self._kept.append((args, kwargs, out))
+        if func._schema.is_mutable:
+            self._again.append((func, args, kwargs, []))
+            return out
+        made, given = _tensors(out), {_storage(each) for each in _tensors((args, kwargs))}
+        # A view shows what it is a view of, and needs nothing.
+        if any(_storage(each) not in given for each in made):
+            self._again.append((func, args, kwargs, made))
         return out
 
     def replay(self) -> None:
-        """Do it all again: what an operation made is written where it made it, what it changed is changed again.
-
-        A view shows what it is a view of, and needs nothing.
-        """
-        for func, args, kwargs, out in self._done:
-            given = {_storage(each) for each in _tensors((args, kwargs))}
-            if func._schema.is_mutable:
-                func(*args, **kwargs)
-            elif any(_storage(each) not in given for each in _tensors(out)):
-                for old, new in zip(_tensors(out), _tensors(func(*args, **kwargs)), strict=True):
+        """Do it all again: what an operation made is written where it made it, what it changed is changed again."""
+        for func, args, kwargs, made in self._again:
+            found = func(*args, **kwargs)
+            if made:
+                for old, new in zip(made, _tensors(found), strict=True):
                     old.copy_(new)
