@@ -49,7 +49,9 @@ def describe_server(client: Client, *, model: str | None) -> Server:
         ) from error
     except Unanswered as error:
         raise UsageError(f"The server at {client.url} does not list its models: {error}.") from error
-    entries = listed.get("data") if isinstance(listed, dict) else None
+    entries = listed.get("data") if isinstance(listed, dict) else listed  # a bare list is Together's
+    if isinstance(listed, dict) and "data" in listed and entries is None:  # Ollama's way to say that there is none
+        entries = []
     if not isinstance(entries, list) or not all(isinstance(each, dict) for each in entries):
         raise UsageError(f"{client.url}/models answers {shown(listed)}, which is no list of models: check --model.")
     entry = _entry(client.url, entries, model)
@@ -64,7 +66,7 @@ def describe_server(client: Client, *, model: str | None) -> Server:
 
 
 def _entry(url: str, entries: list[dict[str, Any]], model: str | None) -> dict[str, Any]:
-    names = [str(each["id"]) for each in entries if isinstance(each.get("id"), str) and each["id"]]
+    names = list(dict.fromkeys(each["id"] for each in entries if isinstance(each.get("id"), str) and each["id"]))
     if model is not None:
         for each in entries:
             aliases = each.get("aliases")
@@ -95,7 +97,7 @@ def _context(client: Client, entry: dict[str, Any]) -> tuple[int | None, str | N
     meta = entry.get("meta")
     for place, found in (("max_model_len", entry.get("max_model_len")), ("context_length", entry.get("context_length")),
                          ("meta.n_ctx", meta.get("n_ctx") if isinstance(meta, dict) else None)):  # fmt: skip
-        if isinstance(found, int) and found > 0:
+        if _is_length(found):
             return found, f"{place} of /models"
     if entry.get("owned_by") != "llamacpp":
         return None, None
@@ -105,4 +107,8 @@ def _context(client: Client, entry: dict[str, Any]) -> tuple[int | None, str | N
         return None, None
     settings = props.get("default_generation_settings") if isinstance(props, dict) else None
     found = settings.get("n_ctx") if isinstance(settings, dict) else None
-    return (found, "n_ctx of /props") if isinstance(found, int) and found > 0 else (None, None)
+    return (found, "n_ctx of /props") if _is_length(found) else (None, None)
+
+
+def _is_length(found: Any) -> bool:
+    return isinstance(found, int) and not isinstance(found, bool) and found > 0
