@@ -65,6 +65,18 @@ def test_without_a_tokenizer_it_says_what_to_pass() -> None:
         build(kvscope_task="niah_single_1")
 
 
+def test_a_name_that_is_no_tokenizer_is_refused_before_the_hub_is_asked() -> None:
+    with pytest.raises(UsageError, match="There is no folder 'reference' with a tokenizer: give tokenizer=FOLDER"):
+        build(kvscope_task="niah_single_1", pretrained="reference")
+
+
+def test_metadata_as_text_and_with_units(model_folder: str) -> None:
+    docs = build(kvscope_task="vt", length_tokens="1k", samples="1", seed="3", pretrained=model_folder)["test"]
+    assert [doc["length_tokens"] for doc in docs] == [1024]
+    with pytest.raises(UsageError, match="samples of --metadata is 0"):
+        build(kvscope_task="vt", samples=0, pretrained=model_folder)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["niah_single_1", "vt", "long_qa"])
 def test_stock_lm_eval_runs_them(model_folder: str, name: str) -> None:
