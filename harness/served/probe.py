@@ -219,11 +219,16 @@ def _optional(api: Api) -> dict[str, Any]:
 
 
 def _check_model(url: str, server: Server, answer: Answer) -> None:
-    if answer.model is not None and _last_part(answer.model) != _last_part(server.model):
+    if is_other_model(answer, server.model):
         raise UsageError(
             f"The server at {url} was asked for {shown(server.model)} and answers as {shown(answer.model)}: give "
             "--served-model the name that it answers by."
         )
+
+
+def is_other_model(answer: Answer, model: str) -> bool:
+    """Whether a reply names another model than the one that was asked: gateways have models that stand in."""
+    return answer.model is not None and _last_part(answer.model) != _last_part(model)
 
 
 def _last_part(name: str) -> str:
