@@ -149,4 +149,9 @@ def _count(value: Any) -> int | None:
 
 
 def _name(value: Any) -> str | None:
-    return value if isinstance(value, str) and 0 < len(value) <= MOST_NAME_CHARS else None
+    return value if isinstance(value, str) and 0 < len(value) <= MOST_NAME_CHARS and _is_text(value) else None
+
+
+def _is_text(value: str) -> bool:
+    """Whether a file can hold it: half a surrogate pair is no text."""
+    return not any("\ud800" <= character <= "\udfff" for character in value)

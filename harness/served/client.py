@@ -218,6 +218,8 @@ class Client:
 
     def _short(self, text: str) -> str:
         flat = " ".join(self.redacted(text).split()) or "nothing"
+        # A terminal obeys some characters, and no file takes half a surrogate pair.
+        flat = "".join(character if character.isprintable() else "\ufffd" for character in flat)
         return flat if len(flat) <= _MOST_SHOWN_CHARACTERS else f"{flat[:_MOST_SHOWN_CHARACTERS]}..."
 
     def _read(self, reply: requests.Response) -> Any:

@@ -66,7 +66,8 @@ def describe_server(client: Client, *, model: str | None) -> Server:
 
 
 def _entry(url: str, entries: list[dict[str, Any]], model: str | None) -> dict[str, Any]:
-    names = list(dict.fromkeys(each["id"] for each in entries if isinstance(each.get("id"), str) and each["id"]))
+    ids = (each.get("id") for each in entries)
+    names = list(dict.fromkeys(each for each in ids if isinstance(each, str) and each and each.isprintable()))
     if model is not None:
         for each in entries:
             aliases = each.get("aliases")

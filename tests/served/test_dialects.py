@@ -128,6 +128,13 @@ def test_the_words_of_an_error(found: Any, words: str) -> None:
     assert error_words(found)[0] == words
 
 
+def test_words_that_no_file_and_no_terminal_should_get(stub: Stub) -> None:
+    stub.planned.append((400, {}, '{"error": "half \\ud83d and \\u001b[31m red"}'))
+    with pytest.raises(Refused, match=r"^HTTP 400: half \ufffd and \ufffd\[31m red$"):
+        Client(stub.url).post("completions", BODY)
+    assert answered(stub, {"text": "a", "finish_reason": "\ud83d"}, form="text").finish_reason is None
+
+
 def test_a_page_is_called_one(stub: Stub) -> None:
     stub.planned.append((404, {}, "<!DOCTYPE html>\n<title>nothing here</title>"))
     with pytest.raises(Refused, match=r"^HTTP 404: a page of HTML$"):
@@ -240,9 +247,10 @@ def test_lists_of_models(stub: Stub, models: Any, name: str) -> None:
 
 
 def test_a_server_without_models(stub: Stub) -> None:
-    stub.models = {"object": "list", "data": None}
-    with pytest.raises(UsageError, match="lists no model"):
-        describe_server(Client(stub.url), model=None)
+    for entries in (None, [], [{"id": "a\nb"}], [{"id": "\ud83d"}], [{"id": 3}]):
+        stub.models = {"object": "list", "data": entries}
+        with pytest.raises(UsageError, match="lists no model"):
+            describe_server(Client(stub.url), model=None)
     stub.models = {"data": [{"id": "stub", "max_model_len": True}]}
     assert describe_server(Client(stub.url), model=None).context_tokens is None
 
