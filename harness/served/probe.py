@@ -135,6 +135,11 @@ def probe(
     except ServerGone as error:
         raise UsageError(f"{error}.") from error
     except RequestFailed as error:
+        if not server.listed:
+            raise UsageError(
+                f"The server at {client.url} has no list of models, and does not answer {api} requests for "
+                f"{shown(server.model)}: {error}. The URL of most servers ends in /v1."
+            ) from error
         raise UsageError(
             f"The server at {client.url} lists {shown(server.model)}, but does not answer {api} requests: {error}."
         ) from error

@@ -20,6 +20,7 @@ class Server:
         software: what it is, where it says so: ``owned_by`` of its model, or ``llama.cpp``.
         context_tokens: longest prompt plus answer, as it says; None where it does not.
         context_from: where it says that.
+        listed: whether it lists its models; else its name is what was asked for.
     """
 
     url: str
@@ -27,6 +28,7 @@ class Server:
     software: str | None
     context_tokens: int | None
     context_from: str | None
+    listed: bool = True
 
 
 def describe_server(client: Client, *, model: str | None) -> Server:
@@ -44,6 +46,10 @@ def describe_server(client: Client, *, model: str | None) -> Server:
         mend = "" if KEY_VARIABLE in str(error) else ": start it, or check --model"
         raise UsageError(f"{error}{mend}.") from error
     except Refused as error:
+        if model is not None and error.status in (404, 405):  # some gateways have no list: the probe asks the model
+            return Server(
+                url=client.url, model=model, software=None, context_tokens=None, context_from=None, listed=False
+            )
         raise UsageError(
             f"{client.url}/models is no path of an OpenAI-compatible server ({error}): the URL of most ends in /v1."
         ) from error

@@ -17,6 +17,7 @@ from kvscope.harness.served.address import KEY_VARIABLE, checked_url, is_loopbac
 from kvscope.harness.served.asking import BROKEN_OFF, Answer, Manner, UnusableAnswer, ask
 from kvscope.harness.served.client import Client, Refused, ServerGone, Unanswered
 from kvscope.harness.served.error_words import error_words
+from kvscope.harness.served.probe import probe
 from kvscope.harness.served.server import describe_server
 
 BODY = {"model": "stub", "prompt": "The sky is", "max_tokens": 4}
@@ -253,6 +254,22 @@ def test_a_server_without_models(stub: Stub) -> None:
             describe_server(Client(stub.url), model=None)
     stub.models = {"data": [{"id": "stub", "max_model_len": True}]}
     assert describe_server(Client(stub.url), model=None).context_tokens is None
+
+
+def test_a_server_that_has_no_list_of_models(stub: Stub) -> None:
+    real = stub.get
+    stub.get = lambda path: (404, {}, "{}")  # type: ignore[method-assign]
+    with pytest.raises(UsageError, match="is no path of an OpenAI-compatible server"):
+        describe_server(Client(stub.url), model=None)
+    found = describe_server(Client(stub.url), model="stub")
+    assert (found.model, found.listed, found.context_tokens) == ("stub", False, None)
+    asked = {"api": "completions", "bos": "", "concurrency": 1, "context_tokens": 4096, "context_from": "the test"}
+    assert probe(Client(stub.url), found, served_prompt, **asked)[0].form == "token_ids"  # type: ignore[arg-type]
+    stub.post = lambda path, body: (404, {}, "{}")  # type: ignore[method-assign]
+    with pytest.raises(UsageError, match=r"has no list of models, and does not answer completions .* ends in /v1"):
+        probe(Client(stub.url), found, served_prompt, **asked)  # type: ignore[arg-type]
+    stub.get = real  # type: ignore[method-assign]
+    assert describe_server(Client(stub.url), model="stub").listed
 
 
 def test_a_busy_moment_in_the_probe_changes_nothing(stub: Stub) -> None:
