@@ -362,7 +362,7 @@ def _check_tokenizer(tokenizer: str | None, pretrained: str) -> None:
     """Refuse a tokenizer that is not the model's: prompts of RULER would be built with it, and encoded with another."""
     if tokenizer in (None, pretrained) or is_url(pretrained) or is_preset(pretrained):
         return
-    if str(tokenizer) != resolve_model(pretrained)[0]:
+    if Path(str(tokenizer)).resolve() != Path(resolve_model(pretrained)[0]).resolve():
         raise UsageError(
             f"tokenizer is {shown(tokenizer)}, and kvscope takes that of the model, {shown(pretrained)}: leave it out."
         )

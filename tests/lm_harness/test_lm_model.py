@@ -327,3 +327,4 @@ def test_arguments_name_the_tokenizer_for_tasks_that_read_it(folder: str) -> Non
         KvscopeLM.create_from_arg_obj(arguments, {"batch_size": 1, "max_batch_size": None})
         assert AutoTokenizer.from_pretrained(arguments["tokenizer"]).vocab_size
         KvscopeLM.create_from_arg_obj(arguments)
+        KvscopeLM(**{**arguments, "tokenizer": f"{arguments['tokenizer']}/../{Path(arguments['tokenizer']).name}/"})
