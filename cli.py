@@ -179,8 +179,8 @@ def same_answers(
 ) -> int:
     """Ask A, A again and B the same greedy prompts, and say whether B's answers are A's.
 
-    What B changes is held against what A changes by itself. Exit code 1 where B changes more. With --out the rows of
-    all three runs are kept, and the same command continues.
+    What B changes is held against what A changes by itself. Exit code 1 where B changes more, or where prompts were
+    left without an answer. With --out the rows of all three runs are kept, and the same command continues.
     """
     from kvscope.harness.studies.same_answers import same_answers as ask_both
 
@@ -193,7 +193,7 @@ def same_answers(
         say(dumps(found.plain(), indent=2))
     else:
         say(found.text())
-    return EXIT_CELLS_FAILED if found.verdict == "different" else EXIT_DONE
+    return EXIT_CELLS_FAILED if found.verdict == "different" or found.n_unanswered else EXIT_DONE
 
 
 @app.command(short_help="Write the tables and figures of a run again.")

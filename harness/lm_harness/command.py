@@ -4,13 +4,16 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from tempfile import TemporaryFile
+from traceback import walk_tb
 from typing import TYPE_CHECKING, Any
 
-from kvscope.errors import EnvironmentProblem, UsageError
+from kvscope.errors import EnvironmentProblem, KvscopeError, UsageError, shown_path
 from kvscope.files import first_line
 from kvscope.harness.engine.names import resolve_model
 from kvscope.harness.lm_harness.register import NAME, register_lm_eval
 from kvscope.methods.registry import create_method
+from kvscope.paths import user_path
 from kvscope.specs import parse_spec
 from kvscope.tasks.lm_harness import FOLDER
 from kvscope.terminal import tell
@@ -49,6 +52,7 @@ def run_lm_eval(model: str, method: str, rest: Sequence[str], *, more: dict[str,
     for option, value in (("--include_path", str(FOLDER)), ("--device", "auto")):
         if not any(argument.partition("=")[0] == option for argument in rest):
             command += [option, value]
+    _check_output(rest)
     register_lm_eval()
     from lm_eval.__main__ import cli_evaluate
 
@@ -57,7 +61,7 @@ def run_lm_eval(model: str, method: str, rest: Sequence[str], *, more: dict[str,
     with _command_line([*command, *rest]):
         try:
             cli_evaluate()
-        except UsageError:
+        except KvscopeError:
             raise
         except ValueError as error:  # what lm-eval raises over its own arguments and unknown tasks
             raise UsageError(f"lm-eval: {first_line(error)}") from error
@@ -65,7 +69,40 @@ def run_lm_eval(model: str, method: str, rest: Sequence[str], *, more: dict[str,
             raise EnvironmentProblem(
                 f"lm-eval: {first_line(error)}. Bring the task's data here first, or choose a task whose data are here."
             ) from error
+        except ImportError as error:  # a task whose extra is not installed
+            raise EnvironmentProblem(f"lm-eval: {first_line(error)}.") from error
+        except (AssertionError, AttributeError, KeyError, TypeError, OSError) as error:
+            if _is_ours(error):
+                raise
+            raise UsageError(f"lm-eval: {first_line(error) or type(error).__name__}") from error
     _tell_summary(KvscopeLM.latest)
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether an error came out of kvscope, not out of what lm-eval does with its arguments and tasks."""
+    here = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)]
+    return any(name.startswith("kvscope.") and name != __name__ for name in here)
+
+
+def _check_output(rest: Sequence[str]) -> None:
+    """Refuse a place of results that cannot be written; lm-eval would say so in a warning, after the last answer."""
+    given = None
+    for at, argument in enumerate(rest):
+        option, equals, value = argument.partition("=")
+        if option in ("--output_path", "-o"):
+            given = value if equals else next(iter(rest[at + 1 :]), None)
+    if given is None:
+        return
+    path = user_path(given, what="--output_path")
+    folder = path.parent if path.suffix in (".json", ".jsonl") else path
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"--output_path: nothing can be written to {shown_path(folder)} ({error.strerror}): give another place."
+        ) from error
 
 
 def _tell_summary(model: "KvscopeLM | None") -> None:

@@ -8,9 +8,11 @@ no method ever acts: here it is fed token by token under the method.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 from lm_eval.api.instance import Instance
@@ -24,7 +26,8 @@ from kvscope.harness.engine.backend import form_on
 from kvscope.harness.engine.batch_decode import DecodeResult
 from kvscope.harness.engine.identity import STOCK_APPLIES, eos_ids, not_applied
 from kvscope.harness.engine.models import load_model
-from kvscope.harness.engine.presets import refuse_preset
+from kvscope.harness.engine.names import resolve_model
+from kvscope.harness.engine.presets import is_preset, refuse_preset
 from kvscope.harness.engine.self_check import self_check as check_model
 from kvscope.harness.lm_harness.answering import Answering, Ask, Continuation, Score
 from kvscope.harness.passes.environment import package_version
@@ -35,10 +38,11 @@ from kvscope.specs import Spec, parse_spec
 ROWS_CPU, ROWS_CUDA = 16, 64
 """Sequences of a step for ``batch_size=auto``."""
 METHOD_PREFIX = "kv_"
+REFERENCE = "reference"
+_CACHE_OWNER = "kvscope"
+"""Key of a file of ``--use_cache`` that says whose answers it keeps; lm-eval's own keys are hashes."""
 #: Of a task's ``generation_kwargs``: what greedy decoding has no use for, so that any value means the same.
 _WITHOUT_EFFECT = frozenset({"do_sample", "temperature", "top_p", "top_k", "min_p", "max_length", "until"})
-#: Settings of a model's own generation config that stock ``generate`` applies to greedy answers, and what leaves them
-#: as they are.
 _log = logging.getLogger(__name__)
 
 
@@ -48,11 +52,13 @@ class KvscopeLM(HFLM):  # type: ignore[misc]  # lm-eval comes without types
     Args:
         pretrained: as ``kvscope run --model``: ``reference``, a folder, a GGUF file, a public model, a hub id.
         method: as ``kvscope run -m``: a spec such as ``quest:budget_tokens=1k``, or a mapping with ``name``.
-        batch_size: most sequences of a step; ``auto`` is 16 on a CPU and 64 on a GPU. Halved where memory ends.
+        batch_size: most sequences of a step; ``auto`` is 16 on a CPU and 64 on a GPU, or ``max_batch_size`` where
+            that is less. Halved where memory ends.
         device, dtype: as ``kvscope run``.
         self_check: whether the model through kvscope's cache is compared with its own forward first.
         max_length: longest prompt plus answer in tokens, where it is to be less than the model's. A longer prompt is
             refused: nothing is cut.
+        tokenizer: where the model's is, for tasks that read it of the arguments; another is refused.
         kwargs: those of ``HFLM`` that say how text becomes tokens (``add_bos_token``, ``prefix_token_id``,
             ``enable_thinking``, ``think_end_token``, ``chat_template_args``), and options of the method as
             ``kv_NAME=VALUE``.
@@ -67,7 +73,7 @@ class KvscopeLM(HFLM):  # type: ignore[misc]  # lm-eval comes without types
 
     def __init__(
         self,
-        pretrained: str = "reference",
+        pretrained: str = REFERENCE,
         *,
         method: str | Mapping[str, Any] = "dense",
         batch_size: int | str | None = "auto",
@@ -79,7 +85,13 @@ class KvscopeLM(HFLM):  # type: ignore[misc]  # lm-eval comes without types
         max_batch_size: int | None = None,
         **kwargs: Any,
     ) -> None:
-        del tokenizer, max_batch_size  # the first is what RULER's tasks read, the second HFLM's search
+        if not isinstance(pretrained, str | os.PathLike):
+            raise UsageError(
+                f"pretrained is {shown(pretrained)}, and kvscope loads models itself: give a name, a folder or an id."
+            )
+        pretrained = str(pretrained)
+        _check_tokenizer(tokenizer, pretrained)
+        checks = _switch("self_check", self_check)
         options = {key: kwargs.pop(key) for key in list(kwargs) if key.startswith(METHOD_PREFIX)}
         unknown = sorted(set(kwargs) - _HFLM_ARGUMENTS)
         if unknown:
@@ -105,9 +117,9 @@ class KvscopeLM(HFLM):  # type: ignore[misc]  # lm-eval comes without types
         self.method.require(loaded.shape)
         if reasons := self.method.unsupported(loaded.shape, loaded.device):
             raise UsageError(f"Method {self.method.label!r} cannot run on '{loaded.name}': {'; '.join(reasons)}.")
-        if self_check in (True, "True", "true"):
+        if checks:
             check_model(loaded)
-        self._self_check = self_check in (True, "True", "true")
+        self._self_check = checks
         with _no_word_of_the_model():
             super().__init__(
                 pretrained=loaded.model,
@@ -116,13 +128,48 @@ class KvscopeLM(HFLM):  # type: ignore[misc]  # lm-eval comes without types
                 max_length=_length(max_length, loaded.max_length_tokens),
                 **kwargs,
             )
-        self._answering = Answering(self.loaded, self.method, rows=_rows(batch_size, loaded.device.type))
+        # A prompt's text is the same for both, and its tokens or answers are not.
+        self._answers_of = f"{Path(resolve_model(pretrained)[0]).absolute()}, {loaded.dtype}, {self.method.label}"
+        self._answers_of += "".join(f", {key}={value}" for key, value in sorted(kwargs.items()))
+        self._answering = Answering(
+            self.loaded, self.method, rows=_rows(batch_size, max_batch_size, loaded.device.type)
+        )
         self._ignored = not_applied(generation)
         KvscopeLM.latest = self
         for text in self._ignored:
             _log.warning(
                 "kvscope answers greedily and leaves out the model's own %s, which stock generate applies.", text
             )
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> KvscopeLM:
+        """Make the model of arguments; ``tokenizer`` is added to them.
+
+        RULER's tasks build prompts with the tokenizer that the same mapping names, and know no name of kvscope's.
+        """
+        made: KvscopeLM = super().create_from_arg_obj(arg_dict, additional_config)
+        arg_dict.setdefault("tokenizer", resolve_model(str(arg_dict.get("pretrained", REFERENCE)))[0])
+        return made
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Take what keeps answers for a later call (``--use_cache``); lm-eval asks that before the model.
+
+        Raises:
+            UsageError: it keeps answers of another model or method: they are stored by the prompt alone.
+        """
+        kept = getattr(cache_hook, "dbdict", None)
+        if kept is not None:
+            said = self._answers_of
+            there = kept.get(_CACHE_OWNER) or ("another model" if len(kept) else said)
+            if there != said:
+                raise UsageError(
+                    f"use_cache: that file keeps answers of {there}, which would be taken for those of {said}: give "
+                    "--use_cache another path for each model and method."
+                )
+            kept[_CACHE_OWNER] = said
+        super().set_cache_hook(cache_hook)
 
     # -- answers
 
@@ -138,9 +185,19 @@ class KvscopeLM(HFLM):  # type: ignore[misc]  # lm-eval comes without types
             context, given = request.args
             settings = normalize_gen_kwargs(given, self.max_gen_toks)
             max_new_tokens = int(settings.pop("max_gen_toks"))
+            if max_new_tokens < 1:
+                raise UsageError(
+                    f"{_task_of(request)}: max_gen_toks is {max_new_tokens}, and an answer has one token at least: "
+                    "leave it out, or give --gen_kwargs max_gen_toks=N."
+                )
             _require_greedy(settings, given)
-            until = handle_stop_sequences(settings.get("until"), eos=end_of_text)
+            until = handle_stop_sequences(_stops(request, settings.get("until")), eos=end_of_text)
             ids = tuple(self.tok_batch_encode([context])[0][0].tolist())
+            if not ids:
+                raise UsageError(
+                    f"{_task_of(request)}: a prompt is empty, and the tokenizer of '{self.loaded.name}' puts no token "
+                    "before it: there is nothing to go on from."
+                )
             self._require_room(len(ids), max_new_tokens, request)
             asks.append(Ask(ids=ids, max_new_tokens=max_new_tokens, stop_strings=tuple(filter(None, until))))
             stops.append(until)
@@ -259,9 +316,8 @@ class KvscopeLM(HFLM):  # type: ignore[misc]  # lm-eval comes without types
 
     def _require_room(self, n_context: int, n_more: int, request: object) -> None:
         if n_context + n_more > self.max_length:
-            name = getattr(request, "task_name", None) or "A request"
             raise UsageError(
-                f"{name}: a prompt of {n_context:,} tokens and {n_more:,} for its answer are over the "
+                f"{_task_of(request)}: a prompt of {n_context:,} tokens and {n_more:,} for its answer are over the "
                 f"{self.max_length:,} tokens that model '{self.loaded.name}' takes, and nothing is cut: leave out the "
                 "longest samples (--samples, --limit, a smaller length in --metadata), or take another model."
             )
@@ -287,9 +343,45 @@ def _spec(method: str | Mapping[str, Any], options: Mapping[str, Any]) -> Spec:
     return spec
 
 
-def _rows(batch_size: int | str | None, device_type: str) -> int:
+def _task_of(request: object) -> str:
+    return getattr(request, "task_name", None) or "A request"
+
+
+def _stops(request: Instance, until: Any) -> Any:
+    """Return where an answer ends, as a task has it.
+
+    Raises:
+        UsageError: that is no text.
+    """
+    if isinstance(until, list) and (other := [each for each in until if not isinstance(each, str | None)]):
+        raise UsageError(f"{_task_of(request)}: until holds {shown(other[0])}, which is no text: write it in quotes.")
+    return until
+
+
+def _check_tokenizer(tokenizer: str | None, pretrained: str) -> None:
+    """Refuse a tokenizer that is not the model's: prompts of RULER would be built with it, and encoded with another."""
+    if tokenizer in (None, pretrained) or is_url(pretrained) or is_preset(pretrained):
+        return
+    if Path(str(tokenizer)).resolve() != Path(resolve_model(pretrained)[0]).resolve():
+        raise UsageError(
+            f"tokenizer is {shown(tokenizer)}, and kvscope takes that of the model, {shown(pretrained)}: leave it out."
+        )
+
+
+def _switch(name: str, value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    if str(value).lower() not in ("true", "false"):
+        raise UsageError(f"{name} is {shown(value)}, expected True or False.")
+    return str(value).lower() == "true"
+
+
+def _rows(batch_size: int | str | None, max_batch_size: int | str | None, device_type: str) -> int:
+    if max_batch_size is not None and (not str(max_batch_size).isdecimal() or int(max_batch_size) < 1):
+        raise UsageError(f"max_batch_size is {shown(max_batch_size)}, expected a number from 1 on.")
     if batch_size is None or str(batch_size).startswith("auto"):
-        return ROWS_CUDA if device_type == "cuda" else ROWS_CPU
+        rows = ROWS_CUDA if device_type == "cuda" else ROWS_CPU
+        return rows if max_batch_size is None else min(rows, int(max_batch_size))
     text = str(batch_size)
     if not text.isdecimal() or int(text) < 1:
         raise UsageError(f"batch_size is {shown(batch_size)}, expected auto or a number from 1 on.")

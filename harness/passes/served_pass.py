@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvscope.errors import EnvironmentProblem, KvscopeError
+from kvscope.errors import EnvironmentProblem, KvscopeError, shown
 from kvscope.harness.passes.accuracy import AccuracyPass
 from kvscope.harness.passes.deadline import Deadline, TimeLimitReached
 from kvscope.harness.passes.progress import Progress
@@ -19,6 +19,7 @@ from kvscope.harness.passes.timing import host_load
 from kvscope.harness.passes.turns import cell_summary, pending_samples, prompt_work_tokens
 from kvscope.harness.served.asking import Answer, ask
 from kvscope.harness.served.client import Refused, RequestFailed, ServerGone, Unanswered
+from kvscope.harness.served.probe import is_other_model
 from kvscope.results.schema import SampleRow, ServedRecord
 from kvscope.tasks.answers import answer_of, stop_index
 from kvscope.units import format_length
@@ -146,7 +147,7 @@ class _Sending:
             self._over = self._over or outcome.problem
             return
         sample, answer = turn.sample, outcome.answer
-        problem = str(outcome.problem) if answer is None else self._cut(sample, answer)
+        problem = str(outcome.problem) if answer is None else self._unlike(sample, answer)
         if answer is None or problem is not None:
             row = self._failed(turn, outcome, str(problem))
             where = f"{sample.task} {format_length(sample.length_tokens)} sample {sample.sample}"
@@ -166,9 +167,14 @@ class _Sending:
                 f"an answer, the last with {problem}: rows are kept, and the same command sends those again."
             )
 
-    def _cut(self, sample: "Sample", answer: Answer) -> str | None:
-        """Return why an answer is not one to this prompt, by the server's own count; None where nothing says so."""
+    def _unlike(self, sample: "Sample", answer: Answer) -> str | None:
+        """Return why an answer is not one to this prompt, by the server's own word; None where nothing says so."""
         assert self._plan.findings is not None
+        model = self._plan.facts.server.model
+        if is_other_model(answer, model):
+            return f"the server was asked for {shown(model)} and answers as {shown(answer.model)}"
+        if answer.completion_tokens is not None and answer.completion_tokens > sample.max_new_tokens:
+            return f"the server gives {answer.completion_tokens:,} tokens where {sample.max_new_tokens:,} are asked for"
         extra = self._plan.findings.extra_prompt_tokens
         if extra is None or answer.prompt_tokens is None or answer.prompt_tokens == len(sample.ids) + extra:
             return None

@@ -7,11 +7,16 @@ from typing import Any, Literal
 
 from kvscope.errors import shown
 from kvscope.harness.served.client import Client, RequestFailed
+from kvscope.harness.served.error_words import error_words
 from kvscope.results.limits import MOST_COUNT, MOST_NAME_CHARS
 
 Api = Literal["completions", "chat"]
 Form = Literal["token_ids", "text", "messages"]
 PATHS: Mapping[Api, str] = {"completions": "completions", "chat": "chat/completions"}
+
+
+BROKEN_OFF = ("abort", "error", "cancelled", "content_filter")
+"""Finish reasons of answers that are not the model's whole ones (vLLM, SGLang, gateways)."""
 
 
 class UnusableAnswer(RequestFailed):
@@ -89,21 +94,23 @@ class Answer:
     tries: int
 
 
-def ask(
-    client: Client, manner: Manner, prompt: ServedPrompt, *, max_new_tokens: int, tries: int | None = None
-) -> Answer:
+def ask(client: Client, manner: Manner, prompt: ServedPrompt, *, max_new_tokens: int) -> Answer:
     """Send a prompt and return its answer.
 
     Raises:
         RequestFailed, ServerGone: as ``Client.post``; ``UnusableAnswer`` where the reply holds no answer.
     """
     started_s = time.perf_counter()
-    reply, sent = client.post(PATHS[manner.api], manner.body(prompt, max_new_tokens), tries=tries)
-    choice = _first_choice(reply)
+    reply, sent = client.post(PATHS[manner.api], manner.body(prompt, max_new_tokens))
+    try:
+        choice = _first_choice(reply)
+        text = _text(choice, manner.api)
+    except UnusableAnswer as error:
+        raise UnusableAnswer(client.redacted(str(error))) from None
     usage = reply.get("usage")
     usage = usage if isinstance(usage, dict) else {}
     return Answer(
-        text=_text(choice, manner.api),
+        text=text,
         prompt_tokens=_count(usage.get("prompt_tokens")),
         completion_tokens=_count(usage.get("completion_tokens")),
         finish_reason=_name(choice.get("finish_reason")),
@@ -121,10 +128,15 @@ def _first_choice(reply: Any) -> dict[str, Any]:
 
 
 def _text(choice: dict[str, Any], api: Api) -> str:
+    if choice.get("error") or choice.get("finish_reason") in BROKEN_OFF:
+        why = error_words(choice["error"])[0] if choice.get("error") else choice["finish_reason"]
+        raise UnusableAnswer(f"the server broke the answer off: {shown(why)}")
     holder = choice.get("message") if api == "chat" else choice
     text = holder.get("content" if api == "chat" else "text") if isinstance(holder, dict) else None
     if text is None and isinstance(holder, dict) and (holder.get("reasoning_content") or holder.get("reasoning")):
         return ""  # all of the answer's room went into thoughts
+    if isinstance(text, list) and text and all(isinstance(part, dict) for part in text):  # parts, as of Mistral's API
+        text = "".join(str(part.get("text", "")) for part in text if part.get("type") in ("text", "output_text"))
     if not isinstance(text, str):
         raise UnusableAnswer(f"the reply's first choice has no text: {shown(choice)}")
     # Half a character of UTF-16, as a cut answer may end in, can be written to no file.
@@ -137,4 +149,9 @@ def _count(value: Any) -> int | None:
 
 
 def _name(value: Any) -> str | None:
-    return value if isinstance(value, str) and 0 < len(value) <= MOST_NAME_CHARS else None
+    return value if isinstance(value, str) and 0 < len(value) <= MOST_NAME_CHARS and _is_text(value) else None
+
+
+def _is_text(value: str) -> bool:
+    """Whether a file can hold it: half a surrogate pair is no text."""
+    return not any("\ud800" <= character <= "\udfff" for character in value)

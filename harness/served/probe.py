@@ -135,6 +135,11 @@ def probe(
     except ServerGone as error:
         raise UsageError(f"{error}.") from error
     except RequestFailed as error:
+        if not server.listed:
+            raise UsageError(
+                f"The server at {client.url} has no list of models, and does not answer {api} requests for "
+                f"{shown(server.model)}: {error}. The URL of most servers ends in /v1."
+            ) from error
         raise UsageError(
             f"The server at {client.url} lists {shown(server.model)}, but does not answer {api} requests: {error}."
         ) from error
@@ -164,9 +169,8 @@ def _ask(
     prompt: ServedPrompt,
     *,
     max_new_tokens: int = PROBE_TOKENS,
-    tries: int | None = None,
 ) -> Answer:
-    return ask(client, manner, prompt, max_new_tokens=max_new_tokens, tries=tries)
+    return ask(client, manner, prompt, max_new_tokens=max_new_tokens)
 
 
 def _form(client: Client, server: Server, prompt: ServedPrompt, api: Api) -> tuple[Any, str | None]:
@@ -177,7 +181,7 @@ def _form(client: Client, server: Server, prompt: ServedPrompt, api: Api) -> tup
     if api == "chat":
         return "messages", None
     try:
-        answer = _ask(client, Manner(model=server.model, form="token_ids"), prompt, tries=1)
+        answer = _ask(client, Manner(model=server.model, form="token_ids"), prompt)
     except RequestFailed as error:
         return "text", str(error)
     if answer.prompt_tokens is not None:
@@ -208,7 +212,7 @@ def _fields(client: Client, manner: Manner, prompt: ServedPrompt) -> dict[str, A
     taken: dict[str, Any] = {}
     for key, value in _optional(manner.api).items():
         try:
-            _ask(client, replace(manner, fields={**taken, key: value}), prompt, max_new_tokens=1, tries=1)
+            _ask(client, replace(manner, fields={**taken, key: value}), prompt, max_new_tokens=1)
         except RequestFailed:  # a plain request was answered just now: it is the field that fails
             continue
         taken[key] = value
@@ -220,11 +224,20 @@ def _optional(api: Api) -> dict[str, Any]:
 
 
 def _check_model(url: str, server: Server, answer: Answer) -> None:
-    if answer.model is not None and answer.model.rpartition("/")[2] != server.model.rpartition("/")[2]:
+    if is_other_model(answer, server.model):
         raise UsageError(
             f"The server at {url} was asked for {shown(server.model)} and answers as {shown(answer.model)}: give "
             "--served-model the name that it answers by."
         )
+
+
+def is_other_model(answer: Answer, model: str) -> bool:
+    """Whether a reply names another model than the one that was asked: gateways have models that stand in."""
+    return answer.model is not None and _last_part(answer.model) != _last_part(model)
+
+
+def _last_part(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2]
 
 
 def _extra(url: str, asked: Sequence[tuple[ServedPrompt, Answer]]) -> int | None:

@@ -20,6 +20,7 @@ class Server:
         software: what it is, where it says so: ``owned_by`` of its model, or ``llama.cpp``.
         context_tokens: longest prompt plus answer, as it says; None where it does not.
         context_from: where it says that.
+        listed: whether it lists its models; else its name is what was asked for.
     """
 
     url: str
@@ -27,6 +28,7 @@ class Server:
     software: str | None
     context_tokens: int | None
     context_from: str | None
+    listed: bool = True
 
 
 def describe_server(client: Client, *, model: str | None) -> Server:
@@ -44,12 +46,18 @@ def describe_server(client: Client, *, model: str | None) -> Server:
         mend = "" if KEY_VARIABLE in str(error) else ": start it, or check --model"
         raise UsageError(f"{error}{mend}.") from error
     except Refused as error:
+        if model is not None and error.status in (404, 405):  # some gateways have no list: the probe asks the model
+            return Server(
+                url=client.url, model=model, software=None, context_tokens=None, context_from=None, listed=False
+            )
         raise UsageError(
             f"{client.url}/models is no path of an OpenAI-compatible server ({error}): the URL of most ends in /v1."
         ) from error
     except Unanswered as error:
         raise UsageError(f"The server at {client.url} does not list its models: {error}.") from error
-    entries = listed.get("data") if isinstance(listed, dict) else None
+    entries = listed.get("data") if isinstance(listed, dict) else listed  # a bare list is Together's
+    if isinstance(listed, dict) and "data" in listed and entries is None:  # Ollama's way to say that there is none
+        entries = []
     if not isinstance(entries, list) or not all(isinstance(each, dict) for each in entries):
         raise UsageError(f"{client.url}/models answers {shown(listed)}, which is no list of models: check --model.")
     entry = _entry(client.url, entries, model)
@@ -64,7 +72,8 @@ def describe_server(client: Client, *, model: str | None) -> Server:
 
 
 def _entry(url: str, entries: list[dict[str, Any]], model: str | None) -> dict[str, Any]:
-    names = [str(each["id"]) for each in entries if isinstance(each.get("id"), str) and each["id"]]
+    ids = (each.get("id") for each in entries)
+    names = list(dict.fromkeys(each for each in ids if isinstance(each, str) and each and each.isprintable()))
     if model is not None:
         for each in entries:
             aliases = each.get("aliases")
@@ -95,7 +104,7 @@ def _context(client: Client, entry: dict[str, Any]) -> tuple[int | None, str | N
     meta = entry.get("meta")
     for place, found in (("max_model_len", entry.get("max_model_len")), ("context_length", entry.get("context_length")),
                          ("meta.n_ctx", meta.get("n_ctx") if isinstance(meta, dict) else None)):  # fmt: skip
-        if isinstance(found, int) and found > 0:
+        if _is_length(found):
             return found, f"{place} of /models"
     if entry.get("owned_by") != "llamacpp":
         return None, None
@@ -105,4 +114,8 @@ def _context(client: Client, entry: dict[str, Any]) -> tuple[int | None, str | N
         return None, None
     settings = props.get("default_generation_settings") if isinstance(props, dict) else None
     found = settings.get("n_ctx") if isinstance(settings, dict) else None
-    return (found, "n_ctx of /props") if isinstance(found, int) and found > 0 else (None, None)
+    return (found, "n_ctx of /props") if _is_length(found) else (None, None)
+
+
+def _is_length(found: Any) -> bool:
+    return isinstance(found, int) and not isinstance(found, bool) and found > 0

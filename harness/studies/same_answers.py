@@ -93,16 +93,24 @@ class SameAnswers:
 
     @property
     def verdict(self) -> SameVerdict:
-        """``different`` where B changes more answers than A does by itself, at 5 %."""
+        """``different`` where B changes more answers than A does by itself, at 5 %.
+
+        Prompts that were not answered in all three runs leave the rest open: a server that fails may fail on those
+        that it would have answered otherwise.
+        """
+        enough = self.agreement.pairs_for_6_discordant is None
+        if self.differing and enough and self.agreement.p_value < 0.05 and self.agreement.lost > self.agreement.won:
+            return "different"
+        if self.n_unanswered:
+            return "inconclusive"
         if not self.differing:
             return "same"
-        if self.agreement.pairs_for_6_discordant is not None:
-            return "inconclusive"
-        return (
-            "different"
-            if self.agreement.p_value < 0.05 and self.agreement.lost > self.agreement.won
-            else "within noise"
-        )
+        return "within noise" if enough else "inconclusive"
+
+    @property
+    def n_unanswered(self) -> int:
+        """Prompts that were not answered in all three runs."""
+        return self.n_prompts - self.n_compared
 
     @property
     def sentence(self) -> str:
@@ -111,6 +119,11 @@ class SameAnswers:
         changed = f"B changes {len(self.differing)} of {n} answers, A itself {round(n * (1 - self.noise.mean))}"
         if self.verdict == "same":
             return f"same: all {n} answers of B are those of A"
+        if self.verdict == "inconclusive" and self.n_unanswered:
+            return (
+                f"inconclusive: {self.n_unanswered} of {self.n_prompts} prompts were not answered in all three runs; "
+                f"of the others {changed}"
+            )
         if paired.pairs_for_6_discordant is not None:
             return (
                 f"inconclusive: {changed}; {paired.discordant} prompts tell the two apart, at least 6 are needed: "

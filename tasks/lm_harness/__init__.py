@@ -9,18 +9,32 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from kvscope.errors import UsageError
+from kvscope.errors import UsageError, shown
 from kvscope.tasks.answers import answer_of
 from kvscope.tasks.base import Tokenizer, contains_all_score
 from kvscope.tasks.registry import create_task
+from kvscope.units import Tokens
+from kvscope.values import BadValue, read_value
 
 FOLDER = Path(__file__).parent
+_SLIPS = {
+    **dict.fromkeys(("length", "lengths", "lengths_tokens", "length_token", "max_length_tokens"), "length_tokens"),
+    **dict.fromkeys(("sample", "n_samples", "num_samples"), "samples"),
+    "seeds": "seed",
+}
+"""Keys of metadata that mean one of ours; all others may be of the model's arguments, or of other tasks."""
 
 
 @cache
 def _tokenizer(name: str) -> Tokenizer:
     from transformers import AutoTokenizer
 
+    if not Path(name).is_dir() and "/" not in name:
+        # One of kvscope's own names, or a slip: transformers would look for it on the hub, for minutes.
+        raise UsageError(
+            f"There is no folder {shown(name)} with a tokenizer: give tokenizer=FOLDER, or an id (owner/name), in "
+            "--model_args or --metadata."
+        )
     made: Tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     return made
 
@@ -28,27 +42,35 @@ def _tokenizer(name: str) -> Tokenizer:
 def build(
     *,
     kvscope_task: str,
-    length_tokens: int = 4096,
-    samples: int = 20,
-    seed: int = 0,
+    length_tokens: int | str = 4096,
+    samples: int | str = 20,
+    seed: int | str = 0,
     tokenizer: str | None = None,
     pretrained: str | None = None,
-    **_: Any,
+    **others: Any,
 ) -> dict[str, Any]:
     """Return the documents of one task at one length, as lm-eval's ``custom_dataset`` wants them.
 
     Args:
         kvscope_task: registry name, from the YAML file.
-        length_tokens: prompt and answer room together.
+        length_tokens: prompt and answer room together, as 4096 or 4k.
         samples: documents.
         seed: as ``kvscope run --seed``.
         tokenizer: name or folder; ``pretrained`` where absent. Both reach us through lm-eval's metadata.
 
     Raises:
-        UsageError: neither tokenizer nor pretrained given, or a length the task cannot be built at.
+        UsageError: neither tokenizer nor pretrained given, a value or key that is none, or a length the task cannot be
+            built at.
     """
     from datasets import Dataset
 
+    for key in others:
+        if key in _SLIPS:
+            raise UsageError(f"{kvscope_task} has no {key!r} in --metadata: write {_SLIPS[key]!r}.")
+    length = _number("length_tokens", length_tokens, Tokens)
+    n_samples, first_seed = _number("samples", samples, int), _number("seed", seed, int)
+    if n_samples < 1:
+        raise UsageError(f"samples of --metadata is {n_samples}, expected 1 at least.")
     name = tokenizer or pretrained
     if not name:
         raise UsageError(
@@ -57,8 +79,8 @@ def build(
         )
     task = create_task(kvscope_task)
     rows = []
-    for index in range(samples):
-        made = task.build(_tokenizer(str(name)), length_tokens=int(length_tokens), sample=index, seed=int(seed))
+    for index in range(n_samples):
+        made = task.build(_tokenizer(str(name)), length_tokens=length, sample=index, seed=first_seed)
         rows.append(
             {
                 "text": made.text,
@@ -71,6 +93,17 @@ def build(
             }
         )
     return {"test": Dataset.from_list(rows)}
+
+
+def _number(key: str, value: Any, kind: Any) -> int:
+    try:
+        return int(read_value(kind, value))
+    except BadValue as error:
+        raise UsageError(
+            f"{key} of --metadata is {shown(value)}, expected one number ({error}): give a call for each length."
+            if key == "length_tokens"
+            else f"{key} of --metadata is {shown(value)}, expected a whole number."
+        ) from error
 
 
 def process_results(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:

@@ -1,11 +1,12 @@
 """Benchmarks that ``kvscope tasks fetch`` brings from the hub, into the user's cache."""
 
+import json
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
 from kvscope.errors import EnvironmentProblem, UsageError, did_you_mean
-from kvscope.files import first_line
+from kvscope.files import first_line, whole_file
 from kvscope.paths import cache_folder
 
 
@@ -30,6 +31,10 @@ SOURCES = {
 }
 
 
+LIST_FILE = "fetched.json"
+"""Names the files of a benchmark that was fetched whole: a part of them would be another benchmark."""
+
+
 def fetched_folder(name: str) -> Path:
     """Return where a benchmark's files lie once they were fetched."""
     return cache_folder() / "tasks" / name
@@ -39,14 +44,18 @@ def fetched_files(name: str) -> list[Path]:
     """Return the files of a fetched benchmark, by name.
 
     Raises:
-        UsageError: it was not fetched.
+        UsageError: it was not fetched, or not all of it.
     """
     folder = fetched_folder(name)
-    found = sorted(path for path in folder.rglob("*") if fnmatch(path.name, SOURCES[name].pattern.rpartition("/")[2]))
-    if not found:
+    try:
+        listed = json.loads((folder / LIST_FILE).read_text(encoding="utf-8"))
+        found = sorted(folder / str(file) for file in listed)
+    except (OSError, ValueError, TypeError):
+        found = []
+    if not found or not all(path.is_file() for path in found):
         raise UsageError(
-            f"The data of {name} is not here: `kvscope tasks fetch {name}` brings it, or give a file as "
-            f"{name}:data=FILE."
+            f"The data of {name} is not here{' whole' if folder.is_dir() else ''}: `kvscope tasks fetch {name}` brings "
+            f"it, or give a file as {name}:data=FILE."
         )
     return found
 
@@ -68,6 +77,9 @@ def fetch(name: str) -> list[Path]:
         wanted = [file for file in files if fnmatch(file.rpartition("/")[2], source.pattern)]
         for file in wanted:
             hf_hub_download(source.dataset, file, repo_type="dataset", local_dir=folder)
+        if wanted:
+            with whole_file(folder / LIST_FILE) as path:
+                path.write_text(json.dumps(wanted), encoding="utf-8")
     except Exception as error:
         raise EnvironmentProblem(
             f"{name} cannot be fetched from the dataset {source.dataset} into '{folder}' ({first_line(error)}): check "

@@ -26,12 +26,18 @@ _ALONE = re.compile(r"^\W*([A-D])(?=[ \t]*$|[).:,])", re.MULTILINE)
 class Question(Record):
     """A record of the dataset: choices one by one (``choice_A`` ...) or as a list."""
 
+    id: str | None = Field(default=None, alias="_id")
     domain: str
     difficulty: Literal["easy", "hard"]
     question: str
     answer: Literal["A", "B", "C", "D"]
     context: str
     choices: tuple[str, str, str, str] = Field(default=("", "", "", ""))
+
+    @property
+    def identity(self) -> str | None:
+        """The dataset's ``_id``."""
+        return self.id
 
     @model_validator(mode="before")
     @classmethod

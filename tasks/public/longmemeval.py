@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from kvscope.tasks.answers import METRICS
 from kvscope.tasks.base import Sample
@@ -28,14 +28,31 @@ class Question(Record):
     """A record of the dataset."""
 
     question_id: str
-    question_type: str
+    question_type: Literal[
+        "single-session-user",
+        "single-session-assistant",
+        "single-session-preference",
+        "multi-session",
+        "temporal-reasoning",
+        "knowledge-update",
+    ]
     question: str
-    answer: str | int
+    answer: str
     question_date: str
     haystack_dates: tuple[str, ...]
     haystack_session_ids: tuple[str, ...]
     haystack_sessions: tuple[tuple[Turn, ...], ...]
     answer_session_ids: tuple[str, ...]
+
+    @field_validator("answer", mode="before")
+    @classmethod
+    def _number_as_text(cls, value: object) -> object:
+        return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+    @property
+    def identity(self) -> str:
+        """The dataset's ``question_id``."""
+        return self.question_id
 
     @model_validator(mode="after")
     def _as_many_of_each(self) -> "Question":
@@ -97,7 +114,7 @@ class LongMemEvalTask(BenchmarkTask[Question]):
 
     def targets_of(self, question: Question) -> tuple[str, ...]:
         """Return the reference."""
-        return (str(question.answer),)
+        return (question.answer,)
 
     def score(self, sample: Sample, output: str) -> float:
         """Score an answer by the metric asked for."""

@@ -3,7 +3,7 @@
 from difflib import SequenceMatcher
 from typing import Literal
 
-from pydantic import Field, TypeAdapter, ValidationError, field_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from kvscope.tasks.base import Sample
 from kvscope.tasks.public.built import Parts
@@ -38,6 +38,14 @@ class Question(Record):
             return _MESSAGES.validate_json(value) if isinstance(value, str) else value
         except ValidationError as error:
             raise ValueError("prompt is no JSON list of messages with role and content") from error
+
+    @model_validator(mode="after")
+    def _can_be_asked(self) -> "Question":
+        if self.prompt[-1].role != "user":
+            raise ValueError("the last message of prompt is not the user's")
+        if not self.answer.startswith(self.random_string_to_prepend):
+            raise ValueError("answer does not begin with random_string_to_prepend")
+        return self
 
 
 class MrcrTask(BenchmarkTask[Question]):

@@ -1,7 +1,11 @@
 """Files of public benchmarks: a JSON list, an object a line, or Parquet; checked whole, the first fault named."""
 
+import gzip
 import hashlib
-from collections.abc import Iterator, Sequence
+import lzma
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,13 +18,21 @@ from kvscope.results.rowfile import first_problem
 from kvscope.tasks.public.fetched import fetched_files
 
 MOST_FILE_BYTES = 4 * 1024**3
-_PARQUET = ".parquet"
+_PARQUET, _PARQUET_BEGIN = ".parquet", b"PAR1"
+_BOM = b"\xef\xbb\xbf"
+_PACKED: Mapping[bytes, Callable[[BytesIO], Any]] = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ": lzma.open}
+"""How files of gzip and xz begin, and what unpacks them."""
 
 
 class Record(BaseModel):
     """One question as a benchmark's file has it; fields that nothing here needs are left out."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, str_min_length=1)
+
+    @property
+    def identity(self) -> str | None:
+        """The benchmark's own name of the question; None where it has none."""
+        return None
 
 
 RecordT = TypeVar("RecordT", bound=Record)
@@ -35,7 +47,8 @@ def benchmark_records(name: str, data: str | None, kind: type[RecordT]) -> tuple
         kind: what each record must hold.
 
     Raises:
-        UsageError: nothing was fetched, no such file, or the first record that is wrong, by number.
+        UsageError: nothing was fetched, no such file, the first record that is wrong, by number, or a question that is
+            there twice.
     """
     paths = fetched_files(name) if data is None else [user_path(data, what="data")]
     digest, found = hashlib.sha256(), list[RecordT]()
@@ -47,6 +60,13 @@ def benchmark_records(name: str, data: str | None, kind: type[RecordT]) -> tuple
         found += _records(path, read, kind)
     if not found:
         raise UsageError(f"{shown_path(paths[0])} holds no question.")
+    numbers = dict[str, int]()
+    for number, each in enumerate(found, start=1):
+        if each.identity is not None and (first := numbers.setdefault(each.identity, number)) != number:
+            raise UsageError(
+                f"Records {first} and {number} of {name} are one question, {shown(each.identity)}, which would count "
+                "twice: give each once."
+            )
     return tuple(found), digest.hexdigest()
 
 
@@ -60,7 +80,8 @@ def _records(path: Path, data: bytes, kind: type[RecordT]) -> Iterator[RecordT]:
 
 
 def _values(path: Path, data: bytes) -> Sequence[Any]:
-    if path.suffix == _PARQUET:
+    data = _unpacked(path, data).removeprefix(_BOM)
+    if path.suffix.lower() == _PARQUET or data.startswith(_PARQUET_BEGIN):
         return _parquet(path, data)
     if data.lstrip()[:1] == b"[":
         try:
@@ -71,6 +92,8 @@ def _values(path: Path, data: bytes) -> Sequence[Any]:
         return listed
     rows = []
     for number, line in enumerate(data.splitlines(), start=1):
+        if not line.strip():
+            continue
         try:
             rows.append(parse_json(line))
         except ValueError as error:
@@ -79,6 +102,21 @@ def _values(path: Path, data: bytes) -> Sequence[Any]:
                 "Parquet."
             ) from error
     return rows
+
+
+def _unpacked(path: Path, data: bytes) -> bytes:
+    """Return what a file holds, unpacked where it is compressed."""
+    opened = next((opened for begin, opened in _PACKED.items() if data.startswith(begin)), None)
+    if opened is None:
+        return data
+    try:
+        with opened(BytesIO(data)) as file:
+            whole = bytes(file.read(MOST_FILE_BYTES + 1))
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise UsageError(f"{shown_path(path)} is no whole compressed file ({error}): bring it here again.") from error
+    if len(whole) > MOST_FILE_BYTES:
+        raise UsageError(f"{shown_path(path)} unpacks to over {MOST_FILE_BYTES:,} bytes: give a smaller file.")
+    return whole
 
 
 def _parquet(path: Path, data: bytes) -> list[dict[str, Any]]:

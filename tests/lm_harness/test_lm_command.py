@@ -68,3 +68,38 @@ def test_data_out_of_reach_is_a_fault_of_the_machine(
     monkeypatch.setattr("lm_eval.__main__.cli_evaluate", unreachable)
     assert cli.run_cli(["lm-eval", "--model", folder, "--tasks", "arc_easy"]) == 3
     assert capsys.readouterr().err.startswith("kvscope: lm-eval: Couldn't reach 'allenai/ai2_arc' on the Hub. Bring")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--samples", '{"kvscope_niah_single_1": [99]}'], "lm-eval: Elements of --samples should be"),
+        (["--config", "{folder}/no.yaml"], "lm-eval: Config file not found"),
+        (["--metadata", '{"length": 512}'], "has no 'length' in --metadata: write 'length_tokens'"),
+        (["--metadata", '{"length_tokens": [512, 1024]}'], "length_tokens of --metadata is [512, 1024], expected one"),
+        (["--metadata", '{"length_tokens": 512, "samples": "few"}'], "samples of --metadata is 'few'"),
+        (["--output_path", "/proc/nowhere"], "--output_path: nothing can be written to '/proc/nowhere'"),
+        (["--output_path=/proc/nowhere/results.json"], "--output_path: nothing can be written to '/proc/nowhere'"),
+    ],
+)
+def test_bad_arguments_of_lm_eval_are_one_sentence(
+    folder: str,
+    arguments: list[str],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(TaskManager, "__init__", partialmethod(TaskManager.__init__, include_defaults=False))
+    command = ["lm-eval", "--model", folder, "--no-self-check", "--device", "cpu", "--tasks", "kvscope_niah_single_1"]
+    given = [each.replace("{folder}", folder) for each in arguments]
+    if "--metadata" not in given:
+        given += ["--metadata", json.dumps({"length_tokens": 512, "samples": 1})]
+    assert cli.run_cli([*command, *given]) == 2
+    assert said in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_fault_of_our_own_is_not_lm_eval_s(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TaskManager, "__init__", partialmethod(TaskManager.__init__, include_defaults=False))
+    monkeypatch.setattr("kvscope.harness.lm_harness.model.load_model", lambda *a, **k: None)
+    command = ["lm-eval", "--model", folder, "--tasks", "kvscope_niah_single_1"]
+    assert cli.run_cli([*command, "--metadata", '{"length_tokens": 512, "samples": 1}']) == 70

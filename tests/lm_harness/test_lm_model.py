@@ -166,6 +166,10 @@ def test_memory_that_ends_halves_the_batch(folder: str, monkeypatch: pytest.Monk
     [
         ([ask("The fox", do_sample=True, temperature=0.7)], "kvscope decodes greedily"),
         ([ask("The fox", num_beams=4)], "asks for num_beams=4"),
+        ([ask("The fox", temperature=0.7)], "kvscope decodes greedily"),
+        ([ask("The fox", max_gen_toks=4), ask("The fox", max_gen_toks=0)], "max_gen_toks is 0"),
+        ([ask("The fox", max_gen_toks=-3)], "max_gen_toks is -3"),
+        ([ask("The fox", until=["a", 3, ""])], "until holds 3, which is no text"),
         ([ask("The fox", max_gen_toks=4), ask(text(0, 3000), max_gen_toks=4)], "nothing is cut"),
     ],
 )
@@ -194,6 +198,10 @@ def test_scores_that_cannot_be_are_refused(folder: str) -> None:
         ({"method": "recency", "kv_recency": 3}, "recency"),
         ({"peft": "adapter"}, "has no argument 'peft'"),
         ({"batch_size": "many"}, "expected auto or a number"),
+        ({"max_batch_size": 0}, "max_batch_size is 0"),
+        ({"self_check": "no"}, "self_check is 'no', expected True or False"),
+        ({"tokenizer": "another"}, "tokenizer is 'another', and kvscope takes that of the model"),
+        ({"pretrained": object()}, "kvscope loads models itself"),
         ({"max_length": 10**6}, "expected 2 to 4,096 tokens"),
     ],
 )
@@ -271,3 +279,52 @@ def test_lm_eval_finds_the_model_by_name(folder: str) -> None:
     assert found["config"]["kvscope"]["method_label"] == "recency:recency_tokens=64"
     assert found["config"]["kvscope"]["sequences"] == 3
     assert found["results"]["kvscope_niah_single_1"]["recall,none"] == 0.0
+
+
+def test_the_largest_batch_of_auto_is_what_is_asked_for(folder: str) -> None:
+    two = KvscopeLM(folder, device="cpu", batch_size="auto:4", max_batch_size=2, self_check=False)
+    two.generate_until([ask(text(at, 20), max_gen_toks=4, until=[]) for at in range(5)], disable_tqdm=True)
+    assert two.get_model_info()["kvscope"]["batch"] == 2
+
+
+def test_an_empty_prompt_needs_a_first_token(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kvscope_lm = KvscopeLM(folder, device="cpu", self_check=False)
+    assert isinstance(kvscope_lm.generate_until([ask("", max_gen_toks=2, until=[])], disable_tqdm=True)[0], str)
+    kvscope_lm.add_bos_token = False
+    with pytest.raises(UsageError, match="a prompt is empty"):
+        kvscope_lm.generate_until([ask("", max_gen_toks=2, until=[])], disable_tqdm=True)
+
+
+def test_kept_answers_are_of_one_model_and_method(folder: str, tmp_path: Path) -> None:
+    """lm-eval keeps answers by the prompt alone: those of another method would be taken for this one's."""
+    from lm_eval.api.model import CachingLM
+
+    place = str(tmp_path / "kept.db")
+    recency = {"method": "recency:recency_tokens=16", "device": "cpu", "self_check": False}
+    asks = [ask(text(at, 60), max_gen_toks=4, until=[]) for at in range(2)]
+    first = KvscopeLM(folder, **recency)
+    answers = CachingLM(first, place).generate_until(asks)
+    again = KvscopeLM(folder, **recency)
+    assert CachingLM(again, place).generate_until(asks) == answers
+    assert again.summary == "", "nothing was left to answer"
+    for other in ({"method": "dense"}, {"dtype": "float16"}, {"add_bos_token": False}):
+        with pytest.raises(UsageError, match=r"keeps answers of .*tiny, .*recency_tokens=16, which would be taken"):
+            CachingLM(KvscopeLM(folder, **{**recency, **other}), place)
+    from sqlitedict import SqliteDict
+
+    with SqliteDict(str(tmp_path / "stock.db"), autocommit=True) as kept:
+        kept["a hash"] = "an answer"
+    with pytest.raises(UsageError, match="keeps answers of another model"):
+        CachingLM(KvscopeLM(folder, **recency), str(tmp_path / "stock.db"))
+
+
+def test_arguments_name_the_tokenizer_for_tasks_that_read_it(folder: str) -> None:
+    """RULER's tasks build their prompts with it, and know no name such as ``reference``."""
+    from transformers import AutoTokenizer
+
+    for name in (folder, "reference"):
+        arguments = {"pretrained": name, "device": "cpu", "self_check": False}
+        KvscopeLM.create_from_arg_obj(arguments, {"batch_size": 1, "max_batch_size": None})
+        assert AutoTokenizer.from_pretrained(arguments["tokenizer"]).vocab_size
+        KvscopeLM.create_from_arg_obj(arguments)
+        KvscopeLM(**{**arguments, "tokenizer": f"{arguments['tokenizer']}/../{Path(arguments['tokenizer']).name}/"})

@@ -158,6 +158,34 @@ def test_a_prompt_that_the_server_cuts_has_no_answer(stub: Stub, asked: dict[str
     assert "the server counts 400 tokens where the prompt has 488" in run.samples["reason"].iloc[-1]
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda reply: reply.update(model="org/stand-in"), "was asked for 'stub' and answers as 'org/stand-in'"),
+        (lambda reply: reply["usage"].update(completion_tokens=500), "gives 500 tokens where 24 are asked for"),
+        (lambda reply: reply["choices"][0].update(finish_reason="abort"), "broke the answer off: 'abort'"),
+    ],
+    ids=["a model that stands in", "more tokens than asked for", "an aborted answer"],
+)
+def test_an_answer_that_is_none_is_not_scored(stub: Stub, asked: dict[str, Any], change: Any, said: str) -> None:
+    """The probe saw nothing of it: a gateway falls back, or an engine aborts, in the middle of a run."""
+    real, n_asked = stub.post, [0]
+
+    def post(path: str, body: dict[str, Any]) -> Any:
+        n_asked[0] += 1
+        status, headers, text = real(path, body)  # type: ignore[misc]
+        reply = json.loads(text)
+        if n_asked[0] == PROBES + 1:
+            change(reply)
+        return status, headers, json.dumps(reply)
+
+    stub.post = post  # type: ignore[method-assign]
+    run = run_of(asked, lengths_tokens=[320])
+    assert list(run.samples["status"]) == ["failed", "ok", "ok"]
+    assert said in run.samples["reason"].iloc[0]
+    assert list(run_of(asked, lengths_tokens=[320]).samples["status"]) == ["ok"] * 3, "it is sent again"
+
+
 def test_a_broken_server_ends_the_run(stub: Stub, asked: dict[str, Any]) -> None:
     real, planned = stub.post, [None] * PROBES
 

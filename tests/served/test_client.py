@@ -87,7 +87,7 @@ def test_what_is_refused_is_not_sent_again(stub: Stub) -> None:
 
 def test_no_redirection_is_followed(stub: Stub) -> None:
     stub.planned.append((307, {"Location": "http://elsewhere/v1/completions"}, ""))
-    with pytest.raises(Refused, match="sends us to 'http://elsewhere/v1/completions'"):
+    with pytest.raises(Refused, match=r"sends us to 'http://elsewhere/v1': give that URL instead"):
         Client(stub.url, key=KEY).post("completions", BODY)
 
 

@@ -125,7 +125,7 @@ def _plan(*replies: tuple[int, dict[str, str], str]) -> Callable[[Stub], None]:
         (lambda stub: setattr(stub, "model_said", "gpt-5"), "answers as 'gpt-5'"),
         (lambda stub: setattr(stub, "dies_after", 0), "cannot be reached"),
         (
-            _plan(*[(500, {}, "<html>oops</html>")] * 9),
+            _plan(*[(500, {}, "<html>oops</html>")] * 30),
             "does not answer completions requests: HTTP 500: a page of HTML",
         ),
         (_plan(*[(200, {}, '{"choices": []}')] * 9), "the reply has no choices"),

@@ -148,6 +148,38 @@ def test_prompts_that_one_does_not_answer_are_left_out(pair: tuple[Stub, Stub]) 
         asked(a, b)
 
 
+@pytest.mark.parametrize("differs", [False, True])
+def test_a_server_that_fails_on_some_prompts_is_not_the_same(
+    pair: tuple[Stub, Stub], differs: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those that it does answer may be the easy ones; what differs all the same is told."""
+    a, b = pair
+    real, n_asked = b.post, [0]
+
+    def post(path: str, body: dict[str, Any]) -> Any:
+        n_asked[0] += 1
+        return (400, {}, json.dumps({"error": "no"})) if n_asked[0] in (8, 10) else real(path, body)
+
+    b.post = post  # type: ignore[method-assign]
+    if differs:
+        b.answer = lambda text, asked: " no idea"
+    command = ["same-answers", a.url, b.url, "--tokenizer", "reference", "-t", "niah_single_1", "-l", "320", "-n", "9",
+               "--max-new-tokens", "24", "--quiet", "--out", str(tmp_path / "both")]  # fmt: skip
+    assert cli.run_cli(command) == cli.EXIT_CELLS_FAILED
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    if differs:
+        assert last.startswith("different: B changes 7 of 7 answers, A itself 0")
+    else:
+        assert last == (
+            "inconclusive: 2 of 9 prompts were not answered in all three runs; of the others B changes 0 of 7 answers, "
+            "A itself 0"
+        )
+    b.answer = lambda text, asked: needle(text)
+    if not differs:
+        assert cli.run_cli(command) == 0, "they are sent again"
+        assert capsys.readouterr().out.strip().splitlines()[-1] == "same: all 9 answers of B are those of A"
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -3,9 +3,12 @@
 from typing import Any
 
 import pytest
+from stub_server import reference_tokenizer
 from tiny import save_tiny_model
 
 from kvscope.errors import UsageError
+from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
+from kvscope.tasks.answers import answer_of
 from kvscope.tasks.lm_harness import FOLDER, build, process_long_qa, process_results
 from kvscope.tasks.needle import SPECS
 from kvscope.tasks.public.fetched import SOURCES
@@ -48,6 +51,24 @@ def test_answers_get_the_task_s_own_room(name: str) -> None:
     assert "until: []" in raw
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.yaml")))
+def test_answers_are_scored_as_kvscope_run_scores_them(name: str) -> None:
+    """lm-eval cuts nothing off: it would cut a new line before an answer, too, and leave nothing of it."""
+    from lm_eval.models.utils import postprocess_generated_text
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    config = load_yaml(FOLDER / f"{name}.yaml", resolve_func=True)
+    task, folder = create_task(name), str(REFERENCE_MODEL_FOLDER)
+    doc = build(kvscope_task=name, length_tokens=2048, samples=1, seed=5, pretrained=folder)["test"][0]
+    own = task.build(reference_tokenizer(), length_tokens=2048, sample=0, seed=5)
+    assert doc["text"] == own.text
+    targets = list(own.targets)
+    for said in (", ".join(targets), f"\n\n{targets[0]}", f" {targets[0]}.\nmore {targets[-1]}", targets[0][:-1], ""):
+        left = postprocess_generated_text(said, config["generation_kwargs"]["until"], None)
+        [found] = config["process_results"](doc, [left]).values()
+        assert found == task.score(own, answer_of(said, own.stop)), said
+
+
 def test_documents_are_the_prompts_of_kvscope_run(model_folder: str) -> None:
     from transformers import AutoTokenizer
 
@@ -63,6 +84,18 @@ def test_documents_are_the_prompts_of_kvscope_run(model_folder: str) -> None:
 def test_without_a_tokenizer_it_says_what_to_pass() -> None:
     with pytest.raises(UsageError, match="pretrained= in --model_args"):
         build(kvscope_task="niah_single_1")
+
+
+def test_a_name_that_is_no_tokenizer_is_refused_before_the_hub_is_asked() -> None:
+    with pytest.raises(UsageError, match="There is no folder 'reference' with a tokenizer: give tokenizer=FOLDER"):
+        build(kvscope_task="niah_single_1", pretrained="reference")
+
+
+def test_metadata_as_text_and_with_units(model_folder: str) -> None:
+    docs = build(kvscope_task="vt", length_tokens="1k", samples="1", seed="3", pretrained=model_folder)["test"]
+    assert [doc["length_tokens"] for doc in docs] == [1024]
+    with pytest.raises(UsageError, match="samples of --metadata is 0"):
+        build(kvscope_task="vt", samples=0, pretrained=model_folder)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import lzma
 import shutil
 import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from synthetic_rows import single_rows
 from kvscope.errors import KvscopeError
 from kvscope.harness.passes.config import RunConfig, load_config, make_config
 from kvscope.harness.passes.yaml_text import read_yaml
+from kvscope.harness.served.asking import Manner, ServedPrompt, ask
+from kvscope.harness.served.client import Client
+from kvscope.harness.served.server import describe_server
 from kvscope.methods.indexer_files import tensor_headers
 from kvscope.methods.lsa.indexer_files import FILES
 from kvscope.methods.registry import create_method
@@ -166,6 +170,26 @@ def weights(data: bytes) -> None:
     tensor_headers(written("model.safetensors", data))
 
 
+@cache
+def _client() -> Client:
+    return Client("http://127.0.0.1:9/v1", key="sk-a-key-of-many-characters", tries=1)
+
+
+def server_reply(data: bytes) -> None:
+    """Read a body as an answer, as a list of models, and as an error; the first byte says which."""
+    import requests
+
+    reply, client = requests.Response(), _client()
+    reply.status_code, reply._content = (400 if data[:1] == b"\x01" else 200), data[1:]
+    client._session.request = lambda *_, **__: reply  # type: ignore[method-assign]
+    if data[:1] == b"\x02":
+        describe_server(client, model=None)
+        return
+    manner = Manner(model="stub", form="messages" if data[:1] == b"\x03" else "text")
+    answer = ask(client, manner, ServedPrompt(ids=(1,), text="a", message="a"), max_new_tokens=4)
+    "".join(filter(None, (answer.text, answer.finish_reason, answer.model))).encode()
+
+
 SAMPLES, FOOTPRINTS, RUN = single_rows()
 REPRODUCTION = Reproduction(
     kvscope_version="0.1.0", started_utc="2026-01-01", profile="lsa", size="quick", model="reference", lsa="lsa",
@@ -200,6 +224,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "mrcr": records("mrcr", Conversation),
     "indexer": indexer,
     "weights": weights,
+    "server_reply": server_reply,
 }
 SEEDS: dict[str, tuple[bytes, ...]] = {
     "spec": (b"quest:budget_tokens=1k", b'jsonl:"a,b.jsonl",metric=f1', b"pkg.mod:Class:key=1"),
@@ -226,13 +251,22 @@ SEEDS: dict[str, tuple[bytes, ...]] = {
         b'"choice_A": "1", "choice_B": "2", "choice_C": "3", "choice_D": "4"}]',
     ),
     "longmemeval": (
-        b'[{"question_id": "1", "question_type": "t", "question": "q", "answer": 3, "question_date": "d", '
+        b'[{"question_id": "1", "question_type": "multi-session", "question": "q", "answer": 3, "question_date": "d", '
         b'"haystack_dates": ["d"], "haystack_session_ids": ["s"], "answer_session_ids": ["s"], '
         b'"haystack_sessions": [[{"role": "user", "content": "c"}]]}]',
     ),
     "mrcr": (
         b'{"prompt": "[{\\"role\\": \\"user\\", \\"content\\": \\"c\\"}]", "answer": "ab", '
         b'"random_string_to_prepend": "a", "n_needles": 2, "n_chars": 9}\n',
+    ),
+    "server_reply": (
+        b'\x00{"choices": [{"text": "a\\ud83d", "finish_reason": "stop"}], "usage": {"prompt_tokens": 3}, '
+        b'"model": "stub"}',
+        b'\x01{"error": {"message": "maximum context length is 8\\ud83d", "code": 400}}',
+        b'\x02{"data": [{"id": "stub", "max_model_len": 4096, "aliases": ["a"]}]}',
+        b'\x03{"choices": [{"message": {"content": [{"type": "text", "text": "a"}]}}]}',
+        b'\x01{"detail": [{"loc": ["body", 0], "msg": "no"}]}',
+        b'\x00{"error": {"message": "overloaded", "code": 502}}',
     ),
     "weights": (b'\x08\x00\x00\x00\x00\x00\x00\x00{"a": 1}',),
 }
@@ -249,5 +283,6 @@ GOOD = (
     "longbench_v2",
     "longmemeval",
     "mrcr",
+    "server_reply",
 )
 """Targets whose first input is good."""

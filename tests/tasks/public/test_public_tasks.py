@@ -1,6 +1,8 @@
 """Public benchmarks from small files of their schema: prompts, cuts, scores, and the first fault by its record."""
 
+import gzip
 import json
+import lzma
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +204,18 @@ def test_a_reply_is_repeated_and_scored_as_the_dataset_says(tmp_path: Path, toke
         ("longmemeval_s", json.dumps([{**CHATS, "question_id": "x_abs"}]), "without a judge"),
         ("mrcr", json.dumps([{**REPEAT, "prompt": "[{]"}]), "prompt is no JSON list of messages"),
         ("mrcr", json.dumps([{**REPEAT, "prompt": "[]"}]), "Record 1 of .*prompt"),
+        ("mrcr", json.dumps([{**REPEAT, "prompt": SAID[:-1]}]), "the last message of prompt is not the user's"),
+        ("mrcr", json.dumps([{**REPEAT, "random_string_to_prepend": "x"}]), "does not begin with random_string_to_"),
+        ("longbench_v2", json.dumps([CHOICE, CHOICE]), "Records 1 and 2 of longbench_v2 are one question, '66f3"),
+        ("longmemeval_s", json.dumps([CHATS, CHATS]), "Records 1 and 2 of longmemeval_s are one question"),
+        ("longmemeval_s", json.dumps([{**CHATS, "question_type": "preference"}]), "question_type: Input should be "),
+        ("longmemeval_s", json.dumps([{**CHATS, "answer": None}]), "benchmark: answer: Input should be a valid string"),
+        ("longmemeval_s", json.dumps([{**CHATS, "answer": True}]), "benchmark: answer: Input should be a valid string"),
+        (
+            "longmemeval_s",
+            json.dumps([{**CHATS, "answer": ["a"]}]),
+            "benchmark: answer: Input should be a valid string",
+        ),
     ],
 )
 def test_the_first_fault_is_told_by_its_place(name: str, text: str, said: str, tmp_path: Path) -> None:
@@ -224,7 +238,7 @@ def test_what_is_no_file_is_one_sentence(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_run_counts_what_was_cut(small: MakeConfig, tmp_path: Path) -> None:
-    path = write(tmp_path / "data.json", CHOICE, {**CHOICE, "context": "The keeper is Ben."})
+    path = write(tmp_path / "data.json", CHOICE, {**CHOICE, "_id": "2", "context": "The keeper is Ben."})
     run = kvscope.run(small(tasks=[f"longbench_v2:data={path},new_tokens=8"], lengths_tokens=[768]), progress=False)
     assert set(run.samples["status"]) == {"ok"}
     cut = run.samples.groupby("sample")["truncated_tokens"].first().tolist()
@@ -278,3 +292,64 @@ def test_a_prompt_too_long_is_refused_by_the_plan_wherever_it_stands(small: Make
     data = write(tmp_path / "data.jsonl", *records)
     with pytest.raises(UsageError, match=r"Question 41 of mrcr has .* use a larger --length"):
         make_plan(small(tasks=[f"mrcr:data={data},new_tokens=8"], lengths_tokens=[300], samples=41))
+
+
+@pytest.mark.parametrize("form", ["BOM", "BOM of lines", "CRLF", "blank lines", "gzip", "xz", "Parquet", "PARQUET"])
+def test_files_as_they_are_found(form: str, tmp_path: Path) -> None:
+    """A download without its ending, an editor's BOM, and a compressed file are the same questions."""
+    record = {key: value for key, value in CHOICE.items() if key != "_id"}
+    listed, line = json.dumps([record, record]).encode(), json.dumps(record).encode()
+    path = tmp_path / ("data.PARQUET" if form == "PARQUET" else "data")
+    if form.lower() == "parquet":
+        parquet.write_table(pa.Table.from_pylist([record, record]), path)
+    else:
+        path.write_bytes(
+            {
+                "BOM": b"\xef\xbb\xbf" + listed,
+                "BOM of lines": b"\xef\xbb\xbf" + line + b"\n" + line,
+                "CRLF": line + b"\r\n" + line + b"\r\n",
+                "blank lines": b"\n" + line + b"\n\n" + line + b"\n \n",
+                "gzip": gzip.compress(listed),
+                "xz": lzma.compress(line + b"\n" + line),
+            }[form]
+        )
+    assert make("longbench_v2", str(path)).n_samples == 2
+
+
+@pytest.mark.parametrize("packed", [gzip.compress(b"[]" * 400), lzma.compress(b"[]" * 400)])
+def test_a_compressed_file_that_was_cut(packed: bytes, tmp_path: Path) -> None:
+    (tmp_path / "data.json").write_bytes(packed[:-9])
+    with pytest.raises(UsageError, match="is no whole compressed file"):
+        make("mrcr", str(tmp_path / "data.json"))
+
+
+def test_a_number_is_an_answer(tmp_path: Path) -> None:
+    task = make("longmemeval_s", write(tmp_path / "data.json", {**CHATS, "answer": 3.5}))
+    assert task.targets_of(task._questions[0]) == ("3.5",)
+
+
+def test_a_benchmark_that_was_fetched_in_part_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of three files would be another benchmark under the same name."""
+    import huggingface_hub
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    listed, out_of_reach = ["2needle_0.parquet", "4needle_0.parquet"], ["4needle_0.parquet"]
+
+    def download(dataset: str, file: str, *, repo_type: str, local_dir: Path) -> None:
+        if file in out_of_reach:
+            raise OSError("the line is down")
+        local_dir.mkdir(parents=True, exist_ok=True)
+        write(local_dir / file, {**REPEAT, "n_needles": int(file[0])})
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, dataset, repo_type: listed)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(EnvironmentProblem, match="the line is down"):
+        fetched.fetch("mrcr")
+    with pytest.raises(UsageError, match=r"is not here whole: `kvscope tasks fetch mrcr` brings it"):
+        create_task("mrcr")
+    out_of_reach.clear()
+    fetched.fetch("mrcr")
+    assert create_task("mrcr").n_samples == 2
+    (fetched.fetched_folder("mrcr") / "2needle_0.parquet").unlink()
+    with pytest.raises(UsageError, match="is not here whole"):
+        create_task("mrcr")
