@@ -254,12 +254,12 @@ def test_fetching_brings_the_files_that_the_task_then_reads(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     listed = ["README.md", "2needle/2needle_0.parquet", "4needle/4needle_0.parquet"]
 
-    def download(dataset: str, file: str, *, repo_type: str, local_dir: Path) -> None:
+    def download(dataset: str, file: str, *, repo_type: str, local_dir: Path, revision: None) -> None:
         assert (dataset, repo_type) == ("openai/mrcr", "dataset")
         (local_dir / file).parent.mkdir(parents=True)
         write(local_dir / file, {**REPEAT, "n_needles": int(file[0])})
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, dataset, repo_type: listed)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, dataset, repo_type, revision: listed)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert cli.run_cli(["tasks", "fetch", "mrcr"]) == 0
     assert "task     mrcr: 2 prompts, --task mrcr" in capsys.readouterr().out
@@ -276,7 +276,9 @@ def test_without_a_network_fetching_says_so(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", fails)
     with pytest.raises(EnvironmentProblem, match=r"Network is unreachable.*data=FILE"):
         fetched.fetch("longbench_v2")
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, dataset, repo_type: ["README.md"])
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "list_repo_files", lambda self, dataset, repo_type, revision: ["README.md"]
+    )
     with pytest.raises(EnvironmentProblem, match=r"has no file data\.json any more"):
         fetched.fetch("longbench_v2")
     with pytest.raises(UsageError, match="Did you mean 'mrcr'"):
@@ -335,13 +337,13 @@ def test_a_benchmark_that_was_fetched_in_part_is_not_measured(tmp_path: Path, mo
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     listed, out_of_reach = ["2needle_0.parquet", "4needle_0.parquet"], ["4needle_0.parquet"]
 
-    def download(dataset: str, file: str, *, repo_type: str, local_dir: Path) -> None:
+    def download(dataset: str, file: str, *, repo_type: str, local_dir: Path, revision: None) -> None:
         if file in out_of_reach:
             raise OSError("the line is down")
         local_dir.mkdir(parents=True, exist_ok=True)
         write(local_dir / file, {**REPEAT, "n_needles": int(file[0])})
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, dataset, repo_type: listed)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, dataset, repo_type, revision: listed)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     with pytest.raises(EnvironmentProblem, match="the line is down"):
         fetched.fetch("mrcr")
