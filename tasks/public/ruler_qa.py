@@ -98,9 +98,10 @@ class RulerQATask(BenchmarkTask[Question]):
 
     def _count(self, tokenizer: Tokenizer, *, room_tokens: int, seed: int) -> int:
         """Return the documents that prompts of a length begin with: what the first question holds, by tens."""
-        if self._counts is None or self._counts[0] is not tokenizer:
-            self._counts = tokenizer, {}
-        known = self._counts[1]
+        counts = self._counts
+        if counts is None or counts[0] is not tokenizer:
+            self._counts = counts = tokenizer, {}
+        known = counts[1]
         if (room_tokens, seed) not in known:
             known[room_tokens, seed] = self._first_count(tokenizer, room_tokens=room_tokens, seed=seed)
         return known[room_tokens, seed]

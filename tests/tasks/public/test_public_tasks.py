@@ -355,3 +355,25 @@ def test_a_benchmark_that_was_fetched_in_part_is_not_measured(tmp_path: Path, mo
     (fetched.fetched_folder("mrcr") / "2needle_0.parquet").unlink()
     with pytest.raises(UsageError, match="is not here whole"):
         create_task("mrcr")
+
+
+@pytest.mark.parametrize(("name", "record"), [("longbench_v2", CHOICE), ("longmemeval_s", CHATS), ("mrcr", REPEAT)])
+def test_a_footprint_has_exactly_the_length_it_names(name: str, record: Any, tmp_path: Path, tokenizer: Any) -> None:
+    """A benchmark's prompt may be shorter: its beginning then stands there again, and its question last."""
+    task = make(name, write(tmp_path / "data.json", record), new_tokens=8)
+    shortest = len(task.build(tokenizer, length_tokens=8192, sample=0, seed=0).ids)
+    for prompt_tokens in (shortest, shortest + 1, 3 * shortest, 8000):
+        ids, question_start = task.fill(tokenizer, prompt_tokens=prompt_tokens, seed=0)
+        made = task.build(tokenizer, length_tokens=prompt_tokens + 8, sample=0, seed=0)
+        assert len(ids) == prompt_tokens
+        assert ids[: made.question_start] == made.ids[: made.question_start]
+        assert ids[question_start:] == made.ids[made.question_start :]
+
+
+def test_a_long_prompt_that_is_not_asked_is_no_reason_to_refuse(small: MakeConfig, tmp_path: Path) -> None:
+    longer = {**REPEAT, "prompt": json.dumps([{**SAID[1], "content": "the word " * 900}, *SAID])}
+    data = write(tmp_path / "data.jsonl", REPEAT, longer)
+    spec = f"mrcr:data={data},new_tokens=8"
+    assert make_plan(small(tasks=[spec], lengths_tokens=[300], samples=1)).cells
+    with pytest.raises(UsageError, match="Length 300 is too short for task 'mrcr'"):
+        make_plan(small(tasks=[spec], lengths_tokens=[300], samples=2))

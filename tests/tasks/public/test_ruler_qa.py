@@ -31,10 +31,12 @@ def paragraph(article: int, k: int) -> dict[str, Any]:
     context = f"The {thing} of {town} was made in {1700 + 10 * article + k}. " + f"Many saw the {thing} there. " * (
         k % 4
     )
+    if k == 2:
+        context += " Its maker signed it {so}, as {0} does."
     made = {"text": str(1700 + 10 * article + k), "answer_start": 0}
     asked = {
         "id": f"{article}-{k}",
-        "question": f"When was the {thing} of {town} made?",
+        "question": f"When was the {thing} of {town} made?" + " " * (k == 5),  # some end so in SQuAD, too
         "answers": [made, {"text": f"in {made['text']}", "answer_start": 0}, made],
         "is_impossible": False,
     }
@@ -118,6 +120,7 @@ def test_a_prompt_is_what_lm_eval_makes_of_the_same_documents(
         text, answers = qa_utils.generate_input_output(sample, len(placed), qas=qas, docs=placed)
         assert made.text == maybe_delimit(text, "Answer:")
         assert list(made.targets) == answers
+        assert not made.text.endswith("  Answer:")
         own = [docs[index] for index in qas[sample]["context"]]
         assert set(own) <= set(placed)
         assert made.stop == ()
