@@ -68,6 +68,14 @@ class RulerQATask(BenchmarkTask[Question]):
         """Return every accepted wording."""
         return question.answers
 
+    def least_length_tokens(self, tokenizer: Tokenizer, *, samples: int) -> int:
+        """Return the length that the own documents of each of the first questions fit into, and an answer."""
+        # In another order, documents may join their neighbours in other tokens: one more for each.
+        return self.max_new_tokens + max(
+            len(encoded(tokenizer, self.parts(question).text)) + len(question.own)
+            for question in self._questions[:samples]
+        )
+
     def build(self, tokenizer: Tokenizer, *, length_tokens: int, sample: int, seed: int) -> Sample:
         """Return question ``sample`` among documents that the seed draws for it (see Task.build)."""
         question = self._questions[sample]
