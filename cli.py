@@ -490,9 +490,15 @@ def fetch(
 
 @tasks_app.command("fetch", short_help="Fetch a public benchmark into the user's cache.")
 def fetch_task(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="longbench_v2, longmemeval_s, longmemeval_m or mrcr.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="longbench_v2, longmemeval_s, longmemeval_m, mrcr, ruler_qa_squad or ruler_qa_hotpot.",
+        ),
+    ],
 ) -> None:
-    """Download a public benchmark's files from the Hugging Face hub, and check that they are what its task reads."""
+    """Download a public benchmark's files from where it is published, and check that they are what its task reads."""
     from kvscope.tasks.public.fetched import fetch as fetch_files
     from kvscope.tasks.registry import create_task
 

@@ -68,6 +68,7 @@ class Task(abc.ABC):
         question_types: every ``Sample.question_type``.
         n_samples: prompts there are; None where any number can be built.
         own_lengths: whether its prompts have the length they have; a length asked for is then the most they may have.
+        fills_length: whether such prompts are longer where the length asked for is.
         data_sha256: hash of the data its prompts come from, which a run folder keeps; None without such data.
         description: what it asks for, one clause.
         source: the citation.
@@ -78,6 +79,7 @@ class Task(abc.ABC):
     question_types: tuple[str, ...]
     n_samples: int | None = None
     own_lengths: ClassVar[bool] = False
+    fills_length: ClassVar[bool] = False
     data_sha256: str | None = None
     description: ClassVar[str] = ""
     source: ClassVar[str] = ""
@@ -85,6 +87,14 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def min_length_tokens(self, tokenizer: Tokenizer) -> int:
         """Return a length (prompt + answer room) at which every sample can be built."""
+
+    def least_length_tokens(self, tokenizer: Tokenizer, *, samples: int) -> int:
+        """Return a length at which the first ``samples`` can be built; a task of given prompts may know a smaller one.
+
+        Args:
+            samples: at least 1.
+        """
+        return self.min_length_tokens(tokenizer)
 
     @abc.abstractmethod
     def build(self, tokenizer: Tokenizer, *, length_tokens: int, sample: int, seed: int) -> Sample:

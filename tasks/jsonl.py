@@ -63,8 +63,12 @@ class JsonlTask(Task):
         self.question_types = tuple(each for each in METRICS if each in self._metrics)
 
     def min_length_tokens(self, tokenizer: Tokenizer) -> int:
-        """Return the length that holds the longest prompt of the file, and an answer."""
-        return self.max_new_tokens + max(map(len, self._all_ids(tokenizer)))
+        """Return the length that every prompt of the file can be asked at."""
+        return self.least_length_tokens(tokenizer, samples=len(self._lines))
+
+    def least_length_tokens(self, tokenizer: Tokenizer, *, samples: int) -> int:
+        """Return the length that holds the longest of the first prompts, and an answer."""
+        return self.max_new_tokens + max(map(len, self._all_ids(tokenizer)[:samples]))
 
     def build(self, tokenizer: Tokenizer, *, length_tokens: int, sample: int, seed: int) -> Sample:
         """Return the prompt of line ``sample + 1``, whatever the seed.

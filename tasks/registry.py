@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _NEEDLE = "kvscope.tasks.needle:NeedleTask"
 _LONG_QA = "kvscope.tasks.long_qa.task:LongQATask"
+_RULER_QA = "kvscope.tasks.public.ruler_qa:RulerQATask"
 TASKS: dict[str, str] = {
     "niah_single_1": _NEEDLE,
     "niah_single_2": _NEEDLE,
@@ -35,6 +36,8 @@ TASKS: dict[str, str] = {
     "longmemeval_s": "kvscope.tasks.public.longmemeval:LongMemEvalTask",
     "longmemeval_m": "kvscope.tasks.public.longmemeval:LongMemEvalTask",
     "mrcr": "kvscope.tasks.public.mrcr:MrcrTask",
+    "ruler_qa_squad": _RULER_QA,
+    "ruler_qa_hotpot": _RULER_QA,
 }
 DESCRIPTIONS: dict[str, str] = {
     "niah_single_1": "one number in repeated noise sentences",
@@ -56,6 +59,8 @@ DESCRIPTIONS: dict[str, str] = {
     "longmemeval_s": "LongMemEval S: questions about dated chats, as fetched or data=FILE; scored without its judge",
     "longmemeval_m": "LongMemEval M: the same in ten times as many chats",
     "mrcr": "MRCR of OpenAI: repeat the i-th of 2, 4 or 8 alike replies, as fetched or data=FILE",
+    "ruler_qa_squad": "RULER's QA over SQuAD's paragraphs, as fetched or data=FILE; lm-eval's prompt, best wording",
+    "ruler_qa_hotpot": "the same over HotpotQA's documents, ten of them the question's own",
 }
 _NO_OPTIONS = frozenset({"long_qa_no_context", "long_qa_mrcr"})
 """Tasks of one question type: there is nothing to pick with ``types``."""

@@ -51,7 +51,7 @@ class AccuracyPass:
             UsageError: naming the length, the task and the least it takes, or what is in the way.
         """
         for task in tasks:
-            least_tokens = task.min_length_tokens(facts.tokenizer)
+            least_tokens = task.least_length_tokens(facts.tokenizer, samples=config.samples)
             for length_tokens in config.lengths_tokens:
                 if length_tokens < least_tokens:
                     raise UsageError(

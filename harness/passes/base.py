@@ -175,7 +175,7 @@ class RunPlan:
                 f"the prompts of {task.name} have the length they have, so they are the same at every --length: give "
                 "the longest alone."
                 for task in self.tasks
-                if task.own_lengths
+                if task.own_lengths and not task.fills_length
             ]
         return said
 

@@ -51,7 +51,7 @@ class FootprintPass(ProcessPass[FootprintRow]):
             super().check(config, facts, tasks)
             return
         # The prompt is the first task's, with decode steps of room instead of the task's own answer.
-        needed_tokens = tasks[0].min_length_tokens(facts.tokenizer) - tasks[0].max_new_tokens
+        needed_tokens = tasks[0].least_length_tokens(facts.tokenizer, samples=1) - tasks[0].max_new_tokens
         least_tokens = needed_tokens + config.footprint_decode_tokens
         for length_tokens in self.lengths_tokens(config):
             if length_tokens < least_tokens:

@@ -1,4 +1,4 @@
-"""Benchmarks that ``kvscope tasks fetch`` brings from the hub, into the user's cache."""
+"""Benchmarks that ``kvscope tasks fetch`` brings from the hub or their own site, into the user's cache."""
 
 import json
 from dataclasses import dataclass
@@ -15,12 +15,14 @@ class Source:
     """Where a benchmark's files are.
 
     Attributes:
-        dataset: its id on the hub.
-        pattern: of the files' names.
+        place: the dataset's id on the hub, or the address of its folder on a site of its own (``https://``).
+        pattern: of the files' names; the one file's name where they are on a site.
+        revision: of the dataset; None: the newest.
     """
 
-    dataset: str
+    place: str
     pattern: str
+    revision: str | None = None
 
 
 SOURCES = {
@@ -28,7 +30,15 @@ SOURCES = {
     "longmemeval_s": Source("xiaowu0162/longmemeval-cleaned", "longmemeval_s*.json"),
     "longmemeval_m": Source("xiaowu0162/longmemeval-cleaned", "longmemeval_m*.json"),
     "mrcr": Source("openai/mrcr", "*needle*.parquet"),
+    # Both as lm-eval has them: HotpotQA's own host is gone.
+    "ruler_qa_squad": Source("https://rajpurkar.github.io/SQuAD-explorer/dataset", "dev-v2.0.json"),
+    "ruler_qa_hotpot": Source(
+        "namlh2004/hotpotqa",
+        "hotpot_dev_distractor_v1.json",
+        revision="7e54db4656209750ff487f6fdf8e39a66dba136b",
+    ),
 }
+_TIMEOUT_S = 60
 
 
 LIST_FILE = "fetched.json"
@@ -61,30 +71,50 @@ def fetched_files(name: str) -> list[Path]:
 
 
 def fetch(name: str) -> list[Path]:
-    """Fetch a benchmark's files from the hub and return them.
+    """Fetch a benchmark's files and return them.
 
     Raises:
         UsageError: no such benchmark.
-        EnvironmentProblem: the hub cannot be reached, or has no such files.
+        EnvironmentProblem: the hub or site cannot be reached, or has no such files.
     """
     if name not in SOURCES:
         raise UsageError(f"There is no benchmark '{name}' to fetch.{did_you_mean(name, SOURCES)}")
-    from huggingface_hub import HfApi, hf_hub_download
-
     source, folder = SOURCES[name], fetched_folder(name)
     try:
-        files = HfApi().list_repo_files(source.dataset, repo_type="dataset")
-        wanted = [file for file in files if fnmatch(file.rpartition("/")[2], source.pattern)]
-        for file in wanted:
-            hf_hub_download(source.dataset, file, repo_type="dataset", local_dir=folder)
+        wanted = _from_site(source, folder) if source.place.startswith("https://") else _from_hub(source, folder)
         if wanted:
             with whole_file(folder / LIST_FILE) as path:
                 path.write_text(json.dumps(wanted), encoding="utf-8")
     except Exception as error:
         raise EnvironmentProblem(
-            f"{name} cannot be fetched from the dataset {source.dataset} into '{folder}' ({first_line(error)}): check "
+            f"{name} cannot be fetched from {_said(source)} into '{folder}' ({first_line(error)}): check "
             f"the network, or give a file as {name}:data=FILE."
         ) from error
     if not wanted:
-        raise EnvironmentProblem(f"The dataset {source.dataset} has no file {source.pattern} any more.")
+        raise EnvironmentProblem(f"The dataset {source.place} has no file {source.pattern} any more.")
     return fetched_files(name)
+
+
+def _said(source: Source) -> str:
+    return source.place if source.place.startswith("https://") else f"the dataset {source.place}"
+
+
+def _from_hub(source: Source, folder: Path) -> list[str]:
+    from huggingface_hub import HfApi, hf_hub_download
+
+    files = HfApi().list_repo_files(source.place, repo_type="dataset", revision=source.revision)
+    wanted = [file for file in files if fnmatch(file.rpartition("/")[2], source.pattern)]
+    for file in wanted:
+        hf_hub_download(source.place, file, repo_type="dataset", local_dir=folder, revision=source.revision)
+    return wanted
+
+
+def _from_site(source: Source, folder: Path) -> list[str]:
+    import requests
+
+    reply = requests.get(f"{source.place}/{source.pattern}", timeout=_TIMEOUT_S)
+    reply.raise_for_status()
+    folder.mkdir(parents=True, exist_ok=True)
+    with whole_file(folder / source.pattern) as path:
+        path.write_bytes(reply.content)
+    return [source.pattern]

@@ -2,15 +2,14 @@
 
 import re
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from kvscope.errors import EnvironmentProblem
 from kvscope.tasks.base import Sample, Tokenizer
 from kvscope.tasks.public.built import Parts, encoded
+from kvscope.tasks.public.lm_eval_files import lm_eval_text, no_prompt
 from kvscope.tasks.public.records import Record, benchmark_records
 from kvscope.tasks.public.task import BenchmarkTask
 from kvscope.units import Tokens
@@ -89,9 +88,9 @@ class LongBenchV2Task(BenchmarkTask[Question]):
         """Return the right letter."""
         return (question.answer,)
 
-    def min_length_tokens(self, tokenizer: Tokenizer) -> int:
+    def least_length_tokens(self, tokenizer: Tokenizer, *, samples: int) -> int:
         """Return the answer room and twice the longest question: as much again for context."""
-        asked = (parts.head + parts.tail for parts in map(self.parts, self._questions))
+        asked = (parts.head + parts.tail for parts in map(self.parts, self._questions[:samples]))
         return self.max_new_tokens + 2 * max(len(encoded(tokenizer, text)) for text in asked)
 
     def score(self, sample: Sample, output: str) -> float:
@@ -109,12 +108,8 @@ def _prompt() -> str:
     """Return lm-eval's template of a prompt."""
     import yaml
 
-    spec = find_spec("lm_eval")
-    places = [] if spec is None else list(spec.submodule_search_locations or ())
-    path = next((path for place in places if (path := Path(place, _PROMPT_FILE)).is_file()), None)
-    said = None if path is None else yaml.safe_load(path.read_text(encoding="utf-8")).get("doc_to_text")
+    text = lm_eval_text(_PROMPT_FILE)
+    said = None if text is None else yaml.safe_load(text).get("doc_to_text")
     if not isinstance(said, str) or "{{context}}" not in said:
-        raise EnvironmentProblem(
-            "The installed lm-eval has no prompt of its task longbench2: pip install 'lm_eval>=0.4.12'."
-        )
+        raise no_prompt("longbench2")
     return said

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -28,6 +28,8 @@ class Record(BaseModel):
     """One question as a benchmark's file has it; fields that nothing here needs are left out."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, str_min_length=1)
+    what: ClassVar[str] = "question"
+    """What a file's records are, for errors."""
 
     @property
     def identity(self) -> str | None:
@@ -38,13 +40,16 @@ class Record(BaseModel):
 RecordT = TypeVar("RecordT", bound=Record)
 
 
-def benchmark_records(name: str, data: str | None, kind: type[RecordT]) -> tuple[tuple[RecordT, ...], str]:
+def benchmark_records(
+    name: str, data: str | None, kind: type[RecordT], *, wrapped: str | None = None
+) -> tuple[tuple[RecordT, ...], str]:
     """Return (the questions of a benchmark in its order, the SHA-256 of its files).
 
     Args:
         name: registry name of the task.
         data: a file; None for what ``kvscope tasks fetch`` brought.
         kind: what each record must hold.
+        wrapped: the name of the list of records where a file is one JSON object around it.
 
     Raises:
         UsageError: nothing was fetched, no such file, the first record that is wrong, by number, or a question that is
@@ -57,9 +62,9 @@ def benchmark_records(name: str, data: str | None, kind: type[RecordT]) -> tuple
         if read is None:
             raise UsageError(f"There is no file {shown_path(path)}: give {name} one with data=FILE.")
         digest.update(read)
-        found += _records(path, read, kind)
+        found += _records(path, read, kind, wrapped)
     if not found:
-        raise UsageError(f"{shown_path(paths[0])} holds no question.")
+        raise UsageError(f"{shown_path(paths[0])} holds no {kind.what}.")
     numbers = dict[str, int]()
     for number, each in enumerate(found, start=1):
         if each.identity is not None and (first := numbers.setdefault(each.identity, number)) != number:
@@ -70,25 +75,28 @@ def benchmark_records(name: str, data: str | None, kind: type[RecordT]) -> tuple
     return tuple(found), digest.hexdigest()
 
 
-def _records(path: Path, data: bytes, kind: type[RecordT]) -> Iterator[RecordT]:
-    for number, values in enumerate(_values(path, data), start=1):
+def _records(path: Path, data: bytes, kind: type[RecordT], wrapped: str | None) -> Iterator[RecordT]:
+    for number, values in enumerate(_values(path, data, wrapped), start=1):
         try:
             yield kind.model_validate(values)
         except ValidationError as error:
-            raise UsageError(f"Record {number} of {shown_path(path)} is no question of this benchmark: "
+            raise UsageError(f"Record {number} of {shown_path(path)} is no {kind.what} of this benchmark: "
                              f"{first_problem(error)}.") from error  # fmt: skip
 
 
-def _values(path: Path, data: bytes) -> Sequence[Any]:
+def _values(path: Path, data: bytes, wrapped: str | None) -> Sequence[Any]:
     data = _unpacked(path, data).removeprefix(_BOM)
     if path.suffix.lower() == _PARQUET or data.startswith(_PARQUET_BEGIN):
         return _parquet(path, data)
-    if data.lstrip()[:1] == b"[":
+    if data.lstrip()[:1] == b"[" or wrapped is not None:
         try:
             listed = parse_json(data)
         except ValueError as error:
             raise UsageError(f"{shown_path(path)} is not JSON: {error}.") from error
-        assert isinstance(listed, list)
+        if wrapped is not None and isinstance(listed, dict):
+            listed = listed.get(wrapped)
+        if not isinstance(listed, list):
+            raise UsageError(f"{shown_path(path)} has no list {wrapped!r} of records: give the data set's own file.")
         return listed
     rows = []
     for number, line in enumerate(data.splitlines(), start=1):

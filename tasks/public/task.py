@@ -56,8 +56,12 @@ class BenchmarkTask(Task, Generic[QuestionT]):
         """Return what its score needs."""
 
     def min_length_tokens(self, tokenizer: Tokenizer) -> int:
-        """Return the length that holds the longest prompt, and an answer."""
-        longest = max(map(self.parts, self._questions), key=lambda parts: len(parts.text))
+        """Return the length that every question can be asked at."""
+        return self.least_length_tokens(tokenizer, samples=len(self._questions))
+
+    def least_length_tokens(self, tokenizer: Tokenizer, *, samples: int) -> int:
+        """Return the length that holds the longest of the first prompts, and an answer."""
+        longest = max(map(self.parts, self._questions[:samples]), key=lambda parts: len(parts.text))
         return self.max_new_tokens + len(encoded(tokenizer, longest.text))
 
     def build(self, tokenizer: Tokenizer, *, length_tokens: int, sample: int, seed: int) -> Sample:
@@ -81,3 +85,11 @@ class BenchmarkTask(Task, Generic[QuestionT]):
             stop=self.stop,
             truncated_tokens=made.truncated_tokens,
         )
+
+    def fill(self, tokenizer: Tokenizer, *, prompt_tokens: int, seed: int) -> tuple[tuple[int, ...], int]:
+        """Return the first prompt; one that is shorter has its beginning over and over before its question."""
+        ids, question_start = super().fill(tokenizer, prompt_tokens=prompt_tokens, seed=seed)
+        missing_tokens = prompt_tokens - len(ids)
+        before = ids[:question_start] or ids
+        again = (before * (missing_tokens // len(before) + 1))[:missing_tokens]
+        return (*ids[:question_start], *again, *ids[question_start:]), question_start + missing_tokens

@@ -69,6 +69,7 @@ def test_short_and_long_forms_are_one_task(tmp_path: Path) -> None:
 def test_a_length_holds_the_longest_prompt_or_is_refused(tmp_path: Path) -> None:
     task = make(write(tmp_path / "q.jsonl", GOOD, {"prompt": "x" * 99, "answers": "y"}), new_tokens=10)
     assert task.min_length_tokens(Letters()) == 110
+    assert task.least_length_tokens(Letters(), samples=1) < 100, "the long one is not asked"
     assert len(task.build(Letters(), length_tokens=110, sample=1, seed=0).ids) == 100
     with pytest.raises(UsageError, match=r"Line 2 of jsonl:q has 100 tokens"):
         task.build(Letters(), length_tokens=109, sample=1, seed=0)

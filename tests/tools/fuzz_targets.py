@@ -36,6 +36,7 @@ from kvscope.tasks.public.longbench_v2 import Question as Choice
 from kvscope.tasks.public.longmemeval import Question as Chats
 from kvscope.tasks.public.mrcr import Question as Conversation
 from kvscope.tasks.public.records import benchmark_records
+from kvscope.tasks.public.ruler_qa_data import hotpot, squad
 from kvscope.tasks.registry import create_task
 from kvscope.units import parse_length
 
@@ -159,6 +160,13 @@ def records(name: str, kind: Any) -> Callable[[bytes], None]:
     return read
 
 
+def corpus(reader: Callable[[str, str | None], Any]) -> Callable[[bytes], None]:
+    def read(data: bytes) -> None:
+        reader("ruler_qa", str(written(f"data{'.parquet' if data.startswith(b'PAR1') else '.json'}", data)))
+
+    return read
+
+
 def indexer(data: bytes) -> None:
     folder = FOLDER / "indexer"
     folder.mkdir(exist_ok=True)
@@ -222,6 +230,8 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "longbench_v2": records("longbench_v2", Choice),
     "longmemeval": records("longmemeval_s", Chats),
     "mrcr": records("mrcr", Conversation),
+    "ruler_qa_squad": corpus(squad),
+    "ruler_qa_hotpot": corpus(hotpot),
     "indexer": indexer,
     "weights": weights,
     "server_reply": server_reply,
@@ -255,6 +265,14 @@ SEEDS: dict[str, tuple[bytes, ...]] = {
         b'"haystack_dates": ["d"], "haystack_session_ids": ["s"], "answer_session_ids": ["s"], '
         b'"haystack_sessions": [[{"role": "user", "content": "c"}]]}]',
     ),
+    "ruler_qa_squad": (
+        b'{"version": "v2.0", "data": [{"title": "t", "paragraphs": [{"context": "c", "qas": [{"id": "1", '
+        b'"question": "q", "answers": [{"text": "a", "answer_start": 0}], "is_impossible": false}]}]}]}',
+    ),
+    "ruler_qa_hotpot": (
+        b'[{"_id": "1", "question": "q", "answer": "a", "context": [["t", ["s", ""]]], '
+        b'"supporting_facts": [["t", 0]]}]',
+    ),
     "mrcr": (
         b'{"prompt": "[{\\"role\\": \\"user\\", \\"content\\": \\"c\\"}]", "answer": "ab", '
         b'"random_string_to_prepend": "a", "n_needles": 2, "n_chars": 9}\n',
@@ -283,6 +301,8 @@ GOOD = (
     "longbench_v2",
     "longmemeval",
     "mrcr",
+    "ruler_qa_squad",
+    "ruler_qa_hotpot",
     "server_reply",
 )
 """Targets whose first input is good."""

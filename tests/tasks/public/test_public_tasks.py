@@ -254,12 +254,12 @@ def test_fetching_brings_the_files_that_the_task_then_reads(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     listed = ["README.md", "2needle/2needle_0.parquet", "4needle/4needle_0.parquet"]
 
-    def download(dataset: str, file: str, *, repo_type: str, local_dir: Path) -> None:
+    def download(dataset: str, file: str, *, repo_type: str, local_dir: Path, revision: None) -> None:
         assert (dataset, repo_type) == ("openai/mrcr", "dataset")
         (local_dir / file).parent.mkdir(parents=True)
         write(local_dir / file, {**REPEAT, "n_needles": int(file[0])})
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, dataset, repo_type: listed)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, dataset, repo_type, revision: listed)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert cli.run_cli(["tasks", "fetch", "mrcr"]) == 0
     assert "task     mrcr: 2 prompts, --task mrcr" in capsys.readouterr().out
@@ -276,7 +276,9 @@ def test_without_a_network_fetching_says_so(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", fails)
     with pytest.raises(EnvironmentProblem, match=r"Network is unreachable.*data=FILE"):
         fetched.fetch("longbench_v2")
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, dataset, repo_type: ["README.md"])
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "list_repo_files", lambda self, dataset, repo_type, revision: ["README.md"]
+    )
     with pytest.raises(EnvironmentProblem, match=r"has no file data\.json any more"):
         fetched.fetch("longbench_v2")
     with pytest.raises(UsageError, match="Did you mean 'mrcr'"):
@@ -335,13 +337,13 @@ def test_a_benchmark_that_was_fetched_in_part_is_not_measured(tmp_path: Path, mo
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     listed, out_of_reach = ["2needle_0.parquet", "4needle_0.parquet"], ["4needle_0.parquet"]
 
-    def download(dataset: str, file: str, *, repo_type: str, local_dir: Path) -> None:
+    def download(dataset: str, file: str, *, repo_type: str, local_dir: Path, revision: None) -> None:
         if file in out_of_reach:
             raise OSError("the line is down")
         local_dir.mkdir(parents=True, exist_ok=True)
         write(local_dir / file, {**REPEAT, "n_needles": int(file[0])})
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, dataset, repo_type: listed)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, dataset, repo_type, revision: listed)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     with pytest.raises(EnvironmentProblem, match="the line is down"):
         fetched.fetch("mrcr")
@@ -353,3 +355,25 @@ def test_a_benchmark_that_was_fetched_in_part_is_not_measured(tmp_path: Path, mo
     (fetched.fetched_folder("mrcr") / "2needle_0.parquet").unlink()
     with pytest.raises(UsageError, match="is not here whole"):
         create_task("mrcr")
+
+
+@pytest.mark.parametrize(("name", "record"), [("longbench_v2", CHOICE), ("longmemeval_s", CHATS), ("mrcr", REPEAT)])
+def test_a_footprint_has_exactly_the_length_it_names(name: str, record: Any, tmp_path: Path, tokenizer: Any) -> None:
+    """A benchmark's prompt may be shorter: its beginning then stands there again, and its question last."""
+    task = make(name, write(tmp_path / "data.json", record), new_tokens=8)
+    shortest = len(task.build(tokenizer, length_tokens=8192, sample=0, seed=0).ids)
+    for prompt_tokens in (shortest, shortest + 1, 3 * shortest, 8000):
+        ids, question_start = task.fill(tokenizer, prompt_tokens=prompt_tokens, seed=0)
+        made = task.build(tokenizer, length_tokens=prompt_tokens + 8, sample=0, seed=0)
+        assert len(ids) == prompt_tokens
+        assert ids[: made.question_start] == made.ids[: made.question_start]
+        assert ids[question_start:] == made.ids[made.question_start :]
+
+
+def test_a_long_prompt_that_is_not_asked_is_no_reason_to_refuse(small: MakeConfig, tmp_path: Path) -> None:
+    longer = {**REPEAT, "prompt": json.dumps([{**SAID[1], "content": "the word " * 900}, *SAID])}
+    data = write(tmp_path / "data.jsonl", REPEAT, longer)
+    spec = f"mrcr:data={data},new_tokens=8"
+    assert make_plan(small(tasks=[spec], lengths_tokens=[300], samples=1)).cells
+    with pytest.raises(UsageError, match="Length 300 is too short for task 'mrcr'"):
+        make_plan(small(tasks=[spec], lengths_tokens=[300], samples=2))
