@@ -9,6 +9,7 @@ size.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -52,17 +53,18 @@ def joined_attention(call: AttentionCall, reads_of: Sequence[Sequence[Read]]) ->
     row_of_R = np.repeat(np.arange(n), [len(each) for each in reads_of])
     stored_R = np.array([read.n_tokens for read in reads])
     pages_R = -(-stored_R // P)
-    last_R = torch.from_numpy(pages_R.cumsum() - 1)
-    read_of_N = torch.from_numpy(np.repeat(np.arange(len(reads)), pages_R))
-    row_of_NHG = torch.from_numpy(np.repeat(row_of_R, pages_R)).view(-1, 1, 1).expand(-1, H, G)
+    to_device = partial(torch.as_tensor, device=call.query.device)
+    last_R = to_device(pages_R.cumsum() - 1)
+    read_of_N = to_device(np.repeat(np.arange(len(reads)), pages_R))
+    row_of_NHG = to_device(np.repeat(row_of_R, pages_R)).view(-1, 1, 1).expand(-1, H, G)
     parts = pages_R.tolist()
 
-    q_NHGD = _queries(call, reads, torch.from_numpy(row_of_R)).view(-1, H, G, D).index_select(0, read_of_N)
+    q_NHGD = _queries(call, reads, to_device(row_of_R)).view(-1, H, G, D).index_select(0, read_of_N)
     logits_NHGP = q_NHGD.new_empty((len(read_of_N), H, G, P))
     _products(q_NHGD, [read.pages[:, :, 0].mT for read in reads], parts, out=logits_NHGP)
     if call.softcap is not None:
         logits_NHGP = call.softcap * torch.tanh(logits_NHGP / call.softcap)
-    hidden_RP = torch.arange(P) >= torch.from_numpy(stored_R - P * (pages_R - 1))[:, None]
+    hidden_RP = to_device(np.arange(P)) >= to_device(stored_R - P * (pages_R - 1))[:, None]
     logits_NHGP[last_R] = logits_NHGP[last_R].masked_fill_(hidden_RP[:, None, None], -torch.inf)
 
     # Softmax page by page; each page then counts by its share of its sequence.
@@ -87,7 +89,7 @@ def _queries(call: AttentionCall, reads: Sequence[Read], row_of_R: torch.Tensor)
     query = call.query.index_select(0, row_of_R)
     turned = [r for r, read in enumerate(reads) if read.turn_tokens]
     if turned and call.rotation is not None:
-        angles = call.rotation.angles_at(torch.tensor([[reads[r].turn_tokens] for r in turned]))
+        angles = call.rotation.angles_at(torch.tensor([[reads[r].turn_tokens] for r in turned], device=query.device))
         query[turned] = call.rotation.back_by(query[turned], *angles)
     return query.mul_(call.scale)
 
