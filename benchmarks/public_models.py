@@ -1,28 +1,43 @@
 """Cache methods on a public model, in one recipe: fit an indexer, name the tasks, measure, ask the driver.
 
 1. ``fit``: ``kvscope lsa fit`` in a time.
-2. ``choose``: dense alone on seeds that the fit trains on. A task is measured if dense answers enough of it there, over
+2. ``recall``: golden recall of that indexer on new documents, at the lengths given with ``--recall-length``.
+3. ``choose``: dense alone on seeds that the fit trains on. A task is measured if dense answers enough of it there, over
    all lengths. The choice is written down before the first row of the measurement.
-3. ``measure``: every method on new seeds, a run a length, each with its own share of the bytes.
-4. ``footprint``: memory of several sequences at the longest length, by the driver.
+4. ``test``: lsa and landmark on new seeds, at each length's share of the managed bytes.
+5. ``compare``: all other methods on the first of those prompts, at every share of ``--share``.
+6. ``footprint``: memory of several sequences at the longest length, by the driver.
+
+``public_models_result.py`` packs the runs for keeping, and has their figures as JSON.
 
     kvscope models fetch gemma-3-270m
     python benchmarks/public_models.py --model FILE.gguf --work runs/gemma --length 4k=0.25 --length 16k=0.25 \\
         --length 32k=0.135 --samples 540 --gpus all --jobs 4
 
-Steps that are done are not done again. Folders of runs, ``tasks.json`` and the indexer's card lie in ``--work``.
+Steps that are done are not done again, and a step whose time is over (``--time-limit``) goes on when it is asked again.
 """
 
 import argparse
 import json
-import os
+import math
 import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
+from measure import ended, say
+
+from kvscope.errors import UsageError
+from kvscope.harness.engine.models import load_model
+from kvscope.methods.at_share import DECODED_TOKENS
+from kvscope.methods.dense.method import Dense
+from kvscope.results.frames import load_run
+from kvscope.results.store import RUN_FILE
 from kvscope.units import format_length, parse_length
 
 CANDIDATES = (
@@ -37,34 +52,56 @@ CANDIDATES = (
 LEAST_SCORE = 0.6
 CHOOSING_SEED, CHOOSING_SAMPLES = 1000, 12
 MEASURING_SEED = 0
-STEPS = ("fit", "choose", "measure", "footprint")
-INDEXER = "indexer"
+#: Seed of the documents that golden recall is measured on: neither fitted nor asked.
+RECALL_SEED, RECALL_SAMPLES = 3000, 8
+STEPS = ("fit", "recall", "choose", "test", "compare", "footprint")
+INDEXER, CARD_FILE, TASKS_FILE, BYTES_FILE = "indexer", "card.json", "tasks.json", "bytes.json"
+#: Least seconds that a run is begun with.
+LEAST_CALL_S = 20.0
+#: Methods that hold less, at a share of the managed bytes.
+FREEING = (
+    "lsa:indexer=landmark", "snapkv", "pyramidkv", "adakv", "expected_attention", "knorm", "tova", "h2o", "recency",
+    "random",
+)  # fmt: skip
+#: Methods that hold everything, at a share of the managed reads. Their blocks are summarised before a budget is known.
+READING = ("quest", "moba:block_tokens=64")
+#: What has no share: fewer bits, and msa, whose least reads are half of dense's.
+WITHOUT_SHARE = ("dense:kv=fp8", "dense:kv=int8", "dense:kv=int4", "dense:kv=kivi2", "msa")
+
+
+def at_share(method: str, share: float, *, option: str = "share") -> str:
+    """Return a method's spec at a share of dense's bytes, of those it holds or of those it reads."""
+    return f"{method}{',' if ':' in method else ':'}{option}={share:.5g}"
 
 
 def tested(share: float, *, fitted: bool) -> list[str]:
-    """Return what is tested against dense on all prompts of a length, at a share of its tokens."""
-    fit = [f"lsa:budget_fraction={share:g},indexer={INDEXER}", f"lsa:indexer={INDEXER}"] if fitted else []
-    return ["dense", *fit, f"lsa:budget_fraction={share:g},indexer=landmark"]
+    """Return what is tested against dense on all prompts of a length, at a share of dense's bytes."""
+    fit = [at_share(f"lsa:indexer={INDEXER}", share), f"lsa:indexer={INDEXER}"] if fitted else []
+    return ["dense", *fit, at_share("lsa:indexer=landmark", share)]
 
 
-def others(share: float) -> list[str]:
-    """Return what stands beside them, on fewer prompts: those that keep a set, at the same share."""
-    freed = [f"{name}:budget_fraction={share:g}" for name in ("snapkv", "recency", "random")]
-    return ["dense", "quest", "msa", "moba", *freed]
+def compared(shares: Iterable[float], *, fitted: bool) -> list[str]:
+    """Return what stands beside them on fewer prompts, at shares of dense's bytes."""
+    freeing = [f"lsa:indexer={INDEXER}", *FREEING] if fitted else FREEING
+    found = ["dense", *WITHOUT_SHARE]
+    for share in shares:
+        found += [at_share(method, share) for method in freeing]
+        found += [at_share(method, share, option="read_share") for method in READING]
+    return found
 
 
 class Recipe:
     """The steps of one model.
 
     Args:
-        shares: length in tokens -> share of its tokens that methods with a budget keep.
+        shares: length in tokens -> share of the managed bytes that the methods under test hold.
     """
 
     def __init__(self, options: argparse.Namespace, shares: dict[int, float]) -> None:
         self.options, self.shares = options, shares
         self.work: Path = options.work
         self.work.mkdir(parents=True, exist_ok=True)
-        self.took_s: dict[str, float] = {}
+        self.deadline_s = time.monotonic() + options.time_limit
 
     def kvscope(self, *arguments: str) -> None:
         """Run a command of kvscope in the folder of work, where indexers have short names.
@@ -76,54 +113,124 @@ class Recipe:
         print("kvscope", *arguments, flush=True)
         subprocess.run([sys.executable, "-c", code], cwd=self.work, check=True)
 
-    def fit(self) -> None:
+    def fit(self) -> bool:
         """Make the indexer."""
-        if not (self.work / INDEXER / "README.md").exists():
+        if not self._fitted:
             rest = [item for length in self.options.fit_length for item in ("--length", length)]
             self.kvscope(
                 "lsa", "fit", self.options.model, "--out", INDEXER, "--minutes", f"{self.options.fit_minutes:g}",
-                "--seed", str(CHOOSING_SEED), *rest,
+                "--seed", str(CHOOSING_SEED), *rest, *self._device,
             )  # fmt: skip
+        return True
 
-    def choose(self) -> None:
+    def recall(self) -> bool:
+        """Measure the indexer's golden recall on documents that are new to it, as the fit's card does."""
+        lengths = [item for length in self.options.recall_length for item in ("--length", length)]
+        if not lengths or (self.work / "recall" / "recall.json").exists():
+            return True
+        card = json.loads((self.work / INDEXER / CARD_FILE).read_text(encoding="utf-8"))
+        rule = card["labels"][-1]
+        tasks = [item for task in card["probe"]["tasks"] for item in ("--task", task)]
+        self.kvscope(
+            "lsa", "collect", "--model", self.options.model, "--out", "recall-documents", *tasks, *lengths,
+            "--samples", str(RECALL_SAMPLES), "--seed", str(RECALL_SEED),
+            "--chunk-tokens", str(card["indexer"]["chunk_tokens"]),
+            "--layers", ",".join(map(str, card["probe"]["layers"])), "--top-p", str(rule["top_p"]),
+            "--least-mass", str(rule["least_mass"]), "--quiet", *self._device,
+        )  # fmt: skip
+        self.kvscope("lsa", "eval", "--indexer", INDEXER, "--data", "recall-documents", "--out", "recall")
+        return True
+
+    def choose(self) -> bool:
         """Write down which tasks are measured, by dense's scores."""
-        self._run("choose", methods=["dense"], tasks=list(CANDIDATES), lengths=list(self.shares),
-                  samples=CHOOSING_SAMPLES, seed=CHOOSING_SEED)  # fmt: skip
+        folder = "choose"
+        if not self._run(folder, methods=["dense"], tasks=list(CANDIDATES), lengths=list(self.shares),
+                         samples=CHOOSING_SAMPLES, seed=CHOOSING_SEED):  # fmt: skip
+            return False
         scores = defaultdict(list)
-        for line in (self.work / "choose" / "samples.jsonl").read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            scores[row["task"]].append(row["score"])
+        for row in load_run(self.work / folder).samples.itertuples():
+            scores[row.task].append(row.score)
         means = {task: round(mean(each), 3) for task, each in scores.items()}
         chosen = [task for task in CANDIDATES if means[task] >= LEAST_SCORE]
         note = {"least_score": LEAST_SCORE, "seed": CHOOSING_SEED, "dense": means, "tasks": chosen}
-        (self.work / "tasks.json").write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
+        (self.work / TASKS_FILE).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
         print(note, flush=True)
+        if not chosen:
+            raise UsageError(f"Dense answers no task in {LEAST_SCORE:.0%} of prompts: {means}. Nothing is measured.")
+        return True
 
-    def measure(self) -> None:
-        """Measure every method, a run a length."""
-        tasks = json.loads((self.work / "tasks.json").read_text(encoding="utf-8"))["tasks"]
-        for name, samples in (("tested", self.options.samples), ("others", self.options.other_samples)):
-            for length, share in self.shares.items():
-                methods = tested(share, fitted=self._fitted) if name == "tested" else others(share)
-                self._run(f"{name}-{format_length(length)}", methods=methods, tasks=tasks, lengths=[length],
-                          samples=-(-samples // len(tasks)), seed=MEASURING_SEED)  # fmt: skip
+    def test(self) -> bool:
+        """Measure what is tested, a run a length."""
+        tasks = self._tasks
+        return all(
+            self._run(f"test-{format_length(length)}", tasks=tasks, lengths=[length],
+                      methods=tested(self._of_all(share, length), fitted=self._fitted),
+                      samples=-(-self.options.samples // len(tasks)), seed=MEASURING_SEED)
+            for length, share in sorted(self.shares.items())
+        )  # fmt: skip
 
-    def footprint(self) -> None:
+    def compare(self) -> bool:
+        """Measure the others, a run a length, the shortest first."""
+        tasks = self._tasks
+        asked = sorted(self.options.share or set(self.shares.values()))
+        return all(
+            self._run(f"compare-{format_length(length)}", tasks=tasks, lengths=[length],
+                      methods=compared([self._of_all(share, length) for share in asked], fitted=self._fitted),
+                      samples=-(-self.options.compare_samples // len(tasks)), seed=MEASURING_SEED)
+            for length in sorted(self.shares)
+        )  # fmt: skip
+
+    def footprint(self) -> bool:
         """Let the driver say what several sequences hold at the longest length."""
         length = max(self.shares)
-        share = self.shares[length]
-        methods = [*tested(share, fitted=self._fitted), f"recency:budget_fraction={share:g}"]
-        self._run("footprint", methods=methods, tasks=["niah_single_1"], lengths=[length], samples=1,
-                  seed=MEASURING_SEED, footprint=True)  # fmt: skip
+        share = self._of_all(self.shares[length], length)
+        methods = [*tested(share, fitted=self._fitted), at_share("recency", share)]
+        return self._run("footprint", methods=methods, tasks=["niah_single_1"], lengths=[length], samples=1,
+                         seed=MEASURING_SEED, footprint=True)  # fmt: skip
 
     @property
     def _fitted(self) -> bool:
-        return (self.work / INDEXER).exists()
+        return (self.work / INDEXER / CARD_FILE).exists()
+
+    def _of_all(self, share: float, length: int) -> float:
+        """Return a share of the managed bytes as one of all bytes: no method manages the model's sliding windows."""
+        window, dense = self._bytes["window_bytes"], self._bytes["dense_bytes"][str(length)]
+        return float((window + share * (dense - window)) / dense)
+
+    @cached_property
+    def _bytes(self) -> dict[str, Any]:
+        """What a sequence holds under dense, by length, behind as many decoded tokens as a share is counted with."""
+        path = self.work / BYTES_FILE
+        if not path.exists():
+            inside = self.work / self.options.model
+            spec = str(inside) if inside.exists() else self.options.model
+            shape = load_model(spec, device=self.options.device or "auto").shape
+            dense = {n: Dense().predict(shape, n, DECODED_TOKENS).device_bytes for n in self.shares}
+            note = {"window_bytes": shape.stock_kv_bytes(min(self.shares), DECODED_TOKENS), "dense_bytes": dense}
+            path.write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+
+    @property
+    def _tasks(self) -> list[str]:
+        tasks: list[str] = json.loads((self.work / TASKS_FILE).read_text(encoding="utf-8"))["tasks"]
+        return tasks
+
+    @property
+    def _device(self) -> list[str]:
+        return ["--device", self.options.device] if self.options.device else []
 
     def _run(
         self, out: str, *, methods: list[str], tasks: list[str], lengths: list[int], samples: int, seed: int,
         footprint: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> bool:  # fmt: skip
+        """Run until it is done or the time is over; return whether every row is there."""
+        asked = len(methods) * len(tasks) * len(lengths) * samples + footprint * len(methods)
+        if self._rows(out) >= asked:
+            return True
+        left_s = self.deadline_s - time.monotonic()
+        if left_s < LEAST_CALL_S:
+            return False
         found = ["run", "--model", self.options.model, "--out", out, "--seed", str(seed), "--samples", str(samples)]
         found += [item for each in methods for item in ("--method", each)]
         found += [item for each in tasks for item in ("--task", each)]
@@ -133,34 +240,49 @@ class Recipe:
             found += ["--no-footprint", *gpus, "--jobs", str(self.options.jobs)]
         else:
             found += ["--footprint-batch", str(self.options.footprint_batch)]
-        self.kvscope(*found, *(["--device", self.options.device] if self.options.device else []), "--no-report")
+        if math.isfinite(left_s):
+            found += ["--time-limit", f"{left_s:.0f}"]
+        self.kvscope(*found, *self._device, "--quiet", "--no-report")
+        return self._rows(out) >= asked
+
+    def _rows(self, out: str) -> int:
+        if not (self.work / out / RUN_FILE).exists():
+            return 0
+        run = load_run(self.work / out)
+        return len(run.samples) + len(run.footprint)
 
 
-def main() -> None:
+def main() -> int:
+    """Run the steps in turn; return 0 when all are done."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="as of kvscope run; a path is taken from --work or absolute")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--length", action="append", required=True, help="as 16k=0.25: with its share; repeatable")
     parser.add_argument("--samples", type=int, default=504, help="prompts a length, over all tasks, of the test")
-    parser.add_argument("--other-samples", type=int, default=108, help="the same of the methods beside it")
+    parser.add_argument("--share", type=float, action="append", help="of `compare`; repeatable; default: the test's")
+    parser.add_argument("--compare-samples", type=int, default=216, help="prompts a length of `compare`")
     parser.add_argument("--fit-minutes", type=float, default=4.0)
     parser.add_argument("--fit-length", action="append", default=[], help="lengths of the documents; none: chosen")
+    parser.add_argument(
+        "--recall-length", action="append", default=[], help="of new documents for the indexer's recall"
+    )
     parser.add_argument("--gpus", help="as of kvscope run")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--device")
     parser.add_argument("--footprint-batch", type=int, default=16)
+    parser.add_argument("--time-limit", type=float, default=math.inf, help="seconds of all steps")
     parser.add_argument("--step", action="append", choices=STEPS, help="repeatable; all of them")
     options = parser.parse_args()
     pairs = (text.partition("=") for text in options.length)
     recipe = Recipe(options, {parse_length(length): float(share) for length, _, share in pairs})
     for step in options.step or STEPS:
         since_s = time.perf_counter()
-        getattr(recipe, step)()
-        recipe.took_s[step] = round(time.perf_counter() - since_s, 1)
-    if os.environ.get("KVSCOPE_COMMIT"):
-        print("commit", os.environ["KVSCOPE_COMMIT"])
-    print(json.dumps(recipe.took_s))
+        done = getattr(recipe, step)()
+        say(f"{step}: {'done' if done else 'not done'}, {time.perf_counter() - since_s:.1f} s")
+        if not done:
+            return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ended(main))
