@@ -153,7 +153,8 @@ def pack(folder: Path, out: Path, *, lengths: Sequence[int], command: str) -> in
         [Piece(name=str(folder), info=_of_lengths(store.info, lengths), rows=rows, command=command)]
     )
     if is_packed(out):
-        lost = [key for key in _keys(RunStore.open(out).rows()) if key not in _keys(rows)]
+        kept = _keys(rows)
+        lost = [key for key in _keys(RunStore.open(out).rows()) if key not in kept]
         if lost:
             raise UsageError(
                 f"{out} holds {len(lost)} rows that {folder} lacks (the first: {', '.join(map(str, lost[0]))}). Begin "

@@ -12,9 +12,11 @@ from kvscope.results.frames import load_run
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKED = ROOT / "results" / "reference" / "h200" / "equal-bytes"
+UNKNOWN = PACKED.with_name("equal-bytes-question")
 PAGE = ROOT / "docs" / "equal-bytes.md"
 SHARES = (0.05, 0.135, 0.25)
-SHORT, LONG = 4096, 16_384
+SHORT, MIDDLE, LONG = 4096, 16_384, 65_536
+LENGTHS = (SHORT, MIDDLE, LONG)
 #: 54 prompts of each of four tasks.
 N = 216
 Cells = dict[tuple[int, str, float | None], dict[str, Any]]
@@ -24,7 +26,7 @@ Cells = dict[tuple[int, str, float | None], dict[str, Any]]
 def result() -> Iterator[dict[str, Any]]:
     with pytest.MonkeyPatch.context() as patch:
         script = load_script(patch, "equal_bytes")
-        found = script.result_of(script.found_runs([PACKED], ROOT), script.read_config({}))
+        found = script.result_of(script.found_runs([PACKED, UNKNOWN], ROOT), script.read_config({}))
         yield json.loads(json.dumps(found)) | {"rounded": script.rounded(found)}
 
 
@@ -33,7 +35,7 @@ def cells(result: dict[str, Any]) -> Cells:
     return {(cell["length_tokens"], cell["setting"], cell["asked_share"]): cell for cell in result["cells"]}
 
 
-def settings(cells: Cells, of: str | None, length: int = LONG) -> list[str]:
+def settings(cells: Cells, of: str | None, length: int = MIDDLE) -> list[str]:
     """Settings that were asked for a share of something, the most accurate first."""
     mean: dict[str, list[float]] = {}
     for (n, setting, _), cell in cells.items():
@@ -47,7 +49,10 @@ def percent(value: float) -> str:
 
 
 def difference(cell: dict[str, Any]) -> str:
-    low, mean, high = (100 * cell[key] for key in ("difference_low", "difference_to_dense", "difference_high"))
+    mean, low, high = (cell[f"difference_{key}"] for key in ("to_dense", "low", "high"))
+    if low is None:  # every answer has dense's score, and then there is no interval
+        return f"{100 * mean:+.1f}"
+    mean, low, high = 100 * mean, 100 * low, 100 * high
     return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
@@ -61,102 +66,165 @@ def row(*texts: str) -> str:
 
 
 def tables(cells: Cells) -> list[list[str]]:
-    """Every line of every table, in the page's order."""
-    held, read, free = (settings(cells, of) for of in ("held", "read", None))
+    """Every line of the tables of accuracy, in the page's order."""
+    free = settings(cells, None)
 
     def at(length: int, setting: str, share: float | None) -> dict[str, Any]:
         return cells[length, setting, share]
 
+    found = []
+    for length in (LONG, MIDDLE):
+        held = settings(cells, "held", length)
+        found += [
+            [
+                row(f"`{each}`", *(percent(at(length, each, share)["accuracy"]) for share in SHARES),
+                    joined(cells, length, each, "read_of_dense"))
+                for each in held
+            ],
+            [row(f"`{each}`", *(difference(at(length, each, share)) for share in SHARES)) for each in held],
+            [
+                row(f"`{each}`", *(joined(cells, length, each, column) for column in ("read_of_dense", "accuracy")),
+                    percent(at(length, each, 0.25)["held_of_dense"]), difference(at(length, each, 0.25)))
+                for each in settings(cells, "read", length)
+            ],
+        ]  # fmt: skip
     return [
-        [
-            row(f"`{each}`", *(percent(at(LONG, each, share)["accuracy"]) for share in SHARES),
-                joined(cells, LONG, each, "read_of_dense"))
-            for each in held
-        ],
-        [row(f"`{each}`", *(difference(at(LONG, each, share)) for share in SHARES)) for each in held],
-        [
-            row(f"`{each}`", *(joined(cells, LONG, each, column) for column in ("read_of_dense", "accuracy")),
-                percent(at(LONG, each, 0.25)["held_of_dense"]), difference(at(LONG, each, 0.25)))
-            for each in read
-        ],
+        *found,
         [
             row(f"`{each}`", *(percent(at(SHORT, each, share)["accuracy"]) for share in SHARES),
                 percent(at(SHORT, each, 0.05)["held_of_dense"]), difference(at(SHORT, each, 0.25)))
-            for each in held
+            for each in settings(cells, "held", MIDDLE)
         ],
         [
             row(f"`{each}`", *(joined(cells, SHORT, each, column) for column in ("read_of_dense", "accuracy")),
                 percent(at(SHORT, each, 0.25)["held_of_dense"]), difference(at(SHORT, each, 0.25)))
-            for each in read
+            for each in settings(cells, "read", MIDDLE)
         ],
         [
             row(f"`{each}`", *(
                 text
-                for length in (SHORT, LONG)
+                for length in (SHORT, MIDDLE)
                 for text in (percent(at(length, each, None)["held_of_dense"]),
                              percent(at(length, each, None)["accuracy"]),
                              "-" if each == "dense" else difference(at(length, each, None)))
             ))
             for each in free
         ],
+        [
+            row(f"`{each}`", percent(at(LONG, each, None)["held_of_dense"]), percent(at(LONG, each, None)["accuracy"]),
+                "-" if each == "dense" else difference(at(LONG, each, None)))
+            for each in free
+        ],
     ]  # fmt: skip
 
 
-def test_every_row_of_every_table_is_that_of_the_rows(cells: Cells) -> None:
+def question_table(result: dict[str, Any]) -> list[str]:
+    """Accuracy with the question unknown and known at 13.5 %, largest gain at 64K first."""
+    found = {
+        (each["length_tokens"], each["method"]): each for each in result["question"] if each["asked_share"] == 0.135
+    }
+    methods = sorted({name for _, name in found}, key=lambda name: -found[LONG, name]["known_minus_unknown"])
+    return [
+        row(f"`{name}`", *(
+            text
+            for length in (MIDDLE, LONG)
+            for text in (percent(found[length, name]["accuracy_question_unknown"]),
+                         percent(found[length, name]["accuracy_question_known"]), gain(found[length, name]))
+        ))
+        for name in methods
+    ]  # fmt: skip
+
+
+def gain(cell: dict[str, Any]) -> str:
+    low, mean, high = (100 * cell[key] for key in ("difference_low", "known_minus_unknown", "difference_high"))
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def test_every_row_of_every_table_is_that_of_the_rows(cells: Cells, result: dict[str, Any]) -> None:
     page = PAGE.read_text(encoding="utf-8")
-    for expected in tables(cells):
+    for expected in [*tables(cells), question_table(result)]:
         assert "\n".join(expected) in page, "\n".join(expected)
 
 
-def test_what_the_prose_says_is_in_the_rows(cells: Cells) -> None:
+def test_what_the_prose_says_is_in_the_rows(cells: Cells, result: dict[str, Any]) -> None:
     page = " ".join(PAGE.read_text(encoding="utf-8").split())
 
-    def accuracy(setting: str, share: float | None, length: int = LONG) -> float:
+    def accuracy(setting: str, share: float | None, length: int = MIDDLE) -> float:
         return 100 * float(cells[length, setting, share]["accuracy"])
 
     alike = ("snapkv", "pyramidkv", "adakv")
     apart = [
         max(accuracy(each, share, length) for each in alike) - min(accuracy(each, share, length) for each in alike)
         for share in SHARES
-        for length in (SHORT, LONG)
+        for length in LENGTHS
     ]
     assert f"within {max(apart):.1f} points of each other" in page
-    gains = [accuracy("snapkv:kv=int4", share) - accuracy("snapkv", share) for share in SHARES]
-    assert f"gains {min(gains):.1f} to {max(gains):.1f} points at 16K" in page
-    lost = [accuracy("dense", None) - accuracy(each, 0.135) for each in ("quest", "dsa")]
+    gains = [
+        accuracy("snapkv:kv=int4", share, length) - accuracy("snapkv", share, length)
+        for share in SHARES
+        for length in (MIDDLE, LONG)
+    ]
+    assert f"gains {min(gains):.1f} to {max(gains):.1f} points from 16K on" in page
+    lost = [accuracy("dense", None, n) - accuracy(each, 0.135, n) for each in ("quest", "dsa") for n in (MIDDLE, LONG)]
     assert f"lose at most {max(lost):.1f} points at 13.5 % of the reads" in page
     assert min(accuracy("dense", None) - accuracy(each, 0.05) for each in ("quest", "dsa")) > 55
-    assert all(cells[LONG, "lsa", share]["accuracy"] == max(cells[LONG, each, share]["accuracy"]
-               for each in settings(cells, "held")) for share in SHARES)  # fmt: skip
-    assert cells[LONG, "lsa", 0.135]["difference_high"] > 0
-    assert cells[LONG, "dense:kv=kivi2", None]["held_of_dense"] < 0.25
-    assert accuracy("dense:kv=kivi2", None) >= accuracy("lsa", 0.25)
-    for length in (SHORT, LONG):
+    freeing = settings(cells, "held")
+    for length, shares in ((MIDDLE, SHARES), (LONG, SHARES[:2])):
+        assert all(cells[length, "lsa", share]["accuracy"] == max(cells[length, each, share]["accuracy"]
+                   for each in freeing) for share in shares)  # fmt: skip
+    assert accuracy("snapkv:kv=int4", 0.25, LONG) - accuracy("lsa", 0.25, LONG) < 0.5
+    for length in (MIDDLE, LONG):
+        assert cells[length, "lsa", 0.135]["difference_high"] > 0
+    at_5 = cells[LONG, "lsa", 0.05]
+    assert f"{difference(at_5)} points at 64K" in page
+    for length in (MIDDLE, LONG):
+        assert cells[length, "dense:kv=kivi2", None]["held_of_dense"] < 0.25
+        assert accuracy("dense:kv=kivi2", None, length) >= accuracy("lsa", 0.25, length)
+    for length in LENGTHS:
         assert cells[length, "dense:kv=int4", None]["difference_to_dense"] == 0
     samples = load_run(PACKED).samples
-    mine = samples[(samples["length_tokens"] == LONG) & samples["method_label"].isin(
+    mine = samples[(samples["length_tokens"] != SHORT) & samples["method_label"].isin(
         [f"{each}:share={share}" for each in alike for share in SHARES])]  # fmt: skip
-    by_task = 100 * mine.groupby(["task", "method_label"])["score"].mean()
-    assert by_task["niah_multivalue"].min() > 99
-    assert f"at most {by_task['niah_multikey_3'].max():.1f} %" in page
+    by_task = 100 * mine.groupby(["length_tokens", "task", "method_label"])["score"].mean()
+    many, identifiers = (by_task.xs(task, level="task") for task in ("niah_multivalue", "niah_multikey_3"))
+    assert many.min() > 99
+    assert f"at most {identifiers.max():.1f} %" in page
+    known = {(each["length_tokens"], each["method"], each["asked_share"]): each for each in result["question"]}
+    choosing = [each for (n, name, share), each in known.items() if name in alike and share == 0.135 and n != SHORT]
+    low, high = (100 * of(each["known_minus_unknown"] for each in choosing) for of in (min, max))
+    assert f"{low:.1f} to {high:.1f} points" in page
+    mine_at = [abs(100 * known[n, "lsa", 0.135]["known_minus_unknown"]) for n in (MIDDLE, LONG)]
+    assert f"moves by at most {max(mine_at):.1f} points" in page
 
 
 def test_every_cell_has_its_prompts_on_one_card(result: dict[str, Any]) -> None:
     assert {cell["n"] for cell in result["cells"]} == {N}
-    assert len(result["cells"]) == 2 * 52
+    assert len(result["cells"]) == 3 * 52
+    assert {each["n"] for each in result["question"]} == {N}
+    assert len(result["question"]) == 3 * 29
     assert result["environment"]["gpu"] == "NVIDIA H200"
     assert f"{N} prompts" in PAGE.read_text(encoding="utf-8")
 
 
 def test_what_lacks_is_on_the_page(result: dict[str, Any]) -> None:
     lacks = {(each["step"], each["length_tokens"]) for each in result["not_measured"]}
-    assert lacks == {
-        ("accuracy", 65_536),
-        *((step, n) for step in ("question", "times") for n in (SHORT, LONG, 65_536)),
-    }
+    assert lacks == {("times", MIDDLE), ("times", LONG)}
     page = PAGE.read_text(encoding="utf-8")
     assert all(f"`{step}`" in page for step, _ in lacks)
-    assert all(cell["tpot_s"] is None for cell in result["cells"])
+    assert {cell["length_tokens"] for cell in result["cells"] if cell["tpot_s"] is not None} == {SHORT}
+
+
+def test_times_are_those_of_the_rows(cells: Cells) -> None:
+    page = " ".join(PAGE.read_text(encoding="utf-8").split())
+    timed = [cell for cell in cells.values() if cell["tpot_s"] is not None]
+    captured, eager = (
+        sorted(1000 * cell["tpot_s"] for cell in timed if (cell["step_backend"] == "cuda graph") is is_captured)
+        for is_captured in (True, False)
+    )
+    assert f"{len(captured)} settings take {captured[0]:.1f} to {captured[-1]:.1f} ms a token" in page
+    assert f"take {eager[0]:.1f} to {eager[-1]:.1f} ms" in page
+    named = {cell["setting"] for cell in timed if cell["step_backend"] != "cuda graph"}
+    assert named == {"adakv", "tova", "h2o"}
 
 
 def test_shares_that_were_missed_are_those_the_page_names(result: dict[str, Any]) -> None:
