@@ -13,7 +13,7 @@ VERSION_TESTS := tests/cli tests/reports tests/results tests/served tests/tasks/
   $(addprefix tests/methods/test_methods_,matrix.py pinned.py registry.py sparse_stock.py store.py) \
   $(addprefix tests/methods/,lsa/test_lsa_shipped.py kernels/test_kernel_dispatch.py kernels/test_kernels_compile.py) \
   tests/benchmarks/test_model_types_benchmark.py
-TEST_TOOLS := pytest pytest-timeout pytest-xdist hypothesis statsmodels
+TEST_TOOLS := pytest pytest-timeout pytest-xdist hypothesis statsmodels gguf
 
 # Packages are compiled on all cores: pip does it on one. Some hold templates that are no Python, which pip passes over, too.
 INSTALL = $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable

@@ -1,7 +1,8 @@
 """GGUF files: transformers unpacks one into plain float32 weights, once; they lie in the user's cache as a folder.
 
 From there on it is a model folder like any other: plans, workers and identities read it as they read all others. The
-folder is named after the file's SHA-256 and transformers' version, which decides how weights are unpacked.
+folder is named after the file's SHA-256, transformers' version, which decides how weights are unpacked, and a number
+that grows when kvscope unpacks otherwise.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ from typing import Any
 from kvscope.errors import UsageError
 from kvscope.files import first_line
 from kvscope.harness.engine.file_hashes import file_sha256s
+from kvscope.harness.engine.gguf_tokenizer import as_the_file_says, check
 from kvscope.harness.engine.oom import is_oom
 from kvscope.paths import cache_folder
 
 ENDING = ".gguf"
 _MAGIC = b"GGUF"
 _LABEL_FILE = "kvscope_label.txt"
+#: 1: tokenizers as transformers reads them. 2: held against the file.
+_UNPACKING = 2
 
 
 def gguf_in(given: Path) -> Path | None:
@@ -60,7 +64,7 @@ def unpacked(path: Path) -> tuple[str, str]:
         raise UsageError(f"The GGUF file '{path}' cannot be read ({error.strerror}).") from error
     if magic != _MAGIC:
         raise UsageError(f"The GGUF file '{path}' is none, it does not begin with 'GGUF': fetch it again.")
-    folder = cache_folder() / "gguf" / f"{digest[:16]}-transformers-{transformers.__version__}"
+    folder = cache_folder() / "gguf" / f"{digest[:16]}-transformers-{transformers.__version__}-{_UNPACKING}"
     if not (folder / _LABEL_FILE).is_file():
         if find_spec("gguf") is None:
             raise UsageError(
@@ -80,7 +84,8 @@ def _header_read_once() -> Iterator[None]:
     """
     import gguf
 
-    own: Any = gguf.GGUFReader
+    module: Any = gguf
+    own: Any = module.GGUFReader
     readers: dict[str, Any] = {}
 
     def reader(path: Any, *arguments: Any, **options: Any) -> Any:
@@ -91,11 +96,11 @@ def _header_read_once() -> Iterator[None]:
             readers[key] = own(path)
         return readers[key]
 
-    gguf.GGUFReader = reader
+    module.GGUFReader = reader
     try:
         yield
     finally:
-        gguf.GGUFReader = own
+        module.GGUFReader = own
 
 
 def _checked(path: Path) -> str:
@@ -134,18 +139,22 @@ def _unpack(path: Path, folder: Path, label: str) -> None:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=folder.parent))
-        where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+        where = str(path.parent)
         with contextlib.redirect_stderr(io.StringIO()):  # bars of transformers and of tqdm
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                **where, dtype=torch.float32, trust_remote_code=False, **options
+                where, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False, **options
             )
             model.save_pretrained(partial)
-            transformers.AutoTokenizer.from_pretrained(**where, trust_remote_code=False).save_pretrained(partial)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(where, gguf_file=path.name, trust_remote_code=False)
+            as_the_file_says(tokenizer, path).save_pretrained(partial)
+            check(transformers.AutoTokenizer.from_pretrained(str(partial), trust_remote_code=False), path)
         (partial / _LABEL_FILE).write_text(label, encoding="utf-8")
         with contextlib.suppress(OSError):  # another process was first: its folder says the same
             partial.rename(folder)
         if not (folder / _LABEL_FILE).is_file():
             raise OSError(f"'{folder}' cannot be made")
+    except UsageError:
+        raise
     except Exception as error:
         if is_oom(error):
             raise
