@@ -2,12 +2,13 @@
 
     python benchmarks/indexers.py --model FOLDER --out DIR [--data DIR] [--minutes 8] [STEP ...]
 
-Steps, in order; without a name all but `gate`. Each resumes, and is skipped where it is done:
+Steps, in order; without a name all but the last two. Each resumes, and is skipped where it is done:
 
 - `collect` runs the model over documents (`indexers_data.py`), in processes that share one GPU;
 - `train` trains the shipped lsa indexer further on them and a dsa indexer anew, side by side;
 - `calibrate` sets what lsa keeps, for chunks of 16, 64 and 256, and measures golden recall on evaluation's seeds;
-- `gate` answers the prompts of the tests fixed in `indexers_gate.py`, and judges them.
+- `gate` answers the prompts of the tests fixed in `indexers_gate.py`, and judges them;
+- `rehearse` asks the same of one or more settings (--lsa) on training seeds (--seed): to choose by, and none passes.
 
 DIR/lsa and DIR/dsa are what belongs into `methods/lsa/indexers` and `methods/dsa/indexers`; DIR/recall and DIR/gate
 have tables; DIR/STEP.json says what a step did and took. Shards (about 21 GB) go to --data, by default DIR/data.
@@ -41,7 +42,7 @@ from kvscope.methods.dsa.indexer_files import FILES as DSA_FILES
 from kvscope.methods.indexer_files import CONFIG_FILE, WEIGHTS_FILE
 from kvscope.methods.lsa.indexer_files import indexer_folder, load_indexer, read_indexer_config, save_indexer
 
-STEP_MINUTES = {"collect": 4.0, "train": 2.5, "calibrate": 1.5, "gate": 12.0}
+STEP_MINUTES = {"collect": 4.0, "train": 2.5, "calibrate": 1.5, "gate": 12.0, "rehearse": 10.0}
 """What a step is thought to take on an H200: --minutes is shared out by it."""
 CAP_TOKENS, CAP_FRACTION = 12_288, 0.13
 """Most tokens that lsa keeps: the number holds to 94K tokens, the fraction beyond. With the indexer's keys (0.8 %) that
@@ -62,8 +63,9 @@ class Work:
 
     Attributes:
         start: the lsa indexer that is trained further, a folder or a shipped name.
-        lsa: method spec that the gate judges; None: the indexer of DIR.
-        tests: names of the tests that the gate asks.
+        lsa: method specs that are judged, of a gate one; none: the indexer of DIR.
+        tests: names of the tests that are asked.
+        cells, samples, seed: of a rehearsal, see ``indexers_gate.rehearsed``.
     """
 
     model: str
@@ -72,8 +74,11 @@ class Work:
     device: str
     jobs: int
     start: str
-    lsa: str | None
+    lsa: tuple[str, ...]
     tests: tuple[str, ...]
+    cells: tuple[str, ...]
+    samples: int | None
+    seed: int
     tiny: bool
 
     def note(self, text: str) -> None:
@@ -248,15 +253,34 @@ def in_processes(work: Work, calls: Sequence[tuple[Callable[..., Any], Any]]) ->
 
 def judge(work: Work, deadline_s: float) -> dict[str, Any]:
     """Answer the prompts of the tests that were fixed in advance, and judge them."""
-    spec = work.lsa or f"lsa:indexer={work.out / 'lsa' / NAMES[16]}"
+    return _judged(work, _plan(work), "gate", lsa=_specs(work)[0], deadline_s=deadline_s)
+
+
+def rehearse(work: Work, deadline_s: float) -> dict[str, Any]:
+    """Ask the tests on training seeds, in a folder of their own: nothing of it is the gate's."""
+    specs = _specs(work)
+    plan = gate.rehearsed(_plan(work), specs, seed=work.seed, cells=work.cells, samples=work.samples)
+    # The plan's own word for the method stands for what is given as lsa, so a plain one has to be given as such.
+    return _judged(work, plan, "rehearsal", lsa="lsa" if "lsa" in specs else specs[0], deadline_s=deadline_s)
+
+
+def _specs(work: Work) -> tuple[str, ...]:
+    return work.lsa or (f"lsa:indexer={work.out / 'lsa' / NAMES[16]}",)
+
+
+def _plan(work: Work) -> gate.Plan:
+    return gate.asking(gate.tiny_plan() if work.tiny else gate.PLAN, work.tests)
+
+
+def _judged(work: Work, plan: gate.Plan, folder: str, *, lsa: str, deadline_s: float) -> dict[str, Any]:
     return gate.gate(
-        gate.asking(gate.tiny_plan() if work.tiny else gate.PLAN, work.tests), work.out / "gate",
-        model=work.model, lsa=spec, device=work.device, jobs=work.jobs, deadline_s=deadline_s, note=work.note,
+        plan, work.out / folder, model=work.model, lsa=lsa, device=work.device, jobs=work.jobs, deadline_s=deadline_s,
+        note=work.note,
     )  # fmt: skip
 
 
 STEPS: dict[str, Callable[[Work, float], dict[str, Any]]] = {
-    "collect": collect, "train": train, "calibrate": calibrate, "gate": judge,
+    "collect": collect, "train": train, "calibrate": calibrate, "gate": judge, "rehearse": rehearse,
 }  # fmt: skip
 
 
@@ -270,19 +294,30 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, help="processes on the device; default: 14, 1 when tiny")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--start", default="reference", help="lsa indexer to begin with")
-    parser.add_argument("--lsa", help="method to judge, as lsa for a shipped indexer; default: that of --out")
-    parser.add_argument("--tests", default="A,B,C", help="those that the gate asks, as B,C; default: all")
+    parser.add_argument(
+        "--lsa", action="append", default=[], metavar="SPEC",
+        help="method to judge, as lsa for a shipped indexer, of a rehearsal also several; default: that of --out",
+    )  # fmt: skip
+    parser.add_argument("--tests", default="A,B,C", help="those that are asked, as B,C; default: all")
+    parser.add_argument("--cells", help="of a rehearsal, as far-256k; default: all of its tests")
+    parser.add_argument("--samples", type=int, help="of a rehearsal, per task and length; default: the gate's")
+    parser.add_argument("--seed", type=int, default=7000, help="of a rehearsal, 1000 or more; default: 7000")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     if unknown := sorted(set(options.steps) - set(STEPS)):
         parser.error(f"no step {unknown[0]!r}: {', '.join(STEPS)}")
     if options.model != "reference" and Path(options.model).resolve().name != "reference":
         parser.error(f"name the folder `reference`, not '{options.model}': indexers carry the name of their model")
+    if len(options.lsa) > 1 and "gate" in options.steps:
+        parser.error("the gate judges one --lsa; several are for rehearse")
+    if options.samples is not None and options.samples < 1:
+        parser.error(f"--samples must be 1 or more, got {options.samples}")
     device = "cpu" if options.tiny else str(resolve_device(options.device))
     work = Work(
         model=options.model, out=options.out, data=options.data or options.out / "data", device=device,
-        jobs=options.jobs or (1 if options.tiny else 14), start=options.start, lsa=options.lsa,
-        tests=tuple(options.tests.split(",")), tiny=options.tiny,
+        jobs=options.jobs or (1 if options.tiny else 14), start=options.start, lsa=tuple(options.lsa),
+        tests=tuple(options.tests.split(",")), cells=tuple(options.cells.split(",")) if options.cells else (),
+        samples=options.samples, seed=options.seed, tiny=options.tiny,
     )  # fmt: skip
     asked = options.steps or ("collect", "train", "calibrate")
     record = {"model": work.model, "tiny": work.tiny, "environment": capture_environment(device=work.device)}

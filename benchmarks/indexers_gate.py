@@ -39,7 +39,7 @@ class Cell:
     """One run: prompts that every method answers.
 
     Attributes:
-        seed: below 1000, as evaluation's are; none of these seeds chose anything.
+        seed: below 1000, as evaluation's are; none of these seeds chose anything. Of a rehearsal 1000 and up.
     """
 
     name: str
@@ -118,6 +118,37 @@ def asking(plan: Plan, names: Sequence[str]) -> Plan:
     tests = tuple(test for test in plan.tests if test.name in names)
     needed = {cell for test in tests for cell in test.cells}
     return Plan(tuple(cell for cell in plan.cells if cell.name in needed), tests)
+
+
+def rehearsed(plan: Plan, specs: Sequence[str], *, seed: int, cells: Sequence[str], samples: int | None) -> Plan:
+    """Return a plan's questions on training seeds, where settings are chosen: each has a difference, none can pass.
+
+    Args:
+        specs: of lsa, each beside dense on the same prompts.
+        cells: names of those that are asked; none: all.
+        samples: prompts per task and length; None: as many as the plan has.
+
+    Raises:
+        UsageError: a seed of evaluation's, a cell that these tests do not have, or none of lsa's.
+    """
+    if seed < 1000:
+        raise UsageError(f"seed {seed} is evaluation's, and nothing is chosen on those: give 1000 or more.")
+    if unknown := sorted(set(cells) - {cell.name for cell in plan.cells}):
+        raise UsageError(f"no cell {unknown[0]!r} of these tests: {', '.join(cell.name for cell in plan.cells)}.")
+    kept = tuple(
+        replace(cell, seed=seed + number, samples=samples or cell.samples, methods=("dense", *specs))
+        for number, cell in enumerate(plan.cells)
+        if not cells or cell.name in cells
+    )
+    tests = []
+    for test in plan.tests:
+        names = tuple(cell.name for cell in kept if cell.name in test.cells)
+        for spec in specs if names and test.method == "lsa" else ():
+            like = replace(test, name=f"{test.name} rehearsed", cells=names, method=create_method(spec).label)
+            tests.append(replace(like, kind="difference", most_percent=None, least_pairs=1))
+    if not tests:
+        raise UsageError("none of these tests asks lsa on these cells: give others.")
+    return Plan(kept, tuple(tests))
 
 
 def plan_record(plan: Plan, *, model: str, lsa: str) -> dict[str, Any]:
@@ -262,10 +293,16 @@ def judged(test: Test, runs: Mapping[str, "kvscope.Run"]) -> dict[str, Any]:
 def _rows(run: "kvscope.Run", name: str, cell: str) -> tuple[pd.DataFrame, "pd.Series[float]"]:
     """Return a method's pairs with dense and its share of bytes, prompt by prompt.
 
+    Args:
+        name: its label; or its name, for the first of several.
+
     Raises:
         UsageError: the run lacks one of them.
     """
-    label = next((method.label for method in run.info.methods if method.name == name), None)
+    methods = run.info.methods
+    labels = [each.label for each in methods if each.label == name]
+    labels += [each.label for each in methods if each.name == name]
+    label = next(iter(labels), None)
     baseline = baseline_label(run.info)
     if label is None or baseline is None:
         raise UsageError(f"The run of {cell} lacks {name} or dense.")

@@ -74,6 +74,8 @@ class NotingSelector(Selector):
         n_kept = self._rule.n_kept(len(chosen))
         if n_kept == len(chosen):
             return chosen
+        if n_kept > len(chosen):  # what is needed is not always what gets the most
+            return top_chunks(most_n.masked_fill(self._needed_n, torch.inf), n_kept)
         return top_chunks(most_n.masked_fill(~self._needed_n, -1.0), n_kept)
 
 

@@ -24,7 +24,7 @@ from torch import nn
 
 from kvscope.methods.fp8_keys import SCALE_BYTES
 from kvscope.methods.lsa.compressed_query import EntryLayer
-from kvscope.methods.lsa.layout import cap_error, cap_of
+from kvscope.methods.lsa.layout import bound_of, bounds_error
 from kvscope.methods.lsa.rectifier import rectified
 
 Features = Literal["stats", "tokens", "entries"]
@@ -63,6 +63,8 @@ class IndexerConfig:
             paper, whose chunks are entries that the model itself compressed from overlapping windows.
         cap_tokens, cap_fraction: most prompt tokens that a threshold is to keep, sinks and window included: a number,
             or a fraction of the prompt where that is more; neither: whatever reaches it.
+        least_tokens, least_fraction: least prompt tokens that stay, in the same way: where fewer reach the threshold,
+            the best of the others fill up. The cap wins.
         kept_fraction: share of the candidate chunks it kept on held-out documents at threshold 0.5; None if unknown.
         trained: how it was trained, for the record.
     """
@@ -84,6 +86,8 @@ class IndexerConfig:
     neighbours: int = 0
     cap_tokens: int | None = None
     cap_fraction: float | None = None
+    least_tokens: int | None = None
+    least_fraction: float | None = None
     kept_fraction: float | None = None
     trained: Mapping[str, Any] = field(default_factory=dict)
 
@@ -103,12 +107,19 @@ class IndexerConfig:
             raise ValueError(f"neighbours must be 0 or more, got {self.neighbours}")
         if self.encoder == COMPRESSED_KEY and (self.neighbours or self.segment_tokens or self.lookback_tokens > 1):
             raise ValueError(f"encoder {COMPRESSED_KEY} has one key an entry and one state, and lends nothing")
-        if error := cap_error(self.cap_tokens, self.cap_fraction):
+        if error := bounds_error(
+            cap_tokens=self.cap_tokens, cap_fraction=self.cap_fraction,
+            least_tokens=self.least_tokens, least_fraction=self.least_fraction,
+        ):  # fmt: skip
             raise ValueError(error)
 
     def cap(self, n_tokens: int) -> int | None:
         """Return the most tokens of a prompt of ``n_tokens`` that a threshold keeps; None: any number."""
-        return cap_of(n_tokens, cap_tokens=self.cap_tokens, cap_fraction=self.cap_fraction)
+        return bound_of(n_tokens, tokens=self.cap_tokens, fraction=self.cap_fraction)
+
+    def least(self, n_tokens: int) -> int | None:
+        """Return the least tokens of a prompt of ``n_tokens`` that stay by a threshold; None: whatever reaches it."""
+        return bound_of(n_tokens, tokens=self.least_tokens, fraction=self.least_fraction)
 
     @property
     def segments_per_chunk(self) -> int:

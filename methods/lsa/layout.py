@@ -6,8 +6,8 @@ from math import gcd
 TokenRange = tuple[int, int]
 
 
-def cap_of(n_tokens: int, *, cap_tokens: int | None, cap_fraction: float | None) -> int | None:
-    """Return the most tokens of a prompt that a threshold keeps: the larger of a number and a fraction of the prompt.
+def bound_of(n_tokens: int, *, tokens: int | None, fraction: float | None) -> int | None:
+    """Return the most, or least, tokens of a prompt that stay by a threshold: the larger of a number and a fraction.
 
     A number alone runs out on long prompts, of whose length the window is a share; a fraction alone is short where
     bytes are not (docs/lsa-study.md).
@@ -15,18 +15,24 @@ def cap_of(n_tokens: int, *, cap_tokens: int | None, cap_fraction: float | None)
     Returns:
         Tokens, sinks and window included; None where neither bounds.
     """
-    bounds = [] if cap_tokens is None else [cap_tokens]
-    if cap_fraction is not None:
-        bounds.append(int(cap_fraction * n_tokens))
+    bounds = [] if tokens is None else [tokens]
+    if fraction is not None:
+        bounds.append(int(fraction * n_tokens))
     return max(bounds, default=None)
 
 
-def cap_error(cap_tokens: int | None, cap_fraction: float | None) -> str | None:
-    """Return what is wrong with the values of a cap; None where nothing is."""
+def bounds_error(
+    *, cap_tokens: int | None, cap_fraction: float | None, least_tokens: int | None, least_fraction: float | None
+) -> str | None:
+    """Return what is wrong with the values of a cap and of a least share; None where nothing is."""
     if cap_tokens is not None and cap_tokens < 1:
         return f"cap_tokens must be 1 or more, got {cap_tokens}"
     if cap_fraction is not None and not 0 < cap_fraction <= 1:
         return f"cap_fraction must be above 0 and at most 1, got {cap_fraction}"
+    if least_tokens is not None and least_tokens < 0:
+        return f"least_tokens must be 0 or more, got {least_tokens}"
+    if least_fraction is not None and not 0 <= least_fraction <= 1:
+        return f"least_fraction must be between 0 and 1, got {least_fraction}"
     return None
 
 

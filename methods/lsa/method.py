@@ -29,7 +29,7 @@ from kvscope.methods.lsa.landmark import (
     landmark_refresh_bytes,
     landmark_refresh_flops,
 )
-from kvscope.methods.lsa.layout import ChunkLayout, cap_of
+from kvscope.methods.lsa.layout import ChunkLayout, bound_of
 from kvscope.methods.lsa.options import (
     ATTENTION,
     DEFAULT_CHUNK_TOKENS,
@@ -250,7 +250,8 @@ class Lsa(CacheMethod[LsaConfig]):
         if not config.budgeted:
             cap_tokens = self._cap_tokens(layout.n_tokens)
             n_most = None if cap_tokens is None else layout.budgeted_chunks(cap_tokens)
-            return Rule(threshold=config.threshold, n_most=n_most)
+            n_least = layout.budgeted_chunks(self._least_tokens(layout.n_tokens))
+            return Rule(threshold=config.threshold, n_most=n_most, n_least=n_least)
         return Rule(n_chunks=layout.budgeted_chunks(self._budget_tokens(layout)))
 
     def _budget_tokens(self, layout: ChunkLayout) -> int:
@@ -272,15 +273,23 @@ class Lsa(CacheMethod[LsaConfig]):
         """Return the most tokens of a prompt of ``n_tokens`` that a threshold keeps; None: any number."""
         config = self.config
         if config.capped or config.fallback_ratio is not None:
-            return cap_of(n_tokens, cap_tokens=config.cap_tokens, cap_fraction=config.cap_fraction)
+            return bound_of(n_tokens, tokens=config.cap_tokens, fraction=config.cap_fraction)
         trained = self._trained()
         return None if trained is None else trained.cap(n_tokens)
+
+    def _least_tokens(self, n_tokens: int) -> int:
+        """Return the least tokens of a prompt of ``n_tokens`` that stay by a threshold, as far as the cap allows."""
+        config = self.config
+        if config.filled:
+            return bound_of(n_tokens, tokens=config.least_tokens, fraction=config.least_fraction) or 0
+        trained = self._trained()
+        return 0 if trained is None else trained.least(n_tokens) or 0
 
     def is_noop(self, n_tokens: int, shape: ModelShape | None = None) -> bool:
         self._source.see(shape)
         layout = self.layout(n_tokens)
-        chosen = self.rule(layout).n_chunks
-        return layout.n_candidates == (0 if chosen is None else chosen)
+        rule = self.rule(layout)
+        return layout.n_candidates == (rule.n_kept(0) if rule.n_chunks is None else rule.n_chunks)
 
     def predict(self, shape: ModelShape, n_tokens: int, n_new_tokens: int = 0) -> Footprint:
         """Return the footprint; exact with a budget and ``refresh=sync``.
@@ -358,6 +367,8 @@ class Lsa(CacheMethod[LsaConfig]):
                 "page_tokens": config.page_tokens,
                 "pages": (rule.n_chunks or 0) // layout.page_chunks,
             }
+        if rule.n_least:
+            values["least_tokens"] = self._least_tokens(n_tokens)
         if config.selection == "synthetic":
             values["churn"] = self.churn
         if self._source.shape is None and config.selection == "trained" and config.indexer is None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from kvscope.methods.budget import check_budget
-from kvscope.methods.lsa.layout import cap_error
+from kvscope.methods.lsa.layout import bounds_error
 from kvscope.units import Tokens
 
 DEFAULT_CHUNK_TOKENS = 64
@@ -40,6 +40,11 @@ class LsaConfig:
             the best chunks are kept; none: without cap_fraction the indexer's cap, without one any number.
         cap_fraction: the same as a fraction of the prompt's tokens; with cap_tokens the larger of the two. Either
             takes the place of the indexer's cap.
+        least_tokens: in threshold mode, the least prompt tokens that stay, sinks and window included: where fewer reach
+            the threshold, the best of the other chunks fill up, within the cap; none: without least_fraction the
+            indexer's, without one whatever reaches the threshold.
+        least_fraction: the same as a fraction of the prompt's tokens; with least_tokens the larger of the two. Either
+            takes the place of the indexer's; 0 sets that aside.
         chunk_tokens: tokens of a chunk; none: the indexer's own (of several shipped the first by name), 64 without a
             trained one.
         policy: threshold (chunks by their own scores), or pages (the rule FlashMemory deploys: a page scores the number
@@ -72,6 +77,8 @@ class LsaConfig:
     budget_fraction: float | None = None
     cap_tokens: Tokens | None = None
     cap_fraction: float | None = None
+    least_tokens: Tokens | None = None
+    least_fraction: float | None = None
     chunk_tokens: Tokens | None = None
     policy: str = THRESHOLD
     page_tokens: Tokens = DEPLOYED_PAGE_TOKENS
@@ -98,10 +105,10 @@ class LsaConfig:
                 raise ValueError(f"{name} must be {' or '.join(known)}, got {value!r}")
         self._normalise()
         self._check_pages()
-        if by_landmark and (self.mode == "threshold" or self.threshold != 0.5 or self.capped):
+        if by_landmark and (self.mode == "threshold" or self.threshold != 0.5 or self.capped or self.filled):
             raise ValueError(
-                "indexer=landmark scores by no probability, so no threshold and no cap of one apply; give "
-                "budget_tokens or budget_fraction"
+                "indexer=landmark scores by no probability, so no threshold, no cap and no least share of one apply; "
+                "give budget_tokens or budget_fraction"
             )
         if self.mode == "budget" and not (budgeted or by_landmark):
             raise ValueError("mode=budget needs budget_tokens or budget_fraction")
@@ -114,9 +121,15 @@ class LsaConfig:
         if self.budget_tokens is not None and self.budget_tokens < 0:
             raise ValueError(f"budget_tokens must be 0 or more, got {self.budget_tokens}")
         check_budget(None, self.budget_fraction)
+        if error := bounds_error(
+            cap_tokens=self.cap_tokens, cap_fraction=self.cap_fraction,
+            least_tokens=self.least_tokens, least_fraction=self.least_fraction,
+        ):  # fmt: skip
+            raise ValueError(error)
+        if self.filled and budgeted:
+            given = "least_fraction" if self.least_tokens is None else "least_tokens"
+            raise ValueError(f"{given} fills up what a threshold keeps; a budget keeps a fixed number")
         if self.capped:
-            if error := cap_error(self.cap_tokens, self.cap_fraction):
-                raise ValueError(error)
             given = "cap_fraction" if self.cap_tokens is None else "cap_tokens"
             if budgeted:
                 raise ValueError(f"{given} bounds what a threshold keeps; a budget is its own bound")
@@ -170,9 +183,10 @@ class LsaConfig:
             raise ValueError(
                 "policy=pages counts chunks that reach a threshold, which needs the scores of a trained indexer"
             )
-        if self.mode is not None or self.capped or self.fallback_ratio is not None:
+        if self.mode is not None or self.capped or self.filled or self.fallback_ratio is not None:
             raise ValueError(
-                "policy=pages keeps a fixed number of pages, so mode, a cap and fallback_ratio do not apply"
+                "policy=pages keeps a fixed number of pages, so mode, a cap, a least share and fallback_ratio do not "
+                "apply"
             )
         if self.page_tokens < 1:
             raise ValueError(f"page_tokens must be 1 or more, got {self.page_tokens}")
@@ -195,6 +209,11 @@ class LsaConfig:
     def capped(self) -> bool:
         """Whether a cap is given, which takes the place of the indexer's."""
         return self.cap_tokens is not None or self.cap_fraction is not None
+
+    @property
+    def filled(self) -> bool:
+        """Whether a least share is given, which takes the place of the indexer's."""
+        return self.least_tokens is not None or self.least_fraction is not None
 
     @property
     def indexed(self) -> bool:

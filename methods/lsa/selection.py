@@ -33,16 +33,20 @@ class Rule:
         page_chunks: chunks of a page: whole pages are kept, ``n_chunks`` in all, those with the most chunks that reach
             the threshold. None: each chunk stands for itself.
         n_most: with a threshold the most that are kept, those of the highest scores; None: however many reach it.
+        n_least: with a threshold the fewest that are kept: where fewer reach it, those of the highest scores. No more
+            than there are; ``n_most`` wins.
     """
 
     threshold: float | None = None
     n_chunks: int | None = None
     n_most: int | None = None
+    n_least: int = 0
     page_chunks: int | None = None
 
     def n_kept(self, n_chosen: int) -> int:
         """Return how many stay of candidates that reached the threshold."""
-        return n_chosen if self.n_most is None else min(n_chosen, self.n_most)
+        n_kept = max(n_chosen, self.n_least)
+        return n_kept if self.n_most is None else min(n_kept, self.n_most)
 
     def of_logits(self, logits_n: torch.Tensor) -> torch.Tensor:
         """Return the candidates to keep, ascending, on the CPU. Equal scores are taken in order."""
@@ -71,7 +75,8 @@ class Rule:
         order = torch.argsort(mass_n, dim=0, descending=True, stable=True)
         before = rest + mass_n[order].cumsum(0) - mass_n[order]
         taken = order[before < self.threshold * (rest + mass_n.sum())]
-        return taken[: self.n_most].sort().values.cpu()
+        n_kept = self.n_kept(len(taken))
+        return (taken if n_kept <= len(taken) else order)[:n_kept].sort().values.cpu()
 
 
 def top_chunks(score_n: torch.Tensor, n_chunks: int) -> torch.Tensor:
@@ -276,7 +281,7 @@ class IndexerSelector(ScoringSelector):
         found = empty_selection(n, n, logits_Rn.device)
         self._select(logits_Rn, found)
         n_chosen = int(found.n)
-        if self._rule.n_kept(n_chosen) < n_chosen:
+        if self._rule.n_kept(n_chosen) != n_chosen:
             return self._rule.of_logits(logits_Rn.amax(0))
         return found.chunks_K[:n_chosen].long().cpu()
 
@@ -286,7 +291,7 @@ class IndexerSelector(ScoringSelector):
             self._select(logits_Rn, out)
             n_chosen = int(out.n)
             n_kept = self._rule.n_kept(n_chosen)
-            if n_kept < n_chosen:
+            if n_kept != n_chosen:  # the best are those over the threshold, so that filling up displaces none
                 fill_selection(out, top_chunks(logits_Rn.amax(0), n_kept))
             return n_kept
         # A stable order, not the k-th best score as a threshold: equal scores at the edge would be one too many.

@@ -127,6 +127,30 @@ def test_some_tests_need_some_cells(gate: ModuleType) -> None:
         gate.asking(gate.PLAN, ("A", "D"))
 
 
+def test_a_rehearsal_asks_training_seeds_and_passes_nothing(gate: ModuleType, tmp_path: Path) -> None:
+    specs = ("lsa", "lsa:least_fraction=0.07,cap_fraction=0.1")
+    some = gate.asking(gate.PLAN, ("B", "C"))
+    plan = gate.rehearsed(some, specs, seed=7000, cells=("far-256k",), samples=9)
+    (cell,) = plan.cells
+    assert (cell.name, cell.tasks, cell.lengths_tokens) == ("far-256k", gate.FAR_TASKS, (262_144,))
+    assert (cell.seed, cell.samples, cell.methods) == (7000, 9, ("dense", *specs))
+    labels = [test.method for test in plan.tests]
+    assert labels == ["lsa", "lsa:cap_fraction=0.1,least_fraction=0.07"]
+    assert {(test.name, test.kind, test.most_percent) for test in plan.tests} == {("B rehearsed", "difference", None)}
+    asked = gate.command(cell, tmp_path, model="reference", lsa="lsa", device="cpu", jobs=1)
+    assert [asked[i + 1] for i, part in enumerate(asked) if part == "-m" and i > 1] == ["dense", *specs]
+    whole = gate.rehearsed(some, ("lsa",), seed=1000, cells=(), samples=None)
+    assert [(each.seed, each.samples) for each in whole.cells] == [(1000, 54), (1001, 27)]
+    for changes, message in (
+        ({"seed": 330}, "seed 330 is evaluation's"),
+        ({"cells": ("near",)}, "no cell 'near' of these tests: far-256k, far-512k"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            gate.rehearsed(some, ("lsa",), **{"seed": 7000, "cells": (), "samples": None, **changes})
+    with pytest.raises(UsageError, match="none of these tests asks lsa"):
+        gate.rehearsed(gate.asking(gate.PLAN, ("C",)), ("lsa",), seed=7000, cells=(), samples=None)
+
+
 def test_a_plan_is_fixed_once(gate: ModuleType, tmp_path: Path) -> None:
     record = gate.plan_record(gate.PLAN, model="reference", lsa=f"lsa:indexer={SHIPPED}")
     assert record["model_revision"] == read_indexer_config(indexer_folder("reference")).model_revision

@@ -58,8 +58,9 @@ SURFACE = {
     ],
     "lsa calibrate": [
         "--cap-fraction", "--cap-tokens", "--chunk-tokens", "--data", "--device", "--dtype", "--indexer",
-        "--label-layers", "--least-mass", "--out", "--quiet", "--recency-tokens", "--sink-tokens", "--target-kept",
-        "--target-recall", "--tau", "--threshold", "--top-p", "--voters", "--votes", "-o", "-q",
+        "--label-layers", "--least-fraction", "--least-mass", "--least-tokens", "--out", "--quiet", "--recency-tokens",
+        "--sink-tokens", "--target-kept", "--target-recall", "--tau", "--threshold", "--top-p", "--voters", "--votes",
+        "-o", "-q",
     ],
     "lsa eval": [
         "--chunk-tokens", "--data", "--device", "--dtype", "--gate", "--indexer", "--label-layers", "--least-mass",

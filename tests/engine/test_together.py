@@ -5,6 +5,7 @@ On a CPU the kernels run in Triton's interpreter; on a GPU steps are captured.
 
 import pytest
 import torch
+from lsa_tools import random_indexer
 from sessions import TOGETHER, new_session
 
 from kvscope.harness.engine.decode import decode
@@ -90,6 +91,20 @@ def test_every_method_and_two_prompts_in_one_step(tiny, monkeypatch):
         if alone.residency is not None:
             assert residencies[row] == alone.residency
     assert len({tuple(each) for each in ids}) > 4  # methods differ: what one reads reaches no other
+
+
+def test_a_least_share_fills_up_in_a_shared_step(tiny, tmp_path):
+    """No score of random weights reaches the threshold, so that both hold the best of them, each as many as it asks."""
+    folder = random_indexer(tmp_path / "indexer", tiny.shape, chunk_tokens=32)
+    options = {"name": "lsa", "indexer": str(folder), "recency_tokens": 32, "tau": 2, "threshold": 0.99}
+    methods = [create_method({**options, "least_tokens": least}) for least in (128, 192)]
+    [prompt] = prompts_of(tiny, methods, (300,))
+    ids, _, residencies = together(tiny, [(method, prompt) for method in methods])
+    for row, (method, least) in enumerate(zip(methods, (128, 192), strict=True)):
+        alone = decode(tiny, method, prompt, [5], max_new_tokens=N_STEPS, stop_at_eos=False)
+        assert ids[row] == alone.ids
+        assert residencies[row] == alone.residency
+        assert least - 32 < min(residencies[row].resident_tokens) <= least
 
 
 def test_a_block_that_fills_up_is_chosen_from_the_next_step_on(tiny):

@@ -21,11 +21,12 @@ from kvscope.harness.indexers.lsa.objective import shift_bias
 from kvscope.harness.indexers.lsa.refreshes import Refreshes, cut_for_kept, cut_for_recall, measures, score
 from kvscope.methods.lsa.indexer import Indexer, IndexerConfig, logit
 from kvscope.methods.lsa.indexer_files import indexer_folder, load_indexer, save_indexer
-from kvscope.methods.lsa.layout import cap_error
+from kvscope.methods.lsa.layout import bounds_error
 from kvscope.paths import check_out, user_path
 
 WeightDtype = Literal["float32", "bfloat16"]
 DEFAULT_TARGET_RECALL = 0.98
+BOUNDS = ("cap_tokens", "cap_fraction", "least_tokens", "least_fraction")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,7 @@ class CalibrateConfig:
             indexer keys and states.
         cap_tokens, cap_fraction: most tokens of a prompt that stay, as a number, or as a fraction of the prompt where
             that is more; stored with the indexer, and all measures are taken under it. None: the indexer's.
+        least_tokens, least_fraction: least tokens of a prompt that stay, in the same way; the cap wins.
         dtype: of the stored weights. Biases stay in float32: they hold the threshold.
         measure: refresh interval and labels.
     """
@@ -50,6 +52,8 @@ class CalibrateConfig:
     target_kept: float | None = None
     cap_tokens: int | None = None
     cap_fraction: float | None = None
+    least_tokens: int | None = None
+    least_fraction: float | None = None
     dtype: WeightDtype = "float32"
     measure: EvalConfig = field(default_factory=EvalConfig)
 
@@ -62,10 +66,15 @@ class CalibrateConfig:
             raise UsageError(f"{name} must lie between 0 and 1, both excluded, got {value}.")
         if self.chunk_tokens is not None and self.chunk_tokens < 1:
             raise UsageError(f"chunk_tokens must be 1 or more, got {self.chunk_tokens}.")
-        if error := cap_error(self.cap_tokens, self.cap_fraction):
+        if error := bounds_error(**self.bounds):
             raise UsageError(f"{error}.")
         if self.dtype not in get_args(WeightDtype):
             raise UsageError(f"dtype must be {' or '.join(get_args(WeightDtype))}, got {self.dtype!r}.")
+
+    @property
+    def bounds(self) -> dict[str, Any]:
+        """What bounds the threshold, by name; None: as the indexer has it."""
+        return {name: getattr(self, name) for name in BOUNDS}
 
     @property
     def target(self) -> dict[str, float]:
@@ -101,8 +110,8 @@ def calibrate(
         raise UsageError(f"--out '{out}' is the indexer itself; give another folder, it is not overwritten.")
     indexer = load_indexer(folder).to(resolve_device(device))
     indexer.config = in_chunks(indexer.config, config.chunk_tokens, folder=str(folder))
-    caps: dict[str, Any] = {"cap_tokens": config.cap_tokens, "cap_fraction": config.cap_fraction}
-    indexer.config = replace(indexer.config, **{name: value for name, value in caps.items() if value is not None})
+    given = {name: value for name, value in config.bounds.items() if value is not None}
+    indexer.config = replace(indexer.config, **given)
     collections = matching_collections(folders, indexer.config, folder=str(folder))
     note_unfinished(collections, note)
     trained_on = data_ids(indexer.config.trained)
@@ -125,7 +134,7 @@ def calibrate(
     }  # fmt: skip
     record = {
         "target": config.target, **found,
-        "cap_tokens": indexer.config.cap_tokens, "cap_fraction": indexer.config.cap_fraction,
+        **{name: getattr(indexer.config, name) for name in BOUNDS},
         "chunk_tokens": indexer.config.chunk_tokens, "dtype": config.dtype, "tau": options.tau,
         "labels": options.rule(collections[0].info).text(), "sink_tokens": options.sink_tokens,
         "recency_tokens": options.recency_tokens, "documents": len(scored), "data": data_record(collections),

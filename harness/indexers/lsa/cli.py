@@ -315,6 +315,14 @@ def calibrate(
             "--cap-fraction", help="The cap as a fraction, where that is more, stored along.  [default: the indexer's]"
         ),
     ] = None,
+    least_tokens: Annotated[
+        int | None,
+        typer.Option("--least-tokens", help="Least tokens that stay, filled up by score.  [default: the indexer's]"),
+    ] = None,
+    least_fraction: Annotated[
+        float | None,
+        typer.Option("--least-fraction", help="The same as a fraction, where that is more.  [default: the indexer's]"),
+    ] = None,
     weight_dtype: Annotated[
         str, typer.Option("--dtype", help="Of the stored weights: float32 or bfloat16 (biases stay float32).")
     ] = "float32",
@@ -336,8 +344,8 @@ def calibrate(
 
     config = CalibrateConfig(
         chunk_tokens=chunk_tokens, threshold=threshold, target_recall=target_recall, target_kept=target_kept,
-        cap_tokens=cap_tokens, cap_fraction=cap_fraction, dtype=weight_dtype,  # type: ignore[arg-type]
-        measure=EvalConfig(tau=tau, **labels),
+        cap_tokens=cap_tokens, cap_fraction=cap_fraction, least_tokens=least_tokens, least_fraction=least_fraction,
+        dtype=weight_dtype, measure=EvalConfig(tau=tau, **labels),  # type: ignore[arg-type]
     )  # fmt: skip
     found = run_calibrate([str(folder) for folder in data], indexer, out, config, device=device,
                           note=silence if quiet else tell)  # fmt: skip

@@ -23,7 +23,7 @@ from kvscope.harness.indexers.lsa.measuring import (
     measuring_options,
     ranks,
     shares_of,
-    within_cap,
+    within_bounds,
 )
 from kvscope.harness.indexers.lsa.objective import Example, example, refresh_logits
 from kvscope.harness.indexers.lsa.recall_tables import COLUMNS, POLICIES, write_recall
@@ -153,9 +153,9 @@ def add_document(
         rank = ranks(score)
         for fraction in FRACTIONS:
             add(policy, "fraction", fraction, rank < layout.budgeted_chunks(int(fraction * n_tokens)))
-    within = within_cap(scores["indexer"], found, indexer.config, options)
+    within, filled = within_bounds(scores["indexer"], found, indexer.config, options)
     for threshold in THRESHOLDS:
-        add("indexer", "threshold", threshold, (scores["indexer"] >= logit(threshold)) & within)
+        add("indexer", "threshold", threshold, ((scores["indexer"] >= logit(threshold)) & within) | filled)
 
 
 @torch.inference_mode()

@@ -122,10 +122,14 @@ def ranks(score: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1]).expand_as(order))
 
 
-def within_cap(score: torch.Tensor, found: Example, config: IndexerConfig, options: TrainConfig) -> torch.Tensor:
-    """Return which candidates an indexer's cap leaves to a threshold, bool [rows, n]."""
+def within_bounds(
+    score: torch.Tensor, found: Example, config: IndexerConfig, options: TrainConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return which candidates an indexer's cap leaves to a threshold, and which of them its least share keeps whatever
+    the threshold, both bool [rows, n]."""
     layout = options.layout(found.document, config.chunk_tokens)
-    cap_tokens = config.cap(layout.n_tokens)
-    if cap_tokens is None:
-        return torch.ones_like(score, dtype=torch.bool)
-    return ranks(score) < layout.budgeted_chunks(cap_tokens)
+    cap_tokens, least_tokens = config.cap(layout.n_tokens), config.least(layout.n_tokens)
+    n_most = layout.n_candidates if cap_tokens is None else layout.budgeted_chunks(cap_tokens)
+    n_least = 0 if least_tokens is None else layout.budgeted_chunks(least_tokens)
+    rank = ranks(score)
+    return rank < n_most, rank < min(n_least, n_most)

@@ -12,7 +12,7 @@ import torch
 from kvscope.errors import UsageError
 from kvscope.harness.indexers.collection.places import places_of
 from kvscope.harness.indexers.collection.reading import Collection
-from kvscope.harness.indexers.lsa.measuring import Shares, shares_of, within_cap
+from kvscope.harness.indexers.lsa.measuring import Shares, shares_of, within_bounds
 from kvscope.harness.indexers.lsa.objective import example, refresh_logits
 from kvscope.harness.indexers.lsa.train_config import TrainConfig
 from kvscope.methods.lsa.indexer import Indexer, logit
@@ -26,13 +26,19 @@ class Refreshes:
         logits: fp32 [r, n].
         golden: bool [r, n].
         within: bool [r, n], the best that a cap leaves; all without one.
+        filled: bool [r, n], those of them that a least share keeps whatever the threshold; none without one.
         shares: what the document's parts weigh.
     """
 
     logits: torch.Tensor
     golden: torch.Tensor
     within: torch.Tensor
+    filled: torch.Tensor
     shares: Shares
+
+    def chosen(self) -> torch.Tensor:
+        """Return what threshold 0.5 keeps, bool [r, n]."""
+        return ((self.logits >= logit(0.5)) & self.within) | self.filled
 
 
 @torch.inference_mode()
@@ -55,8 +61,8 @@ def score(indexer: Indexer, collections: Sequence[Collection], options: TrainCon
                 "that are no finite numbers, so no threshold separates them; train it again."
             )
         shares = shares_of(loaded, collection.info, indexer.config, options)
-        within = within_cap(logits, loaded, indexer.config, options)
-        found.append(Refreshes(logits, loaded.positives[rows], within, shares))
+        within, filled = within_bounds(logits, loaded, indexer.config, options)
+        found.append(Refreshes(logits, loaded.positives[rows], within, filled, shares))
     if not found:
         raise UsageError("No document is long enough for a candidate chunk; collect longer prompts.")
     return found
@@ -71,7 +77,7 @@ def measures(scored: Sequence[Refreshes]) -> dict[str, Any]:
     recalls, kept = [], []
     chosen_total = candidates = 0
     for each in scored:
-        chosen = (each.logits >= logit(0.5)) & each.within
+        chosen = each.chosen()
         needs = each.golden.any(1)
         recalls.append(((chosen & each.golden).sum(1) / each.golden.sum(1).clamp_min(1))[needs])
         kept.append(each.shares.static + chosen.sum(1) * each.shares.chunk + each.shares.metadata)
@@ -94,7 +100,7 @@ def hit_rate(scored: Sequence[Refreshes]) -> float | None:
     """
     n_kept = n_chosen = 0
     for each in scored:
-        chosen = (each.logits >= logit(0.5)) & each.within
+        chosen = each.chosen()
         n_kept += int((chosen[1:] & chosen[:-1]).sum())
         n_chosen += int(chosen[1:].sum())
     return round(n_kept / n_chosen, 4) if n_chosen else None
@@ -104,7 +110,8 @@ def cut_for_recall(scored: Sequence[Refreshes], target: float) -> float:
     """Return the highest cut at which the mean recall reaches ``target``.
 
     Raises:
-        UsageError: no refresh needs a chunk.
+        UsageError: no refresh needs a chunk, or the bounds leave nothing to a threshold: the cap keeps it under the
+            target, or the least share over it.
     """
     n_needing = sum(int(each.golden.any(1).sum()) for each in scored)
     if not n_needing:
@@ -116,7 +123,13 @@ def cut_for_recall(scored: Sequence[Refreshes], target: float) -> float:
     weights = [
         (each.golden & each.within) / each.golden.sum(1, keepdim=True).clamp_min(1) / n_needing for each in scored
     ]
-    values, gained = ranked(scored, weights)
+    values, gained, always = ranked(scored, weights)
+    if always >= target - 1e-9 and any(bool(each.filled.any()) for each in scored):
+        raise UsageError(
+            f"target_recall is {target:g}, and the least share alone has {always:.4f} of the golden chunks, so that no "
+            "threshold is found by it; give --threshold or --target-kept, or lower --least-fraction and --least-tokens."
+        )
+    gained = always + gained
     if float(gained[-1]) < target - 1e-9:
         raise UsageError(
             f"target_recall is {target:g}, and within the cap no threshold has more than {float(gained[-1]):.4f} of "
@@ -140,16 +153,25 @@ def cut_for_kept(scored: Sequence[Refreshes], target: float) -> float:
             "give more, or longer documents."
         )
     weights = [each.within.double() * each.shares.chunk / n_refreshes for each in scored]
-    values, gained = ranked(scored, weights)
+    values, gained, least = ranked(scored, weights)
+    always += least
+    if always > target:
+        raise UsageError(
+            f"target_kept is {target:g}, and filled up to the least share {always:.4f} of these prompts stays; give "
+            "more, or lower --least-fraction and --least-tokens."
+        )
     return between(values, int((always + gained <= target + 1e-9).sum()))
 
 
-def ranked(scored: Sequence[Refreshes], weights: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the distinct logits, descending, and the weight of all candidates from the first to each, fp64."""
+def ranked(scored: Sequence[Refreshes], weights: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Return the distinct logits, descending, and the weight of all candidates from the first to each, fp64; those that
+    a least share keeps apart, whose weight is the last value."""
     values, where = torch.unique(torch.cat([each.logits.flatten() for each in scored]), return_inverse=True)
     sums = torch.zeros(len(values), dtype=torch.float64)
-    sums.index_add_(0, where, torch.cat([weight.flatten().double() for weight in weights]))
-    return values.double().flip(0), sums.flip(0).cumsum(0)
+    left = [weight.double().masked_fill(each.filled, 0) for each, weight in zip(scored, weights, strict=True)]
+    sums.index_add_(0, where, torch.cat([weight.flatten() for weight in left]))
+    always = sum(float(weight.double()[each.filled].sum()) for each, weight in zip(scored, weights, strict=True))
+    return values.double().flip(0), sums.flip(0).cumsum(0), always
 
 
 def between(values: torch.Tensor, n_kept: int) -> float:

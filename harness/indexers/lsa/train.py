@@ -176,7 +176,7 @@ def starting_point(wanted: IndexerConfig, config: TrainConfig) -> Indexer:
     if wanted.encoder == COMPRESSED_KEY and found.config.encoder == COMPRESSED_KEY:
         found.keep_layers(wanted.layers)  # they share nothing, and the model's own indexer has all of them
     free = {"tau", "kept_fraction", "trained", "chunk_tokens", "segment_tokens", "lookback_tokens", "cap_tokens",
-            "cap_fraction"}  # fmt: skip
+            "cap_fraction", "least_tokens", "least_fraction"}  # fmt: skip
     if wanted.model_revision is not None:
         free.add("model")  # a name or the folder of the same weights
     for field in fields(IndexerConfig):

@@ -131,7 +131,7 @@ def test_equal_scores_are_kept_together_or_not_at_all():
     logits = torch.tensor([[1.0, 1.0, 1.0, -2.0, -3.0]])
     golden = torch.tensor([[False, True, False, True, False]])
     everything = torch.ones_like(golden)
-    scored = [Refreshes(logits, golden, everything, Shares(static=0.2, chunk=0.15, metadata=0.05))]
+    scored = [Refreshes(logits, golden, everything, ~everything, Shares(static=0.2, chunk=0.15, metadata=0.05))]
     assert cut_for_recall(scored, 0.4) == cut_for_recall(scored, 0.5) == -0.5
     assert cut_for_recall(scored, 0.6) == -2.5
     assert cut_for_kept(scored, 0.69) == 2.0, "the three do not fit: none is kept"
@@ -139,6 +139,51 @@ def test_equal_scores_are_kept_together_or_not_at_all():
     assert cut_for_kept(scored, 0.99) == -2.5
     with pytest.raises(UsageError, match=r"target_kept is 0.2, and sinks, window, keys and states alone are 0.2500 of"):
         cut_for_kept(scored, 0.2)
+
+
+def test_a_target_counts_what_the_least_share_keeps_anyway():
+    """The two best of five stay whatever the cut: half of the golden chunks, 0.55 of the bytes."""
+    logits = torch.tensor([[3.0, 2.0, 1.0, -2.0, -3.0]])
+    golden = torch.tensor([[False, True, False, True, False]])
+    everything, filled = torch.ones_like(golden), logits >= 2.0
+    scored = [Refreshes(logits, golden, everything, filled, Shares(static=0.2, chunk=0.15, metadata=0.05))]
+    assert scored[0].chosen().tolist() == [[True, True, True, False, False]]
+    assert cut_for_recall(scored, 0.6) == -2.5
+    assert cut_for_kept(scored, 0.70) == -0.5
+    assert cut_for_kept(scored, 0.56) == 1.5, "only the least share stays"
+    with pytest.raises(UsageError, match=r"target_recall is 0.5, and the least share alone has 0.5000 of the golden"):
+        cut_for_recall(scored, 0.5)
+    with pytest.raises(UsageError, match=r"target_kept is 0.4, and filled up to the least share 0.5500 of these"):
+        cut_for_kept(scored, 0.4)
+
+
+@pytest.mark.parametrize(
+    ("least", "target"),
+    [
+        ({"least_tokens": 256}, {"target_recall": 0.9}),
+        ({"least_tokens": 100, "least_fraction": 256 / N_TOKENS}, {"threshold": 0.52}),
+        ({"least_fraction": 0.9, "cap_tokens": 256}, {"threshold": 0.5}),
+    ],
+)
+def test_a_least_share_is_stored_and_every_measure_is_filled_up_to_it(data, begun, tmp_path, least, target):
+    """Of 256 tokens sinks (16) and window (128) leave seven chunks of 16; the cap wins."""
+    found = run(data, begun, tmp_path / "out", **least, **target)
+    config = read_indexer_config(tmp_path / "out")
+    stored = config.trained["calibration"]
+    assert {name: stored[name] for name in least} == {name: getattr(config, name) for name in least} == least
+    row = evaluated(tmp_path / "out", data, tmp_path)
+    assert (found["after"]["recall"], found["after"]["kept"]) == (row["recall"], row["kept_bytes_fraction"])
+    logits = logits_of(tmp_path / "out", data)
+    n_chosen = (logits >= logit(0.5)).sum(1)
+    assert (n_chosen < 7).any(), "or the least share does nothing"
+    expected = n_chosen.clamp_min(7).clamp_max(7 if "cap_tokens" in least else logits.shape[1])
+    assert found["after"]["kept_candidates"] == round(float(expected.sum()) / logits.numel(), 4)
+    back = run(data, tmp_path / "out", tmp_path / "back", threshold=0.5)
+    assert back["after"] == found["after"], "kept where another is not given"
+    if "target_recall" in target:
+        assert row["recall"] >= 0.9
+    with pytest.raises(UsageError, match="least_fraction must be between 0 and 1, got 2"):
+        run(data, begun, tmp_path / "bad", least_fraction=2, threshold=0.5)
 
 
 @pytest.mark.parametrize(

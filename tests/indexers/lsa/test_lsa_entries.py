@@ -212,7 +212,13 @@ def test_a_trained_folder_runs_as_a_method_with_its_own_tau_and_cap(folder, inde
     capped = CalibrateConfig(target_kept=0.6, cap_fraction=0.5, measure=EvalConfig(**OURS, recency_tokens=64))
     calibrate([data], str(place), tmp_path / "set", capped, device="cpu")
     spec = f"lsa:indexer={tmp_path / 'set'},recency_tokens=64"
-    methods = ["dense", spec, f"{spec},policy=pages,page_tokens=32,pages=4", f"{spec},refresh=stale1"]
+    methods = [
+        "dense",
+        spec,
+        f"{spec},policy=pages,page_tokens=32,pages=4",
+        f"{spec},refresh=stale1",
+        f"{spec},threshold=0.99,least_fraction=0.6",
+    ]
     config = make_config(
         {"model": folder, "methods": methods, "tasks": ["niah_single_1"], "lengths_tokens": [512], "samples": 2,
          "max_new_tokens": 12, "footprint": False, "device": "cpu"}
@@ -223,6 +229,7 @@ def test_a_trained_folder_runs_as_a_method_with_its_own_tau_and_cap(folder, inde
     kept = read_indexer_config(tmp_path / "set").kept_fraction
     # Of 128 entries sinks and window have 17; the cap leaves room for 47 others.
     assert lsa.n_kept(512) == 17 + min(47, math.ceil(kept * 111)) < 128
+    assert plan.methods[4].n_kept(512) == 64, "filled up to what the cap leaves"
     shown = run(config, out=tmp_path / "run", progress=False)
     assert (shown.samples["status"] == "ok").all()
     for row in shown.samples[shown.samples["method"] == "lsa"].to_dict("records"):
@@ -231,6 +238,8 @@ def test_a_trained_folder_runs_as_a_method_with_its_own_tau_and_cap(folder, inde
         assert residency["indexer_tau"] == 4
         assert len(residency["resident_tokens"]) == 3
         assert row["host_kv_bytes"] > 0
+        if "least" in row["method_label"]:
+            assert min(residency["resident_tokens"]) > 0.5 * residency["prompt_tokens"] - 8
         if "pages" not in row["method_label"]:
             assert max(residency["resident_tokens"]) <= 0.5 * residency["prompt_tokens"] + 4
         else:

@@ -359,8 +359,9 @@ def test_calibrate_warns_of_an_indexer_that_keeps_nearly_everything():
 
 def test_a_hit_rate_counts_what_later_refreshes_find():
     logits = torch.tensor([[1.0, 1.0, -1.0], [1.0, -1.0, 1.0], [1.0, -1.0, 1.0]])
-    one = Refreshes(logits, torch.zeros(3, 3, dtype=torch.bool), torch.ones(3, 3, dtype=torch.bool), None)
+    nothing = torch.zeros(3, 3, dtype=torch.bool)
+    one = Refreshes(logits, nothing, ~nothing, nothing, None)
     assert hit_rate([one]) == 0.75
-    alone = Refreshes(logits[:1], one.golden[:1], one.within[:1], None)
+    alone = Refreshes(logits[:1], one.golden[:1], one.within[:1], one.filled[:1], None)
     assert hit_rate([alone]) is None
     assert hit_rate([one, alone]) == 0.75

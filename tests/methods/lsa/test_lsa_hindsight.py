@@ -86,6 +86,25 @@ def test_a_cap_keeps_the_best_of_what_is_needed(family):
     assert all(set(few) <= set(many) for few, many in zip(kept, every, strict=True))
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+def test_a_least_share_fills_up_what_is_needed(family):
+    """All that is needed stays, and the most attended of the others."""
+    loaded, fed = loaded_model(family), prompt_ids(8, seed=8)
+    options = f"indexer=hindsight,tau=1,threshold=0.05,{SIZES}"
+    whole, filled = (create_method(f"lsa:{options}{more}") for more in ("", ",least_tokens=135"))
+    prompt = prefilled(loaded, prompt_ids(N_TOKENS), whole)
+    layout = whole.layout(N_TOKENS)
+    masses_SLn = stock_masses(family, layout, fed, loaded.shape.layers)
+    needed = played(second_decode(loaded, whole, prompt, fed), N_TOKENS)
+    kept = played(second_decode(loaded, filled, prompt, fed), N_TOKENS)
+    least = layout.budgeted_chunks(135)
+    assert min(map(len, needed)) < least < layout.n_candidates
+    for interval, (few, many) in enumerate(zip(needed, kept, strict=True)):
+        most_n = masses_SLn[interval].amax(0)
+        others = [chunk for chunk in most_n.argsort(descending=True).tolist() if chunk not in few]
+        assert many == sorted(few + others[: max(0, least - len(few))])
+
+
 @pytest.mark.parametrize("options", ["tau=3,threshold=0.2", "tau=4,budget_tokens=80", "tau=64,budget_fraction=0.5"])
 @pytest.mark.parametrize("family", ["llama", "gpt_oss"])
 def test_the_second_decode_evicts_as_a_mask_would(family, options):

@@ -214,9 +214,10 @@ def test_a_prompt_without_what_it_collects_is_refused():
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ("indexer=landmark,threshold=0.3", "no threshold and no cap of one apply; give budget_tokens or"),
-        ("indexer=landmark,mode=threshold", "no threshold and no cap of one apply"),
-        ("indexer=landmark,cap_tokens=64", "no threshold and no cap of one apply"),
+        ("indexer=landmark,threshold=0.3", "no threshold, no cap and no least share of one apply; give budget"),
+        ("indexer=landmark,mode=threshold", "no threshold, no cap and no least share of one apply"),
+        ("indexer=landmark,least_fraction=0.1", "no threshold, no cap and no least share of one apply"),
+        ("indexer=landmark,cap_tokens=64", "no threshold, no cap and no least share of one apply"),
         ("indexer=landmark,selection=synthetic,budget_tokens=64", "indexer cannot be given"),
     ],
 )

@@ -179,6 +179,7 @@ def test_what_holds_anyway_changes_no_label():
     ("policy=pages,indexer=attention", "needs the scores of a trained indexer"),
     ("policy=pages,selection=synthetic,budget_tokens=10", "needs the scores of a trained indexer"),
     ("policy=pages,cap_tokens=10", "do not apply"),
+    ("policy=pages,least_tokens=10", "a least share and fallback_ratio do not apply"),
     ("policy=pages,fallback_ratio=0.4", "do not apply"),
     ("policy=pages,pages=2,budget_tokens=10", "pages or a budget"),
     ("policy=pages,pages=-1", "0 or more"),
