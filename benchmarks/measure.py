@@ -22,6 +22,11 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
+def is_over(returncode: int, *, took_s: float, limit_s: float) -> bool:
+    """Whether ``kvscope run --time-limit`` ended because its time was over: the same command continues then."""
+    return returncode == KvscopeError.exit_code and took_s >= limit_s
+
+
 def ended(main: Callable[[], int | None]) -> int:
     """Run a script and return its exit code; what cannot be done is told in a sentence, as ``kvscope`` does."""
     try:

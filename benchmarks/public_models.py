@@ -30,7 +30,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from measure import ended, say
+from measure import ended, is_over, say
 
 from kvscope.errors import UsageError
 from kvscope.harness.engine.models import load_model
@@ -241,8 +241,13 @@ class Recipe:
         else:
             found += ["--footprint-batch", str(self.options.footprint_batch)]
         if math.isfinite(left_s):
-            found += ["--time-limit", f"{left_s:.0f}"]
-        self.kvscope(*found, *self._device, "--quiet", "--no-report")
+            found += ["--time-limit", str(math.floor(left_s))]
+        since_s = time.monotonic()
+        try:
+            self.kvscope(*found, *self._device, "--quiet", "--no-report")
+        except subprocess.CalledProcessError as error:
+            if not is_over(error.returncode, took_s=time.monotonic() - since_s, limit_s=math.floor(left_s)):
+                raise
         return self._rows(out) >= asked
 
     def _rows(self, out: str) -> int:
