@@ -20,7 +20,7 @@ from typing import Any
 from kvscope.errors import UsageError
 from kvscope.files import first_line
 from kvscope.harness.engine.file_hashes import file_sha256s
-from kvscope.harness.engine.gguf_tokenizer import as_the_file_says, check
+from kvscope.harness.engine.gguf_tokenizer import Vocabulary, check, mended
 from kvscope.harness.engine.oom import is_oom
 from kvscope.paths import cache_folder
 
@@ -146,8 +146,12 @@ def _unpack(path: Path, folder: Path, label: str) -> None:
             )
             model.save_pretrained(partial)
             tokenizer = transformers.AutoTokenizer.from_pretrained(where, gguf_file=path.name, trust_remote_code=False)
-            as_the_file_says(tokenizer, path).save_pretrained(partial)
-            check(transformers.AutoTokenizer.from_pretrained(str(partial), trust_remote_code=False), path)
+            vocabulary = Vocabulary.of(path)
+            if vocabulary is not None:
+                tokenizer = mended(tokenizer, vocabulary)
+            tokenizer.save_pretrained(partial)
+            if vocabulary is not None:  # a saved tokenizer is made anew by its class, and may come back as another
+                check(transformers.AutoTokenizer.from_pretrained(str(partial), trust_remote_code=False), vocabulary)
         (partial / _LABEL_FILE).write_text(label, encoding="utf-8")
         with contextlib.suppress(OSError):  # another process was first: its folder says the same
             partial.rename(folder)

@@ -5,14 +5,15 @@ that splits text otherwise than the model learnt it gives answers that look like
 asked: each piece of it has to be one token, and a prompt begins with BOS where the file says so.
 """
 
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kvscope.errors import UsageError
 
-SENTENCEPIECE = "llama"
-"""What files call a SentencePiece vocabulary, whatever the model."""
+SENTENCEPIECE, BYTE_LEVEL = "llama", "gpt2"
+"""What files call a SentencePiece vocabulary and byte-level BPE, whatever the model."""
 _SPACE = "\u2581"
 _NORMAL_TOKEN = 1
 _PIECES, _MOST_SPLIT = 512, 0.05
@@ -26,14 +27,16 @@ class Vocabulary:
     """What a GGUF file says of its tokenizer.
 
     Attributes:
+        path: of the file.
         model: kind of vocabulary, ``llama`` (SentencePiece), ``gpt2`` (byte-level BPE), ...
         tokens: text of every token, by id.
         kinds: kind of every token (1 is a normal one); empty where the file has none.
         special: bos, eos, ... -> id.
-        adds_bos: whether texts begin with BOS; None where the file does not say and its kind tells nothing.
+        adds_bos: whether texts begin with BOS; None where the file does not say and its kind tells nothing, and of
+            kinds whose flag is read otherwise (Gemma 4's is set, and its chat template writes BOS itself).
     """
 
-    architecture: str
+    path: Path
     model: str
     tokens: list[str]
     kinds: list[int]
@@ -57,39 +60,41 @@ class Vocabulary:
         model = str(value("tokenizer.ggml.model", ""))
         names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
         found = {name: value(f"tokenizer.ggml.{key}_token_id") for key, name in names.items()}
-        adds_bos = value("tokenizer.ggml.add_bos_token")
         return cls(
-            architecture=str(value("general.architecture", "")),
+            path=path,
             model=model,
             tokens=[str(each) for each in tokens],
             kinds=[int(each) for each in value("tokenizer.ggml.token_type", [])],
             special={name: int(each) for name, each in found.items() if each is not None and each < len(tokens)},
-            # llama.cpp begins with BOS where a SentencePiece file does not say.
-            adds_bos=bool(adds_bos) if adds_bos is not None else (True if model == SENTENCEPIECE else None),
+            adds_bos=_bos_flag(model, value("tokenizer.ggml.add_bos_token")),
         )
 
 
-def as_the_file_says(tokenizer: Any, path: Path) -> Any:
+def _bos_flag(model: str, said: Any) -> bool | None:
+    if model not in (SENTENCEPIECE, BYTE_LEVEL):
+        return None
+    # llama.cpp begins with BOS where a SentencePiece file does not say.
+    return bool(said) if said is not None else (True if model == SENTENCEPIECE else None)
+
+
+def mended(tokenizer: Any, vocabulary: Vocabulary) -> Any:
     """Return a tokenizer that transformers made of a GGUF file, mended where it differs from the file.
 
     Raises:
         UsageError: it cannot be mended.
     """
-    vocabulary = Vocabulary.of(path)
-    if vocabulary is None:
-        return tokenizer
     if _fault(tokenizer, vocabulary) is not None and vocabulary.model == SENTENCEPIECE:
         tokenizer = _of_sentencepiece(vocabulary)
     for name, token in vocabulary.special.items():
         if getattr(tokenizer, f"{name}_token_id", None) != token:
             setattr(tokenizer, f"{name}_token", vocabulary.tokens[token])
-    if _adds_bos(tokenizer, vocabulary) is False and vocabulary.adds_bos:
-        tokenizer.add_bos_token = True
-    check(tokenizer, path, vocabulary)
+    if _bos_fault(tokenizer, vocabulary) is not None:
+        tokenizer.add_bos_token = vocabulary.adds_bos
+    check(tokenizer, vocabulary)
     return tokenizer
 
 
-def check(tokenizer: Any, path: Path, vocabulary: Vocabulary | None = None) -> None:
+def check(tokenizer: Any, vocabulary: Vocabulary) -> None:
     """Check that a tokenizer splits text as a GGUF file's vocabulary does.
 
     Raises:
@@ -97,12 +102,11 @@ def check(tokenizer: Any, path: Path, vocabulary: Vocabulary | None = None) -> N
     """
     import transformers
 
-    vocabulary = vocabulary or Vocabulary.of(path)
-    fault = None if vocabulary is None else _fault(tokenizer, vocabulary) or _bos_fault(tokenizer, vocabulary)
+    fault = _fault(tokenizer, vocabulary) or _bos_fault(tokenizer, vocabulary)
     if fault is not None:
         raise UsageError(
-            f"transformers {transformers.__version__} does not read the tokenizer of '{path}' as the file has it: "
-            f"{fault}. Use a newer transformers, or give the model as a folder with its own tokenizer."
+            f"transformers {transformers.__version__} does not read the tokenizer of '{vocabulary.path}' as the file "
+            f"has it: {fault}. Use a newer transformers, or give the model as a folder with its own tokenizer."
         )
 
 
@@ -113,9 +117,15 @@ def _fault(tokenizer: Any, vocabulary: Vocabulary) -> str | None:
     if len(split) > _MOST_SPLIT * len(pieces):
         return f"{len(split)} of {len(pieces)} pieces of its vocabulary are several tokens, as {split[0]!r}"
     for text in _TEXTS:
-        if (back := tokenizer.decode(_ids(tokenizer, text), skip_special_tokens=True)).strip() != text.strip():
+        back = tokenizer.decode(_ids(tokenizer, text), skip_special_tokens=True)
+        if _letters(back) != _letters(text):
             return f"{text!r} comes back as {back!r}"
     return None
+
+
+def _letters(text: str) -> str:
+    """Return what normalisation and rules about spaces leave of a text."""
+    return "".join(unicodedata.normalize("NFKC", text).split())
 
 
 def _bos_fault(tokenizer: Any, vocabulary: Vocabulary) -> str | None:

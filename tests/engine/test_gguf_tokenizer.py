@@ -5,17 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from kvscope.errors import UsageError
 from kvscope.harness.engine import gguf_tokenizer
-from kvscope.harness.engine.gguf_tokenizer import Vocabulary, as_the_file_says, check
+from kvscope.harness.engine.gguf_tokenizer import Vocabulary, check, mended
 
 SPACE = "\u2581"
 WORDS = ("the", "year", "chunks", "return", "cafe", "model")
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
-FILE = Path("some.gguf")
 
 
 def vocabulary(**changes: Any) -> Vocabulary:
@@ -24,7 +23,7 @@ def vocabulary(**changes: Any) -> Vocabulary:
     pieces = [f"{SPACE}{word[:n]}" for n in range(1, 8) for word in WORDS if n <= len(word)]
     tokens = [*SPECIAL, *characters, *dict.fromkeys(pieces), "  "]
     plain = Vocabulary(
-        architecture="gemma3", model="llama", tokens=tokens, kinds=[3] * 4 + [1] * (len(tokens) - 4),
+        path=Path("some.gguf"), model="llama", tokens=tokens, kinds=[3] * 4 + [1] * (len(tokens) - 4),
         special={"bos": 2, "eos": 1, "unk": 3, "pad": 0}, adds_bos=True,
     )  # fmt: skip
     return replace(plain, **changes)
@@ -42,29 +41,27 @@ def by_characters(told: Vocabulary) -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> Vocabulary:
-    found = vocabulary()
-    monkeypatch.setattr(Vocabulary, "of", classmethod(lambda cls, path: found))
-    return found
+def told() -> Vocabulary:
+    return vocabulary()
 
 
 def test_a_vocabulary_that_came_out_as_characters_is_mended(told: Vocabulary, tmp_path: Path) -> None:
     stock = by_characters(told)
     assert len(stock("the year", add_special_tokens=False)["input_ids"]) > 2
     with pytest.raises(UsageError, match=r"pieces of its vocabulary are several tokens, as ' th'"):
-        check(stock, FILE)
+        check(stock, told)
 
-    mended = as_the_file_says(stock, FILE)
+    right = mended(stock, told)
     piece = {token: index for index, token in enumerate(told.tokens)}
     expected = [2, piece[f"{SPACE}the"], piece[f"{SPACE}year"], piece[f"{SPACE}chunks"]]
-    assert mended(" the year chunks")["input_ids"] == expected
-    assert (mended.bos_token_id, mended.eos_token_id, mended.pad_token_id) == (2, 1, 0)
+    assert right(" the year chunks")["input_ids"] == expected
+    assert (right.bos_token_id, right.eos_token_id, right.pad_token_id) == (2, 1, 0)
 
-    mended.save_pretrained(tmp_path)
+    right.save_pretrained(tmp_path)
     from transformers import AutoTokenizer
 
     again = AutoTokenizer.from_pretrained(str(tmp_path))
-    check(again, FILE)
+    check(again, told)
     assert again(" the year chunks")["input_ids"] == expected
 
 
@@ -73,32 +70,44 @@ def test_the_ids_of_end_and_padding_are_the_files(told: Vocabulary) -> None:
     right.add_bos_token = True
     right.eos_token = "<bos>"
     right.pad_token = None
-    mended = as_the_file_says(right, FILE)
-    assert mended is right
-    assert (mended.eos_token_id, mended.pad_token_id) == (1, 0)
+    assert mended(right, told) is right
+    assert (right.eos_token_id, right.pad_token_id) == (1, 0)
 
 
-def test_bos_is_put_before_texts_where_the_file_says_so(told: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
-    with_bos = as_the_file_says(gguf_tokenizer._of_sentencepiece(told), FILE)
+def test_bos_is_put_before_texts_where_the_file_says_so_and_nowhere_else(told: Vocabulary) -> None:
+    with_bos = mended(gguf_tokenizer._of_sentencepiece(told), told)
     assert with_bos(" the")["input_ids"][0] == 2
     without = replace(told, adds_bos=False)
-    monkeypatch.setattr(Vocabulary, "of", classmethod(lambda cls, path: without))
-    plain = as_the_file_says(gguf_tokenizer._of_sentencepiece(told), FILE)
-    assert plain(" the")["input_ids"][0] != 2
     with pytest.raises(UsageError, match="texts begin with '<bos>'"):
-        check(with_bos, FILE)
+        check(with_bos, without)
+    assert mended(with_bos, without)(" the")["input_ids"][0] != 2
 
 
-def test_what_cannot_be_mended_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    other = vocabulary(model="plamo2")
-    monkeypatch.setattr(Vocabulary, "of", classmethod(lambda cls, path: other))
-    stock = by_characters(vocabulary())
-    monkeypatch.setattr(gguf_tokenizer, "_pieces", lambda told, tokenizer: [(" the", told.tokens.index(f"{SPACE}the"))])
+@pytest.mark.parametrize(
+    ("model", "said", "adds"),
+    [
+        ("llama", None, True),
+        ("llama", False, False),
+        ("gpt2", None, None),
+        ("gpt2", True, True),
+        ("gemma4", True, None),
+    ],
+)
+def test_what_a_file_says_of_bos(model: str, said: bool | None, adds: bool | None) -> None:
+    assert gguf_tokenizer._bos_flag(model, said) is adds
+
+
+def test_a_tokenizer_that_drops_spaces_and_signs_of_width_is_none_the_worse(told: Vocabulary) -> None:
+    right = mended(gguf_tokenizer._of_sentencepiece(told), told)
+    right.backend_tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Replace(Regex(r"\s+"), SPACE)]
+    )
+    check(right, told)
+
+
+def test_what_cannot_be_mended_is_one_sentence(told: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = replace(told, model="plamo2")
+    piece = (" the", told.tokens.index(f"{SPACE}the"))
+    monkeypatch.setattr(gguf_tokenizer, "_pieces", lambda told, tokenizer: [piece])
     with pytest.raises(UsageError, match=r"does not read the tokenizer of 'some.gguf'.* Use a newer transformers"):
-        as_the_file_says(stock, FILE)
-
-
-def test_a_file_without_a_vocabulary_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Vocabulary, "of", classmethod(lambda cls, path: None))
-    stock = by_characters(vocabulary())
-    assert as_the_file_says(stock, FILE) is stock
+        mended(by_characters(told), other)
