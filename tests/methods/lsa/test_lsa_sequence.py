@@ -1,9 +1,6 @@
 """The resident set: evicting equals masking, all equals dense, memory really falls, the record says what happened."""
 
-from functools import cache
-
 import pytest
-import sequences
 import torch
 from lsa_tools import prefilled, random_indexer, run_steps
 from masked import masking
@@ -32,25 +29,19 @@ CORNERS = [
 ]
 
 
-@cache
-def corner_prompt(family, n_tokens):
-    """The prompt, prefilled once for all corners, and dense's logits behind it."""
-    loaded, tokens = loaded_model(family), prompt_ids(12, seed=8)
-    prompt = sequences.prefilled(loaded, prompt_ids(n_tokens), CORNERS, chunk_tokens=64, seed=4)
-    return prompt, run_steps(loaded, create_method("dense"), prompt, tokens)[0]
-
-
 @pytest.mark.parametrize("n_tokens", [150, 160])
 @pytest.mark.parametrize("spec", CORNERS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_evicting_equals_masking(family, spec, n_tokens):
     loaded, method = loaded_model(family), create_method(spec)
-    prompt, dense_TV = corner_prompt(family, n_tokens)
-    evicted, masked = side_by_side(loaded, [method, masking(method)], prompt, prompt_ids(12, seed=8))
+    prompt = prefilled(loaded, prompt_ids(n_tokens), method, chunk_tokens=64, seed=4)
+    tokens = prompt_ids(12, seed=8)
+    methods = [method, masking(method), create_method("dense")]
+    evicted, masked, dense = side_by_side(loaded, methods, prompt, tokens)
     torch.testing.assert_close(evicted.logits_TV, masked.logits_TV, atol=1e-5, rtol=0)
     assert evicted.record == masked.record
     assert evicted.footprint.bytes_read_per_step == masked.footprint.bytes_read_per_step
-    assert (evicted.logits_TV - dense_TV).abs().max() > 1e-3, "something was left out, or this shows nothing"
+    assert (evicted.logits_TV - dense.logits_TV).abs().max() > 1e-3, "something was left out, or this shows nothing"
 
 
 @pytest.mark.parametrize("spec", [
