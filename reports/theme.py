@@ -117,6 +117,8 @@ def theme(name: str) -> Iterator[None]:
         "font.size": pt(9),
         "axes.titlesize": pt(9.5),
         "axes.titlelocation": "left",
+        # Where it stands by default. Said, matplotlib does not measure all ticks anew to see whether one is in its way.
+        "axes.titley": 1.0,
         "axes.labelsize": pt(9),
         "axes.edgecolor": FAINT,
         "axes.labelcolor": TEXT,

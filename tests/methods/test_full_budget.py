@@ -55,10 +55,15 @@ SPECS = [
 
 
 @cache
+def prompt_of(model: str, n_tokens: int):
+    """The prompt, prefilled once for all methods."""
+    specs = [spec.format(room=n_tokens + N_STEPS) for spec in SPECS]
+    return prefilled(loaded_model(model), prompt_ids(n_tokens), specs, seed=4)
+
+
+@cache
 def dense_steps(model: str, n_tokens: int) -> torch.Tensor:
-    loaded = loaded_model(model)
-    prompt = prefilled(loaded, prompt_ids(n_tokens), ["dense"], seed=4)
-    return steps(loaded, create_method("dense"), prompt)[0]
+    return steps(loaded_model(model), create_method("dense"), prompt_of(model, n_tokens))[0]
 
 
 def steps(loaded, method, prompt):
@@ -77,8 +82,7 @@ def test_every_method_is_here() -> None:
 def test_a_full_budget_is_dense(spec: str, model: str, n_tokens: int) -> None:
     loaded = loaded_model(model)
     method = create_method(spec.format(room=n_tokens + N_STEPS))
-    prompt = prefilled(loaded, prompt_ids(n_tokens), [method.label], seed=4)
-    found, footprint = steps(loaded, method, prompt)
+    found, footprint = steps(loaded, method, prompt_of(model, n_tokens))
     torch.testing.assert_close(found, dense_steps(model, n_tokens), atol=5e-6, rtol=0)
     assert method.is_noop(n_tokens, loaded.shape)
     assert_predicted(footprint, method, method.predict(loaded.shape, n_tokens, N_STEPS))

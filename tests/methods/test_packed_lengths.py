@@ -1,5 +1,7 @@
 """Packed pages at lengths around a page and the residual: bytes as predicted, a full budget is dense of that format."""
 
+from functools import lru_cache
+
 import pytest
 import torch
 from sequences import assert_predicted, prefilled
@@ -15,13 +17,23 @@ FULL = [
     "snapkv:budget_fraction=1.0",
 ]
 PART = ["dense", "recency:budget_fraction=0.5", "lsa:budget_fraction=0.4,chunk_tokens=16,selection=synthetic"]
-N_STEPS = 20  # past the end of a page
+LENGTHS_TOKENS = [1, 15, 63, 64, 65, 127]
+N_STEPS = 17  # past the end of a page
 
 
-def decoded(spec, n_tokens):
+@lru_cache(maxsize=1)
+def prompt_of(n_tokens, kv):
+    """The prompt, prefilled once for all methods that store it so."""
+    return prefilled(loaded_model("llama"), prompt_ids(n_tokens), [stored_as(spec, kv) for spec in [*PART, *FULL]])
+
+
+def stored_as(spec, kv):
+    return spec if kv is None else f"{spec}{',' if ':' in spec else ':'}kv={kv}"
+
+
+def decoded(spec, n_tokens, kv):
     """Return logits of some steps; bytes must be as predicted."""
-    loaded, method = loaded_model("llama"), create_method(spec)
-    prompt = prefilled(loaded, prompt_ids(n_tokens), [spec])
+    loaded, method, prompt = loaded_model("llama"), create_method(stored_as(spec, kv)), prompt_of(n_tokens, kv)
     with Single(loaded, method, prompt, reserve_tokens=N_STEPS) as session:
         logits = torch.stack([session.step(token) for token in prompt_ids(N_STEPS, seed=8)])
         assert_predicted(session.sequence.footprint(), method, method.predict(loaded.shape, n_tokens, N_STEPS))
@@ -29,10 +41,14 @@ def decoded(spec, n_tokens):
 
 
 @pytest.mark.parametrize("kv", ["int8", "kivi2"])
-@pytest.mark.parametrize("n_tokens", [1, 15, 63, 64, 65, 127])
+@pytest.mark.parametrize("n_tokens", LENGTHS_TOKENS)
 def test_bytes_are_as_predicted_and_a_full_budget_is_dense(n_tokens, kv):
-    dense, *_ = [decoded(f"{spec}{',' if ':' in spec else ':'}kv={kv}", n_tokens) for spec in PART]
+    dense, *_ = [decoded(spec, n_tokens, kv) for spec in PART]
     for spec in FULL:
-        full = decoded(f"{spec},kv={kv}", n_tokens)
+        full = decoded(spec, n_tokens, kv)
         torch.testing.assert_close(full, dense, atol=2e-5, rtol=1e-5, msg=lambda text, spec=spec: f"{spec}: {text}")
-    assert torch.equal(decoded("dense:kv=none", n_tokens), decoded("dense", n_tokens))
+
+
+@pytest.mark.parametrize("n_tokens", LENGTHS_TOKENS)
+def test_no_format_is_the_store_as_it_is(n_tokens):
+    assert torch.equal(decoded("dense", n_tokens, "none"), decoded("dense", n_tokens, None))

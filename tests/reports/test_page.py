@@ -86,7 +86,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = demo_rows()
     samples = [row.model_copy(update={"output": EVIL}) if row.sample == 0 else row for row in rows[0]]
     made = stored(tmp_path_factory.mktemp("page"), (samples, rows[1], rows[2]))
-    write_report(load_run(made), prompt_of=prompt_of)
+    write_report(load_run(made), make_look(formats="svg"), prompt_of=prompt_of)
     return made / "report"
 
 

@@ -77,7 +77,9 @@ def test_tokens_need_tokens_and_learn_from_them(tmp_path, data):
 def test_a_warm_start_begins_at_the_models_own_match(tmp_path):
     """Queries of the planted data are the codes of the chunks they need: known before the first update."""
     for features, encoder in (("stats", "mean"), ("stats", "stats"), ("tokens", "pooled")):
-        folder = planted_collection(tmp_path / features, features=features)
+        folder = tmp_path / features
+        if not folder.exists():
+            planted_collection(folder, documents=40, features=features)
         lines = []
         options = {"encoder": encoder, "warm_start": True, "epochs": 1, "lr": 1e-12, "rank": 12}
         best = train([folder], tmp_path / "out", changed(QUICK, **options), note=lines.append)
@@ -101,7 +103,8 @@ def test_some_layers_can_be_left_out(data, tmp_path):
         train([data], tmp_path / "out", changed(QUICK, layers=(5,)), note=quiet)
 
 
-def test_the_same_call_gives_the_same_weights(data, tmp_path):
+def test_the_same_call_gives_the_same_weights(tmp_path):
+    data = planted_collection(tmp_path / "few", documents=20)
     found = []
     for name, seed in (("one", 0), ("two", 0), ("three", 1)):
         train([data], tmp_path / name, changed(QUICK, epochs=2, seed=seed), note=quiet)
