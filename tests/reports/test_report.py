@@ -9,8 +9,7 @@ from synthetic_rows import Rows, demo_rows, single_rows, wide_rows
 
 import kvscope
 from kvscope.errors import UsageError
-from kvscope.reports import build, make_report
-from kvscope.reports.figures_memory import tpot_by_length
+from kvscope.reports import make_report
 from kvscope.reports.summary import summary_text
 from kvscope.results.frames import make_run
 from kvscope.results.store import RunStore
@@ -62,13 +61,6 @@ def test_the_same_rows_give_the_same_bytes(demo: tuple[Path, list[Path]]) -> Non
     assert contents(make_report(folder)) == before
 
 
-@pytest.fixture
-def times_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of all figures that of times alone: drawing is most of a report's time."""
-    monkeypatch.setattr(build, "all_figures", lambda run, cells: [tpot_by_length(run)])
-
-
-@pytest.mark.usefixtures("times_alone")
 def test_new_rows_renew_the_report(tmp_path: Path) -> None:
     rows = single_rows()
     stored(tmp_path, rows, samples=2, footprints=0)
@@ -83,7 +75,6 @@ def test_new_rows_renew_the_report(tmp_path: Path) -> None:
     assert "Unfinished run" not in (tmp_path / "report/report.html").read_text()
 
 
-@pytest.mark.usefixtures("times_alone")
 def test_an_unfinished_run_says_what_is_missing(tmp_path: Path) -> None:
     rows = demo_rows()
     make_report(stored(tmp_path, rows, samples=3, footprints=0))
@@ -98,7 +89,6 @@ def test_a_run_without_rows_still_reports(tmp_path: Path) -> None:
     assert "0 of 160 sample rows" in (tmp_path / "report/report.html").read_text()
 
 
-@pytest.mark.usefixtures("times_alone")
 def test_a_torn_line_is_told(tmp_path: Path) -> None:
     stored(tmp_path, single_rows())
     with (tmp_path / "samples.jsonl").open("ab") as file:
