@@ -34,7 +34,7 @@ from interpreter import quick_interpreter
 from looked_at_once import models_looked_at_once
 from tiny import one_thread, small, tiny_model
 
-from kvscope.harness.passes import process, quiet
+from kvscope.harness.passes import forked, process, quiet
 
 # The same examples on every machine, and as much time for them as a loaded one needs.
 settings.register_profile("kvscope", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -73,10 +73,17 @@ def pytest_unconfigure() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def one_worker_server() -> None:
+def one_worker_server() -> Iterator[None]:
     """One server forks the workers of all tests: the name of the test at hand is no environment of its own."""
     real = process.worker_environment
     process.worker_environment = lambda: {k: v for k, v in real().items() if k != "PYTEST_CURRENT_TEST"}
+    if not forked.CAN_FORK:
+        yield
+        return
+    from quick_servers import servers_forked
+
+    with servers_forked():
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -106,6 +106,16 @@ def _texts(folder: str) -> tuple[Path, Path]:
     return Path(folder, "stdout"), Path(folder, "stderr")
 
 
+def be_in(environment: Mapping[str, str], folder: Path) -> None:
+    """In the forked process: have this environment and folder."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    # Forking hands on the path of the test process; what the program's environment names comes before it.
+    own = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
+    sys.path[:] = [*own, *(path for path in sys.path if path not in own)]
+
+
 def _become(
     arguments: list[str], environment: dict[str, str], folder: str, talks: str | tuple[Connection, Connection]
 ) -> None:
@@ -121,12 +131,7 @@ def _become(
             os.dup2(pipe.fileno(), standard)
             pipe.close()
         sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 - multiprocessing had closed it
-    os.environ.clear()
-    os.environ.update(environment)
-    os.chdir(folder)
-    # Forking hands on the path of the test process; what the program's environment names comes before it.
-    own = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
-    sys.path[:] = [*own, *(path for path in sys.path if path not in own)]
+    be_in(environment, Path(folder))
     what, *rest = arguments
     if what == "-c":
         code, *rest = rest
