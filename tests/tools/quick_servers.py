@@ -1,7 +1,7 @@
 """Servers of workers that need not import torch and transformers anew: forked from the process that ``fresh`` keeps.
 
-Their start is the same but for the imports. Where a test names another command, or starts a sweep in a process of its
-own, servers start as they do for users.
+Their start is the same but for the imports. Where a test names another command or other folders to import from, or
+starts a sweep in a process of its own, servers start as they do for users.
 """
 
 import os
@@ -27,7 +27,8 @@ def servers_forked() -> Iterator[None]:
     command = forked.SERVER_COMMAND
 
     def start(asked: Sequence[str], **options: Any) -> "subprocess.Popen[str] | ForkedServer":
-        if tuple(asked) != command:
+        folders = options["env"].get("PYTHONPATH", "").split(os.pathsep)
+        if tuple(asked) != command or not set(folders) <= {"", *sys.path}:
             return subprocess.Popen(asked, text=True, **options)
         return ForkedServer(stdin=options["stdin"], stderr=options["stderr"], env=options["env"])
 
