@@ -15,8 +15,9 @@ from pathlib import Path
 # a fifth of their time. It is off until ``pytest_collection_finish``, so that every test runs with it.
 gc.disable()
 
-# Before torch reads it, and for the processes that tests start: two test processes share two cores.
+# Before torch and tokenizers read them, and for the processes that tests start: two test processes share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # Before anything reads it: what is cached (hashes of models' files) is shared by the processes of one run of the tests,
 # and neither taken from the user's cache nor left there. Models of the hub and matplotlib's list of fonts are where the
