@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 # Imports and collection make modules and tests, no garbage, and a collector that looks through them each time takes
 # a fifth of their time. It is off until ``pytest_collection_finish``, so that every test runs with it.
@@ -35,7 +36,7 @@ from interpreter import quick_interpreter
 from looked_at_once import models_looked_at_once
 from tiny import one_thread, small, tiny_model
 
-from kvscope.harness.passes import forked, process, quiet
+from kvscope.harness.passes import environment, forked, process, quiet
 
 # The same examples on every machine, and as much time for them as a loaded one needs.
 settings.register_profile("kvscope", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -92,6 +93,23 @@ def quiet_machine() -> Iterator[None]:
     """What a run says of the machine's load is not the same on every machine."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(quiet, "load_1min", lambda: 0.0)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def checkout_asked_once() -> Iterator[None]:
+    """Every run asks git three times for the checkout's state; the tests' own does not change."""
+    real = environment.git_state
+    known: dict[str | None, dict[str, Any]] = {}
+
+    def git_state() -> dict[str, Any]:
+        told = os.environ.get(environment.COMMIT_VARIABLE)
+        if told not in known:
+            known[told] = real()
+        return known[told]
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(environment, "git_state", git_state)
         yield
 
 
