@@ -1,10 +1,11 @@
 """Servers of workers that need not import torch and transformers anew: forked from the process that ``fresh`` keeps.
 
-Their start is the same but for the imports. Where a test names another command or other folders to import from, or
-starts a sweep in a process of its own, servers start as they do for users.
+Their start is the same but for the imports. Where a test names another command or other folders to import from, limits
+files or memory, or starts a sweep in a process of its own, servers start as they do for users.
 """
 
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,11 +25,11 @@ from kvscope.harness.passes import forked
 @contextmanager
 def servers_forked() -> Iterator[None]:
     """Let :mod:`kvscope.harness.passes.forked` start its servers so."""
-    command = forked.SERVER_COMMAND
+    command, limits = forked.SERVER_COMMAND, _limits()
 
     def start(asked: Sequence[str], **options: Any) -> "subprocess.Popen[str] | ForkedServer":
         folders = options["env"].get("PYTHONPATH", "").split(os.pathsep)
-        if tuple(asked) != command or not set(folders) <= {"", *sys.path}:
+        if tuple(asked) != command or not set(folders) <= {"", *sys.path} or _limits() != limits:
             return subprocess.Popen(asked, text=True, **options)
         return ForkedServer(stdin=options["stdin"], stderr=options["stderr"], env=options["env"])
 
@@ -37,6 +38,11 @@ def servers_forked() -> Iterator[None]:
         monkeypatch.setattr(forked, "subprocess", SimpleNamespace(**names))
         yield
         forked.close_server()
+
+
+def _limits() -> list[tuple[int, int]]:
+    """What a process that is started inherits, and one that is forked elsewhere does not."""
+    return [resource.getrlimit(each) for each in (resource.RLIMIT_FSIZE, resource.RLIMIT_AS)]
 
 
 class ForkedServer:
