@@ -10,13 +10,15 @@ from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 # Imports and collection make modules and tests, no garbage, and a collector that looks through them each time takes
 # a fifth of their time. It is off until ``pytest_collection_finish``, so that every test runs with it.
 gc.disable()
 
-# Before torch reads it, and for the processes that tests start: two test processes share two cores.
+# Before torch and tokenizers read them, and for the processes that tests start: two test processes share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # Before anything reads it: what is cached (hashes of models' files) is shared by the processes of one run of the tests,
 # and neither taken from the user's cache nor left there. Models of the hub and matplotlib's list of fonts are where the
@@ -34,7 +36,7 @@ from interpreter import quick_interpreter
 from looked_at_once import models_looked_at_once
 from tiny import one_thread, small, tiny_model
 
-from kvscope.harness.passes import process, quiet
+from kvscope.harness.passes import environment, process, quiet
 
 # The same examples on every machine, and as much time for them as a loaded one needs.
 settings.register_profile("kvscope", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -84,6 +86,23 @@ def quiet_machine() -> Iterator[None]:
     """What a run says of the machine's load is not the same on every machine."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(quiet, "load_1min", lambda: 0.0)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def checkout_asked_once() -> Iterator[None]:
+    """Every run asks git three times for the checkout's state; the tests' own does not change."""
+    real = environment.git_state
+    known: dict[str | None, dict[str, Any]] = {}
+
+    def git_state() -> dict[str, Any]:
+        told = os.environ.get(environment.COMMIT_VARIABLE)
+        if told not in known:
+            known[told] = real()
+        return known[told]
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(environment, "git_state", git_state)
         yield
 
 

@@ -117,7 +117,9 @@ def git_state(folder: Path | None = None) -> dict[str, Any]:
         top = _git(folder, "rev-parse", "--show-toplevel")
         if not (Path(top) / "src" / "kvscope").is_dir():
             return unknown
-        return {"commit": _git(folder, "rev-parse", "HEAD"), "dirty": bool(_git(folder, "status", "--porcelain"))}
+        # Without the lock of the index, which a commit that the user makes at that moment would miss.
+        changed = _git(folder, "--no-optional-locks", "status", "--porcelain")
+        return {"commit": _git(folder, "rev-parse", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.SubprocessError):
         return unknown
 

@@ -76,7 +76,7 @@ def test_every_method_and_two_prompts_in_one_step(tiny, monkeypatch):
     # Keys that no index head likes score 0 alike; which of them a CPU's top-k takes depends on how many there are.
     monkeypatch.setattr(dsa, "lightning_scores", without_ties)
     methods = [create_method(spec) for spec in SPECS]
-    prompts = prompts_of(tiny, methods, (300, 331))
+    prompts = prompts_of(tiny, methods, (220, 251))
     pairs = [(method, prompts[0]) for method in methods]
     pairs += [(method, prompts[1]) for method in methods if method.name not in ("dense", "recency", "random")]
     ids, footprints, residencies = together(tiny, pairs)

@@ -162,9 +162,15 @@ def test_a_worker_that_takes_too_long_to_start_is_stopped(job: FootprintJob, mon
 
 
 def test_the_server_ends_with_the_process_that_started_it() -> None:
+    """The server proper, without the libraries, which it would import first."""
+    server = (
+        "from kvscope.harness.passes import worker_server\n"
+        "worker_server.import_libraries = lambda: None\nraise SystemExit(worker_server.main())"
+    )
     code = (
         "import os, signal, sys\nfrom kvscope.harness.passes import forked\n"
         "from kvscope.harness.passes.process import worker_environment\n"
+        f"forked.SERVER_COMMAND = (sys.executable, '-P', '-c', {server!r})\n"
         "forked.worker_server(worker_environment(), stderr=sys.stderr)\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )

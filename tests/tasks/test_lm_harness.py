@@ -100,9 +100,13 @@ def test_metadata_as_text_and_with_units(model_folder: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["niah_single_1", "vt", "long_qa"])
-def test_stock_lm_eval_runs_them(model_folder: str, name: str) -> None:
+def test_stock_lm_eval_runs_them(model_folder: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import lm_eval
     from lm_eval.tasks import TaskManager
+    from torch.utils import collect_env
+
+    # It would ask pip for every package.
+    monkeypatch.setattr(collect_env, "get_pretty_env_info", lambda: "this machine")
 
     metadata = {"length_tokens": 1024, "samples": 2, "seed": 1, "pretrained": model_folder}
     manager = TaskManager(include_path=str(FOLDER), include_defaults=False, metadata=metadata)

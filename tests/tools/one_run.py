@@ -1,11 +1,13 @@
 """A program that runs a configuration (JSON, the first argument) and prints its rows; tests vary its surroundings."""
 
+import gc
 import io
 import json
 import sys
 from typing import Any
 
 from kvscope.harness.passes import measurement, process_pass
+from kvscope.harness.passes.libraries import import_libraries
 from kvscope.harness.passes.sweep import run
 from kvscope.results.frames import records
 
@@ -23,6 +25,9 @@ def main() -> None:
         return measurement.measure(job, say=io.StringIO())
 
     process_pass.run_worker = run_worker  # type: ignore[assignment]
+    # As where workers are forked: a measurement collects again and again, and would look through all modules.
+    import_libraries()
+    gc.freeze()
     sys.stdout.write(json.dumps(rows_of(json.loads(sys.argv[1]))))
 
 

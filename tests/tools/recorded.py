@@ -42,6 +42,8 @@ class Recording(TorchDispatchMode):
         """Do it all again: what an operation made is written where it made it, what it changed is changed again."""
         for func, args, kwargs, made in self._again:
             found = func(*args, **kwargs)
-            if made:
+            if len(made) == 1 and isinstance(found, torch.Tensor):  # nearly always
+                made[0].copy_(found)
+            elif made:
                 for old, new in zip(made, _tensors(found), strict=True):
                     old.copy_(new)

@@ -17,7 +17,7 @@ from kvscope.harness.engine.prefill import prefill
 from kvscope.harness.reference_model.v4.architecture import v4_config
 from kvscope.methods.registry import create_method
 
-N_STEPS = 36  # nine entries of 4 tokens, and one of 32
+N_STEPS = 20  # five entries of 4 tokens, and one of 32
 SYNTHETIC = "lsa:selection=synthetic,recency_tokens=40"
 SPECS = [
     "dense",
@@ -82,7 +82,7 @@ def test_what_an_indexer_chooses_is_the_same(loaded, prompt, ids, weights, optio
 def test_prompts_that_end_anywhere(loaded, ids, n_tokens):
     """Within an entry of either kind, at its end, before the first one and before the window is full."""
     prompt = prefill(loaded, ids[:n_tokens], chunk_tokens=64)
-    both(loaded, SPECS[3], prompt, ids[200:240])
+    both(loaded, SPECS[3], prompt, ids[200:234])
 
 
 @pytest.mark.parametrize("spec", ["dense", SPECS[3]])
@@ -116,7 +116,7 @@ def test_the_small_reference_architecture():
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(v4_config(vocab_size=600), attn_implementation="eager").eval()
     loaded = wrap_model(model, None, name="small")
-    ids = torch.randint(2, 500, (160,), generator=torch.Generator().manual_seed(1)).tolist()
+    ids = torch.randint(2, 500, (140,), generator=torch.Generator().manual_seed(1)).tolist()
     prompt = prefill(loaded, ids[:120], chunk_tokens=64)
     for spec in ("dense", f"{SYNTHETIC},budget_fraction=0.6,tau=8"):
         both(loaded, spec, prompt, ids[120:])
@@ -129,7 +129,7 @@ def test_experts_chosen_by_the_token():
         if name.endswith("tid2eid"):
             buffer.copy_(torch.stack([torch.randperm(4)[:2] for _ in range(len(buffer))]))
     loaded = wrap_model(model, None, name="hashed")
-    ids = torch.randint(2, 500, (150,), generator=torch.Generator().manual_seed(1)).tolist()
+    ids = torch.randint(2, 500, (130,), generator=torch.Generator().manual_seed(1)).tolist()
     both(loaded, "dense", prefill(loaded, ids[:110], chunk_tokens=64), ids[110:])
 
 
