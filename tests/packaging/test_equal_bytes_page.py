@@ -214,6 +214,17 @@ def test_what_lacks_is_on_the_page(result: dict[str, Any]) -> None:
     assert {cell["length_tokens"] for cell in result["cells"] if cell["tpot_s"] is not None} == {SHORT}
 
 
+def test_readme_has_the_baselines_of_equal_bytes(cells: Cells) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for setting in ("snapkv", "recency"):
+        cell = cells[MIDDLE, setting, 0.135]
+        held, accuracy = percent(cell["held_of_dense"]), percent(cell["accuracy"])
+        assert f"| `{setting}:share=0.135` (a) | {held} % | {accuracy} % | {difference(cell)} |" in readme
+    assert f"dense has {percent(cells[MIDDLE, 'dense', None]['accuracy'])} %" in readme
+    lost = [-100 * cells[MIDDLE, setting, 0.135]["difference_to_dense"] for setting in ("snapkv", "recency")]
+    assert f"`snapkv` loses {lost[0]:.0f} points, the last tokens alone {lost[1]:.0f}" in readme
+
+
 def test_times_are_those_of_the_rows(cells: Cells) -> None:
     page = " ".join(PAGE.read_text(encoding="utf-8").split())
     timed = [cell for cell in cells.values() if cell["tpot_s"] is not None]
