@@ -257,7 +257,7 @@ def footprint_cells(run: Run) -> pd.DataFrame:
             }
             for method in run.info.methods
             for length in run.info.footprint_lengths_tokens
-            if (method.label, length) not in there
+            if (method.label, length) not in there and run.info.asks_footprint(method.label, length)
         ]
     )
     if len(absent):

@@ -56,20 +56,23 @@ def coverage(run: Run) -> Coverage:
     asked = {length: sum(info.expected_samples(task, length) for task in info.tasks) for length in info.lengths_tokens}
     present = run.samples.groupby(["method_label", "length_tokens"]).size().to_dict()
     measured = set(zip(run.footprint["method_label"], run.footprint["length_tokens"], strict=True))
-    missing = []
-    for method in info.methods:
+    missing, n_footprints = [], 0
+    for label in (method.label for method in info.methods):
         for length in info.lengths_tokens:
-            lacking = asked[length] - present.get((method.label, length), 0)
+            lacking = asked[length] - present.get((label, length), 0)
             if lacking > 0:
-                missing.append(f"{lacking} of {asked[length]} samples of {method.label} at {length_text(length)}")
+                missing.append(f"{lacking} of {asked[length]} samples of {label} at {length_text(length)}")
         for length in info.footprint_lengths_tokens:
-            if (method.label, length) not in measured:
-                missing.append(f"the footprint of {method.label} at {length_text(length)}")
+            if not info.asks_footprint(label, length):
+                continue
+            n_footprints += 1
+            if (label, length) not in measured:
+                missing.append(f"the footprint of {label} at {length_text(length)}")
     mismatched = run.footprint[run.footprint["verdict"] == "mismatch"]
     return Coverage(
         samples_expected=sum(asked.values()) * len(info.methods),
         samples_present=len(run.samples),
-        footprint_expected=len(info.footprint_lengths_tokens) * len(info.methods),
+        footprint_expected=n_footprints,
         footprint_present=len(run.footprint),
         missing=tuple(missing),
         not_measured=(

@@ -250,6 +250,14 @@ class RunInfo(Record):
         parts = self.parts or (RunPart(tasks=self.tasks, lengths_tokens=self.lengths_tokens, samples=self.samples),)
         return sum(part.expected_samples(task, length_tokens) for part in parts)
 
+    def asks_footprint(self, method_label: str, length_tokens: int) -> bool:
+        """Whether a footprint was asked for: later calls of a folder may measure some of its methods alone."""
+        if not self.calls:
+            return length_tokens in self.footprint_lengths_tokens
+        return any(
+            method_label in call.methods and length_tokens in call.footprint_lengths_tokens for call in self.calls
+        )
+
     @model_validator(mode="after")
     def _cells_can_be_told_apart(self) -> Self:
         counts = Counter(method.label for method in self.methods)

@@ -206,6 +206,17 @@ def test_a_union_is_reported(small: MakeConfig) -> None:
     assert any(path.name == "report.html" for path in make_report(result.folder))
 
 
+def test_memory_of_some_methods_alone_is_all_of_it(small: MakeConfig) -> None:
+    from kvscope.reports.coverage import coverage
+
+    run(small(samples=1), progress=False)
+    result = run(small(samples=1, methods=["dense"], footprint=True), progress=False)
+    assert len(result.info.methods) == 2
+    assert list(result.footprint["method_label"]) == ["dense"]
+    state = coverage(result)
+    assert (state.footprint_expected, state.footprint_present, state.missing) == (1, 1, ())
+
+
 def test_fewer_samples_lose_nothing_and_are_said(small: MakeConfig) -> None:
     folder = run(small(samples=2), progress=False).folder
     notes = Notes()
