@@ -231,7 +231,7 @@ def _stays_cell(
     elif found is not None:
         reasons.append(f"{found['status']}: {found['reason']}")
     else:
-        planned = run.info.asks_footprint(method.label, length)
+        planned = length is not None and run.info.asks_footprint(method.label, length)
         absent = NOT_SEEN if run.info.served else "no footprint cell was asked for at this length"
         reasons.append("the footprint was not run yet" if planned else absent)
         if len(ok):
