@@ -137,3 +137,9 @@ def test_a_folder_is_one_models_and_takes_further_lengths(
     more = script.Recipe(recipe.options, {8192: 0.5})
     assert more._of_all(0.5, 8192) == pytest.approx((100 + 0.5 * 800) / 900)
     assert set(json.loads((recipe.work / script.BYTES_FILE).read_text())["dense_bytes"]) == {"4096", "32768", "8192"}
+
+
+def test_figures_need_a_run(monkeypatch: pytest.MonkeyPatch, recipe: Any) -> None:
+    results = load_script(monkeypatch, "public_models_result")
+    with pytest.raises(UsageError, match="or no run yet"):
+        results.main(["result", "--run", str(recipe.work), "--out", str(recipe.work / "figures.json")])
