@@ -46,6 +46,7 @@ from equal_bytes_results import (
 from measure import ended, is_over, rounded, say
 
 from kvscope.errors import UsageError
+from kvscope.files import whole_file
 from kvscope.harness.passes.config import RunConfig, make_config
 from kvscope.reports.shares import without_share
 from kvscope.results.frames import Run, load_run
@@ -224,7 +225,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.out is None:
         sys.stdout.write(text)
         return 0
-    given.out.write_text(text, encoding="utf-8")
+    with whole_file(given.out) as path:
+        path.write_text(text, encoding="utf-8")
     for lacking in result["not_measured"]:
         say("not measured: {step} at {length_tokens:,} tokens, {rows_there:,} of {rows_asked:,} rows".format(**lacking))
     return 0

@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from statistics import mean
@@ -33,6 +33,7 @@ from typing import Any
 from measure import ended, is_over, say
 
 from kvscope.errors import UsageError
+from kvscope.files import make_folder, whole_file
 from kvscope.harness.engine.models import load_model
 from kvscope.methods.at_share import DECODED_TOKENS
 from kvscope.methods.dense.method import Dense
@@ -56,6 +57,8 @@ MEASURING_SEED = 0
 RECALL_SEED, RECALL_SAMPLES = 3000, 8
 STEPS = ("fit", "recall", "choose", "test", "compare", "footprint")
 INDEXER, CARD_FILE, TASKS_FILE, BYTES_FILE = "indexer", "card.json", "tasks.json", "bytes.json"
+#: Whose folder of work it is; not packed, as it may be a path.
+MODEL_FILE = "model.txt"
 #: Least seconds that a run is begun with.
 LEAST_CALL_S = 20.0
 #: Methods that hold less, at a share of the managed bytes.
@@ -95,12 +98,20 @@ class Recipe:
 
     Args:
         shares: length in tokens -> share of the managed bytes that the methods under test hold.
+
+    Raises:
+        UsageError: the folder of work cannot be made, or is another model's.
     """
 
     def __init__(self, options: argparse.Namespace, shares: dict[int, float]) -> None:
         self.options, self.shares = options, shares
         self.work: Path = options.work
-        self.work.mkdir(parents=True, exist_ok=True)
+        make_folder(self.work)
+        note = self.work / MODEL_FILE
+        if note.exists() and (of := note.read_text(encoding="utf-8").strip()) != options.model:
+            raise UsageError(f"--work '{self.work}' is of the model {of}, not of {options.model}: give another folder.")
+        with whole_file(note) as path:
+            path.write_text(f"{options.model}\n", encoding="utf-8")
         self.deadline_s = time.monotonic() + options.time_limit
 
     def kvscope(self, *arguments: str) -> None:
@@ -128,7 +139,7 @@ class Recipe:
         lengths = [item for length in self.options.recall_length for item in ("--length", length)]
         if not lengths or (self.work / "recall" / "recall.json").exists():
             return True
-        card = json.loads((self.work / INDEXER / CARD_FILE).read_text(encoding="utf-8"))
+        card = self._note(f"{INDEXER}/{CARD_FILE}", step="fit")
         rule = card["labels"][-1]
         tasks = [item for task in card["probe"]["tasks"] for item in ("--task", task)]
         self.kvscope(
@@ -153,7 +164,7 @@ class Recipe:
         means = {task: round(mean(each), 3) for task, each in scores.items()}
         chosen = [task for task in CANDIDATES if means[task] >= LEAST_SCORE]
         note = {"least_score": LEAST_SCORE, "seed": CHOOSING_SEED, "dense": means, "tasks": chosen}
-        (self.work / TASKS_FILE).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
+        self._write_note(TASKS_FILE, note)
         print(note, flush=True)
         if not chosen:
             raise UsageError(f"Dense answers no task in {LEAST_SCORE:.0%} of prompts: {means}. Nothing is measured.")
@@ -201,20 +212,34 @@ class Recipe:
     def _bytes(self) -> dict[str, Any]:
         """What a sequence holds under dense, by length, behind as many decoded tokens as a share is counted with."""
         path = self.work / BYTES_FILE
-        if not path.exists():
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"dense_bytes": {}}
+        if not {str(n) for n in self.shares} <= set(found["dense_bytes"]):
             inside = self.work / self.options.model
             spec = str(inside) if inside.exists() else self.options.model
             shape = load_model(spec, device=self.options.device or "auto").shape
-            dense = {n: Dense().predict(shape, n, DECODED_TOKENS).device_bytes for n in self.shares}
-            note = {"window_bytes": shape.stock_kv_bytes(min(self.shares), DECODED_TOKENS), "dense_bytes": dense}
-            path.write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            dense = {str(n): Dense().predict(shape, n, DECODED_TOKENS).device_bytes for n in self.shares}
+            found = {
+                "window_bytes": shape.stock_kv_bytes(min(self.shares), DECODED_TOKENS),
+                "dense_bytes": found["dense_bytes"] | dense,
+            }
+            self._write_note(BYTES_FILE, found)
         return found
 
     @property
     def _tasks(self) -> list[str]:
-        tasks: list[str] = json.loads((self.work / TASKS_FILE).read_text(encoding="utf-8"))["tasks"]
+        tasks: list[str] = self._note(TASKS_FILE, step="choose")["tasks"]
         return tasks
+
+    def _write_note(self, name: str, note: dict[str, Any]) -> None:
+        with whole_file(self.work / name) as path:
+            path.write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
+
+    def _note(self, name: str, *, step: str) -> Any:
+        """Return what an earlier step wrote down."""
+        path = self.work / name
+        if not path.exists():
+            raise UsageError(f"{path} is missing, which --step {step} writes: do that before.")
+        return json.loads(path.read_text(encoding="utf-8"))
 
     @property
     def _device(self) -> list[str]:
@@ -246,7 +271,9 @@ class Recipe:
         try:
             self.kvscope(*found, *self._device, "--quiet", "--no-report")
         except subprocess.CalledProcessError as error:
-            if not is_over(error.returncode, took_s=time.monotonic() - since_s, limit_s=math.floor(left_s)):
+            # Without a limit no time is over, and infinity has no whole seconds.
+            limit_s = math.floor(left_s) if math.isfinite(left_s) else left_s
+            if not is_over(error.returncode, took_s=time.monotonic() - since_s, limit_s=limit_s):
                 raise
         return self._rows(out) >= asked
 
@@ -257,8 +284,34 @@ class Recipe:
         return len(run.samples) + len(run.footprint)
 
 
-def main() -> int:
-    """Run the steps in turn; return 0 when all are done."""
+def shares_of(texts: Iterable[str]) -> dict[int, float]:
+    """Return length in tokens -> share, of texts as ``16k=0.25``.
+
+    Raises:
+        UsageError: one is otherwise, or its length was there before.
+    """
+    found: dict[int, float] = {}
+    for text in texts:
+        length, _, share = text.partition("=")
+        try:
+            value = float(share)
+        except ValueError:
+            value = math.nan
+        if not 0 < value <= 1:
+            raise UsageError(f"--length '{text}' has no share between 0 and 1: write it as 16k=0.25.")
+        n_tokens = parse_length(length)
+        if n_tokens in found:
+            raise UsageError(f"--length {length} is given twice: a length has one share.")
+        found[n_tokens] = value
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the steps in turn; return 0 when all are done.
+
+    Raises:
+        UsageError: an argument is wrong, or a step cannot be done.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="as of kvscope run; a path is taken from --work or absolute")
     parser.add_argument("--work", type=Path, required=True)
@@ -277,12 +330,22 @@ def main() -> int:
     parser.add_argument("--footprint-batch", type=int, default=16)
     parser.add_argument("--time-limit", type=float, default=math.inf, help="seconds of all steps")
     parser.add_argument("--step", action="append", choices=STEPS, help="repeatable; all of them")
-    options = parser.parse_args()
-    pairs = (text.partition("=") for text in options.length)
-    recipe = Recipe(options, {parse_length(length): float(share) for length, _, share in pairs})
+    options = parser.parse_args(arguments)
+    for name in ("samples", "compare_samples", "jobs", "footprint_batch"):
+        if getattr(options, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be 1 or more, got {getattr(options, name)}.")
+    for share in options.share or ():
+        if not 0 < share <= 1:
+            raise UsageError(f"--share must be above 0 and at most 1, got {share:g}.")
+    recipe = Recipe(options, shares_of(options.length))
     for step in options.step or STEPS:
         since_s = time.perf_counter()
-        done = getattr(recipe, step)()
+        try:
+            done = getattr(recipe, step)()
+        except subprocess.CalledProcessError as error:
+            raise UsageError(
+                f"Step {step}: kvscope ended with exit code {error.returncode}, as it says above."
+            ) from error
         say(f"{step}: {'done' if done else 'not done'}, {time.perf_counter() - since_s:.1f} s")
         if not done:
             return 1

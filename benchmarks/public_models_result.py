@@ -22,6 +22,7 @@ from measure import ended, rounded, say
 from public_models import BYTES_FILE, CARD_FILE, INDEXER, TASKS_FILE
 
 from kvscope.errors import UsageError
+from kvscope.files import make_folder, whole_file
 from kvscope.reports.shares import without_share
 from kvscope.results.comparisons import answered, cluster_names, pairs, texts_of
 from kvscope.results.frames import Run, load_run, records
@@ -53,6 +54,7 @@ def pack(work: Path, out: Path, *, command: str) -> None:
     folders = run_folders(work)
     if not folders:
         raise UsageError(f"{work} holds no run of public_models.py.")
+    make_folder(out)
     for folder in folders:
         store = RunStore.open(folder)
         piece = Piece(name=folder.name, info=store.info, rows=store.rows(), command=command)
@@ -133,8 +135,10 @@ def result_of(place: Path) -> dict[str, Any]:
     if not note.exists():
         raise UsageError(f"{place} has no {TASKS_FILE}: give a folder that `pack` wrote, or --work of a run.")
     tasks = json.loads(note.read_text(encoding="utf-8"))
-    all_bytes = json.loads((place / BYTES_FILE).read_text(encoding="utf-8"))
     runs = {folder.name: load_run(folder) for folder in run_folders(place)}
+    if not (place / BYTES_FILE).exists() or not runs:
+        raise UsageError(f"{place} has no {BYTES_FILE} or no run yet: go on with public_models.py, step `test`.")
+    all_bytes = json.loads((place / BYTES_FILE).read_text(encoding="utf-8"))
     window_bytes = all_bytes["window_bytes"]
     tested = [run for name, run in runs.items() if name.startswith("test-")]
     first = next(iter(runs.values()))
@@ -174,7 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given.run:
         raise UsageError("Say whose figures: --run FOLDER, repeatable.")
     result = {"benchmark": "public_models", "models": [result_of(folder) for folder in given.run]}
-    given.out.write_text(json.dumps(rounded(result), indent=1) + "\n", encoding="utf-8")
+    with whole_file(given.out) as path:
+        path.write_text(json.dumps(rounded(result), indent=1) + "\n", encoding="utf-8")
     return 0
 
 

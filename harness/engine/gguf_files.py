@@ -27,8 +27,8 @@ from kvscope.paths import cache_folder
 ENDING = ".gguf"
 _MAGIC = b"GGUF"
 _LABEL_FILE = "kvscope_label.txt"
-#: 1: tokenizers as transformers reads them. 2: held against the file.
-_UNPACKING = 2
+#: 1: tokenizers as transformers reads them. 2: held against the file. 3: control tokens whole, spaces before texts.
+_UNPACKING = 3
 
 
 def gguf_in(given: Path) -> Path | None:
@@ -140,13 +140,13 @@ def _unpack(path: Path, folder: Path, label: str) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=folder.parent))
         where = str(path.parent)
+        vocabulary = Vocabulary.of(path)
         with contextlib.redirect_stderr(io.StringIO()):  # bars of transformers and of tqdm
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 where, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False, **options
             )
             model.save_pretrained(partial)
             tokenizer = transformers.AutoTokenizer.from_pretrained(where, gguf_file=path.name, trust_remote_code=False)
-            vocabulary = Vocabulary.of(path)
             if vocabulary is not None:
                 tokenizer = mended(tokenizer, vocabulary)
             tokenizer.save_pretrained(partial)

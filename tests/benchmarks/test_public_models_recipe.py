@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from benchmark_scripts import load_script
 
+from kvscope.errors import UsageError
 from kvscope.methods.registry import create_method
 
 SHARES = {4096: 0.25, 32_768: 0.135}
@@ -79,3 +80,66 @@ def test_a_limit_of_time_is_no_failure(script: Any, recipe: Any, monkeypatch: py
         recipe.test()
     now_s[0] = 1055.0  # too late to begin
     assert not recipe.test()
+
+
+def test_without_a_limit_every_end_is_a_failure(script: Any, recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: str) -> None:
+        raise subprocess.CalledProcessError(1, "kvscope")
+
+    monkeypatch.setattr(recipe, "kvscope", fail)
+    with pytest.raises(subprocess.CalledProcessError):
+        recipe.test()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--length", "4k"], "'4k' has no share"),
+        (["--length", "4k=x"], "'4k=x' has no share"),
+        (["--length", "4k=1.5"], "'4k=1.5' has no share"),
+        (["--length", "4k=nan"], "'4k=nan' has no share"),
+        (["--length", "4q=0.5"], "'4q' is not a length"),
+        (["--length", "4k=0.5", "--length", "4096=0.2"], "4096 is given twice"),
+        (["--length", "4k=0.5", "--share", "3"], "--share must be above 0"),
+        (["--length", "4k=0.5", "--samples", "0"], "--samples must be 1 or more"),
+        (["--length", "4k=0.5", "--step", "test"], "which --step choose writes"),
+        (["--length", "4k=0.5", "--step", "recall", "--recall-length", "4k"], "which --step fit writes"),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence(script: Any, tmp_path: Path, arguments: list[str], said: str) -> None:
+    with pytest.raises(UsageError, match=said) as caught:
+        script.main(["--model", "none", "--work", str(tmp_path), *arguments])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_failed_command_is_told_with_its_step(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: str) -> None:
+        raise subprocess.CalledProcessError(2, "kvscope")
+
+    monkeypatch.setattr(script.Recipe, "kvscope", fail)
+    with pytest.raises(UsageError, match="Step fit: kvscope ended with exit code 2"):
+        script.main(["--model", "none", "--work", str(tmp_path), "--length", "4k=0.5"])
+
+
+def test_a_folder_is_one_models_and_takes_further_lengths(
+    script: Any, recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = argparse.Namespace(**{**vars(recipe.options), "model": "other"})
+    with pytest.raises(UsageError, match="is of the model none, not of other"):
+        script.Recipe(other, SHARES)
+    with pytest.raises(UsageError, match="cannot be"):
+        script.Recipe(argparse.Namespace(**{**vars(recipe.options), "work": recipe.work / "model.txt" / "x"}), SHARES)
+
+    loaded = argparse.Namespace(shape=argparse.Namespace(stock_kv_bytes=lambda *_: 100))
+    monkeypatch.setattr(script, "load_model", lambda *_, **__: loaded)
+    predicted = argparse.Namespace(predict=lambda *_: argparse.Namespace(device_bytes=900))
+    monkeypatch.setattr(script, "Dense", lambda: predicted)
+    more = script.Recipe(recipe.options, {8192: 0.5})
+    assert more._of_all(0.5, 8192) == pytest.approx((100 + 0.5 * 800) / 900)
+    assert set(json.loads((recipe.work / script.BYTES_FILE).read_text())["dense_bytes"]) == {"4096", "32768", "8192"}
+
+
+def test_figures_need_a_run(monkeypatch: pytest.MonkeyPatch, recipe: Any) -> None:
+    results = load_script(monkeypatch, "public_models_result")
+    with pytest.raises(UsageError, match="or no run yet"):
+        results.main(["result", "--run", str(recipe.work), "--out", str(recipe.work / "figures.json")])

@@ -27,6 +27,10 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def packed(tmp_path: Path) -> Path:
+    return written(tmp_path)
+
+
+def written(tmp_path: Path, *, eos: int = 0) -> Path:
     """Write a Llama of two layers in Q8_0, with a byte-level vocabulary."""
     import gguf
 
@@ -48,7 +52,7 @@ def packed(tmp_path: Path) -> Path:
     writer.add_token_types([3] + [1] * 257 + [3] * (VOCAB - 258))
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
+    (writer.add_int32 if eos < 0 else writer.add_uint32)("tokenizer.ggml.eos_token_id", eos)
     writer.add_unk_token_id(0)
     rng = np.random.default_rng(0)
 
@@ -108,6 +112,12 @@ def test_a_file_that_was_cut_off_is_one_sentence_of_the_plan(packed: Path, small
     data = packed.read_bytes()
     packed.write_bytes(data[: int(len(data) * kept)])
     refused(small, packed, "is cut off or damaged")
+
+
+@needs_gguf
+@pytest.mark.parametrize("token", [-1, VOCAB])
+def test_a_special_token_outside_the_vocabulary_is_refused(tmp_path: Path, small: MakeConfig, token: int) -> None:
+    refused(small, written(tmp_path, eos=token), f"names token {token} as its eos_token_id, and has {VOCAB} tokens")
 
 
 def test_a_file_that_is_none_is_refused(tmp_path: Path, small: MakeConfig) -> None:

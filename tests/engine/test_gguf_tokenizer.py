@@ -111,3 +111,61 @@ def test_what_cannot_be_mended_is_one_sentence(told: Vocabulary, monkeypatch: py
     monkeypatch.setattr(gguf_tokenizer, "_pieces", lambda told, tokenizer: [piece])
     with pytest.raises(UsageError, match=r"does not read the tokenizer of 'some.gguf'.* Use a newer transformers"):
         mended(by_characters(told), other)
+
+
+def test_tokens_of_control_stay_whole_and_the_chat_template_stays_behind(told: Vocabulary, tmp_path: Path) -> None:
+    turn, users = len(told.tokens), len(told.tokens) + 1
+    told = replace(told, tokens=[*told.tokens, "<turn>", "<think>"], kinds=[*told.kinds, 3, 4])
+    stock = by_characters(told)
+    stock.chat_template = "{{ messages }}"
+    mended(stock, told).save_pretrained(tmp_path)
+    from transformers import AutoTokenizer
+
+    again = AutoTokenizer.from_pretrained(str(tmp_path))
+    piece = told.tokens.index(f"{SPACE}the")
+    assert again("<turn> the<think> the", add_special_tokens=False)["input_ids"] == [turn, piece, users, piece]
+    assert again.decode([turn, piece], skip_special_tokens=True) == " the"
+    assert again.chat_template == "{{ messages }}"
+
+
+def test_mending_adds_no_token_that_the_model_lacks(told: Vocabulary) -> None:
+    told = replace(told, special={"bos": 2, "eos": 1})
+    right = mended(by_characters(told), told)
+    assert len(right) == len(told.tokens)
+    assert (right.pad_token, right.unk_token, right.mask_token) == (None, None, None)
+
+
+@pytest.mark.parametrize("known", ["the year", "год"])
+def test_a_vocabulary_of_few_letters_is_asked_for_what_it_has(told: Vocabulary, known: str) -> None:
+    words = known.split()
+    tokens = [*SPECIAL, *sorted({*"".join(words), SPACE})]
+    tokens += [f"{SPACE}{word[:n]}" for word in words for n in range(1, 1 + len(word))]
+    tokens = list(dict.fromkeys(tokens))
+    small = replace(told, tokens=tokens, kinds=[3] * 4 + [1] * (len(tokens) - 4))
+    right = gguf_tokenizer._of_sentencepiece(small)
+    assert mended(right, small) is right
+    with pytest.raises(UsageError, match=r"pieces of its vocabulary are several tokens"):
+        check(by_characters(small), small)
+
+
+def test_a_space_before_texts_is_the_files(told: Vocabulary) -> None:
+    without = gguf_tokenizer._of_sentencepiece(told)
+    with pytest.raises(UsageError, match="a space is not put before texts"):
+        mended(without, replace(told, adds_space=True))
+    spaced = gguf_tokenizer._of_sentencepiece(told)
+    spaced.backend_tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
+    )
+    piece = told.tokens.index(f"{SPACE}the")
+    assert mended(spaced, told)("the")["input_ids"] == [2, piece]
+    right = mended(spaced, replace(told, adds_space=False))
+    assert right("the")["input_ids"] != [2, piece]
+    assert right(" the")["input_ids"] == [2, piece]
+
+
+def test_byte_tokens_and_blanks_survive_mending(told: Vocabulary) -> None:
+    tokens = [*told.tokens, *(f"<0x{byte:02X}>" for byte in range(256))]
+    told = replace(told, tokens=tokens, kinds=[*told.kinds, *[6] * 256])
+    right = mended(by_characters(told), told)
+    for text in ("the\n\tyear", "a  b   c\r\n", "日本 😀 год"):
+        assert right.decode(right(text)["input_ids"], skip_special_tokens=True) == text
