@@ -4,8 +4,8 @@
 2. ``recall``: golden recall of that indexer on new documents, at the lengths given with ``--recall-length``.
 3. ``choose``: dense alone on seeds that the fit trains on. A task is measured if dense answers enough of it there, over
    all lengths. The choice is written down before the first row of the measurement.
-4. ``test``: lsa and landmark on new seeds, at each length's share of the managed bytes.
-5. ``compare``: all other methods on the first of those prompts, at every share of ``--share``.
+4. ``test``: lsa, landmark and the common baselines on new seeds, at each length's share of the managed bytes.
+5. ``compare``: all methods on the first of those prompts, at every share of ``--share``.
 6. ``footprint``: memory of several sequences at the longest length, by the driver.
 
 ``public_models_result.py`` packs the runs for keeping, and has their figures as JSON.
@@ -80,7 +80,8 @@ def at_share(method: str, share: float, *, option: str = "share") -> str:
 def tested(share: float, *, fitted: bool) -> list[str]:
     """Return what is tested against dense on all prompts of a length, at a share of dense's bytes."""
     fit = [at_share(f"lsa:indexer={INDEXER}", share), f"lsa:indexer={INDEXER}"] if fitted else []
-    return ["dense", *fit, at_share("lsa:indexer=landmark", share)]
+    held = [at_share(method, share) for method in ("lsa:indexer=landmark", "recency", "random")]
+    return ["dense", *fit, *held, *(at_share(method, share, option="read_share") for method in READING), "msa"]
 
 
 def compared(shares: Iterable[float], *, fitted: bool) -> list[str]:
@@ -195,7 +196,7 @@ class Recipe:
         """Let the driver say what several sequences hold at the longest length."""
         length = max(self.shares)
         share = self._of_all(self.shares[length], length)
-        methods = [*tested(share, fitted=self._fitted), at_share("recency", share)]
+        methods = tested(share, fitted=self._fitted)
         return self._run("footprint", methods=methods, tasks=["niah_single_1"], lengths=[length], samples=1,
                          seed=MEASURING_SEED, footprint=True)  # fmt: skip
 
