@@ -13,6 +13,8 @@ import tempfile
 from collections.abc import Mapping
 from typing import IO
 
+#: ``-P``: the folder that a user happens to stand in is no place to import from.
+WORKER_COMMAND = (sys.executable, "-P", "-m", "kvscope.harness.passes.worker")
 SERVER_COMMAND = (sys.executable, "-P", "-m", "kvscope.harness.passes.worker_server")
 #: torch's compiler names its folder so, where nobody did.
 SET_BY_LIBRARIES = ("TORCHINDUCTOR_CACHE_DIR",)

@@ -92,15 +92,15 @@ class NvmlProcessMemory:
     def others(self, sweep_pid: int | None = None) -> tuple[int, int | None] | None:
         """Return (other processes on the GPU, bytes they hold or None where the driver does not tell).
 
-        The sweep that started this process is none of them: it waits. None when NVML could not be asked, or does not
-        say which process is this one.
+        The sweep that asked for this process's row is none of them: it waits. None when NVML could not be asked, or
+        does not say which process is this one.
 
         Args:
             sweep_pid: how NVML lists the sweep; None where it holds no context, or does not know itself how.
         """
         if self._nvml is None or self._pid is None:
             return None
-        own = {self._pid, os.getppid() if in_host_pid_namespace() else sweep_pid}
+        own = {self._pid, sweep_pid}
         processes = self.processes()
         if processes is None or self._pid not in processes:
             return None

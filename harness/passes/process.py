@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Callable
@@ -14,33 +13,25 @@ from typing import IO, Any
 
 import kvscope
 from kvscope.harness.engine.oom import says_oom
-from kvscope.harness.passes.forked import CAN_FORK, ForkedWorker, worker_server
+from kvscope.harness.passes.forked import CAN_FORK, WORKER_COMMAND, ForkedWorker, worker_server
 from kvscope.harness.passes.job import Job, RowT
 from kvscope.harness.passes.row_columns import FailureStatus
 from kvscope.results.schema import OomOf
 
-#: ``-P``: the folder that a user happens to stand in is no place to import from.
-WORKER_COMMAND = (sys.executable, "-P", "-m", "kvscope.harness.passes.worker")
 PHASES = ("start", "load", "warm-up", "prefill", "decode", "timing")
 SAID = "kvscope: "
 """Begins a worker's last line on stderr where the user can act on what it met."""
 STDERR_TAIL_CHARACTERS = 2000
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-#: NVIDIA's, AMD's, and those of Windows' subsystem.
-GPU_NODES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 ALLOCATOR_SETTINGS = "expandable_segments:True"
 
 
-def start_ahead(*, device: str) -> None:
+def start_ahead() -> None:
     """Let the process that forks workers import its libraries while this one imports the same, each on a core.
 
-    It is a head start and nothing more. So without torch's word it is enough that no GPU shows.
-
-    Args:
-        device: as a configuration has it: ``auto``, ``cpu`` or a GPU's name.
+    It is a head start and nothing more.
     """
-    is_cpu = device == "cpu" or (device == "auto" and not any(Path(node).exists() for node in GPU_NODES))
-    if CAN_FORK and is_cpu and len(os.sched_getaffinity(0)) > 1:
+    if CAN_FORK and len(os.sched_getaffinity(0)) > 1:
         worker_server(worker_environment())
 
 
@@ -57,12 +48,11 @@ def run_worker(
     the reason and the phase it was in.
 
     Args:
-        command: starts a worker; left out, on a CPU a process that has imported the libraries is forked where that is
-            possible.
+        command: starts a worker; left out, a process that has imported the libraries is forked where that is possible.
     """
     kills_before = kernel_oom_kills()
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as stderr:
-        process = _start(command, stderr, device=job.devices[0])
+        process = _start(command, stderr)
         timed_out = threading.Event()
 
         def stop() -> None:
@@ -89,10 +79,9 @@ def run_worker(
         return job.failed(status=status, reason=reason, phase=phase, oom_of=memory)
 
 
-def _start(command: tuple[str, ...] | None, stderr: IO[str], *, device: str) -> "subprocess.Popen[str] | ForkedWorker":
+def _start(command: tuple[str, ...] | None, stderr: IO[str]) -> "subprocess.Popen[str] | ForkedWorker":
     environment = worker_environment()
-    # Where NVML is asked, a worker is a process that began with nothing.
-    if command is None and CAN_FORK and device == "cpu":
+    if command is None and CAN_FORK:
         return ForkedWorker(worker_server(environment, stderr=stderr), stderr=stderr)
     # A session of its own: Ctrl-C reaches the sweep alone, which then ends the worker.
     return subprocess.Popen(

@@ -48,7 +48,7 @@ def run(
     folder = user_path(folder, what="out")
     check_out(folder)
     if config.footprint_cells_tokens and not config.served and not folder.exists():
-        start_ahead(device=config.first_device)
+        start_ahead()
     with as_progress(progress) as shown:
         plan = make_plan(config).ready()
         with RunStore.create(folder, run_info(plan), earlier_identity=earlier_identity(plan)) as store:

@@ -32,10 +32,10 @@ def sweep_process_id(device: str) -> int | None:
     torch = sys.modules.get("torch")
     if torch is None or not device.startswith("cuda") or not torch.cuda.is_initialized():
         return None
-    if not torch.cuda.memory_stats(device).get("segment.all.allocated"):
-        return None  # nothing was ever allocated: a block would make the context that is not there
     if in_host_pid_namespace():
         return os.getpid()
+    if not torch.cuda.memory_stats(device).get("segment.all.allocated"):
+        return None  # nothing was ever allocated: a block would make the context that is not there
     return grown_process(NvmlProcessMemory(int(device.partition(":")[2] or 0)), _block(device))
 
 

@@ -4,8 +4,9 @@ Its stdin is a Unix socket. A request is a line of JSON with three open files be
 stderr; the answer is the worker's process id. When the worker ends, its exit status follows, and the process is reaped
 once the other side has read that, so that nobody signals a stranger. The server ends when the socket closes.
 
-Importing torch and transformers takes most of a worker's start, and is the same for each. It happens here, once. Jobs
-on a GPU are not for it: what NVML reads there is of a process that began with nothing.
+Importing torch and transformers takes most of a worker's start, and is the same for each. It happens here, once. No
+CUDA context may be made here: each worker makes its own, and what NVML reads is of that process alone. Where a library
+has asked CUDA for devices as it was imported, workers could make none, and are programs of their own.
 """
 
 import gc
@@ -17,6 +18,7 @@ import traceback
 from typing import NoReturn
 
 from kvscope.harness.passes import worker
+from kvscope.harness.passes.forked import WORKER_COMMAND
 from kvscope.harness.passes.libraries import import_libraries
 
 REQUEST_BYTES = 1 << 16
@@ -60,6 +62,14 @@ def _exit_status(process_id: int) -> int:
     return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
 
 
+def context_is_impossible() -> bool:
+    """Whether CUDA was asked before this process was forked, which then cannot make a context."""
+    import torch
+
+    # torch has no public name for it. Without it, a worker that cannot make a context says so in its row.
+    return bool(getattr(torch.cuda, "_is_in_bad_fork", bool)())
+
+
 def _be_worker(files: list[int], *, folder: str) -> NoReturn:
     """Do what ``python -m kvscope.harness.passes.worker`` does with these three files, in this process."""
     try:
@@ -68,6 +78,8 @@ def _be_worker(files: list[int], *, folder: str) -> NoReturn:
         for standard, file in enumerate(files):
             os.dup2(file, standard)
             os.close(file)
+        if context_is_impossible():
+            os.execv(WORKER_COMMAND[0], WORKER_COMMAND)
         code = worker.main()
     except BaseException:  # noqa: BLE001 - the end of this process: the traceback is what its parent reads
         traceback.print_exc()

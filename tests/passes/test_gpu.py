@@ -9,7 +9,12 @@ import torch
 from tiny import MakeConfig
 
 from kvscope.harness.engine.names import REFERENCE_MODEL_FOLDER
+from kvscope.harness.passes.config import make_config
+from kvscope.harness.passes.footprint import FootprintPass
+from kvscope.harness.passes.forked import CAN_FORK, WORKER_COMMAND
 from kvscope.harness.passes.memory import host_rss_bytes
+from kvscope.harness.passes.plan import make_plan
+from kvscope.harness.passes.process import run_worker
 from kvscope.harness.passes.sweep import failures, run
 from kvscope.methods.pinned import empty_pinned
 from kvscope.results.memory_rows import NVML_COLUMNS, TORCH_COLUMNS
@@ -89,6 +94,20 @@ def test_synthetic_rows_of_a_preset_are_confirmed_by_the_driver(tmp_path: Path) 
     lsa = frame.loc[LSA]
     assert lsa["host_kv_bytes"] == lsa["predicted_host_bytes"] == frame.loc["dense", "dense_kv_bytes"]
     assert lsa["host_rss_peak_bytes"] - frame.loc["dense", "host_rss_peak_bytes"] < 1.1 * lsa["host_kv_bytes"]
+
+
+@pytest.mark.skipif(not CAN_FORK, reason="no process that has loaded torch is forked here")
+def test_a_forked_worker_reads_what_a_program_of_its_own_reads() -> None:
+    """It makes a context of its own; that the libraries were imported in another process is nothing NVML sees."""
+    plan = make_plan(make_config({**PRESET, "methods": ["recency"]}))
+    job = FootprintPass().job(plan, plan.methods[0], LENGTH)
+    forked_row = run_worker(job, timeout_s=600.0)
+    own_row = run_worker(job, timeout_s=600.0, command=WORKER_COMMAND)
+    assert forked_row.status == own_row.status == "ok", (forked_row.reason, own_row.reason)
+    for name in NVML_COLUMNS:
+        assert abs(getattr(forked_row, name) - getattr(own_row, name)) <= 4 * MIB, name
+    assert forked_row.other_processes == own_row.other_processes
+    assert forked_row.verdict == own_row.verdict
 
 
 def test_a_budget_turns_what_does_not_fit_into_an_oom_row(tmp_path: Path) -> None:
