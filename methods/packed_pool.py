@@ -25,7 +25,9 @@ from kvscope.methods.step_batch import StepReads
 from kvscope.methods.step_counters import StepCounters
 from kvscope.methods.store import PromptKV, TokenRange, head_pages, page_shape, range_pages
 
-_PAGES_AT_ONCE = 128  # raw pages on the device at once while a prompt is packed
+#: Raw bytes on the device at once while a prompt is packed: packing takes some ten times as many beside them, which the
+#: driver sees as the method's. Large layers are packed in this many parts instead, or launches would take long.
+_RAW_BYTES_AT_ONCE, _PARTS_OF_A_LAYER = 1 << 20, 64
 Source = Callable[[int, int, int], torch.Tensor]
 """Layer, first page and page behind the last -> raw host pages of the tokens kept, packed in order."""
 
@@ -109,8 +111,9 @@ class PackedPool:
         for layer in self.shape.layers:
             n_tokens, pool = counts[layer], self.pages[layer]
             n_packed = self.shape.packed_pages(n_tokens)
-            for first in range(0, n_packed, _PAGES_AT_ONCE):
-                last = min(first + _PAGES_AT_ONCE, n_packed)
+            at_once = pages_at_once(n_packed, self.residual(layer)[0].nbytes)
+            for first in range(0, n_packed, at_once):
+                last = min(first + at_once, n_packed)
                 raw = source(layer, first, last).to(pool.device)
                 pool[first:last] = pack_pages(raw, self.packing)
             newest = source(layer, n_packed, self.shape.pages(n_tokens))
@@ -233,6 +236,11 @@ class PackedPool:
         self._place.clear()
 
 
+def pages_at_once(n_pages: int, page_bytes: int) -> int:
+    """Return how many raw pages of a layer are on the device together while they are packed."""
+    return max(_RAW_BYTES_AT_ONCE // page_bytes, n_pages // _PARTS_OF_A_LAYER, 1)
+
+
 def packed_mirror(prompt: PromptKV, packing: PagePacking, device: torch.device) -> dict[int, torch.Tensor]:
     """Return the prompt's host pages packed, for methods that recall: layer -> [pages, H, 2, 1, R / 2] in host memory.
 
@@ -254,8 +262,9 @@ def _packed_layer(raw: torch.Tensor, packing: PagePacking, device: torch.device)
     parts, unit = P // packing.page_tokens, packing.page_tokens
     size = (S * parts, H, 2, 1, packing.record_bytes // 2)
     packed = empty_pinned(size, dtype=torch.uint8) if raw.is_pinned() else torch.empty(size, dtype=torch.uint8)
-    for first in range(0, S, _PAGES_AT_ONCE):
-        block = raw[first : first + _PAGES_AT_ONCE].to(device)
+    at_once = pages_at_once(S, raw[0].nbytes)
+    for first in range(0, S, at_once):
+        block = raw[first : first + at_once].to(device)
         units = block.view(-1, H, 2, parts, unit, D).permute(0, 3, 1, 2, 4, 5)
         records = pack_pages(units, packing).view(-1, *size[1:])
         packed[first * parts : first * parts + len(records)] = records.cpu()

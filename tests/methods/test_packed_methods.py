@@ -9,8 +9,9 @@ from sessions import Single
 from tiny_models import loaded_model, prompt_ids
 
 from kvscope.errors import UsageError
+from kvscope.methods import packed_pool
 from kvscope.methods.kv_format import FORMATS, residual_pages
-from kvscope.methods.packed_pool import PackedPool
+from kvscope.methods.packed_pool import PackedPool, packed_mirror, pages_at_once
 from kvscope.methods.packing import pack_pages, unpack_pages
 from kvscope.methods.registry import create_method, method_names
 from kvscope.methods.shape import tensor_bytes
@@ -63,6 +64,36 @@ def run(case, spec, *, n_steps=N_STEPS, reserve=N_STEPS, **options):
     with Single(loaded, create_method(spec), prompt, reserve_tokens=reserve, **options) as session:
         logits = torch.stack([session.step(token) for token in prompt_ids(n_steps, seed=8)])
         return logits, session.sequence.footprint(), session.sequence.residency()
+
+
+@pytest.mark.parametrize(
+    ("n_pages", "page_bytes", "at_once"),
+    [
+        (1024, 32 << 10, 32),  # 64K tokens of the reference model: a mebibyte
+        (2048, 256 << 10, 32),  # 128K tokens of Llama-3.1-8B: a 64th of a layer
+        (3, 8 << 20, 1),
+    ],
+)
+def test_what_packing_takes_beside_the_pages_is_little(n_pages, page_bytes, at_once):
+    assert pages_at_once(n_pages, page_bytes) == at_once
+
+
+def test_packed_in_parts_is_packed_at_once(case, monkeypatch):
+    loaded, prompt = case
+
+    def packed():
+        shape = dataclasses.replace(loaded.shape, kv=FORMATS["int4"])
+        pool = PackedPool(shape, n_tokens=N_TOKENS, dtype=torch.float32, device=torch.device("cpu"))
+        pool.load(prompt, [(3, N_TOKENS)])
+        mirror = packed_mirror(dataclasses.replace(prompt, packed={}), pool.packing, torch.device("cpu"))
+        return [pool.pages, mirror]
+
+    whole = packed()
+    monkeypatch.setattr(packed_pool, "_RAW_BYTES_AT_ONCE", 1)
+    assert pages_at_once(19, 4096) == 1
+    for before, now in zip(whole, packed(), strict=True):
+        assert before.keys() == now.keys()
+        assert all(torch.equal(before[layer], now[layer]) for layer in before)
 
 
 def test_every_method_stores_or_says_why_not():
