@@ -77,6 +77,14 @@ class AttentionCall:
             module=self.module,
         )
 
+    def first(self, n: int) -> AttentionCall:
+        """Return the call of the first sequences of the batch; its tensors are views."""
+        return replace(self, query=self.query[:n], key=self.key[:n], value=self.value[:n])
+
+    def at(self, rows: torch.Tensor) -> AttentionCall:
+        """Return the call of some sequences of the batch, int64 [n]."""
+        return replace(self, query=self.query[rows], key=self.key[rows], value=self.value[rows])
+
     def over(self, key: torch.Tensor, value: torch.Tensor) -> AttentionCall:
         """Return the call with K and V of all tokens [B, H, T, D] in the place of the new ones."""
         return replace(self, key=key, value=value)

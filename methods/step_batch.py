@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from kvscope.methods.kernels.paged_decode.rows import RowTable
 
 
+#: Tokens that one program of attention takes where its work must not depend on other sequences: enough to be worth a
+#: program, few enough that one long sequence alone fills a GPU.
+ALIKE_PART_TOKENS = 512
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepReads:
     """What one sequence does in one layer of a step.
@@ -60,8 +65,13 @@ class StepSource(Protocol):
 class StepBatch:
     """The sequences of one step, in the order of its rows; they do not change, nor do their addresses."""
 
-    def __init__(self, sources: Sequence[StepSource]) -> None:
-        self._sources = tuple(sources)
+    def __init__(self, sources: Sequence[StepSource], *, alike: bool = False) -> None:
+        """Begin.
+
+        Args:
+            alike: what a sequence attends to is added up in the same order whoever else is in the step.
+        """
+        self._sources, self._part_tokens = tuple(sources), ALIKE_PART_TOKENS if alike else None
         self._layers: dict[int, _Layer] = {}
         self._angles: dict[Rotation, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -73,7 +83,7 @@ class StepBatch:
         """Store the token of every sequence and attend. The call is of all of them, the result [B, Q, 1, D]."""
         found = self._layers.get(layer)
         if found is None:
-            found = self._layers[layer] = _Layer(layer, self._sources)
+            found = self._layers[layer] = _Layer(layer, self._sources, part_tokens=self._part_tokens)
         return found.attend(call, self._angles_of)
 
     def _angles_of(self, rotation: Rotation, turn_B1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,7 +96,7 @@ class StepBatch:
 class _Layer:
     """One layer of a batch."""
 
-    def __init__(self, layer: int, sources: Sequence[StepSource]) -> None:
+    def __init__(self, layer: int, sources: Sequence[StepSource], *, part_tokens: int | None) -> None:
         from kvscope.methods.block_rows import ChoiceRows
         from kvscope.methods.kernels.paged_decode.rows import RowTable  # Triton may be missing where it is not used
 
@@ -105,7 +115,7 @@ class _Layer:
             self._choices.append((choice, rows))
             for r, b in enumerate(rows):
                 stores[b] = (choice.store(r),)
-        self._table: RowTable = RowTable(stores, [each.place for each in reads])
+        self._table: RowTable = RowTable(stores, [each.place for each in reads], part_tokens=part_tokens)
         turns = [each.turn_1 for each in reads]
         if any(turn is not None for turn in turns):
             self._none_1 = torch.zeros(1, dtype=torch.int32, device=device)

@@ -1,7 +1,8 @@
 """Greedy decoding of sequences that step together, each with its own prompt, method, question and end.
 
 Sequences enter by ``add`` and leave when their answers end; the others go on. What a sequence gives is what it gives
-alone, but for rounding: a product of several rows is added up in another order than that of one.
+alone, but for rounding: a product of several rows is added up in another order than that of one. With ``step_rows``
+all steps have the same rows, and then it gives the same bits.
 
 Where the step was captured (a CUDA graph), a sequence that ended rests in it: taking it out would capture anew.
 """
@@ -196,7 +197,7 @@ class Decoding:
             bytes_recalled=cache.bytes_recalled,
             residency=residency,
             stop_reason=reason,
-            step_backend=session.step_backend,
+            step_backend=session.step_backend_of(self.member),
             captures=session.captures - self._captures,
             capture_s=self._first_capture_s or 0.0,
             backends=cache.backends(),
@@ -224,14 +225,19 @@ class BatchDecode:
         counts_spare: bool = True,
         spare_share: float = SPARE_SHARE,
         keeps_static: bool = False,
+        step_rows: int | None = None,
     ) -> None:
         """Begin with no sequence.
 
         Args:
-            spare_share, keeps_static: as ``Session``.
+            spare_share, keeps_static, step_rows: as ``Session``.
         """
         self.decode_graph, self.counts_spare = decode_graph, counts_spare
-        self._options: dict[str, Any] = {"spare_share": spare_share, "keeps_static": keeps_static}
+        self._options: dict[str, Any] = {
+            "spare_share": spare_share,
+            "keeps_static": keeps_static,
+            "step_rows": step_rows,
+        }
         self._loaded = loaded
         self._session: Session | None = None
         self._rows: list[Decoding] = []

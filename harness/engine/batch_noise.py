@@ -16,6 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
+from typing import Any
 
 import torch
 
@@ -61,7 +62,12 @@ class BatchNoise:
 
 @torch.inference_mode()
 def batch_noise(
-    loaded: LoadedModel, *, rows: int, text: Sequence[int] = (), decode_graph: DecodeGraph = "off"
+    loaded: LoadedModel,
+    *,
+    rows: int,
+    text: Sequence[int] = (),
+    decode_graph: DecodeGraph = "off",
+    step_rows: int | None = None,
 ) -> BatchNoise:
     """Step probe sequences alone and all together, and compare.
 
@@ -70,7 +76,7 @@ def batch_noise(
     Args:
         rows: sequences of a shared step, at least 2.
         text: ids to take them from, over and over; none: random ones.
-        decode_graph: as ``Session``.
+        decode_graph, step_rows: as ``Session``.
     """
     page_tokens, most_tokens = loaded.shape.page_tokens, loaded.max_length_tokens - _N_STEPS - 1
     lengths = [min(n_tokens, most_tokens // (k + 1)) for k, n_tokens in enumerate(_PROMPT_TOKENS)]
@@ -83,11 +89,12 @@ def batch_noise(
         own, ids = ids[:n_tokens], ids[n_tokens:]
         prompts.append(prefill(loaded, own, chunk_tokens=-(-n_tokens // page_tokens) * page_tokens))
     fed = [(prompts[row % 2], ids[row * _N_STEPS :][:_N_STEPS]) for row in range(rows)]
-    together = _logits(loaded, fed, decode_graph=decode_graph)
+    options: dict[str, Any] = {"decode_graph": decode_graph, "step_rows": step_rows}
+    together = _logits(loaded, fed, **options)
     noise = share = 0.0
     # Rows at both ends of the step, and between them; of both lengths.
     for row in sorted({0, 1, rows // 2, rows - 1})[:_MOST_ALONE]:
-        alone = _logits(loaded, [fed[row]], decode_graph=decode_graph)[:, 0]
+        alone = _logits(loaded, [fed[row]], **options)[:, 0]
         apart = float((alone - together[:, row]).abs().max())
         noise = max(noise, apart if math.isfinite(apart) else math.inf)
         share = max(share, difference(together[:, row], alone))
@@ -95,9 +102,11 @@ def batch_noise(
     return BatchNoise(logit_noise=noise, share=share, tolerance=tolerance)
 
 
-def _logits(loaded: LoadedModel, fed: list[tuple[PromptKV, list[int]]], *, decode_graph: DecodeGraph) -> torch.Tensor:
+def _logits(
+    loaded: LoadedModel, fed: list[tuple[PromptKV, list[int]]], *, decode_graph: DecodeGraph, step_rows: int | None
+) -> torch.Tensor:
     """Return the logits of the steps, [steps, rows, V]."""
-    with Session(loaded, decode_graph=decode_graph) as session:
+    with Session(loaded, decode_graph=decode_graph, step_rows=step_rows) as session:
         for prompt, _ in fed:
             session.add(Dense(), prompt, reserve_tokens=_N_STEPS)
         steps = zip(*(tokens for _, tokens in fed), strict=True)

@@ -100,7 +100,7 @@ class GraphStep:
         self.captures, self.capture_s = 0, 0.0
         self._rows, self._counters = rows, counters
         self._model, self._members, self._cache = loaded.model, tuple(rows.members), cache
-        size = (len(self._members), 1)
+        size = (rows.n_rows, 1)
         self._tokens_n1 = torch.zeros(size, dtype=torch.long, device=loaded.device)
         self._positions_n1 = torch.zeros(size, dtype=torch.long, device=loaded.device)
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -143,6 +143,7 @@ class GraphStep:
 
     @staticmethod
     def _write(held_n1: torch.Tensor, values: Sequence[int] | torch.Tensor) -> None:
+        held_n1 = held_n1[: len(values)]
         if isinstance(values, torch.Tensor):
             held_n1.copy_(values[:, None])
         elif len(set(values)) == 1:
@@ -248,8 +249,6 @@ def capture_failed(error: Exception) -> str:
     return f"the model's step cannot be captured ({lines[0][:200]})"
 
 
-def graph_demanded(reasons: list[str], label: str) -> UsageError:
+def graph_demanded(why_eager: str, label: str) -> UsageError:
     """Return the error of a graph that was asked for by ``on`` and cannot be had."""
-    return UsageError(
-        f"Decode steps of '{label}' cannot be a CUDA graph here: {'; '.join(reasons)}. Use decode_graph=auto."
-    )
+    return UsageError(f"Decode steps of '{label}' cannot be a CUDA graph here: {why_eager}. Use decode_graph=auto.")

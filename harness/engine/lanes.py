@@ -7,7 +7,7 @@ steps beside them, with its like.
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from kvscope.harness.engine.batch_decode import BatchDecode, Decoding, Request
 from kvscope.harness.engine.decode_graph import NoStaticStepError
@@ -18,14 +18,15 @@ from kvscope.results.schema import DecodeGraph
 class Lanes:
     """Two ``BatchDecode``s as one. Use as a context manager."""
 
-    def __init__(self, loaded: LoadedModel, *, counts_spare: bool, spare_share: float) -> None:
+    def __init__(self, loaded: LoadedModel, *, counts_spare: bool, spare_share: float, step_rows: int | None) -> None:
         """Begin with no sequence.
 
         Args:
-            counts_spare, spare_share: as ``BatchDecode``.
+            counts_spare, spare_share, step_rows: as ``BatchDecode``.
         """
-        self._first = BatchDecode(loaded, counts_spare=counts_spare, spare_share=spare_share, keeps_static=True)
-        self._eager = BatchDecode(loaded, counts_spare=counts_spare, spare_share=spare_share)
+        options: dict[str, Any] = {"counts_spare": counts_spare, "spare_share": spare_share, "step_rows": step_rows}
+        self._first = BatchDecode(loaded, keeps_static=True, **options)
+        self._eager = BatchDecode(loaded, **options)
         self._turned_away: set[str] = set()
         """Labels of methods without fixed addresses: they need not be opened to know."""
 

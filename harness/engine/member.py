@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from kvscope.harness.engine.glue import EngineCache, EngineLayer, cache_argument, widened
 from kvscope.harness.engine.loaded import LoadedModel
@@ -28,17 +29,19 @@ class Member:
         cache: what the method holds of the sequence. Another object takes its place where a session that failed to be
             a graph opens the prompt anew, so ask for it each time.
         method, prompt: what was opened.
+        device: of the model's embeddings.
         observed: layers whose entering hidden states the method wants at each step.
         is_fed: whether a token was fed.
+        why_eager: why its own steps cannot be a graph, where one was asked for; empty where they can.
         rests: whether steps leave it as it is, though it has a row in them.
         open_s: seconds it took to open.
     """
 
     def __init__(self, loaded: LoadedModel, method: CacheMethod[Any], prompt: PromptKV, *, reserve_tokens: int) -> None:
         """Open the prompt, with room for ``reserve_tokens`` steps."""
-        self.method, self.prompt = method, prompt
+        self.method, self.prompt, self.device = method, prompt, loaded.device
         self.observed = frozenset(method.observed_layers(loaded.shape))
-        self.is_fed, self.open_s = False, 0.0
+        self.is_fed, self.open_s, self.why_eager = False, 0.0, ""
         self.rests = self._has_begun = False
         self._open = partial(method.open, prompt, loaded.device, reserve_tokens=reserve_tokens)
         self.cache: SequenceCache = self._open()
@@ -113,12 +116,26 @@ class Rows:
 
     Attributes:
         members: the sequences, in the order of a step's rows; they come and go.
-        batch: of all of them while a step of fixed addresses runs; None: each attends by itself.
+        step_rows: rows of every step's forward, a multiple of them where there are more sequences. Those behind the
+            sequences are nobody's. Libraries choose how to add up a product by its rows, so that a sequence's numbers
+            are then the same whoever shares its step. None: as many rows as sequences.
+        batch: of those that can, while a step of fixed addresses runs; None: each attends by itself.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, step_rows: int | None = None) -> None:
         self.members: list[Member] = []
+        self.step_rows = step_rows
         self.batch: StepBatch | None = None
+        self._together: tuple[int, ...] = ()
+        self._together_n: torch.Tensor | None = None
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the next step's forward."""
+        n = len(self.members)
+        if self.step_rows is None or (n == 1 and self.members[0].cache.model_cache is not None):
+            return n
+        return -(-n // self.step_rows) * self.step_rows
 
     def logits(
         self, model: Any, tokens_n1: torch.Tensor, positions_n1: torch.Tensor, cache: EngineCache
@@ -126,25 +143,72 @@ class Rows:
         """Run the model over one token a sequence; return the logits after it [n, V].
 
         Args:
+            tokens_n1, positions_n1: of the sequences, and of the rows behind them where these are there already.
             cache: where all sequences meet; one that brings its own is alone, and calls the model with that.
         """
+        n = len(self.members)
+        if missing := self.n_rows - len(tokens_n1):
+            tokens_n1, positions_n1 = (pad(each, (0, 0, 0, missing)) for each in (tokens_n1, positions_n1))
         arguments = {"input_ids": tokens_n1, "position_ids": positions_n1, "use_cache": True, "logits_to_keep": 1}
         own, name = self.members[0].cache, cache_argument(model)
         if own.model_cache is None:
             out = model(**arguments, **{name: cache})
         else:
             out = own.call_model(model, **arguments, **{name: own.model_cache})
-        found: torch.Tensor = out.logits[:, -1]
+        found: torch.Tensor = out.logits[:n, -1]
         return found
 
     def make_batch(self) -> None:
-        """Let all sequences attend together, where each can and there are several."""
-        self.batch = None
+        """Let the sequences attend together that can, where there are several.
+
+        Where numbers must not depend on who shares a step, one alone does so, too: its kernels are the same then.
+        """
+        self.batch, alike = None, self.step_rows is not None
         layers = range(self.members[0].cache.shape.n_layers)
-        if len(self.members) > 1 and all(
-            member.step_reads(layer) is not None for member in self.members for layer in layers
-        ):
-            self.batch = StepBatch(self.members)
+        self._together = tuple(
+            b for b, member in enumerate(self.members) if all(member.step_reads(layer) is not None for layer in layers)
+        )
+        if len(self._together) > (0 if alike else 1):
+            self.batch = StepBatch([self.members[b] for b in self._together], alike=alike)
+            some = len(self._together) < len(self.members)
+            self._together_n = torch.tensor(self._together, device=self.members[0].device) if some else None
+
+    def attend(self, layer: int, call: AttentionCall) -> torch.Tensor:
+        """Attend the queries of all sequences, [n, Q, 1, D]."""
+        if self.batch is None:
+            return self._attend_each(layer, call)
+        if self._together_n is None:
+            return self._attend_together(self.batch, layer, call)
+        together = self._attend_together(self.batch, layer, call.at(self._together_n))
+        others = [b for b in range(len(self.members)) if b not in self._together]
+        out = together.new_empty((len(self.members), *together.shape[1:]))
+        out[self._together_n] = together
+        for b in others:
+            out[b : b + 1] = self.members[b].attend(layer, call.row(b))
+        return out
+
+    @staticmethod
+    def _attend_together(batch: StepBatch, layer: int, call: AttentionCall) -> torch.Tensor:
+        k_width, v_width = call.key.shape[-1], call.value.shape[-1]
+        return batch.attend(layer, call.over(call.key, widened(call.value, k_width)))[..., :v_width]
+
+    def _attend_each(self, layer: int, call: AttentionCall) -> torch.Tensor:
+        """Attend sequence by sequence, and together where they only have to say what they read."""
+        found: dict[int, torch.Tensor] = {}
+        reads: dict[int, tuple[Read, ...]] = {}
+        for b, member in enumerate(self.members):
+            row = call.row(b)
+            read = member.reads(layer, row) if joins(call) else None
+            if read is None:
+                found[b] = member.attend(layer, row)
+            else:
+                reads[b] = read
+        if len(reads) == len(self.members):
+            return joined_attention(call, list(reads.values()))
+        if reads:
+            together = joined_attention(replace(call, query=call.query[list(reads)]), list(reads.values()))
+            found |= zip(reads, together[:, None], strict=True)
+        return torch.cat([found[b] for b in range(len(self.members))])
 
 
 class SessionLayer(EngineLayer):
@@ -161,32 +225,13 @@ class SessionLayer(EngineLayer):
     def attend(self, call: AttentionCall) -> torch.Tensor:
         if self._managed:
             self._refuse_window(call)
-        members, batch = self._rows.members, self._rows.batch
-        if batch is not None:
-            k_width, v_width = call.key.shape[-1], call.value.shape[-1]
-            return batch.attend(self.index, call.over(call.key, widened(call.value, k_width)))[..., :v_width]
-        if len(members) == 1:
-            return members[0].attend(self.index, call)
-        return self._attend_eagerly(call)
-
-    def _attend_eagerly(self, call: AttentionCall) -> torch.Tensor:
-        """Attend sequence by sequence, and together where they only have to say what they read."""
-        members = self._rows.members
-        found: dict[int, torch.Tensor] = {}
-        reads: dict[int, tuple[Read, ...]] = {}
-        for b, member in enumerate(members):
-            row = call.row(b)
-            read = member.reads(self.index, row) if joins(call) else None
-            if read is None:
-                found[b] = member.attend(self.index, row)
-            else:
-                reads[b] = read
-        if len(reads) == len(members):
-            return joined_attention(call, list(reads.values()))
-        if reads:
-            together = joined_attention(replace(call, query=call.query[list(reads)]), list(reads.values()))
-            found |= zip(reads, together[:, None], strict=True)
-        return torch.cat([found[b] for b in range(len(members))])
+        rows = self._rows
+        n, n_rows = len(rows.members), len(call.query)
+        if n_rows > n:
+            return pad(rows.attend(self.index, call.first(n)), (0, 0, 0, 0, 0, 0, 0, n_rows - n))
+        if n == 1 and rows.batch is None:
+            return rows.members[0].attend(self.index, call)
+        return rows.attend(self.index, call)
 
 
 def session_cache(loaded: LoadedModel, rows: Rows) -> EngineCache:

@@ -51,6 +51,7 @@ class Session:
         decode_graph: DecodeGraph = "off",
         spare_share: float = SPARE_SHARE,
         keeps_static: bool = False,
+        step_rows: int | None = None,
     ) -> None:
         """Begin with no sequence.
 
@@ -60,8 +61,10 @@ class Session:
                 (``NoStaticStepError``); without, the steps of all are eager from then on.
             spare_share: as ``StepCounters``: more where many sequences share a captured step, and each would capture
                 it anew for all.
+            step_rows: rows of every step's forward, whoever is in it, so that a sequence's numbers do not depend on who
+                shares its step; a model that brings its own cache has one. None: a row a sequence.
         """
-        self._rows = Rows()
+        self._rows = Rows(step_rows=step_rows)
         self.members = self._rows.members
         self.step_backend = EAGER
         self._loaded, self._asked, self._keeps_static = loaded, decode_graph, keeps_static
@@ -120,6 +123,8 @@ class Session:
                 raise UsageError(
                     f"Model '{loaded.name}' brings its own cache, which holds one sequence: decode one at a time."
                 )
+            if self._asked != "off":
+                member.why_eager = "; ".join(self.graph_step.reasons(self._loaded, member.cache))
             if self._is_static:
                 self._make_static(member)
             self._observe_layers(member.observed)
@@ -135,6 +140,11 @@ class Session:
         self._drop_step()
         self.members.remove(member)
         member.close()
+
+    def step_backend_of(self, member: Member) -> str:
+        """Return how steps of a sequence run, eager ones by its own reasons where it has some."""
+        own = member.why_eager if self.step_backend.startswith(f"{EAGER}:") else ""
+        return f"{EAGER}: {own}" if own else self.step_backend
 
     @property
     def attends_together(self) -> bool:
@@ -198,7 +208,7 @@ class Session:
             step.release()
             if self._asked != "auto":
                 raise
-            self._go_eager([capture_failed(error)])
+            self._go_eager(capture_failed(error))
         else:
             self._step, self.step_backend = step, step.backend
 
@@ -222,7 +232,7 @@ class Session:
         if not isinstance(tokens, torch.Tensor):
             tokens = torch.tensor(tokens, device=device)
         positions_n1 = torch.tensor([[member.n_tokens] for member in self.members], device=device)
-        with turned_products() if device.type == "cpu" and len(self.members) > 1 else nullcontext():
+        with turned_products() if device.type == "cpu" and self._rows.n_rows > 1 else nullcontext():
             logits = self._rows.logits(self._loaded.model, tokens[:, None], positions_n1, self._cache)
         for member in self.members:
             member.end_step()
@@ -238,7 +248,7 @@ class Session:
         entered: dict[int, torch.Tensor] = {}
 
         def note(layer: int, hidden_nM: torch.Tensor) -> None:
-            entered[layer] = hidden_nM.isfinite().all()
+            entered[layer] = hidden_nM[: len(self.members)].isfinite().all()
 
         try:
             with self._turn(), loaded.backend.observe(loaded.model, tuple(range(loaded.shape.n_layers)), note):
@@ -254,19 +264,18 @@ class Session:
 
     def _make_static(self, member: Member) -> None:
         """Fix a new sequence's addresses, here so that what it takes counts in how many fit; or note why not."""
-        reasons = self.graph_step.reasons(self._loaded, member.cache)
-        if not reasons:
+        if not member.why_eager:
             member.make_static(self._loaded.dtype, self._counters)
         elif self._asked == "on":
-            raise graph_demanded(reasons, member.method.label)
+            raise graph_demanded(member.why_eager, member.method.label)
         elif self._keeps_static:
-            raise NoStaticStepError("; ".join(reasons))
+            raise NoStaticStepError(member.why_eager)
         else:
-            self._go_eager(reasons)
+            self._go_eager(member.why_eager)
 
-    def _go_eager(self, reasons: list[str]) -> None:
+    def _go_eager(self, why: str) -> None:
         """Step eagerly from here on. A sequence in the midst of its tokens goes on at its fixed addresses."""
-        self._is_static, self.step_backend = False, f"{EAGER}: {'; '.join(reasons)}"
+        self._is_static, self.step_backend = False, f"{EAGER}: {why}"
         self._drop_step()
         for member in self.members:
             if not member.is_fed:
@@ -298,7 +307,7 @@ class Session:
             return
         for b, member in enumerate(self.members):
             if layer in member.observed:
-                member.cache.observe(layer, hidden_nM if len(self.members) == 1 else hidden_nM[b : b + 1])
+                member.cache.observe(layer, hidden_nM if len(hidden_nM) == 1 else hidden_nM[b : b + 1])
 
     @contextmanager
     def _turn(self) -> Iterator[None]:

@@ -22,6 +22,7 @@ from kvscope.harness.engine.prefill import DEFAULT_CHUNK_TOKENS, prefill
 from kvscope.harness.engine.rehearsal import rehearsed
 from kvscope.harness.engine.session import Session
 from kvscope.harness.passes.answering import release_memory
+from kvscope.harness.passes.batch_plan import STEP_ROWS_CUDA
 from kvscope.methods.base import CacheMethod, Footprint, union_collectors
 from kvscope.methods.store import PromptKV
 from kvscope.results.schema import DecodeGraph
@@ -176,7 +177,8 @@ class Answering:
         loaded = self._loaded
         under_way: dict[Decoding, tuple[int, Ask]] = {}
         graph: DecodeGraph = "auto" if loaded.device.type == "cuda" else "off"
-        with BatchDecode(loaded, decode_graph=graph) as batch:
+        rows = STEP_ROWS_CUDA if loaded.device.type == "cuda" else None
+        with BatchDecode(loaded, decode_graph=graph, step_rows=rows) as batch:
             try:
                 while waiting or under_way:
                     self._fill(batch, waiting, under_way)

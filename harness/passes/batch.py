@@ -15,7 +15,7 @@ from kvscope.harness.engine.batch_decode import BatchDecode, Decoding
 from kvscope.harness.engine.finite import NotFinite
 from kvscope.harness.engine.lanes import Lanes
 from kvscope.harness.engine.oom import is_oom
-from kvscope.harness.passes.answering import Prompt, release_memory, shared_graph
+from kvscope.harness.passes.answering import Prompt, release_memory, shared_graph, step_rows
 from kvscope.harness.passes.deadline import Deadline
 from kvscope.harness.passes.row_columns import failure
 
@@ -69,7 +69,10 @@ class Batch:
         self._logit_noise = None if noise is None else noise.logit_noise
         self._shared_graph = shared_graph(plan)
         # Bytes are those of single sequences, whose steps are captured where that was asked for.
-        self._decode = Lanes(loaded, counts_spare=plan.config.accuracy_graph, spare_share=_SPARE_SHARE)
+        self._step_rows = step_rows(plan)
+        self._decode = Lanes(
+            loaded, counts_spare=plan.config.accuracy_graph, spare_share=_SPARE_SHARE, step_rows=self._step_rows
+        )
         self._waiting: deque[Entry] = deque()
         self._under_way: list[Entry] = []
         self._open: dict[Prompt, int] = {}
@@ -164,7 +167,8 @@ class Batch:
             self._decode_alone(entry)
             return
         if not self._under_way:
-            is_single = self._rows_at(entry.key[1]) == 1
+            # Where answers are to be the same in any batch, single ones have the steps of shared ones.
+            is_single = self._rows_at(entry.key[1]) == 1 and self._step_rows is None
             self._decode.set_graph(prompt.graph()[0] if is_single else self._shared_graph)
         try:
             entry.row = self._decode.add(prompt.request(entry.method))
@@ -223,9 +227,10 @@ class Batch:
 
     def _decode_alone(self, entry: Entry) -> None:
         """Decode a sequence in steps of its own, beside those of the others."""
-        graph, _ = entry.prompt.graph()
+        graph = entry.prompt.graph()[0] if self._step_rows is None else self._shared_graph
         try:
-            with BatchDecode(self._loaded, decode_graph=graph) as single:
+            options: dict[str, Any] = {"counts_spare": self._plan.config.accuracy_graph, "step_rows": self._step_rows}
+            with BatchDecode(self._loaded, decode_graph=graph, **options) as single:
                 row = single.add(entry.prompt.request(entry.method))
                 while not row.has_ended:
                     single.step()

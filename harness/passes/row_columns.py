@@ -155,8 +155,8 @@ def sample_row(
         batch=result.batch,
         least_logit_gap=gap,
         logit_noise=None if result.batch == 1 else logit_noise,
-        # Each of the two logits may be off by the noise.
-        tie=None if result.batch == 1 or logit_noise is None else gap <= 2 * logit_noise,
+        # Each of the two logits may be off by the noise. Without noise equal logits are equal in any step.
+        tie=None if result.batch == 1 or logit_noise is None else logit_noise > 0 and gap <= 2 * logit_noise,
     )
 
 

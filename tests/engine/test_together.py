@@ -6,7 +6,7 @@ On a CPU the kernels run in Triton's interpreter; on a GPU steps are captured.
 import pytest
 import torch
 from lsa_tools import random_indexer
-from sessions import TOGETHER, new_session
+from sessions import TOGETHER, TogetherSession, new_session
 
 from kvscope.harness.engine.decode import decode
 from kvscope.harness.engine.models import load_model
@@ -66,6 +66,12 @@ def together(loaded, pairs, *, n_steps=N_STEPS, first=5):
     return ids, footprints, residencies
 
 
+def step_rows_session(loaded, *, rows):
+    if DEVICE == "cuda":
+        return Session(loaded, decode_graph="on", step_rows=rows)
+    return TogetherSession(loaded, decode_graph="on", step_rows=rows)
+
+
 def without_ties(q_XIE, k_TE, weight_XI):
     scores = lightning_scores(q_XIE, k_TE, weight_XI)
     return scores - 1e-5 * torch.arange(scores.shape[-1], device=scores.device)
@@ -91,6 +97,42 @@ def test_every_method_and_two_prompts_in_one_step(tiny, monkeypatch):
         if alone.residency is not None:
             assert residencies[row] == alone.residency
     assert len({tuple(each) for each in ids}) > 4  # methods differ: what one reads reaches no other
+
+
+@pytest.mark.slow
+def test_with_as_many_rows_in_every_step_a_sequence_has_the_same_bits_in_any(tiny, monkeypatch):
+    """Alone, or with others of other methods and prompts, some of which attend by themselves (packed pages)."""
+    monkeypatch.setattr(dsa, "lightning_scores", without_ties)
+    methods = [create_method(spec) for spec in (*SPECS, "dense:kv=int8")]
+    prompts = prompts_of(tiny, methods, (220, 251))
+    pairs = [(method, prompt) for method in methods for prompt in prompts]
+
+    def logits(some):
+        with step_rows_session(tiny, rows=32) as session:
+            for method, prompt in some:
+                session.add(method, prompt, reserve_tokens=N_STEPS)
+            return torch.stack([session.step([5 + step] * len(some)).clone() for step in range(N_STEPS)])
+
+    every = logits(pairs)
+    assert every.shape[1] == len(pairs)
+    for b, pair in enumerate(pairs):
+        alone = decode(tiny, *pair, [5, 6, 7], max_new_tokens=1, stop_at_eos=False)
+        assert int(every[-1, b].argmax()) == alone.ids[0], pair[0].label
+    for some in ([0], [1], [7, 0], [len(pairs) - 1], [20, 3, 21], list(range(5, 14))):
+        assert torch.equal(logits([pairs[b] for b in some]), every[:, some]), some
+
+
+def test_more_sequences_than_rows_are_steps_of_twice_as_many(tiny):
+    method = create_method("dense")
+    [prompt] = prompts_of(tiny, [method], (64,))
+    with step_rows_session(tiny, rows=2) as session:
+        for _ in range(3):
+            session.add(method, prompt, reserve_tokens=1)
+        assert session._rows.n_rows == 4
+        logits = session.step([5, 6, 7])
+    assert logits.shape[0] == 3
+    alone = decode(tiny, method, prompt, [6], max_new_tokens=1, stop_at_eos=False)
+    assert int(logits[1].argmax()) == alone.ids[0]
 
 
 def test_a_least_share_fills_up_in_a_shared_step(tiny, tmp_path):

@@ -139,6 +139,29 @@ def test_rows_of_captured_steps_are_those_of_eager_ones(
     assert len(captures) < 2 * len(together) / 3  # not one for each that comes or goes
 
 
+def test_with_as_many_rows_in_every_step_no_answer_is_a_tie(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: the logits have the same bits in any batch, in captured steps and in those beside them."""
+    values = {**every_method(model, samples=2), "max_new_tokens": 6}
+    captured_here(monkeypatch)
+    for module in (batch_module, answering):
+        monkeypatch.setattr(module, "shared_graph", lambda plan: "auto")
+        monkeypatch.setattr(module, "step_rows", lambda plan: 16)
+    alone, few, many = (rows(values, batch=n, out=tmp_path / f"{n}") for n in (1, 5, 14))
+    for shared in (few, many):
+        assert set(shared["logit_noise"].dropna()) == {0.0}
+        assert set(shared["tie"].dropna()) == {False}
+        assert shared["batch"].max() > 2
+        exact = ["status", "output", "score", "least_logit_gap", "bytes_read_per_step", "step_backend"]
+        pd.testing.assert_frame_equal(shared[exact], alone[exact], check_exact=True)
+    # Each eager one by its own reasons, not those of who came first.
+    told = many["step_backend"].groupby("method_label").unique()
+    assert "what leaves is chosen by each step's own attention" in told["h2o"][0]
+    assert "unequal numbers of tokens" in told["adakv"][0]
+    assert list(told["dense"]) == ["cuda graph"]
+
+
 def test_a_likelihood_is_that_of_a_sequence_alone(model: str, tmp_path: Path) -> None:
     values = {**every_method(model, samples=2), "methods": ["dense", "recency:recency_tokens=64"], "answer_nll": True}
     alone = rows(values, batch=1, out=tmp_path / "alone")

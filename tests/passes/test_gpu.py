@@ -144,3 +144,28 @@ def test_pages_mapped_at_their_exact_size_are_pinned_and_copied_whole() -> None:
     del pages
     gc.collect()
     assert host_rss_bytes() - before_bytes < 96 * MIB  # the driver keeps some staging of its own
+
+
+def test_answers_have_the_same_bits_in_any_batch(tmp_path: Path) -> None:
+    """Every step's forward has as many rows, and attention cuts each sequence by itself: no rounding is left."""
+    methods = [
+        "dense", "lsa", "lsa:indexer=landmark,share=0.3", "recency:share=0.3", "random:share=0.3", "sliding_window",
+        "snapkv:share=0.3", "pyramidkv:share=0.3", "adakv:share=0.3", "tova:share=0.3", "quest:read_share=0.3",
+        "moba:block_tokens=64,read_share=0.3", "msa", "dsa:read_share=0.3", "dense:kv=int4", "lsa:kv=int8",
+    ]  # fmt: skip
+    values: dict[str, Any] = {
+        "model": "reference", "device": "cuda", "methods": methods, "tasks": ["niah_multikey_2", "vt"],
+        "lengths_tokens": [2048, 4096], "samples": 3, "footprint": False,
+    }  # fmt: skip
+    found = {}
+    for batch in (1, 5, 144):
+        result = run({**values, "batch": batch}, out=tmp_path / f"{batch}", progress=False)
+        assert failures(result) == []
+        index = ["method_label", "task", "length_tokens", "sample"]
+        found[batch] = result.samples.set_index(index).sort_index()
+    for batch in (5, 144):
+        assert set(found[batch]["logit_noise"].dropna()) == {0.0}
+        assert found[batch]["batch"].max() > 2
+        other = found[batch]["least_logit_gap"] != found[1]["least_logit_gap"]
+        assert not other.any(), found[batch][other].index.tolist()
+        assert (found[batch]["output"] == found[1]["output"]).all()

@@ -38,6 +38,8 @@ from kvscope.methods.kernels.paged_decode.rows_kernel import (
 )
 
 _LOG2E = 1.4426950408889634
+#: Parts of a row that are joined at once where its result must not depend on other rows.
+ALIKE_MERGE_ROWS = 14
 
 
 class RowTable:
@@ -48,13 +50,20 @@ class RowTable:
     """
 
     def __init__(
-        self, stores: Sequence[Sequence[PagedKV]], places: Sequence[TokenPlace], *, tuning: Tuning = DEFAULT
+        self,
+        stores: Sequence[Sequence[PagedKV]],
+        places: Sequence[TokenPlace],
+        *,
+        tuning: Tuning = DEFAULT,
+        part_tokens: int | None = None,
     ) -> None:
         """Write the table.
 
         Args:
             stores: of each sequence one or two, each of one sequence: indices begin with [1, ...] and are int32.
             places: where each sequence's token goes: into the pages of its first store.
+            part_tokens: cut each row by itself into parts of about as many tokens, so that its result has the same bits
+                whatever the other rows are; None: programs share all rows evenly.
 
         Raises:
             ValueError: shapes, dtypes or devices that do not fit.
@@ -82,9 +91,12 @@ class RowTable:
         shared = all(store.n_tokens.shape[1] == 1 for store in flat if isinstance(store.n_tokens, torch.Tensor))
         self._rows_each = self._H if shared else 1
         self._n_counts = len(rows) * self._H // self._rows_each
-        capacity = sum(-(-store.capacity_tokens // self._tile_tokens) for store in flat) * self._H
+        #: Tiles of a part; 0: an even share of all tiles.
+        self._part = 0 if part_tokens is None else max(1, part_tokens // self._tile_tokens)
+        line_tokens = self._tile_tokens * max(1, self._part)
+        capacity = sum(-(-store.capacity_tokens // line_tokens) for store in flat) * self._H
         most = tuning.programs_per_sm * n_sms(device)
-        self._programs = max(1, min(most, -(-capacity // MIN_TILES)))
+        self._programs = max(1, capacity if self._part else min(most, -(-capacity // MIN_TILES)))
 
     def _fields(self, store: PagedKV, place: TokenPlace | None) -> list[int]:
         row = [0] * FIELDS
@@ -151,9 +163,8 @@ class RowTable:
             "G": G,
             "D": D,
             "D_PAD": max(16, triton.next_power_of_2(D)),
-            "N": self._tile_tokens,
             "COUNTS": max(2, triton.next_power_of_2(self._n_counts)),
-            "MIN_TILES": MIN_TILES,
+            "MIN_TILES": 1 if self._part else MIN_TILES,
             "DEPENDENT": dependent,
             **({"launch_pdl": True} if dependent else {}),
         }
@@ -166,14 +177,17 @@ class RowTable:
             self._n_counts, self._rows_each, self._H, B,
             G_PAD=max(16, triton.next_power_of_2(G)), P=self._page_tokens, HAS_TABLE=self._has_table,
             HAS_TOKENS=self._has_tokens, HAS_TURNED=turned is not q_BQ1D, HAS_SOFTCAP=softcap is not None,
-            PRECISION="ieee", num_warps=self._tuning.num_warps, num_stages=self._tuning.num_stages, **common,
+            PRECISION="ieee", N=self._tile_tokens, PART=self._part, num_warps=self._tuning.num_warps,
+            num_stages=self._tuning.num_stages, **common,
         )  # fmt: skip
         result = torch.empty((B, Q, 1, D), dtype=q_BQ1D.dtype, device=device)
-        options = merge_options(self._programs, B * self._H, common["D_PAD"])
+        # The order in which parts are joined must not depend on how many rows there are, either.
+        programs, rows = (ALIKE_MERGE_ROWS, 1) if self._part else (self._programs, B * self._H)
+        options = merge_options(programs, rows, common["D_PAD"])
         merge_rows_kernel[(B * Q, options["PARTS"])](
             result, result if sink_logits is None else sink_logits, out, lse, self._ints, self._table,
             self._n_counts, self._rows_each, self._H, B, self._programs,
-            TWO_STORES=self._two, HAS_SINK=sink_logits is not None, **options,
+            TWO_STORES=self._two, HAS_SINK=sink_logits is not None, N=self._tile_tokens * max(1, self._part), **options,
             **common,
         )  # fmt: skip
         return result

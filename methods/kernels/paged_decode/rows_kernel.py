@@ -74,9 +74,12 @@ def split_rows_kernel(
     HAS_TURNED: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
+    PART: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """Attend to this program's share of the tiles; one partial result for each row it touches, at row + program.
+
+    ``PART`` > 0: a program takes one part of a row, of that many tiles. The line of the work is then one of parts.
 
     P: tokens of every page; 0 where segments differ. Queries are [B, Q, D], contiguous; ``turned_ptr`` has those of
     second stores, where they are not the same.
@@ -85,7 +88,8 @@ def split_rows_kernel(
         gdc_wait()
     program = tl.program_id(0).to(tl.int64)
     n_of = _counts_of_segments(ints_ptr, table_ptr, n_counts, rows_each, n_kv_heads, COUNTS)
-    tiles_of, ends, total, used = share_of_work(n_of, n_counts, rows_each, tl.num_programs(0), N, MIN_TILES)
+    LINE_N: tl.constexpr = N * PART if PART > 0 else N
+    tiles_of, ends, total, used = share_of_work(n_of, n_counts, rows_each, tl.num_programs(0), LINE_N, MIN_TILES)
     if DEPENDENT:
         gdc_launch_dependents()
     if program >= used:
@@ -102,6 +106,9 @@ def split_rows_kernel(
         n_tiles, row_begin = begin_of(row, tiles_of, ends, rows_each, COUNTS)
         tile_begin = tl.maximum(begin - row_begin, 0)
         tile_end = tl.minimum(end - row_begin, n_tiles)
+        if PART > 0:
+            tile_begin = tile_begin * PART
+            tile_end = tl.minimum(tile_end * PART, (n + N - 1) // N)
         segment, h = row // n_kv_heads, row % n_kv_heads
         fields = table_ptr + segment * _FIELDS
         at = ((segment % n_sequences * n_kv_heads + h) * G + g)[:, None] * D + d[None, :]

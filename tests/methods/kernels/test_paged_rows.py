@@ -53,8 +53,9 @@ def mixed(*, H, P, D, dtype, small=8):
     ]
 
 
-def check(stores, q, *, scale=0.2, softcap=None, sink_logits=None, turned=None):
-    rows = RowTable(stores, [place(each[0].pages) for each in stores], tuning=SMALL_TILES)
+def check(stores, q, *, scale=0.2, softcap=None, sink_logits=None, turned=None, part_tokens=None):
+    places = [place(each[0].pages) for each in stores]
+    rows = RowTable(stores, places, tuning=SMALL_TILES, part_tokens=part_tokens)
     got = rows.attend(q, scale=scale, softcap=softcap, sink_logits=sink_logits, turned_BQ1D=turned)
     assert got.dtype == q.dtype
     options = {"scale": scale, "softcap": softcap, "sink_logits": sink_logits}
@@ -100,6 +101,30 @@ def test_softcap_sink_logits_and_turned_queries(softcap, with_sinks):
     stores = mixed(H=2, P=16, D=64, dtype=torch.float32, small=16)
     q, turned = (randn(len(stores), 4, 1, 64, seed=seed) * 2 for seed in (9, 10))
     check(stores, q, softcap=softcap, sink_logits=sinks, turned=turned)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("P", "D", "Q", "H"), [(16, 64, 4, 2), (24, 16, 5, 1)])
+def test_in_parts_a_sequence_has_the_same_bits_whoever_is_beside_it(P, D, Q, H, dtype):
+    """Each row is cut by itself, into parts of 40 tokens or fewer, and its parts are joined in one order."""
+    stores = mixed(H=H, P=P, D=D, dtype=dtype)
+    q, turned = (randn(len(stores), Q, 1, D, seed=seed, dtype=dtype) * 2 for seed in (9, 10))
+    options = {"scale": D**-0.5, "sink_logits": torch.linspace(-2, 3, Q, device=DEVICE).to(dtype)}
+    every = check(stores, q, turned=turned, part_tokens=40, **options)
+    for some in ([0], [1], [2], [3], [4], [5], [5, 0], [1, 1, 1, 2], [0] * 20):
+        rows = RowTable(
+            [stores[b] for b in some],
+            [place(stores[b][0].pages) for b in some],
+            tuning=SMALL_TILES,
+            part_tokens=40,
+        )
+        got = rows.attend(q[some], turned_BQ1D=turned[some], **options)
+        assert torch.equal(got, every[some]), some
+
+
+def test_a_part_longer_than_every_row_is_one_part():
+    stores = mixed(H=2, P=16, D=64, dtype=torch.float32)
+    check(stores, randn(len(stores), 4, 1, 64, seed=9), part_tokens=4096)
 
 
 def test_uniform_sequences_take_the_path_of_whole_pages():
