@@ -111,8 +111,8 @@ def rows(dtype="bf16", **changes):
     """paged_decode's kernels over sequences with pages of their own."""
     constants = {
         "G": 4, "G_PAD": 16, "D": 128, "D_PAD": 128, "P": 64, "N": 64, "COUNTS": 64, "MIN_TILES": 4, "HAS_TABLE": False,
-        "HAS_TOKENS": False, "HAS_TURNED": False, "HAS_SOFTCAP": False, "PRECISION": "ieee", "DEPENDENT": True,
-        **changes,
+        "HAS_TOKENS": False, "HAS_TURNED": False, "HAS_SOFTCAP": False, "PRECISION": "ieee", "PART": 0,
+        "DEPENDENT": True, **changes,
     }  # fmt: skip
     pointers = {
         "q_ptr": dtype, "turned_ptr": dtype, "anchor_ptr": dtype, "ints_ptr": "i32", "table_ptr": "i64",
@@ -239,7 +239,7 @@ if __name__ == "__main__":
         packed(kv, **({"dtype": "fp16", "HAS_SOFTCAP": True} if kv == "int8" else {}))
     packed("fp8", CONVERTS=False)  # as before compute capability 8.9
     rows()
-    rows(P=0, N=128, COUNTS=512, HAS_TABLE=True, HAS_TOKENS=True, HAS_TURNED=True)
+    rows(P=0, N=128, COUNTS=512, HAS_TABLE=True, HAS_TOKENS=True, HAS_TURNED=True, PART=4)
     rest_of_rows()
     merge(33)
     merge(198)
