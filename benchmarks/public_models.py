@@ -7,6 +7,7 @@
 4. ``test``: lsa, landmark and the common baselines on new seeds, at each length's share of the managed bytes.
 5. ``compare``: all methods on the first of those prompts, at every share of ``--share``.
 6. ``footprint``: memory of several sequences at the longest length, by the driver.
+7. ``times``: time a token of all methods at 13.5 % of the managed bytes, each alone, at every length.
 
 ``public_models_result.py`` packs the runs for keeping, and has their figures as JSON.
 
@@ -31,6 +32,7 @@ from statistics import mean
 from typing import Any
 
 from measure import ended, is_over, say
+from public_models_methods import INDEXER, compared, tested
 
 from kvscope.errors import UsageError
 from kvscope.files import make_folder, whole_file
@@ -55,43 +57,14 @@ CHOOSING_SEED, CHOOSING_SAMPLES = 1000, 12
 MEASURING_SEED = 0
 #: Seed of the documents that golden recall is measured on: neither fitted nor asked.
 RECALL_SEED, RECALL_SAMPLES = 3000, 8
-STEPS = ("fit", "recall", "choose", "test", "compare", "footprint")
-INDEXER, CARD_FILE, TASKS_FILE, BYTES_FILE = "indexer", "card.json", "tasks.json", "bytes.json"
+STEPS = ("fit", "recall", "choose", "test", "compare", "footprint", "times")
+#: Share of `times`, and steps of a cell: more than a captured step needs to settle.
+TIMED_SHARE, TIMED_STEPS = 0.135, 65
+CARD_FILE, TASKS_FILE, BYTES_FILE = "card.json", "tasks.json", "bytes.json"
 #: Whose folder of work it is; not packed, as it may be a path.
 MODEL_FILE = "model.txt"
 #: Least seconds that a run is begun with.
 LEAST_CALL_S = 20.0
-#: Methods that hold less, at a share of the managed bytes.
-FREEING = (
-    "lsa:indexer=landmark", "snapkv", "pyramidkv", "adakv", "expected_attention", "knorm", "tova", "h2o", "recency",
-    "random",
-)  # fmt: skip
-#: Methods that hold everything, at a share of the managed reads. Their blocks are summarised before a budget is known.
-READING = ("quest", "moba:block_tokens=64")
-#: What has no share: fewer bits, and msa, whose least reads are half of dense's.
-WITHOUT_SHARE = ("dense:kv=fp8", "dense:kv=int8", "dense:kv=int4", "dense:kv=kivi2", "msa")
-
-
-def at_share(method: str, share: float, *, option: str = "share") -> str:
-    """Return a method's spec at a share of dense's bytes, of those it holds or of those it reads."""
-    return f"{method}{',' if ':' in method else ':'}{option}={share:.5g}"
-
-
-def tested(share: float, *, fitted: bool) -> list[str]:
-    """Return what is tested against dense on all prompts of a length, at a share of dense's bytes."""
-    fit = [at_share(f"lsa:indexer={INDEXER}", share), f"lsa:indexer={INDEXER}"] if fitted else []
-    held = [at_share(method, share) for method in ("lsa:indexer=landmark", "recency", "random")]
-    return ["dense", *fit, *held, *(at_share(method, share, option="read_share") for method in READING), "msa"]
-
-
-def compared(shares: Iterable[float], *, fitted: bool) -> list[str]:
-    """Return what stands beside them on fewer prompts, at shares of dense's bytes."""
-    freeing = [f"lsa:indexer={INDEXER}", *FREEING] if fitted else FREEING
-    found = ["dense", *WITHOUT_SHARE]
-    for share in shares:
-        found += [at_share(method, share) for method in freeing]
-        found += [at_share(method, share, option="read_share") for method in READING]
-    return found
 
 
 class Recipe:
@@ -197,8 +170,19 @@ class Recipe:
         length = max(self.shares)
         share = self._of_all(self.shares[length], length)
         methods = tested(share, fitted=self._fitted)
+        asked = ["--footprint-batch", str(self.options.footprint_batch)]
         return self._run("footprint", methods=methods, tasks=["niah_single_1"], lengths=[length], samples=1,
-                         seed=MEASURING_SEED, footprint=True)  # fmt: skip
+                         seed=MEASURING_SEED, footprint=asked)  # fmt: skip
+
+    def times(self) -> bool:
+        """Time a token of each method at each length, one sequence in a process of its own."""
+        asked = ["--set", f"footprint_decode_tokens={TIMED_STEPS}"]
+        return all(
+            self._run(f"times-{format_length(length)}", tasks=["niah_single_1"], lengths=[length],
+                      methods=compared([self._of_all(TIMED_SHARE, length)], fitted=self._fitted),
+                      samples=1, seed=MEASURING_SEED, footprint=asked)
+            for length in sorted(self.shares)
+        )  # fmt: skip
 
     @property
     def _fitted(self) -> bool:
@@ -248,10 +232,14 @@ class Recipe:
 
     def _run(
         self, out: str, *, methods: list[str], tasks: list[str], lengths: list[int], samples: int, seed: int,
-        footprint: bool = False,
+        footprint: Sequence[str] = (),
     ) -> bool:  # fmt: skip
-        """Run until it is done or the time is over; return whether every row is there."""
-        asked = len(methods) * len(tasks) * len(lengths) * samples + footprint * len(methods)
+        """Run until it is done or the time is over; return whether every row is there.
+
+        Args:
+            footprint: what is asked of the footprint pass; empty: none.
+        """
+        asked = len(methods) * len(tasks) * len(lengths) * samples + bool(footprint) * len(methods) * len(lengths)
         if self._rows(out) >= asked:
             return True
         left_s = self.deadline_s - time.monotonic()
@@ -265,7 +253,7 @@ class Recipe:
             gpus = ["--gpus", self.options.gpus] if self.options.gpus else []
             found += ["--no-footprint", *gpus, "--jobs", str(self.options.jobs)]
         else:
-            found += ["--footprint-batch", str(self.options.footprint_batch)]
+            found += footprint
         if math.isfinite(left_s):
             found += ["--time-limit", str(math.floor(left_s))]
         since_s = time.monotonic()

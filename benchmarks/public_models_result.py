@@ -19,7 +19,8 @@ from typing import Any
 
 import pandas as pd
 from measure import ended, rounded, say
-from public_models import BYTES_FILE, CARD_FILE, INDEXER, TASKS_FILE
+from public_models import BYTES_FILE, CARD_FILE, TASKS_FILE
+from public_models_methods import INDEXER
 
 from kvscope.errors import UsageError
 from kvscope.files import make_folder, whole_file
@@ -34,6 +35,10 @@ from kvscope.results.store import RUN_FILE, RunStore
 
 RECALL_FILE = "recall.json"
 DENSE = "dense"
+TIME_KEYS = (
+    "method_label", "length_tokens", "tpot_s", "tpot_p10_s", "tpot_p90_s", "step_backend", "resident_kv_bytes",
+    "metadata_bytes", "dense_kv_bytes", "bytes_read_per_step", "status", "reason",
+)  # fmt: skip
 FOOTPRINT_KEYS = (
     "method_label", "length_tokens", "sequences", "verdict", "verdict_reason", "kv_nvml_bytes", "predicted_kv_bytes",
     "resident_kv_bytes", "metadata_bytes", "dense_kv_bytes", "tpot_s", "status", "reason",
@@ -156,6 +161,10 @@ def result_of(place: Path) -> dict[str, Any]:
         "footprint": [
             {key: row[key] for key in FOOTPRINT_KEYS}
             for name, run in runs.items() if name == "footprint" for row in records(run.footprint)
+        ],
+        "times": [
+            {key: row[key] for key in TIME_KEYS}
+            for name, run in runs.items() if name.startswith("times-") for row in records(run.footprint)
         ],
         "recall": json.loads(recall.read_text(encoding="utf-8")) if recall.exists() else None,
     }  # fmt: skip

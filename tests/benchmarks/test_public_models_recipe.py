@@ -59,6 +59,20 @@ def test_every_length_is_asked_with_its_own_share(recipe: Any, monkeypatch: pyte
     assert "--time-limit" not in asked[0]
 
 
+def test_times_ask_for_a_cell_a_method_and_length(script: Any, recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(recipe, "kvscope", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(recipe, "_rows", lambda out: sum(2 * each.count("--method") for each in asked if out in each))
+    assert recipe.times()
+    first, second = asked
+    assert first[first.index("--out") + 1] == "times-4K"
+    assert second[second.index("--out") + 1] == "times-32K"
+    assert f"footprint_decode_tokens={script.TIMED_STEPS}" in first
+    assert "--no-footprint" not in first
+    assert "snapkv:share=0.308" in first  # 13.5 % of the managed bytes, and the window's
+    assert len({create_method(spec).label for spec in first[first.index("--method") + 1 :: 2] if ":" in spec}) > 10
+
+
 def test_a_limit_of_time_is_no_failure(script: Any, recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = [1000.0]
     monkeypatch.setattr(script.time, "monotonic", lambda: now_s[0])
