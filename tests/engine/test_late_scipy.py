@@ -1,11 +1,13 @@
 """scipy's assignment problem is not imported until it is solved, and is scipy's then."""
 
 import sys
+from importlib import import_module
 from typing import Any
 
 import fresh
 import numpy as np
 import pytest
+import scipy
 
 from kvscope.harness.engine.late_scipy import assignment_imported_late
 
@@ -14,6 +16,8 @@ COSTS = np.array([[4, 1, 3], [2, 0, 5], [3, 2, 2]])
 
 @pytest.fixture
 def not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it was it comes back, for the tests of others: the module, and what its package calls so."""
+    monkeypatch.setattr(scipy, "optimize", None, raising=False)
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     monkeypatch.delitem(sys.modules, "scipy.optimize")
 
@@ -38,10 +42,11 @@ def test_a_call_imports_it() -> None:
 @pytest.mark.usefixtures("not_imported")
 def test_what_else_is_asked_of_it_imports_it() -> None:
     with assignment_imported_late():
-        import scipy.optimize as stand_in
+        stand_in = sys.modules["scipy.optimize"]
         from scipy.optimize import brentq
     assert brentq(lambda x: x - 0.25, 0, 1) == pytest.approx(0.25)
     assert columns(stand_in.linear_sum_assignment) == [1, 0, 2]
+    assert stand_in is not sys.modules["scipy.optimize"]
     assert stand_in.minimize is sys.modules["scipy.optimize"].minimize
     with pytest.raises(AttributeError):
         _ = stand_in.nothing
@@ -55,11 +60,10 @@ def test_an_error_leaves_nothing_behind() -> None:
 
 
 def test_where_it_is_imported_it_stays() -> None:
-    import scipy.optimize
-
+    imported = import_module("scipy.optimize")
     with assignment_imported_late():
-        assert sys.modules["scipy.optimize"] is scipy.optimize
-    assert sys.modules["scipy.optimize"] is scipy.optimize
+        assert sys.modules["scipy.optimize"] is imported
+    assert sys.modules["scipy.optimize"] is imported
 
 
 def test_the_engine_is_imported_without_it_and_losses_have_it() -> None:
