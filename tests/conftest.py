@@ -35,6 +35,7 @@ from hypothesis import HealthCheck, settings
 from interpreter import quick_interpreter
 from looked_at_once import models_looked_at_once
 from one_stack import in_one_piece
+from own_server import server_set_aside
 from tiny import one_thread, small, tiny_model
 
 from kvscope.harness.passes import environment, process, quiet
@@ -43,7 +44,7 @@ from kvscope.harness.passes import environment, process, quiet
 settings.register_profile("kvscope", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("kvscope")
 
-__all__ = ["one_thread", "small", "tiny_model"]
+__all__ = ["one_thread", "server_set_aside", "small", "tiny_model"]
 
 _begun: set[Path] = set()
 
