@@ -80,7 +80,7 @@ def _describe_types_once(monkeypatch: pytest.MonkeyPatch) -> None:
     most_bytes: dict[str, float] = {}
     common_types: dict[tuple[str, bool, str, bool, bool], Any] = {}
     block_types: dict[tuple[str, tuple[Any, ...]], tuple[Any, int, str]] = {}
-    shapes: dict[tuple[int, ...], tuple[Any, Any]] = {}
+    shapes: dict[str, tuple[Any, Any, Any]] = {}
 
     def numpy_type_of(tt_dtype: Any) -> Any:
         # A type's name is all that equality and hashes of types look at.
@@ -103,7 +103,7 @@ def _describe_types_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return common_types[key]
 
     def block_type_of(self: Any, element_ty: Any, shape: Any) -> None:
-        key = element_ty.name, tuple(shape)
+        key = element_ty.name, tuple(getattr(shape, "values", shape))
         if key not in block_types:
             new_block_type(self, element_ty, shape)
             block_types[key] = self.shape, self.numel, self.name
@@ -112,19 +112,25 @@ def _describe_types_once(monkeypatch: pytest.MonkeyPatch) -> None:
         self.shape, self.numel, self.name = block_types[key]
 
     def tensor_of(self: Any, handle: Any, type: Any) -> None:
-        shape = tuple(type.shape) if type.is_block() else ()
-        if shape not in shapes:
+        name = type.name
+        if name not in shapes:
             new_tensor(self, handle, type)
-            shapes[shape] = self.numel, self.shape
+            shapes[name] = self.numel, self.shape, self.dtype
             return
-        self.handle, self.type, self.dtype = handle, type, type.scalar
-        self.numel, self.shape = shapes[shape]
+        self.handle, self.type = handle, type
+        self.numel, self.shape, self.dtype = shapes[name]
+
+    def handle_of(self: Any, data: Any, dtype: Any, attr: Any = None) -> None:
+        self.data, self.dtype, self.attr = data, dtype, {} if attr is None else attr
+        if not fits(data, dtype):
+            self.__post_init__()  # which says so
 
     monkeypatch.setattr(interpreter, "_get_np_dtype", numpy_type_of)
     monkeypatch.setattr(interpreter, "_validate_np_data_size", fits)
     monkeypatch.setattr(TritonSemantic, "computation_type_impl", common_type_of)
     monkeypatch.setattr(tl.block_type, "__init__", block_type_of)
     monkeypatch.setattr(tl.tensor, "__init__", tensor_of)
+    monkeypatch.setattr(interpreter.TensorHandle, "__init__", handle_of)
 
 
 def _match_sides_by_their_types(monkeypatch: pytest.MonkeyPatch) -> None:
