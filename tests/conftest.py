@@ -34,6 +34,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 from interpreter import quick_interpreter
 from looked_at_once import models_looked_at_once
+from one_stack import in_one_piece
+from own_server import server_set_aside
 from tiny import one_thread, small, tiny_model
 
 from kvscope.harness.passes import environment, process, quiet
@@ -42,7 +44,7 @@ from kvscope.harness.passes import environment, process, quiet
 settings.register_profile("kvscope", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("kvscope")
 
-__all__ = ["one_thread", "small", "tiny_model"]
+__all__ = ["one_thread", "server_set_aside", "small", "tiny_model"]
 
 _begun: set[Path] = set()
 
@@ -51,6 +53,12 @@ def pytest_collection_finish() -> None:
     """Turn the garbage collector on for what comes from now on; modules and tests that are there stay to the end."""
     gc.freeze()
     gc.enable()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> object:
+    """Run each test, its fixtures included, as pytest does, where its calls need no memory of the kernel."""
+    return in_one_piece(item.config.pluginmanager.get_plugin("runner").pytest_runtest_protocol, item, nextitem)
 
 
 @pytest.hookimpl(wrapper=True)

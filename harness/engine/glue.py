@@ -19,11 +19,12 @@ from typing import Any
 import torch
 
 from kvscope.errors import KvscopeError
+from kvscope.harness.engine.late_scipy import assignment_imported_late
 from kvscope.harness.engine.listed_models import models_listed_once
 from kvscope.harness.engine.prefill_attention import chunk_attention
 from kvscope.methods.base import AttentionCall, Rotation
 
-with models_listed_once():
+with models_listed_once(), assignment_imported_late():
     from transformers import AttentionInterface
     from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
 

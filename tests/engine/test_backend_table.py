@@ -99,7 +99,7 @@ def test_an_empty_prompt_is_legal():
     assert result.footprint_last.kv_bytes == 3 * KV_BYTES_PER_TOKEN
 
 
-@pytest.mark.usefixtures("installed")
+@pytest.mark.usefixtures("installed", "server_set_aside")
 def test_a_sweep_gives_its_rows_and_the_worker_finds_it(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     config = make_config(

@@ -236,6 +236,7 @@ def test_a_mismatch_is_a_failed_run(tmp_path: Path, monkeypatch: Any) -> None:
     assert failures(result) == [f"footprint: dense at 1024: mismatch: {row['verdict_reason']}"]
 
 
+@pytest.mark.usefixtures("server_set_aside")
 def test_without_triton_the_worker_measures(tmp_path: Path, monkeypatch: Any) -> None:
     """A real worker whose triton does not import: the row names what computed instead."""
     (tmp_path / "triton").mkdir()

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,14 +24,6 @@ NEVER_S = 24 * 3600.0
 def job(small: MakeConfig) -> FootprintJob:
     plan = make_plan(small(methods=["recency:recency_tokens=128"], footprint=True, footprint_decode_tokens=8))
     return FootprintPass().job(plan, plan.methods[0], 512)
-
-
-@pytest.fixture
-def server_set_aside(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let a test have servers of its own; the tests after it find the shared one, which takes seconds to start."""
-    monkeypatch.setattr(forked, "_server", None)
-    yield
-    forked.close_server()
 
 
 def server_id() -> int:
@@ -155,6 +146,7 @@ def test_where_a_fork_can_make_no_context_a_worker_is_a_program_of_its_own(
     """As behind a library that asks CUDA for devices when it is imported."""
     server = (
         "import sys\nfrom kvscope.harness.passes import worker_server\n"
+        "worker_server.import_libraries = lambda: None\n"  # no worker of its would have them
         "worker_server.context_is_impossible = lambda: True\n"
         "worker_server.worker.main = lambda: sys.exit('forked')\nraise SystemExit(worker_server.main())"
     )

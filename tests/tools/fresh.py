@@ -20,7 +20,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-IMPORTED = ["kvscope.harness.engine.decode", "kvscope.harness.engine.models", "kvscope.harness.engine.prefill"]
+IMPORTED = [
+    "kvscope.harness.engine.decode", "kvscope.harness.engine.models", "kvscope.harness.engine.prefill",
+    # What a run of a small Llama imports besides.
+    "kvscope.harness.passes.batch", "kvscope.harness.passes.sweep", "kvscope.results.frames", "pandas",
+    "transformers.models.llama.modeling_llama",
+]  # fmt: skip
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(IMPORTED)

@@ -4,13 +4,15 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
+    """Return the tensors of what an operation takes or gives: pytree's flattening takes as long as the operation."""
     if isinstance(value, torch.Tensor):
         return [value]
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    if isinstance(value, (list, tuple)):
+        return [tensor for each in value for tensor in _tensors(each)]
+    return []
 
 
 def _storage(tensor: torch.Tensor) -> int:
@@ -32,7 +34,7 @@ class Recording(TorchDispatchMode):
         if func._schema.is_mutable:
             self._again.append((func, args, kwargs, []))
             return out
-        made, given = _tensors(out), {_storage(each) for each in _tensors((args, kwargs))}
+        made, given = _tensors(out), {_storage(each) for each in _tensors((*args, *kwargs.values()))}
         # A view shows what it is a view of, and needs nothing.
         if any(_storage(each) not in given for each in made):
             self._again.append((func, args, kwargs, made))
