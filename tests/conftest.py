@@ -4,14 +4,12 @@ import atexit
 import gc
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 # Imports and collection make modules and tests, no garbage, and a collector that looks through them each time takes
@@ -32,14 +30,13 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="kvscope-tests-cache-")
     atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
-import fresh
 import pytest
 from hypothesis import HealthCheck, settings
 from interpreter import quick_interpreter
 from looked_at_once import models_looked_at_once
 from tiny import one_thread, small, tiny_model
 
-from kvscope.harness.passes import environment, forked, process, quiet
+from kvscope.harness.passes import environment, process, quiet
 
 # The same examples on every machine, and as much time for them as a loaded one needs.
 settings.register_profile("kvscope", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -78,29 +75,10 @@ def pytest_unconfigure() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def one_worker_server() -> Iterator[None]:
-    """One server forks the workers of all tests: the name of the test at hand is no environment of its own.
-
-    It is forked from the process that has imported the libraries for ``fresh``. Another command, or an environment that
-    is not the tests' own, which libraries may read as they are imported, starts a Python.
-    """
+def one_worker_server() -> None:
+    """One server forks the workers of all tests: the name of the test at hand is no environment of its own."""
     real = process.worker_environment
-    command = forked.SERVER_COMMAND
-
-    def own_environment() -> dict[str, str]:
-        return {k: v for k, v in real().items() if k != "PYTEST_CURRENT_TEST"}
-
-    first = own_environment()
-
-    def started(asked: Any, *, env: dict[str, str], **options: Any) -> Any:
-        if asked != command or forked._told(env) != forked._told(first):
-            return subprocess.Popen(asked, env=env, **options)
-        return fresh.Server(command, stdin=options["stdin"], stderr=options["stderr"], env=env)
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(process, "worker_environment", own_environment)
-        monkeypatch.setattr(forked, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": started}))
-        yield
+    process.worker_environment = lambda: {k: v for k, v in real().items() if k != "PYTEST_CURRENT_TEST"}
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -5,8 +5,7 @@ for its start: it is forked from a process that did nothing but import what :dat
 time of a small run. One such process serves all tests of a test process (Python's own fork server). A test of imports,
 of Python's own options or of the environment that libraries read as they are imported starts a process of its own.
 
-``instead_of_run`` stands in for ``subprocess.run`` in what a test calls, :data:`context` for multiprocessing's "spawn",
-:class:`Server` for the process that forks the sweep's workers.
+``instead_of_run`` stands in for ``subprocess.run`` in what a test calls, :data:`context` for multiprocessing's "spawn".
 """
 
 import gc
@@ -19,7 +18,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 IMPORTED = ["kvscope.harness.engine.decode", "kvscope.harness.engine.models", "kvscope.harness.engine.prefill"]
 
@@ -60,8 +59,9 @@ class Talking:
     def __init__(self, arguments: Sequence[str], *, env: Mapping[str, str]) -> None:
         its_stdin, stdin = context.Pipe(duplex=False)
         stdout, its_stdout = context.Pipe(duplex=False)
-        ends = {0: its_stdin, 1: its_stdout}
-        self._process = context.Process(target=_become, args=(list(arguments), dict(env), os.getcwd(), ends))
+        self._process = context.Process(
+            target=_become, args=(list(arguments), dict(env), os.getcwd(), (its_stdin, its_stdout))
+        )
         self._process.start()
         self.stdin = open(os.dup(stdin.fileno()), "w", encoding="utf-8")  # noqa: SIM115 - close does
         self.stdout = open(os.dup(stdout.fileno()), encoding="utf-8")  # noqa: SIM115
@@ -73,42 +73,6 @@ class Talking:
         self.stdin.close()
         self.stdout.close()
         self._process.join()
-
-
-class Server:
-    """A program in a session of its own, with what of ``subprocess.Popen`` the sweep uses of its workers' server.
-
-    Attributes:
-        pid: its process.
-    """
-
-    def __init__(self, command: Sequence[str], *, stdin: int, stderr: IO[str], env: Mapping[str, str]) -> None:
-        assert command[:2] == (sys.executable, "-P"), command
-        ends = {0: Connection(os.dup(stdin)), 2: Connection(os.dup(stderr.fileno()))}
-        ends[1] = Connection(os.open(os.devnull, os.O_WRONLY), readable=False)
-        # A daemon: who exits and has not ended it does not wait for it.
-        self._process = context.Process(
-            target=_lead, args=(list(command[2:]), dict(env), os.getcwd(), ends), daemon=True
-        )
-        self._process.start()
-        for end in ends.values():
-            end.close()
-        assert self._process.pid is not None
-        self.pid = self._process.pid
-
-    def kill(self) -> None:
-        """Kill it."""
-        self._process.kill()
-
-    def poll(self) -> int | None:
-        """Return its exit code, None while it runs."""
-        return self._process.exitcode
-
-    def wait(self) -> int:
-        """Wait for its end and return the exit code."""
-        self._process.join()
-        assert self._process.exitcode is not None
-        return self._process.exitcode
 
 
 def instead_of_run(
@@ -142,16 +106,10 @@ def _texts(folder: str) -> tuple[Path, Path]:
     return Path(folder, "stdout"), Path(folder, "stderr")
 
 
-def _lead(*arguments: Any) -> None:
-    """Be the program in a session of its own."""
-    os.setsid()
-    _become(*arguments)
-
-
 def _become(
-    arguments: list[str], environment: dict[str, str], folder: str, talks: str | Mapping[int, Connection]
+    arguments: list[str], environment: dict[str, str], folder: str, talks: str | tuple[Connection, Connection]
 ) -> None:
-    """In the forked process: be the program; what it says goes to files of a folder, or it talks over its own ends."""
+    """In the forked process: be the program; what it says goes to files of a folder, or it talks over two pipes."""
     gc.freeze()  # a collector that looks through all modules would write to every page that is shared
     if isinstance(talks, str):
         for standard, path in zip((1, 2), _texts(talks), strict=True):
@@ -159,9 +117,9 @@ def _become(
             os.dup2(file, standard)
             os.close(file)
     else:
-        for standard, end in talks.items():
-            os.dup2(end.fileno(), standard)
-            end.close()
+        for standard, pipe in zip((0, 1), talks, strict=True):
+            os.dup2(pipe.fileno(), standard)
+            pipe.close()
         sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 - multiprocessing had closed it
     os.environ.clear()
     os.environ.update(environment)
