@@ -41,10 +41,10 @@ GROUPS = (
 
 def tiny_groups() -> tuple[Group, ...]:
     """Return short units, a few documents of every role: whether it runs, not how good it is."""
-    small = replace(GROUPS[0], tasks=("vt",), length_tokens=documents.TINY_TOKENS, units=1)
+    small = replace(GROUPS[0], length_tokens=documents.TINY_TOKENS, units=1)
     return tuple(
         replace(small, role=role, samples=samples, first_seed=seed)
-        for role, samples, seed in ((LSA, 3, 7000), (CALIBRATION, 1, 7600), (EVALUATION, 1, 60))
+        for role, samples, seed in ((LSA, 2, 7000), (CALIBRATION, 1, 7600), (EVALUATION, 1, 60))
     )
 
 
@@ -97,11 +97,13 @@ def tiny_model(folder: Path) -> Path:
     import torch
     from transformers import AutoTokenizer, DeepseekV4ForCausalLM
 
-    from kvscope.harness.reference_model.v4.architecture import v4_config
+    from kvscope.harness.reference_model.v4.architecture import CSA, HCA, SLIDING, v4_config
 
     if (folder / "config.json").is_file():
         return folder
+    layer_types = [SLIDING, CSA, HCA, CSA, CSA, CSA]
     config = v4_config(
+        layer_types=layer_types, num_hidden_layers=len(layer_types), mlp_layer_types=["moe"] * len(layer_types),
         hidden_size=64, moe_intermediate_size=48, num_attention_heads=4, head_dim=32, q_lora_rank=32, o_lora_rank=16,
         index_n_heads=8, index_head_dim=16, index_topk=64, hc_mult=2, hc_sinkhorn_iters=3, max_position_embeddings=8192,
     )  # fmt: skip

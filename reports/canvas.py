@@ -7,7 +7,7 @@ same rows give the same picture.
 import itertools
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -267,6 +267,7 @@ def free_labels(
     marks = np.array([*points, *(axes.transData.transform(point) for point in others)]).reshape(-1, 2)
     dots = np.concatenate([marks - 7, marks + 7], axis=1)
     strokes = np.concatenate([np.zeros((0, 4)), *(_stroke_boxes(axes, line) for line in lines)])
+    least_place, most_place = np.array(inside.min) + 2, np.array(inside.max) - 1
     crowd = [-int((np.hypot(*(points - point).T) < 60).sum()) for point in points]
     taken = np.zeros((0, 4))
     for index in sorted(range(len(labels)), key=lambda i: (crowd[i], i)):
@@ -277,18 +278,20 @@ def free_labels(
         size = np.array([extent.width + 10, extent.height + 3])
         away = marks[np.hypot(*(marks - points[index]).T) > 10]
         best: tuple[float, Pixels] | None = None
-        for gap, centre in _rings(points[index], size):
+        for gap, spots in _rings(points[index], size):
             if best is not None and gap >= best[0]:
                 break  # a place costs its gap at least, and rings grow
-            spot = np.concatenate([centre - size / 2, centre + size / 2])
-            if spot[0] < inside.x0 + 2 or spot[2] > inside.x1 - 1 or spot[1] < inside.y0 + 2 or spot[3] > inside.y1 - 1:
+            low, high = spots[:, :2], spots[:, 2:]
+            spots = spots[(low >= least_place).all(1) & (high <= most_place).all(1)]
+            if not len(spots):
                 continue
-            cost = gap + 400 * _overlap(spot, taken) + 200 * _overlap(spot, dots) + 25 * _overlap(spot, strokes)
+            cost = gap + 400 * _overlap(spots, taken) + 200 * _overlap(spots, dots) + 25 * _overlap(spots, strokes)
             # A label as near to another point as to its own would be read as that point's name.
-            near = _distance(spot, away) < _distance(spot, points[index : index + 1]) + 6
-            cost += 60 * bool(near.any())
-            if best is None or cost < best[0]:
-                best = (cost, spot)
+            own = _distance(spots, points[index : index + 1])
+            cost += 60 * (_distance(spots, away) < own + 6).any(1)
+            least = int(cost.argmin())
+            if best is None or cost[least] < best[0]:
+                best = (float(cost[least]), spots[least])
         if best is None:
             text.remove()
             continue
@@ -308,27 +311,28 @@ def _figure(axes: Axes) -> Figure:
     return figure
 
 
-def _rings(point: Pixels, size: Pixels) -> list[tuple[float, Pixels]]:
-    """Places for a label's centre, and how far its edge then is from the point."""
-    spots = []
+_WAYS = np.array([(math.cos(2 * math.pi * step / 24), math.sin(2 * math.pi * step / 24)) for step in range(24)])
+
+
+def _rings(point: Pixels, size: Pixels) -> Iterator[tuple[float, Pixels]]:
+    """Places [x0, y0, x1, y1] for a label, ring by ring, and how far their edges are from the point."""
     for gap in (9.0, 14.0, 20.0, 28.0, 38.0, 50.0, 64.0, 80.0, 100.0):
-        for step in range(24):
-            angle = 2 * math.pi * step / 24
-            spots.append((gap, point + np.array([math.cos(angle), math.sin(angle)]) * (gap + size / 2)))
-    return spots
+        centres = point + _WAYS * (gap + size / 2)
+        yield gap, np.concatenate([centres - size / 2, centres + size / 2], 1)
 
 
-def _overlap(box: Pixels, others: Pixels) -> float:
-    """Summed overlap of [x0, y0, x1, y1] boxes as a share of `box`; every touched one weighs at least a fifth."""
-    shared = np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2])
-    areas = shared[(shared > 0).all(axis=1)].prod(axis=1)
-    return float(0.2 * len(areas) + areas.sum() / (box[2:] - box[:2]).prod())
+def _overlap(boxes: Pixels, others: Pixels) -> Pixels:
+    """Summed overlap of [x0, y0, x1, y1] boxes as a share of each; every touched one weighs at least a fifth."""
+    shared = np.minimum(boxes[:, None, 2:], others[:, 2:]) - np.maximum(boxes[:, None, :2], others[:, :2])
+    touched = (shared > 0).all(2)
+    areas = np.where(touched, shared.prod(2), 0).sum(1)
+    return np.asarray(0.2 * touched.sum(1) + areas / (boxes[:, 2:] - boxes[:, :2]).prod(1), dtype=np.float64)
 
 
-def _distance(box: Pixels, points: Pixels) -> Pixels:
-    """From a box to each point; nil inside."""
-    away = np.maximum(np.maximum(box[:2] - points, points - box[2:]), 0)
-    return np.asarray(np.hypot(away[:, 0], away[:, 1]), dtype=np.float64)
+def _distance(boxes: Pixels, points: Pixels) -> Pixels:
+    """From each box to each point; nil inside."""
+    away = np.maximum(np.maximum(boxes[:, None, :2] - points, points - boxes[:, None, 2:]), 0)
+    return np.asarray(np.hypot(away[..., 0], away[..., 1]), dtype=np.float64)
 
 
 def _stroke_boxes(axes: Axes, line: Sequence[tuple[float, float]]) -> Pixels:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvscope.reports.look import look
-from kvscope.reports.theme import MethodStyle, method_styles, shared_options
+from kvscope.reports.subtitle import shared_options
+from kvscope.reports.theme import MethodStyle, method_styles
 
 LEAST_SETTINGS = 3
 _TOKENS_A_K = 1024

@@ -15,14 +15,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
 from kvscope.reports.canvas import text_width_in
-from kvscope.reports.coverage import coverage
 from kvscope.reports.hover import tip
 from kvscope.reports.look import look
-from kvscope.reports.theme import FAINT, TEXT, MethodStyle, shared_options
+from kvscope.reports.theme import FAINT, TEXT, MethodStyle
 from kvscope.reports.units import bytes_text, length_text, with_interval
-from kvscope.results.frames import Run
-from kvscope.results.plain_text import shortened
-from kvscope.results.run_schema import RunInfo
 
 Line = Literal["-", "--", ":", "-.", "None"]
 NESTED = (
@@ -51,26 +47,6 @@ class SkippedFigure:
     name: str
     title: str
     reason: str
-
-
-def subtitle_of(run: Run) -> str:
-    """Model, machine and options that no label repeats, under a title; an unfinished run says so in every picture."""
-    device = shortened(device_of(run.info), most=80)
-    shared = shared_options([method.label for method in run.info.methods])
-    device += "".join(f"; every {name}: {', '.join(parts)}" for name, parts in shared.items())
-    state = coverage(run)
-    model = shortened(run.info.model, most=120)
-    if state.complete:
-        return f"{model} on {device}"
-    rows = f"{state.samples_present} of {state.samples_expected} sample rows"
-    if state.footprint_expected:
-        rows += f", {state.footprint_present} of {state.footprint_expected} footprint rows"
-    return f"{model} on {device}; unfinished run ({rows})"
-
-
-def device_of(info: RunInfo) -> str:
-    """Where the model of a run computed, in words."""
-    return "a server" if info.served else str(info.environment.get("gpu") or "CPU")
 
 
 def length_axis(axes: Axes, lengths: Sequence[int], *, pad: float = 0.45) -> None:

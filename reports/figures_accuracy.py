@@ -28,11 +28,11 @@ from kvscope.reports.figure_parts import (
     apart,
     length_axis,
     names_key,
-    subtitle_of,
 )
 from kvscope.reports.hover import tip
 from kvscope.reports.look import look
 from kvscope.reports.overlap import draw_lines, draw_markers
+from kvscope.reports.subtitle import subtitle_of
 from kvscope.reports.theme import MethodStyle, figure_names, method_styles, short_lines, theme
 from kvscope.reports.units import length_text
 from kvscope.results.frames import Run, records

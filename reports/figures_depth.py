@@ -15,9 +15,10 @@ from kvscope.reports.depth import (
     depth_scopes,
     depthless_note,
 )
-from kvscope.reports.figure_parts import ReportFigure, SkippedFigure, accuracy_tip, subtitle_of
+from kvscope.reports.figure_parts import ReportFigure, SkippedFigure, accuracy_tip
 from kvscope.reports.figures_accuracy import heat_panel
 from kvscope.reports.look import look
+from kvscope.reports.subtitle import subtitle_of
 from kvscope.reports.theme import figure_names, short_lines, theme
 from kvscope.reports.units import length_text
 from kvscope.results.frames import Run, records

@@ -8,9 +8,10 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from kvscope.reports.canvas import Margins, panels, text_width_in
 from kvscope.reports.cells import comparisons
-from kvscope.reports.figure_parts import ReportFigure, SkippedFigure, key_entry, subtitle_of
+from kvscope.reports.figure_parts import ReportFigure, SkippedFigure, key_entry
 from kvscope.reports.hover import tip
 from kvscope.reports.look import look
+from kvscope.reports.subtitle import subtitle_of
 from kvscope.reports.theme import FAINT, MethodStyle, figure_names, method_styles, short_lines, theme
 from kvscope.reports.units import length_text, points, with_interval
 from kvscope.results.comparisons import POOLED

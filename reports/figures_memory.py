@@ -21,10 +21,10 @@ from kvscope.reports.figure_parts import (
     key_entry,
     length_axis,
     names_key,
-    subtitle_of,
 )
 from kvscope.reports.look import look
 from kvscope.reports.overlap import draw_crosses, draw_lines, draw_markers
+from kvscope.reports.subtitle import subtitle_of
 from kvscope.reports.theme import MethodStyle, theme
 from kvscope.reports.units import bytes_text, length_text, milliseconds, number
 from kvscope.results.frames import Run, records

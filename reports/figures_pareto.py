@@ -19,9 +19,9 @@ from kvscope.reports.figure_parts import (
     key_entry,
     names_key,
     points,
-    subtitle_of,
 )
 from kvscope.reports.look import look
+from kvscope.reports.subtitle import subtitle_of
 from kvscope.reports.theme import MethodStyle, theme
 from kvscope.reports.units import bytes_text, length_text
 from kvscope.results.frames import Run, records

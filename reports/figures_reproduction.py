@@ -8,7 +8,8 @@ from matplotlib.axes import Axes
 from kvscope.reports.canvas import Margins, panels
 from kvscope.reports.claims import Claim
 from kvscope.reports.claims_lsa import lsa_claims
-from kvscope.reports.figure_parts import ReportFigure, device_of, key_entry
+from kvscope.reports.figure_parts import ReportFigure, key_entry
+from kvscope.reports.subtitle import device_of
 from kvscope.reports.table_1 import method_words, table_1_records
 from kvscope.reports.theme import TEXT, method_styles, theme
 from kvscope.reports.units import length_text

@@ -7,7 +7,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from kvscope.reports.canvas import Label, Margins, end_labels, end_labels_height_in, names_margin_in, panels
-from kvscope.reports.figure_parts import ReportFigure, names_key, subtitle_of
+from kvscope.reports.figure_parts import ReportFigure, names_key
+from kvscope.reports.subtitle import subtitle_of
 from kvscope.reports.theme import MethodStyle, method_styles, theme
 from kvscope.reports.units import length_text
 from kvscope.results.frames import Run

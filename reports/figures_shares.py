@@ -10,9 +10,10 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from kvscope.reports.canvas import Label, Margins, free_labels, panels
 from kvscope.reports.cells import pool_notes
-from kvscope.reports.figure_parts import ReportFigure, SkippedFigure, accuracy_tip, key_entry, subtitle_of
+from kvscope.reports.figure_parts import ReportFigure, SkippedFigure, accuracy_tip, key_entry
 from kvscope.reports.overlap import draw_lines, draw_markers
 from kvscope.reports.shares import asks_for_shares, share_cells, without_share
+from kvscope.reports.subtitle import subtitle_of
 from kvscope.reports.theme import FAINT, MethodStyle, method_styles, theme
 from kvscope.reports.units import length_text, percent
 from kvscope.results.frames import Run, records

@@ -17,8 +17,9 @@ from markupsafe import Markup, escape
 
 from kvscope.reports.browser import Samples
 from kvscope.reports.coverage import Coverage
-from kvscope.reports.figure_parts import ReportFigure, SkippedFigure, device_of
+from kvscope.reports.figure_parts import ReportFigure, SkippedFigure
 from kvscope.reports.look import look
+from kvscope.reports.subtitle import device_of
 from kvscope.reports.table_parts import Table
 from kvscope.reports.units import length_text
 from kvscope.results.frames import Run

@@ -8,12 +8,13 @@ from kvscope.reports.claim_rows import cell_rows
 from kvscope.reports.claims import claims_table
 from kvscope.reports.claims_lsa import lsa_claims
 from kvscope.reports.export import csv_text, write_figure, write_table
-from kvscope.reports.figure_parts import ReportFigure, device_of
+from kvscope.reports.figure_parts import ReportFigure
 from kvscope.reports.figures_reproduction import reproduction_figures
 from kvscope.reports.html import inline_svg, table_context, template
 from kvscope.reports.place import put_in_place, report_place
 from kvscope.reports.reproduction_page import page_markdown
 from kvscope.reports.setup_dependence import setup_figures, setup_table
+from kvscope.reports.subtitle import device_of
 from kvscope.reports.summary import text_of
 from kvscope.reports.table_1 import prompts_table, table_1
 from kvscope.reports.table_parts import Table

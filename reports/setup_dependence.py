@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from kvscope.methods.kv_format import FORMATS
 from kvscope.reports.canvas import Margins, panels
 from kvscope.reports.claim_rows import CellRows, cell_rows
-from kvscope.reports.figure_parts import ReportFigure, device_of
+from kvscope.reports.figure_parts import ReportFigure
+from kvscope.reports.subtitle import device_of
 from kvscope.reports.table_parts import Table
 from kvscope.reports.theme import COLORS, FAINT, TEXT, theme
 from kvscope.reports.units import length_text, points, with_interval

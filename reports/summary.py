@@ -16,8 +16,8 @@ from kvscope.reports.cells import (
     step_note,
 )
 from kvscope.reports.coverage import coverage
-from kvscope.reports.figure_parts import subtitle_of
 from kvscope.reports.legible import legible
+from kvscope.reports.subtitle import subtitle_of
 from kvscope.reports.table_parts import Notes, Table, excluded_notes
 from kvscope.reports.tables_limits import limit_tables
 from kvscope.reports.ties import tie_notes

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import matplotlib as mpl
 
 from kvscope.reports.look import look
+from kvscope.reports.subtitle import shared_options
 from kvscope.results.plain_text import shortened
 
 DENSE_COLOR = "#000000"
@@ -43,24 +44,10 @@ class MethodStyle:
         return 8.5 if self.marker in "*PX" else 6.5
 
 
-def shared_options(labels: Sequence[str]) -> dict[str, list[str]]:
-    """Method name -> the options that all methods of that name have in common, where there are several."""
-    options: dict[str, list[list[str]]] = {}
-    for label in labels:
-        name, _, text = label.partition(":")
-        options.setdefault(name, []).append(text.split(",") if text else [])
-    shared = {
-        name: [part for part in found[0] if all(part in other for other in found[1:])]
-        for name, found in options.items()
-        if len(found) > 1
-    }
-    return {name: parts for name, parts in shared.items() if parts}
-
-
 def figure_names(labels: Sequence[str]) -> dict[str, str]:
     """Label -> what figures call the method: options that tell no method of its name apart are left out.
 
-    The line under a figure's title says them once (see ``figure_parts.subtitle_of``).
+    The line under a figure's title says them once (see ``subtitle_of``).
     """
     shared = shared_options(labels)
     names = {}

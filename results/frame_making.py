@@ -1,9 +1,7 @@
 """Rows as a pandas frame, a block of rows at a time: what was read of a row is dropped once its columns are filled."""
 
-import gc
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from itertools import islice, repeat
 from operator import itemgetter
 from pathlib import Path
@@ -14,6 +12,7 @@ import pandas as pd
 from pydantic import BaseModel
 
 from kvscope.results.columns import plain_kinds
+from kvscope.results.reading import cycles_left
 from kvscope.results.rowfile import RowT, each_row, second_result
 
 _BLOCK_ROWS = 4096
@@ -62,18 +61,6 @@ def frame_of(rows: Iterable[BaseModel], kind: type[BaseModel]) -> pd.DataFrame:
             blocks.append([_column(column, dtype) for column, dtype in zip(columns, dtypes.values(), strict=False)])
         joined = [_joined(parts) for parts in zip(*blocks, strict=True)]
     return pd.DataFrame(dict(zip(dtypes, joined, strict=True)))
-
-
-@contextmanager
-def cycles_left() -> Iterator[None]:
-    """Do not look for reference cycles meanwhile: rows have none, and looking takes as long as reading them."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def _joined(parts: Sequence[Any]) -> Any:

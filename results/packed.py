@@ -19,7 +19,7 @@ from kvscope.results.columns import plain_kinds
 from kvscope.results.limits import MOST_ROWS_FILE_BYTES
 from kvscope.results.memory_rows import FootprintRow, MaxContextRow
 from kvscope.results.plain_text import shortened
-from kvscope.results.reading import parse_json, read_regular
+from kvscope.results.reading import cycles_left, parse_json, read_regular
 from kvscope.results.rowfile import check_version, first_problem
 from kvscope.results.run_schema import RunInfo
 from kvscope.results.schema import SampleRow, ThroughputRow
@@ -91,19 +91,25 @@ def read_packed(folder: Path) -> Rows:
     Raises:
         UsageError: a file is damaged or too large, lacks a column, or names a prompt that is not there.
     """
-    rows = Rows()
-    values = _read(folder / SAMPLES_FILE, SampleRow, needed=PROMPT_KEY)
+    with cycles_left():
+        return _read_packed(folder)
+
+
+def _read_packed(folder: Path) -> Rows:
+    rows, path = Rows(), folder / SAMPLES_FILE
+    values = _read(path, SampleRow, needed=PROMPT_KEY)
     if values is not None:
         prompts = _prompts(folder / PROMPTS_FILE)
         for value in values:
             key = tuple(value[name] for name in PROMPT_KEY)
             if key not in prompts:
                 raise UsageError(f"{folder / PROMPTS_FILE} lacks prompt {key}. {_MEND}")
-            rows.samples.append(_valid({**prompts[key], **value}, SampleRow, folder / SAMPLES_FILE))
+            rows.samples.append(_valid({**prompts[key], **value}, SampleRow, path))
     for name, (attribute, kind) in _OTHER_FILES.items():
-        found = _read(folder / name, kind)
+        path = folder / name
+        found = _read(path, kind)
         if found is not None:
-            setattr(rows, attribute, [_valid(value, kind, folder / name) for value in found])
+            setattr(rows, attribute, [_valid(value, kind, path) for value in found])
     return rows
 
 
@@ -158,10 +164,16 @@ def _read(path: Path, kind: type[BaseModel], *, needed: Sequence[str] = ()) -> l
             raise
         raise UsageError(f"{path} cannot be read: {_one_line(error)}. {_MEND}") from error
     nested = [name for name in columns if _scalar(kind, name) is None]
+    parsed: dict[str, Any] = {}  # rows of a method have the same settings
     for value in values:
         for name in nested:
-            if value[name] is not None:
-                value[name] = _parsed(value[name], name, path)
+            text = value[name]
+            if isinstance(text, str) and text in parsed:
+                value[name] = parsed[text]
+            elif text is not None:
+                value[name] = _parsed(text, name, path)
+                if isinstance(text, str):
+                    parsed[text] = value[name]
     return values
 
 

@@ -1,10 +1,13 @@
 """Reading files of a run folder that may come from anywhere: regular files only, within limits, strict JSON."""
 
+import gc
 import json
 import math
 import os
 import re
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -63,6 +66,18 @@ def parse_json(text: bytes | str) -> Any:
     if _SURROGATE.search(text) and _SURROGATE_ALONE.search(json.dumps(value, ensure_ascii=False)):
         raise ValueError("half a surrogate pair is no text")
     return value
+
+
+@contextmanager
+def cycles_left() -> Iterator[None]:
+    """Do not look for reference cycles meanwhile: rows have none, and looking takes as long as reading them."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")

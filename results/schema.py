@@ -55,8 +55,8 @@ class Record(BaseModel):
     def demand(self, columns: tuple[str, ...], why: str) -> None:
         """Raise ValueError where one of some columns is null."""
         held = self.__dict__
-        absent = [name for name in columns if held[name] is None]
-        if absent:
+        if None in map(held.__getitem__, columns):
+            absent = [name for name in columns if held[name] is None]
             raise ValueError(f"{', '.join(absent)} must not be null {why}")
 
 

@@ -34,11 +34,11 @@ class Pieces:
         lists = words("train")
         self.adjectives, self.nouns = lists.adjectives, lists.nouns
         self.word_ids = {
-            lead: {word: self.encode(lead + word) for word in (*self.adjectives, *self.nouns)}
+            lead: {word: tuple(self.ids_of(lead + word)) for word in (*self.adjectives, *self.nouns)}
             for lead in ("", " ", "-")
         }
         self.groups = {
-            f"{n:0{width}d}": self.encode(f"{n:0{width}d}")[0] for width in (1, 2, 3) for n in range(10**width)
+            f"{n:0{width}d}": self.ids_of(f"{n:0{width}d}")[0] for width in (1, 2, 3) for n in range(10**width)
         }
         self.hex_pairs = [self.encode(f"{n:02x}-0000")[0] for n in range(256)]
         self.dash = self.encode("-0000-0000")[0]

@@ -5,7 +5,7 @@ haystack says; what it cannot answer from a part of one, that part does not say.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -65,10 +65,20 @@ def _line_templates() -> list[tuple[Kind | None, str, str]]:
     return found
 
 
+@cache
+def _line_patterns(first: str) -> list[tuple[Kind | None, str, Callable[[str], re.Match[str] | None]]]:
+    """Return (kind, slot, match) of everything that a line of this first character can say."""
+    return [
+        (kind, slot, _pattern(template).fullmatch)
+        for kind, slot, template in _line_templates()
+        if template[0] in ("{", first)
+    ]
+
+
 def read_line(text: str) -> Line:
     """Read one line, newline included."""
-    for kind, slot, template in _line_templates():
-        match = _pattern(template).fullmatch(text)
+    for kind, slot, fullmatch in _line_patterns(text[:1]):
+        match = fullmatch(text)
         if match is None:
             continue
         if kind is None:

@@ -3,12 +3,13 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 from benchmark_scripts import load_script
 
-from kvscope.results.frames import load_run
+from kvscope.results.frames import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKED = ROOT / "results" / "reference" / "h200" / "equal-bytes"
@@ -23,11 +24,22 @@ Cells = dict[tuple[int, str, float | None], dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def result() -> Iterator[dict[str, Any]]:
+def script() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
-        script = load_script(patch, "equal_bytes")
-        found = script.result_of(script.found_runs([PACKED, UNKNOWN], ROOT), script.read_config({}))
-        yield json.loads(json.dumps(found)) | {"rounded": script.rounded(found)}
+        yield load_script(patch, "equal_bytes")
+
+
+@pytest.fixture(scope="module")
+def runs(script: ModuleType) -> dict[str, Run]:
+    """By whether the question was known when a method chose."""
+    found: dict[str, Run] = script.found_runs([PACKED, UNKNOWN], ROOT)
+    return found
+
+
+@pytest.fixture(scope="module")
+def result(script: ModuleType, runs: dict[str, Run]) -> dict[str, Any]:
+    found = script.result_of(runs, script.read_config({}))
+    return json.loads(json.dumps(found)) | {"rounded": script.rounded(found)}
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +158,7 @@ def test_every_row_of_every_table_is_that_of_the_rows(cells: Cells, result: dict
         assert "\n".join(expected) in page, "\n".join(expected)
 
 
-def test_what_the_prose_says_is_in_the_rows(cells: Cells, result: dict[str, Any]) -> None:
+def test_what_the_prose_says_is_in_the_rows(cells: Cells, result: dict[str, Any], runs: dict[str, Run]) -> None:
     page = " ".join(PAGE.read_text(encoding="utf-8").split())
 
     def accuracy(setting: str, share: float | None, length: int = MIDDLE) -> float:
@@ -182,7 +194,7 @@ def test_what_the_prose_says_is_in_the_rows(cells: Cells, result: dict[str, Any]
         assert accuracy("dense:kv=kivi2", None, length) >= accuracy("lsa", 0.25, length)
     for length in LENGTHS:
         assert cells[length, "dense:kv=int4", None]["difference_to_dense"] == 0
-    samples = load_run(PACKED).samples
+    (samples,) = (run.samples for run in runs.values() if run.folder == PACKED)
     mine = samples[(samples["length_tokens"] != SHORT) & samples["method_label"].isin(
         [f"{each}:share={share}" for each in alike for share in SHARES])]  # fmt: skip
     by_task = 100 * mine.groupby(["length_tokens", "task", "method_label"])["score"].mean()

@@ -9,7 +9,8 @@ from synthetic_rows import Rows, demo_rows, single_rows, wide_rows
 
 import kvscope
 from kvscope.errors import UsageError
-from kvscope.reports import make_report
+from kvscope.reports import build, make_report
+from kvscope.reports.figures_memory import tpot_by_length
 from kvscope.reports.summary import summary_text
 from kvscope.results.frames import make_run
 from kvscope.results.store import RunStore
@@ -61,7 +62,8 @@ def test_the_same_rows_give_the_same_bytes(demo: tuple[Path, list[Path]]) -> Non
     assert contents(make_report(folder)) == before
 
 
-def test_new_rows_renew_the_report(tmp_path: Path) -> None:
+def test_new_rows_renew_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "all_figures", lambda run, cells: [tpot_by_length(run)])  # drawing takes long
     rows = single_rows()
     stored(tmp_path, rows, samples=2, footprints=0)
     make_report(tmp_path)
@@ -89,7 +91,8 @@ def test_a_run_without_rows_still_reports(tmp_path: Path) -> None:
     assert "0 of 160 sample rows" in (tmp_path / "report/report.html").read_text()
 
 
-def test_a_torn_line_is_told(tmp_path: Path) -> None:
+def test_a_torn_line_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "all_figures", lambda run, cells: [])
     stored(tmp_path, single_rows())
     with (tmp_path / "samples.jsonl").open("ab") as file:
         file.write(b'{"torn')

@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from synthetic_rows import Rows, demo_rows
 from test_figures import drawn
 
-from kvscope.reports.figures_residency import COLUMNS, refreshes
-from kvscope.results.frames import make_run
+from kvscope.reports.figure_parts import ReportFigure, SkippedFigure
+from kvscope.reports.figures_residency import COLUMNS, refreshes, resident_over_steps
+from kvscope.results.frames import Run, make_run
 from kvscope.results.schema import ResidencyRecord
 
 
@@ -27,6 +29,11 @@ def with_residency() -> Rows:
     return changed, footprints, info
 
 
+def of_refreshes(run: Run, cells: pd.DataFrame) -> list[ReportFigure | SkippedFigure]:
+    """What ``all_figures`` ends with."""
+    return list(resident_over_steps(run))
+
+
 def test_one_row_a_refresh_with_the_mean_of_those_who_reached_it() -> None:
     rows = with_residency()
     run = make_run(*rows[:2], info=rows[2], folder=".")
@@ -44,8 +51,8 @@ def test_one_row_a_refresh_with_the_mean_of_those_who_reached_it() -> None:
 
 
 def test_the_figure_is_drawn_and_left_out_where_nothing_refreshes(tmp_path: Path) -> None:
-    figure = drawn(with_residency())["resident_over_steps"]
+    figure = drawn(with_residency(), figures=of_refreshes)["resident_over_steps"]
     figure.figure.savefig(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 5000
     assert "everything that stays counted" in str([text.get_text() for text in figure.figure.texts])
-    assert "resident_over_steps" not in drawn(demo_rows())
+    assert drawn(demo_rows(), figures=of_refreshes) == {}

@@ -1,13 +1,15 @@
 """Deterministic rows of invented runs, for tests of the store, the statistics and the reports.
 
 Nothing here was measured. Bytes follow from the methods' definitions; scores and times are drawn from a hash of the
-cell, shaped like what such runs give (a method that dropped the needle misses it).
+cell, shaped like what such runs give (a method that dropped the needle misses it). Rows do not change: the same cell's
+is made once.
 """
 
 import hashlib
 import math
 import random
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from kvscope.results.memory_rows import FootprintRow
@@ -153,6 +155,7 @@ def cell_fields(kind: Kind, machine: Machine, length: int, model: str) -> dict[s
     }
 
 
+@cache
 def sample_row(
     kind: Kind,
     *,
@@ -206,6 +209,7 @@ def tpot(kind: Kind, machine: Machine, length: int) -> float:
     return machine.step_floor_s * (1 + 0.05 * unit("tpot", kind.label, length)) + read / machine.read_bytes_per_s
 
 
+@cache
 def footprint_row(kind: Kind, *, machine: Machine = CPU, model: str = "reference", length: int) -> FootprintRow:
     held = ledger(kind, machine, length)
     fields = cell_fields(kind, machine, length, model) | {

@@ -20,7 +20,7 @@ STEPS_A_SHARD = 2 * 2 + 4  # begin and end of two documents; before and after it
 @pytest.fixture
 def config(tiny_model: str) -> CollectConfig:
     return CollectConfig(
-        model=tiny_model, tasks=("vt",), lengths_tokens=(640, 704), samples=6, seed=77, chunk_tokens=16,
+        model=tiny_model, tasks=("long_qa",), lengths_tokens=(640, 704), samples=6, seed=77, chunk_tokens=16,
         shard_documents=2, device="cpu",
     )  # fmt: skip
 
