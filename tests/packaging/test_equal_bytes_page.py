@@ -249,7 +249,7 @@ def time_rows(cells: Cells) -> list[str]:
     ]  # fmt: skip
 
 
-def test_times_are_those_of_the_rows(cells: Cells) -> None:
+def test_times_are_those_of_the_rows(cells: Cells, runs: dict[str, Run]) -> None:
     assert "\n".join(time_rows(cells)) in PAGE.read_text(encoding="utf-8"), "\n".join(time_rows(cells))
     eager = {cell["setting"] for cell in cells.values() if cell["tpot_s"] and cell["step_backend"] != "cuda graph"}
     assert eager == {"adakv", "tova", "h2o"}
@@ -259,7 +259,7 @@ def test_times_are_those_of_the_rows(cells: Cells) -> None:
         if length == LONG and cell["tpot_s"] and cell["step_backend"] == "cuda graph"
     ]
     assert 0.0003 < max(grown_s) < 0.0004
-    rows = load_run(PACKED).footprint.set_index(["method_label", "length_tokens"])
+    rows = runs["known"].footprint.set_index(["method_label", "length_tokens"])
     mismatches = rows[rows["verdict"] == "mismatch"]
     assert set(mismatches.index) == {("dense:kv=int8", LONG), ("dense:kv=kivi2", LONG)}
     ledger = mismatches["resident_kv_bytes"] + mismatches["metadata_bytes"]
