@@ -122,6 +122,25 @@ def test_with_as_many_rows_in_every_step_a_sequence_has_the_same_bits_in_any(tin
         assert torch.equal(logits([pairs[b] for b in some]), every[:, some]), some
 
 
+@pytest.mark.parametrize("spec", ["moba:block_tokens=32", "msa:block_tokens=32", "dsa:selection=synthetic"])
+def test_what_a_query_chooses_does_not_depend_on_how_many_others_choose_or_of_how_much(tiny, spec):
+    """A longer prompt's budget is larger. Many keys have the same score under dsa: no head likes them."""
+    method = create_method(spec)
+    prompts = prompts_of(tiny, [method], (700, 2700))
+    plans = [method.blocks(prompt.n_tokens) for prompt in prompts]
+    assert plans[0].n_blocks < plans[1].n_blocks
+
+    def logits(some):
+        with step_rows_session(tiny, rows=2) as session:
+            for prompt in some:
+                session.add(method, prompt, reserve_tokens=2)
+            return torch.stack([session.step([5 + step] * len(some)).clone() for step in range(2)])
+
+    both = logits(prompts)
+    for b, prompt in enumerate(prompts):
+        assert torch.equal(logits([prompt])[:, 0], both[:, b])
+
+
 def test_more_sequences_than_rows_are_steps_of_twice_as_many(tiny):
     method = create_method("dense")
     [prompt] = prompts_of(tiny, [method], (64,))
