@@ -6,7 +6,7 @@ On a CPU the kernels run in Triton's interpreter; on a GPU steps are captured.
 import pytest
 import torch
 from lsa_tools import random_indexer
-from sessions import TOGETHER, TogetherSession, new_session
+from sessions import TOGETHER, RecordedTogetherSession, TogetherSession, new_session
 
 from kvscope.harness.engine.decode import decode
 from kvscope.harness.engine.models import load_model
@@ -139,6 +139,31 @@ def test_what_a_query_chooses_does_not_depend_on_how_many_others_choose_or_of_ho
     both = logits(prompts)
     for b, prompt in enumerate(prompts):
         assert torch.equal(logits([prompt])[:, 0], both[:, b])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(DEVICE == "cuda", reason="steps are captured there")
+def test_a_step_done_again_without_its_python_reads_what_is_there_then(tiny, monkeypatch):
+    """As a CUDA graph is replayed: tokens, places, counts, choices and tables are those of each step, also of one that
+    outgrew its room and was captured again."""
+    monkeypatch.setattr(dsa, "lightning_scores", without_ties)
+    specs = [spec for spec in SPECS if not spec.startswith(("recency", "random", "pyramidkv"))]
+    methods = [create_method(spec) for spec in specs]
+    [prompt] = prompts_of(tiny, methods, (251,))
+    n_steps = 6
+
+    def stepped(session, some, *, reserve_tokens):
+        with session:
+            for method in some:
+                session.add(method, prompt, reserve_tokens=reserve_tokens)
+            return torch.stack([session.step([5 + step] * len(some)).clone() for step in range(n_steps)])
+
+    session = RecordedTogetherSession(tiny, decode_graph="on", step_rows=8)
+    together = stepped(session, methods, reserve_tokens=2)
+    assert session.captures > 1
+    for b, method in enumerate(methods):
+        alone = stepped(Session(tiny), [method], reserve_tokens=n_steps)[:, 0]
+        torch.testing.assert_close(together[:, b], alone, atol=1e-5, rtol=0, msg=method.label)
 
 
 def test_more_sequences_than_rows_are_steps_of_twice_as_many(tiny):
