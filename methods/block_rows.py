@@ -68,8 +68,15 @@ class ChoiceRows:
         checked_R: a sum over the scores of all steps, not finite where a score was not.
     """
 
-    def __init__(self, sequences: Sequence[ChoosingSequence], layer: int) -> None:
-        self._sequences, self._layer = tuple(sequences), layer
+    def __init__(self, sequences: Sequence[ChoosingSequence], layer: int, *, alike: bool = False) -> None:
+        """Make room for the choices.
+
+        Args:
+            alike: what a sequence chooses, and the order in which it reads that, must not depend on the others: of
+                equal scores the first ones count, and blocks are read in order. What a top-k makes of both depends on
+                how many scores there are, and on how many are wanted of them.
+        """
+        self._sequences, self._layer, self._alike = tuple(sequences), layer, alike
         self.pages = [sequence.pages_of(layer) for sequence in sequences]
         pages = self.pages[0]
         self._H, self._P = pages.shape[1], pages.shape[3]
@@ -110,11 +117,11 @@ class ChoiceRows:
         inside_R11N = (self._block_N < before_R1)[:, None, None]
         self.checked_R += torch.where(inside_R11N, scores_RHXN, 0.0).sum((1, 2, 3))
         scores_RHXN = scores_RHXN.masked_fill(~inside_R11N, -torch.inf)
-        best_RHXB = scores_RHXN.topk(self._most, dim=-1, sorted=self._differ).indices
-        if self._X == 1:
-            blocks_RHB, n_RH = best_RHXB[:, :, 0], self._chosen_R1
+        if self._alike:
+            blocks_RHB, n_RH = self._first_best(scores_RHXN)
         else:
-            blocks_RHB, n_RH = self._union(best_RHXB)
+            best_RHXB = scores_RHXN.topk(self._most, dim=-1, sorted=self._differ).indices
+            blocks_RHB, n_RH = (best_RHXB[:, :, 0], self._chosen_R1) if self._X == 1 else self._union(best_RHXB)
         blocks_RHB = torch.nn.functional.pad(blocks_RHB, (0, len(self._entry_B) - blocks_RHB.shape[-1]))
         # Behind what was chosen comes the current block; what follows it is not read.
         blocks_RHB = torch.where(self._entry_B < n_RH[..., None], blocks_RHB, before_R1[..., None])
@@ -136,6 +143,22 @@ class ChoiceRows:
             found_HXN = sequence.room_scores(self._layer, call.row(b))
             scores[r, :, :, : found_HXN.shape[-1]] = found_HXN
         return scores
+
+    def _first_best(self, scores_RHXN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the best blocks of each KV head in ascending order, of equal ones the first, and how many they are."""
+        R, H, _, N = scores_RHXN.shape
+        n_R111 = self._chosen_R1[..., None, None]
+        best_RHXB = scores_RHXN.topk(self._most, dim=-1).values
+        last_RHX1 = best_RHXB.gather(-1, (n_R111 - 1).expand(-1, *best_RHXB.shape[1:3], 1))
+        above_RHXN, equal_RHXN = scores_RHXN > last_RHX1, scores_RHXN == last_RHX1
+        n_equal_RHX1 = n_R111 - above_RHXN.sum(-1, keepdim=True)
+        first_RHXN = equal_RHXN & (equal_RHXN.cumsum(-1) <= n_equal_RHX1)
+        chosen_RHN = (above_RHXN | first_RHXN).any(2)
+        width = len(self._entry_B) - 1
+        # One entry more takes the blocks that are not chosen.
+        at_RHN = torch.where(chosen_RHN, chosen_RHN.cumsum(-1) - 1, width)
+        blocks_RHB = self._block_N.new_zeros((R, H, width + 1)).scatter_(2, at_RHN, self._block_N.expand(R, H, N))
+        return blocks_RHB[..., :width], self._chosen_R1 if self._X == 1 else chosen_RHN.sum(-1)
 
     def _union(self, best_RHXB: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the blocks that any query head of each KV head chose, those first, and how many they are."""

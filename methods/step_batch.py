@@ -111,7 +111,7 @@ class _Layer:
         device = reads[0].place.pages.device
         for rows in groups.values():
             choosers = [chooser for b in rows if (chooser := reads[b].chooser) is not None]
-            choice = ChoiceRows(choosers, layer)
+            choice = ChoiceRows(choosers, layer, alike=part_tokens is not None)
             self._choices.append((choice, rows))
             for r, b in enumerate(rows):
                 stores[b] = (choice.store(r),)

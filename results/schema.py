@@ -301,7 +301,8 @@ class SampleRow(CellRow):
     columns `prefill`, `method_from`, `selection` and `noop` say nothing."""
     tie: bool | None = None
     """Whether `least_logit_gap` is within twice `logit_noise`, as each of the two logits may be off by that: then the
-    answer may be another than steps of its own give. Null where `batch` is 1."""
+    answer may be another than steps of its own give. Where no noise was measured equal logits are none, either. Null
+    where `batch` is 1."""
 
     @property
     def key(self) -> tuple[str, int, int, str]:

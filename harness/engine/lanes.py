@@ -27,8 +27,8 @@ class Lanes:
         options: dict[str, Any] = {"counts_spare": counts_spare, "spare_share": spare_share, "step_rows": step_rows}
         self._first = BatchDecode(loaded, keeps_static=True, **options)
         self._eager = BatchDecode(loaded, **options)
-        self._turned_away: set[str] = set()
-        """Labels of methods without fixed addresses: they need not be opened to know."""
+        self._turned_away: set[tuple[str, int, int]] = set()
+        """Methods without fixed addresses, with the tokens of prompt and steps: they need not be opened to know."""
 
     def __enter__(self) -> Self:
         return self
@@ -63,12 +63,14 @@ class Lanes:
         Raises:
             UsageError: as ``BatchDecode.add``.
         """
-        if self._first.decode_graph == "auto" and request.method.label in self._turned_away:
+        # Some have them at one length and not at another. Which lane a sequence has must not depend on who came before.
+        key = request.method.label, request.prompt.n_tokens, request.reserve_tokens
+        if self._first.decode_graph == "auto" and key in self._turned_away:
             return self._eager.add(request)
         try:
             return self._first.add(request)
         except NoStaticStepError:
-            self._turned_away.add(request.method.label)
+            self._turned_away.add(key)
         return self._eager.add(request)
 
     def step(self) -> list[Decoding]:

@@ -113,6 +113,11 @@ class Usage:
         }
 
 
+def step_rows(loaded: LoadedModel) -> int | None:
+    """Return the rows of every step's forward: those of an accuracy pass, so that no batch changes a score."""
+    return STEP_ROWS_CUDA if loaded.device.type == "cuda" else None
+
+
 class Answering:
     """Answers and scores under one method.
 
@@ -177,8 +182,7 @@ class Answering:
         loaded = self._loaded
         under_way: dict[Decoding, tuple[int, Ask]] = {}
         graph: DecodeGraph = "auto" if loaded.device.type == "cuda" else "off"
-        rows = STEP_ROWS_CUDA if loaded.device.type == "cuda" else None
-        with BatchDecode(loaded, decode_graph=graph, step_rows=rows) as batch:
+        with BatchDecode(loaded, decode_graph=graph, step_rows=step_rows(loaded)) as batch:
             try:
                 while waiting or under_way:
                     self._fill(batch, waiting, under_way)
@@ -230,7 +234,7 @@ class Answering:
     def _score(self, waiting: deque[_Scoring], done: Callable[[int, Score], None]) -> None:
         under_way: list[_Scoring] = []
         context_ids, prompt = None, None
-        with Session(self._loaded) as session:
+        with Session(self._loaded, step_rows=step_rows(self._loaded)) as session:
             try:
                 while waiting or under_way:
                     while waiting and len(under_way) < self.rows:

@@ -62,8 +62,12 @@ def shared_graph(plan: Plan) -> DecodeGraph:
 
 
 def step_rows(plan: Plan) -> int | None:
-    """Return the rows of every step's forward: on a GPU always as many, so that answers are the same in any batch."""
-    return STEP_ROWS_CUDA if plan.facts.device.startswith("cuda") else None
+    """Return the rows of every step's forward: on a GPU always as many, so that answers are the same in any batch.
+
+    None: a row an answer. A model that brings its own cache steps one at a time, and has always the same.
+    """
+    facts = plan.facts
+    return STEP_ROWS_CUDA if facts.device.startswith("cuda") and not facts.backend.holds_one_sequence else None
 
 
 def measured_noise(plan: Plan, loaded: "LoadedModel", progress: Progress) -> "BatchNoise | None":

@@ -70,9 +70,12 @@ class Batch:
         self._shared_graph = shared_graph(plan)
         # Bytes are those of single sequences, whose steps are captured where that was asked for.
         self._step_rows = step_rows(plan)
-        self._decode = Lanes(
-            loaded, counts_spare=plan.config.accuracy_graph, spare_share=_SPARE_SHARE, step_rows=self._step_rows
-        )
+        self._options: dict[str, Any] = {
+            "counts_spare": plan.config.accuracy_graph,
+            "spare_share": _SPARE_SHARE,
+            "step_rows": self._step_rows,
+        }
+        self._decode = Lanes(loaded, **self._options)
         self._waiting: deque[Entry] = deque()
         self._under_way: list[Entry] = []
         self._open: dict[Prompt, int] = {}
@@ -229,8 +232,7 @@ class Batch:
         """Decode a sequence in steps of its own, beside those of the others."""
         graph = entry.prompt.graph()[0] if self._step_rows is None else self._shared_graph
         try:
-            options: dict[str, Any] = {"counts_spare": self._plan.config.accuracy_graph, "step_rows": self._step_rows}
-            with BatchDecode(self._loaded, decode_graph=graph, **options) as single:
+            with BatchDecode(self._loaded, decode_graph=graph, **self._options) as single:
                 row = single.add(entry.prompt.request(entry.method))
                 while not row.has_ended:
                     single.step()

@@ -6,12 +6,13 @@ On a CPU the kernels run in Triton's interpreter; on a GPU steps are captured.
 import pytest
 import torch
 from lsa_tools import random_indexer
-from sessions import TOGETHER, TogetherSession, new_session
+from sessions import TOGETHER, RecordedTogetherSession, TogetherSession, new_session
 
 from kvscope.harness.engine.decode import decode
 from kvscope.harness.engine.models import load_model
 from kvscope.harness.engine.session import Session
 from kvscope.harness.engine.synthetic import synthetic_prompt
+from kvscope.methods import attention
 from kvscope.methods.base import union_collectors
 from kvscope.methods.dsa import method as dsa
 from kvscope.methods.dsa.lightning import lightning_scores
@@ -120,6 +121,52 @@ def test_with_as_many_rows_in_every_step_a_sequence_has_the_same_bits_in_any(tin
         assert int(every[-1, b].argmax()) == alone.ids[0], pair[0].label
     for some in ([0], [1], [7, 0], [len(pairs) - 1], [20, 3, 21], list(range(5, 14))):
         assert torch.equal(logits([pairs[b] for b in some]), every[:, some]), some
+
+
+@pytest.mark.parametrize("spec", ["moba:block_tokens=32", "msa:block_tokens=32", "dsa:selection=synthetic"])
+def test_what_a_query_chooses_does_not_depend_on_how_many_others_choose_or_of_how_much(tiny, spec):
+    """A longer prompt's budget is larger. Many keys have the same score under dsa: no head likes them."""
+    method = create_method(spec)
+    prompts = prompts_of(tiny, [method], (700, 2700))
+    plans = [method.blocks(prompt.n_tokens) for prompt in prompts]
+    assert plans[0].n_blocks < plans[1].n_blocks
+
+    def logits(some):
+        with step_rows_session(tiny, rows=2) as session:
+            for prompt in some:
+                session.add(method, prompt, reserve_tokens=2)
+            return torch.stack([session.step([5 + step] * len(some)).clone() for step in range(2)])
+
+    both = logits(prompts)
+    for b, prompt in enumerate(prompts):
+        assert torch.equal(logits([prompt])[:, 0], both[:, b])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(DEVICE == "cuda", reason="steps are captured there")
+def test_a_step_done_again_without_its_python_reads_what_is_there_then(tiny, monkeypatch):
+    """As a CUDA graph is replayed: tokens, places, counts, choices and tables are those of each step, also of one that
+    outgrew its room and was captured again, and of packed pages, which attend beside the others and fill up."""
+    monkeypatch.setattr(dsa, "lightning_scores", without_ties)
+    specs = [spec for spec in SPECS if not spec.startswith(("recency", "random", "pyramidkv"))]
+    specs += ["dense:kv=int8", f"{SPECS[-1]},kv=int8"]
+    methods = [create_method(spec) for spec in specs]
+    [prompt] = prompts_of(tiny, methods, (251,))
+    n_steps = 6
+
+    def stepped(session, some, *, reserve_tokens):
+        with session:
+            for method in some:
+                session.add(method, prompt, reserve_tokens=reserve_tokens)
+            return torch.stack([session.step([5 + step] * len(some)).clone() for step in range(n_steps)])
+
+    alone = [stepped(Session(tiny), [method], reserve_tokens=n_steps)[:, 0] for method in methods]
+    monkeypatch.setattr(attention, "_kernel_reads", lambda query, store: True)
+    session = RecordedTogetherSession(tiny, decode_graph="on", step_rows=16)
+    together = stepped(session, methods, reserve_tokens=2)
+    assert session.captures > 1
+    for b, method in enumerate(methods):
+        torch.testing.assert_close(together[:, b], alone[b], atol=1e-5, rtol=0, msg=method.label)
 
 
 def test_more_sequences_than_rows_are_steps_of_twice_as_many(tiny):

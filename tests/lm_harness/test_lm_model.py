@@ -134,6 +134,28 @@ def test_batches_do_not_change_answers(folder: str) -> None:
     assert three.get_model_info()["kvscope"]["batch"] == 3
 
 
+def test_on_a_gpu_every_step_of_answers_and_scores_has_as_many_rows(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that no batch changes them."""
+    monkeypatch.setattr(module, "step_rows", lambda loaded: 8)
+    asks = [ask(text(at, 20), max_gen_toks=3, until=[]) for at in range(5)]
+    asked = [scored(text(at % 3, 20), " " + text(at, 1 + at % 4)) for at in range(9)]
+    found = []
+    for n in (1, 4):
+        lm, sizes = KvscopeLM(folder, device="cpu", batch_size=n, self_check=False), set[int]()
+
+        def note(module: Any, args: Any, kwargs: Any, sizes: set[int] = sizes) -> None:
+            n_rows, n_tokens = kwargs["input_ids"].shape
+            sizes.add(n_rows if n_tokens == 1 else 0)
+
+        lm.loaded.model.register_forward_pre_hook(note, with_kwargs=True)
+        found.append((lm.generate_until(asks, disable_tqdm=True), lm.loglikelihood(asked, disable_tqdm=True)))
+        assert sizes - {0} == {8}
+        assert lm.get_model_info()["kvscope"]["batch"] == n
+    assert found[0] == found[1]
+
+
 def test_memory_that_ends_halves_the_batch(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asks = [ask(text(at, 20), max_gen_toks=4, until=[]) for at in range(6)]
     asked = [scored(text(at, 20), " " + text(at, 3)) for at in range(6)]

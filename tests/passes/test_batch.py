@@ -15,7 +15,7 @@ from tiny import MakeConfig
 from tiny_models import runnable_methods, save_model
 
 from kvscope.errors import UsageError
-from kvscope.harness.engine import batch_noise
+from kvscope.harness.engine import batch_noise, lanes
 from kvscope.harness.engine.batch_noise import BatchNoise
 from kvscope.harness.engine.models import load_model
 from kvscope.harness.engine.session import Session
@@ -377,6 +377,23 @@ def test_folders_begun_with_another_batch_go_on(small: MakeConfig) -> None:
     assert "batch" not in make_config({"batch": 7}).identity()
     first = run(small(samples=1, batch=1, self_check=False), progress=False)
     assert len(run(small(samples=2, batch=4, self_check=False), out=first.folder, progress=False).samples) == 4
+
+
+def test_a_sequence_that_steps_alone_keeps_as_much_room_as_it_would_among_others(
+    small: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of captured steps count it."""
+    made: dict[str, dict[str, Any]] = {}
+    for module in (batch_module, lanes):
+        real = module.BatchDecode
+
+        def noted(*args: Any, real: Any = real, name: str = module.__name__, **options: Any) -> Any:
+            made[name] = {key: options[key] for key in ("counts_spare", "spare_share", "step_rows")}
+            return real(*args, **options)
+
+        monkeypatch.setattr(module, "BatchDecode", noted)
+    run(small(methods=["dense", "raising"], samples=2, batch=4, self_check=False), progress=False)
+    assert made[batch_module.__name__] == made[lanes.__name__]
 
 
 def test_a_dense_sequence_keeps_its_prompt_no_longer_than_needed(

@@ -7,6 +7,7 @@ import pytest
 from tiny import MakeConfig
 
 from kvscope.harness.passes import batch_plan
+from kvscope.harness.passes.answering import step_rows
 from kvscope.harness.passes.base import Plan
 from kvscope.harness.passes.batch_plan import BatchCell, batch_text, plan_batch, prompts_of
 from kvscope.harness.passes.plan import make_plan
@@ -84,6 +85,11 @@ def test_a_cache_that_holds_one_sequence_gets_steps_of_its_own(
     plan = make_plan(small(batch=8))
     monkeypatch.setattr(type(plan.facts.backend), "holds_one_sequence", True)
     assert [cell.rows for cell in planned(plan)] == [1]
+    # Its steps have one row on a GPU, too, where those of others have as many whoever shares them.
+    on_gpu = dataclasses.replace(plan, facts=dataclasses.replace(plan.facts, device="cuda:0"))
+    assert step_rows(on_gpu) is None
+    monkeypatch.setattr(type(plan.facts.backend), "holds_one_sequence", False)
+    assert (step_rows(on_gpu), step_rows(plan)) == (144, None)
 
 
 def test_unknown_weights_leave_the_number_as_it_is(small: MakeConfig) -> None:

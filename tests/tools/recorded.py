@@ -1,9 +1,13 @@
-"""A CUDA graph without a GPU: the operations of a step, done again on the same tensors without its Python."""
+"""A CUDA graph without a GPU: the operations of a step, done again on the same tensors without its Python.
 
-from typing import Any
+Kernels that Triton interprets are operations, too: they are launched again with the arguments that they had.
+"""
 
+from typing import Any, Self
+
+import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
@@ -26,6 +30,24 @@ class Recording(TorchDispatchMode):
         super().__init__()
         self._kept: list[Any] = []
         self._again: list[tuple[Any, Any, Any, list[torch.Tensor]]] = []
+        self._patch = pytest.MonkeyPatch()
+
+    def __enter__(self) -> Self:
+        from triton.runtime.interpreter import InterpretedFunction
+
+        launch = InterpretedFunction.run
+
+        def noted(kernel: Any, *args: Any, **kwargs: Any) -> None:
+            with _disable_current_modes():
+                launch(kernel, *args, **kwargs)
+            self._again.append((launch, (kernel, *args), kwargs, []))
+
+        self._patch.setattr(InterpretedFunction, "run", noted)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._patch.undo()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

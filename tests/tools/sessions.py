@@ -58,6 +58,20 @@ class TogetherStep(UncapturedStep):
         super()._capture()
 
 
+class RecordedTogetherStep(TogetherStep):
+    """The same, recorded at a capture and done again at each step."""
+
+    def _capture(self):
+        super()._capture()
+        self.captures += 1
+        self._recording = Recording()
+        with self._recording:
+            self._logits_nV = self._forward()
+
+    def _replay(self):
+        self._recording.replay()
+
+
 class UncapturedSession(Session):
     """A session whose steps have fixed addresses and are no graph."""
 
@@ -74,6 +88,12 @@ class TogetherSession(Session):
     """The same, in one launch a layer."""
 
     graph_step = TogetherStep
+
+
+class RecordedTogetherSession(Session):
+    """The same, recorded and done again."""
+
+    graph_step = RecordedTogetherStep
 
 
 def captured_here(monkeypatch):
