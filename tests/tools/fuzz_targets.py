@@ -255,7 +255,7 @@ SEEDS: dict[str, tuple[bytes, ...]] = {
     "run_json": (RUN.model_dump_json().encode(),),
     "reproduce_json": (REPRODUCTION.model_dump_json().encode(),),
     "jsonl": (JSONL_LINE,),
-    "packed_jsonl": (gzip.compress(JSONL_LINE), lzma.compress(JSONL_LINE)),
+    "packed_jsonl": (gzip.compress(JSONL_LINE, mtime=0), lzma.compress(JSONL_LINE)),
     "longbench_v2": (
         b'[{"domain": "d", "difficulty": "easy", "question": "q", "answer": "A", "context": "c", '
         b'"choice_A": "1", "choice_B": "2", "choice_C": "3", "choice_D": "4"}]',

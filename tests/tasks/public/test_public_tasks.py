@@ -318,7 +318,7 @@ def test_files_as_they_are_found(form: str, tmp_path: Path) -> None:
     assert make("longbench_v2", str(path)).n_samples == 2
 
 
-@pytest.mark.parametrize("packed", [gzip.compress(b"[]" * 400), lzma.compress(b"[]" * 400)])
+@pytest.mark.parametrize("packed", [gzip.compress(b"[]" * 400), lzma.compress(b"[]" * 400)], ids=["gzip", "xz"])
 def test_a_compressed_file_that_was_cut(packed: bytes, tmp_path: Path) -> None:
     (tmp_path / "data.json").write_bytes(packed[:-9])
     with pytest.raises(UsageError, match="is no whole compressed file"):
