@@ -31,8 +31,8 @@ class UncapturedStep(GraphStep):
         self._logits_nV = self._forward()
 
 
-class RecordedStep(UncapturedStep):
-    """The same, its operations recorded at a capture and done again at each step: nothing of its Python runs."""
+class Recorded:
+    """A step's operations recorded at a capture and done again at each step: nothing of its Python runs."""
 
     def _capture(self):
         super()._capture()
@@ -43,6 +43,10 @@ class RecordedStep(UncapturedStep):
 
     def _replay(self):
         self._recording.replay()
+
+
+class RecordedStep(Recorded, UncapturedStep):
+    """The step of fixed addresses, recorded."""
 
 
 class TogetherStep(UncapturedStep):
@@ -58,18 +62,8 @@ class TogetherStep(UncapturedStep):
         super()._capture()
 
 
-class RecordedTogetherStep(TogetherStep):
-    """The same, recorded at a capture and done again at each step."""
-
-    def _capture(self):
-        super()._capture()
-        self.captures += 1
-        self._recording = Recording()
-        with self._recording:
-            self._logits_nV = self._forward()
-
-    def _replay(self):
-        self._recording.replay()
+class RecordedTogetherStep(Recorded, TogetherStep):
+    """The same, recorded."""
 
 
 class UncapturedSession(Session):
