@@ -16,8 +16,8 @@ from typing import IO
 #: ``-P``: the folder that a user happens to stand in is no place to import from.
 WORKER_COMMAND = (sys.executable, "-P", "-m", "kvscope.harness.passes.worker")
 SERVER_COMMAND = (sys.executable, "-P", "-m", "kvscope.harness.passes.worker_server")
-#: torch's compiler names its folder so, where nobody did.
-SET_BY_LIBRARIES = ("TORCHINDUCTOR_CACHE_DIR",)
+#: torch's compiler names its folder so, where nobody did; older versions of torch say so how CUDA loads kernels.
+SET_BY_LIBRARIES = ("TORCHINDUCTOR_CACHE_DIR", "CUDA_MODULE_LOADING")
 #: A process that has loaded torch can be forked there; waitid is missing on macOS.
 CAN_FORK = sys.platform == "linux"
 
@@ -163,7 +163,7 @@ def worker_server(environment: Mapping[str, str], *, stderr: IO[str] | None = No
 
 
 def _told(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return what of an environment was not set by libraries as they were imported: the server's are the same ones."""
+    """Return what of an environment was not set by libraries: the server and its workers have the same ones."""
     return {name: value for name, value in environment.items() if name not in SET_BY_LIBRARIES}
 
 

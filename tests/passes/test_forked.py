@@ -123,12 +123,13 @@ def test_a_head_start_where_there_is_a_core_for_it(cores: int, monkeypatch: pyte
 
 
 @pytest.mark.usefixtures("server_set_aside")
-def test_what_torch_sets_as_it_is_imported_asks_for_no_other_server(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["TORCHINDUCTOR_CACHE_DIR", "CUDA_MODULE_LOADING"])
+def test_what_torch_sets_asks_for_no_other_server(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forked, "SERVER_COMMAND", (sys.executable, "-c", "import signal; signal.pause()"))
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.delenv(name, raising=False)
     start_ahead()
     first = server_id()
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/somewhere")
+    monkeypatch.setenv(name, "/somewhere")
     assert forked.worker_server(process.worker_environment()).process.pid == first
 
 
