@@ -25,8 +25,8 @@ from kvscope.methods.step_batch import StepReads
 from kvscope.methods.step_counters import StepCounters
 from kvscope.methods.store import PromptKV, TokenRange, head_pages, page_shape, range_pages
 
-#: Raw bytes on the device at once while a prompt is packed: packing takes some ten times as many beside them, which the
-#: driver sees as the method's. Large layers are packed in this many parts instead, or launches would take long.
+#: Raw bytes on the device at once while a prompt is packed: packing takes seven to nine times as many beside them, as
+#: the driver sees. Large layers are packed in this many parts instead, or launches would take long.
 _RAW_BYTES_AT_ONCE, _PARTS_OF_A_LAYER = 1 << 20, 64
 Source = Callable[[int, int, int], torch.Tensor]
 """Layer, first page and page behind the last -> raw host pages of the tokens kept, packed in order."""

@@ -2,7 +2,7 @@
 
 Sequences enter by ``add`` and leave when their answers end; the others go on. What a sequence gives is what it gives
 alone, but for rounding: a product of several rows is added up in another order than that of one. With ``step_rows``
-all steps have the same rows, and then it gives the same bits.
+all steps have as many rows, so that all products are added up alike, but for those of experts.
 
 Where the step was captured (a CUDA graph), a sequence that ended rests in it: taking it out would capture anew.
 """

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 #: Most sequences of a step, where memory holds more.
 MOST_ROWS_CPU, MOST_ROWS_CUDA = 32, 144
-#: Rows of every step of the accuracy pass on a GPU, whoever is in it (``Session``). Up to here a step's products take
-#: about as long as the weights are read, so that rows which are nobody's cost little.
+#: Rows of every step of the accuracy pass on a GPU, whoever is in it (``Session``). So few rows are expected to take
+#: little longer than the weights take to be read; it was not timed yet.
 STEP_ROWS_CUDA = MOST_ROWS_CUDA
 #: Share of a memory that the pass may fill: allocators keep more than is asked of them, and others live there, too.
 DEVICE_SHARE, HOST_SHARE = 0.85, 0.5

@@ -158,7 +158,7 @@ def test_what_the_prose_says_is_in_the_rows(result: dict[str, Any]) -> None:
     # The bar that was fixed before: a lower bound above -3 points.
     assert gemma[LANDMARK]["difference_low"] > -0.03 > gemma[FITTED]["difference_low"]
     assert min(smol[label]["difference_low"] for label in (LANDMARK, FITTED)) > -0.03
-    assert f"ends at {100 * gemma[FITTED]['difference_low']:.1f} points" in page
+    assert f"its lower end is {100 * gemma[FITTED]['difference_low']:.1f} points" in page
     shared, free = compared(result, 16_384)
     kept = [cell for setting in ("lsa:indexer=landmark", "lsa:indexer=indexer", "snapkv", "pyramidkv", "adakv")
             for cell in shared[setting]]  # fmt: skip

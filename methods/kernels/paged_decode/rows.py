@@ -38,8 +38,8 @@ from kvscope.methods.kernels.paged_decode.rows_kernel import (
 )
 
 _LOG2E = 1.4426950408889634
-#: Parts of a row that are joined at once where its result must not depend on other rows.
-ALIKE_MERGE_ROWS = 14
+#: Programs that a row is counted to have where its result must not depend on other rows: 16 parts are joined at once.
+ALIKE_MERGE_PROGRAMS = 14
 
 
 class RowTable:
@@ -182,7 +182,7 @@ class RowTable:
         )  # fmt: skip
         result = torch.empty((B, Q, 1, D), dtype=q_BQ1D.dtype, device=device)
         # The order in which parts are joined must not depend on how many rows there are, either.
-        programs, rows = (ALIKE_MERGE_ROWS, 1) if self._part else (self._programs, B * self._H)
+        programs, rows = (ALIKE_MERGE_PROGRAMS, 1) if self._part else (self._programs, B * self._H)
         options = merge_options(programs, rows, common["D_PAD"])
         merge_rows_kernel[(B * Q, options["PARTS"])](
             result, result if sink_logits is None else sink_logits, out, lse, self._ints, self._table,
