@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvscope.harness.engine.oom import is_oom
 from kvscope.harness.passes.base import Plan
-from kvscope.harness.passes.batch_plan import STEP_ROWS_CUDA
+from kvscope.harness.passes.batch_plan import step_rows
 from kvscope.harness.passes.progress import Progress
 from kvscope.harness.passes.prompt import split_prompt
 from kvscope.harness.passes.prompt_check import build
@@ -61,15 +61,6 @@ def shared_graph(plan: Plan) -> DecodeGraph:
     return "auto" if plan.config.accuracy_graph or plan.facts.device.startswith("cuda") else "off"
 
 
-def step_rows(plan: Plan) -> int | None:
-    """Return the rows of every step's forward: on a GPU always as many, so that answers are the same in any batch.
-
-    None: a row an answer. A model that brings its own cache steps one at a time, and has always the same.
-    """
-    facts = plan.facts
-    return STEP_ROWS_CUDA if facts.device.startswith("cuda") and not facts.backend.holds_one_sequence else None
-
-
 def measured_noise(plan: Plan, loaded: "LoadedModel", progress: Progress) -> "BatchNoise | None":
     """Return how far logits differ between steps of one sequence and of as many as planned; None where all are of one.
 
@@ -81,7 +72,7 @@ def measured_noise(plan: Plan, loaded: "LoadedModel", progress: Progress) -> "Ba
     graph, text = shared_graph(plan), beginnings(plan)
     while rows > 1:
         try:
-            found = batch_noise(loaded, rows=rows, text=text, decode_graph=graph, step_rows=step_rows(plan))
+            found = batch_noise(loaded, rows=rows, text=text, decode_graph=graph, step_rows=step_rows(plan.facts))
         except Exception as error:  # noqa: BLE001 - a model that fails the probe fails its rows, too, and they say how
             if not is_oom(error):
                 why = failure(error, phase="the probe of shared steps")[1]

@@ -15,7 +15,8 @@ from kvscope.harness.engine.batch_decode import BatchDecode, Decoding
 from kvscope.harness.engine.finite import NotFinite
 from kvscope.harness.engine.lanes import Lanes
 from kvscope.harness.engine.oom import is_oom
-from kvscope.harness.passes.answering import Prompt, release_memory, shared_graph, step_rows
+from kvscope.harness.passes.answering import Prompt, release_memory, shared_graph
+from kvscope.harness.passes.batch_plan import step_rows
 from kvscope.harness.passes.deadline import Deadline
 from kvscope.harness.passes.row_columns import failure
 
@@ -69,7 +70,7 @@ class Batch:
         self._logit_noise = None if noise is None else noise.logit_noise
         self._shared_graph = shared_graph(plan)
         # Bytes are those of single sequences, whose steps are captured where that was asked for.
-        self._step_rows = step_rows(plan)
+        self._step_rows = step_rows(plan.facts)
         self._options: dict[str, Any] = {
             "counts_spare": plan.config.accuracy_graph,
             "spare_share": _SPARE_SHARE,

@@ -49,6 +49,14 @@ class BatchCell:
     host_bytes: int | None
 
 
+def step_rows(facts: ModelFacts) -> int | None:
+    """Return the rows of every step's forward: on a GPU always as many, so that answers are the same in any batch.
+
+    None: a row an answer. A model that brings its own cache steps one at a time, and has always the same.
+    """
+    return STEP_ROWS_CUDA if facts.device.startswith("cuda") and not facts.backend.holds_one_sequence else None
+
+
 def prompts_of(rows: int, n_methods: int) -> int:
     """Return how many prompts may be begun at once: as many as consecutive pairs can be of."""
     return -(-(rows - 1) // max(1, n_methods)) + 1
@@ -182,6 +190,13 @@ class _Sizes:
         device_bytes = prefill_bytes + max(
             part.weights_bytes + round(part.cache_share * own_bytes) for part in facts.device_parts()
         )
+        device_bytes += self._logits_bytes(rows)
         if self._is_cpu:
             return None, device_bytes + pages_bytes
         return CONTEXT_BYTES + device_bytes, pages_bytes
+
+    def _logits_bytes(self, rows: int) -> int:
+        """Return the bytes of a step's logits, and of the copy of its sequences' that the second best is sought in."""
+        least_rows = step_rows(self._facts) or 1
+        n_rows = -(-rows // least_rows) * least_rows
+        return (n_rows + rows) * self._facts.vocab_size * self._facts.shape.element_bytes

@@ -7,9 +7,8 @@ import pytest
 from tiny import MakeConfig
 
 from kvscope.harness.passes import batch_plan
-from kvscope.harness.passes.answering import step_rows
 from kvscope.harness.passes.base import Plan
-from kvscope.harness.passes.batch_plan import BatchCell, batch_text, plan_batch, prompts_of
+from kvscope.harness.passes.batch_plan import BatchCell, batch_text, plan_batch, prompts_of, step_rows
 from kvscope.harness.passes.plan import make_plan
 
 MIB = 1024**2
@@ -69,8 +68,10 @@ def test_on_a_gpu_device_and_host_both_set_bounds(small: MakeConfig, monkeypatch
     [cell] = planned(plan, device="cuda:0")
     assert cell.rows == batch_plan.MOST_ROWS_CUDA == 144
     dense_bytes = plan.methods[0].predict(plan.facts.shape, 4092, 4).kv_bytes
-    base_bytes = (cell.device_bytes or 0) - 144 * dense_bytes
-    rooms["device"] = int((base_bytes + 20 * dense_bytes) / batch_plan.DEVICE_SHARE) + 8
+    # 144 rows have logits, and those of sequences have them twice.
+    row_bytes = dense_bytes + plan.facts.vocab_size * plan.facts.shape.element_bytes
+    base_bytes = (cell.device_bytes or 0) - 144 * row_bytes
+    rooms["device"] = int((base_bytes + 20 * row_bytes) / batch_plan.DEVICE_SHARE) + 8
     assert [each.rows for each in planned(plan, device="cuda:0")] == [20]
     rooms["device"] = 80 * 1024**3
     page_bytes = plan.facts.shape.dense_kv_bytes(4092)
@@ -87,9 +88,9 @@ def test_a_cache_that_holds_one_sequence_gets_steps_of_its_own(
     assert [cell.rows for cell in planned(plan)] == [1]
     # Its steps have one row on a GPU, too, where those of others have as many whoever shares them.
     on_gpu = dataclasses.replace(plan, facts=dataclasses.replace(plan.facts, device="cuda:0"))
-    assert step_rows(on_gpu) is None
+    assert step_rows(on_gpu.facts) is None
     monkeypatch.setattr(type(plan.facts.backend), "holds_one_sequence", False)
-    assert (step_rows(on_gpu), step_rows(plan)) == (144, None)
+    assert (step_rows(on_gpu.facts), step_rows(plan.facts)) == (144, None)
 
 
 def test_unknown_weights_leave_the_number_as_it_is(small: MakeConfig) -> None:
