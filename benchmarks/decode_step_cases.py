@@ -23,7 +23,8 @@ from kvscope.methods.attention import stored_attention
 from kvscope.methods.base import AttentionCall
 from kvscope.methods.fp8_keys import pack, quantize
 from kvscope.methods.kernels.paged_decode.inputs import PagedKV
-from kvscope.methods.lsa.indexer import Indexer, IndexerConfig, default_sizes
+from kvscope.methods.lsa.indexer import Indexer
+from kvscope.methods.lsa.indexer_config import IndexerConfig, default_sizes
 from kvscope.methods.lsa.method import Lsa
 from kvscope.methods.lsa.options import LsaConfig
 from kvscope.methods.lsa.selection import IndexerSelector, NothingToChoose

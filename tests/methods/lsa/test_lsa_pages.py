@@ -13,7 +13,7 @@ from kvscope.harness.engine.batch_decode import BatchDecode, Request
 from kvscope.harness.engine.decode import decode
 from kvscope.methods.lsa.indexer import logit
 from kvscope.methods.lsa.layout import ChunkLayout
-from kvscope.methods.lsa.selection import Rule, densest_pages
+from kvscope.methods.lsa.rule import Rule, densest_pages
 from kvscope.methods.registry import create_method
 
 N_TOKENS = 331
