@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvscope.harness.engine.oom import is_oom
-from kvscope.harness.passes.base import Plan
 from kvscope.harness.passes.batch_plan import STEP_ROWS_CUDA
 from kvscope.harness.passes.progress import Progress
 from kvscope.harness.passes.prompt import split_prompt
 from kvscope.harness.passes.prompt_check import build
 from kvscope.harness.passes.row_columns import FailureStatus, cell_columns, failed_sample_row, failure, sample_row
+from kvscope.harness.passes.run_plan import Plan
 from kvscope.results.schema import DecodeGraph, SampleRow
 from kvscope.tasks.answers import answer_of
 from kvscope.units import format_length

@@ -22,7 +22,8 @@ from kvscope.harness.passes.row_columns import failure
 if TYPE_CHECKING:
     from kvscope.harness.engine.batch_noise import BatchNoise
     from kvscope.harness.engine.loaded import LoadedModel
-    from kvscope.harness.passes.base import Plan, SampleStore
+    from kvscope.harness.passes.base import SampleStore
+    from kvscope.harness.passes.run_plan import Plan
     from kvscope.harness.passes.turns import Turns
     from kvscope.methods.base import CacheMethod
     from kvscope.results.schema import SampleRow
