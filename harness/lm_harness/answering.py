@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from kvscope.harness.engine.batch_decode import BatchDecode, DecodeResult, Decoding, Request, check_lengths
+from kvscope.harness.engine.batch_decode import BatchDecode
+from kvscope.harness.engine.decoding import DecodeResult, Decoding, Request, check_lengths
 from kvscope.harness.engine.finite import finite_tokens
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.oom import is_oom

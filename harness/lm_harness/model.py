@@ -21,7 +21,7 @@ from tqdm import tqdm
 import kvscope
 from kvscope.errors import UsageError, shown
 from kvscope.harness.engine.backend import form_on
-from kvscope.harness.engine.batch_decode import DecodeResult
+from kvscope.harness.engine.decoding import DecodeResult
 from kvscope.harness.engine.identity import eos_ids, not_applied
 from kvscope.harness.engine.models import load_model
 from kvscope.harness.engine.names import resolve_model

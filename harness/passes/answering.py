@@ -16,8 +16,8 @@ from kvscope.tasks.answers import answer_of
 from kvscope.units import format_length
 
 if TYPE_CHECKING:
-    from kvscope.harness.engine.batch_decode import DecodeResult, Request
     from kvscope.harness.engine.batch_noise import BatchNoise
+    from kvscope.harness.engine.decoding import DecodeResult, Request
     from kvscope.harness.engine.loaded import LoadedModel
     from kvscope.methods.base import CacheMethod
     from kvscope.methods.store import PromptKV
@@ -151,7 +151,7 @@ class Prompt:
         Raises:
             Exception: as the rehearsal raises it.
         """
-        from kvscope.harness.engine.batch_decode import Request
+        from kvscope.harness.engine.decoding import Request
         from kvscope.harness.engine.rehearsal import rehearsed
 
         assert self.kv is not None

@@ -11,7 +11,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvscope.harness.engine.batch_decode import BatchDecode, Decoding
+from kvscope.harness.engine.batch_decode import BatchDecode
+from kvscope.harness.engine.decoding import Decoding
 from kvscope.harness.engine.finite import NotFinite
 from kvscope.harness.engine.lanes import Lanes
 from kvscope.harness.engine.oom import is_oom
