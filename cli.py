@@ -412,12 +412,12 @@ def list_(
     json: Annotated[bool, typer.Option("--json", help="Print JSON, options included.")] = False,
 ) -> None:
     """List methods, tasks or models, each with one clause."""
-    from kvscope.harness.info.catalog import entries, list_text
+    from kvscope.harness.info import catalog, catalog_entries
 
     if json:
-        say(as_json(entries(kind)))
+        say(as_json(catalog_entries.entries(kind)))
     else:
-        say(list_text(kind, width=line_width()))
+        say(catalog.list_text(kind, width=line_width()))
 
 
 @app.command(short_help="Explain one method, task or model.")
@@ -426,9 +426,9 @@ def show(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print what stays, what is read, options with types and defaults, cost and source of a method, task or model."""
-    from kvscope.harness.info.catalog import show_entry, show_text
+    from kvscope.harness.info import catalog, catalog_entries
 
-    say(as_json(show_entry(name)) if json else folded(show_text(name), line_width()))
+    say(as_json(catalog_entries.show_entry(name)) if json else folded(catalog.show_text(name), line_width()))
 
 
 @app.command(short_help="Check this machine.")

@@ -13,17 +13,15 @@ the steps in which things compile. Ends with 0 when every ratio is at least 1, 1
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from decode_step_cases import FULL, SMOKE, Prompts, Scale, build
-from measure import RESULTS, say
+from measure import RESULTS, save_result, say
 
 from kvscope.harness.engine.glue import cache_argument
 from kvscope.harness.engine.loaded import LoadedModel
@@ -206,7 +204,6 @@ def main() -> int:
 
     def save(rows: list[dict[str, Any]]) -> None:
         result = {
-            "measured_utc": datetime.now(UTC).isoformat(timespec="seconds"),
             "benchmark": "against_generate",
             "what": "dense, seconds a token: kvscope's captured step, and generate with a static cache, compiled",
             "shape": scale.preset,
@@ -214,8 +211,7 @@ def main() -> int:
             "environment": capture_environment(device="cpu" if options.tiny else "cuda:0"),
             "rows": rows,
         }
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        save_result(options.out, result, indent=1)
 
     with torch.no_grad():
         rows = measure(scale, lengths, n_steps=options.steps, repetitions=options.repetitions, save=save)

@@ -12,15 +12,13 @@ when one is missed or a part failed, 3 without a GPU.
 
 import argparse
 import gc
-import json
 import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import RESULTS, say
+from measure import RESULTS, save_result, say
 
 from kvscope.harness.passes.environment import capture_environment
 from kvscope.methods.kernels.dispatch import unsupported_machine
@@ -42,12 +40,13 @@ def peak_flop_per_s() -> float | None:
 def measure(parts: list[str], *, smoke: bool, most_s: float) -> list[dict[str, Any]]:
     """Run the parts; what one raises is a row, and the others still run."""
     import decode_step_cases as cases
+    import prefill_cases
 
     scale = cases.SMOKE if smoke else cases.FULL
     makers = {
         "attention": lambda: cases.attention_rows(scale),
-        "prefill_attention": lambda: cases.prefill_attention_rows(scale),
-        "prefill": lambda: cases.prefill_rows(scale, peak_flop_per_s=peak_flop_per_s()),
+        "prefill_attention": lambda: prefill_cases.prefill_attention_rows(scale),
+        "prefill": lambda: prefill_cases.prefill_rows(scale, peak_flop_per_s=peak_flop_per_s()),
         "tpot": lambda: cases.tpot_rows(scale),
         "refresh": lambda: cases.refresh_rows(scale),
     }
@@ -146,7 +145,6 @@ def main() -> int:
     rows = measure(parts, smoke=arguments.smoke, most_s=arguments.most_s)
     comparisons = judge(rows)
     result = {
-        "measured_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "benchmark": "decode_step",
         "smoke": arguments.smoke,
         "environment": capture_environment(device="cpu" if arguments.smoke else "cuda:0"),
@@ -154,8 +152,7 @@ def main() -> int:
         "comparisons": comparisons,
         "rows": rows,
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    save_result(arguments.out, result)
     print()
     for r in rows:
         print(line(r))

@@ -6,31 +6,30 @@ its times mean nothing.
 """
 
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from step_times import Row, decode_times, median_s, times_or_oom
 
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.models import wrap_model
-from kvscope.harness.engine.prefill import prefill
-from kvscope.harness.engine.prefill_attention import chunk_attention
 from kvscope.harness.engine.presets import WEIGHTS_SEED, preset_config
-from kvscope.harness.engine.session import Session
 from kvscope.methods.attention import stored_attention
 from kvscope.methods.base import AttentionCall
 from kvscope.methods.fp8_keys import pack, quantize
 from kvscope.methods.kernels.paged_decode.inputs import PagedKV
-from kvscope.methods.lsa.indexer import Indexer, IndexerConfig, default_sizes
+from kvscope.methods.lsa.indexer import Indexer
+from kvscope.methods.lsa.indexer_config import IndexerConfig, default_sizes
+from kvscope.methods.lsa.indexer_selection import IndexerSelector
 from kvscope.methods.lsa.method import Lsa
 from kvscope.methods.lsa.options import LsaConfig
-from kvscope.methods.lsa.selection import IndexerSelector, NothingToChoose
+from kvscope.methods.lsa.selection import NothingToChoose
 from kvscope.methods.registry import create_method
 from kvscope.methods.store import PromptKV
 
-Row = dict[str, Any]
 KEYS = "benchmark_keys"
 TAU = 64
 
@@ -183,57 +182,6 @@ class Prompts:
         return Synthetic(LsaConfig(selection="synthetic", chunk_tokens=64, tau=TAU, **options))
 
 
-def decode_times(
-    loaded: LoadedModel, method: Any, prompt: PromptKV, *, n_steps: int, graph: Any, timed_refresh: bool = False
-) -> Row:
-    """Decode greedily and return each step's seconds.
-
-    With ``timed_refresh`` what stands before each step (a refresh, at a tau boundary) is timed by itself, the device
-    waited for on both sides, its copies included.
-    """
-    cuda = loaded.device.type == "cuda"
-    wait = torch.cuda.synchronize if cuda else (lambda: None)
-    with Session(loaded, decode_graph=graph) as session:
-        member = session.add(method, prompt, reserve_tokens=n_steps)
-        sequence, before_s = member.cache, []
-        if timed_refresh:
-            begin_step = sequence.begin_step
-
-            def begin_timed() -> None:
-                wait()
-                started_s = time.perf_counter()
-                begin_step()
-                wait()
-                before_s.append(time.perf_counter() - started_s)
-
-            sequence.begin_step = begin_timed  # type: ignore[method-assign]
-        session.prepare()  # begins the first step
-        capture_s, token, step_s = session.capture_s, 1, []
-        for _ in range(n_steps):
-            started_s = time.perf_counter()
-            token = int(session.step([token])[0].argmax())
-            step_s.append(time.perf_counter() - started_s)
-        record, held = sequence.residency(), sequence.footprint()
-        return {
-            "step_s": step_s,
-            "before_s": before_s,
-            "backend": session.step_backend,
-            "captures": session.captures,
-            "capture_s": capture_s,
-            "open_s": member.open_s,
-            "device_bytes": held.device_bytes,
-            "bytes_read_per_step": held.bytes_read_per_step,
-            "hit_rate": None if record is None else record.hit_rate,
-            "recalled_bytes": None if record is None else record.recalled_bytes[1:],
-            "backends": list(sequence.backends()),
-        }
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether an error says that the device is full."""
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
-
-
 def _holds(loaded: LoadedModel, kv_bytes: int, length_tokens: int, most_tokens: int | None) -> bool:
     """Whether full residency is tried: by length where one is given, else with 3 GiB left beside weights and KV."""
     if most_tokens is not None:
@@ -263,16 +211,11 @@ def tpot_rows(scale: Scale) -> Iterator[Row]:
                 ("graph", scale.n_steps, scale.graph), ("eager", scale.eager_steps, "off"),
             ):  # fmt: skip
                 row = {"part": "tpot", "case": name, "length_tokens": length, "step": step}
-                try:
-                    found = decode_times(loaded, method, prompts.of(length - n_steps), n_steps=n_steps, graph=graph)
-                except (torch.OutOfMemoryError, RuntimeError) as error:
-                    if not out_of_memory(error):
-                        raise
-                    yield row | {"status": "oom", "reason": str(error).splitlines()[0][:200]}
+                prompt = partial(prompts.of, length - n_steps)
+                found = times_or_oom(loaded, method, prompt, n_steps=n_steps, graph=graph)
+                if "status" in found:
+                    yield row | found
                     continue
-                finally:
-                    if scale.device == "cuda":
-                        torch.cuda.empty_cache()
                 step_s = found.pop("step_s")
                 found.pop("before_s")
                 yield (
@@ -323,20 +266,6 @@ def refresh_rows(scale: Scale) -> Iterator[Row]:
             }
 
 
-def median_s(calls: list[Callable[[], Any]], device: str) -> float:
-    """Return the median seconds of one call: on the GPU in a CUDA graph, on a CPU by the clock."""
-    if device == "cuda":
-        from kernel_cases import median_s as gpu_median_s
-
-        return gpu_median_s(calls)
-    found = []
-    for call in calls * 3:
-        started_s = time.perf_counter()
-        call()
-        found.append(time.perf_counter() - started_s)
-    return statistics.median(found)
-
-
 def attention_rows(scale: Scale) -> Iterator[Row]:
     """Attention of one query over one layer: everything, against what lsa holds at its budget."""
     n_heads, H, D = heads_of(scale)
@@ -365,62 +294,4 @@ def attention_rows(scale: Scale) -> Iterator[Row]:
             "one_layer_s": one_s,
             "all_layers_s": one_s * scale.n_layers,
             "note": f"one layer's KV, times {scale.n_layers} layers",
-        }
-
-
-def prefill_attention_rows(scale: Scale) -> Iterator[Row]:
-    """Attention of a whole prefill of one layer, chunk by chunk as the engine calls it."""
-    n_heads, H, D = heads_of(scale)
-    N = scale.prefill_tokens
-    cuda = scale.device == "cuda"
-    k, v = (torch.randn((1, H, N, D), dtype=scale.dtype, device=scale.device) for _ in range(2))
-    for S in scale.prefill_chunks:
-        # As the model hands it over: heads behind tokens in memory.
-        q = torch.randn((1, S, n_heads, D), dtype=scale.dtype, device=scale.device).transpose(1, 2)
-
-        def layer(q: torch.Tensor = q, S: int = S) -> None:
-            for end in range(S, N + 1, S):
-                chunk_attention(q, k[:, :, :end], v[:, :, :end], scale=D**-0.5)
-
-        found = []
-        for _ in range(3):
-            if cuda:
-                torch.cuda.synchronize()
-            started_s = time.perf_counter()
-            layer()
-            if cuda:
-                torch.cuda.synchronize()
-            found.append(time.perf_counter() - started_s)
-        flops = 4 * n_heads * D * (N * (N + 1) // 2)
-        time_s = min(found[1:])
-        yield {"part": "prefill_attention", "case": f"chunks of {S}", "length_tokens": N, "time_s": time_s,
-               "tflop_per_s": flops / time_s / 1e12, "note": "one layer, causal FLOPs"}  # fmt: skip
-
-
-def prefill_rows(scale: Scale, *, peak_flop_per_s: float | None) -> Iterator[Row]:
-    """Prefill of a model of a few layers through the engine: tokens/s, and model FLOP utilisation."""
-    loaded = build(scale, scale.n_prefill_layers)
-    shape, config = loaded.shape, loaded.model.config
-    N, M, F = scale.prefill_tokens, config.hidden_size, config.intermediate_size
-    kv = 2 * M * shape.n_kv_heads * shape.head_dim
-    q = M * shape.n_q_heads * shape.head_dim
-    full, last = 2 * q + kv + 3 * M * F, q + kv  # weights; the last layer stores K and V and ends
-    attention_flops = 4 * shape.n_q_heads * shape.head_dim * (N * (N + 1) // 2)
-    n_full = scale.n_prefill_layers - 1
-    flops = 2 * N * (n_full * full + last) + n_full * attention_flops
-    ids = torch.randint(0, config.vocab_size, (N,), generator=torch.Generator().manual_seed(0)).tolist()
-    for S in scale.prefill_chunks:
-        prefill(loaded, ids, chunk_tokens=S)  # page-locks the host memory that the next one finds locked
-        time_s = prefill(loaded, ids, chunk_tokens=S).prefill_s
-        whole_s = time_s * (2 * N * ((scale.n_layers - 1) * full + last) + (scale.n_layers - 1) * attention_flops)
-        whole_s /= flops
-        yield {
-            "part": "prefill",
-            "case": f"{scale.n_prefill_layers} layers, chunks of {S}",
-            "length_tokens": N,
-            "time_s": time_s,
-            "tflop_per_s": flops / time_s / 1e12,
-            "model_flop_utilisation": None if peak_flop_per_s is None else flops / time_s / peak_flop_per_s,
-            "tokens_per_s_of_all_layers": N / whole_s,
-            "note": f"tokens/s at {scale.n_layers} layers by their FLOPs; copies to the host included",
         }

@@ -10,16 +10,14 @@ Ends with 0 when every check passes and every target is met, else with 1.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import RESULTS, say
+from measure import RESULTS, save_result, say
 
 from kvscope.harness.passes.environment import capture_environment
 from kvscope.methods.kernels.dispatch import unsupported_machine
@@ -180,7 +178,6 @@ def main() -> int:
     rows = measure(ops, checks, sweep=arguments.sweep)
     comparisons = judge(rows)
     result = {
-        "measured_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "benchmark": "kernels",
         "environment": capture_environment(device="cuda:0"),
         "took_s": round(time.monotonic() - started_s, 1),
@@ -188,8 +185,7 @@ def main() -> int:
         "comparisons": comparisons,
         "rows": rows,
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    save_result(arguments.out, result)
     print()
     for r in rows:
         print(_line(r))

@@ -89,10 +89,15 @@ def rounded(value: Any) -> Any:
     return [rounded(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+def save_result(out: Path, result: Mapping[str, Any], *, indent: int = 2) -> None:
+    """Write a result, with the time that it was taken at."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    stamped = {"measured_utc": datetime.now(UTC).isoformat(timespec="seconds"), **result}
+    out.write_text(json.dumps(stamped, indent=indent) + "\n", encoding="utf-8")
+
+
 def write_result(name: str, result: Mapping[str, Any], markdown: Sequence[str], *, folder: Path = RESULTS) -> None:
     """Write ``<folder>/<name>.json`` and ``.md``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stamped = {"measured_utc": datetime.now(UTC).isoformat(timespec="seconds"), **rounded(result)}
-    (folder / f"{name}.json").write_text(json.dumps(stamped, indent=2) + "\n", encoding="utf-8")
+    save_result(folder / f"{name}.json", rounded(result))
     (folder / f"{name}.md").write_text("\n".join(markdown) + "\n", encoding="utf-8")
     say(f"wrote {name}.json and {name}.md")

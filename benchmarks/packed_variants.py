@@ -22,12 +22,12 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from kernel_cases import median_s
+from measure import save_result
 from packed_space import HEAD_DIM, PAGE_TOKENS, programs_that_fit, tunings, with_programs, worth_timing
 from triton.runtime.errors import OutOfResources
 
@@ -215,7 +215,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"compiled and checked in {time.monotonic() - started_s:.0f} s", flush=True)
     wrong = [row for row in checks if row.get("error", 0) > MOST_ERROR]
     result: dict[str, Any] = {
-        "measured_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "benchmark": "packed_variants",
         "environment": capture_environment(device="cuda:0" if device.type == "cuda" else "cpu"),
         "wrong": wrong,
@@ -234,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
     result["took_s"] = round(time.monotonic() - started_s, 1)
     if given.out is not None:
-        given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        save_result(given.out, result, indent=1)
     for row in wrong:
         print(f"wrong: {row}")
     return 1 if wrong else 0

@@ -10,16 +10,14 @@ over its wall time says whether the device waits for the host.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import RESULTS, say
+from measure import RESULTS, save_result, say
 
 from kvscope.harness.engine.glue import decoder_of, layers_of
 from kvscope.harness.engine.loaded import LoadedModel
@@ -116,15 +114,13 @@ def main() -> int:
                 f"{busy['device_events']} kernels and copies"
             )
     result = {
-        "measured_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "benchmark": "prefill_profile",
         "model": loaded.name,
         "methods": [method.label for method in sweep],
         "environment": capture_environment(device=options.device),
         "rows": rows,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    save_result(options.out, result, indent=1)
     return 0
 
 

@@ -31,16 +31,15 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from measure import ended, is_over, say
+from measure import ended, say
+from public_models_folder import WorkFolder
 from public_models_methods import INDEXER, compared, tested
 
 from kvscope.errors import UsageError
-from kvscope.files import make_folder, whole_file
 from kvscope.harness.engine.models import load_model
 from kvscope.methods.at_share import DECODED_TOKENS
 from kvscope.methods.dense.method import Dense
 from kvscope.results.frames import load_run
-from kvscope.results.store import RUN_FILE
 from kvscope.units import format_length, parse_length
 
 CANDIDATES = (
@@ -61,10 +60,6 @@ STEPS = ("fit", "recall", "choose", "test", "compare", "footprint", "times")
 #: Share of `times`, and steps of a cell: more than a captured step needs to settle.
 TIMED_SHARE, TIMED_STEPS = 0.135, 65
 CARD_FILE, TASKS_FILE, BYTES_FILE = "card.json", "tasks.json", "bytes.json"
-#: Whose folder of work it is; not packed, as it may be a path.
-MODEL_FILE = "model.txt"
-#: Least seconds that a run is begun with.
-LEAST_CALL_S = 20.0
 
 
 class Recipe:
@@ -79,66 +74,49 @@ class Recipe:
 
     def __init__(self, options: argparse.Namespace, shares: dict[int, float]) -> None:
         self.options, self.shares = options, shares
-        self.work: Path = options.work
-        make_folder(self.work)
-        note = self.work / MODEL_FILE
-        if note.exists() and (of := note.read_text(encoding="utf-8").strip()) != options.model:
-            raise UsageError(f"--work '{self.work}' is of the model {of}, not of {options.model}: give another folder.")
-        with whole_file(note) as path:
-            path.write_text(f"{options.model}\n", encoding="utf-8")
-        self.deadline_s = time.monotonic() + options.time_limit
-
-    def kvscope(self, *arguments: str) -> None:
-        """Run a command of kvscope in the folder of work, where indexers have short names.
-
-        Raises:
-            CalledProcessError: it failed.
-        """
-        code = f"import sys; sys.argv[1:] = {list(arguments)!r}; from kvscope.cli import main; main()"
-        print("kvscope", *arguments, flush=True)
-        subprocess.run([sys.executable, "-c", code], cwd=self.work, check=True)
+        self.work = WorkFolder(options)
 
     def fit(self) -> bool:
         """Make the indexer."""
         if not self._fitted:
             rest = [item for length in self.options.fit_length for item in ("--length", length)]
-            self.kvscope(
+            self.work.kvscope(
                 "lsa", "fit", self.options.model, "--out", INDEXER, "--minutes", f"{self.options.fit_minutes:g}",
-                "--seed", str(CHOOSING_SEED), *rest, *self._device,
+                "--seed", str(CHOOSING_SEED), *rest, *self.work.device,
             )  # fmt: skip
         return True
 
     def recall(self) -> bool:
         """Measure the indexer's golden recall on documents that are new to it, as the fit's card does."""
         lengths = [item for length in self.options.recall_length for item in ("--length", length)]
-        if not lengths or (self.work / "recall" / "recall.json").exists():
+        if not lengths or (self.work.path / "recall" / "recall.json").exists():
             return True
-        card = self._note(f"{INDEXER}/{CARD_FILE}", step="fit")
+        card = self.work.note(f"{INDEXER}/{CARD_FILE}", step="fit")
         rule = card["labels"][-1]
         tasks = [item for task in card["probe"]["tasks"] for item in ("--task", task)]
-        self.kvscope(
+        self.work.kvscope(
             "lsa", "collect", "--model", self.options.model, "--out", "recall-documents", *tasks, *lengths,
             "--samples", str(RECALL_SAMPLES), "--seed", str(RECALL_SEED),
             "--chunk-tokens", str(card["indexer"]["chunk_tokens"]),
             "--layers", ",".join(map(str, card["probe"]["layers"])), "--top-p", str(rule["top_p"]),
-            "--least-mass", str(rule["least_mass"]), "--quiet", *self._device,
+            "--least-mass", str(rule["least_mass"]), "--quiet", *self.work.device,
         )  # fmt: skip
-        self.kvscope("lsa", "eval", "--indexer", INDEXER, "--data", "recall-documents", "--out", "recall")
+        self.work.kvscope("lsa", "eval", "--indexer", INDEXER, "--data", "recall-documents", "--out", "recall")
         return True
 
     def choose(self) -> bool:
         """Write down which tasks are measured, by dense's scores."""
         folder = "choose"
-        if not self._run(folder, methods=["dense"], tasks=list(CANDIDATES), lengths=list(self.shares),
-                         samples=CHOOSING_SAMPLES, seed=CHOOSING_SEED):  # fmt: skip
+        if not self.work.run(folder, methods=["dense"], tasks=list(CANDIDATES), lengths=list(self.shares),
+                             samples=CHOOSING_SAMPLES, seed=CHOOSING_SEED):  # fmt: skip
             return False
         scores = defaultdict(list)
-        for row in load_run(self.work / folder).samples.itertuples():
+        for row in load_run(self.work.path / folder).samples.itertuples():
             scores[row.task].append(row.score)
         means = {task: round(mean(each), 3) for task, each in scores.items()}
         chosen = [task for task in CANDIDATES if means[task] >= LEAST_SCORE]
         note = {"least_score": LEAST_SCORE, "seed": CHOOSING_SEED, "dense": means, "tasks": chosen}
-        self._write_note(TASKS_FILE, note)
+        self.work.write_note(TASKS_FILE, note)
         print(note, flush=True)
         if not chosen:
             raise UsageError(f"Dense answers no task in {LEAST_SCORE:.0%} of prompts: {means}. Nothing is measured.")
@@ -148,9 +126,9 @@ class Recipe:
         """Measure what is tested, a run a length."""
         tasks = self._tasks
         return all(
-            self._run(f"test-{format_length(length)}", tasks=tasks, lengths=[length],
-                      methods=tested(self._of_all(share, length), fitted=self._fitted),
-                      samples=-(-self.options.samples // len(tasks)), seed=MEASURING_SEED)
+            self.work.run(f"test-{format_length(length)}", tasks=tasks, lengths=[length],
+                          methods=tested(self._of_all(share, length), fitted=self._fitted),
+                          samples=-(-self.options.samples // len(tasks)), seed=MEASURING_SEED)
             for length, share in sorted(self.shares.items())
         )  # fmt: skip
 
@@ -159,9 +137,9 @@ class Recipe:
         tasks = self._tasks
         asked = sorted(self.options.share or set(self.shares.values()))
         return all(
-            self._run(f"compare-{format_length(length)}", tasks=tasks, lengths=[length],
-                      methods=compared([self._of_all(share, length) for share in asked], fitted=self._fitted),
-                      samples=-(-self.options.compare_samples // len(tasks)), seed=MEASURING_SEED)
+            self.work.run(f"compare-{format_length(length)}", tasks=tasks, lengths=[length],
+                          methods=compared([self._of_all(share, length) for share in asked], fitted=self._fitted),
+                          samples=-(-self.options.compare_samples // len(tasks)), seed=MEASURING_SEED)
             for length in sorted(self.shares)
         )  # fmt: skip
 
@@ -171,22 +149,22 @@ class Recipe:
         share = self._of_all(self.shares[length], length)
         methods = tested(share, fitted=self._fitted)
         asked = ["--footprint-batch", str(self.options.footprint_batch)]
-        return self._run("footprint", methods=methods, tasks=["niah_single_1"], lengths=[length], samples=1,
-                         seed=MEASURING_SEED, footprint=asked)  # fmt: skip
+        return self.work.run("footprint", methods=methods, tasks=["niah_single_1"], lengths=[length], samples=1,
+                             seed=MEASURING_SEED, footprint=asked)  # fmt: skip
 
     def times(self) -> bool:
         """Time a token of each method at each length, one sequence in a process of its own."""
         asked = ["--set", f"footprint_decode_tokens={TIMED_STEPS}"]
         return all(
-            self._run(f"times-{format_length(length)}", tasks=["niah_single_1"], lengths=[length],
-                      methods=compared([self._of_all(TIMED_SHARE, length)], fitted=self._fitted),
-                      samples=1, seed=MEASURING_SEED, footprint=asked)
+            self.work.run(f"times-{format_length(length)}", tasks=["niah_single_1"], lengths=[length],
+                          methods=compared([self._of_all(TIMED_SHARE, length)], fitted=self._fitted),
+                          samples=1, seed=MEASURING_SEED, footprint=asked)
             for length in sorted(self.shares)
         )  # fmt: skip
 
     @property
     def _fitted(self) -> bool:
-        return (self.work / INDEXER / CARD_FILE).exists()
+        return (self.work.path / INDEXER / CARD_FILE).exists()
 
     def _of_all(self, share: float, length: int) -> float:
         """Return a share of the managed bytes as one of all bytes: no method manages the model's sliding windows."""
@@ -196,10 +174,10 @@ class Recipe:
     @cached_property
     def _bytes(self) -> dict[str, Any]:
         """What a sequence holds under dense, by length, behind as many decoded tokens as a share is counted with."""
-        path = self.work / BYTES_FILE
+        path = self.work.path / BYTES_FILE
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"dense_bytes": {}}
         if not {str(n) for n in self.shares} <= set(found["dense_bytes"]):
-            inside = self.work / self.options.model
+            inside = self.work.path / self.options.model
             spec = str(inside) if inside.exists() else self.options.model
             shape = load_model(spec, device=self.options.device or "auto").shape
             dense = {str(n): Dense().predict(shape, n, DECODED_TOKENS).device_bytes for n in self.shares}
@@ -207,70 +185,13 @@ class Recipe:
                 "window_bytes": shape.stock_kv_bytes(min(self.shares), DECODED_TOKENS),
                 "dense_bytes": found["dense_bytes"] | dense,
             }
-            self._write_note(BYTES_FILE, found)
+            self.work.write_note(BYTES_FILE, found)
         return found
 
     @property
     def _tasks(self) -> list[str]:
-        tasks: list[str] = self._note(TASKS_FILE, step="choose")["tasks"]
+        tasks: list[str] = self.work.note(TASKS_FILE, step="choose")["tasks"]
         return tasks
-
-    def _write_note(self, name: str, note: dict[str, Any]) -> None:
-        with whole_file(self.work / name) as path:
-            path.write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
-
-    def _note(self, name: str, *, step: str) -> Any:
-        """Return what an earlier step wrote down."""
-        path = self.work / name
-        if not path.exists():
-            raise UsageError(f"{path} is missing, which --step {step} writes: do that before.")
-        return json.loads(path.read_text(encoding="utf-8"))
-
-    @property
-    def _device(self) -> list[str]:
-        return ["--device", self.options.device] if self.options.device else []
-
-    def _run(
-        self, out: str, *, methods: list[str], tasks: list[str], lengths: list[int], samples: int, seed: int,
-        footprint: Sequence[str] = (),
-    ) -> bool:  # fmt: skip
-        """Run until it is done or the time is over; return whether every row is there.
-
-        Args:
-            footprint: what is asked of the footprint pass; empty: none.
-        """
-        asked = len(methods) * len(tasks) * len(lengths) * samples + bool(footprint) * len(methods) * len(lengths)
-        if self._rows(out) >= asked:
-            return True
-        left_s = self.deadline_s - time.monotonic()
-        if left_s < LEAST_CALL_S:
-            return False
-        found = ["run", "--model", self.options.model, "--out", out, "--seed", str(seed), "--samples", str(samples)]
-        found += [item for each in methods for item in ("--method", each)]
-        found += [item for each in tasks for item in ("--task", each)]
-        found += [item for each in lengths for item in ("--length", str(each))]
-        if not footprint:
-            gpus = ["--gpus", self.options.gpus] if self.options.gpus else []
-            found += ["--no-footprint", *gpus, "--jobs", str(self.options.jobs)]
-        else:
-            found += footprint
-        if math.isfinite(left_s):
-            found += ["--time-limit", str(math.floor(left_s))]
-        since_s = time.monotonic()
-        try:
-            self.kvscope(*found, *self._device, "--quiet", "--no-report")
-        except subprocess.CalledProcessError as error:
-            # Without a limit no time is over, and infinity has no whole seconds.
-            limit_s = math.floor(left_s) if math.isfinite(left_s) else left_s
-            if not is_over(error.returncode, took_s=time.monotonic() - since_s, limit_s=limit_s):
-                raise
-        return self._rows(out) >= asked
-
-    def _rows(self, out: str) -> int:
-        if not (self.work / out / RUN_FILE).exists():
-            return 0
-        run = load_run(self.work / out)
-        return len(run.samples) + len(run.footprint)
 
 
 def shares_of(texts: Iterable[str]) -> dict[int, float]:

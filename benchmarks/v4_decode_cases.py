@@ -14,28 +14,20 @@ from functools import partial
 from typing import Any
 
 import torch
-from decode_step_cases import decode_times, median_s, out_of_memory
+from step_times import Row, decode_times, median_s, times_or_oom
 from transformers import AutoModelForCausalLM, DeepseekV4Config
 
-from kvscope.harness.engine.decode_graph import GraphStep, static_reasons
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.models import wrap_model
 from kvscope.harness.engine.prefill import prefill
 from kvscope.harness.engine.presets import PRESET_MAX_TOKENS, WEIGHTS_SEED, find_preset
-from kvscope.harness.engine.session import Session
 from kvscope.harness.passes.floor import bus_bytes_per_s, copy_bytes_per_s, floor_s, weights_read_bytes
 from kvscope.methods.kernels.index_topk.ops import index_topk
-from kvscope.methods.kernels.index_topk.reference import index_scores_reference
 from kvscope.methods.registry import create_method
 
-Row = dict[str, Any]
 NAME = "preset:deepseek-v4-flash"
 K = 1024
-MOST_DIFFERENCE = 1e-3
-#: Of the geometry, in fp32: every kind of layer.
-CHECKED_LAYERS = 5
 _CSA, _HCA, _SLIDING = "compressed_sparse_attention", "heavily_compressed_attention", "sliding_attention"
-FIXED = "fixed"
 #: Left free beside weights and cache: activations, graphs, a layer's old and new set during a refresh.
 SPARE_BYTES = 4 * 2**30
 
@@ -173,17 +165,11 @@ def tpot_rows(scale: Scale, loaded: LoadedModel) -> Iterator[Row]:
         for name, method in methods(scale).items():
             for step, n_steps, graph in (("graph", scale.n_steps, scale.graph), ("eager", scale.eager_steps, "off")):
                 row: Row = {"part": "tpot", "case": name, "length_tokens": length, "step": step}
-                timed = {"n_steps": n_steps, "graph": graph}
-                try:
-                    found = decode_times(loaded, method, prompts.of(length - n_steps), **timed)
-                except (torch.OutOfMemoryError, RuntimeError) as error:
-                    if not out_of_memory(error):
-                        raise
-                    yield row | {"status": "oom", "reason": str(error).splitlines()[0][:200]}
+                prompt = partial(prompts.of, length - n_steps)
+                found = times_or_oom(loaded, method, prompt, n_steps=n_steps, graph=graph)
+                if "status" in found:
+                    yield row | found
                     continue
-                finally:
-                    if scale.device == "cuda":
-                        torch.cuda.empty_cache()
                 step_s = found.pop("step_s")[2:]
                 found.pop("before_s")
                 recalled = found.pop("recalled_bytes") or [0]
@@ -227,98 +213,6 @@ def refresh_rows(scale: Scale, loaded: LoadedModel) -> Iterator[Row]:
         "part": "refresh", "case": name, "length_tokens": length, "refresh_s": refresh_s,
         "refresh_s_per_step": refresh_s / scale.tau, "recalled_bytes": recalled_bytes, "hit_rate": found["hit_rate"],
         "recalled_bytes_per_s": recalled_bytes / refresh_s,
-    }  # fmt: skip
-
-
-def check_rows(scale: Scale, loaded: LoadedModel) -> Iterator[Row]:
-    """Whether what is timed is right: the native top-k against fp64, and captured steps against eager ones.
-
-    In bf16 a rounding changes which entries and which expert are chosen, and 43 layers of random weights make much of
-    it: eager steps are as far from fp32's as captured ones are. So what a capture does is compared in two ways. In
-    fp32 the first layers of the geometry give the eager logits within ``MOST_DIFFERENCE``. And in the model's own type
-    every logit is, bit by bit, that of the same operations without a graph. How far eager steps are is said beside.
-    """
-    yield _topk_check(scale, loaded)
-    length, on_gpu = min(scale.lengths_tokens), loaded.device.type == "cuda"
-    captured = "on" if on_gpu else FIXED
-    few = replace(scale, dtype=torch.float32)
-    if scale.whole_layers > CHECKED_LAYERS:
-        few = with_layers(few, CHECKED_LAYERS)
-    small = build(few)
-    prompt = Prompts(small, length).of(length - scale.eager_steps)
-    eager, _ = _logits(small, prompt, scale.eager_steps, "off")
-    found, backend = _logits(small, prompt, scale.eager_steps, captured)
-    difference = float(_differences(found, eager).max())
-    yield {
-        "part": "check", "case": "captured against eager, fp32", "length_tokens": length,
-        "layers": small.model.config.num_hidden_layers, "backend": backend, "largest_difference": difference,
-        "status": "ok" if difference <= MOST_DIFFERENCE else "failed", "reason": f"logits differ by {difference:.2g}",
-    }  # fmt: skip
-    del small, prompt
-    prompt = Prompts(loaded, length).of(length - scale.eager_steps)
-    kinds = ("off", FIXED, *([captured] if on_gpu else []))
-    steps = {graph: _logits(loaded, prompt, scale.eager_steps, graph)[0] for graph in kinds}
-    unequal = int((steps[captured] != steps[FIXED]).sum())
-    yield {
-        "part": "check", "case": "captured against uncaptured", "length_tokens": length,
-        "dtype": str(loaded.dtype).removeprefix("torch."), "unequal_logits": unequal,
-        "median_difference_to_eager": float(_differences(steps[captured], steps["off"]).median()),
-        "status": "ok" if unequal == 0 else "failed", "reason": f"{unequal} logits differ",
-    }  # fmt: skip
-
-
-class _FixedStep(GraphStep):
-    """The step that is captured, run each time instead of replayed."""
-
-    backend = "fixed addresses, not captured"
-
-    @classmethod
-    def reasons(cls, loaded: LoadedModel, cache: Any) -> list[str]:
-        return static_reasons(loaded, cache)
-
-    def _capture(self) -> None:
-        self._versions = self._static_versions()
-        self._forward()
-
-    def _replay(self) -> None:
-        self._logits_nV = self._forward()
-
-
-class _FixedSession(Session):
-    graph_step = _FixedStep
-
-
-def _logits(loaded: LoadedModel, prompt: Any, n_steps: int, graph: Any) -> tuple[torch.Tensor, str]:
-    """Logits [steps, vocabulary] of dense steps, and how they ran."""
-    session_type = _FixedSession if graph == FIXED else Session
-    with session_type(loaded, decode_graph="on" if graph == FIXED else graph) as session:
-        session.add(create_method("dense"), prompt, reserve_tokens=n_steps)
-        logits = torch.cat([session.step([1 + i]).float().clone() for i in range(n_steps)])
-        return logits, session.step_backend
-
-
-def _differences(found_SV: torch.Tensor, expected_SV: torch.Tensor) -> torch.Tensor:
-    """The largest difference of a logit in each step, over the largest logit."""
-    return (found_SV - expected_SV).abs().amax(1) / expected_SV.abs().amax()
-
-
-def _topk_check(scale: Scale, loaded: LoadedModel) -> Row:
-    config, device = loaded.model.config, loaded.device
-    length = min(scale.lengths_tokens)
-    n = length // loaded.shape.cache.csa_rate
-    k = min(config.index_topk, n - 3)  # of those that count
-    keys_nE = torch.randn(n, config.index_head_dim, dtype=loaded.dtype, device=device)
-    q_IE = torch.randn(config.index_n_heads, config.index_head_dim, dtype=loaded.dtype, device=device)
-    weight_I = torch.randn(config.index_n_heads, device=device)
-    count_1 = torch.tensor([n - 3], device=device)
-    found_k = index_topk(q_IE, weight_I, keys_nE, count_1, k=k).long()
-    exact_n = index_scores_reference(q_IE, weight_I, keys_nE)[: n - 3]
-    least, band = exact_n.sort(descending=True).values[k - 1], 1e-5 * exact_n.abs().max()
-    chosen_n = torch.zeros_like(exact_n, dtype=torch.bool).index_fill_(0, found_k, value=True)
-    wrong = int((chosen_n & (exact_n < least - band)).sum() + (~chosen_n & (exact_n > least + band)).sum())
-    return {
-        "part": "check", "case": "top-k against fp64", "length_tokens": length, "entries": n, "wrong": wrong,
-        "status": "ok" if wrong == 0 else "failed", "reason": f"{wrong} entries are not the best",
     }  # fmt: skip
 
 

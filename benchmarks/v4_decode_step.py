@@ -12,18 +12,17 @@ is left out, and said to be. Ends with 0 when every part ran and was right, 1 wh
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 import v4_decode_cases as cases
-from measure import RESULTS, ended, say
+import v4_decode_checks as checks
+from measure import RESULTS, ended, save_result, say
 
 from kvscope.errors import UsageError
 from kvscope.harness.engine.decode_graph import GRAPH
@@ -39,7 +38,7 @@ def measure(parts: list[str], scale: cases.Scale, *, most_s: float) -> tuple[lis
     begun_s = time.monotonic()
     loaded = cases.build(scale)
     makers: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
-        "check": lambda: cases.check_rows(scale, loaded),
+        "check": lambda: checks.check_rows(scale, loaded),
         "topk": lambda: cases.topk_rows(scale, loaded),
         "tpot": lambda: cases.tpot_rows(scale, loaded),
         "refresh": lambda: cases.refresh_rows(scale, loaded),
@@ -164,7 +163,6 @@ def main() -> int:
     comparisons = compare(rows)
     device = "cpu" if arguments.tiny else "cuda:0"
     result = {
-        "measured_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "benchmark": "v4_decode_step",
         "command": command(arguments),
         "tiny": arguments.tiny,
@@ -175,8 +173,7 @@ def main() -> int:
         "comparisons": comparisons,
         "rows": rows,
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    save_result(arguments.out, result)
     print()
     for row in rows:
         print(line(row))

@@ -8,15 +8,8 @@ from typing import Generic
 import torch
 
 from kvscope.errors import UsageError
-from kvscope.methods.indexer_files import (
-    WEIGHTS_FILE,
-    ConfigT,
-    IndexerFiles,
-    ModuleT,
-    finite_weights,
-    indexer_hash,
-    trained_prompts,
-)
+from kvscope.methods.indexer_files import WEIGHTS_FILE, ConfigT, IndexerFiles, ModuleT, indexer_hash, trained_prompts
+from kvscope.methods.indexer_weights import finite_weights
 from kvscope.methods.shape import ModelShape
 
 

@@ -17,17 +17,14 @@ import torch
 from kvscope.methods.attention import stored_attention
 from kvscope.methods.call import AttentionCall
 from kvscope.methods.kernels.paged_decode.inputs import PagedKV, TokenPlace
-from kvscope.methods.kv_format import PagePacking, residual_pages
+from kvscope.methods.kv_format import residual_pages
+from kvscope.methods.packed_mirror import pages_at_once
 from kvscope.methods.packing import pack_pages, unpack_tokens
-from kvscope.methods.pinned import empty_pinned
 from kvscope.methods.shape import ModelShape, tensor_bytes
 from kvscope.methods.step_batch import StepReads
 from kvscope.methods.step_counters import StepCounters
 from kvscope.methods.store import PromptKV, TokenRange, head_pages, page_shape, range_pages
 
-#: Raw bytes on the device at once while a prompt is packed: packing takes seven to nine times as many beside them, as
-#: the driver sees. Large layers are packed in this many parts instead, or launches would take long.
-_RAW_BYTES_AT_ONCE, _PARTS_OF_A_LAYER = 1 << 20, 64
 Source = Callable[[int, int, int], torch.Tensor]
 """Layer, first page and page behind the last -> raw host pages of the tokens kept, packed in order."""
 
@@ -234,41 +231,6 @@ class PackedPool:
         self.pages.clear()
         self._residuals.clear()
         self._place.clear()
-
-
-def pages_at_once(n_pages: int, page_bytes: int) -> int:
-    """Return how many raw pages of a layer are on the device together while they are packed."""
-    return max(_RAW_BYTES_AT_ONCE // page_bytes, n_pages // _PARTS_OF_A_LAYER, 1)
-
-
-def packed_mirror(prompt: PromptKV, packing: PagePacking, device: torch.device) -> dict[int, torch.Tensor]:
-    """Return the prompt's host pages packed, for methods that recall: layer -> [pages, H, 2, 1, R / 2] in host memory.
-
-    A record is cut in halves where raw pages have K and V, so that what moves raw pages moves these. Whole prompts are
-    packed, the unused end of the last page too; on a GPU it packs, block by block.
-
-    Args:
-        packing: its page is the unit of recall, and divides the prompt's pages.
-    """
-    found = prompt.packed.get(packing)
-    if found is None:
-        found = {layer: _packed_layer(pages, packing, device) for layer, pages in prompt.pages.items()}
-        prompt.packed[packing] = found
-    return found
-
-
-def _packed_layer(raw: torch.Tensor, packing: PagePacking, device: torch.device) -> torch.Tensor:
-    S, H, _, P, D = raw.shape
-    parts, unit = P // packing.page_tokens, packing.page_tokens
-    size = (S * parts, H, 2, 1, packing.record_bytes // 2)
-    packed = empty_pinned(size, dtype=torch.uint8) if raw.is_pinned() else torch.empty(size, dtype=torch.uint8)
-    at_once = pages_at_once(S, raw[0].nbytes)
-    for first in range(0, S, at_once):
-        block = raw[first : first + at_once].to(device)
-        units = block.view(-1, H, 2, parts, unit, D).permute(0, 3, 1, 2, 4, 5)
-        records = pack_pages(units, packing).view(-1, *size[1:])
-        packed[first * parts : first * parts + len(records)] = records.cpu()
-    return packed
 
 
 class PackedStep:

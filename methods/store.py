@@ -41,7 +41,7 @@ class PromptKV:
         prefill_s: wall-clock seconds of the prefill.
         scores_s: seconds of these that collectors took over its attention; None where none heard it.
         peak_device_kv_bytes: K and V held on the device at once while prefilling: one layer, and the stock layers.
-        packed: mirrors in fewer bits that methods asked for (``packed_pool.packed_mirror``), made once for all of them.
+        packed: mirrors in fewer bits that methods asked for (``packed_mirror``), made once for all of them.
     """
 
     shape: ModelShape

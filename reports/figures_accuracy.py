@@ -9,16 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator
 
-from kvscope.reports.canvas import (
-    Label,
-    Margins,
-    end_labels,
-    end_labels_height_in,
-    names_margin_in,
-    panels,
-    text_width_in,
-    title_band_in,
-)
+from kvscope.reports.canvas import Margins, panels, text_width_in, title_band_in
 from kvscope.reports.cells import ALL_TASKS, pool_notes, pooled_cells, pooled_tasks
 from kvscope.reports.figure_parts import (
     NESTED,
@@ -30,6 +21,7 @@ from kvscope.reports.figure_parts import (
     names_key,
 )
 from kvscope.reports.hover import tip
+from kvscope.reports.labels import Label, end_labels, end_labels_height_in, names_margin_in
 from kvscope.reports.look import look
 from kvscope.reports.overlap import draw_lines, draw_markers
 from kvscope.reports.subtitle import subtitle_of

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from kvscope.reports.canvas import Label, Margins, end_labels, end_labels_height_in, names_margin_in, panels
+from kvscope.reports.canvas import Margins, panels
 from kvscope.reports.cells import answered_cells, footprint_cells, memory_source, predicted_cells, step_note
 from kvscope.reports.families import families, family_note, family_styles
 from kvscope.reports.figure_parts import (
@@ -22,6 +22,7 @@ from kvscope.reports.figure_parts import (
     length_axis,
     names_key,
 )
+from kvscope.reports.labels import Label, end_labels, end_labels_height_in, names_margin_in
 from kvscope.reports.look import look
 from kvscope.reports.overlap import draw_crosses, draw_lines, draw_markers
 from kvscope.reports.subtitle import subtitle_of

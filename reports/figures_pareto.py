@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator
 
-from kvscope.reports.canvas import Label, Margins, free_labels, panels
+from kvscope.reports.canvas import Margins, panels
 from kvscope.reports.cells import NOT_SEEN, MemorySource, memory_source, pool_notes, pooled_answers, pooled_cells
 from kvscope.reports.families import Family, families, family_styles
 from kvscope.reports.figure_parts import (
@@ -20,6 +20,7 @@ from kvscope.reports.figure_parts import (
     names_key,
     points,
 )
+from kvscope.reports.labels import Label, free_labels
 from kvscope.reports.look import look
 from kvscope.reports.subtitle import subtitle_of
 from kvscope.reports.theme import MethodStyle, theme

@@ -6,8 +6,9 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 
-from kvscope.reports.canvas import Label, Margins, end_labels, end_labels_height_in, names_margin_in, panels
+from kvscope.reports.canvas import Margins, panels
 from kvscope.reports.figure_parts import ReportFigure, names_key
+from kvscope.reports.labels import Label, end_labels, end_labels_height_in, names_margin_in
 from kvscope.reports.subtitle import subtitle_of
 from kvscope.reports.theme import MethodStyle, method_styles, theme
 from kvscope.reports.units import length_text

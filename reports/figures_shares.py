@@ -8,9 +8,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from kvscope.reports.canvas import Label, Margins, free_labels, panels
+from kvscope.reports.canvas import Margins, panels
 from kvscope.reports.cells import pool_notes
 from kvscope.reports.figure_parts import ReportFigure, SkippedFigure, accuracy_tip, key_entry
+from kvscope.reports.labels import Label, free_labels
 from kvscope.reports.overlap import draw_lines, draw_markers
 from kvscope.reports.shares import asks_for_shares, share_cells, without_share
 from kvscope.reports.subtitle import subtitle_of

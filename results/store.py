@@ -9,7 +9,6 @@ a later row, which then counts. One writer at a time holds an exclusive `flock`;
 """
 
 import contextlib
-import fcntl
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from pydantic import ValidationError
 from kvscope.errors import EnvironmentProblem, UsageError
 from kvscope.paths import no_folder
 from kvscope.results.continuing import continued
+from kvscope.results.folder_lock import LOCK_FILE, lock, make_writable
 from kvscope.results.limits import MOST_RUN_FILE_BYTES
 from kvscope.results.memory_rows import FootprintRow, MaxContextRow
 from kvscope.results.packed import Rows, is_packed, read_packed
@@ -43,7 +43,6 @@ ROW_KINDS: dict[str, type[SampleRow | FootprintRow | MaxContextRow | ThroughputR
     THROUGHPUT_FILE: ThroughputRow,
 }
 ROW_FILES = tuple(ROW_KINDS)
-LOCK_FILE = ".lock"
 SAMPLE_SYNC_S = 1.0
 """Seconds between two waits for the disk while samples are written; one may take as long as some rows on a GPU."""
 REPRODUCE_FILE = "reproduce.json"
@@ -110,8 +109,8 @@ class RunStore:
         """
         folder = Path(folder)
         is_new = not folder.exists()
-        _make_folder(folder)
-        lock_fd = _lock(folder)
+        make_writable(folder)
+        lock_fd = lock(folder)
         messages: list[str] = []
         try:
             if (folder / RUN_FILE).exists():
@@ -261,45 +260,6 @@ def _table(folder: Path, name: str, rows: list[RowT]) -> RowTable[RowT]:
     if twice is not None:
         raise UsageError(f"{folder} holds two rows of one cell: {twice}. Restore it from its source.")
     return RowTable(folder / name, found)
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise UsageError(f"{folder} is a file, not a folder. Give --out another place.") from None
-    except OSError as error:
-        raise UsageError(
-            f"The folder {folder} cannot be made: {error.strerror}. Give --out a place you can write."
-        ) from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UsageError(f"The folder {folder} cannot be written. Give --out a place you can write.")
-
-
-def _lock(folder: Path) -> int:
-    path = folder / LOCK_FILE
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise UsageError(
-            f"The folder {folder} cannot be written: {error.strerror}. Give --out a place you can write."
-        ) from error
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
-        os.close(fd)
-        raise UsageError(
-            f"Another kvscope run (process {holder}) is writing to {folder}. Wait for it, or give --out another folder."
-        ) from None
-    except OSError as error:
-        os.close(fd)
-        raise UsageError(
-            f"{folder} lies on a file system without locks ({error.strerror}). Give --out a local folder."
-        ) from error
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-    return fd
 
 
 def _refuse_orphan_rows(folder: Path) -> None:

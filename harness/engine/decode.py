@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from kvscope.harness.engine.batch_decode import BatchDecode, DecodeResult, Request, check_lengths
+from kvscope.harness.engine.batch_decode import BatchDecode
+from kvscope.harness.engine.decoding import DecodeResult, Request, check_lengths
 from kvscope.harness.engine.finite import finite_tokens
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.rehearsal import rehearsed

@@ -9,8 +9,9 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any, Self
 
-from kvscope.harness.engine.batch_decode import BatchDecode, Decoding, Request
+from kvscope.harness.engine.batch_decode import BatchDecode
 from kvscope.harness.engine.decode_graph import NoStaticStepError
+from kvscope.harness.engine.decoding import Decoding, Request
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.results.schema import DecodeGraph
 

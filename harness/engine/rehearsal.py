@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from kvscope.harness.engine.batch_decode import BatchDecode, Request
+from kvscope.harness.engine.batch_decode import BatchDecode
+from kvscope.harness.engine.decoding import Request
 from kvscope.harness.engine.loaded import LoadedModel
 
 

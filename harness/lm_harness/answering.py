@@ -5,25 +5,26 @@ Sequences enter as others end. Where memory ends, those under way begin again, h
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from kvscope.harness.engine.batch_decode import BatchDecode, DecodeResult, Decoding, Request, check_lengths
+from kvscope.harness.engine.batch_decode import BatchDecode
+from kvscope.harness.engine.decoding import DecodeResult, Decoding, Request, check_lengths
 from kvscope.harness.engine.finite import finite_tokens
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.oom import is_oom
 from kvscope.harness.engine.prefill import DEFAULT_CHUNK_TOKENS, prefill
 from kvscope.harness.engine.rehearsal import rehearsed
 from kvscope.harness.engine.session import Session
+from kvscope.harness.lm_harness.usage import Usage
 from kvscope.harness.passes.answering import release_memory
 from kvscope.harness.passes.batch_plan import STEP_ROWS_CUDA
-from kvscope.methods.base import CacheMethod, Footprint, union_collectors
+from kvscope.methods.base import CacheMethod, union_collectors
 from kvscope.methods.store import PromptKV
 from kvscope.results.schema import DecodeGraph
 
@@ -69,48 +70,6 @@ class Score:
 
     log_likelihood: float
     is_greedy: bool
-
-
-@dataclass
-class Usage:
-    """What all sequences held and took.
-
-    Attributes:
-        sequences: how many ended.
-        footprint: sum over the sequences of what each held, a mean over its steps where it was answered, else at its
-            end.
-        dense_kv_bytes: sum over them of what dense would hold.
-        step_s: seconds of each step.
-        batch: most sequences of a step.
-    """
-
-    sequences: int = 0
-    footprint: Footprint = field(default_factory=Footprint)
-    dense_kv_bytes: int = 0
-    step_s: list[float] = field(default_factory=list)
-    batch: int = 0
-
-    def add(self, held: Footprint, *, dense_kv_bytes: int) -> None:
-        """Enter a sequence that ended."""
-        self.sequences += 1
-        self.footprint += held
-        self.dense_kv_bytes += dense_kv_bytes
-
-    def summary(self) -> dict[str, Any]:
-        """Return means over the sequences, and the median of the steps; empty before the first sequence."""
-        if not self.sequences:
-            return {}
-        held = self.footprint.divided_by(self.sequences)
-        return {
-            "sequences": self.sequences,
-            "resident_kv_bytes": held.kv_bytes,
-            "metadata_bytes": held.metadata_bytes,
-            "host_kv_bytes": held.host_bytes,
-            "dense_kv_bytes": self.dense_kv_bytes // self.sequences,
-            "share_of_dense": self.footprint.device_bytes / self.dense_kv_bytes if self.dense_kv_bytes else None,
-            "tpot_s": statistics.median(self.step_s),
-            "batch": self.batch,
-        }
 
 
 def step_rows(loaded: LoadedModel) -> int | None:

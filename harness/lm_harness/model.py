@@ -8,8 +8,7 @@ no method ever acts: here it is fed token by token under the method.
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,32 +16,35 @@ from typing import Any, ClassVar
 
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from tqdm import tqdm
 
 import kvscope
 from kvscope.errors import UsageError, shown
 from kvscope.harness.engine.backend import form_on
-from kvscope.harness.engine.batch_decode import DecodeResult
-from kvscope.harness.engine.identity import STOCK_APPLIES, eos_ids, not_applied
+from kvscope.harness.engine.decoding import DecodeResult
+from kvscope.harness.engine.identity import eos_ids, not_applied
 from kvscope.harness.engine.models import load_model
 from kvscope.harness.engine.names import resolve_model
-from kvscope.harness.engine.presets import is_preset, refuse_preset
 from kvscope.harness.engine.self_check import self_check as check_model
 from kvscope.harness.lm_harness.answering import Answering, Ask, Continuation, Score
+from kvscope.harness.lm_harness.arguments import (
+    METHOD_PREFIX,
+    check_tokenizer,
+    length_tokens,
+    method_spec,
+    model_spec,
+    refuse_unknown,
+    require_weights,
+    step_sequences,
+    switch,
+)
+from kvscope.harness.lm_harness.generation import generation_of, task_of
 from kvscope.harness.passes.environment import package_version
-from kvscope.harness.served.address import is_url
 from kvscope.methods.registry import create_method
-from kvscope.specs import Spec, parse_spec
 
-ROWS_CPU, ROWS_CUDA = 16, 64
-"""Sequences of a step for ``batch_size=auto``."""
-METHOD_PREFIX = "kv_"
 REFERENCE = "reference"
 _CACHE_OWNER = "kvscope"
 """Key of a file of ``--use_cache`` that says whose answers it keeps; lm-eval's own keys are hashes."""
-#: Of a task's ``generation_kwargs``: what greedy decoding has no use for, so that any value means the same.
-_WITHOUT_EFFECT = frozenset({"do_sample", "temperature", "top_p", "top_k", "min_p", "max_length", "until"})
 _log = logging.getLogger(__name__)
 
 
@@ -85,28 +87,13 @@ class KvscopeLM(HFLM):  # type: ignore[misc]  # lm-eval comes without types
         max_batch_size: int | None = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(pretrained, str | os.PathLike):
-            raise UsageError(
-                f"pretrained is {shown(pretrained)}, and kvscope loads models itself: give a name, a folder or an id."
-            )
-        pretrained = str(pretrained)
-        _check_tokenizer(tokenizer, pretrained)
-        checks = _switch("self_check", self_check)
+        pretrained = model_spec(pretrained)
+        check_tokenizer(tokenizer, pretrained)
+        checks = switch("self_check", self_check)
         options = {key: kwargs.pop(key) for key in list(kwargs) if key.startswith(METHOD_PREFIX)}
-        unknown = sorted(set(kwargs) - _HFLM_ARGUMENTS)
-        if unknown:
-            raise UsageError(
-                f"The lm-eval model kvscope has no argument {shown(unknown[0])}: it takes pretrained, method, kv_NAME "
-                "of the method, device, dtype, batch_size, max_length, self_check, "
-                f"{', '.join(sorted(_HFLM_ARGUMENTS))}."
-            )
-        chosen = create_method(_spec(method, options))
-        refuse_preset(pretrained, "ask")
-        if is_url(pretrained):
-            raise UsageError(
-                f"{shown(pretrained)} is a server, and its cache takes no method: ask lm-eval's own local-completions, "
-                "or use kvscope run --model URL."
-            )
+        refuse_unknown(kwargs)
+        chosen = create_method(method_spec(method, options))
+        require_weights(pretrained)
         loaded = load_model(pretrained, device=device or "auto", dtype=dtype)
         if loaded.tokenizer is None:
             raise UsageError(f"Model '{pretrained}' has no tokenizer, and tasks of lm-eval are text: take another.")
@@ -125,14 +112,14 @@ class KvscopeLM(HFLM):  # type: ignore[misc]  # lm-eval comes without types
                 pretrained=loaded.model,
                 tokenizer=loaded.tokenizer,
                 batch_size=1,
-                max_length=_length(max_length, loaded.max_length_tokens),
+                max_length=length_tokens(max_length, loaded.max_length_tokens),
                 **kwargs,
             )
         # A prompt's text is the same for both, and its tokens or answers are not.
         self._answers_of = f"{Path(resolve_model(pretrained)[0]).absolute()}, {loaded.dtype}, {self.method.label}"
         self._answers_of += "".join(f", {key}={value}" for key, value in sorted(kwargs.items()))
         self._answering = Answering(
-            self.loaded, self.method, rows=_rows(batch_size, max_batch_size, loaded.device.type)
+            self.loaded, self.method, rows=step_sequences(batch_size, max_batch_size, loaded.device.type)
         )
         self._ignored = not_applied(generation)
         KvscopeLM.latest = self
@@ -180,46 +167,28 @@ class KvscopeLM(HFLM):  # type: ignore[misc]  # lm-eval comes without types
             UsageError: before the first answer, where one asks for other than greedy decoding or is too long.
         """
         end_of_text = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
-        asks, stops = [], []
+        asks, asked = [], []
         for request in requests:
-            context, given = request.args
-            settings = normalize_gen_kwargs(given, self.max_gen_toks)
-            max_new_tokens = int(settings.pop("max_gen_toks"))
-            if max_new_tokens < 1:
-                raise UsageError(
-                    f"{_task_of(request)}: max_gen_toks is {max_new_tokens}, and an answer has one token at least: "
-                    "leave it out, or give --gen_kwargs max_gen_toks=N."
-                )
-            _require_greedy(settings, given)
-            until = handle_stop_sequences(_stops(request, settings.get("until")), eos=end_of_text)
-            ids = tuple(self.tok_batch_encode([context])[0][0].tolist())
+            wanted = generation_of(request, default_tokens=self.max_gen_toks, end_of_text=end_of_text)
+            ids = tuple(self.tok_batch_encode([request.args[0]])[0][0].tolist())
             if not ids:
                 raise UsageError(
-                    f"{_task_of(request)}: a prompt is empty, and the tokenizer of '{self.loaded.name}' puts no token "
+                    f"{task_of(request)}: a prompt is empty, and the tokenizer of '{self.loaded.name}' puts no token "
                     "before it: there is nothing to go on from."
                 )
-            self._require_room(len(ids), max_new_tokens, request)
-            asks.append(Ask(ids=ids, max_new_tokens=max_new_tokens, stop_strings=tuple(filter(None, until))))
-            stops.append(until)
+            self._require_room(len(ids), wanted.max_new_tokens, request)
+            asks.append(Ask(ids=ids, max_new_tokens=wanted.max_new_tokens, stop_strings=wanted.stop_strings))
+            asked.append(wanted)
         texts = [""] * len(requests)
         with self._bar(len(requests), "answers", disable=disable_tqdm) as bar:
 
             def done(place: int, result: DecodeResult) -> None:
-                texts[place] = self._text(result.ids, stops[place])
+                texts[place] = asked[place].text(result.ids, decode=self.tok_decode, think_end=self.think_end_token)
                 self.cache_hook.add_partial("generate_until", requests[place].args, texts[place])
                 bar.update(1)
 
             self._answering.answer(asks, done)
         return texts
-
-    def _text(self, ids: Sequence[int], until: list[str]) -> str:
-        think_end = self.think_end_token
-        if isinstance(think_end, int) and think_end in ids:
-            last = len(ids) - 1 - list(reversed(ids)).index(think_end)
-            answer, think_end = self.tok_decode(list(ids[last + 1 :])).lstrip(), None
-        else:
-            answer = self.tok_decode(list(ids))
-        return str(postprocess_generated_text(answer, until, think_end if isinstance(think_end, str) else None))
 
     # -- scores
 
@@ -286,7 +255,7 @@ class KvscopeLM(HFLM):  # type: ignore[misc]  # lm-eval comes without types
                 "attention_backend": loaded.attention_backend,
                 "self_check": "passed" if self._self_check else "skipped",
                 "not_applied": self._ignored,
-                **self._usage(),
+                **self._answering.usage.summary(decodes_twice=self._decodes_twice),
             },
         }
 
@@ -295,29 +264,15 @@ class KvscopeLM(HFLM):  # type: ignore[misc]  # lm-eval comes without types
         """Whether what the method knows costs more than what it keeps, so that only its answers mean something."""
         return self.method.rehearsal() is not None
 
-    def _usage(self) -> dict[str, Any]:
-        found = self._answering.usage.summary()
-        return {key: found[key] for key in ("sequences", "batch") if found} if self._decodes_twice else found
-
     @property
     def summary(self) -> str:
         """What all sequences so far held and took, in a line; empty before the first."""
-        found = self._answering.usage.summary()
-        if not found:
-            return ""
-        if self._decodes_twice:
-            return f"{self.method.label}: {found['sequences']:,} sequences; it decodes twice, and bytes mean nothing"
-        share = "" if found["share_of_dense"] is None else f", {found['share_of_dense']:.1%} of dense"
-        held_bytes = found["resident_kv_bytes"] + found["metadata_bytes"]
-        return (
-            f"{self.method.label}: {held_bytes:,} B of KV on the device{share}, {found['tpot_s'] * 1e3:.2f} ms a "
-            f"token; means of {found['sequences']:,} sequences, median of steps of up to {found['batch']}"
-        )
+        return self._answering.usage.line(self.method.label, decodes_twice=self._decodes_twice)
 
     def _require_room(self, n_context: int, n_more: int, request: object) -> None:
         if n_context + n_more > self.max_length:
             raise UsageError(
-                f"{_task_of(request)}: a prompt of {n_context:,} tokens and {n_more:,} for its answer are over the "
+                f"{task_of(request)}: a prompt of {n_context:,} tokens and {n_more:,} for its answer are over the "
                 f"{self.max_length:,} tokens that model '{self.loaded.name}' takes, and nothing is cut: leave out the "
                 "longest samples (--samples, --limit, a smaller length in --metadata), or take another model."
             )
@@ -325,91 +280,6 @@ class KvscopeLM(HFLM):  # type: ignore[misc]  # lm-eval comes without types
     @staticmethod
     def _bar(total: int, what: str, *, disable: bool) -> Any:
         return tqdm(total=total, desc=f"kvscope: {what}", disable=disable or None)
-
-
-_HFLM_ARGUMENTS = frozenset(
-    {"add_bos_token", "prefix_token_id", "enable_thinking", "think_end_token", "chat_template_args"}
-)
-
-
-def _spec(method: str | Mapping[str, Any], options: Mapping[str, Any]) -> Spec:
-    """Return what ``method`` and ``kv_*`` ask for together."""
-    spec = parse_spec(method, kind="method")
-    for key, value in options.items():
-        name = key.removeprefix(METHOD_PREFIX)
-        if name in dict(spec.options):
-            raise UsageError(f"Option {name!r} of method {spec.name!r} is given twice: in method and as {key}.")
-        spec = spec.with_option(name, value)
-    return spec
-
-
-def _task_of(request: object) -> str:
-    return getattr(request, "task_name", None) or "A request"
-
-
-def _stops(request: Instance, until: Any) -> Any:
-    """Return where an answer ends, as a task has it.
-
-    Raises:
-        UsageError: that is no text.
-    """
-    if isinstance(until, list) and (other := [each for each in until if not isinstance(each, str | None)]):
-        raise UsageError(f"{_task_of(request)}: until holds {shown(other[0])}, which is no text: write it in quotes.")
-    return until
-
-
-def _check_tokenizer(tokenizer: str | None, pretrained: str) -> None:
-    """Refuse a tokenizer that is not the model's: prompts of RULER would be built with it, and encoded with another."""
-    if tokenizer in (None, pretrained) or is_url(pretrained) or is_preset(pretrained):
-        return
-    if Path(str(tokenizer)).resolve() != Path(resolve_model(pretrained)[0]).resolve():
-        raise UsageError(
-            f"tokenizer is {shown(tokenizer)}, and kvscope takes that of the model, {shown(pretrained)}: leave it out."
-        )
-
-
-def _switch(name: str, value: object) -> bool:
-    if isinstance(value, bool):
-        return value
-    if str(value).lower() not in ("true", "false"):
-        raise UsageError(f"{name} is {shown(value)}, expected True or False.")
-    return str(value).lower() == "true"
-
-
-def _rows(batch_size: int | str | None, max_batch_size: int | str | None, device_type: str) -> int:
-    if max_batch_size is not None and (not str(max_batch_size).isdecimal() or int(max_batch_size) < 1):
-        raise UsageError(f"max_batch_size is {shown(max_batch_size)}, expected a number from 1 on.")
-    if batch_size is None or str(batch_size).startswith("auto"):
-        rows = ROWS_CUDA if device_type == "cuda" else ROWS_CPU
-        return rows if max_batch_size is None else min(rows, int(max_batch_size))
-    text = str(batch_size)
-    if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"batch_size is {shown(batch_size)}, expected auto or a number from 1 on.")
-    return int(text)
-
-
-def _length(asked: int | str | None, longest_tokens: int) -> int:
-    if asked is None:
-        return longest_tokens
-    text = str(asked)
-    if not text.isdecimal() or not 1 < int(text) <= longest_tokens:
-        raise UsageError(
-            f"max_length is {shown(asked)}, expected 2 to {longest_tokens:,} tokens, which the model takes."
-        )
-    return int(text)
-
-
-def _require_greedy(settings: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    if settings.get("do_sample"):
-        raise UsageError(
-            f"A task asks for sampling ({shown(dict(given))}); kvscope decodes greedily: set do_sample=False."
-        )
-    other = sorted(key for key in settings if key not in _WITHOUT_EFFECT and settings[key] != STOCK_APPLIES.get(key))
-    if other:
-        raise UsageError(
-            f"A task asks for {other[0]}={shown(settings[other[0]])}, which greedy decoding under a cache method does "
-            "not have: take it out with --gen_kwargs, or leave the task out."
-        )
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from kvscope.errors import UsageError
 from kvscope.harness.engine.host_threads import few_host_threads
 from kvscope.harness.passes.answering import load, measured_noise, release_memory
-from kvscope.harness.passes.base import Left, Plan, RunPlan, failed_lines, is_open
+from kvscope.harness.passes.base import Left, failed_lines, is_open
 from kvscope.harness.passes.batch_plan import batch_text, jobs_text, ray_text
 from kvscope.harness.passes.builders import PromptBuilders, builder_processes
 from kvscope.harness.passes.config import RunConfig
@@ -15,6 +15,7 @@ from kvscope.harness.passes.deadline import Deadline
 from kvscope.harness.passes.facts import PromptFacts
 from kvscope.harness.passes.pools import Pool, ProcessPool, Said
 from kvscope.harness.passes.progress import Progress
+from kvscope.harness.passes.run_plan import Plan, RunPlan
 from kvscope.harness.passes.shard_list import worker_task
 from kvscope.harness.passes.shards import ShardedAccuracy
 from kvscope.harness.passes.turns import Turns, pending_samples, prompt_work_tokens

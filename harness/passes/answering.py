@@ -5,19 +5,19 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvscope.harness.engine.oom import is_oom
-from kvscope.harness.passes.base import Plan
 from kvscope.harness.passes.batch_plan import step_rows
 from kvscope.harness.passes.progress import Progress
 from kvscope.harness.passes.prompt import split_prompt
 from kvscope.harness.passes.prompt_check import build
 from kvscope.harness.passes.row_columns import FailureStatus, cell_columns, failed_sample_row, failure, sample_row
+from kvscope.harness.passes.run_plan import Plan
 from kvscope.results.schema import DecodeGraph, SampleRow
 from kvscope.tasks.answers import answer_of
 from kvscope.units import format_length
 
 if TYPE_CHECKING:
-    from kvscope.harness.engine.batch_decode import DecodeResult, Request
     from kvscope.harness.engine.batch_noise import BatchNoise
+    from kvscope.harness.engine.decoding import DecodeResult, Request
     from kvscope.harness.engine.loaded import LoadedModel
     from kvscope.methods.base import CacheMethod
     from kvscope.methods.store import PromptKV
@@ -142,7 +142,7 @@ class Prompt:
         Raises:
             Exception: as the rehearsal raises it.
         """
-        from kvscope.harness.engine.batch_decode import Request
+        from kvscope.harness.engine.decoding import Request
         from kvscope.harness.engine.rehearsal import rehearsed
 
         assert self.kv is not None

@@ -11,7 +11,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvscope.harness.engine.batch_decode import BatchDecode, Decoding
+from kvscope.harness.engine.batch_decode import BatchDecode
+from kvscope.harness.engine.decoding import Decoding
 from kvscope.harness.engine.finite import NotFinite
 from kvscope.harness.engine.lanes import Lanes
 from kvscope.harness.engine.oom import is_oom
@@ -23,7 +24,8 @@ from kvscope.harness.passes.row_columns import failure
 if TYPE_CHECKING:
     from kvscope.harness.engine.batch_noise import BatchNoise
     from kvscope.harness.engine.loaded import LoadedModel
-    from kvscope.harness.passes.base import Plan, SampleStore
+    from kvscope.harness.passes.base import SampleStore
+    from kvscope.harness.passes.run_plan import Plan
     from kvscope.harness.passes.turns import Turns
     from kvscope.methods.base import CacheMethod
     from kvscope.results.schema import SampleRow

@@ -24,7 +24,7 @@ from kvscope.harness.passes.forked import CAN_FORK
 from kvscope.harness.passes.prompt_check import build
 
 if TYPE_CHECKING:
-    from kvscope.harness.passes.base import RunPlan
+    from kvscope.harness.passes.run_plan import RunPlan
     from kvscope.tasks.base import Sample
 
 _PR_SET_PDEATHSIG = 1

@@ -4,10 +4,7 @@
 a wrong type is the same sentence wherever it came from. No torch here: bad input is refused before anything loads.
 """
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_type_hints
@@ -16,17 +13,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from kvscope.errors import UsageError, did_you_mean, shown
 from kvscope.harness.engine.presets import is_preset
+from kvscope.harness.passes.config_errors import SOURCE, sentence, told
+from kvscope.harness.passes.method_sweeps import sweep_methods
 from kvscope.harness.passes.served_keys import SERVED_KEYS, check_served, served_values
 from kvscope.harness.passes.spread_keys import check_spread
+from kvscope.harness.passes.worker_keys import check_executor, checked_device, checked_gpus, checked_ray_address
 from kvscope.harness.passes.yaml_text import read_yaml, yaml_value
 from kvscope.harness.served.address import is_url
 from kvscope.paths import user_path
 from kvscope.results import limits
-from kvscope.specs import MethodSpec, Spec, TaskSpec, parse_spec, split_items, unquoted
+from kvscope.specs import MethodSpec, Spec, TaskSpec
 from kvscope.units import Bytes, Tokens
-from kvscope.values import BadValue, expected_text, read_value
+from kvscope.values import read_value
 
-SWEEP_PATTERN = re.compile(r"([^=]+)\.([A-Za-z_]\w*)\s*=(.+)", re.DOTALL)
 MOST_SAMPLES = 1_000_000
 
 Length = Annotated[Tokens, Field(ge=1, le=limits.MOST_LENGTH_TOKENS)]
@@ -53,9 +52,6 @@ _UNSCORED = {
 
 #: Tokens of a prefill chunk unless told; the accuracy pass takes more where that pays (``chunks``).
 CHUNK_TOKENS = 2048
-
-_source: ContextVar[str] = ContextVar("source", default="RunConfig")
-"""Where the values being read came from, as an error names it."""
 
 
 class RunConfig(BaseModel):
@@ -239,14 +235,14 @@ class RunConfig(BaseModel):
 
     def __init__(self, **values: Any) -> None:
         """Read and check values, wherever they come from: ``make_config`` says where that is."""
-        source = _source.get()
+        source = SOURCE.get()
         for key in values:
             if key not in type(self).model_fields:
                 raise UsageError(f"Unknown key {shown(key)} in {source}.{did_you_mean(str(key), config_keys())}")
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise UsageError(_sentence(error, source=source)) from None
+            raise UsageError(sentence(error, source=source)) from None
 
     @classmethod
     def model_validate(cls, obj: Any, **options: Any) -> Self:
@@ -255,13 +251,13 @@ class RunConfig(BaseModel):
         Raises:
             UsageError: as ``make_config``.
         """
-        with _told():
+        with told():
             return super().model_validate(obj, **options)
 
     @classmethod
     def model_validate_json(cls, json_data: str | bytes | bytearray, **options: Any) -> Self:
         """Read a JSON object, as ``model_validate``."""
-        with _told():
+        with told():
             return super().model_validate_json(json_data, **options)
 
     @field_validator("*", mode="before")
@@ -305,28 +301,17 @@ class RunConfig(BaseModel):
     @field_validator("device")
     @classmethod
     def _device(cls, value: str) -> str:
-        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", value):
-            raise UsageError(f"device: {shown(value)} is not a device: write auto, cpu, cuda or cuda:N.")
-        return value
+        return checked_device(value)
 
     @field_validator("gpus")
     @classmethod
     def _gpus(cls, value: str | None) -> str | None:
-        if value is None or value == "all":
-            return value
-        numbers = value.split(",")
-        if not all(re.fullmatch(r"[0-9]{1,3}", number) for number in numbers) or len(set(numbers)) < len(numbers):
-            raise UsageError(f"gpus: {shown(value)} names no GPUs: write all, or different numbers as 0,1.")
-        return value
+        return None if value is None else checked_gpus(value)
 
     @field_validator("ray_address")
     @classmethod
     def _ray_address(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(
-            r"auto|local|[\w.-]{1,255}:[0-9]{1,5}|\[[0-9a-fA-F:]+\]:[0-9]{1,5}", value
-        ):
-            raise UsageError(f"ray_address: {shown(value)} is no cluster: write HOST:PORT, local or auto.")
-        return value
+        return None if value is None else checked_ray_address(value)
 
     @field_validator("out", mode="before")
     @classmethod
@@ -354,14 +339,7 @@ class RunConfig(BaseModel):
             raise UsageError("find_max and throughput are two runs: ask for one of them.")
         if self.unscored and (self.jobs > 1 or self.gpus is not None or self.executor != "processes"):
             raise UsageError("jobs, gpus and executor say who answers prompts, and this run asks none: leave them out.")
-        if self.executor == "ray" and self.gpus is not None:
-            raise UsageError(
-                "gpus: they are those of this machine, and Ray gives out those of its nodes: leave it out."
-            )
-        if self.executor == "ray" and ":" in self.device:
-            raise UsageError("device: Ray gives out the GPUs of its nodes: write cuda without a number.")
-        if self.executor != "ray" and self.ray_address is not None:
-            raise UsageError("ray_address: it is about a cluster: give --executor ray, too, or leave it out.")
+        check_executor(self.executor, device=self.device, gpus=self.gpus, ray_address=self.ray_address)
         asks_memory = self.gpu_budget_bytes is not None or self.kv == "synthetic" or self.footprint_batch > 1
         if not self.footprint and (self.unscored or asks_memory):
             raise UsageError(
@@ -463,11 +441,11 @@ def make_config(values: Mapping[str, Any], *, source: str = "the configuration")
     odd = next((key for key in values if not isinstance(key, str)), None)
     if odd is not None:
         raise UsageError(f"Unknown key {shown(odd)} in {source}.{did_you_mean(str(odd), config_keys())}")
-    said = _source.set(source)
+    said = SOURCE.set(source)
     try:
         return RunConfig(**values)
     finally:
-        _source.reset(said)
+        SOURCE.reset(said)
 
 
 def load_config(
@@ -504,83 +482,3 @@ def load_config(
         return merged
     values["methods"] = sweep_methods(merged.methods, sweeps)
     return make_config(values, source="--sweep")
-
-
-def sweep_methods(methods: Sequence[object], sweeps: Sequence[str]) -> tuple[Spec, ...]:
-    """Replace every method that a sweep names by one for each of the sweep's values.
-
-    Several sweeps of one method give every combination. A sweep wins over the option in the method's own spec.
-
-    Args:
-        methods: specs as asked for, in any of their forms.
-        sweeps: items such as ``lsa.threshold=0.3,0.5,0.7``; a method from outside is ``package.module:Class.option=``.
-
-    Raises:
-        UsageError: a malformed item, or a method that is not among ``methods``.
-    """
-    found = [parse_spec(each, kind="method") for each in methods]
-    seen = set()
-    for item in sweeps:
-        match = SWEEP_PATTERN.fullmatch(item.strip())
-        values = [unquoted(text.strip()) for text in split_items(match[3])] if match else []
-        if match is None or not all(values):
-            raise UsageError(
-                f"--sweep {shown(item)} is not method.option=value,value: write for example --sweep "
-                "lsa.threshold=0.3,0.5."
-            )
-        swept, option = match[1].strip(), match[2]
-        if (swept, option) in seen:
-            raise UsageError(f"--sweep {swept}.{option} is given twice: write all values in one, as in value,value.")
-        seen.add((swept, option))
-        names = list(dict.fromkeys(spec.name for spec in found))
-        if swept not in names:
-            raise UsageError(
-                f"--sweep {shown(item)} names method {shown(swept)}, which is not among the methods "
-                f"({', '.join(names)}): add -m {swept}."
-            )
-        found = [
-            each
-            for spec in found
-            for each in ([spec.with_option(option, value) for value in values] if spec.name == swept else [spec])
-        ]
-    return tuple(found)
-
-
-EXPECTED = {
-    "int_type": "a whole number",
-    "float_type": "a number",
-    "bool_type": "true or false",
-    "string_type": "text",
-    "tuple_type": "a list",
-    "dict_type": "a mapping",
-}
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    """Turn what pydantic raises of a whole configuration into a sentence."""
-    try:
-        yield
-    except ValidationError as error:
-        raise UsageError(_sentence(error, source=_source.get())) from None
-
-
-def _sentence(error: ValidationError, *, source: str) -> str:
-    """Turn the first problem of a pydantic error into one sentence: key, value, what was expected."""
-    problem = error.errors()[0]
-    inner = problem.get("ctx", {}).get("error")
-    if not problem["loc"] and not isinstance(inner, UsageError):
-        return f"{source[0].upper()}{source[1:]} is {shown(problem['input'])}, expected a mapping of keys."
-    key = str(problem["loc"][0]) if problem["loc"] else ""
-    if isinstance(inner, UsageError):
-        text = str(inner)
-        whole = not key or key in ("methods", "tasks") or text.startswith(f"{key}:")
-        return text if whole else f"{key}: {text}"
-    expected, hint = EXPECTED.get(problem["type"]) or expected_text(problem), ""
-    given = problem["input"]
-    if isinstance(inner, BadValue):
-        expected, hint = inner.expected, inner.hint
-        given = given if inner.item is None else inner.item
-    if key in ("methods", "tasks"):
-        expected = f"a list of names such as {'dense' if key == 'methods' else 'niah_single_1'}"
-    return f"{key} in {source} is {shown(given)}, expected {expected}{hint}."

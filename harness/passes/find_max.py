@@ -9,13 +9,14 @@ row, so an interrupted search goes on where it was.
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kvscope.harness.passes.base import Left, Plan
+from kvscope.harness.passes.base import Left
 from kvscope.harness.passes.config import RunConfig
 from kvscope.harness.passes.deadline import Deadline
 from kvscope.harness.passes.facts import ModelFacts
 from kvscope.harness.passes.footprint import FootprintPass, mismatch_lines
 from kvscope.harness.passes.forecast import Rooms, device_rooms, longest_that_fits
 from kvscope.harness.passes.progress import Progress
+from kvscope.harness.passes.run_plan import Plan
 from kvscope.results.memory_rows import FootprintRow, MaxContextRow
 from kvscope.results.schema import Bound
 

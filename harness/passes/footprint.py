@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvscope.errors import UsageError
-from kvscope.harness.passes.base import Plan, failed_lines
+from kvscope.harness.passes.base import failed_lines
 from kvscope.harness.passes.config import RunConfig
 from kvscope.harness.passes.facts import ModelFacts
 from kvscope.harness.passes.job import FootprintJob
 from kvscope.harness.passes.plan_text import lengths_text
 from kvscope.harness.passes.process_pass import ProcessPass, job_fields
 from kvscope.harness.passes.prompt import Ids, random_ids, split_ids
+from kvscope.harness.passes.run_plan import Plan
 from kvscope.results.memory_rows import FootprintRow
 from kvscope.results.row_table import RowTable
 from kvscope.specs import parse_spec

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from kvscope.harness.passes.job import FootprintJob
 from kvscope.harness.passes.measurement import Measurement
-from kvscope.harness.passes.memory import PeakSampler, verdict
+from kvscope.harness.passes.memory import PeakSampler
 from kvscope.harness.passes.row_columns import ledger_columns
 from kvscope.harness.passes.timing import host_load, spread_s
+from kvscope.harness.passes.verdict import verdict
 from kvscope.methods.shape import Footprint
 from kvscope.results.memory_rows import FootprintRow
 
 if TYPE_CHECKING:
-    from kvscope.harness.engine.batch_decode import DecodeResult
+    from kvscope.harness.engine.decoding import DecodeResult
     from kvscope.harness.engine.loaded import LoadedModel
     from kvscope.methods.base import CacheMethod
     from kvscope.methods.store import PromptKV
@@ -96,7 +97,8 @@ class FootprintMeasurement(Measurement[FootprintRow]):
 
         All are of one prompt, and none ends before the others. ``open_s`` is that of all.
         """
-        from kvscope.harness.engine.batch_decode import BatchDecode, Request
+        from kvscope.harness.engine.batch_decode import BatchDecode
+        from kvscope.harness.engine.decoding import Request
 
         job = self.job
         request = Request(

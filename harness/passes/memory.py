@@ -1,4 +1,4 @@
-"""Physical memory: NVML per-process bytes, a sampler thread, host RSS, and the verdict on a claimed saving.
+"""Physical memory: NVML per-process bytes, a sampler thread, and host RSS.
 
 Three readings exist and are never mixed: NVML (this file), torch's allocator (the worker) and the ledger of live cache
 tensors (the methods). A reading that cannot be taken is None with the reason, never zero.
@@ -15,15 +15,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from kvscope.harness.engine.host_memory import free_host_bytes
-from kvscope.results.schema import SavingKind, Verdict
 
 MIB = 1024 * 1024
-#: Claims below this many bytes drown in NVML's own granularity (2 MiB blocks, workspaces): no verdict is given.
-RESOLUTION_BYTES = 256 * MIB
-#: Share of the claimed bytes that NVML must confirm.
-CONFIRMED_SHARE = 0.9
-#: How far NVML may be from the ledger: a share of the ledger, and what blocks and workspaces add at any size.
-AGREEMENT_SHARE, AGREEMENT_BYTES = 0.03, 64 * MIB
 #: Inode of the first process id namespace, the same on every Linux (PROC_PID_INIT_INO).
 _HOST_PID_NAMESPACE = 0xEFFFFFFC
 
@@ -197,51 +190,6 @@ class PeakSampler:
             if self._error is not None:
                 raise self._error
             self.mark()
-
-
-def verdict(
-    *,
-    saving_kind: SavingKind,
-    dense_kv_bytes: int,
-    ledger_bytes: int,
-    baseline_nvml_bytes: int | None,
-    decode_peak_nvml_bytes: int | None,
-) -> tuple[Verdict, str | None]:
-    """Compare what a method says it keeps on the GPU with what the driver saw.
-
-    ``kv = decode peak - baseline``. Ledger and driver must agree, within 3 % of the ledger and 64 MiB, whatever the
-    size. Then a method that frees or offloads claims ``dense - ledger`` bytes; NVML confirms it when ``dense - kv`` is
-    at least 90 % of that. A method that keeps everything resident claims ``ledger`` bytes on the GPU; NVML confirms it
-    when ``kv`` is at least 90 % of them.
-
-    Args:
-        saving_kind: what the method says becomes of the bytes it does not keep.
-        dense_kv_bytes: KV cache of dense attention at the same number of tokens.
-        ledger_bytes: device bytes of the method's live tensors, metadata included.
-        baseline_nvml_bytes: NVML after warm-up, before the prompt; None where NVML was not read.
-        decode_peak_nvml_bytes: NVML peak during decode; None where NVML was not read.
-
-    Returns:
-        The verdict, and for ``mismatch`` the readings that disagree in one clause.
-    """
-    if baseline_nvml_bytes is None or decode_peak_nvml_bytes is None:
-        return "not_measured", None
-    kv_bytes = decode_peak_nvml_bytes - baseline_nvml_bytes
-    off_bytes, allowed_bytes = abs(kv_bytes - ledger_bytes), int(AGREEMENT_SHARE * ledger_bytes) + AGREEMENT_BYTES
-    if off_bytes > allowed_bytes:
-        return "mismatch", (
-            f"NVML reads {kv_bytes:,} bytes where the ledger counts {ledger_bytes:,}: {off_bytes:,} apart, "
-            f"{allowed_bytes:,} allowed (3 % and 64 MiB)"
-        )
-    if saving_kind == "resident":
-        claim_bytes, seen_bytes = ledger_bytes, kv_bytes
-    else:
-        claim_bytes, seen_bytes = dense_kv_bytes - ledger_bytes, dense_kv_bytes - kv_bytes
-    if claim_bytes < RESOLUTION_BYTES:
-        return "below_resolution", None
-    if seen_bytes >= CONFIRMED_SHARE * claim_bytes:
-        return saving_kind, None
-    return "mismatch", f"NVML confirms {seen_bytes:,} of {claim_bytes:,} bytes claimed, less than 90 %"
 
 
 def host_rss_bytes() -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvscope.errors import UsageError, shown
 from kvscope.harness.passes.accuracy import AccuracyPass
-from kvscope.harness.passes.base import Pass, Plan, RunPlan
+from kvscope.harness.passes.base import Pass
 from kvscope.harness.passes.batch_plan import plan_batch
 from kvscope.harness.passes.config import RunConfig
 from kvscope.harness.passes.facts import ModelFacts, PromptFacts, describe_model
@@ -18,6 +18,7 @@ from kvscope.harness.passes.footprint import FootprintPass
 from kvscope.harness.passes.forecast import device_rooms, plan_cell
 from kvscope.harness.passes.pooling import excluded_types
 from kvscope.harness.passes.ray_pool import check_installed
+from kvscope.harness.passes.run_plan import Plan, RunPlan
 from kvscope.harness.passes.served_facts import describe_served
 from kvscope.harness.passes.served_pass import ServedPass
 from kvscope.harness.passes.served_plan import ServedMethod, ServedPlan

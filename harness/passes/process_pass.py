@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Generic
 
 from kvscope.errors import UsageError
-from kvscope.harness.passes.base import Left, Plan, is_open
+from kvscope.harness.passes.base import Left, is_open
 from kvscope.harness.passes.chunks import memory_chunk_tokens
 from kvscope.harness.passes.config import RunConfig
 from kvscope.harness.passes.deadline import Deadline
@@ -15,6 +15,7 @@ from kvscope.harness.passes.process import PHASES, run_worker
 from kvscope.harness.passes.progress import Progress
 from kvscope.harness.passes.prompt import Ids
 from kvscope.harness.passes.row_columns import cell_columns
+from kvscope.harness.passes.run_plan import Plan
 from kvscope.harness.passes.sweep_process import sweep_process_id
 from kvscope.methods.registry import is_own
 from kvscope.plugins import search_path

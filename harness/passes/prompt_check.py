@@ -4,7 +4,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kvscope.errors import UsageError
-from kvscope.harness.passes.base import RunPlan, SampleStore
+from kvscope.harness.passes.base import SampleStore
+from kvscope.harness.passes.run_plan import RunPlan
 
 if TYPE_CHECKING:
     from kvscope.results.schema import SampleRow

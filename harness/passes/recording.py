@@ -8,8 +8,8 @@ from pydantic import ValidationError
 
 import kvscope
 from kvscope.errors import UsageError
-from kvscope.harness.passes.base import Plan, RunPlan
 from kvscope.harness.passes.environment import capture_environment, torch_state
+from kvscope.harness.passes.run_plan import Plan, RunPlan
 from kvscope.harness.passes.served_plan import ServedPlan
 from kvscope.harness.passes.task_names import recorded_task
 from kvscope.results.rowfile import first_problem

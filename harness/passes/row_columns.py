@@ -10,7 +10,7 @@ from kvscope.harness.passes.timing import host_load, spread_s
 from kvscope.results.schema import OomOf, ResidencyRecord, SampleRow, SelfCheckState
 
 if TYPE_CHECKING:
-    from kvscope.harness.engine.batch_decode import DecodeResult
+    from kvscope.harness.engine.decoding import DecodeResult
     from kvscope.methods.base import CacheMethod, ModelShape
     from kvscope.tasks.base import Sample
 

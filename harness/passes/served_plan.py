@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from kvscope.errors import UsageError
-from kvscope.harness.passes.base import RunPlan
 from kvscope.harness.passes.environment import capture_environment
+from kvscope.harness.passes.run_plan import RunPlan
 from kvscope.harness.passes.served_facts import ServedFacts
 from kvscope.harness.passes.served_keys import SERVED_METHOD
 from kvscope.harness.passes.task_names import recorded_task

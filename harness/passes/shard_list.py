@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvscope.harness.passes.base import Plan
+from kvscope.harness.passes.run_plan import Plan
 from kvscope.harness.passes.turns import pending_samples
 
 if TYPE_CHECKING:

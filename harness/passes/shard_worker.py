@@ -19,7 +19,6 @@ from typing import Any, TextIO
 import kvscope
 from kvscope.errors import EnvironmentProblem, KvscopeError, UsageError
 from kvscope.harness.passes.answering import load, measured_noise
-from kvscope.harness.passes.base import Plan
 from kvscope.harness.passes.batch import Batch
 from kvscope.harness.passes.builders import PromptBuilders, builder_processes
 from kvscope.harness.passes.config import make_config
@@ -27,6 +26,7 @@ from kvscope.harness.passes.deadline import Deadline, TimeLimitReached
 from kvscope.harness.passes.plan import make_plan
 from kvscope.harness.passes.progress import Progress
 from kvscope.harness.passes.recording import identity
+from kvscope.harness.passes.run_plan import Plan
 from kvscope.harness.passes.turns import Turns
 from kvscope.plugins import extend_search_path
 from kvscope.results.run_schema import RunInfo

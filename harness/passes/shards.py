@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from kvscope.errors import EnvironmentProblem, UsageError
 from kvscope.harness.passes.answering import sample_cell
-from kvscope.harness.passes.base import Plan
 from kvscope.harness.passes.deadline import Deadline, TimeLimitReached
 from kvscope.harness.passes.pools import Ended, Pool, Said, Worker
 from kvscope.harness.passes.process import SAID
 from kvscope.harness.passes.progress import Progress
 from kvscope.harness.passes.prompt_check import build
 from kvscope.harness.passes.row_columns import failed_sample_row
+from kvscope.harness.passes.run_plan import Plan
 from kvscope.harness.passes.shard_list import Shard, shards_of
 from kvscope.harness.passes.turns import cell_summary, pending_samples, prompt_work_tokens
 from kvscope.results.schema import SampleRow

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvscope.errors import UsageError
 from kvscope.harness.engine.presets import refuse_plan_only
-from kvscope.harness.passes.base import Left, Plan, RunPlan
+from kvscope.harness.passes.base import Left
 from kvscope.harness.passes.config import RunConfig, make_config
 from kvscope.harness.passes.deadline import Deadline
 from kvscope.harness.passes.plan import make_plan, passes_for
@@ -15,6 +15,7 @@ from kvscope.harness.passes.progress import Progress, make_progress
 from kvscope.harness.passes.prompt_check import check_first_prompts
 from kvscope.harness.passes.quiet import disturbances
 from kvscope.harness.passes.recording import earlier_identity, run_info
+from kvscope.harness.passes.run_plan import Plan, RunPlan
 from kvscope.harness.passes.workers import worker_devices
 from kvscope.paths import check_out, user_path
 from kvscope.results.store import RunStore

@@ -2,12 +2,13 @@
 
 from typing import TYPE_CHECKING, Any
 
-from kvscope.harness.passes.base import Plan, failed_lines
+from kvscope.harness.passes.base import failed_lines
 from kvscope.harness.passes.config import RunConfig
 from kvscope.harness.passes.job import ThroughputJob
 from kvscope.harness.passes.plan_text import lengths_text
 from kvscope.harness.passes.process_pass import ProcessPass, job_fields
 from kvscope.harness.passes.prompt import random_ids
+from kvscope.harness.passes.run_plan import Plan
 from kvscope.results.row_table import RowTable
 from kvscope.results.schema import ThroughputRow
 

@@ -5,10 +5,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvscope.harness.passes.answering import Prompt
-from kvscope.harness.passes.base import Plan, RunPlan, SampleStore
+from kvscope.harness.passes.base import SampleStore
 from kvscope.harness.passes.builders import PromptBuilders
 from kvscope.harness.passes.progress import Progress
 from kvscope.harness.passes.prompt_check import PromptCheck
+from kvscope.harness.passes.run_plan import Plan, RunPlan
 from kvscope.units import format_length
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ import string
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from kvscope.harness.reference_model.form_noise import fresh_word
+from kvscope.harness.reference_model.form_noise import Kinds, drawn_kind, fresh_word
 from kvscope.harness.reference_model.form_problem import Asked, Problem, Tools
 from kvscope.harness.reference_model.templates_ruler import MORE_TAGS, TAGS
 from kvscope.harness.reference_model.wording_composed import expand
@@ -29,7 +29,7 @@ def _capitals(low: int, high: int) -> Callable[[Draws], str]:
 
 
 # How names look, in the share they have. The same look in the whole problem.
-_NAMES: tuple[tuple[Callable[[Draws], str], float], ...] = (
+_NAMES: Kinds = (
     (_capitals(5, 5), 0.42),
     (_capitals(3, 3), 0.08),
     (_capitals(4, 7), 0.08),
@@ -41,15 +41,6 @@ _NAMES: tuple[tuple[Callable[[Draws], str], float], ...] = (
     (lambda draws: "".join(draws.pick(string.ascii_lowercase) for _ in range(draws.between(4, 6))), 0.05),
     (lambda draws: "".join(draws.pick(string.ascii_letters + string.digits) for _ in range(5)), 0.03),
 )
-
-
-def _names(draws: Draws) -> Callable[[Draws], str]:
-    at = draws.unit()
-    for make, share in _NAMES:
-        at -= share
-        if at < 0:
-            return make
-    return _NAMES[0][0]
 
 
 @dataclass
@@ -64,7 +55,7 @@ class ChainWording:
         self.tag = draws.pick((*TAGS, *MORE_TAGS, *CHAIN_TAGS))
         self.head = expand(draws.pick(CHAIN_HEADS), draws)
         self.syntax = draws.pick(CHAIN_SYNTAX) if draws.unit() < 0.85 else None
-        self.name, self.small_name = _names(draws), _names(draws)
+        self.name, self.small_name = drawn_kind(draws, _NAMES), drawn_kind(draws, _NAMES)
         if draws.unit() < 0.6:
             self.small_name = self.name
         self.digits = 5 if draws.unit() < 0.6 else draws.between(2, 8)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from kvscope.harness.reference_model.form_noise import fresh_word
+from kvscope.harness.reference_model.form_noise import Kinds, drawn_kind, fresh_word
 from kvscope.harness.reference_model.form_problem import Asked, Problem, Tools
 from kvscope.harness.reference_model.templates import NEEDLES, QUESTIONS_MANY, QUESTIONS_ONE, TYPES
 from kvscope.harness.reference_model.wording_composed import expand
@@ -26,7 +26,7 @@ def _key_of_words(draws: Draws) -> str:
     return f"{draws.pick(lists.adjectives)}-{draws.pick(lists.nouns)}"
 
 
-_KEYS: tuple[tuple[Callable[[Draws], str], float], ...] = (
+_KEYS: Kinds = (
     (_key_of_words, 0.44),
     (lambda draws: draws.uuid(), 0.18),
     (lambda draws: f"{draws.pick(words('train').adjectives)} {draws.pick(words('train').nouns)}", 0.06),
@@ -36,7 +36,7 @@ _KEYS: tuple[tuple[Callable[[Draws], str], float], ...] = (
     (lambda draws: f"{fresh_word(draws)}-{fresh_word(draws)}", 0.07),
     (lambda draws: fresh_word(draws).upper() + "-" + draws.digits(2), 0.04),
 )
-_VALUES: tuple[tuple[Callable[[Draws], str], float], ...] = (
+_VALUES: Kinds = (
     (lambda draws: draws.digits(7), 0.4),
     (lambda draws: draws.digits(draws.between(2, 9)), 0.1),
     (lambda draws: draws.uuid(), 0.26),
@@ -44,15 +44,6 @@ _VALUES: tuple[tuple[Callable[[Draws], str], float], ...] = (
     (_key_of_words, 0.08),
     (lambda draws: fresh_word(draws), 0.06),
 )
-
-
-def _drawn(draws: Draws, choices: tuple[tuple[Callable[[Draws], str], float], ...]) -> Callable[[Draws], str]:
-    at = draws.unit()
-    for make, share in choices:
-        at -= share
-        if at < 0:
-            return make
-    return choices[0][0]
 
 
 @dataclass
@@ -69,7 +60,7 @@ class NeedleWording:
         self.head = self._worded(draws.pick(NEEDLE_HEADS))
         self.one_form = draws.unit() < 0.75
         self.form = self._form()
-        self.key, self.value = _drawn(draws, _KEYS), _drawn(draws, _VALUES)
+        self.key, self.value = drawn_kind(draws, _KEYS), drawn_kind(draws, _VALUES)
         style = draws.unit()
         self.values = draws.between(2, 5) if style < 0.35 else 1
         if style < 0.14:

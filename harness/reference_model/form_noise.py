@@ -16,6 +16,8 @@ from kvscope.tasks.long_qa.lexicon import category_of
 from kvscope.tasks.words import words
 
 Count = Callable[[str], int]
+Kinds = tuple[tuple[Callable[[Draws], str], float], ...]
+"""Ways to make a text, with the share of each; the shares add up to one."""
 _BANK_SENTENCES = 1500
 
 
@@ -47,6 +49,16 @@ def fresh_word(draws: Draws) -> str:
     while (word := made_up_word(draws)) in category_of():
         pass
     return word
+
+
+def drawn_kind(draws: Draws, kinds: Kinds) -> Callable[[Draws], str]:
+    """Return one of several ways to make a text, each as often as its share says."""
+    at = draws.unit()
+    for make, share in kinds:
+        at -= share
+        if at < 0:
+            return make
+    return kinds[0][0]
 
 
 def _salad(draws: Draws) -> str:

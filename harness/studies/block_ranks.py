@@ -34,7 +34,7 @@ from kvscope.harness.engine.models import load_model
 from kvscope.harness.engine.prefill import prefill
 from kvscope.harness.engine.session import Session
 from kvscope.harness.indexers.collection.make_document import answer_ids
-from kvscope.harness.passes.config import sweep_methods
+from kvscope.harness.passes.method_sweeps import sweep_methods
 from kvscope.harness.studies.attention_mass import answer_positions
 from kvscope.harness.studies.feeding import feed, told_of
 from kvscope.methods.base import AttentionCall, SequenceCache, union_collectors

@@ -19,7 +19,8 @@ from kvscope.methods.compressed_flops import refresh_flops
 from kvscope.methods.fp8_keys import dequantize, quantize
 from kvscope.methods.lsa.compressed_query import EntryLayer, QueryWeights, hadamard
 from kvscope.methods.lsa.indexer import Indexer
-from kvscope.methods.lsa.selection import Rule, ScoringSelector
+from kvscope.methods.lsa.rule import Rule
+from kvscope.methods.lsa.selection import ScoringSelector
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from pickle import UnpicklingError
 import torch
 
 from kvscope.errors import UsageError, shown
-from kvscope.methods.indexer_files import cannot_read, finite_weights, tensor_headers
+from kvscope.methods.indexer_weights import cannot_read, finite_weights, tensor_headers
 from kvscope.methods.lsa.compressed import CompressedIndexer
 from kvscope.methods.lsa.compressed_query import QueryWeights
 from kvscope.paths import user_path

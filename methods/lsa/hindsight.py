@@ -10,12 +10,8 @@ Shapes: L managed layers, n candidate chunks.
 import torch
 
 from kvscope.methods.lsa.labels import top_p_mask
-from kvscope.methods.lsa.selection import (
-    Rule,
-    ScriptedSelector,
-    Selector,
-    top_chunks,
-)
+from kvscope.methods.lsa.rule import Rule, top_chunks
+from kvscope.methods.lsa.selection import ScriptedSelector, Selector
 
 
 class NotingSelector(Selector):

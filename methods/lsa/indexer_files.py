@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from kvscope.methods.indexer_files import CONFIG_FILE, WEIGHTS_FILE, IndexerFiles, indexer_hash, owner_mismatch
-from kvscope.methods.lsa.indexer import Indexer, IndexerConfig
+from kvscope.methods.lsa.indexer import Indexer
+from kvscope.methods.lsa.indexer_config import IndexerConfig
 from kvscope.methods.shape import ModelShape
 
 __all__ = [

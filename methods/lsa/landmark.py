@@ -15,7 +15,8 @@ import torch
 from kvscope.methods.base import AttentionCall, Collector
 from kvscope.methods.kernels.select.reference import fill_selection
 from kvscope.methods.lsa.layout import ChunkLayout
-from kvscope.methods.lsa.selection import Rule, Selector, top_chunks
+from kvscope.methods.lsa.rule import Rule, top_chunks
+from kvscope.methods.lsa.selection import Selector
 from kvscope.methods.quest.method import min_max, upper_bounds
 from kvscope.methods.shape import ModelShape, tensor_bytes
 from kvscope.methods.store import PromptKV

@@ -9,19 +9,15 @@ import torch
 
 from kvscope.errors import UsageError
 from kvscope.methods.base import CacheMethod, Collector, Rehearsal, SequenceCache
-from kvscope.methods.budget import default_recency_tokens
 from kvscope.methods.fp8_keys import pack, quantize
 from kvscope.methods.indexer_source import IndexerSource
 from kvscope.methods.lsa.collectors import ChunkKeys, LastStates
+from kvscope.methods.lsa.counts import ChunkCounts
 from kvscope.methods.lsa.hindsight import NotingSelector, PlaybackSelector
-from kvscope.methods.lsa.indexer import (
-    ENCODER_FEATURES,
-    IndexerConfig,
-    chunk_features,
-    default_sizes,
-    weight_bytes,
-)
+from kvscope.methods.lsa.indexer import chunk_features, weight_bytes
+from kvscope.methods.lsa.indexer_config import ENCODER_FEATURES, IndexerConfig, default_sizes
 from kvscope.methods.lsa.indexer_files import FILES, HOW_TO_TRAIN, mismatch
+from kvscope.methods.lsa.indexer_selection import IndexerSelector, SyntheticSelector, metadata_bytes, refresh_bytes
 from kvscope.methods.lsa.landmark import (
     LandmarkSelector,
     landmark_collectors,
@@ -29,37 +25,14 @@ from kvscope.methods.lsa.landmark import (
     landmark_refresh_bytes,
     landmark_refresh_flops,
 )
-from kvscope.methods.lsa.layout import ChunkLayout, bound_of
-from kvscope.methods.lsa.options import (
-    ATTENTION,
-    DEFAULT_CHUNK_TOKENS,
-    DEFAULT_TAU,
-    DEPLOYED_LENGTH_TOKENS,
-    DEPLOYED_PAGE_TOKENS,
-    DEPLOYED_PAGES,
-    HINDSIGHT,
-    LANDMARK,
-    PAGES,
-    LsaConfig,
-)
+from kvscope.methods.lsa.layout import ChunkLayout
+from kvscope.methods.lsa.options import ATTENTION, HINDSIGHT, LANDMARK, PAGES, LsaConfig
+from kvscope.methods.lsa.rule import Rule
 from kvscope.methods.lsa.schedule import LsaSequence, Schedule
-from kvscope.methods.lsa.selection import (
-    IndexerSelector,
-    MassSelector,
-    NothingToChoose,
-    Rule,
-    Selector,
-    SyntheticSelector,
-    metadata_bytes,
-    refresh_bytes,
-)
+from kvscope.methods.lsa.selection import MassSelector, NothingToChoose, Selector
 from kvscope.methods.lsa.sequence import RecallingSequence
 from kvscope.methods.shape import Footprint, ModelShape
 from kvscope.methods.store import PromptKV
-
-#: Share of the resident chunks that a refresh replaces, by the steps between refreshes: 1 - hit rate of the reference
-#: model's trained indexer at 16K (docs/measurement.md).
-TRAINED_CHURN = {4: 0.09, 16: 0.24, 64: 0.55}
 
 
 class Lsa(CacheMethod[LsaConfig]):
@@ -195,12 +168,30 @@ class Lsa(CacheMethod[LsaConfig]):
 
     # -- counts
 
+    @property
+    def counts(self) -> ChunkCounts:
+        """The numbers that the options and the trained indexer settle."""
+        return ChunkCounts(self.config, self._trained)
+
     def chunk_tokens(self) -> int:
         """Return C."""
-        if self.config.chunk_tokens is not None:
-            return self.config.chunk_tokens
-        trained = self._trained()
-        return DEFAULT_CHUNK_TOKENS if trained is None else trained.chunk_tokens
+        return self.counts.chunk_tokens
+
+    def tau(self) -> int:
+        """Return the decode steps between refreshes."""
+        return self.counts.tau
+
+    def layout(self, n_tokens: int) -> ChunkLayout:
+        """Return how a prompt of ``n_tokens`` is cut."""
+        return self.counts.layout(n_tokens)
+
+    def uneven_pages(self) -> str | None:
+        """Return why pages cannot be made of chunks; None where they can."""
+        return self.counts.uneven_pages()
+
+    def rule(self, layout: ChunkLayout) -> Rule:
+        """Return which candidates are kept of a prompt cut like this."""
+        return self.counts.rule(layout)
 
     def _trained(self) -> IndexerConfig | None:
         """Return the trained indexer's configuration; None where none chooses, or no model was seen yet."""
@@ -211,79 +202,6 @@ class Lsa(CacheMethod[LsaConfig]):
         if self._source.given_folder is None and self._source.shape is None:
             return None
         return FILES.read_config(self._source.folder())
-
-    def tau(self) -> int:
-        """Return the decode steps between refreshes."""
-        if self.config.tau is not None:
-            return self.config.tau
-        trained = self._trained()
-        return DEFAULT_TAU if trained is None else trained.tau
-
-    def layout(self, n_tokens: int) -> ChunkLayout:
-        """Return how a prompt of ``n_tokens`` is cut."""
-        wanted = self.config.recency_tokens
-        return ChunkLayout(
-            n_tokens=n_tokens,
-            chunk_tokens=self.chunk_tokens(),
-            sink_tokens=self.config.effective_sink_tokens,
-            recency_tokens=default_recency_tokens(n_tokens) if wanted is None else wanted,
-            page_chunks=self.page_chunks(),
-        )
-
-    def uneven_pages(self) -> str | None:
-        """Return why pages cannot be made of chunks; None where they can."""
-        page_tokens, chunk_tokens = self.config.page_tokens, self.chunk_tokens()
-        if self.config.policy != PAGES or page_tokens % chunk_tokens == 0:
-            return None
-        return f"page_tokens={page_tokens} is no multiple of the indexer's chunks of {chunk_tokens} tokens"
-
-    def page_chunks(self) -> int:
-        """Return the chunks of what is chosen as one: 1 unless pages are."""
-        return max(1, self.config.page_tokens // self.chunk_tokens()) if self.config.policy == PAGES else 1
-
-    def rule(self, layout: ChunkLayout) -> Rule:
-        """Return which candidates are kept of a prompt cut like this."""
-        config = self.config
-        if config.policy == PAGES:
-            n_chunks = self._n_pages(layout) * layout.page_chunks
-            return Rule(threshold=config.threshold, n_chunks=n_chunks, page_chunks=layout.page_chunks)
-        if not config.budgeted:
-            cap_tokens = self._cap_tokens(layout.n_tokens)
-            n_most = None if cap_tokens is None else layout.budgeted_chunks(cap_tokens)
-            n_least = layout.budgeted_chunks(self._least_tokens(layout.n_tokens))
-            return Rule(threshold=config.threshold, n_most=n_most, n_least=n_least)
-        return Rule(n_chunks=layout.budgeted_chunks(self._budget_tokens(layout)))
-
-    def _budget_tokens(self, layout: ChunkLayout) -> int:
-        if self.config.budget_tokens is not None:
-            return self.config.budget_tokens
-        return int((self.config.effective_fraction or 0.0) * layout.n_tokens)
-
-    def _n_pages(self, layout: ChunkLayout) -> int:
-        """Return K_max of a prompt: as given, what a budget has room for, or the deployed number."""
-        config, n_all = self.config, layout.n_candidates // layout.page_chunks
-        if config.budgeted:
-            return layout.budgeted_chunks(self._budget_tokens(layout)) // layout.page_chunks
-        if config.pages is not None:
-            return min(n_all, config.pages)
-        deployed_tokens = DEPLOYED_PAGES * DEPLOYED_PAGE_TOKENS * layout.n_tokens / DEPLOYED_LENGTH_TOKENS
-        return min(n_all, max(1, round(deployed_tokens / config.page_tokens)))
-
-    def _cap_tokens(self, n_tokens: int) -> int | None:
-        """Return the most tokens of a prompt of ``n_tokens`` that a threshold keeps; None: any number."""
-        config = self.config
-        if config.capped or config.fallback_ratio is not None:
-            return bound_of(n_tokens, tokens=config.cap_tokens, fraction=config.cap_fraction)
-        trained = self._trained()
-        return None if trained is None else trained.cap(n_tokens)
-
-    def _least_tokens(self, n_tokens: int) -> int:
-        """Return the least tokens of a prompt of ``n_tokens`` that stay by a threshold, as far as the cap allows."""
-        config = self.config
-        if config.filled:
-            return bound_of(n_tokens, tokens=config.least_tokens, fraction=config.least_fraction) or 0
-        trained = self._trained()
-        return 0 if trained is None else trained.least(n_tokens) or 0
 
     def is_noop(self, n_tokens: int, shape: ModelShape | None = None) -> bool:
         self._source.see(shape)
@@ -347,7 +265,7 @@ class Lsa(CacheMethod[LsaConfig]):
             "threshold": rule.threshold,
             "budget_tokens": config.budget_tokens,
             "budget_fraction": config.effective_fraction,
-            "cap_tokens": None if rule.n_most is None else self._cap_tokens(n_tokens),
+            "cap_tokens": None if rule.n_most is None else self.counts.cap_tokens(n_tokens),
             "chunks_chosen": rule.n_chunks,
             "chunks_to_choose_from": layout.n_candidates,
             "chunk_tokens": layout.chunk_tokens,
@@ -368,9 +286,9 @@ class Lsa(CacheMethod[LsaConfig]):
                 "pages": (rule.n_chunks or 0) // layout.page_chunks,
             }
         if rule.n_least:
-            values["least_tokens"] = self._least_tokens(n_tokens)
+            values["least_tokens"] = self.counts.least_tokens(n_tokens)
         if config.selection == "synthetic":
-            values["churn"] = self.churn
+            values["churn"] = self.counts.churn
         if self._source.shape is None and config.selection == "trained" and config.indexer is None:
             # Asked without a model, and the model decides which indexer there is: counts are those of 64 tokens.
             left = {name for name in ("tau", "chunk_tokens") if getattr(config, name) is None}
@@ -448,15 +366,7 @@ class Lsa(CacheMethod[LsaConfig]):
         if self.config.selection != "synthetic":
             return found
         # Of the prompt, not of the opening: what is opened twice chooses the same twice.
-        return SyntheticSelector(found, layout=layout, churn=self.churn, seed=self.config.seed + prompt.seed)
-
-    @property
-    def churn(self) -> float:
-        """Share of the resident chunks that a refresh of a synthetic selection replaces."""
-        if self.config.churn is not None:
-            return self.config.churn
-        nearest = min(TRAINED_CHURN, key=lambda tau: abs(math.log(tau / self.tau())))
-        return TRAINED_CHURN[nearest]
+        return SyntheticSelector(found, layout=layout, churn=self.counts.churn, seed=self.config.seed + prompt.seed)
 
 
 class _FirstDecode(Lsa):

@@ -48,7 +48,7 @@ class ChunkPool:
             host_pages: the mirror, [pages, H, 2, P, D]; read only.
             chunk_tokens: tokens of a chunk.
             device: where slots live.
-            packing: of the mirror, which is ``packed_pool.packed_mirror``'s then: a slot is one of its pages.
+            packing: of the mirror, which is ``packed_mirror``'s then: a slot is one of its pages.
         """
         _, H, _, P, D = host_pages.shape
         self.chunk_tokens = chunk_tokens

@@ -15,7 +15,8 @@ from kvscope.methods.lsa.layout import ChunkLayout
 from kvscope.methods.lsa.pool import ChunkPool, Copier, Copy, Move
 from kvscope.methods.lsa.schedule import LsaSequence, Schedule
 from kvscope.methods.lsa.selection import Selector
-from kvscope.methods.packed_pool import PackedPool, PackedStep, packed_mirror
+from kvscope.methods.packed_mirror import packed_mirror
+from kvscope.methods.packed_pool import PackedPool, PackedStep
 from kvscope.methods.shape import Footprint, tensor_bytes
 from kvscope.methods.static_step import StepPages, make_step, open_pool, unsupported_step, write_token
 from kvscope.methods.step_batch import StepReads, keep_query

@@ -51,7 +51,7 @@ def test_a_share_of_managed_bytes_leaves_windows_out(recipe: Any) -> None:
 
 def test_every_length_is_asked_with_its_own_share(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, ...]] = []
-    monkeypatch.setattr(recipe, "kvscope", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(recipe.work, "kvscope", lambda *arguments: asked.append(arguments))
     assert not recipe.test()  # nothing was measured, so it is not done, and the next length is not begun
     assert asked[0][asked[0].index("--out") + 1] == "test-4K"
     assert "lsa:indexer=landmark,share=0.4" in asked[0]
@@ -61,8 +61,12 @@ def test_every_length_is_asked_with_its_own_share(recipe: Any, monkeypatch: pyte
 
 def test_times_ask_for_a_cell_a_method_and_length(script: Any, recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, ...]] = []
-    monkeypatch.setattr(recipe, "kvscope", lambda *arguments: asked.append(arguments))
-    monkeypatch.setattr(recipe, "_rows", lambda out: sum(2 * each.count("--method") for each in asked if out in each))
+
+    def rows(out: str) -> int:
+        return sum(2 * each.count("--method") for each in asked if out in each)
+
+    monkeypatch.setattr(recipe.work, "kvscope", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(recipe.work, "rows", rows)
     assert recipe.times()
     first, second = asked
     assert first[first.index("--out") + 1] == "times-4K"
@@ -76,7 +80,7 @@ def test_times_ask_for_a_cell_a_method_and_length(script: Any, recipe: Any, monk
 def test_a_limit_of_time_is_no_failure(script: Any, recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = [1000.0]
     monkeypatch.setattr(script.time, "monotonic", lambda: now_s[0])
-    recipe.deadline_s = 1060.5
+    recipe.work.deadline_s = 1060.5
     took_s, code = 60.0, 1
 
     def run(*arguments: str) -> None:
@@ -84,7 +88,7 @@ def test_a_limit_of_time_is_no_failure(script: Any, recipe: Any, monkeypatch: py
         now_s[0] += took_s
         raise subprocess.CalledProcessError(code, "kvscope")
 
-    monkeypatch.setattr(recipe, "kvscope", run)
+    monkeypatch.setattr(recipe.work, "kvscope", run)
     assert not recipe.test()
 
     now_s[0], took_s = 1000.0, 5.0  # it failed long before
@@ -101,7 +105,7 @@ def test_without_a_limit_every_end_is_a_failure(script: Any, recipe: Any, monkey
     def fail(*_: str) -> None:
         raise subprocess.CalledProcessError(1, "kvscope")
 
-    monkeypatch.setattr(recipe, "kvscope", fail)
+    monkeypatch.setattr(recipe.work, "kvscope", fail)
     with pytest.raises(subprocess.CalledProcessError):
         recipe.test()
 
@@ -131,7 +135,7 @@ def test_a_failed_command_is_told_with_its_step(script: Any, tmp_path: Path, mon
     def fail(*_: str) -> None:
         raise subprocess.CalledProcessError(2, "kvscope")
 
-    monkeypatch.setattr(script.Recipe, "kvscope", fail)
+    monkeypatch.setattr(script.WorkFolder, "kvscope", fail)
     with pytest.raises(UsageError, match="Step fit: kvscope ended with exit code 2"):
         script.main(["--model", "none", "--work", str(tmp_path), "--length", "4k=0.5"])
 
@@ -139,11 +143,12 @@ def test_a_failed_command_is_told_with_its_step(script: Any, tmp_path: Path, mon
 def test_a_folder_is_one_models_and_takes_further_lengths(
     script: Any, recipe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    folder = recipe.work.path
     other = argparse.Namespace(**{**vars(recipe.options), "model": "other"})
     with pytest.raises(UsageError, match="is of the model none, not of other"):
         script.Recipe(other, SHARES)
     with pytest.raises(UsageError, match="cannot be"):
-        script.Recipe(argparse.Namespace(**{**vars(recipe.options), "work": recipe.work / "model.txt" / "x"}), SHARES)
+        script.Recipe(argparse.Namespace(**{**vars(recipe.options), "work": folder / "model.txt" / "x"}), SHARES)
 
     loaded = argparse.Namespace(shape=argparse.Namespace(stock_kv_bytes=lambda *_: 100))
     monkeypatch.setattr(script, "load_model", lambda *_, **__: loaded)
@@ -151,10 +156,10 @@ def test_a_folder_is_one_models_and_takes_further_lengths(
     monkeypatch.setattr(script, "Dense", lambda: predicted)
     more = script.Recipe(recipe.options, {8192: 0.5})
     assert more._of_all(0.5, 8192) == pytest.approx((100 + 0.5 * 800) / 900)
-    assert set(json.loads((recipe.work / script.BYTES_FILE).read_text())["dense_bytes"]) == {"4096", "32768", "8192"}
+    assert set(json.loads((folder / script.BYTES_FILE).read_text())["dense_bytes"]) == {"4096", "32768", "8192"}
 
 
 def test_figures_need_a_run(monkeypatch: pytest.MonkeyPatch, recipe: Any) -> None:
-    results = load_script(monkeypatch, "public_models_result")
+    results, folder = load_script(monkeypatch, "public_models_result"), recipe.work.path
     with pytest.raises(UsageError, match="or no run yet"):
-        results.main(["result", "--run", str(recipe.work), "--out", str(recipe.work / "figures.json")])
+        results.main(["result", "--run", str(folder), "--out", str(folder / "figures.json")])

@@ -8,8 +8,9 @@ import pytest
 
 from kvscope import cli
 from kvscope.harness.engine import names as model_names
-from kvscope.harness.info import catalog
-from kvscope.harness.info.catalog import documented, list_text, show_text
+from kvscope.harness.info import catalog_entries
+from kvscope.harness.info.catalog import list_text, show_text
+from kvscope.harness.info.catalog_entries import documented
 from kvscope.methods.dsa import indexer_files as dsa_files
 from kvscope.methods.lsa import indexer_files as lsa_files
 from kvscope.methods.registry import create_method, method_class, method_names
@@ -47,14 +48,14 @@ def test_a_method_shows_what_stays_what_it_costs_and_every_option(name: str) -> 
 
 @pytest.mark.parametrize("name", method_names())
 def test_every_option_of_a_method_is_explained(name: str) -> None:
-    for option in catalog.method_options(method_class(name)):
+    for option in catalog_entries.method_options(method_class(name)):
         assert len(option["meaning"]) > 10, option["name"]
 
 
 def test_what_is_shown_is_there_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     method, task, model = (json.loads(output(capsys, "show", name, "--json")) for name in ("lsa", "vt", "reference"))
     assert [each["kind"] for each in (method, task, model)] == ["method", "task", "model"]
-    (listed,) = (entry for entry in catalog.entries("methods") if entry["name"] == "lsa")
+    (listed,) = (entry for entry in catalog_entries.entries("methods") if entry["name"] == "lsa")
     assert method == {"kind": "method", **json.loads(json.dumps(listed))}
     assert f"{model['kv_bytes_per_token']:,} bytes a token in {model['dtype']}" in show_text("reference")
     assert task["description"] in show_text("vt")
@@ -102,7 +103,7 @@ def test_trained_indexers_that_come_along_are_named() -> None:
 
 
 def test_what_the_indexer_decides_is_not_told_as_a_number() -> None:
-    shown = catalog.method_entry("lsa")["automatic"]["8K"]
+    shown = catalog_entries.method_entry("lsa")["automatic"]["8K"]
     assert (shown["tau"], shown["chunk_tokens"]) == ("the indexer's or 64", "the indexer's or 64")
     given = create_method("lsa:tau=8,chunk_tokens=16").effective_config(8192)
     assert (given["tau"], given["chunk_tokens"]) == (8, 16)
@@ -112,14 +113,14 @@ def test_what_the_indexer_decides_is_not_told_as_a_number() -> None:
 
 @pytest.mark.parametrize("name", method_names())
 def test_json_defaults_make_the_default_method(name: str) -> None:
-    options = {option["name"]: option["default"] for option in catalog.method_entry(name)["options"]}
+    options = {option["name"]: option["default"] for option in catalog_entries.method_entry(name)["options"]}
     assert create_method({"name": name, **options}).label == name
 
 
 @pytest.mark.parametrize("name", task_names())
 def test_a_task_shows_what_it_asks_for_and_its_source(name: str) -> None:
     text = show_text(name)
-    entry = catalog.task_entry(name)
+    entry = catalog_entries.task_entry(name)
     assert entry["description"] in text
     assert entry["source"] in text
     assert len(entry["source"]) > 5

@@ -12,9 +12,10 @@ from tiny_models import loaded_model, prompt_ids, runnable_methods, save_tiny, s
 
 from kvscope.harness.engine import batch_decode
 from kvscope.harness.engine import batch_noise as noise
-from kvscope.harness.engine.batch_decode import BatchDecode, DecodeResult, Decoding, Request
+from kvscope.harness.engine.batch_decode import BatchDecode
 from kvscope.harness.engine.batch_noise import batch_noise
 from kvscope.harness.engine.decode import decode
+from kvscope.harness.engine.decoding import DecodeResult, Decoding, Request
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.models import load_model, wrap_model
 from kvscope.harness.engine.prefill import prefill

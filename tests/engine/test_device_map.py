@@ -10,8 +10,9 @@ from tiny_models import PAGE_TOKENS, build_stock, loaded_model, prompt_ids, save
 
 from kvscope.errors import UsageError
 from kvscope.harness.engine.backend import NoForm, form_on
-from kvscope.harness.engine.batch_decode import BatchDecode, Request
+from kvscope.harness.engine.batch_decode import BatchDecode
 from kvscope.harness.engine.decode import decode
+from kvscope.harness.engine.decoding import Request
 from kvscope.harness.engine.device_map import AskedMap, found_devices, place, read_device_map
 from kvscope.harness.engine.models import load_model, wrap_model
 from kvscope.harness.engine.prefill import prefill

@@ -111,7 +111,7 @@ def test_summaries_that_are_not_finite_give_no_answer(spec):
 
 @pytest.mark.parametrize("rule", ["budget_fraction=0.5", "threshold=0.5"])
 def test_an_indexer_of_nan_gives_no_answer(rule, tmp_path, monkeypatch):
-    from kvscope.methods.lsa.selection import IndexerSelector
+    from kvscope.methods.lsa.indexer_selection import IndexerSelector
 
     loaded = loaded_model("llama")
     method, prompt = _opened(loaded, f"lsa:{rule},indexer={random_indexer(tmp_path / 'indexer', loaded.shape)}")

@@ -9,9 +9,10 @@ from sessions import Single
 from tiny_models import loaded_model, prompt_ids
 
 from kvscope.errors import UsageError
-from kvscope.methods import packed_pool
+from kvscope.methods import packed_mirror as mirrors
 from kvscope.methods.kv_format import FORMATS, residual_pages
-from kvscope.methods.packed_pool import PackedPool, packed_mirror, pages_at_once
+from kvscope.methods.packed_mirror import packed_mirror, pages_at_once
+from kvscope.methods.packed_pool import PackedPool
 from kvscope.methods.packing import pack_pages, unpack_pages
 from kvscope.methods.registry import create_method, method_names
 from kvscope.methods.shape import tensor_bytes
@@ -89,7 +90,7 @@ def test_packed_in_parts_is_packed_at_once(case, monkeypatch):
         return [pool.pages, mirror]
 
     whole = packed()
-    monkeypatch.setattr(packed_pool, "_RAW_BYTES_AT_ONCE", 1)
+    monkeypatch.setattr(mirrors, "_RAW_BYTES_AT_ONCE", 1)
     assert pages_at_once(19, 4096) == 1
     for before, now in zip(whole, packed(), strict=True):
         assert before.keys() == now.keys()

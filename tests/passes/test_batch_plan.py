@@ -7,9 +7,9 @@ import pytest
 from tiny import MakeConfig
 
 from kvscope.harness.passes import batch_plan
-from kvscope.harness.passes.base import Plan
 from kvscope.harness.passes.batch_plan import BatchCell, batch_text, plan_batch, prompts_of, step_rows
 from kvscope.harness.passes.plan import make_plan
+from kvscope.harness.passes.run_plan import Plan
 
 MIB = 1024**2
 

@@ -8,7 +8,7 @@ from sessions import TogetherStep, captured_here
 from tiny import MakeConfig
 
 from kvscope.harness.engine import lanes
-from kvscope.harness.engine.batch_decode import Request
+from kvscope.harness.engine.decoding import Request
 from kvscope.harness.engine.lanes import Lanes
 from kvscope.harness.engine.models import load_model
 from kvscope.harness.engine.session import Session

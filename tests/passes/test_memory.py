@@ -14,16 +14,15 @@ import pytest
 from kvscope.harness.passes import memory as memory_module
 from kvscope.harness.passes import sweep_process
 from kvscope.harness.passes.memory import (
-    RESOLUTION_BYTES,
     NvmlProcessMemory,
     PeakSampler,
     free_device_bytes,
     host_rss_bytes,
     host_rss_peak_bytes,
     in_host_pid_namespace,
-    verdict,
 )
 from kvscope.harness.passes.sweep_process import BLOCK_BYTES, grown_process, sweep_process_id
+from kvscope.harness.passes.verdict import RESOLUTION_BYTES, verdict
 
 MIB = 1024 * 1024
 DENSE = 4096 * MIB

@@ -12,8 +12,8 @@ from kvscope.harness.engine.prefill import prefill
 from kvscope.harness.engine.self_check import random_ids, self_check
 from kvscope.harness.passes.config import make_config
 from kvscope.harness.passes.facts import describe_model
-from kvscope.harness.passes.memory import AGREEMENT_BYTES, AGREEMENT_SHARE
 from kvscope.harness.passes.sweep import failures, run
+from kvscope.harness.passes.verdict import AGREEMENT_BYTES, AGREEMENT_SHARE
 from kvscope.methods.base import union_collectors
 from kvscope.methods.registry import create_method
 from kvscope.specs import parse_spec

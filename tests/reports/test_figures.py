@@ -15,11 +15,11 @@ from matplotlib.transforms import Bbox
 from synthetic_rows import H100, Rows, demo_rows, make_rows, single_rows, sweep_rows, wide_rows
 
 from kvscope.reports.build import all_figures
-from kvscope.reports.canvas import spread
 from kvscope.reports.cells import accuracy_cells
 from kvscope.reports.families import families, family_note, family_styles
 from kvscope.reports.figure_parts import ReportFigure, SkippedFigure
 from kvscope.reports.figures_pareto import accuracy_against_memory, accuracy_against_reads
+from kvscope.reports.labels import spread
 from kvscope.reports.theme import COLORS, DENSE_COLOR, figure_names, method_styles, short_lines
 from kvscope.results.frames import Run, make_run
 from kvscope.results.run_schema import MethodInfo

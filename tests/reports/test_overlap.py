@@ -4,11 +4,12 @@ import pytest
 from matplotlib.colors import same_color
 from synthetic_rows import Rows, wide_rows
 
-from kvscope.reports.canvas import Label, Margins, free_labels, panels
+from kvscope.reports.canvas import Margins, panels
 from kvscope.reports.cells import accuracy_cells
 from kvscope.reports.figure_parts import ReportFigure
 from kvscope.reports.figures_accuracy import accuracy_by_length
 from kvscope.reports.figures_memory import memory_by_length, tpot_by_length
+from kvscope.reports.labels import Label, free_labels
 from kvscope.reports.theme import method_styles
 from kvscope.results.frames import make_run
 

@@ -3,10 +3,11 @@
 from collections import Counter
 
 import pytest
+from exact_prompt import assert_exact
 from transformers import PreTrainedTokenizerFast
 
 from kvscope.errors import UsageError
-from kvscope.tasks.base import Sample, text_sha256
+from kvscope.tasks.base import Sample
 from kvscope.tasks.long_qa.guards import question_text
 from kvscope.tasks.long_qa.lexicon import ALL, CATEGORIES, category_of, chatter, day_of_date, lexicon
 from kvscope.tasks.long_qa.questions import PLANNERS, POOLED
@@ -30,10 +31,7 @@ def test_length_is_exact_and_text_is_the_same_prompt(
 ) -> None:
     for i in range(2):
         sample = build(tokenizer, name, length, i)
-        assert len(sample.ids) + sample.max_new_tokens == length == sample.length_tokens
-        assert tuple(tokenizer(sample.text)["input_ids"]) == sample.ids
-        assert tokenizer.decode(sample.ids, skip_special_tokens=True) == sample.text
-        assert sample.prompt_sha256 == text_sha256(sample.text)
+        assert_exact(tokenizer, sample, length)
         assert tokenizer.decode(sample.ids[sample.question_start :]) == question_text(sample)
         assert question_text(sample).startswith("Question: ")
         assert question_text(sample).endswith(" Answer:")

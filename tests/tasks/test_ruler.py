@@ -5,10 +5,11 @@ from collections import Counter
 from itertools import pairwise
 
 import pytest
+from exact_prompt import assert_exact
 from transformers import PreTrainedTokenizerFast
 
 from kvscope.errors import UsageError
-from kvscope.tasks.base import Sample, text_sha256
+from kvscope.tasks.base import Sample
 from kvscope.tasks.draws import DEPTH_PARTS
 from kvscope.tasks.needle import NOISE
 from kvscope.tasks.registry import create_task
@@ -35,10 +36,7 @@ def test_length_is_exact_and_text_is_the_same_prompt(
     tokenizer: PreTrainedTokenizerFast, name: str, length: int
 ) -> None:
     sample = build(tokenizer, name, length)
-    assert len(sample.ids) + sample.max_new_tokens == length == sample.length_tokens
-    assert tuple(tokenizer(sample.text)["input_ids"]) == sample.ids
-    assert tokenizer.decode(sample.ids, skip_special_tokens=True) == sample.text
-    assert sample.prompt_sha256 == text_sha256(sample.text)
+    assert_exact(tokenizer, sample, length)
 
 
 @pytest.mark.parametrize("name", RULER)

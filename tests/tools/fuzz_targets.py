@@ -21,7 +21,7 @@ from kvscope.harness.passes.yaml_text import read_yaml
 from kvscope.harness.served.asking import Manner, ServedPrompt, ask
 from kvscope.harness.served.client import Client
 from kvscope.harness.served.server import describe_server
-from kvscope.methods.indexer_files import tensor_headers
+from kvscope.methods.indexer_weights import tensor_headers
 from kvscope.methods.lsa.indexer_files import FILES
 from kvscope.methods.registry import create_method
 from kvscope.results.frames import load_run

@@ -12,12 +12,14 @@ from kvscope.harness.backends.deepseek_v4.sequence import Choice, CompressedSequ
 from kvscope.harness.backends.deepseek_v4.shape import CompressedModelShape
 from kvscope.methods.lsa.compressed import CompressedIndexer, CompressedSelector
 from kvscope.methods.lsa.compressed_files import compressed_indexer_hash, load_compressed_indexer
-from kvscope.methods.lsa.indexer import COMPRESSED_KEY, IndexerConfig
+from kvscope.methods.lsa.counts import ChunkCounts
+from kvscope.methods.lsa.indexer_config import COMPRESSED_KEY, IndexerConfig
 from kvscope.methods.lsa.indexer_files import CONFIG_FILE, FILES
+from kvscope.methods.lsa.indexer_selection import SyntheticSelector
 from kvscope.methods.lsa.method import Lsa
 from kvscope.methods.lsa.printed import N_INDEXED_LAYERS
 from kvscope.methods.lsa.schedule import Schedule
-from kvscope.methods.lsa.selection import Selector, SyntheticSelector
+from kvscope.methods.lsa.selection import Selector
 from kvscope.methods.shape import Footprint, ModelShape
 from kvscope.paths import user_path
 
@@ -129,8 +131,9 @@ class LsaEntries(OverEntries, Lsa):
         indexer = self.compressed_indexer()
         return tuple(indexer.layers) if indexer else ()
 
-    def chunk_tokens(self) -> int:
-        return self.entry_shape.page_tokens
+    @property
+    def counts(self) -> ChunkCounts:
+        return ChunkCounts(self.config, self._trained, chunk_tokens=self.entry_shape.page_tokens)
 
     def n_fixed(self, n_tokens: int) -> int:
         return n_tokens // self.chunk_tokens() - self.layout(n_tokens).n_candidates
@@ -198,7 +201,7 @@ class LsaEntries(OverEntries, Lsa):
         if self.config.selection == "synthetic" and layout.n_candidates:
             # Of the prompt, not of the opening: what is opened twice chooses the same twice.
             seed = self.config.seed + prompt.seed
-            selector = SyntheticSelector(scoring, layout=layout, churn=self.churn, seed=seed)
+            selector = SyntheticSelector(scoring, layout=layout, churn=self.counts.churn, seed=seed)
         choice = Choice(first=layout.first, last=layout.last, selector=selector, schedule=schedule)
         return CompressedSequence(prompt, device, fixed=fixed, choice=choice, reserve_tokens=reserve_tokens)
 

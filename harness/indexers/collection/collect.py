@@ -32,7 +32,7 @@ from kvscope.harness.indexers.collection.shards import (
     write_shard,
 )
 from kvscope.harness.passes.progress import Progress
-from kvscope.methods.lsa.indexer import Features
+from kvscope.methods.lsa.indexer_config import Features
 from kvscope.methods.lsa.labels import Voters
 from kvscope.paths import check_out, user_path
 from kvscope.units import format_bytes, format_length, parse_length

@@ -14,7 +14,7 @@ import torch
 
 from kvscope.errors import UsageError
 from kvscope.harness.indexers.collection.label_rule import LabelRule, count_votes, wanted_voters
-from kvscope.methods.lsa.indexer import Features
+from kvscope.methods.lsa.indexer_config import Features
 from kvscope.methods.lsa.labels import Voters
 
 Answers = Literal["own", "reference"]

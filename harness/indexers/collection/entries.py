@@ -7,7 +7,8 @@ from kvscope.errors import UsageError
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.indexers.collection.document import CollectionInfo
 from kvscope.methods.lsa.compressed_query import EntryLayer
-from kvscope.methods.lsa.indexer import COMPRESSED_KEY, Indexer, IndexerConfig
+from kvscope.methods.lsa.indexer import Indexer
+from kvscope.methods.lsa.indexer_config import COMPRESSED_KEY, IndexerConfig
 from kvscope.methods.lsa.indexer_files import save_indexer
 
 

@@ -19,7 +19,8 @@ from kvscope.harness.indexers.lsa.lineage import data_ids, origin
 from kvscope.harness.indexers.lsa.measuring import EvalConfig, matching_collections, measuring_options
 from kvscope.harness.indexers.lsa.objective import shift_bias
 from kvscope.harness.indexers.lsa.refreshes import Refreshes, cut_for_kept, cut_for_recall, measures, score
-from kvscope.methods.lsa.indexer import Indexer, IndexerConfig, logit
+from kvscope.methods.lsa.indexer import Indexer, logit
+from kvscope.methods.lsa.indexer_config import IndexerConfig
 from kvscope.methods.lsa.indexer_files import indexer_folder, load_indexer, save_indexer
 from kvscope.methods.lsa.layout import bounds_error
 from kvscope.paths import check_out, user_path

@@ -13,7 +13,7 @@ from kvscope.harness.indexers.lsa.fit_config import FitConfig, FitState
 from kvscope.harness.indexers.lsa.label_share import MOST_KEPT, LabelShare
 from kvscope.harness.passes.environment import capture_environment
 from kvscope.methods.indexer_files import prompts_text
-from kvscope.methods.lsa.indexer import IndexerConfig
+from kvscope.methods.lsa.indexer_config import IndexerConfig
 from kvscope.units import format_length
 
 CARD_FILE, CARD_JSON = "README.md", "card.json"

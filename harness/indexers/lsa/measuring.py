@@ -13,8 +13,8 @@ from kvscope.harness.indexers.collection.reading import Collection, open_collect
 from kvscope.harness.indexers.collection.rechunk import serves
 from kvscope.harness.indexers.lsa.objective import Example
 from kvscope.harness.indexers.lsa.train_config import TrainConfig
-from kvscope.methods.lsa.indexer import ENCODER_FEATURES, IndexerConfig
-from kvscope.methods.lsa.selection import metadata_bytes
+from kvscope.methods.lsa.indexer_config import ENCODER_FEATURES, IndexerConfig
+from kvscope.methods.lsa.indexer_selection import metadata_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,14 +24,8 @@ from kvscope.harness.indexers.lsa.objective import document_loss, example, measu
 from kvscope.harness.indexers.lsa.train_config import DEFAULT_NEIGHBOURS, TrainConfig
 from kvscope.harness.indexers.lsa.warm_start import set_bias, warm_start
 from kvscope.harness.indexers.training import opening_record, train_epochs, training_log
-from kvscope.methods.lsa.indexer import (
-    COMPRESSED_KEY,
-    ENCODER_FEATURES,
-    EncoderKind,
-    Features,
-    Indexer,
-    IndexerConfig,
-)
+from kvscope.methods.lsa.indexer import Indexer
+from kvscope.methods.lsa.indexer_config import COMPRESSED_KEY, ENCODER_FEATURES, EncoderKind, Features, IndexerConfig
 from kvscope.methods.lsa.indexer_files import indexer_folder, load_indexer, read_indexer_config, save_indexer
 from kvscope.paths import check_out, user_path
 

@@ -6,7 +6,7 @@ from typing import Literal
 from kvscope.errors import UsageError
 from kvscope.harness.indexers.collection.label_choice import LabelChoice
 from kvscope.harness.indexers.training import TrainingOptions
-from kvscope.methods.lsa.indexer import ENCODER_FEATURES, EncoderKind
+from kvscope.methods.lsa.indexer_config import ENCODER_FEATURES, EncoderKind
 
 #: Decode steps a label looks ahead (docs/lsa-study.md), and segments that one lends its score to.
 DEFAULT_TAU, DEFAULT_NEIGHBOURS = 4, 8

@@ -3,8 +3,7 @@
 """paged_decode's first kernel over packed pages: what is stored is unpacked in registers, beside the products.
 
 Elements are read as words of 16 bits, whose W fields are W parts of a token's channels, each multiplied by itself: so
-no element changes its place. Unpacking is a mask: the bits of a field are those of an fp16 below the normal numbers,
-2^-24 times a whole number, and tensor cores multiply those exactly. e4m3 is converted.
+no element changes its place. ``packed_words`` unpacks them.
 
 Scales and bases stay with the smaller side of a product. With elements ``c s + a``, keys by channel d, values by token
 t: ``q . k_t = sum_d (q_d s_d) c_td + sum_d q_d a_d`` and ``sum_t w_t v_td = sum_t (w_t s_t) c_td + sum_t w_t a_t``.
@@ -22,46 +21,12 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kvscope.methods.kernels.paged_decode.packed_words import _channel, _fields, _laid_out, _lower_rows, _words
 from kvscope.methods.kernels.paged_decode.work import begin_of, counts_of, row_of, share_of_work, value_at
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOG2_QUERY = tl.constexpr(1.0)  # queries reach 2 to 4: with the greatest scales, 2^13.4, within fp16
 LOG2_WEIGHT = tl.constexpr(14.0)  # the greatest weight is 2^14: weights of 2^-28 of it are normal numbers yet
-
-
-@triton.constexpr_function
-def _wholes_asm(bits):
-    """Return assembly for the fields of two words at once: the bits of each, where they are in their byte."""
-    if bits == 8:
-        return "prmt.b32 $0, $2, 0, 0x4240; prmt.b32 $1, $2, 0, 0x4341;"
-    fields = 8 // bits
-    parts = [f"{{ .reg .b32 t; shr.b32 t, ${2 * fields}, 8;"]
-    for field in range(2 * fields):
-        mask = ((1 << bits) - 1) << (bits * (field % fields))
-        parts.append(f"and.b32 ${field}, {'t' if field >= fields else f'${2 * fields}'}, {mask | mask << 16:#x};")
-    return " ".join([*parts, "}"])
-
-
-@triton.constexpr_function
-def _floats_asm(converts):
-    """Return assembly for e4m3, two words at once: $0 and $1 are the bytes of $2."""
-    parts = ["{ .reg .b32 t, u, m; .reg .b16 l, h; mov.b32 m, 0x5c005c00;"]  # m is 256
-    if converts:
-        parts.append(
-            "prmt.b32 t, $2, 0, 0x3120; mov.b32 {l, h}, t; cvt.rn.f16x2.e4m3x2 $0, l; cvt.rn.f16x2.e4m3x2 $1, h;"
-        )
-    else:  # the bits of e4m3 at those of fp16 are the number over 2^8
-        for field, high in ((0, "shl.b32 t, $2, 8;"), (1, "mov.b32 t, $2;")):
-            parts.append(
-                f"{high} shr.b32 u, t, 1; and.b32 u, u, 0x3f803f80; lop3.b32 t, t, 0x80008000, u, 0xea; "
-                f"mul.f16x2 ${field}, t, m;"
-            )
-    return " ".join([*parts, "}"])
-
-
-@triton.constexpr_function
-def _operands(outputs):
-    return ",".join(["=&r"] * outputs + ["r"])
 
 
 # What changes with steps, batches and pools that grow: a compilation for each divisibility would buy nothing.
@@ -319,69 +284,6 @@ def _attend_packed(
     for f in tl.static_range(PIECES * W):
         found = found + (acc[f] * (1 / ONE),)
     return weight_sum, top, found, base
-
-
-@triton.jit
-def _words(at, inside, ALL: tl.constexpr):
-    """Load words, all of them or those inside."""
-    return tl.load(at) if ALL else tl.load(at, mask=inside, other=0)
-
-
-@triton.jit
-def _laid_out(one, x, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
-    """Return queries as a product with ones in the diagonal, which changes no number.
-
-    Tensor cores take a product for a left side as it lies. Laid out otherwise, queries times scales would pass through
-    shared memory in each iteration.
-    """
-    return tl.dot(one, x.to(OPERAND), input_precision=PRECISION).to(OPERAND)
-
-
-@triton.jit
-def _lower_rows(x, G_PAD: tl.constexpr):
-    """Return the first G_PAD rows of 16 or more."""
-    if G_PAD == 8:
-        if len(x.shape) == 1:
-            x = tl.split(tl.trans(tl.reshape(x, (2, 8))))[0]
-        else:
-            x = tl.split(tl.permute(tl.reshape(x, (2, 8, x.shape[1])), (1, 2, 0)))[0]
-    return x
-
-
-@triton.jit
-def _channel(c, FIELD: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr):
-    """Return the channels of a part: bits i of byte j hold channel i * D / F + j, and a word is two bytes."""
-    F: tl.constexpr = 8 // BITS
-    return FIELD % F * (D // F) + FIELD // F + 2 * c
-
-
-@triton.jit
-def _fields(
-    words, BITS: tl.constexpr, IS_FLOAT: tl.constexpr, OPERAND: tl.constexpr, ASSEMBLY: tl.constexpr,
-    CONVERTS: tl.constexpr,
-):  # fmt: skip
-    """Return the W fields of words as operands: e4m3 as numbers, else masked bits, 2^-24 of a whole number in fp16.
-
-    Assembly does what stands below it, for two words at once; Triton's interpreter has none.
-    """
-    W: tl.constexpr = 16 // BITS
-    F: tl.constexpr = 8 // BITS
-    if ASSEMBLY:
-        return tl.inline_asm_elementwise(
-            _floats_asm(CONVERTS) if IS_FLOAT else _wholes_asm(BITS), _operands(W), [words], dtype=(tl.float16,) * W,
-            is_pure=True, pack=2,
-        )  # fmt: skip
-    found = ()
-    for f in tl.static_range(W):
-        if IS_FLOAT:
-            # The bits of e4m3 at those of fp16 give the number over 2^8, small ones included.
-            high = words if f == 1 else words << 8
-            bits = (high & -0x8000) | ((high >> 1) & 0x3F80)
-            found = found + ((bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0).to(OPERAND),)
-        else:
-            bits = (words >> (8 * (f // F))) & (((1 << BITS) - 1) << (BITS * (f % F)))
-            found = found + (bits.to(OPERAND, bitcast=True) if tl.float16 == OPERAND else bits.to(OPERAND),)
-    return found
 
 
 @triton.jit

@@ -1,12 +1,11 @@
 """Training a lightning indexer from shards alone: the loss, what it finds, what it refuses, and what collect stored."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from dsa_tools import STEPS, planted_collection, random_indexer
+from no_backbone import train_without_backbone
 
 from kvscope.errors import UsageError
 from kvscope.harness.engine.models import load_model
@@ -18,7 +17,6 @@ from kvscope.harness.indexers.dsa.evaluate import evaluate, summary_text
 from kvscope.harness.indexers.dsa.objective import DsaTrainConfig, divergence, example, measure, share_taken
 from kvscope.harness.indexers.dsa.train import train
 from kvscope.harness.indexers.dsa.warm_start import free_of_mean
-from kvscope.harness.passes.process import worker_environment
 from kvscope.harness.passes.progress import Progress
 from kvscope.methods.dsa.indexer_files import FILES
 
@@ -293,21 +291,4 @@ def test_bad_options_get_one_clear_sentence(options, message):
 
 def test_training_neither_imports_nor_loads_a_backbone(data, tmp_path):
     """The collection's model does not even exist; and nothing that could load one may be imported."""
-    code = f"""
-import sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        for word in ("transformers", "tokenizers", "kvscope.harness.engine.models", "kvscope.harness.engine.prefill",
-                     "kvscope.harness.engine.decode", "kvscope.harness.engine.glue", "kvscope.tasks"):
-            if name == word or name.startswith(word + "."):
-                raise ImportError("backbone: " + name)
-sys.meta_path.insert(0, Refuse())
-from kvscope.cli import run_cli
-code = run_cli(["dsa", "train", "--data", {str(data)!r}, "--out", {str(tmp_path / "out")!r}, "--epochs", "1",
-                "--device", "cpu", "--quiet"])
-bad = [name for name in sys.modules if name.split(".")[0] in ("transformers", "tokenizers")]
-sys.exit(code or repr(bad) if bad else code)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=worker_environment())
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / "indexer.safetensors").is_file()
+    train_without_backbone("dsa", data, tmp_path / "out")

@@ -1,11 +1,10 @@
 """Training from shards alone: it learns what is planted, repeats bit by bit, loads no model, and refuses damage."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
+from no_backbone import train_without_backbone
 from planted import planted_collection
 
 from kvscope.errors import EnvironmentProblem, UsageError
@@ -16,7 +15,6 @@ from kvscope.harness.indexers.lsa.objective import example as load_example
 from kvscope.harness.indexers.lsa.train import train
 from kvscope.harness.indexers.lsa.train_config import TrainConfig
 from kvscope.harness.indexers.training import LOG_FILE, rate
-from kvscope.harness.passes.process import worker_environment
 from kvscope.methods.lsa.indexer_files import load_indexer, read_indexer_config
 
 # tau is 1: the state before a step holds the code of that step alone.
@@ -129,24 +127,7 @@ def test_threshold_half_can_be_set_to_a_recall(data, tmp_path):
 
 def test_training_neither_imports_nor_loads_a_backbone(data, tmp_path):
     """The collection's model does not even exist; and nothing that could load one may be imported."""
-    code = f"""
-import sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        for word in ("transformers", "tokenizers", "kvscope.harness.engine.models", "kvscope.harness.engine.prefill",
-                     "kvscope.harness.engine.decode", "kvscope.harness.engine.glue", "kvscope.tasks"):
-            if name == word or name.startswith(word + "."):
-                raise ImportError("backbone: " + name)
-sys.meta_path.insert(0, Refuse())
-from kvscope.cli import run_cli
-code = run_cli(["lsa", "train", "--data", {str(data)!r}, "--out", {str(tmp_path / "out")!r}, "--epochs", "1",
-                "--tau", "1", "--lookback", "1", "--device", "cpu", "--quiet"])
-bad = [name for name in sys.modules if name.split(".")[0] in ("transformers", "tokenizers")]
-sys.exit(code or repr(bad) if bad else code)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=worker_environment())
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / "indexer.safetensors").is_file()
+    train_without_backbone("lsa", data, tmp_path / "out", "--tau", "1", "--lookback", "1")
 
 
 def test_focal_loss_is_the_formula():

@@ -10,8 +10,8 @@ from sessions import UNCAPTURED
 from tiny_models import PAGE_TOKENS, build_stock, loaded_model, prompt_ids, stock_model
 
 from kvscope.errors import UsageError
-from kvscope.harness.engine.batch_decode import Request
 from kvscope.harness.engine.decode import answer_nll, decode
+from kvscope.harness.engine.decoding import Request
 from kvscope.harness.engine.models import wrap_model
 from kvscope.harness.engine.rehearsal import rehearsed
 from kvscope.methods.kernels.dispatch import triton_version

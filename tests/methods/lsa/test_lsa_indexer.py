@@ -14,15 +14,10 @@ from kvscope.harness.engine.prefill import prefill
 from kvscope.methods.fp8_keys import dequantize, pack, quantize, unpack
 from kvscope.methods.kernels.select.kernel import empty_selection
 from kvscope.methods.lsa.collectors import ChunkKeys
-from kvscope.methods.lsa.indexer import (
-    Indexer,
-    IndexerConfig,
-    chunk_features,
-    default_sizes,
-    logit,
-)
+from kvscope.methods.lsa.indexer import Indexer, IndexerConfig, chunk_features, logit
+from kvscope.methods.lsa.indexer_config import default_sizes
 from kvscope.methods.lsa.indexer_files import indexer_hash, load_indexer, read_indexer_config
-from kvscope.methods.lsa.selection import Rule
+from kvscope.methods.lsa.rule import Rule
 from kvscope.methods.registry import create_method
 
 CONFIG = IndexerConfig(

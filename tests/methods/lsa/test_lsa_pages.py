@@ -9,11 +9,12 @@ from masked import masking
 from tiny_models import loaded_model, prompt_ids
 
 from kvscope.errors import UsageError
-from kvscope.harness.engine.batch_decode import BatchDecode, Request
+from kvscope.harness.engine.batch_decode import BatchDecode
 from kvscope.harness.engine.decode import decode
+from kvscope.harness.engine.decoding import Request
 from kvscope.methods.lsa.indexer import logit
 from kvscope.methods.lsa.layout import ChunkLayout
-from kvscope.methods.lsa.selection import Rule, densest_pages
+from kvscope.methods.lsa.rule import Rule, densest_pages
 from kvscope.methods.registry import create_method
 
 N_TOKENS = 331

@@ -261,7 +261,7 @@ def test_slots_refreshed_by_kernels_hold_what_torch_chooses(tmp_path, monkeypatc
     prompt = prefilled(loaded, prompt_ids(203), method)
     tokens = prompt_ids(8, seed=8)
     by_torch, record, _ = run_steps(loaded, method, prompt, tokens)
-    monkeypatch.setattr("kvscope.methods.lsa.selection.unsupported_scores", lambda *args, **options: [])
+    monkeypatch.setattr("kvscope.methods.lsa.indexer_selection.unsupported_scores", lambda *args, **options: [])
     with Single(loaded, method, prompt, reserve_tokens=8, decode_graph="uncaptured") as session:
         by_kernels = torch.stack([session.step(token) for token in tokens])
         assert "triton: indexer_score" in session.sequence._selector.backends()[0]
