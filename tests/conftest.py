@@ -12,6 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pynvml
+
 # Imports and collection make modules and tests, no garbage, and a collector that looks through them each time takes
 # a fifth of their time. It is off until ``pytest_collection_finish``, so that every test runs with it.
 gc.disable()
@@ -19,6 +21,13 @@ gc.disable()
 # Before torch and tokenizers read them, and for the processes that tests start: two test processes share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# Without a GPU, kernels run in Triton's interpreter. Triton reads this as it is imported, which a folder's conftest may do
+# (transformers 5.17 with torch 2.11 does). Where torch cannot use the GPU that there is, ``pytest_configure`` sets it.
+try:
+    pynvml.nvmlInit()
+except pynvml.NVMLError:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Before anything reads it: what is cached (hashes of models' files) is shared by the processes of one run of the tests,
 # and neither taken from the user's cache nor left there. Models of the hub and matplotlib's list of fonts are where the
@@ -169,7 +178,6 @@ def pytest_configure(config: pytest.Config) -> None:
         import torch
 
         if not torch.cuda.is_available():
-            # Before anything imports Triton, which reads it then: without a GPU, kernels run in Triton's interpreter.
             os.environ.setdefault("TRITON_INTERPRET", "1")
 
 

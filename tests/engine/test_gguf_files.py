@@ -44,13 +44,13 @@ def written(tmp_path: Path, *, eos: int = 0) -> Path:
         (writer.add_rope_freq_base, 10_000.0),
     ):  # fmt: skip
         add(value)
-    tokens = ["<|end|>", *sorted(ByteLevel.alphabet()), "ab"]
+    tokens = ["<|end|>", *sorted(ByteLevel.alphabet()), "ab", "ba"]  # transformers 5.17 takes no file of one merge
     tokens += [f"<|{index}|>" for index in range(VOCAB - len(tokens))]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)
-    writer.add_token_types([3] + [1] * 257 + [3] * (VOCAB - 258))
-    writer.add_token_merges(["a b"])
+    writer.add_token_types([3] + [1] * 258 + [3] * (VOCAB - 259))
+    writer.add_token_merges(["a b", "b a"])
     writer.add_bos_token_id(0)
     (writer.add_int32 if eos < 0 else writer.add_uint32)("tokenizer.ggml.eos_token_id", eos)
     writer.add_unk_token_id(0)

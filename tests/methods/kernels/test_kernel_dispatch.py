@@ -80,3 +80,11 @@ def test_a_loaded_model_names_its_backend(tmp_path):
         assert "triton" in loaded.attention_backend
     else:
         assert "paged decode in torch operations (the device is cpu" in loaded.attention_backend
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled where there is a GPU")
+def test_without_a_gpu_what_kernels_call_of_triton_is_interpreted_too():
+    """Whoever imported Triton first, the tests' own setting was there before."""
+    standard = pytest.importorskip("triton.language.standard")
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    assert isinstance(standard.cumsum, interpreter.InterpretedFunction)
