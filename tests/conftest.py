@@ -22,7 +22,7 @@ gc.disable()
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# Without a GPU, kernels run in Triton's interpreter. Triton reads this as it is imported, which a folder's conftest may do
+# Without a GPU, kernels run in Triton's interpreter. Triton reads this as it is imported, which a conftest below may do
 # (transformers 5.17 with torch 2.11 does). Where torch cannot use the GPU that there is, ``pytest_configure`` sets it.
 try:
     pynvml.nvmlInit()
