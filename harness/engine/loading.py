@@ -102,8 +102,8 @@ def load_config(spec: str) -> Any:
     """Return the transformers config of a model without loading its weights.
 
     Raises:
-        UsageError: as ``resolve_model``, transformers cannot read the config, its sizes are none, or it is not of a
-            causal language model.
+        UsageError: as ``resolve_model``, transformers cannot read the config, its sizes are none, its base of RoPE is
+            another than it says, or it is not of a causal language model.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
@@ -111,11 +111,14 @@ def load_config(spec: str) -> Any:
     if is_preset(spec):
         return preset_config(spec)
     with explained(spec):
+        written: dict[str, Any] = {}
         if Path(where).is_dir():
-            _check_sizes(json_object(Path(where) / "config.json"))
+            written = json_object(Path(where) / "config.json")
+            _check_sizes(written)
             check_small_files(Path(where))
         config = AutoConfig.from_pretrained(where, trust_remote_code=False)
         _check_sizes(text_config(config).to_dict())
+        _check_rope(written, text_config(config))
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not getattr(config, "is_encoder_decoder", False):
         raise UsageError(f"Model '{spec}' cannot be run: a {config.model_type} is no causal language model.")
     return config
@@ -166,6 +169,23 @@ def _check_sizes(values: Mapping[str, Any]) -> None:
         heads, kv_heads = counts.get("num_attention_heads"), counts.get("num_key_value_heads")
         if heads and kv_heads and heads % kv_heads:
             raise ValueError(f"its config has {heads} attention heads, no multiple of its {kv_heads} KV heads")
+
+
+def _check_rope(written: Mapping[str, Any], config: Any) -> None:
+    """Refuse a file of transformers 5 to which ``rope_scaling`` was added: it takes the place of the base beside it.
+
+    As model cards say how a context gets longer (YaRN), for files of transformers 4: their base stood by itself. See
+    ``findings/rope_scaling_in_a_v5_config_resets_theta.sh``.
+    """
+    read = (getattr(config, "rope_parameters", None) or {}).get("rope_theta")
+    for values in (written, written.get("text_config") or {}):
+        parameters, scaling = values.get("rope_parameters"), values.get("rope_scaling")
+        said = parameters.get("rope_theta") if isinstance(parameters, Mapping) else None
+        if scaling and None not in (read, said) and read != said:
+            raise ValueError(
+                f"rope_scaling in its config makes the base of RoPE {read:,.0f}, where rope_parameters say "
+                f"{said:,.0f}: write what rope_scaling says into rope_parameters"
+            )
 
 
 def _of_part(spec: str, what: str, reason: str) -> str:

@@ -152,6 +152,8 @@ def tensors(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
     return changed
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+V5_ROPE = {"rope_type": "default", "rope_theta": 1e6}
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "fewer-layers-than-weights": (config(num_hidden_layers=3), r"leaves no place for model\.layers\.3\."),
@@ -197,6 +199,11 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "size-of-a-wrong-type": (config(num_hidden_layers="four"), "'num_hidden_layers' expected int"),
     "negative-layers": (config(num_hidden_layers=-2), "num_hidden_layers is -2"),
     "millions-of-layers": (config(num_hidden_layers=3_000_000), "num_hidden_layers is 3,000,000"),
+    # transformers 5 passes over the base beside it, and fills in its own.
+    "rope-scaling-beside-a-base": (
+        config(rope_parameters=V5_ROPE, rope_scaling=YARN),
+        "rope_scaling in its config makes the base of RoPE 10,000, where rope_parameters say 1,000,000",
+    ),
     "no-heads": (config(num_attention_heads=0), "num_attention_heads is 0"),
     "heads-that-do-not-divide": (config(num_key_value_heads=3), "no multiple of its 3 KV heads"),
     "negative-vocabulary": (config(vocab_size=-5), "vocab_size is -5"),
@@ -387,7 +394,22 @@ def further_layer(folder: Path) -> None:
     tensors(lambda held: {**held, named: held[f"{Q_PROJ}.weight"].clone()})(folder)
 
 
-ODD = [special_token, known_code, pickled_weights, shard_in_a_folder, named_weights, named_attention, further_layer]
+def scaled_rope(folder: Path) -> None:
+    """A base of its own in what takes the other's place."""
+    config(rope_parameters=V5_ROPE, rope_scaling={**YARN, "rope_theta": 1e6})(folder)
+
+
+def scaled_rope_of_version_4(folder: Path) -> None:
+    path = folder / "config.json"
+    written = json.loads(path.read_text())
+    written.pop("rope_parameters")
+    path.write_text(json.dumps({**written, "rope_theta": 1e6, "rope_scaling": YARN}))
+
+
+ODD = [
+    special_token, known_code, pickled_weights, shard_in_a_folder, named_weights, named_attention, further_layer,
+    scaled_rope, scaled_rope_of_version_4,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", ODD)
