@@ -545,9 +545,7 @@ def all_commands() -> Any:
 def run_cli(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; every error is one sentence on stderr."""
     command = all_commands()
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments:
-        arguments = ["--help"]
+    arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     # What the log says is printed by the commands themselves, once.
     logging.getLogger("kvscope").addHandler(logging.NullHandler())
     try:
@@ -556,7 +554,10 @@ def run_cli(arguments: Sequence[str] | None = None) -> int:
     except KvscopeError as error:
         complain(str(error))
         return error.exit_code
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, typer.Abort) as stop:
+        if isinstance(stop.__cause__, EOFError):  # a file ended too soon: typer takes that for a terminal that closed
+            report_fault(stop.__cause__)
+            return EXIT_FAULT
         code = EXIT_INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has seen enough (`kvscope list tasks | head`).

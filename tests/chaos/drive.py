@@ -49,6 +49,7 @@ class Child:
             try:
                 fuse = Fuse(folder, at=at)
                 fuse.light()
+                sys.dont_write_bytecode = True  # or a part of it is left, see full_disk
                 resource.setrlimit(resource.RLIMIT_FSIZE, (most_file_bytes, resource.RLIM_INFINITY))
                 scenario.act(folder)
                 os.write(writer, str(fuse.n_steps).encode())

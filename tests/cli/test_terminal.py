@@ -123,6 +123,23 @@ def test_a_fault_of_our_own_is_a_sentence_a_code_and_a_file(
     assert "\x1b" not in text
 
 
+def test_a_file_that_ends_too_soon_is_no_interrupt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A module's bytecode, say, that a full disk cut: typer takes an EOFError for a terminal that was closed."""
+
+    def cut(*arguments: Any, **options: Any) -> Any:
+        raise EOFError("marshal data too short")
+
+    monkeypatch.setattr(sweep, "run", cut)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert cli.run_cli(["run", "--out", "x"]) == cli.EXIT_FAULT
+    err = capsys.readouterr().err.lstrip("\n")
+    assert err.startswith("kvscope: an error of kvscope's own (EOFError: marshal data too short): please report it")
+    (file,) = tmp_path.iterdir()
+    assert "in cut" in file.read_text()
+
+
 def test_without_a_place_for_the_file_the_traceback_is_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

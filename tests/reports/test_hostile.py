@@ -151,6 +151,7 @@ LIMITED = """
 import resource, sys
 from kvscope.errors import EnvironmentProblem
 from kvscope.reports import make_report
+sys.dont_write_bytecode = True  # or a part of it is left, see full_disk
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 try:
     make_report(sys.argv[1])

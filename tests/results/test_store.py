@@ -3,14 +3,13 @@
 import errno
 import os
 import random
-import resource
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
+from full_disk import no_file_over
 from synthetic_rows import KINDS, Rows, demo_rows, footprint_row, sample_row
 
 from kvscope.errors import EnvironmentProblem, UsageError
@@ -228,18 +227,11 @@ def test_folders_that_hold_no_run(tmp_path: Path, rows: Rows) -> None:
 
 def test_full_disk_leaves_whole_rows_only(tmp_path: Path, rows: Rows) -> None:
     samples, _, info = rows
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     with RunStore.create(tmp_path, info) as store:
         store.append_sample(samples[0])
         size = (tmp_path / "samples.jsonl").stat().st_size
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, hard))
-        try:
-            with pytest.raises(EnvironmentProblem, match="Could not write a row"):
-                store.append_sample(samples[1])
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-            signal.signal(signal.SIGXFSZ, handler)
+        with no_file_over(size + 100), pytest.raises(EnvironmentProblem, match="Could not write a row"):
+            store.append_sample(samples[1])
         assert (tmp_path / "samples.jsonl").stat().st_size == size
         store.append_sample(samples[1])
     assert RunStore.open(tmp_path).samples() == samples[:2]
