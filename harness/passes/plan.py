@@ -11,6 +11,7 @@ from kvscope.errors import UsageError, shown
 from kvscope.harness.passes.accuracy import AccuracyPass
 from kvscope.harness.passes.base import Pass, Plan, RunPlan
 from kvscope.harness.passes.batch_plan import plan_batch
+from kvscope.harness.passes.budget_check import check_budgets
 from kvscope.harness.passes.config import RunConfig
 from kvscope.harness.passes.facts import ModelFacts, PromptFacts, describe_model
 from kvscope.harness.passes.find_max import FindMaxPass
@@ -42,8 +43,8 @@ def make_plan(config: RunConfig, target: Target | None = None) -> RunPlan:
 
     Raises:
         UsageError: an unknown method, task, model or option; a trained part of a method that is missing or belongs to
-            another model; a length too long for the model or too short for a task; results in a place that is none; no
-        server that can be used.
+            another model; a length too long for the model or too short for a task; a budget too small for a prompt;
+            results in a place that is none; no server that can be used.
     """
     if config.out is not None:
         check_out(user_path(config.out, what="out"))
@@ -126,6 +127,7 @@ def _own_plan(config: RunConfig, target: Target | None) -> Plan:
     check_longest(config, facts, lengths)
     for each in passes:
         each.check(config, facts, tasks)
+    check_budgets(config, facts, methods, tasks)
     rooms = device_rooms(config, facts, target)
     cells = [
         plan_cell(method, length_tokens, config=config, facts=facts, rooms=rooms)
