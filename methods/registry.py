@@ -100,7 +100,11 @@ def create_method(given: str | Mapping[str, Any] | Spec, *, paper_settings: bool
     """
     spec = parse_spec(given, kind="method")
     cls = method_class(spec.name)
-    options: dict[str, Any] = dict(spec.options)
+    with plugins.asking("method", spec.name, cls, "making it"):
+        return _made(cls, dict(spec.options), paper_settings=paper_settings)
+
+
+def _made(cls: type[CacheMethod[Any]], options: dict[str, Any], *, paper_settings: bool) -> CacheMethod[Any]:
     asked = build_config(cls.name, cls.Config, options)
     config, share = asked.config, asked.share
     label = canonical_label(cls.name, config, asked)

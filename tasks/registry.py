@@ -125,17 +125,23 @@ def create_task(given: str | Mapping[str, Any] | Spec, **options: object) -> "Ta
         UsageError: unknown name or option, a value of another type, or options the task refuses.
     """
     spec = parse_spec(given, kind="task")
-    cls, known = task_class(spec.name), task_options(spec.name)
+    cls = task_class(spec.name)
+    with plugins.asking("task", spec.name, cls, "making it"):
+        return _made(cls, spec.name, {**dict(spec.options), **options})
+
+
+def _made(cls: "type[Task]", name: str, options: Mapping[str, object]) -> "Task":
+    known = task_options(name)
     declared = {key: parameter.annotation for key, parameter in known.items()}
-    values = read_options(f"Task {spec.name}", declared, {**dict(spec.options), **options})
+    values = read_options(f"Task {name}", declared, options)
     missing = [key for key, parameter in known.items() if parameter.default is parameter.empty and key not in values]
     if missing:
-        raise UsageError(f"Task {spec.name} needs {missing[0]}: write {spec.name}:{missing[0]}=...")
+        raise UsageError(f"Task {name} needs {missing[0]}: write {name}:{missing[0]}=...")
     # One class of ours makes several tasks, so it takes the name; a class from outside is one task.
     make: Callable[..., Task] = cls
     try:
-        return make(spec.name, **values) if spec.name in TASKS else make(**values)
+        return make(name, **values) if name in TASKS else make(**values)
     except UsageError:
         raise
     except ValueError as error:
-        raise UsageError(f"Task {spec.name}: {error}") from error
+        raise UsageError(f"Task {name}: {error}") from error

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from kvscope.errors import UsageError
 from kvscope.harness.passes.config import RunConfig
+from kvscope.harness.passes.contract import build_sample
 from kvscope.harness.passes.facts import ModelFacts
 from kvscope.harness.passes.prompt import split_prompt
+from kvscope.plugins import asking
 
 if TYPE_CHECKING:
     from kvscope.methods.base import CacheMethod
@@ -42,7 +44,9 @@ def _least_contexts(
     if not task.own_lengths and config.method_from == "last_token":
         yield f"Task {task.name!r} at length {length_tokens:,}", length_tokens - task.max_new_tokens - 1
         return
-    for index in task.short_samples(facts.tokenizer, samples=config.samples):
-        sample = task.build(facts.tokenizer, length_tokens=length_tokens, sample=index, seed=config.seed)
+    with asking("task", task.name, type(task), "its short_samples"):
+        short = task.short_samples(facts.tokenizer, samples=config.samples)
+    for index in short:
+        sample = build_sample(task, facts.tokenizer, length_tokens=length_tokens, sample=index, seed=config.seed)
         context_ids, _ = split_prompt(sample, config.method_from)
         yield f"Prompt {index + 1} of task {task.name!r} at length {length_tokens:,}", len(context_ids)

@@ -13,6 +13,7 @@ from kvscope.harness.passes.base import Pass, Plan, RunPlan
 from kvscope.harness.passes.batch_plan import plan_batch
 from kvscope.harness.passes.budget_check import check_budgets
 from kvscope.harness.passes.config import RunConfig
+from kvscope.harness.passes.contract import check_methods
 from kvscope.harness.passes.facts import ModelFacts, PromptFacts, describe_model
 from kvscope.harness.passes.find_max import FindMaxPass
 from kvscope.harness.passes.footprint import FootprintPass
@@ -127,6 +128,7 @@ def _own_plan(config: RunConfig, target: Target | None) -> Plan:
     check_longest(config, facts, lengths)
     for each in passes:
         each.check(config, facts, tasks)
+    check_methods(methods, facts.shape, facts.device, lengths_tokens=[max(0, length - 2) for length in lengths])
     check_budgets(config, facts, methods, tasks)
     rooms = device_rooms(config, facts, target)
     cells = [

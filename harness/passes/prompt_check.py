@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvscope.errors import UsageError
 from kvscope.harness.passes.base import RunPlan, SampleStore
+from kvscope.harness.passes.contract import build_sample
 
 if TYPE_CHECKING:
     from kvscope.results.schema import SampleRow
@@ -18,7 +19,7 @@ def build(plan: RunPlan, task: "Task", name: str, length_tokens: int, index: int
     no line break ends one.
     """
     tokenizer = plan.facts.tokenizer if tokenizer is None else tokenizer
-    sample = task.build(tokenizer, length_tokens=length_tokens, sample=index, seed=plan.config.seed)
+    sample = build_sample(task, tokenizer, length_tokens=length_tokens, sample=index, seed=plan.config.seed)
     return replace(sample, task=name, stop=sample.stop if plan.facts.chat_template is None else ())
 
 
