@@ -2,7 +2,7 @@
 
 import inspect
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from kvscope import plugins
@@ -145,3 +145,28 @@ def _made(cls: "type[Task]", name: str, options: Mapping[str, object]) -> "Task"
         raise
     except ValueError as error:
         raise UsageError(f"Task {name}: {error}") from error
+
+
+def create_tasks(given: Sequence[str], *, samples: int) -> "list[Task]":
+    """Make tasks of which so many samples are asked.
+
+    Raises:
+        UsageError: as ``create_task``, or one has fewer.
+    """
+    tasks = [create_task(spec) for spec in given]
+    for task in tasks:
+        check_samples(task, samples)
+    return tasks
+
+
+def check_samples(task: "Task", samples: int) -> None:
+    """Refuse more samples than a task has.
+
+    Raises:
+        UsageError: naming the task and how many there are.
+    """
+    if task.n_samples is not None and samples > task.n_samples:
+        raise UsageError(
+            f"Task {task.name!r} has {task.n_samples:,} prompts, and {samples:,} samples are asked for: use "
+            f"--samples {task.n_samples} or fewer."
+        )

@@ -232,14 +232,12 @@ def check_tasks(tasks: "Sequence[Task]", samples: int, *, names: Sequence[str]) 
     Raises:
         UsageError: naming the task.
     """
+    from kvscope.tasks.registry import check_samples
+
     for task, name in zip(tasks, names, strict=True):
         if names.count(name) > 1:
             raise UsageError(f"Two tasks are called {name!r}, so rows could not be told apart: give one a label=.")
-        if task.n_samples is not None and samples > task.n_samples:
-            raise UsageError(
-                f"Task {task.name!r} has {task.n_samples:,} prompts, and {samples:,} samples are asked for: use "
-                f"--samples {task.n_samples} or fewer."
-            )
+        check_samples(task, samples)
 
 
 def check_longest(config: RunConfig, facts: PromptFacts, lengths_tokens: Sequence[int]) -> None:
