@@ -122,7 +122,7 @@ class RunStore:
                 _refuse_orphan_rows(folder)
             store = cls(folder, info, lock_fd=lock_fd, messages=messages)
             store._is_new = is_new
-            measured = [store.footprints(), store.throughputs()]
+            measured: list[list[Any]] = [store.footprints(), store.throughputs()]
             refuse_strangers(store.samples(), measured, store.max_contexts(), info=info, folder=folder)
             return store
         except BaseException:
