@@ -1,4 +1,4 @@
-"""Whether methods' budgets hold what they must at the prompts of a run: before the first is answered, not at the one.
+"""Whether budgets hold what they must, and leave something out, at the prompts of a run: told before the first.
 
 A budget may be a fraction of the prompt, and prompts of files and benchmarks have the lengths they have.
 """
@@ -50,3 +50,27 @@ def _least_contexts(
         sample = build_sample(task, facts.tokenizer, length_tokens=length_tokens, sample=index, seed=config.seed)
         context_ids, _ = split_prompt(sample, config.method_from)
         yield f"Prompt {index + 1} of task {task.name!r} at length {length_tokens:,}", len(context_ids)
+
+
+def noop_notes(
+    config: RunConfig, facts: ModelFacts, methods: "Sequence[CacheMethod[Any]]", tasks: "Sequence[Task]"
+) -> tuple[str, ...]:
+    """Return a sentence for each method that leaves nothing out of any prompt of a task whose prompts are short.
+
+    At the length asked for it may leave something out: prompts of files and benchmarks are as long as they are.
+    """
+    said = []
+    shape = facts.shape
+    for task in tasks:
+        if not task.own_lengths or task.fills_length:
+            continue
+        longest_tokens = task.least_length_tokens(facts.tokenizer, samples=config.samples) - task.max_new_tokens
+        for method in methods:
+            if method.name == "dense" or method.unsupported(shape, facts.device):
+                continue
+            if method.is_noop(longest_tokens, shape) and not method.is_noop(max(config.lengths_tokens), shape):
+                said.append(
+                    f"{method.label} leaves nothing out of the prompts of {task.name}, which have {longest_tokens:,} "
+                    "tokens at most: there it is dense by another name."
+                )
+    return tuple(said)

@@ -11,7 +11,7 @@ from kvscope.errors import UsageError, shown
 from kvscope.harness.passes.accuracy import AccuracyPass
 from kvscope.harness.passes.base import Pass, Plan, RunPlan
 from kvscope.harness.passes.batch_plan import plan_batch
-from kvscope.harness.passes.budget_check import check_budgets
+from kvscope.harness.passes.budget_check import check_budgets, noop_notes
 from kvscope.harness.passes.config import RunConfig
 from kvscope.harness.passes.contract import check_methods
 from kvscope.harness.passes.facts import ModelFacts, PromptFacts, describe_model
@@ -152,6 +152,7 @@ def _own_plan(config: RunConfig, target: Target | None) -> Plan:
         specs=specs,
         excluded_types=tuple(excluded),
         task_names=names,
+        notes=noop_notes(config, facts, methods, tasks),
         batch=plan_batch(config, facts, methods, tasks, target=target),
         elsewhere=None
         if target is None

@@ -81,6 +81,17 @@ def test_a_budget_too_small_for_a_short_prompt_is_refused_first(
     assert not (tmp_path / "run").exists()
 
 
+def test_methods_that_leave_nothing_out_of_short_prompts_are_told(small: MakeConfig, tmp_path: Path) -> None:
+    path = write(tmp_path / "q.jsonl", 2)
+    methods = ["dense", "recency:recency_tokens=128", "recency:recency_tokens=4"]
+    plan = make_plan(small(tasks=[f"jsonl:{path}"], methods=methods))
+    (said,) = (note for note in plan.warnings if "leaves nothing out" in note)
+    assert re.fullmatch(
+        r"recency:recency_tokens=128 leaves nothing out of the prompts of jsonl:q, which have \d\d tokens at most: .*",
+        said,
+    )
+
+
 def test_several_lengths_are_told_to_be_the_same_prompts(small: MakeConfig, tmp_path: Path) -> None:
     path = write(tmp_path / "q.jsonl", 2)
     plan = make_plan(small(tasks=[f"jsonl:{path}"], lengths_tokens=[512, 1024]))
