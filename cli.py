@@ -546,8 +546,8 @@ def run_cli(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; every error is one sentence on stderr."""
     command = all_commands()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments:
-        arguments = ["--help"]
+    if not arguments or (len(arguments) == 1 and hasattr(command.commands.get(arguments[0]), "commands")):
+        arguments = [*arguments, "--help"]
     # What the log says is printed by the commands themselves, once.
     logging.getLogger("kvscope").addHandler(logging.NullHandler())
     try:
