@@ -99,13 +99,20 @@ def _check_class(place: plugins.Place, found: object) -> None:
     new_tokens = getattr(found, "max_new_tokens", None)
     if not isinstance(new_tokens, int) or new_tokens < 1:
         raise plugins.broken(place, "its class attribute 'max_new_tokens' must be a whole number, at least 1")
+    assert isinstance(found, type)
+    with plugins.asking("task", place.name, found, "reading the types of its options"):
+        _options_of(found)
 
 
 def task_options(name: str) -> dict[str, inspect.Parameter]:
     """Return option -> parameter, with its type as annotation: the keyword arguments of the task's class."""
     if name in _NO_OPTIONS:
         return {}
-    init = task_class(name).__init__
+    return _options_of(task_class(name))
+
+
+def _options_of(cls: type) -> dict[str, inspect.Parameter]:
+    init = cls.__init__  # type: ignore[misc]
     hints = typing.get_type_hints(init, include_extras=True)
     return {
         key: parameter.replace(annotation=hints.get(key, str))

@@ -180,8 +180,9 @@ def _last_place(error: Exception, cls: type) -> str:
     package = cls.__module__.partition(".")[0]
     found = ""
     for frame, line in traceback.walk_tb(error.__traceback__):
-        if str(frame.f_globals.get("__name__")).partition(".")[0] == package:
-            found = f" ({Path(frame.f_code.co_filename).name}, line {line})"
+        file = Path(frame.f_code.co_filename)
+        if str(frame.f_globals.get("__name__")).partition(".")[0] == package and file.suffix == ".py":
+            found = f" ({file.name}, line {line})"
     return found
 
 

@@ -192,8 +192,9 @@ def prompt_of_64() -> Any:
 
 
 def test_making_one_may_raise_anything(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvscope.harness.info.catalog import show_text
     from kvscope.methods.registry import create_method
-    from kvscope.tasks.registry import create_task
+    from kvscope.tasks.registry import create_task, task_class
 
     (tmp_path / "strange_making.py").write_text(
         "from dataclasses import dataclass\n"
@@ -201,7 +202,9 @@ def test_making_one_may_raise_anything(tmp_path: Any, monkeypatch: pytest.Monkey
         "class Raising(Last):\n    def __init__(self):\n        raise RuntimeError('not today')\n\n"
         "class Asking(Last):\n    def __init__(self, word):\n        pass\n\n"
         "@dataclass(frozen=True, kw_only=True)\nclass Odd:\n    path: 'Nowhere' = None\n\n"
-        "class OddOption(First):\n    Config = Odd\n"
+        "class OddOption(First):\n    Config = Odd\n\n"
+        "class OddWord(Last):\n    def __init__(self, *, word: 'Nowhere' = None):\n        pass\n\n"
+        "class Mute(First):\n    def effective_config(self, n_tokens, shape=None):\n        raise KeyError('mute')\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setitem(sys.modules, "test_contract", sys.modules[__name__])
@@ -209,7 +212,13 @@ def test_making_one_may_raise_anything(tmp_path: Any, monkeypatch: pytest.Monkey
     for make, spec, words in (
         (create_task, "strange_making:Raising", "not today .strange_making.py, line 6."),
         (create_task, "strange_making:Asking", "missing 1 required positional argument: 'word'"),
-        (create_method, "strange_making:OddOption", "making it raised NameError: name 'Nowhere' is not defined"),
+        (
+            create_method,
+            "strange_making:OddOption",
+            "reading the types of its options raised NameError: name 'Nowhere' is not defined.",
+        ),
+        (task_class, "strange_making:OddWord", "reading the types of its options raised NameError"),
+        (show_text, "strange_making:Mute", r"its effective_config raised KeyError: 'mute' .strange_making.py, line"),
     ):
         with pytest.raises(UsageError, match=words):
             make(spec)
