@@ -544,8 +544,9 @@ def all_commands() -> Any:
 
 def run_cli(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; every error is one sentence on stderr."""
-    command = all_commands()
-    arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    command, arguments = all_commands(), list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or (len(arguments) == 1 and hasattr(command.commands.get(arguments[0]), "commands")):
+        arguments = [*arguments, "--help"]
     # What the log says is printed by the commands themselves, once.
     logging.getLogger("kvscope").addHandler(logging.NullHandler())
     try:
@@ -559,8 +560,7 @@ def run_cli(arguments: Sequence[str] | None = None) -> int:
             report_fault(stop.__cause__)
             return EXIT_FAULT
         code = EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read our output has seen enough (`kvscope list tasks | head`).
+    except BrokenPipeError:  # whoever read our output has seen enough (`kvscope list tasks | head`)
         sys.stderr.close()
         return EXIT_DONE
     except Exception as error:  # noqa: BLE001 - the last resort: a traceback helps no user

@@ -8,13 +8,14 @@ so are its bytes.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kvscope.errors import UsageError
 from kvscope.methods.base import CacheMethod, Collector, SequenceCache
-from kvscope.methods.options import READ_SHARE_OPTION, SHARE_OPTION, Share, share_text
+from kvscope.methods.options import BUDGETS, READ_SHARE_OPTION, SHARE_OPTION, Share, share_text
 from kvscope.methods.shape import Footprint, ModelShape
 
 if TYPE_CHECKING:
@@ -96,13 +97,20 @@ class AtShare(CacheMethod[Any]):
             except (UsageError, ValueError):
                 return _REFUSED_BYTES
 
-        budgets = range(1, n_tokens + 1)
+        budgets = range(1, max(1, n_tokens) + 1)
+        if n_bytes(budgets[-1]) == _REFUSED_BYTES:
+            return self._least_tokens(n_tokens, lambda n_budget: n_bytes(n_budget) != _REFUSED_BYTES)
         first = min(bisect_left(budgets, wanted_bytes, key=n_bytes), len(budgets) - 1)
         around = {n_bytes(budgets[max(0, first - 1)]), n_bytes(budgets[first])} - {_REFUSED_BYTES}
-        if not around:
-            return n_tokens  # refused by the method, in its own words
         nearest_bytes = min(around, key=lambda found: (abs(found - wanted_bytes), found))
         return budgets[bisect_right(budgets, nearest_bytes, key=n_bytes) - 1]
+
+    def _least_tokens(self, n_tokens: int, takes: Callable[[int], bool]) -> int:
+        """Return the least budget that the method takes where the whole prompt is less than that (two blocks)."""
+        if self.sets != "budget_tokens":
+            return n_tokens  # a fraction is no more than all of it: refused by the method, in its own words
+        beyond = range(n_tokens + 1, max(n_tokens + 1, BUDGETS[self.sets]) + 1)
+        return beyond[min(bisect_left(beyond, True, key=takes), len(beyond) - 1)]
 
     def _counted(self, footprint: Footprint) -> int:
         return footprint.bytes_read_per_step if self.share.reads else footprint.device_bytes
@@ -110,7 +118,7 @@ class AtShare(CacheMethod[Any]):
     def _with(self, n_budget: int, n_tokens: int) -> CacheMethod[Any]:
         """Return the method with a budget; what is no option (a trained indexer) is shared."""
         # A fraction is cut to whole tokens by those who read it.
-        value = n_budget if self.sets == "budget_tokens" else min(1.0, (n_budget + 0.5) / n_tokens)
+        value = n_budget if self.sets == "budget_tokens" else min(1.0, (n_budget + 0.5) / max(1, n_tokens))
         method = copy(self.base)
         method.config = replace(self.base.config, **{self.sets: value})
         return method

@@ -41,7 +41,7 @@ def _packed_layer(raw: torch.Tensor, packing: PagePacking, device: torch.device)
     parts, unit = P // packing.page_tokens, packing.page_tokens
     size = (S * parts, H, 2, 1, packing.record_bytes // 2)
     packed = empty_pinned(size, dtype=torch.uint8) if raw.is_pinned() else torch.empty(size, dtype=torch.uint8)
-    at_once = pages_at_once(S, raw[0].nbytes)
+    at_once = pages_at_once(S, H * 2 * P * D * raw.itemsize)
     for first in range(0, S, at_once):
         block = raw[first : first + at_once].to(device)
         units = block.view(-1, H, 2, parts, unit, D).permute(0, 3, 1, 2, 4, 5)

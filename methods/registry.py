@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from kvscope import plugins
 from kvscope.errors import UsageError
-from kvscope.methods.options import build_config, canonical_label, optional_fields
+from kvscope.methods.options import build_config, canonical_label, method_field_types, optional_fields
 from kvscope.specs import Spec, parse_spec
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def _check_class(place: plugins.Place, found: object) -> None:
     from kvscope.methods.base import CacheMethod
 
     plugins.check_class(place, found, base=CacheMethod, own=METHODS)
+    assert isinstance(found, type)
     for word in _WORDS:
         text = getattr(found, word, None)
         if not isinstance(text, str) or not text.strip():
@@ -85,6 +86,8 @@ def _check_class(place: plugins.Place, found: object) -> None:
         config()
     except Exception as error:  # noqa: BLE001 - a stranger's code
         raise plugins.broken(place, f"its Config cannot be made without options: {error}") from None
+    with plugins.asking("method", place.name, found, "reading the types of its options"):
+        method_field_types(config)
 
 
 def create_method(given: str | Mapping[str, Any] | Spec, *, paper_settings: bool = False) -> CacheMethod[Any]:
@@ -100,7 +103,11 @@ def create_method(given: str | Mapping[str, Any] | Spec, *, paper_settings: bool
     """
     spec = parse_spec(given, kind="method")
     cls = method_class(spec.name)
-    options: dict[str, Any] = dict(spec.options)
+    with plugins.asking("method", spec.name, cls, "making it"):
+        return _made(cls, dict(spec.options), paper_settings=paper_settings)
+
+
+def _made(cls: type[CacheMethod[Any]], options: dict[str, Any], *, paper_settings: bool) -> CacheMethod[Any]:
     asked = build_config(cls.name, cls.Config, options)
     config, share = asked.config, asked.share
     label = canonical_label(cls.name, config, asked)

@@ -49,7 +49,24 @@ class StaticResidency(CacheMethod[ConfigT]):
     def open(self, prompt: PromptKV, device: torch.device | str, *, reserve_tokens: int = 0) -> SequenceCache:
         prompt = self.stored_prompt(prompt)
         ranges = self.resident_ranges(prompt)
+        self._check(ranges, prompt)
         return ResidentSequence(prompt, torch.device(device), ranges=ranges, reserve_tokens=reserve_tokens)
+
+    def _check(self, ranges: list[TokenRange], prompt: PromptKV) -> None:
+        """Refuse ranges by which bytes would not be those predicted, or a token would be attended to twice.
+
+        Raises:
+            ValueError: saying which.
+        """
+        end_before = 0
+        for start, end in ranges:
+            if not end_before <= start <= end <= prompt.n_tokens:
+                told = f"({start}, {end}) behind token {end_before} of {prompt.n_tokens}"
+                raise ValueError(f"resident_ranges must be ascending and disjoint in the prompt, got {told}")
+            end_before = end
+        n_kept = sum(end - start for start, end in ranges)
+        if n_kept != (n_said := self.n_resident_tokens(prompt.n_tokens, prompt.shape)):
+            raise ValueError(f"resident_ranges keeps {n_kept} tokens, and n_resident_tokens says {n_said}")
 
 
 class ResidentSequence(PagedSequence):

@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from kvscope.results.frames import records
-from kvscope.results.quiet import load_doubt, others_doubt
+from kvscope.results.quiet import load_class_doubt, others_doubt
 
 MOST_SPREAD = 1.5
 """Ratio of the 90th to the 10th percentile of the steps above which their median says little."""
@@ -17,7 +17,7 @@ def time_doubts(row: Mapping[str, Any]) -> str:
 
     A row of an earlier version that says neither load nor spread is judged by the rest.
     """
-    found = [others_doubt(row.get("other_processes")), load_doubt(row.get("load_1min"), row.get("cpu_cores"))]
+    found = [others_doubt(row.get("other_processes")), load_class_doubt(row.get("load_1min"), row.get("cpu_cores"))]
     low, high = row.get("tpot_p10_s", row.get("step_p10_s")), row.get("tpot_p90_s", row.get("step_p90_s"))
     if low is not None and high is not None and high > MOST_SPREAD * low:
         found.append(f"p90 of the steps is over {MOST_SPREAD:g} times p10")

@@ -3,26 +3,30 @@
 from collections.abc import Sequence
 from functools import cache
 from itertools import chain
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from kvscope.errors import UsageError
 from kvscope.results.limits import MOST_QUESTION_TYPES
 from kvscope.results.plain_text import shortened, visible
 from kvscope.results.run_schema import RunInfo
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+    Rows = pd.DataFrame | list[Any]
+
 _METHOD = ["method_label", "method", "model"]
 
 
 def refuse_strangers(
-    samples: pd.DataFrame, measured: Sequence[pd.DataFrame], max_contexts: pd.DataFrame, *, info: RunInfo, folder: Path
+    samples: "Rows", measured: "Sequence[Rows]", max_contexts: "Rows", *, info: RunInfo, folder: Path
 ) -> None:
     """Check that every row is of the run's model and methods, and every sample row of its tasks, lengths and prompts.
 
-    Lengths of memory rows (`measured`: footprint and throughput) are free: a search for the longest context tries
-    others.
+    Rows are frames or lists. Lengths of memory rows (`measured`: footprint and throughput) are free: a search for the
+    longest context tries others.
 
     Raises:
         UsageError: a row is not, or there are too many kinds of questions.
@@ -51,8 +55,10 @@ def refuse_strangers(
         )
 
 
-def _distinct(frame: pd.DataFrame, columns: list[str]) -> list[tuple[Any, ...]]:
+def _distinct(frame: "Rows", columns: list[str]) -> list[tuple[Any, ...]]:
     """The different values of some columns together, in the order in which they are first there."""
+    if isinstance(frame, list):
+        return list(dict.fromkeys(map(attrgetter(*columns), frame)))
     return list(dict.fromkeys(zip(*(frame[name].tolist() for name in columns), strict=True)))
 
 

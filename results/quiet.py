@@ -12,6 +12,19 @@ def load_doubt(load_1min: float | None, cpu_cores: int | None) -> str:
     return f"host load {load_1min:.1f} on {cpu_cores} cores"
 
 
+def load_class_doubt(load_1min: float | None, cpu_cores: int | None) -> str:
+    """Return `host load over 8 on 2 cores`, of steps that double: rows of about the same load share a note."""
+    if not load_doubt(load_1min, cpu_cores):
+        return ""
+    assert load_1min is not None
+    assert cpu_cores is not None
+    passed = MOST_LOAD_PER_CORE * cpu_cores
+    step = 2 * cpu_cores
+    while step < load_1min:
+        passed, step = step, 2 * step
+    return f"host load over {passed:g} on {cpu_cores} cores"
+
+
 def others_doubt(n_processes: int | None, *, where: str = "the GPU") -> str:
     """Return `2 other processes on the GPU`; empty where there is none, or it is not known."""
     if not n_processes:

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from kvscope.errors import EnvironmentProblem, UsageError
 from kvscope.paths import no_folder
+from kvscope.results.belonging import refuse_strangers
 from kvscope.results.continuing import continued
 from kvscope.results.folder_lock import LOCK_FILE, lock, make_writable
 from kvscope.results.limits import MOST_RUN_FILE_BYTES
@@ -105,7 +106,8 @@ class RunStore:
             earlier_identity: the identity that versions to 0.2 would have given the run.
 
         Raises UsageError when the folder cannot be written, is being written by another process, or holds a run whose
-        `identity` differs in what must be equal (the message names the keys that differ, with both values).
+        `identity` differs in what must be equal (the message names the keys that differ, with both values), or rows of
+        another run: nothing could be read afterwards.
         """
         folder = Path(folder)
         is_new = not folder.exists()
@@ -119,6 +121,8 @@ class RunStore:
                 _refuse_orphan_rows(folder)
             store = cls(folder, info, lock_fd=lock_fd, messages=messages)
             store._is_new = is_new
+            measured: list[list[Any]] = [store.footprints(), store.throughputs()]
+            refuse_strangers(store.samples(), measured, store.max_contexts(), info=info, folder=folder)
             return store
         except BaseException:
             os.close(lock_fd)

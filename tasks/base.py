@@ -96,6 +96,14 @@ class Task(abc.ABC):
         """
         return self.min_length_tokens(tokenizer)
 
+    def short_samples(self, tokenizer: Tokenizer, *, samples: int) -> tuple[int, ...]:
+        """Return those of the first ``samples`` that may be shortest, whole or before their question.
+
+        Args:
+            samples: at least 1.
+        """
+        return (0,)
+
     @abc.abstractmethod
     def build(self, tokenizer: Tokenizer, *, length_tokens: int, sample: int, seed: int) -> Sample:
         """Build one sample; the same arguments give the same bytes on every machine.

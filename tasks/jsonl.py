@@ -70,6 +70,12 @@ class JsonlTask(Task):
         """Return the length that holds the longest of the first prompts, and an answer."""
         return self.max_new_tokens + max(map(len, self._all_ids(tokenizer)[:samples]))
 
+    def short_samples(self, tokenizer: Tokenizer, *, samples: int) -> tuple[int, ...]:
+        """Return the shortest prompt, and the one of the shortest context."""
+        whole = self._all_ids(tokenizer)[:samples]
+        before = [len(line.context or line.text) for line in self._lines[:samples]]
+        return tuple(sorted({whole.index(min(whole, key=len)), before.index(min(before))}))
+
     def build(self, tokenizer: Tokenizer, *, length_tokens: int, sample: int, seed: int) -> Sample:
         """Return the prompt of line ``sample + 1``, whatever the seed.
 

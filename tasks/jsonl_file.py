@@ -65,7 +65,8 @@ def read_jsonl(path: Path) -> tuple[tuple[Line, ...], str]:
                 lines.append(_line(values))
                 _check_id(values, ids, number)
             except _Fault as fault:
-                raise UsageError(f"Line {number} of {shown_path(path)} {fault}.") from None
+                end = "" if str(fault).endswith("?") else "."
+                raise UsageError(f"Line {number} of {shown_path(path)} {fault}{end}") from None
     except (gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError) as error:
         raise UsageError(
             f"The file {shown_path(path)} is no whole {path.suffix} file ({first_line(error)}): bring it here again."

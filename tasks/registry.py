@@ -2,7 +2,7 @@
 
 import inspect
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from kvscope import plugins
@@ -99,13 +99,20 @@ def _check_class(place: plugins.Place, found: object) -> None:
     new_tokens = getattr(found, "max_new_tokens", None)
     if not isinstance(new_tokens, int) or new_tokens < 1:
         raise plugins.broken(place, "its class attribute 'max_new_tokens' must be a whole number, at least 1")
+    assert isinstance(found, type)
+    with plugins.asking("task", place.name, found, "reading the types of its options"):
+        _options_of(found)
 
 
 def task_options(name: str) -> dict[str, inspect.Parameter]:
     """Return option -> parameter, with its type as annotation: the keyword arguments of the task's class."""
     if name in _NO_OPTIONS:
         return {}
-    init = task_class(name).__init__
+    return _options_of(task_class(name))
+
+
+def _options_of(cls: type) -> dict[str, inspect.Parameter]:
+    init = cls.__init__  # type: ignore[misc]
     hints = typing.get_type_hints(init, include_extras=True)
     return {
         key: parameter.replace(annotation=hints.get(key, str))
@@ -125,17 +132,48 @@ def create_task(given: str | Mapping[str, Any] | Spec, **options: object) -> "Ta
         UsageError: unknown name or option, a value of another type, or options the task refuses.
     """
     spec = parse_spec(given, kind="task")
-    cls, known = task_class(spec.name), task_options(spec.name)
+    cls = task_class(spec.name)
+    with plugins.asking("task", spec.name, cls, "making it"):
+        return _made(cls, spec.name, {**dict(spec.options), **options})
+
+
+def _made(cls: "type[Task]", name: str, options: Mapping[str, object]) -> "Task":
+    known = task_options(name)
     declared = {key: parameter.annotation for key, parameter in known.items()}
-    values = read_options(f"Task {spec.name}", declared, {**dict(spec.options), **options})
+    values = read_options(f"Task {name}", declared, options)
     missing = [key for key, parameter in known.items() if parameter.default is parameter.empty and key not in values]
     if missing:
-        raise UsageError(f"Task {spec.name} needs {missing[0]}: write {spec.name}:{missing[0]}=...")
+        raise UsageError(f"Task {name} needs {missing[0]}: write {name}:{missing[0]}=...")
     # One class of ours makes several tasks, so it takes the name; a class from outside is one task.
     make: Callable[..., Task] = cls
     try:
-        return make(spec.name, **values) if spec.name in TASKS else make(**values)
+        return make(name, **values) if name in TASKS else make(**values)
     except UsageError:
         raise
     except ValueError as error:
-        raise UsageError(f"Task {spec.name}: {error}") from error
+        raise UsageError(f"Task {name}: {error}") from error
+
+
+def create_tasks(given: Sequence[str], *, samples: int) -> "list[Task]":
+    """Make tasks of which so many samples are asked.
+
+    Raises:
+        UsageError: as ``create_task``, or one has fewer.
+    """
+    tasks = [create_task(spec) for spec in given]
+    for task in tasks:
+        check_samples(task, samples)
+    return tasks
+
+
+def check_samples(task: "Task", samples: int) -> None:
+    """Refuse more samples than a task has.
+
+    Raises:
+        UsageError: naming the task and how many there are.
+    """
+    if task.n_samples is not None and samples > task.n_samples:
+        raise UsageError(
+            f"Task {task.name!r} has {task.n_samples:,} prompts, and {samples:,} samples are asked for: use "
+            f"--samples {task.n_samples} or fewer."
+        )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 from kvscope.errors import UsageError, did_you_mean
+from kvscope.plugins import asking
 from kvscope.specs import PLACE_PATTERN
 from kvscope.units import format_length
 from kvscope.values import type_name, without_none
@@ -145,8 +146,9 @@ def type_text(declared: Any) -> str:
 
 def automatic_values(cls: "type[CacheMethod[Any]]") -> dict[str, dict[str, Any]]:
     """Return length -> the settings in use there with every option at its default; empty for one without settings."""
-    method = cls()
-    found = {length_tokens: method.effective_config(length_tokens) for length_tokens in SHOWN_LENGTHS_TOKENS}
+    with asking("method", cls.name, cls, "its effective_config"):
+        method = cls()
+        found = {length_tokens: method.effective_config(length_tokens) for length_tokens in SHOWN_LENGTHS_TOKENS}
     return {
         format_length(length_tokens): {key: value for key, value in values.items() if value is not None}
         for length_tokens, values in found.items()

@@ -4,13 +4,14 @@ import queue
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kvscope.errors import UsageError
+from kvscope.errors import UsageError, shown
 from kvscope.harness.engine.host_threads import few_host_threads
 from kvscope.harness.passes.answering import load, measured_noise, release_memory
 from kvscope.harness.passes.base import Left, failed_lines, is_open
 from kvscope.harness.passes.batch_plan import batch_text, jobs_text, ray_text
 from kvscope.harness.passes.builders import PromptBuilders, builder_processes
 from kvscope.harness.passes.config import RunConfig
+from kvscope.harness.passes.contract import build_sample
 from kvscope.harness.passes.deadline import Deadline
 from kvscope.harness.passes.facts import PromptFacts
 from kvscope.harness.passes.pools import Pool, ProcessPool, Said
@@ -20,6 +21,7 @@ from kvscope.harness.passes.shard_list import worker_task
 from kvscope.harness.passes.shards import ShardedAccuracy
 from kvscope.harness.passes.turns import Turns, pending_samples, prompt_work_tokens
 from kvscope.harness.passes.workers import worker_devices
+from kvscope.plugins import asking
 
 if TYPE_CHECKING:
     from kvscope.results.frames import Run
@@ -52,7 +54,12 @@ class AccuracyPass:
             UsageError: naming the length, the task and the least it takes, or what is in the way.
         """
         for task in tasks:
-            least_tokens = task.least_length_tokens(facts.tokenizer, samples=config.samples)
+            with asking("task", task.name, type(task), "its min_length_tokens"):
+                least_tokens = task.least_length_tokens(facts.tokenizer, samples=config.samples)
+            if not isinstance(least_tokens, int):
+                raise UsageError(
+                    f"Task {task.name!r} cannot be used: its min_length_tokens is {shown(least_tokens)}, no number."
+                )
             for length_tokens in config.lengths_tokens:
                 if length_tokens < least_tokens:
                     raise UsageError(
@@ -63,7 +70,7 @@ class AccuracyPass:
                 near_least = config.samples if task.own_lengths else _TRIED_NEAR_LEAST
                 tried = near_least if length_tokens < 2 * least_tokens else 1
                 for index in range(min(config.samples, tried)):
-                    task.build(facts.tokenizer, length_tokens=length_tokens, sample=index, seed=config.seed)
+                    build_sample(task, facts.tokenizer, length_tokens=length_tokens, sample=index, seed=config.seed)
 
     def cells(self, plan: RunPlan) -> "list[tuple[Task, str, int]]":
         """Return every (task, what rows call it, length in tokens), shortest length first."""

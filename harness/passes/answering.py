@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvscope.harness.engine.oom import is_oom
 from kvscope.harness.passes.batch_plan import step_rows
+from kvscope.harness.passes.contract import score_of
 from kvscope.harness.passes.progress import Progress
 from kvscope.harness.passes.prompt import split_prompt
 from kvscope.harness.passes.prompt_check import build
@@ -182,7 +183,7 @@ class Prompt:
             self._cell(method),
             sample,
             result,
-            score=self.task.score(sample, answer_of(result.text, sample.stop)),
+            score=score_of(self.task, sample, answer_of(result.text, sample.stop)),
             prefill_s=self.kv.prefill_s,
             # Room for every step is reserved at opening, whether or not the answer ends early.
             dense_kv_bytes=self.loaded.shape.dense_kv_bytes(

@@ -11,7 +11,9 @@ from kvscope.errors import UsageError, shown
 from kvscope.harness.passes.accuracy import AccuracyPass
 from kvscope.harness.passes.base import Pass
 from kvscope.harness.passes.batch_plan import plan_batch
+from kvscope.harness.passes.budget_check import check_budgets, noop_notes
 from kvscope.harness.passes.config import RunConfig
+from kvscope.harness.passes.contract import check_methods
 from kvscope.harness.passes.facts import ModelFacts, PromptFacts, describe_model
 from kvscope.harness.passes.find_max import FindMaxPass
 from kvscope.harness.passes.footprint import FootprintPass
@@ -43,8 +45,8 @@ def make_plan(config: RunConfig, target: Target | None = None) -> RunPlan:
 
     Raises:
         UsageError: an unknown method, task, model or option; a trained part of a method that is missing or belongs to
-            another model; a length too long for the model or too short for a task; results in a place that is none; no
-        server that can be used.
+            another model; a length too long for the model or too short for a task; a budget too small for a prompt;
+            results in a place that is none; no server that can be used.
     """
     if config.out is not None:
         check_out(user_path(config.out, what="out"))
@@ -127,6 +129,8 @@ def _own_plan(config: RunConfig, target: Target | None) -> Plan:
     check_longest(config, facts, lengths)
     for each in passes:
         each.check(config, facts, tasks)
+    check_methods(methods, facts.shape, facts.device, lengths_tokens=[max(0, length - 2) for length in lengths])
+    check_budgets(config, facts, methods, tasks)
     rooms = device_rooms(config, facts, target)
     cells = [
         plan_cell(method, length_tokens, config=config, facts=facts, rooms=rooms)
@@ -149,6 +153,7 @@ def _own_plan(config: RunConfig, target: Target | None) -> Plan:
         specs=specs,
         excluded_types=tuple(excluded),
         task_names=names,
+        notes=noop_notes(config, facts, methods, tasks),
         batch=plan_batch(config, facts, methods, tasks, target=target),
         elsewhere=None
         if target is None
@@ -229,14 +234,12 @@ def check_tasks(tasks: "Sequence[Task]", samples: int, *, names: Sequence[str]) 
     Raises:
         UsageError: naming the task.
     """
+    from kvscope.tasks.registry import check_samples
+
     for task, name in zip(tasks, names, strict=True):
         if names.count(name) > 1:
             raise UsageError(f"Two tasks are called {name!r}, so rows could not be told apart: give one a label=.")
-        if task.n_samples is not None and samples > task.n_samples:
-            raise UsageError(
-                f"Task {task.name!r} has {task.n_samples:,} prompts, and {samples:,} samples are asked for: use "
-                f"--samples {task.n_samples} or fewer."
-            )
+        check_samples(task, samples)
 
 
 def check_longest(config: RunConfig, facts: PromptFacts, lengths_tokens: Sequence[int]) -> None:

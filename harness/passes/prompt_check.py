@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvscope.errors import UsageError
 from kvscope.harness.passes.base import SampleStore
+from kvscope.harness.passes.contract import build_sample
 from kvscope.harness.passes.run_plan import RunPlan
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ def build(plan: RunPlan, task: "Task", name: str, length_tokens: int, index: int
     no line break ends one.
     """
     tokenizer = plan.facts.tokenizer if tokenizer is None else tokenizer
-    sample = task.build(tokenizer, length_tokens=length_tokens, sample=index, seed=plan.config.seed)
+    sample = build_sample(task, tokenizer, length_tokens=length_tokens, sample=index, seed=plan.config.seed)
     return replace(sample, task=name, stop=sample.stop if plan.facts.chat_template is None else ())
 
 

@@ -142,6 +142,8 @@ class Plan(RunPlan):
     of these."""
     elsewhere: "TargetPlan | None" = None
     """What is forecast of the machine that is planned for; None: it is this one."""
+    notes: tuple[str, ...] = ()
+    """What is to be said of methods and prompts, one sentence each."""
 
     def in_folder(self, info: RunInfo) -> Self:
         """Return the plan as a folder has it; its footprints are of the prompts of the task that it was begun with."""
@@ -186,7 +188,7 @@ class Plan(RunPlan):
     @property
     def warnings(self) -> list[str]:
         """What the user may not expect, one sentence each."""
-        said = []
+        said = list(self.notes)
         if all(method.label != "dense" for method in self.methods):
             what = "accuracy has" if self.tasks else "bytes and times have"
             said.append(f"dense is not among the methods: {what} nothing to be compared with. Add -m dense.")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvscope.errors import EnvironmentProblem, KvscopeError, shown
 from kvscope.harness.passes.accuracy import AccuracyPass
+from kvscope.harness.passes.contract import score_of
 from kvscope.harness.passes.deadline import Deadline, TimeLimitReached
 from kvscope.harness.passes.progress import Progress
 from kvscope.harness.passes.prompt_check import PromptCheck, build
@@ -194,7 +195,7 @@ class _Sending:
             status="ok",
             ledger_reason=NO_LEDGER,
             output=answer.text[:stop],
-            score=turn.task.score(sample, answer_of(answer.text, sample.stop)),
+            score=score_of(turn.task, sample, answer_of(answer.text, sample.stop)),
             stop_reason="stop" if stop is not None else "length" if tokens >= sample.max_new_tokens else "eos",
             answer_nll_reason=NO_NLL,
             decode_tokens=tokens,

@@ -15,7 +15,6 @@ attention-figure mass.csv`` for the figure.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 
 from kvscope.errors import UsageError
-from kvscope.files import TextFile
+from kvscope.files import csv_file
 from kvscope.harness.engine.backend import require_token_attention
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.models import load_model
@@ -37,7 +36,7 @@ from kvscope.methods.lsa.labels import token_logits
 from kvscope.methods.resident import ResidentSequence
 from kvscope.methods.store import PromptKV
 from kvscope.tasks.base import Sample
-from kvscope.tasks.registry import create_task
+from kvscope.tasks.registry import create_task, create_tasks
 
 COLUMNS = (
     "model",
@@ -244,16 +243,13 @@ def measure_to_csv(
     Raises:
         UsageError: an unknown task, a model without tokens of its own to attend to, or a length it does not take.
     """
-    for name in tasks:
-        create_task(name)
+    create_tasks(tasks, samples=samples)
     refuse_preset(model, "measure attention on")
     loaded = load_model(model, device=device, dtype=dtype)
     require_token_attention(loaded.backend, model=loaded.name, what="attention on the evidence")
     if max(lengths_tokens) > loaded.max_length_tokens:
         raise UsageError(f"Model '{loaded.name}' takes {loaded.max_length_tokens} tokens, not {max(lengths_tokens)}.")
-    with TextFile(out) as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
+    with csv_file(out, COLUMNS) as writer:
         for rows in measured(loaded, tasks=tasks, lengths_tokens=lengths_tokens, samples=samples, seed=seed):
             writer.writerows(rows)
             best = max(rows, key=lambda row: float(row["evidence_peak"]))

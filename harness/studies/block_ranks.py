@@ -15,7 +15,6 @@ Run it: ``kvscope study block-ranks -m moba -m quest --sweep moba.block_tokens=1
 
 from __future__ import annotations
 
-import csv
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ import torch
 from tabulate import tabulate
 
 from kvscope.errors import UsageError
-from kvscope.files import TextFile
+from kvscope.files import csv_file
 from kvscope.harness.engine.loaded import LoadedModel
 from kvscope.harness.engine.models import load_model
 from kvscope.harness.engine.prefill import prefill
@@ -47,7 +46,7 @@ from kvscope.methods.resident import ResidentSequence
 from kvscope.methods.shape import ModelShape
 from kvscope.methods.store import PromptKV
 from kvscope.tasks.base import Sample
-from kvscope.tasks.registry import create_task
+from kvscope.tasks.registry import create_tasks
 from kvscope.units import format_length
 
 COLUMNS = ("model", "task", "length_tokens", "sample", "method", "block_tokens", "budget_tokens", "layer", "head",
@@ -298,13 +297,11 @@ def measure_to_csv(
     Raises:
         UsageError: an unknown task, a method that does not choose blocks or cannot run on the model.
     """
-    made = [create_task(name) for name in tasks]
+    made = create_tasks(tasks, samples=samples)
     block_methods(methods, sweeps)
     loaded = load_model(model, device=device, dtype=dtype)
     rows: list[dict[str, Any]] = []
-    with TextFile(out) as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
+    with csv_file(out, COLUMNS) as writer:
         for length, task, index in product(lengths_tokens, made, range(samples)):
             sample = task.build(loaded.tokenizer, length_tokens=length, sample=index, seed=seed)
             found = needle_ranks(loaded, block_methods(methods, sweeps), sample)

@@ -71,6 +71,8 @@ class SlidingWindow(CacheMethod[SlidingWindowConfig]):
         budgeted = budget_tokens(self.name, n_tokens, options=self.config, shape=shape)
         if budgeted is None:
             return default_recency_tokens(n_tokens) if self.config.window is None else self.config.window
+        if self.config.budget_fraction is not None and budgeted >= n_tokens:
+            return _ENDLESS_TOKENS  # all of it, of a prompt of no more tokens than sinks, too
         # The sinks have pages of their own, so in whole pages they cost a page, not four tokens.
         sink_pages = shape.pages(self.config.sinks) * shape.page_tokens if shape else self.config.sinks
         taken = sink_pages if self.config.budget_bytes is not None else self.config.sinks

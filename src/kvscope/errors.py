@@ -41,9 +41,10 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return `` Did you mean 'x'?`` for the nearest known name; empty where none is near."""
-    near = difflib.get_close_matches(word[:SHOWN_CHARACTERS], sorted(known), n=1, cutoff=0.6)
-    return f" Did you mean '{near[0]}'?" if near else ""
+    """Return `` Did you mean 'x'?`` for the nearest known name, capitals aside; empty where none is near."""
+    names = {name.casefold(): name for name in sorted(known)}
+    near = difflib.get_close_matches(word[:SHOWN_CHARACTERS].casefold(), sorted(names), n=1, cutoff=0.6)
+    return f" Did you mean '{names[near[0]]}'?" if near else ""
 
 
 class _ShortRepr(reprlib.Repr):

@@ -1,14 +1,15 @@
 """Files that commands write: a disk that is full, or a place that cannot be written, is one sentence."""
 
+import csv
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from kvscope.errors import EnvironmentProblem, UsageError
+from kvscope.errors import EnvironmentProblem, KvscopeError, UsageError
 
 
 def make_folder(folder: Path) -> None:
@@ -101,6 +102,30 @@ class TextFile:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+@contextmanager
+def csv_file(path: Path, columns: Sequence[str]) -> "Iterator[csv.DictWriter[str]]":
+    """Write a CSV file row by row: what was written is the file's, whatever happens next.
+
+    Of a command that fails before its first row no file is left: it would be in the way of the same command, mended.
+
+    Raises:
+        UsageError: it cannot be opened.
+        EnvironmentProblem: a row did not fit.
+    """
+    header_bytes = 0
+    try:
+        with TextFile(path) as file:
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            writer.writeheader()
+            header_bytes = path.stat().st_size
+            yield writer
+    except KvscopeError:
+        with suppress(OSError):
+            if header_bytes == path.stat().st_size:
+                path.unlink()
+        raise
 
 
 def disk_is_full(error: BaseException) -> bool:

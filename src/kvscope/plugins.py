@@ -7,6 +7,7 @@ imported before its name is used.
 import gc
 import importlib.util
 import sys
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from kvscope.errors import UsageError, did_you_mean, shown
+from kvscope.errors import KvscopeError, UsageError, did_you_mean, shown
 from kvscope.specs import NAME_PATTERN, PLACE_PATTERN, Kind
 
 OWN = "kvscope"
@@ -146,6 +147,43 @@ def broken(place: Place, why: str, hint: str = "") -> UsageError:
     """Return the error of a plug-in that cannot be used."""
     where = f" ({place})" if place.origin else ""
     return UsageError(f"{place.kind.capitalize()} {place.name!r}{where} cannot be used: {why}.{hint}")
+
+
+def is_own_class(cls: type) -> bool:
+    """Whether a class is kvscope's own."""
+    return cls.__module__.partition(".")[0] == OWN
+
+
+@contextmanager
+def asking(kind: Kind, name: str, cls: type, what: str) -> Iterator[None]:
+    """Say in one sentence what a class from outside raises, and where; what kvscope's own raises stays as it is.
+
+    Args:
+        what: is asked, as the subject of the sentence (``its build``).
+
+    Raises:
+        UsageError: it raised what is no error of kvscope's.
+    """
+    try:
+        yield
+    except (KvscopeError, MemoryError):
+        raise
+    except Exception as error:
+        if is_own_class(cls):
+            raise
+        raised = f"{type(error).__name__}: {_one_line(error)}{_last_place(error, cls)}"
+        raise UsageError(f"{kind.capitalize()} {name!r} cannot be used: {what} raised {raised}.") from error
+
+
+def _last_place(error: Exception, cls: type) -> str:
+    """Return the last line of the class's package that an error went through; empty where it is in none."""
+    package = cls.__module__.partition(".")[0]
+    found = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        file = Path(frame.f_code.co_filename)
+        if str(frame.f_globals.get("__name__")).partition(".")[0] == package and file.suffix == ".py":
+            found = f" ({file.name}, line {line})"
+    return found
 
 
 def check_class(place: Place, found: object, *, base: type, own: Mapping[str, str]) -> None:

@@ -59,7 +59,7 @@ class LongBenchV2Task(BenchmarkTask[Question]):
         new_tokens: room left for an answer.
     """
 
-    cuts = True
+    cuts = fills_length = True
     stop = ()
     source = "LongBench v2, arXiv 2412.15204; prompt of lm-eval"
 

@@ -64,6 +64,13 @@ class BenchmarkTask(Task, Generic[QuestionT]):
         longest = max(map(self.parts, self._questions[:samples]), key=lambda parts: len(parts.text))
         return self.max_new_tokens + len(encoded(tokenizer, longest.text))
 
+    def short_samples(self, tokenizer: Tokenizer, *, samples: int) -> tuple[int, ...]:
+        """Return the prompt of the fewest characters, and the one with the fewest before its question."""
+        asked = [self.parts(question) for question in self._questions[:samples]]
+        whole, tails = [len(parts.text) for parts in asked], [len(parts.tail) for parts in asked]
+        before = [each - tail for each, tail in zip(whole, tails, strict=True)]
+        return tuple(sorted({whole.index(min(whole)), before.index(min(before))}))
+
     def build(self, tokenizer: Tokenizer, *, length_tokens: int, sample: int, seed: int) -> Sample:
         """Return question ``sample``, whatever the seed (see Task.build)."""
         question = self._questions[sample]

@@ -205,6 +205,15 @@ def test_no_argument_is_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "doctor" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("group", ["dsa", "lsa", "models", "reproduce", "study", "tasks", "verify", "backbone"])
+def test_a_group_without_a_command_is_help(group: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run_cli([group]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith(f"Usage: kvscope {group} ")
+    assert "\nCommands:\n" in printed.out
+    assert printed.err == ""
+
+
 @pytest.mark.parametrize(("typed", "words"), [("kvscope co", ["compare"]), ("kvscope compare --f", ["--fail-if"])])
 def test_a_shell_completes_commands_and_options(
     typed: str, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -77,6 +77,21 @@ def test_a_prompt_too_short_for_any_budget_is_refused_or_kept_whole() -> None:
     assert asked("snapkv", "share", 0.5).is_noop(20, SHAPE)
 
 
+@pytest.mark.parametrize("n_tokens", [0, 1, 17, 31])
+@pytest.mark.parametrize("spec", ["quest", "quest:block_tokens=100", "moba:block_tokens=32"])
+def test_a_prompt_shorter_than_the_least_budget_is_read_whole(spec: str, n_tokens: int) -> None:
+    method = asked(spec, "read_share", 0.05)
+    dense = create_method("dense").predict(SHAPE, n_tokens, 1)
+    assert method.predict(SHAPE, n_tokens, 1).kv_bytes == dense.kv_bytes
+    assert method.is_noop(n_tokens, SHAPE)
+
+
+def test_shares_of_a_prompt_of_one_token() -> None:
+    methods = [*(asked(spec, "share", 0.1) for spec in HELD), *(asked(spec, "read_share", 0.1) for spec in READ)]
+    for n_tokens in (0, 1):  # the last token is the question: a prompt of one token leaves none
+        assert all(method.predict(SHAPE, n_tokens, 1).device_bytes for method in methods)
+
+
 def test_labels_settings_and_classes() -> None:
     method = create_method("snapkv:kv=int4,share=0.25,window_tokens=16")
     assert method.label == "snapkv:window_tokens=16,share=0.25,kv=int4"

@@ -126,3 +126,11 @@ def test_a_budget_of_blocks_is_never_exceeded() -> None:
     """103 tokens hold six blocks of 16 and a part of a seventh: a context of 103 is read whole, one of 104 is not."""
     plan = create_method("quest:budget_tokens=103").blocks(103)
     assert (plan.n_blocks, plan.reads_all(103), plan.reads_all(104)) == (6, True, False)
+
+
+@pytest.mark.parametrize("n_tokens", [0, 1, 3])
+def test_all_of_a_prompt_of_no_more_tokens_than_sinks_is_a_budget(n_tokens: int) -> None:
+    shape = loaded_model("llama").shape
+    method, dense = create_method("sliding_window:budget_fraction=1.0"), create_method("dense")
+    assert method.is_noop(n_tokens, shape)
+    assert method.predict(shape, n_tokens).bytes_read_per_step == dense.predict(shape, n_tokens).bytes_read_per_step

@@ -17,7 +17,7 @@ FULL = [
     "snapkv:budget_fraction=1.0",
 ]
 PART = ["dense", "recency:budget_fraction=0.5", "lsa:budget_fraction=0.4,chunk_tokens=16,selection=synthetic"]
-LENGTHS_TOKENS = [1, 15, 63, 64, 65, 127]
+LENGTHS_TOKENS = [0, 1, 15, 63, 64, 65, 127]
 N_STEPS = 17  # past the end of a page
 
 

@@ -69,8 +69,11 @@ class NotSent(str):
 class OwnTask:
     """A task of one's own, whose samples or whose error stay where they were made."""
 
+    name, own_lengths = "own", False
+
     def __init__(self, sample, error=None):
         self.sample, self.error = sample, error
+        self.question_types = (sample.question_type,)
 
     def build(self, tokenizer, **asked):
         if self.error is not None:

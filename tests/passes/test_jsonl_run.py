@@ -63,6 +63,35 @@ def test_the_plan_says_what_does_not_fit(small: MakeConfig, tmp_path: Path, valu
         make_plan(small(**{**values, "tasks": tasks}))
 
 
+@pytest.mark.parametrize(("method_from", "prompt", "n_tokens"), [("last_token", 3, 10), ("question", 2, 7)])
+def test_a_budget_too_small_for_a_short_prompt_is_refused_first(
+    small: MakeConfig, tmp_path: Path, method_from: str, prompt: int, n_tokens: int
+) -> None:
+    lines = [
+        {"prompt": "red " * 200, "answers": "blue"},
+        {"context": "red " * 5, "question": "red " * 50, "answers": "blue"},
+        {"prompt": "red " * 9 + "red", "answers": "blue"},
+    ]
+    path = tmp_path / "q.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    config = small(tasks=[f"jsonl:{path}"], samples=3, methods=["h2o:budget_fraction=0.15"], method_from=method_from)
+    told = f"Prompt {prompt} of task 'jsonl:q' at length 512: Method 'h2o': .* of {n_tokens} tokens"
+    with pytest.raises(UsageError, match=told):
+        kvscope.run(config, progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_methods_that_leave_nothing_out_of_short_prompts_are_told(small: MakeConfig, tmp_path: Path) -> None:
+    path = write(tmp_path / "q.jsonl", 2)
+    methods = ["dense", "recency:recency_tokens=128", "recency:recency_tokens=4"]
+    plan = make_plan(small(tasks=[f"jsonl:{path}"], methods=methods))
+    (said,) = (note for note in plan.warnings if "leaves nothing out" in note)
+    assert re.fullmatch(
+        r"recency:recency_tokens=128 leaves nothing out of the prompts of jsonl:q, which have \d\d tokens at most: .*",
+        said,
+    )
+
+
 def test_several_lengths_are_told_to_be_the_same_prompts(small: MakeConfig, tmp_path: Path) -> None:
     path = write(tmp_path / "q.jsonl", 2)
     plan = make_plan(small(tasks=[f"jsonl:{path}"], lengths_tokens=[512, 1024]))

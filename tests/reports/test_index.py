@@ -112,7 +112,7 @@ def test_a_time_that_is_not_to_be_trusted_has_a_note() -> None:
     (row,) = rows_of((rows[0], [busy], rows[2]), "a")
     text = page([row], [])
     assert f"{row[PLACE['TPOT (ms)']].text} (a)" in text
-    assert "(a) time not to be trusted: host load 9.0 on 2 cores." in text
+    assert "(a) time not to be trusted: host load over 8 on 2 cores." in text
 
 
 def test_a_page_replaces_its_last_one_and_nothing_else(tmp_path: Path) -> None:

@@ -36,13 +36,15 @@ def timed(rows: Rows, **of_random: Any) -> Run:
         ({}, ""),
         ({"other_processes": 0, "load_1min": 2.4, "cpu_cores": 2, "tpot_p10_s": 1.0, "tpot_p90_s": 1.5}, ""),
         ({"other_processes": 2}, OTHERS),
-        ({"load_1min": 2.6, "cpu_cores": 2}, "host load 2.6 on 2 cores"),
+        ({"load_1min": 2.6, "cpu_cores": 2}, "host load over 2.5 on 2 cores"),
+        ({"load_1min": 4.1, "cpu_cores": 2}, "host load over 4 on 2 cores"),
+        ({"load_1min": 8.0, "cpu_cores": 2}, "host load over 4 on 2 cores"),
         ({"load_1min": 2.6}, ""),
         ({"tpot_p10_s": 1.0, "tpot_p90_s": 1.6}, "p90 of the steps is over 1.5 times p10"),
         ({"step_p10_s": 1.0, "step_p90_s": 1.6}, "p90 of the steps is over 1.5 times p10"),
         (
             {"other_processes": 1, "load_1min": 9, "cpu_cores": 2},
-            "1 other process on the GPU; host load 9.0 on 2 cores",
+            "1 other process on the GPU; host load over 8 on 2 cores",
         ),
     ],
 )

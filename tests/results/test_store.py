@@ -151,6 +151,25 @@ def test_duplicate_lines_are_named(tmp_path: Path, rows: Rows) -> None:
         RunStore.open(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"task": "fwe"}, "fwe at "),
+        ({"sample": 10_000}, "sample 10000 of "),
+        ({"method_label": "other"}, "method other "),
+        ({"model": "other"}, "model other, where it asks for "),
+    ],
+)
+def test_rows_of_another_run_are_refused_before_anything_is_measured(
+    tmp_path: Path, rows: Rows, values: dict[str, object], words: str
+) -> None:
+    folder = filled(tmp_path / "run", rows)
+    with (folder / "samples.jsonl").open("a") as file:
+        file.write(rows[0][7].model_copy(update=values).model_dump_json() + "\n")
+    with pytest.raises(UsageError, match=f"holds rows that its run.json does not ask for: {words}"):
+        RunStore.create(folder, rows[2])
+
+
 def test_another_configuration_names_the_keys_and_both_values(tmp_path: Path, rows: Rows) -> None:
     info = rows[2]
     filled(tmp_path, rows)

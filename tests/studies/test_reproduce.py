@@ -242,8 +242,9 @@ def test_a_run_and_a_reproduction_have_folders_of_their_own(
     few: None, tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "run.json").write_text("{}")
-    assert cli.run_cli(words(tiny_model, tmp_path)) == 2
-    assert "holds a run of its own" in capsys.readouterr().err
+    for planned in ([], ["--dry-run"]):
+        assert cli.run_cli(words(tiny_model, tmp_path, *planned)) == 2
+        assert "holds a run of its own" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
     (tmp_path / "run.json").rename(tmp_path / "reproduce.json")
     run = ["run", "--model", tiny_model, "-m", "dense", "-t", "niah_single_1", "-l", "512", "-n", "1", "-q"]

@@ -148,7 +148,7 @@ def test_memory_prompts_have_exactly_the_length(tmp_path: Path) -> None:
         ({**GOOD, "prompt": " \n"}, "has an empty 'prompt'"),
         ({**GOOD, "prompt": "\ud800"}, "has half a character"),
         ({**GOOD, "metric": "f2"}, "has the metric 'f2', expected one of string_match_all, "),
-        ({**GOOD, "answer": "a"}, "has the key 'answer', which means nothing here (put it under 'meta')"),
+        ({**GOOD, "answer": "a"}, "which means nothing here (put it under 'meta'). Did you mean 'answers'?"),
         ({**GOOD, "id": True}, "has the id True, expected text or a whole number"),
         ({**GOOD, "id": "1"}, "has the id '1' of line 1 again"),
     ],
@@ -161,6 +161,7 @@ def test_the_first_fault_is_told_by_its_line(tmp_path: Path, line: Any, fault: s
     assert text.startswith(f"Line 2 of '{path}' ")
     assert fault in text
     assert "\n" not in text
+    assert "?." not in text
     assert len(text) < 400
 
 

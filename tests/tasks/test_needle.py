@@ -168,6 +168,8 @@ def test_fixed_haystacks_take_no_data_file() -> None:
 def test_registry_errors_suggest_the_nearest_name() -> None:
     with pytest.raises(UsageError, match=r"There is no task 'niah_singel_1'\. Did you mean 'niah_single_1'\?"):
         create_task("niah_singel_1")
+    with pytest.raises(UsageError, match=r"There is no task 'NIAH_single_1'\. Did you mean 'niah_single_1'\?"):
+        create_task("NIAH_single_1")
     with pytest.raises(UsageError, match=r"no option 'dta'\. Did you mean 'data'\?"):
         create_task("niah_single_2", dta="x")
     assert set(OFFLINE) <= set(task_names())

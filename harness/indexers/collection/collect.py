@@ -124,7 +124,7 @@ def collect(
     """
     folder = user_path(out, what="out")
     check_out(folder)
-    tasks = make_tasks(config.tasks)
+    tasks = make_tasks(config.tasks, samples=config.samples)
     refuse_preset(config.model, "collect")
     loaded = loaded or load_model(config.model, device=config.device, dtype=config.dtype)
     chat = chat_tokenizer(loaded.tokenizer, config.chat_template)
@@ -190,11 +190,15 @@ def check_lengths(tasks: "Sequence[Task]", lengths_tokens: Sequence[int], tokeni
             )
 
 
-def make_tasks(specs: Sequence[str]) -> "list[Task]":
-    """Return the tasks of specs."""
-    from kvscope.tasks.registry import create_task
+def make_tasks(specs: Sequence[str], *, samples: int = 1) -> "list[Task]":
+    """Return the tasks of specs.
 
-    return [create_task(spec) for spec in specs]
+    Raises:
+        UsageError: one is none, or has fewer samples.
+    """
+    from kvscope.tasks.registry import create_tasks
+
+    return create_tasks(specs, samples=samples)
 
 
 def describe(config: CollectConfig, loaded: LoadedModel) -> CollectionInfo:

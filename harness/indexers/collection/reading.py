@@ -79,11 +79,18 @@ def open_collections(
         layers: the indexed layers that are wanted: all hold these, and may hold others; None: all hold the same.
 
     Raises:
-        UsageError: as ``Collection``, or two of them were made differently; the message names both.
+        UsageError: as ``Collection``, or two of them hold the same documents or were made differently; the message
+            names both.
     """
     if not folders:
         raise UsageError("Give at least one folder that kvscope lsa collect wrote: --data DIR.")
     opened = [Collection(folder, chunk_tokens=chunk_tokens) for folder in folders]
+    by_id: dict[str, Path] = {}
+    for each in opened:
+        if each.id in by_id:
+            both = f"'{by_id[each.id]}' and '{each.folder}'"
+            raise UsageError(f"Collections {both} hold the same documents, which would count twice: give one of them.")
+        by_id[each.id] = each.folder
     same = (
         *("model_revision", "label_layers", "chunk_tokens", "features", "hidden_size", "key_features"),
         *("query_heads", "head_dim", "chat_template"),

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from kvscope.errors import UsageError
 from kvscope.harness.engine.devices import resolve_device
 from kvscope.harness.indexers.collection.places import Place, places_of
 from kvscope.harness.indexers.lsa.lineage import calibration_ids, data_ids
@@ -81,7 +82,7 @@ def evaluate(
 
     Raises:
         UsageError: the indexer belongs to another model, layers or chunk size than the collections, or these are
-            damaged.
+            damaged, or hold no chunk to choose.
     """
     target = user_path(out, what="out")
     check_out(target)
@@ -100,6 +101,8 @@ def evaluate(
     places = places_of(collections)
     for place in places:
         add_document(tallies, place, indexer, options, seed=config.seed)
+    if not tallies:
+        raise UsageError("No document is long enough for a candidate chunk; collect longer prompts.")
     rows = table_rows(tallies)
     about = {
         "indexer": f"{folder.name}@{indexer_hash(folder)}",

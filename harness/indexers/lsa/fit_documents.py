@@ -74,11 +74,29 @@ def lengths_to_try(config: FitConfig, loaded: LoadedModel) -> tuple[int, ...]:
 
 
 def tasks_to_ask(config: FitConfig, tokenizer: Any, length_tokens: int) -> tuple[str, ...]:
-    """Return the tasks asked for, or those of four that the shortest length has room for."""
+    """Return the tasks asked for, or those of four that the shortest length has room for.
+
+    Raises:
+        UsageError: one has the same prompts whatever the seed, so that documents of two ends would be the same; or
+            the length has room for none.
+    """
     if config.tasks is not None:
+        for task in make_tasks(config.tasks):
+            if task.n_samples is not None:
+                raise UsageError(
+                    f"Task {task.name!r} has the same prompts whatever the seed, and training, threshold and "
+                    "evaluation need different ones: give a task that makes its prompts, or collect parts of the "
+                    "data (kvscope lsa collect, then train, calibrate and eval)."
+                )
         return config.tasks
 
     def has_room(task: "Task") -> bool:
         return task.min_length_tokens(tokenizer) <= length_tokens
 
-    return tuple(task.name for task in make_tasks(TASKS) if has_room(task))
+    found = tuple(task.name for task in make_tasks(TASKS) if has_room(task))
+    if not found:
+        raise UsageError(
+            f"Length {length_tokens:,} has no room for any of {', '.join(TASKS)}: give longer prompts (--length) or "
+            "another task (--task)."
+        )
+    return found

@@ -61,7 +61,7 @@ class TrainConfig(TrainingOptions, LabelChoice):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_least(1, "tau", "negatives", "encoder_width", "lookback", "rank", "segment_tokens")
-        self.check_least(0, "neighbours")
+        self.check_least(0, "neighbours", "sink_tokens", "recency_tokens")
         self.check_not_negative("gamma", "revive")
         if self.keep not in ("loss", "recall"):
             raise UsageError(f"keep must be loss or recall, got {self.keep!r}.")

@@ -102,11 +102,12 @@ def measure(
     """Plan, measure and report a reproduction; return the exit code."""
     from kvscope.harness.passes.config import make_config
     from kvscope.harness.studies.reproduce.planning import make_reproduction, plan_text
-    from kvscope.harness.studies.reproduce.running import reproduce
+    from kvscope.harness.studies.reproduce.running import earlier, reproduce
 
     time_limit_s = make_config(overrides, source="the options").time_limit_s
     overrides.pop("time_limit_s", None)
     planned = make_reproduction(profile, size=size, model=model, lsa=lsa, divisor=divisor, overrides=overrides)
+    earlier(out, planned.plan)
     if dry_run:
         say(plan_text(planned, width=line_width()))
         return 0

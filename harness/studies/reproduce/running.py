@@ -47,6 +47,25 @@ class Outcome:
     failed: list[str] = field(default_factory=list)
 
 
+def earlier(folder: Path, plan: Reproduction) -> tuple[Path, Reproduction | None]:
+    """Return the folder of a reproduction, and what it was begun with; None where it is new.
+
+    Raises:
+        UsageError: it holds something else, or cannot be written.
+    """
+    folder = user_path(folder, what="--out")
+    check_out(folder)
+    if (folder / RUN_FILE).exists():
+        raise UsageError(f"{folder} holds a run of its own, and its report: give --out another folder.")
+    before = read_reproduction(folder)
+    if before is not None and not before.same_plan(plan):
+        raise UsageError(
+            f"{folder} holds another reproduction ({before.profile} {before.size} of {before.model}, {before.lsa}, "
+            f"lengths over {before.divisor}): give --out another folder, or ask for the same."
+        )
+    return folder, before
+
+
 def reproduce(
     plan: Reproduction,
     pilots: tuple[CellPlan, ...],
@@ -69,16 +88,7 @@ def reproduce(
     Raises:
         UsageError: the folder holds another reproduction, or cannot be written.
     """
-    folder = user_path(folder, what="--out")
-    check_out(folder)
-    if (folder / RUN_FILE).exists():
-        raise UsageError(f"{folder} holds a run of its own, and its report: give --out another folder.")
-    before = read_reproduction(folder)
-    if before is not None and not before.same_plan(plan):
-        raise UsageError(
-            f"{folder} holds another reproduction ({before.profile} {before.size} of {before.model}, {before.lsa}, "
-            f"lengths over {before.divisor}): give --out another folder, or ask for the same."
-        )
+    folder, before = earlier(folder, plan)
     plan = before or plan
     started_s = time.monotonic()
     outcome = Outcome()

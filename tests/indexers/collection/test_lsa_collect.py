@@ -182,6 +182,14 @@ def test_bad_options_get_one_clear_sentence(config, options, message):
     assert message in str(caught.value)
 
 
+def test_more_documents_than_a_file_has_are_refused(config, tmp_path):
+    (tmp_path / "q.jsonl").write_text('{"prompt": "red", "answers": "blue"}')
+    asked = replace(config, tasks=(f"jsonl:{tmp_path / 'q.jsonl'}",), samples=2)
+    with pytest.raises(UsageError, match="Task 'jsonl:q' has 1 prompts, and 2 samples are asked for"):
+        collect(asked, tmp_path / "out", progress=Progress())
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_manifest_says_how_labels_were_made(config, tmp_path):
     folder = collect(replace(config, top_p=0.7, votes=2, samples=1), tmp_path / "data", progress=Progress())
     said = json.loads((folder / "manifest.json").read_text())["collection"]

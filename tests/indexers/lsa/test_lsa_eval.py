@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -116,6 +117,12 @@ def test_training_data_is_no_test_and_other_models_are_refused(trained, tmp_path
     wide = planted_collection(tmp_path / "wide", documents=2, chunk_tokens=32)
     with pytest.raises(UsageError, match="differ in chunk_tokens: 16 against 32"):
         evaluate([wide], str(indexer_folder), tmp_path / "out", EVAL, device="cpu")
+    with pytest.raises(UsageError, match="No document is long enough for a candidate chunk"):
+        evaluate([data], str(indexer_folder), tmp_path / "none", replace(EVAL, recency_tokens=10**6), device="cpu")
+    assert not (tmp_path / "none").exists()
+    for name in ("sink_tokens", "recency_tokens"):
+        with pytest.raises(UsageError, match=f"{name} must be 0 or more, got -1"):
+            evaluate([data], str(indexer_folder), tmp_path / "none", replace(EVAL, **{name: -1}), device="cpu")
     fewer = planted_collection(tmp_path / "fewer", documents=2, layers=(1,))
     with pytest.raises(UsageError, match="reads layers 1, 3, the collection holds 1"):
         evaluate([fewer], str(indexer_folder), tmp_path / "out", EVAL, device="cpu")

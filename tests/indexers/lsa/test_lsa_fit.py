@@ -210,11 +210,20 @@ def test_bad_options_are_one_sentence(options, why, tmp_path, capsys):
         ({"lengths_tokens": (8192,)}, "over the 4,096 tokens"),
         ({"lengths_tokens": (16,)}, "too short for task 'long_qa'"),
         ({"chat_template": "nowhere.jinja"}, "Cannot read the chat template"),
+        ({"tasks": None, "lengths_tokens": (16,)}, "Length 16 has no room for any of niah_single_1, "),
     ],
 )
 def test_what_is_refused_leaves_no_folder(options, why, tiny_model, tmp_path):
     with pytest.raises(UsageError, match=why):
         fit(asked(**{"model": tiny_model, **options}), tmp_path / "out", note=quiet)
+    assert not (tmp_path / "out").exists()
+
+
+def test_prompts_of_a_file_serve_no_two_ends(tiny_model, tmp_path):
+    path = tmp_path / "q.jsonl"
+    path.write_text('{"prompt": "red", "answers": "blue"}')
+    with pytest.raises(UsageError, match="Task 'jsonl:q' has the same prompts whatever the seed"):
+        fit(asked(tiny_model, tasks=(f"jsonl:{path}",)), tmp_path / "out", note=quiet)
     assert not (tmp_path / "out").exists()
 
 

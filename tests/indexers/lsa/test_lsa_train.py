@@ -273,6 +273,8 @@ def test_collections_made_differently_are_not_mixed(tmp_path, data):
         assert word in str(caught.value)
     alike = planted_collection(tmp_path / "alike", documents=4, per_shard=2, seed=9)
     assert sum(map(len, open_collections([data, alike]))) == 64
+    with pytest.raises(UsageError, match=r"data' and '.*data' hold the same documents, .* give one of them"):
+        open_collections([data, alike, data])
     with pytest.raises(UsageError, match="at least one folder"):
         open_collections([])
 
