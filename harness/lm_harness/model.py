@@ -30,6 +30,7 @@ from kvscope.harness.engine.names import resolve_model
 from kvscope.harness.engine.presets import is_preset, refuse_preset
 from kvscope.harness.engine.self_check import self_check as check_model
 from kvscope.harness.lm_harness.answering import Answering, Ask, Continuation, Score
+from kvscope.harness.passes.contract import check_methods
 from kvscope.harness.passes.environment import package_version
 from kvscope.harness.served.address import is_url
 from kvscope.methods.registry import create_method
@@ -37,6 +38,8 @@ from kvscope.specs import Spec, parse_spec
 
 ROWS_CPU, ROWS_CUDA = 16, 64
 """Sequences of a step for ``batch_size=auto``."""
+_LOOKED_AT_TOKENS = 4096
+"""Prompt length at which a method from outside is asked for what it will be asked."""
 METHOD_PREFIX = "kv_"
 REFERENCE = "reference"
 _CACHE_OWNER = "kvscope"
@@ -117,6 +120,7 @@ class KvscopeLM(HFLM):  # type: ignore[misc]  # lm-eval comes without types
         self.method.require(loaded.shape)
         if reasons := self.method.unsupported(loaded.shape, loaded.device):
             raise UsageError(f"Method {self.method.label!r} cannot run on '{loaded.name}': {'; '.join(reasons)}.")
+        check_methods([self.method], loaded.shape, loaded.device, lengths_tokens=[_LOOKED_AT_TOKENS])
         if checks:
             check_model(loaded)
         self._self_check = checks
