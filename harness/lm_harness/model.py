@@ -39,9 +39,12 @@ from kvscope.harness.lm_harness.arguments import (
     switch,
 )
 from kvscope.harness.lm_harness.generation import generation_of, task_of
+from kvscope.harness.passes.contract import check_methods
 from kvscope.harness.passes.environment import package_version
 from kvscope.methods.registry import create_method
 
+_LOOKED_AT_TOKENS = 4096
+"""Prompt length at which a method from outside is asked for what it will be asked."""
 REFERENCE = "reference"
 _CACHE_OWNER = "kvscope"
 """Key of a file of ``--use_cache`` that says whose answers it keeps; lm-eval's own keys are hashes."""
@@ -104,6 +107,7 @@ class KvscopeLM(HFLM):  # type: ignore[misc]  # lm-eval comes without types
         self.method.require(loaded.shape)
         if reasons := self.method.unsupported(loaded.shape, loaded.device):
             raise UsageError(f"Method {self.method.label!r} cannot run on '{loaded.name}': {'; '.join(reasons)}.")
+        check_methods([self.method], loaded.shape, loaded.device, lengths_tokens=[_LOOKED_AT_TOKENS])
         if checks:
             check_model(loaded)
         self._self_check = checks

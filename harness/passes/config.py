@@ -24,7 +24,7 @@ from kvscope.paths import user_path
 from kvscope.results import limits
 from kvscope.specs import MethodSpec, Spec, TaskSpec
 from kvscope.units import Bytes, Tokens
-from kvscope.values import read_value
+from kvscope.values import own_value, read_value
 
 MOST_SAMPLES = 1_000_000
 
@@ -265,7 +265,9 @@ class RunConfig(BaseModel):
     def _by_type(cls, value: object, info: ValidationInfo) -> object:
         """Read a value by the type its key declares, as an option of a method is read."""
         key = str(info.field_name)
-        return value if key in ("methods", "tasks", "out") else read_value(_declared_types()[key], value)
+        if key in ("methods", "tasks", "out"):
+            return own_value(value)
+        return read_value(_declared_types()[key], value)
 
     @field_validator("lengths_tokens", "footprint_lengths_tokens")
     @classmethod

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import PlainSerializer, PlainValidator
 
 from kvscope.errors import UsageError, shown
-from kvscope.values import value_text
+from kvscope.values import own_value, value_text
 
 Kind = Literal["method", "task"]
 Value = str | int | float | bool | None
@@ -79,7 +79,7 @@ def parse_spec(given: object, *, kind: Kind) -> Spec:
 
 
 def _from_mapping(given: Mapping[Any, Any], kind: Kind) -> Spec:
-    options = {str(key): value for key, value in given.items()}
+    options: dict[str, Any] = {str(key): own_value(value) for key, value in given.items()}
     name = options.pop("name", None)
     if not isinstance(name, str) or not name:
         raise UsageError(f"A {kind} given as a mapping needs a 'name', got {shown(dict(given))}.")

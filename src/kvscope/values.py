@@ -3,6 +3,8 @@
 Text of a command line, text of a YAML file and a Python value that mean the same give the same: see :func:`read_value`.
 """
 
+import numbers
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -21,6 +23,18 @@ BOOL_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False
 def value_text(value: object) -> str:
     """Return a value as labels write it: ``true``, ``none``, ``0.5``."""
     return str(value).lower() if isinstance(value, bool) or value is None else str(value)
+
+
+def own_value(value: object) -> object:
+    """Return Python's own value for what stands for one: the text of a path, a number of another library (numpy's)."""
+    if isinstance(value, os.PathLike):
+        path = os.fspath(value)
+        return path if isinstance(path, str) else value
+    if isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
 
 
 class BadValue(ValueError):  # noqa: N818 - it says what is wrong
@@ -46,18 +60,20 @@ def read_value(declared: Any, given: object) -> Any:
     - ``int`` takes whole numbers (``010`` is ten), ``Tokens`` and ``Bytes`` with their units; ``float`` finite numbers;
     - ``bool`` takes true, yes, on, false, no, off in any case; a ``Literal`` of on and off takes the same words;
     - ``X | None`` takes none, auto, null and ``~`` for None;
-    - ``str`` takes text alone, as written; a tuple takes one value or several;
+    - ``str`` takes text alone, as written, and a path; a tuple takes one value or several;
+    - numbers may be of another library (see :func:`own_value`);
     - any other type is pydantic's to read.
 
     Raises:
         BadValue: it is of another type.
     """
+    given = own_value(given)
     inner, optional = without_none(declared)
     if optional and (given is None or (isinstance(given, str) and given.strip().lower() in NONE_WORDS)):
         return None
     base, unit = _base(inner)
     if typing.get_origin(base) is tuple:
-        items = given if isinstance(given, list | tuple) else [given]
+        items = given if isinstance(given, list | tuple | range) else [given]
         return tuple(_read_item(typing.get_args(base)[0], item) for item in items)
     value = _read_base(base, unit, given)
     try:

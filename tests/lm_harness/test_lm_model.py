@@ -245,6 +245,19 @@ def test_what_has_no_text_or_no_cache_here_is_refused_before_it_loads(
         KvscopeLM(model, device="cpu")
 
 
+def test_a_method_of_a_stranger_is_asked_before_the_first_prompt(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "strange_for_lm_eval.py").write_text(
+        "from kvscope.methods.recency.method import Recency\n\n\n"
+        "class Own(Recency):\n    name = 'own'\n\n"
+        "    def predict(self, *arguments):\n        raise KeyError('nope')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UsageError, match=r"Method 'own' cannot be used: its predict raised KeyError: 'nope' .strange_"):
+        KvscopeLM(folder, device="cpu", method="strange_for_lm_eval:Own", self_check=False)
+
+
 def test_options_of_a_method_come_as_text_mapping_or_one_by_one(folder: str) -> None:
     ways: list[dict[str, Any]] = [
         {"method": "recency:recency_tokens=128"},

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -134,10 +135,25 @@ def test_a_key_reads_the_same_everywhere(key: str, text: str, value: object, tmp
     assert found == dict.fromkeys(found, value)
 
 
-@pytest.mark.parametrize(("given", "value"), [(10, 10), (10.0, 10), ("10", 10), (True, REFUSED), (10.5, REFUSED)])
+@pytest.mark.parametrize(("given", "value"), [
+    (10, 10), (10.0, 10), ("10", 10), (True, REFUSED), (10.5, REFUSED),
+    (np.int32(10), 10), (np.float32(10), 10), (np.float32(10.5), REFUSED),
+])  # fmt: skip
 def test_python_numbers_are_the_text_of_them(given: object, value: object) -> None:
     assert value_of(lambda: make_config({"seed": given}).seed) == value
-    assert value_of(lambda: create_method({"name": "random", "seed": given}).config.seed) == value
+    found = value_of(lambda: create_method({"name": "random", "seed": given}).config.seed)
+    assert found == value
+    assert found is REFUSED or type(found) is int
+
+
+def test_paths_are_their_text(tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text('{"prompt": "red", "answers": "blue"}')
+    config = make_config(
+        {"model": tmp_path, "out": tmp_path, "tasks": [{"name": "jsonl", "data": tmp_path / "q.jsonl"}]}
+    )
+    assert (config.model, config.out) == (str(tmp_path), str(tmp_path))
+    assert str(config.tasks[0]) == f"jsonl:data={tmp_path / 'q.jsonl'}"
+    assert make_config({"lengths_tokens": range(512, 1025, 512)}).lengths_tokens == (512, 1024)
 
 
 @pytest.mark.parametrize(
