@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from kvscope.methods.kernels.paged_decode.kernel import DEFAULT, PACKED_DEFAULTS
 from kvscope.methods.kv_format import FORMATS, PagePacking
 
 HOPPER_SHARED_BYTES = 227 * 1024
+TRITON = tuple(int(part) for part in version("triton").split(".")[:2])
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +55,10 @@ def test_packed_pages_are_copied_while_others_are_unpacked(compiled):
         numbers = 2 * packing.key_numbers // packing.key_groups
         numbers += 2 * packing.value_numbers * tile_tokens // 64
         assert found["shared_bytes"] >= (tuning.num_stages - 1) * (elements + numbers), found["name"]
-        # Numbers are repeated in registers, and nothing that is worked out passes through shared memory.
-        assert found["shared_bytes"] <= (tuning.num_stages - 1) * (elements + 3 * numbers), found["name"]
+        # Numbers are repeated in registers, and nothing that is worked out passes through shared memory. Triton 3.8
+        # takes what was unpacked through it, at most a tile's keys or values at a time (docs/versions.md).
+        through = 2 * 128 * tile_tokens if TRITON >= (3, 8) else 0
+        assert found["shared_bytes"] <= (tuning.num_stages - 1) * (elements + 3 * numbers) + through, found["name"]
         assert found["ptx"]["async_copies"] > 0
         assert tuning.programs_per_sm * found["shared_bytes"] <= HOPPER_SHARED_BYTES
 
