@@ -31,7 +31,7 @@ class Unit:
     Attributes:
         factors: unit in lower case -> what it multiplies by; ``""`` for a bare number.
         hint: how to write one, as an error ends.
-        rounds_down: whether a fraction of one is dropped (bytes) or refused (tokens).
+        rounds_down: whether a fraction of one, of something in a larger unit, is dropped (bytes) or refused (tokens).
     """
 
     factors: Mapping[str, int]
@@ -72,7 +72,7 @@ def _whole_text(text: str, unit: Unit) -> int | float | None:
     if match[3] is None:
         return sign * int(match[2]) * factor
     number = float(match[2] + match[3]) * factor
-    return sign * (math.floor(number) if unit.rounds_down else number)
+    return sign * (math.floor(number) if unit.rounds_down and factor > 1 else number)
 
 
 def finite_number(value: object) -> float | None:
