@@ -20,8 +20,8 @@ CONTROL = "nvidia-cuda-mps-control"
 _DRIVER_PROGRAMS = ("/usr/local/nvidia/bin", "/usr/bin")
 _START_S = 20.0
 _PIPE_VARIABLE = "CUDA_MPS_PIPE_DIRECTORY"
-#: Where a service that the machine's owner started listens, unless they say another place.
-_OWNERS_PIPE = Path("/tmp/nvidia-mps/control")  # nosec B108 - looked for, never written
+#: Where a service that the machine's owner started listens, unless they say another place: looked for, never written.
+_OWNERS_PIPE = Path("/tmp/nvidia-mps/control")  # nosec B108
 
 
 def control_program() -> str:
