@@ -76,7 +76,8 @@ class PlainProgress(Progress):
         self._spoke_s = time.monotonic()
 
     def _left(self) -> str:
-        if not self._done_tokens or self._done_tokens >= self._work_tokens:
+        # The first cells are of the shortest prompts, whose tokens take longest: less than a tenth tells nothing.
+        if not self._work_tokens <= 10 * self._done_tokens < 10 * self._work_tokens:
             return ""
         elapsed_s = time.monotonic() - self._started_s
         left_s = elapsed_s * (self._work_tokens - self._done_tokens) / self._done_tokens

@@ -50,6 +50,17 @@ def test_plain_lines_are_one_a_cell_with_time_left(
     assert "left" not in second
 
 
+def test_less_than_a_tenth_says_nothing_of_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = PlainProgress()
+    progress.begin(cells=3, work_tokens=1000)
+    for name, work_tokens in (("1K", 99), ("2K", 1), ("4K", 900)):
+        progress.begin_cell(name, steps=1)
+        progress.begin_step("1 of 1")
+        progress.end_step(work_tokens=work_tokens)
+        progress.end_cell("done")
+    assert ["left" in line for line in capsys.readouterr().err.splitlines()] == [False, True, False]
+
+
 def test_a_long_cell_speaks_in_between(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(module, "PLAIN_INTERVAL_S", 0.0)
     drive(PlainProgress())
