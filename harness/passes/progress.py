@@ -76,7 +76,7 @@ class PlainProgress(Progress):
         self._spoke_s = time.monotonic()
 
     def _left(self) -> str:
-        # The first cells are of the shortest prompts, whose tokens take longest: less than a tenth tells nothing.
+        # Others are under way as the first prompt ends, and loading counts in: less than a tenth tells nothing.
         if not self._work_tokens <= 10 * self._done_tokens < 10 * self._work_tokens:
             return ""
         elapsed_s = time.monotonic() - self._started_s
